@@ -1,0 +1,65 @@
+"""The error tree. Every error that a user can cause is a :class:`MinitronError`.
+
+A message names the bad value, where it came from and the remedy. The command line prints the message alone
+(no traceback) and exits with 2; anything outside the tree is a fault of ours, shown with its traceback, exit code 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MinitronError",
+    "MissingDependency",
+    "NonFiniteError",
+    "ShapeError",
+    "faults_message",
+]
+
+
+class MinitronError(Exception):
+    """Root of the tree: something the user can put right."""
+
+
+class ConfigError(MinitronError):
+    """A configuration that cannot be run. Carries every fault found, not only the first."""
+
+    def __init__(self, faults: str | Iterable[str], *, source: str | None = None) -> None:
+        self.faults: list[str] = [faults] if isinstance(faults, str) else list(faults)
+        self.source = source
+        super().__init__(faults_message(self.faults, source))
+
+
+class CheckpointError(MinitronError):
+    """A checkpoint that is missing, truncated, foreign, or does not match what it claims to be."""
+
+
+class ShapeError(MinitronError):
+    """A model shape that does not exist, cannot be reached by pruning, or does not fit the parallel layout."""
+
+    def __init__(self, faults: str | Iterable[str]) -> None:
+        self.faults: list[str] = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__(faults_message(self.faults, None))
+
+
+class DataError(MinitronError):
+    """Data that is missing, empty, malformed, or does not fit the model."""
+
+
+class NonFiniteError(MinitronError):
+    """An activation, score or loss became NaN or infinite."""
+
+
+class MissingDependency(MinitronError):
+    """A package that this job needs is not installed."""
+
+
+def faults_message(faults: list[str], source: str | None) -> str:
+    """One line for one fault; a counted list for several."""
+    where = f"{source}: " if source else ""
+    if len(faults) == 1:
+        return where + faults[0]
+    return "\n".join([f"{where}{len(faults)} faults:", *(f"  - {fault}" for fault in faults)])

@@ -1,0 +1,60 @@
+"""The part of the CPU layer that stands in for CUDA-only spots of Megatron-core."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_minitron.runtime.patching import Patch
+
+__all__ = ["PATCHES"]
+
+
+def _get_state(original: Any) -> Callable[..., torch.Tensor]:
+    def _get_cuda_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.random.default_generator.get_state()
+
+    return _get_cuda_rng_state
+
+
+def _set_state(original: Any) -> Callable[..., None]:
+    def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.random.default_generator.set_state(new_state)
+
+    return _set_cuda_rng_state
+
+
+def _results_queue(original: Any) -> Callable[[], queue.Queue[Any]]:
+    results: queue.Queue[Any] = queue.Queue()
+
+    def _get_write_results_queue() -> queue.Queue[Any]:
+        return results
+
+    return _get_write_results_queue
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        _get_state,
+        "reads a CUDA generator; CudaRNGStatesTracker.fork (dropout, weight initialisation) calls it",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_state,
+        "sets a CUDA generator through torch._C._cuda_setRNGState",
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "_get_write_results_queue",
+        _results_queue,
+        "starts a manager process with 'spawn', which imports the whole stack again (about 10 s a save) and needs a "
+        "__main__ guard in the caller; a synchronous save reads the queue in the process that filled it. "
+        "(Not for asynchronous saves, which this suite does not use on CPU.)",
+    ),
+)

@@ -1,0 +1,162 @@
+"""Process groups, made once and passed by value.
+
+:func:`initialize` starts ``torch.distributed`` and Megatron's parallel state (whose modules read their groups from there) and
+returns a :class:`Groups`, which is all that the algorithms of this suite ever see.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.errors import ConfigError
+
+__all__ = ["Groups", "ParallelLayout", "destroy", "initialize"]
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How a model is spread over processes.
+
+    Attributes:
+        tensor: tensor-parallel size (columns and rows of each matrix).
+        pipeline: pipeline-parallel size (runs of layers).
+        data: data-parallel size (samples).
+        virtual_pipeline: model chunks per pipeline stage, or None for one (Megatron's interleaved schedule).
+        sequence_parallel: split the activations between the matrices by sequence over the tensor group.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's groups and its place in them.
+
+    Attributes:
+        layout: the layout they were made for.
+        tp, pp, dp: tensor-, pipeline- and data-parallel process groups.
+        model: all ranks that hold a part of this replica of the model (tensor x pipeline).
+    """
+
+    layout: ParallelLayout
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    model: dist.ProcessGroup
+
+    @property
+    def tp_rank(self) -> int:
+        """Place in the tensor-parallel group."""
+        return dist.get_rank(self.tp)
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage."""
+        return dist.get_rank(self.pp)
+
+    @property
+    def dp_rank(self) -> int:
+        """Place in the data-parallel group."""
+        return dist.get_rank(self.dp)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This stage holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This stage holds the output layer."""
+        return self.pp_rank == self.layout.pipeline - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints and writes files that only one may write."""
+        return dist.get_rank() == 0
+
+
+def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
+    """Start ``torch.distributed`` (gloo on CPU, NCCL on CUDA) and Megatron's groups for ``layout``.
+
+    A process that no launcher started (no ``RANK`` in its environment) becomes a world of one.
+
+    Args:
+        layout: must fill the world exactly.
+        seed: of Megatron's random-state tracker, needed before a model is built.
+        timeout_minutes: after which a collective that does not complete fails.
+
+    Raises:
+        ConfigError: if the layout and the number of processes differ.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
+        )
+    world = dist.get_world_size()
+    if world != layout.world_size:
+        raise ConfigError(
+            f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} x parallel.data={layout.data} "
+            f"needs {layout.world_size} processes; {world} are running"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return current(layout)
+
+
+def current(layout: ParallelLayout) -> Groups:
+    """The groups that Megatron's parallel state holds already (NeMo's strategy made them)."""
+    from megatron.core import parallel_state
+
+    return Groups(
+        layout=layout,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+    )
+
+
+def destroy() -> None:
+    """Undo :func:`initialize`."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,139 @@
+"""A live Megatron-core model from a shape: this rank's chunk, or chunks, of it.
+
+Scoring, pruning and evaluation use plain Megatron-core models, which start in 5 s; training uses NeMo's module around the
+same model (``nemo_minitron.distillation``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime.groups import Groups, ParallelLayout
+from nemo_minitron.shape import Architecture, ModelShape
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+__all__ = ["build_model", "padded_vocab", "transformer_config"]
+
+
+def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
+    """Vocabulary rows of a model split ``tensor`` ways: the next multiple of ``multiple * tensor``.
+
+    As ``nemo.collections.llm.gpt.model.base.get_vocab_size`` and Megatron's ``vocab_size_with_padding``.
+    """
+    step = multiple * tensor
+    return -(-vocab_size // step) * step
+
+
+def transformer_config(
+    shape: ModelShape, architecture: Architecture, layout: ParallelLayout, *, dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
+    """Megatron's configuration of a Llama-style decoder, with every CUDA-only fusion off where there is no CUDA."""
+    from megatron.core.transformer import TransformerConfig
+
+    fused = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not fused,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=fused,
+        persist_layer_norm=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        variable_seq_lengths=False,
+        perform_initialization=False,
+    )
+
+
+def build_model(
+    shape: ModelShape,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    initialize: bool = False,
+) -> list[GPTModel]:
+    """This rank's chunks of a model: one, or one for each virtual pipeline stage.
+
+    Args:
+        shape: global sizes.
+        architecture: constants.
+        groups: of this process.
+        dtype: of the parameters.
+        initialize: draw random weights; leave it off where weights are loaded at once.
+
+    Returns:
+        Chunks in the order of Megatron's interleaved schedule; weights are uninitialised unless asked for.
+
+    Raises:
+        ShapeError: if the layout cannot split the shape.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+
+    layout = groups.layout
+    stages = layout.pipeline * (layout.virtual_pipeline or 1)
+    faults = shape.layout_faults(tensor=layout.tensor, pipeline=stages)
+    if not faults and shape.num_layers % stages:
+        faults = [
+            f"num_layers={shape.num_layers} does not divide into {stages} equal pipeline stages; "
+            f"stages that fit: {[n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]}"
+        ]
+    if faults:
+        raise ShapeError(faults)
+
+    config = transformer_config(shape, architecture, layout, dtype=dtype)
+    config.perform_initialization = initialize
+    spec: Any = (
+        get_gpt_layer_with_transformer_engine_spec()
+        if torch.cuda.is_available()
+        else get_gpt_layer_local_spec(normalization="RMSNorm")
+    )
+    chunks = []
+    for index in range(layout.virtual_pipeline or 1):
+        stage = index if layout.virtual_pipeline else None
+        chunks.append(
+            GPTModel(
+                config,
+                transformer_layer_spec=spec,
+                vocab_size=padded_vocab(shape.vocab_size, tensor=layout.tensor),
+                max_sequence_length=architecture.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                parallel_output=True,
+                share_embeddings_and_output_weights=shape.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=architecture.rotary_base,
+                rope_scaling=architecture.rotary_scaling is not None,
+                rope_scaling_factor=(architecture.rotary_scaling or {}).get("factor", 8.0),
+                vp_stage=stage,
+            )
+        )
+    return chunks

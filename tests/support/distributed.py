@@ -1,0 +1,107 @@
+"""One helper for every test that needs several processes: gloo, a time limit, a log for each rank.
+
+The function under test runs in fresh interpreters, which load the test's file by path, activate the CPU layer and call it;
+it finds its rank in the environment as under torchrun. Whatever it returns (JSON-like, or tensors) comes back by rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["run_distributed"]
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def run_distributed(function: Callable[..., Any], world: int, tmp_path: Path, *, timeout: float = 240.0, **kwargs: Any) -> list[Any]:
+    """Call ``function(**kwargs)`` in ``world`` processes and return what each returned, by rank.
+
+    Raises:
+        AssertionError: a process failed or the time ran out; the message holds the end of every rank's log.
+    """
+    out = tmp_path / f"{function.__name__}-{world}-{time.monotonic_ns()}"
+    out.mkdir(parents=True)
+    torch.save(kwargs, out / "kwargs.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        env = dict(
+            os.environ,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            OMP_NUM_THREADS="1",
+            PYTHONPATH=os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        )
+        log = (out / f"rank{rank}.log").open("wb")
+        command = [sys.executable, __file__, function.__code__.co_filename, function.__name__, str(out)]
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=out, start_new_session=True)
+        )
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or any(process.poll() not in (None, 0) for process in processes):
+                break
+            time.sleep(0.1)
+        # A rank that failed leaves the others waiting for it: give them a moment, then stop them.
+        grace = time.monotonic() + 5
+        while time.monotonic() < grace and any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if any(codes):
+        logs = "\n".join(f"--- rank {rank} (exit {codes[rank]})\n" + _tail(out / f"rank{rank}.log") for rank in range(world))
+        raise AssertionError(f"{function.__name__} on {world} processes failed or ran over {timeout} s\n{logs}")
+    if None in codes:
+        logs = "\n".join(f"--- rank {rank}\n" + _tail(out / f"rank{rank}.log") for rank in range(world))
+        raise AssertionError(f"{function.__name__} on {world} processes ran over {timeout} s\n{logs}")
+    return [torch.load(out / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _tail(path: Path, lines: int = 40) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _main() -> None:
+    file, name, out = sys.argv[1:]
+    from nemo_minitron.runtime import cpu
+
+    torch.set_num_threads(1)
+    if cpu.needed("auto"):
+        cpu.activate()
+    spec = importlib.util.spec_from_file_location("distributed_case", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["distributed_case"] = module
+    spec.loader.exec_module(module)
+    kwargs = torch.load(Path(out) / "kwargs.pt", weights_only=False)
+    result = getattr(module, name)(**kwargs)
+    torch.save(result, Path(out) / f"result{os.environ['RANK']}.pt")
+    sys.stdout.flush()
+    # Interpreter shutdown after gloo and Megatron can take seconds and has nothing left to test.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,561 @@
+"""What each stage can be told: one dataclass per stage, read strictly by :mod:`nemo_minitron.config_file`.
+
+A field without a default (``MISSING``) must be given. ``faults()`` of a dataclass reports what its own fields alone can
+show to be wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs. Whether paths exist is the
+plan's matter, since in a pipeline an earlier stage writes them.
+
+Nothing here imports torch: a configuration error answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+__all__ = [
+    "STAGES",
+    "AggregationConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "ImportConfig",
+    "ParallelConfig",
+    "PipelineConfig",
+    "PruneConfig",
+    "ReportConfig",
+    "RuntimeConfig",
+    "ScoreConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TargetConfig",
+]
+
+FORMATS = ("nemo2", "nemo", "hf")
+DTYPES = ("float32", "bfloat16")
+
+
+def _positive(config: Any, *names: str) -> list[str]:
+    """Faults of the named fields that are given and not above zero."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and value <= 0]
+
+
+def _not_negative(config: Any, *names: str) -> list[str]:
+    """Faults of the named fields that are given and below zero."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [f"{name}={value}: must be 0 or more" for name, value in values if value is not None and value < 0]
+
+
+def _choice(config: Any, name: str, choices: Iterable[str]) -> list[str]:
+    """The fault of a field that is given and none of ``choices``."""
+    value = getattr(config, name)
+    return [] if value is None or value in choices else [f"{name}={value}: must be one of {', '.join(choices)}"]
+
+
+def _one_of(config: Any, *names: str) -> list[str]:
+    """The fault of alternatives of which not exactly one is given."""
+    given = [name for name in names if getattr(config, name) is not None]
+    if len(given) == 1:
+        return []
+    state = f"{' and '.join(given)} are both given" if given else "none is given"
+    return [f"{names[0]}: give exactly one of {', '.join(names)} ({state})"]
+
+
+@dataclass
+class ParallelConfig:
+    """How a model is laid over processes. ``tensor * pipeline * data`` processes are started.
+
+    Attributes:
+        tensor: tensor_model_parallel_size.
+        pipeline: pipeline_model_parallel_size.
+        data: data-parallel replicas.
+        virtual_pipeline: virtual_pipeline_model_parallel_size, or null for none.
+        sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    def faults(self) -> list[str]:
+        """Sizes below 1 and options that need a size above 1."""
+        found = _positive(self, "tensor", "pipeline", "data", "virtual_pipeline")
+        if not found and self.virtual_pipeline is not None and self.pipeline == 1:
+            found.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
+        if not found and self.sequence_parallel and self.tensor == 1:
+            found.append("sequence_parallel=true: needs parallel.tensor above 1; set it to false")
+        return found
+
+
+@dataclass
+class RuntimeConfig:
+    """The process itself.
+
+    Attributes:
+        device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" insist.
+        seed: of every random generator.
+        threads: torch threads of one process; null shares the machine's cores among the processes.
+        timeout_minutes: a stage that runs longer is stopped; null for no limit.
+        collective_timeout_minutes: a rank that waits longer for the others gives up.
+        dtype: of weights and activations in scoring and evaluation, "float32" or "bfloat16".
+    """
+
+    device: str = "auto"
+    seed: int = 1234
+    threads: int | None = None
+    timeout_minutes: float | None = None
+    collective_timeout_minutes: float = 10.0
+    dtype: str = "float32"
+
+    def faults(self) -> list[str]:
+        """Unknown choices and limits that leave nothing."""
+        return [
+            *_choice(self, "device", ("auto", "cpu", "cuda")),
+            *_choice(self, "dtype", DTYPES),
+            *_not_negative(self, "seed"),
+            *_positive(self, "threads", "timeout_minutes", "collective_timeout_minutes"),
+        ]
+
+
+@dataclass
+class SourceConfig:
+    """One source of text.
+
+    Attributes:
+        name: how reports call it; each source is a domain of the evaluation.
+        path: text, JSONL or Parquet file, or a glob of them.
+        package: a source that an installable package carries, by its name in the data room's table.
+        text_key: JSONL key or Parquet column that holds the text.
+        weight: share of this source in the mixture, relative to the others.
+        max_characters: read no more than this.
+    """
+
+    name: str = MISSING
+    path: str | None = None
+    package: str | None = None
+    text_key: str = "text"
+    weight: float = 1.0
+    max_characters: int | None = None
+
+    def faults(self) -> list[str]:
+        """Not exactly one origin, or nothing to read."""
+        return [*_one_of(self, "path", "package"), *_positive(self, "weight", "max_characters")]
+
+
+@dataclass
+class DataConfig:
+    """Token blocks of fixed length from a mixture of sources, split by document into train, calibration and held-out.
+
+    Attributes:
+        sources: where the text comes from.
+        sequence_length: tokens of one block (its last label needs one more).
+        calibration_fraction: share of the documents set aside for scoring.
+        held_out_fraction: share of the documents set aside for evaluation and validation.
+        seed: of the split and of the order.
+        cache_dir: where fetched sources and token blocks are kept.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    sequence_length: int = 512
+    calibration_fraction: float = 0.05
+    held_out_fraction: float = 0.05
+    seed: int = 1234
+    cache_dir: str = ".cache/minitron"
+
+    def faults(self) -> list[str]:
+        """No or doubled sources, splits that leave nothing to train on."""
+        found = [*_positive(self, "sequence_length"), *_not_negative(self, "seed")]
+        if not self.sources:
+            found.append("sources: none is given; list at least one {name, path} or {name, package}")
+        names = [source.name for source in self.sources]
+        found += [
+            f"sources: the name {name!r} is given twice" for name in sorted({n for n in names if names.count(n) > 1})
+        ]
+        fractions = ("calibration_fraction", "held_out_fraction")
+        outside = [name for name in fractions if not 0 < getattr(self, name) < 1]
+        found += [f"{name}={getattr(self, name)}: must lie between 0 and 1" for name in outside]
+        if not outside and self.calibration_fraction + self.held_out_fraction >= 1:
+            found.append("calibration_fraction + held_out_fraction must stay below 1: nothing is left to train on")
+        return found
+
+
+@dataclass
+class StageConfig:
+    """What every stage has.
+
+    Attributes:
+        name: how records and reports call this run of the stage; empty takes the stage's own name.
+        output: directory (or ``.nemo`` file) that the stage writes.
+        overwrite: replace an output that is already there.
+        runtime: the process.
+    """
+
+    STAGE: ClassVar[str] = ""
+    #: Fields that name something another stage may have written.
+    INPUTS: ClassVar[tuple[str, ...]] = ()
+
+    name: str = ""
+    output: str = MISSING
+    overwrite: bool = False
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """The processes that the stage runs in; one, unless the stage has a ``parallel`` field."""
+        return getattr(self, "parallel", None) or ParallelConfig()
+
+    def inputs(self) -> dict[str, str]:
+        """Paths that the stage reads, by field (``models.teacher`` for an entry of a mapping); fields left null are absent."""
+        found: dict[str, str] = {}
+        for name in self.INPUTS:
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                found.update({f"{name}.{key}": path for key, path in value.items()})
+            elif value is not None:
+                found[name] = value
+        return found
+
+    def faults(self) -> list[str]:
+        """What the stage's own fields show to be wrong."""
+        return []
+
+
+@dataclass
+class ImportConfig(StageConfig):
+    """Take a model over into the suite's working format.
+
+    Attributes:
+        source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
+        package: instead of ``source``, a model that an installable package carries, by its name in the data room's table.
+        format: what to write: "nemo2", "nemo" or "hf".
+        dtype: of the written weights; null keeps the stored one.
+        verify: reload the result and compare logits with the source's.
+        cache_dir: where a fetched package is kept.
+    """
+
+    STAGE: ClassVar[str] = "import"
+    INPUTS: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str | None = None
+    package: str | None = None
+    format: str = "nemo2"
+    dtype: str | None = None
+    verify: bool = True
+    cache_dir: str = ".cache/minitron"
+
+    def faults(self) -> list[str]:
+        """Not exactly one origin, unknown choices."""
+        return [*_one_of(self, "source", "package"), *_choice(self, "format", FORMATS), *_choice(self, "dtype", DTYPES)]
+
+
+@dataclass
+class AggregationConfig:
+    """How activations become one score per unit: "mean", "l2" or "variance" over the sequence, then over the batch."""
+
+    sequence: str = "mean"
+    batch: str = "l2"
+
+    def faults(self) -> list[str]:
+        """Unknown choices."""
+        choices = ("mean", "l2", "variance")
+        return [*_choice(self, "sequence", choices), *_choice(self, "batch", choices)]
+
+
+@dataclass
+class ScoreConfig(StageConfig):
+    """Score every unit of a model by forward passes over calibration data (Minitron, arXiv 2407.14679, section 2.2).
+
+    Attributes:
+        model: checkpoint to score.
+        data: calibration text.
+        samples: blocks of ``data.sequence_length`` tokens to run.
+        micro_batch_size: blocks of one forward pass.
+        aggregation: over sequence and batch.
+        parallel: layout of the model.
+    """
+
+    STAGE: ClassVar[str] = "score"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 1024
+    micro_batch_size: int = 1
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """Nothing to run."""
+        return _positive(self, "samples", "micro_batch_size")
+
+
+@dataclass
+class TargetConfig:
+    """Sizes of the pruned model; null keeps the model's own."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """The sizes that are asked for."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def faults(self) -> list[str]:
+        """Sizes below 1 and heads that do not fill their groups."""
+        found = _positive(self, *(f.name for f in dataclasses.fields(self)))
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if not found and heads is not None and groups is not None and heads % groups:
+            found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
+        return found
+
+
+@dataclass
+class PruneConfig(StageConfig):
+    """Remove the units that matter least.
+
+    Attributes:
+        model: checkpoint to prune.
+        scores: directory that ``score`` wrote; needed by the method "activation".
+        method: "activation" keeps the highest scores, "random" draws the kept units (a baseline).
+        target: sizes of the pruned model.
+        layers_to_drop: layers to remove whatever their scores (0-based); their number then fixes ``num_layers``.
+        format: what to write: "nemo2", "nemo" or "hf".
+    """
+
+    STAGE: ClassVar[str] = "prune"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores")
+
+    model: str = MISSING
+    scores: str | None = None
+    method: str = "activation"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    layers_to_drop: list[int] | None = None
+    format: str = "nemo2"
+
+    def faults(self) -> list[str]:
+        """Missing scores, nothing to prune, contradictory depths."""
+        found = [*_choice(self, "method", ("activation", "random")), *_choice(self, "format", FORMATS)]
+        if self.method == "activation" and self.scores is None:
+            found.append("scores: method=activation needs the directory that `minitron score` wrote")
+        if not self.target.given() and not self.layers_to_drop:
+            found.append("target: nothing is to be pruned; give at least one size of the target or layers_to_drop")
+        if self.layers_to_drop is not None:
+            found += [
+                f"layers_to_drop: {n} is not a layer number (they count from 0)" for n in self.layers_to_drop if n < 0
+            ]
+            if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
+                found.append(f"layers_to_drop={self.layers_to_drop}: a layer is named twice")
+            if self.layers_to_drop and self.target.num_layers is not None:
+                found.append("layers_to_drop: already fixes the depth; leave target.num_layers null")
+        return found
+
+
+@dataclass
+class DistillConfig(StageConfig):
+    """Train a student on its teacher's logits (forward KL; Minitron, arXiv 2407.14679, section 3).
+
+    Attributes:
+        student, teacher: checkpoints.
+        data: training text; its held-out split validates.
+        steps: optimizer steps.
+        micro_batch_size: blocks of one forward pass on one data-parallel rank.
+        global_batch_size: blocks of one optimizer step.
+        lr, min_lr, warmup_steps: linear warm-up to ``lr``, then cosine decay to ``min_lr`` at ``steps``.
+        weight_decay, beta1, beta2, clip_grad: AdamW and the gradient norm it is clipped to (0 for no clipping).
+        temperature: of both distributions.
+        max_minutes: stop in good order when this time is used up; null for no limit.
+        validate_every, validation_batches: steps between validations, micro-batches of each.
+        log_every, save_every: steps between metrics and between checkpoints.
+        resume: go on from the last checkpoint in ``output``.
+        precision: "32" or "bf16-mixed".
+        parallel: layout of student and teacher.
+    """
+
+    STAGE: ClassVar[str] = "distill"
+    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+
+    student: str = MISSING
+    teacher: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 300
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+    temperature: float = 1.0
+    max_minutes: float | None = None
+    validate_every: int = 50
+    validation_batches: int = 8
+    log_every: int = 1
+    save_every: int = 100
+    resume: bool = True
+    precision: str = "32"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole training sees."""
+        return self.steps * self.global_batch_size * self.data.sequence_length
+
+    def faults(self) -> list[str]:
+        """Ranges, a batch that does not divide, a schedule that does not fit."""
+        found = [
+            *_positive(
+                self, "steps", "micro_batch_size", "global_batch_size", "lr", "temperature", "max_minutes",
+                "validate_every", "validation_batches", "log_every", "save_every",
+            ),
+            *_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
+            *_choice(self, "precision", ("32", "bf16-mixed")),
+            *(f"{n}={getattr(self, n)}: must lie in [0, 1)" for n in ("beta1", "beta2") if not 0 <= getattr(self, n) < 1),
+        ]  # fmt: skip
+        if self.min_lr > self.lr:
+            found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
+        if self.warmup_steps > 0 and self.warmup_steps >= self.steps > 0:
+            found.append(f"warmup_steps={self.warmup_steps}: leaves nothing of steps={self.steps}")
+        one_pass = self.micro_batch_size * self.parallel.data
+        if one_pass > 0 and self.global_batch_size > 0 and self.global_batch_size % one_pass:
+            found.append(
+                f"global_batch_size={self.global_batch_size}: is not a multiple of "
+                f"micro_batch_size * parallel.data = {one_pass}"
+            )
+        return found
+
+
+@dataclass
+class ExportConfig(StageConfig):
+    """Write a model for others: ``output/hf``, ``output/nemo2``, ``output/model.nemo``.
+
+    Attributes:
+        model: checkpoint to export.
+        formats: any of "hf", "nemo2", "nemo".
+        dtype: of the written weights; null keeps the stored one.
+        verify: reload each result with the other side's own loader and compare logits.
+    """
+
+    STAGE: ClassVar[str] = "export"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    formats: list[str] = field(default_factory=lambda: ["hf"])
+    dtype: str | None = None
+    verify: bool = True
+
+    def faults(self) -> list[str]:
+        """Unknown or no formats."""
+        found = [
+            f"formats: {name!r} must be one of {', '.join(FORMATS)}" for name in self.formats if name not in FORMATS
+        ]
+        if not self.formats:
+            found.append(f"formats: none is given; list any of {', '.join(FORMATS)}")
+        return [*found, *_choice(self, "dtype", DTYPES)]
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """Held-out loss and sample generations of several models on the same tokens.
+
+    Attributes:
+        models: path of each model by the name that the report shows.
+        baseline: name of the model that the others are compared with; null takes the first.
+        data: text whose held-out split is used.
+        tokens: held-out tokens to score, rounded down to whole blocks.
+        micro_batch_size: blocks of one forward pass.
+        prompts: each is answered by every model, greedily, through the chat template where there is one.
+        max_new_tokens: longest answer.
+        parallel: layout of each model.
+    """
+
+    STAGE: ClassVar[str] = "evaluate"
+    INPUTS: ClassVar[tuple[str, ...]] = ("models",)
+
+    models: dict[str, str] = field(default_factory=dict)
+    baseline: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    tokens: int = 65536
+    micro_batch_size: int = 1
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 48
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """No models, an unknown baseline, less than one block."""
+        found = _positive(self, "tokens", "micro_batch_size", "max_new_tokens")
+        if not self.models:
+            found.append("models: none is given; map at least one name to a path")
+        if self.baseline is not None and self.baseline not in self.models:
+            found.append(f"baseline={self.baseline}: is none of the models ({', '.join(self.models)})")
+        if 0 < self.tokens < self.data.sequence_length:
+            found.append(
+                f"tokens={self.tokens}: less than one block of data.sequence_length={self.data.sequence_length}"
+            )
+        return found
+
+
+@dataclass
+class ReportConfig(StageConfig):
+    """Write ``index.html`` and ``report.md`` from the records that a run directory holds.
+
+    Attributes:
+        run: directory with the stages' outputs.
+        output: where to write; ``run`` + "/report" unless given.
+        title: heading of the report; empty takes the directory's name.
+    """
+
+    STAGE: ClassVar[str] = "report"
+    INPUTS: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str = MISSING
+    output: str = "${run}/report"
+    title: str = ""
+
+
+@dataclass
+class PipelineConfig:
+    """Stages one after the other, each in its own processes.
+
+    ``${...}`` interpolation reaches the whole file: ``model: ${output}/teacher``.
+
+    Attributes:
+        name: how the run is called.
+        output: directory of the run; a stage without ``output`` writes to ``output/<its name>``.
+        vars: values of the file's own, for interpolation.
+        defaults: keys handed to every stage that has them (``runtime``, ``parallel``, ``data``, ...), below its own keys.
+        stages: each ``{stage: distill, name: ..., <the stage's keys>}``; the name is the stage's own unless given.
+    """
+
+    name: str = "pipeline"
+    output: str = MISSING
+    vars: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def faults(self) -> list[str]:
+        """No stages."""
+        return [] if self.stages else ["stages: none is given"]
+
+
+#: The configuration of each stage, in the order of a typical pipeline.
+STAGES: dict[str, type[StageConfig]] = {
+    config.STAGE: config
+    for config in (ImportConfig, ScoreConfig, PruneConfig, DistillConfig, ExportConfig, EvaluateConfig, ReportConfig)
+}

@@ -1,0 +1,330 @@
+"""What all stages share: the plan that ``--dry-run`` prints, outputs written aside, and the record beside each output.
+
+A stage is a module ``nemo_minitron.stages.<name>`` with two functions::
+
+    def plan(config: ScoreConfig) -> StagePlan: ...      # cheap: no torch, nothing written
+    def run(config: ScoreConfig) -> dict[str, Any]: ...  # on every rank; returns the metrics of the record
+
+``run`` writes its output through :func:`stage_output`, or through a checkpoint door that also writes aside; the process
+that started the stage writes the record (:func:`write_record`) once every rank has ended well. So an output with a
+record is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
+from nemo_minitron.shape import ModelShape
+
+__all__ = [
+    "PlannedPath",
+    "StagePlan",
+    "config_hash",
+    "human_bytes",
+    "human_count",
+    "peek_shape",
+    "read_record",
+    "record_path",
+    "stage_output",
+    "write_record",
+]
+
+RECORD_VERSION = 1
+#: Left in every directory that :func:`stage_output` finishes; with a record or a ``minitron.json`` it says: ours to replace.
+MARKER = ".minitron-output"
+#: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
+_NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
+_NOT_HASHED_RUNTIME = {"threads", "timeout_minutes", "collective_timeout_minutes"}
+
+
+@dataclass(frozen=True)
+class PlannedPath:
+    """A path that a stage reads or writes, and what it is ("teacher checkpoint")."""
+
+    path: str
+    what: str
+
+    def exists(self) -> bool:
+        """Whether it is there now."""
+        return Path(self.path).exists()
+
+    def size(self) -> int | None:
+        """Bytes on disk, or None where it does not exist."""
+        path = Path(self.path)
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return path.stat().st_size if path.exists() else None
+
+
+@dataclass
+class StagePlan:
+    """What a stage would do.
+
+    Attributes:
+        stage: its name.
+        reads: inputs; one that neither exists nor is written by an earlier stage of a pipeline is reported as a fault.
+        writes: outputs.
+        costs: rows of the table, name -> formatted value ("parameters" -> "134.5 M", "tokens", "FLOPs", "memory", ...).
+        notes: one-line remarks.
+        faults: what would make the stage fail, one line each.
+    """
+
+    stage: str
+    reads: list[PlannedPath] = field(default_factory=list)
+    writes: list[PlannedPath] = field(default_factory=list)
+    costs: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def missing_reads(self, produced: set[str]) -> list[str]:
+        """Faults of inputs that are not there and lie in none of the ``produced`` paths."""
+        made = [Path(path).absolute() for path in produced]
+        return [
+            f"{item.what}: {item.path} does not exist"
+            for item in self.reads
+            if not item.exists() and not any(Path(item.path).absolute().is_relative_to(path) for path in made)
+        ]
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` -> ``"1.5 KiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def human_count(count: float) -> str:
+    """``134515008`` -> ``"134.5 M"``."""
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f} E"
+
+
+def peek_shape(checkpoint: str | Path) -> ModelShape | None:
+    """The shape that a checkpoint directory's ``minitron.json`` states, without opening the weights; None if there is none.
+
+    Raises:
+        CheckpointError: if the file is there and cannot be read.
+    """
+    path = Path(checkpoint) / "minitron.json"
+    if not path.is_file():
+        return None
+    try:
+        return ModelShape(**json.loads(path.read_text())["shape"])
+    except (json.JSONDecodeError, KeyError, TypeError, MinitronError) as error:
+        raise CheckpointError(f"{path}: not a readable model record ({error}); write the checkpoint again") from error
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether ``path`` is an output of ours (or nothing), so that ``overwrite`` may remove it."""
+    if path.is_dir() and not path.is_symlink():
+        marks = (MARKER, "record.json", "minitron.json")
+        return not any(path.iterdir()) or any((path / mark).exists() for mark in marks)
+    return path.is_file()
+
+
+def check_output(path: str | Path, overwrite: bool) -> Path:
+    """The path itself, if a stage may write there.
+
+    Raises:
+        ConfigError: if something is there and ``overwrite`` is off, or it was not written by this suite.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        if path.is_dir() and not any(path.iterdir()):
+            return path
+        if not overwrite:
+            raise ConfigError(f"output: {path} already exists; choose another output or pass --overwrite")
+        if not _replaceable(path):
+            raise ConfigError(
+                f"output: {path} was not written by minitron and is not overwritten; remove it or choose another output"
+            )
+    return path
+
+
+@contextmanager
+def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Write a stage's output directory aside and put it in place only when the block ends without an error.
+
+    Call it on one rank only. Within the block, write below the yielded temporary sibling; an error removes it and leaves
+    an earlier output untouched, a kill leaves the temporary directory (``.<name>.partial-*``), never a half-written output.
+
+    Args:
+        path: final directory.
+        overwrite: replace an earlier output of this suite.
+
+    Yields:
+        An empty directory beside ``path``.
+
+    Raises:
+        ConfigError: see :func:`check_output`; raised before anything is written.
+        MinitronError: if the disk is full.
+    """
+    path = check_output(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    aside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    aside.mkdir()
+    try:
+        yield aside
+        (aside / MARKER).touch()
+        replaced = None
+        if path.exists():
+            replaced = aside.with_name(aside.name.replace(".partial-", ".partial-old-"))
+            path.rename(replaced)
+        aside.rename(path)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise MinitronError(
+                f"{path.parent}: no space left on the device; free some and run the stage again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def record_path(output: str | Path) -> Path:
+    """Where the record of an output lies: inside a directory, beside a file."""
+    output = Path(output)
+    return output.with_name(output.name + ".record.json") if output.suffix == ".nemo" else output / "record.json"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _identity(path: Path, excluding: Path) -> str:
+    """What an input holds, as a hash: its record's, its nested records', or the sizes and times of its files."""
+    record = read_record(path)
+    if record is not None:
+        return record["hash"]
+    for parent in path.parents:  # a part of a recorded output (distill's model directory)
+        if (found := read_record(parent)) is not None:
+            return _digest([found["hash"], str(path.relative_to(parent))])
+    if path.is_dir():
+        records = {
+            p.parent.name: read_record(p.parent) for p in sorted(path.glob("*/record.json")) if p.parent != excluding
+        }
+        if records:
+            return _digest({name: record["hash"] for name, record in records.items() if record})
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.is_relative_to(excluding)]
+        return _digest([(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    return _digest([path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None)
+
+
+def parents(config: StageConfig) -> dict[str, dict[str, str]]:
+    """Each input of a stage, as ``{field: {"path", "hash"}}``. The hash changes when the input is made anew differently."""
+    own = Path(config.output).absolute()
+    found = config.inputs()
+    return {name: {"path": path, "hash": _identity(Path(path).absolute(), own)} for name, path in found.items()}
+
+
+def hashed_settings(config: StageConfig) -> dict[str, Any]:
+    """The settings of a stage that its result depends on, paths of inputs left out."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_HASHED}
+    settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
+    if "data" in settings:
+        settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}
+    for name in config.INPUTS:
+        value = settings[name]
+        settings[name] = sorted(value) if isinstance(value, dict) else value is not None
+    return settings
+
+
+def config_hash(config: StageConfig) -> str:
+    """Hash of everything a stage's result depends on: its settings and its parents' hashes.
+
+    Independent of where inputs and output lie, so that a moved run directory stays valid.
+    """
+    hashes = {name: parent["hash"] for name, parent in parents(config).items()}
+    return _digest([config.STAGE, hashed_settings(config), hashes])
+
+
+def read_record(output: str | Path) -> dict[str, Any] | None:
+    """The record of an output, or None where there is none or it is not a whole one."""
+    try:
+        record = json.loads(record_path(output).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and record.get("version") == RECORD_VERSION else None
+
+
+def write_record(
+    output: str | Path,
+    stage: str,
+    config: StageConfig,
+    metrics: dict[str, Any],
+    seconds: float,
+    peak_rss_bytes: int | None = None,
+    started: str | None = None,
+) -> dict[str, Any]:
+    """Write ``record.json`` beside an output, which declares the output whole.
+
+    Args:
+        output: what the stage wrote.
+        stage: the stage's name.
+        config: its resolved configuration.
+        metrics: JSON values that its ``run`` returned.
+        seconds: wall time.
+        peak_rss_bytes: largest resident size of any of its processes.
+        started: ISO time.
+
+    Returns:
+        The record: ``version, stage, name, hash, config, settings, parents, metrics, started, seconds, peak_rss_bytes,
+        versions``.
+    """
+    record = {
+        "version": RECORD_VERSION,
+        "stage": stage,
+        "name": config.name or stage,
+        "hash": config_hash(config),
+        "config": dataclasses.asdict(config),
+        "settings": hashed_settings(config),
+        "parents": parents(config),
+        "metrics": metrics,
+        "started": started,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes,
+        "versions": _versions(),
+    }
+    path = record_path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    os.replace(aside, path)
+    return record
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what the result depends on, as installed."""
+    import platform
+    from importlib import metadata
+
+    packages = ("nemo-minitron", "nemo-toolkit", "nemo-run", "megatron-core", "torch", "transformers", "lightning")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,76 @@
+"""``minitron.json``: what a checkpoint that we wrote says about itself, beside its weights.
+
+The doors prefer it to what they would otherwise infer (the true vocabulary size is not in a NeMo checkpoint whose
+rows are padded), and check it against the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.shape import Architecture, ModelShape
+
+__all__ = ["FILE_NAME", "Record", "read_record", "write_record"]
+
+FILE_NAME = "minitron.json"
+FORMAT_VERSION = 1
+PACKAGES = ("nemo-minitron", "torch", "megatron-core", "nemo-toolkit", "transformers", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The content of ``minitron.json`` that readers use."""
+
+    shape: ModelShape
+    architecture: Architecture
+    lineage: dict[str, Any]
+
+
+def write_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, form: str) -> Path:
+    """Write ``minitron.json`` into ``directory``; ``dtype`` is that of the tensors written beside it."""
+    path = directory / FILE_NAME
+    content = {
+        "format_version": FORMAT_VERSION,
+        "format": form,
+        "shape": checkpoint.shape.to_dict(),
+        "architecture": dataclasses.replace(checkpoint.architecture, dtype=dtype).to_dict(),
+        "lineage": checkpoint.lineage,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_record(directory: Path) -> Record | None:
+    """The record in ``directory``; None where there is none (a foreign checkpoint).
+
+    Raises:
+        CheckpointError: if it is there but cannot be understood.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version}; this release reads {FORMAT_VERSION}. "
+                f"Use the release that wrote it"
+            )
+        return Record(ModelShape(**content["shape"]), Architecture(**content["architecture"]), content["lineage"])
+    except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

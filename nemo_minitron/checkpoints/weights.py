@@ -1,0 +1,85 @@
+"""Small pieces that the doors share: the table check, casting, stored dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.base import Weights
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.shape import Architecture, ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "CastWeights", "largest_part", "names_and_shapes", "torch_dtype"]
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Dtypes a checkpoint may have, with the bytes of one element."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``"bfloat16"`` -> ``torch.bfloat16``.
+
+    Raises:
+        CheckpointError: for a dtype that checkpoints do not have.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name!r} is not one that checkpoints are written in; use {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def dtype_name(dtypes: Sequence[torch.dtype], where: str) -> str:
+    """The dtype that holds all of ``dtypes`` without loss, by name.
+
+    Raises:
+        CheckpointError: for quantized or integer weights, or no weights at all.
+    """
+    import torch
+
+    if not dtypes:
+        raise CheckpointError(f"{where} holds no weights")
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    name = str(widest).removeprefix("torch.")
+    if name not in DTYPES:
+        raise CheckpointError(
+            f"{where} stores weights as {name}, which is not supported; convert them to one of {', '.join(DTYPES)}"
+        )
+    return name
+
+
+def names_and_shapes(architecture: Architecture, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every canonical tensor of a model with its global shape, in the order of the forward pass."""
+    table = axes.family(architecture.family)
+    return {name: axes.tensor_shape(row, shape) for name, row, _ in axes.parameters(table, shape)}
+
+
+def largest_part(architecture: Architecture, shape: ModelShape) -> int:
+    """Elements of one layer or of one embedding, whichever are more: the unit in which conversion holds memory."""
+    table = axes.family(architecture.family)
+    layer = sum(math.prod(axes.tensor_shape(row, shape)) for row in table.layer.values())
+    outer = [math.prod(axes.tensor_shape(row, shape)) for part in (table.first, table.last) for row in part.values()]
+    return max(layer, *outer)
+
+
+@dataclasses.dataclass(frozen=True)
+class CastWeights:
+    """``inner`` with every tensor cast on reading. Implements :class:`Weights`; adds the cast copy of one tensor."""
+
+    inner: Weights
+    dtype: str
+
+    def names(self) -> Sequence[str]:
+        """As those of ``inner``."""
+        return self.inner.names()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor in ``dtype``."""
+        return self.inner.tensor(name).to(torch_dtype(self.dtype))

@@ -1,0 +1,231 @@
+"""The Hugging Face door: names, configuration, sharding, and every way in which a HF directory can be broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints import names as naming
+from nemo_minitron.errors import CheckpointError
+from support.checkpoints import TINY, hf_logits, tiny_checkpoint, tiny_hf_model, tiny_tokenizer, tokens
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "hf")
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_opens_with_sizes_and_constants(hf: Path) -> None:
+    checkpoint = open_checkpoint(hf)
+    shape = checkpoint.shape
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (3, 48, 76)
+    assert (shape.num_attention_heads, shape.num_query_groups, shape.head_dim) == (6, 2, 12)
+    assert shape.vocab_size == 131 and not shape.tied_embeddings
+    assert checkpoint.architecture.rotary_base == 20000.0
+    assert checkpoint.architecture.dtype == "float32"
+    assert checkpoint.tokenizer == hf
+
+
+def test_qkv_rows_go_group_by_group(hf: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(hf / "model.safetensors")
+    merged = open_checkpoint(hf).weights.tensor("decoder.layers.1.self_attention.linear_qkv.weight")
+    query = stored["model.layers.1.self_attn.q_proj.weight"]
+    key = stored["model.layers.1.self_attn.k_proj.weight"]
+    value = stored["model.layers.1.self_attn.v_proj.weight"]
+    by_hand = [query[:36], key[:12], value[:12], query[36:], key[12:], value[12:]]
+    assert torch.equal(merged, torch.cat(by_hand))
+
+
+def test_split_undoes_merge_bit_for_bit(hf: Path) -> None:
+    checkpoint = open_checkpoint(hf)
+    for name in checkpoint.weights.names():
+        axes = naming.row(checkpoint.family, name).axes
+        tensor = checkpoint.weights.tensor(name)
+        assert torch.equal(naming.merge(axes, naming.split(axes, tensor, checkpoint.shape), checkpoint.shape), tensor)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_written_directory_is_the_same_model(tmp_path: Path, tied: bool) -> None:
+    source = tiny_checkpoint(tmp_path / "source", tied=tied)
+    seen: list[tuple[str, int, int]] = []
+    written = write_checkpoint(open_checkpoint(source), tmp_path / "out", "hf", progress=lambda *a: seen.append(a))
+    assert torch.equal(hf_logits(tmp_path / "out", tokens()), hf_logits(source, tokens()))
+    assert written.shape.tied_embeddings is tied
+    assert seen[-1][1] == seen[-1][2] == len(written.weights.names())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["head_dim"] == 12
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    from transformers import AutoTokenizer
+
+    chat = [{"role": "user", "content": "w1 w2"}]
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (source, tmp_path / "out"))
+    assert after.apply_chat_template(chat, tokenize=False) == before.apply_chat_template(chat, tokenize=False)
+    assert after("w5 w9").input_ids == before("w5 w9").input_ids
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_minitron.checkpoints.huggingface.SMALLEST_SHARD", 0)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_shards_hold_one_layer_or_one_embedding(hf: Path, tmp_path: Path) -> None:
+    written = write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    layer = 48 * (6 + 2 * 2) * 12 + 48 * 72 + 3 * 48 * 76 + 2 * 48
+    assert len(shards) > 1
+    assert all(shard.stat().st_size < 4 * layer + 4096 for shard in shards)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert written.lineage == {}
+
+
+def test_one_shard_has_the_plain_name(hf: Path, tmp_path: Path) -> None:
+    write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_reads_its_own_shards_and_torch_files(hf: Path, tmp_path: Path) -> None:
+    first = open_checkpoint(hf)
+    sharded = write_checkpoint(first, tmp_path / "sharded", "hf")
+    old = tmp_path / "bin"
+    tiny_hf_model(old)
+    from safetensors.torch import load_file
+
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    for other in (sharded, open_checkpoint(old)):
+        for name in first.weights.names():
+            assert torch.equal(first.weights.tensor(name), other.weights.tensor(name)), name
+
+
+def test_dtype_is_the_stored_one_and_can_be_changed(tmp_path: Path) -> None:
+    source = tiny_hf_model(tmp_path / "source", dtype="bfloat16")
+    edit_config(source, torch_dtype="float32")  # the file lies about itself
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.architecture.dtype == "bfloat16"
+    assert write_checkpoint(checkpoint, tmp_path / "same", "hf").architecture.dtype == "bfloat16"
+    wide = write_checkpoint(checkpoint, tmp_path / "wide", "hf", dtype="float32")
+    assert wide.architecture.dtype == "float32"
+    with pytest.raises(CheckpointError, match="int4"):
+        write_checkpoint(checkpoint, tmp_path / "no", "hf", dtype="int4")
+
+
+def test_lineage_and_record_travel(hf: Path, tmp_path: Path) -> None:
+    checkpoint = dataclasses.replace(open_checkpoint(hf), lineage={"teacher": "a"})
+    assert write_checkpoint(checkpoint, tmp_path / "out", "hf").lineage == {"teacher": "a"}
+    edit_config(tmp_path / "out", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"minitron\.json describes"):
+        open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"sliding_window": 16}, "sliding_window=16"),
+        ({"num_key_value_heads": 4}, "not a multiple"),
+        ({"num_hidden_layers": 4}, "tensors that config.json asks for are missing"),
+        ({"num_hidden_layers": 2}, "have no place"),
+        ({"intermediate_size": 80}, "has shape"),
+        ({"vocab_size": 140}, "has shape"),
+        ({"hidden_size": "wide"}, "hidden_size=wide"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_named(hf: Path, changes: dict[str, object], message: str) -> None:
+    edit_config(hf, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(hf)
+
+
+def test_mistral_without_a_window_is_a_llama(hf: Path, tmp_path: Path) -> None:
+    edit_config(hf, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
+    write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf")
+    assert torch.equal(hf_logits(tmp_path / "out", tokens()), hf_logits(hf, tokens()))
+    config = json.loads((hf / "config.json").read_text())
+    del config["sliding_window"]  # transformers then takes 4096
+    (hf / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    with pytest.raises(CheckpointError, match="sliding_window=4096"):
+        open_checkpoint(hf)
+
+
+def test_missing_path_empty_directory_unknown_format(tmp_path: Path, hf: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="it is empty"):
+        open_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="format 'onnx' is not known"):
+        write_checkpoint(open_checkpoint(hf), tmp_path / "out", "onnx")
+    with pytest.raises(CheckpointError, match="vocab_multiple=0"):
+        write_checkpoint(open_checkpoint(hf), tmp_path / "out", "nemo2", vocab_multiple=0)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_truncated_and_missing_files(hf: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    write_checkpoint(open_checkpoint(hf), sharded, "hf")
+    first = sorted(sharded.glob("model-*.safetensors"))[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=f"{first.name} is truncated"):
+        open_checkpoint(sharded)
+    first.unlink()
+    with pytest.raises(CheckpointError, match=f"{first.name} is missing"):
+        open_checkpoint(sharded)
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="but no weights"):
+        open_checkpoint(hf)
+    (hf / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        open_checkpoint(hf)
+
+
+def test_a_torch_file_with_code_in_it_is_refused(hf: Path, tmp_path: Path) -> None:
+    import os
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (hf / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, hf / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        open_checkpoint(hf)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_index_cannot_point_outside(hf: Path, tmp_path: Path) -> None:
+    (hf / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        open_checkpoint(hf)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    source = tiny_hf_model(tmp_path / "source")
+    tiny_tokenizer(source, size=TINY["vocab_size"] + 1)
+    with pytest.raises(CheckpointError, match="has 132 tokens but the embedding has only 131 rows"):
+        open_checkpoint(source)
+    tiny_tokenizer(source, size=TINY["vocab_size"] - 1)
+    assert open_checkpoint(source).tokenizer == source
+    (source / "tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        open_checkpoint(source)

@@ -1,194 +1,28 @@
-"""What each stage can be told: one dataclass per stage, read strictly by :mod:`nemo_minitron.config_file`.
+"""One dataclass per stage, and the pipeline of them.
 
-A field without a default (``MISSING``) must be given. ``faults()`` of a dataclass reports what its own fields alone can
-show to be wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs. Whether paths exist is the
-plan's matter, since in a pipeline an earlier stage writes them.
-
-Nothing here imports torch: a configuration error answers at once.
+Whether paths exist is not checked here but by a stage's plan, since in a pipeline an earlier stage writes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-__all__ = [
-    "STAGES",
-    "AggregationConfig",
-    "DataConfig",
-    "DistillConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "ImportConfig",
-    "ParallelConfig",
-    "PipelineConfig",
-    "PruneConfig",
-    "ReportConfig",
-    "RuntimeConfig",
-    "ScoreConfig",
-    "SourceConfig",
-    "StageConfig",
-    "TargetConfig",
-]
-
-FORMATS = ("nemo2", "nemo", "hf")
-DTYPES = ("float32", "bfloat16")
-
-
-def _positive(config: Any, *names: str) -> list[str]:
-    """Faults of the named fields that are given and not above zero."""
-    values = ((name, getattr(config, name)) for name in names)
-    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and value <= 0]
-
-
-def _not_negative(config: Any, *names: str) -> list[str]:
-    """Faults of the named fields that are given and below zero."""
-    values = ((name, getattr(config, name)) for name in names)
-    return [f"{name}={value}: must be 0 or more" for name, value in values if value is not None and value < 0]
-
-
-def _choice(config: Any, name: str, choices: Iterable[str]) -> list[str]:
-    """The fault of a field that is given and none of ``choices``."""
-    value = getattr(config, name)
-    return [] if value is None or value in choices else [f"{name}={value}: must be one of {', '.join(choices)}"]
-
-
-def _one_of(config: Any, *names: str) -> list[str]:
-    """The fault of alternatives of which not exactly one is given."""
-    given = [name for name in names if getattr(config, name) is not None]
-    if len(given) == 1:
-        return []
-    state = f"{' and '.join(given)} are both given" if given else "none is given"
-    return [f"{names[0]}: give exactly one of {', '.join(names)} ({state})"]
-
-
-@dataclass
-class ParallelConfig:
-    """How a model is laid over processes. ``tensor * pipeline * data`` processes are started.
-
-    Attributes:
-        tensor: tensor_model_parallel_size.
-        pipeline: pipeline_model_parallel_size.
-        data: data-parallel replicas.
-        virtual_pipeline: virtual_pipeline_model_parallel_size, or null for none.
-        sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    virtual_pipeline: int | None = None
-    sequence_parallel: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.tensor * self.pipeline * self.data
-
-    def faults(self) -> list[str]:
-        """Sizes below 1 and options that need a size above 1."""
-        found = _positive(self, "tensor", "pipeline", "data", "virtual_pipeline")
-        if not found and self.virtual_pipeline is not None and self.pipeline == 1:
-            found.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
-        if not found and self.sequence_parallel and self.tensor == 1:
-            found.append("sequence_parallel=true: needs parallel.tensor above 1; set it to false")
-        return found
-
-
-@dataclass
-class RuntimeConfig:
-    """The process itself.
-
-    Attributes:
-        device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" insist.
-        seed: of every random generator.
-        threads: torch threads of one process; null shares the machine's cores among the processes.
-        timeout_minutes: a stage that runs longer is stopped; null for no limit.
-        collective_timeout_minutes: a rank that waits longer for the others gives up.
-        dtype: of weights and activations in scoring and evaluation, "float32" or "bfloat16".
-    """
-
-    device: str = "auto"
-    seed: int = 1234
-    threads: int | None = None
-    timeout_minutes: float | None = None
-    collective_timeout_minutes: float = 10.0
-    dtype: str = "float32"
-
-    def faults(self) -> list[str]:
-        """Unknown choices and limits that leave nothing."""
-        return [
-            *_choice(self, "device", ("auto", "cpu", "cuda")),
-            *_choice(self, "dtype", DTYPES),
-            *_not_negative(self, "seed"),
-            *_positive(self, "threads", "timeout_minutes", "collective_timeout_minutes"),
-        ]
-
-
-@dataclass
-class SourceConfig:
-    """One source of text.
-
-    Attributes:
-        name: how reports call it; each source is a domain of the evaluation.
-        path: text, JSONL or Parquet file, or a glob of them.
-        package: a source that an installable package carries, by its name in the data room's table.
-        text_key: JSONL key or Parquet column that holds the text.
-        weight: share of this source in the mixture, relative to the others.
-        max_characters: read no more than this.
-    """
-
-    name: str = MISSING
-    path: str | None = None
-    package: str | None = None
-    text_key: str = "text"
-    weight: float = 1.0
-    max_characters: int | None = None
-
-    def faults(self) -> list[str]:
-        """Not exactly one origin, or nothing to read."""
-        return [*_one_of(self, "path", "package"), *_positive(self, "weight", "max_characters")]
-
-
-@dataclass
-class DataConfig:
-    """Token blocks of fixed length from a mixture of sources, split by document into train, calibration and held-out.
-
-    Attributes:
-        sources: where the text comes from.
-        sequence_length: tokens of one block (its last label needs one more).
-        calibration_fraction: share of the documents set aside for scoring.
-        held_out_fraction: share of the documents set aside for evaluation and validation.
-        seed: of the split and of the order.
-        cache_dir: where fetched sources and token blocks are kept.
-    """
-
-    sources: list[SourceConfig] = field(default_factory=list)
-    sequence_length: int = 512
-    calibration_fraction: float = 0.05
-    held_out_fraction: float = 0.05
-    seed: int = 1234
-    cache_dir: str = ".cache/minitron"
-
-    def faults(self) -> list[str]:
-        """No or doubled sources, splits that leave nothing to train on."""
-        found = [*_positive(self, "sequence_length"), *_not_negative(self, "seed")]
-        if not self.sources:
-            found.append("sources: none is given; list at least one {name, path} or {name, package}")
-        names = [source.name for source in self.sources]
-        found += [
-            f"sources: the name {name!r} is given twice" for name in sorted({n for n in names if names.count(n) > 1})
-        ]
-        fractions = ("calibration_fraction", "held_out_fraction")
-        outside = [name for name in fractions if not 0 < getattr(self, name) < 1]
-        found += [f"{name}={getattr(self, name)}: must lie between 0 and 1" for name in outside]
-        if not outside and self.calibration_fraction + self.held_out_fraction >= 1:
-            found.append("calibration_fraction + held_out_fraction must stay below 1: nothing is left to train on")
-        return found
+from nemo_minitron.config.parts import (
+    DTYPES,
+    FORMATS,
+    AggregationConfig,
+    DataConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    TargetConfig,
+    choice,
+    not_negative,
+    one_of,
+    positive,
+)
 
 
 @dataclass
@@ -217,7 +51,7 @@ class StageConfig:
         return getattr(self, "parallel", None) or ParallelConfig()
 
     def inputs(self) -> dict[str, str]:
-        """Paths that the stage reads, by field (``models.teacher`` for an entry of a mapping); fields left null are absent."""
+        """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""
         found: dict[str, str] = {}
         for name in self.INPUTS:
             value = getattr(self, name)
@@ -238,7 +72,7 @@ class ImportConfig(StageConfig):
 
     Attributes:
         source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
-        package: instead of ``source``, a model that an installable package carries, by its name in the data room's table.
+        package: instead of ``source``, a model that a Python package carries, by its name in the data room's table.
         format: what to write: "nemo2", "nemo" or "hf".
         dtype: of the written weights; null keeps the stored one.
         verify: reload the result and compare logits with the source's.
@@ -257,20 +91,7 @@ class ImportConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Not exactly one origin, unknown choices."""
-        return [*_one_of(self, "source", "package"), *_choice(self, "format", FORMATS), *_choice(self, "dtype", DTYPES)]
-
-
-@dataclass
-class AggregationConfig:
-    """How activations become one score per unit: "mean", "l2" or "variance" over the sequence, then over the batch."""
-
-    sequence: str = "mean"
-    batch: str = "l2"
-
-    def faults(self) -> list[str]:
-        """Unknown choices."""
-        choices = ("mean", "l2", "variance")
-        return [*_choice(self, "sequence", choices), *_choice(self, "batch", choices)]
+        return [*one_of(self, "source", "package"), *choice(self, "format", FORMATS), *choice(self, "dtype", DTYPES)]
 
 
 @dataclass
@@ -298,30 +119,7 @@ class ScoreConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Nothing to run."""
-        return _positive(self, "samples", "micro_batch_size")
-
-
-@dataclass
-class TargetConfig:
-    """Sizes of the pruned model; null keeps the model's own."""
-
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-
-    def given(self) -> dict[str, int]:
-        """The sizes that are asked for."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-
-    def faults(self) -> list[str]:
-        """Sizes below 1 and heads that do not fill their groups."""
-        found = _positive(self, *(f.name for f in dataclasses.fields(self)))
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        if not found and heads is not None and groups is not None and heads % groups:
-            found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
-        return found
+        return positive(self, "samples", "micro_batch_size")
 
 
 @dataclass
@@ -349,7 +147,7 @@ class PruneConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
-        found = [*_choice(self, "method", ("activation", "random")), *_choice(self, "format", FORMATS)]
+        found = [*choice(self, "method", ("activation", "random")), *choice(self, "format", FORMATS)]
         if self.method == "activation" and self.scores is None:
             found.append("scores: method=activation needs the directory that `minitron score` wrote")
         if not self.target.given() and not self.layers_to_drop:
@@ -420,13 +218,13 @@ class DistillConfig(StageConfig):
     def faults(self) -> list[str]:
         """Ranges, a batch that does not divide, a schedule that does not fit."""
         found = [
-            *_positive(
+            *positive(
                 self, "steps", "micro_batch_size", "global_batch_size", "lr", "temperature", "max_minutes",
                 "validate_every", "validation_batches", "log_every", "save_every",
             ),
-            *_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
-            *_choice(self, "precision", ("32", "bf16-mixed")),
-            *(f"{n}={getattr(self, n)}: must lie in [0, 1)" for n in ("beta1", "beta2") if not 0 <= getattr(self, n) < 1),
+            *not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
+            *choice(self, "precision", ("32", "bf16-mixed")),
+            *(f"{b}: must lie in [0, 1)" for b in ("beta1", "beta2") if not 0 <= getattr(self, b) < 1),
         ]  # fmt: skip
         if self.min_lr > self.lr:
             found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
@@ -467,7 +265,7 @@ class ExportConfig(StageConfig):
         ]
         if not self.formats:
             found.append(f"formats: none is given; list any of {', '.join(FORMATS)}")
-        return [*found, *_choice(self, "dtype", DTYPES)]
+        return [*found, *choice(self, "dtype", DTYPES)]
 
 
 @dataclass
@@ -499,7 +297,7 @@ class EvaluateConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """No models, an unknown baseline, less than one block."""
-        found = _positive(self, "tokens", "micro_batch_size", "max_new_tokens")
+        found = positive(self, "tokens", "micro_batch_size", "max_new_tokens")
         if not self.models:
             found.append("models: none is given; map at least one name to a path")
         if self.baseline is not None and self.baseline not in self.models:
@@ -539,7 +337,7 @@ class PipelineConfig:
         name: how the run is called.
         output: directory of the run; a stage without ``output`` writes to ``output/<its name>``.
         vars: values of the file's own, for interpolation.
-        defaults: keys handed to every stage that has them (``runtime``, ``parallel``, ``data``, ...), below its own keys.
+        defaults: keys handed to every stage that has them (``runtime``, ``data``, ...), its own keys winning.
         stages: each ``{stage: distill, name: ..., <the stage's keys>}``; the name is the stage's own unless given.
     """
 

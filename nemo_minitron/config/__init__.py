@@ -1,0 +1,51 @@
+"""What each stage can be told, and how it is read: strictly, with every fault in one error.
+
+:mod:`~nemo_minitron.config.parts` and :mod:`~nemo_minitron.config.stages` hold the dataclasses,
+:mod:`~nemo_minitron.config.load` reads YAML files and ``key=value`` overrides into them. Nothing here imports torch, so
+that a configuration error answers at once.
+"""
+
+from nemo_minitron.config.load import find_config, load, load_pipeline, shipped_configs
+from nemo_minitron.config.parts import (
+    AggregationConfig,
+    DataConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SourceConfig,
+    TargetConfig,
+)
+from nemo_minitron.config.stages import (
+    STAGES,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    PipelineConfig,
+    PruneConfig,
+    ReportConfig,
+    ScoreConfig,
+    StageConfig,
+)
+
+__all__ = [
+    "STAGES",
+    "AggregationConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "ImportConfig",
+    "ParallelConfig",
+    "PipelineConfig",
+    "PruneConfig",
+    "ReportConfig",
+    "RuntimeConfig",
+    "ScoreConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TargetConfig",
+    "find_config",
+    "load",
+    "load_pipeline",
+    "shipped_configs",
+]

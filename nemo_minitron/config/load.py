@@ -1,0 +1,398 @@
+"""Read YAML files and ``key=value`` overrides into the dataclasses, reporting every fault at once.
+
+OmegaConf does the typing, the interpolation and the YAML; this module walks a file field by field, so that one fault
+does not hide the next, and says where in the file each lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from nemo_minitron.config.stages import STAGES, PipelineConfig, StageConfig
+from nemo_minitron.errors import ConfigError
+
+__all__ = ["find_config", "load", "load_pipeline", "shipped_configs"]
+
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = resources.files("nemo_minitron.configs")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that ``name`` means: a path, or a shipped configuration ("demo", "demo.yaml", "configs/demo.yaml").
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"{name}: is a directory; give a YAML file")
+    shipped = shipped_configs()
+    stem = path.name.removesuffix(".yaml")
+    if stem in shipped and str(path.parent) in (".", "configs"):
+        return Path(str(resources.files("nemo_minitron.configs"))) / f"{stem}.yaml"
+    raise ConfigError(f"{name}: no such file{_nearest(stem, shipped)}; shipped configurations: {', '.join(shipped)}")
+
+
+def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
+    """The configuration of one stage.
+
+    Args:
+        stage: key of :data:`~nemo_minitron.config.STAGES`.
+        path: YAML file or the name of a shipped one.
+        overrides: ``key=value`` items that win over the file; values are YAML.
+
+    Raises:
+        ConfigError: with every fault of file and overrides.
+    """
+    file = _File(path, overrides)
+    reader = _Reader(file)
+    config = reader.read(STAGES[stage], file.values, ())
+    file.raise_faults()
+    return config
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineConfig, list[StageConfig]]:
+    """A pipeline and its stages' configurations, interpolations resolved and defaults merged in.
+
+    An override reaches a stage by its name or number: ``stages.distill.steps=20``.
+
+    Raises:
+        ConfigError: with every fault of file and overrides.
+    """
+    file = _File(path, overrides, by_name=True)
+    schema = {field.name: field for field in dataclasses.fields(PipelineConfig)}
+    values = {name: value for name, value in file.values.items() if name in schema}
+    values.setdefault("vars", {})
+    values = file.resolve(values)
+    values.update({name: value for name, value in file.values.items() if name not in schema})
+    pipeline = _Reader(file).read(PipelineConfig, values, ())
+    known = {field.name for config in STAGES.values() for field in dataclasses.fields(config)}
+    for key in pipeline.defaults:
+        if key not in known:
+            file.fault(("defaults", key), f"defaults.{key}: no stage has this setting{_nearest(key, known)}")
+
+    stages: list[StageConfig] = []
+    for index, entry in enumerate(pipeline.stages):
+        where = ("stages", index)
+        entry = dict(entry)
+        kind = entry.pop("stage", None)
+        if kind not in STAGES:
+            given = f"stages[{index}].stage={kind}: is no stage" if kind else f"stages[{index}]: names no stage"
+            file.fault(where, f"{given}{_nearest(str(kind), STAGES)}; stages: {', '.join(STAGES)}")
+            continue
+        cls = STAGES[kind]
+        fields = {field.name for field in dataclasses.fields(cls)}
+        name = str(entry.setdefault("name", kind))
+        if cls.__dataclass_fields__["output"].default == "???":
+            entry.setdefault("output", f"{pipeline.output}/{name}")
+        if "run" in fields:
+            entry.setdefault("run", pipeline.output)
+        defaults = {key: value for key, value in pipeline.defaults.items() if key in fields}
+        merged = _merge(defaults, entry)
+        stages.append(_Reader(file, stage=name).read(cls, merged, where))
+    _check_distinct(file, stages)
+    file.raise_faults()
+    return pipeline, stages
+
+
+def _check_distinct(file: _File, stages: list[StageConfig]) -> None:
+    """Two stages of one name, or with one output."""
+    for what, values in (("name", [s.name for s in stages]), ("output", [s.output for s in stages])):
+        for value in sorted({v for v in values if values.count(v) > 1}):
+            file.fault((), f"stages: two have the {what} {value}; give each its own `{what}`")
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """``above`` over ``below``, mappings key by key."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _merge(below[key], value) if key in below else value for key, value in above.items()}}
+    return above
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean x?``, if something is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    """``("data", "sources", 0, "path")`` -> ``data.sources[0].path``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+class _File:
+    """A YAML file with overrides applied: plain values, the line of each key, and the faults found so far."""
+
+    def __init__(self, path: str | Path, overrides: Sequence[str], by_name: bool = False) -> None:
+        self.path = find_config(path)
+        self.faults: list[str] = []
+        self.lines: dict[tuple[str | int, ...], int] = {}
+        self.overridden: set[tuple[str | int, ...]] = set()
+        raw = self._parse()
+        for override in overrides:
+            self._override(raw, override, by_name)
+        self.values: dict[str, Any] = OmegaConf.to_container(raw)  # type: ignore[assignment]
+
+    def _parse(self) -> DictConfig:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            tree = yaml.compose(text, Loader=yaml.SafeLoader)
+            if tree is not None and not isinstance(tree, yaml.MappingNode):
+                raise ConfigError("the file must be a mapping of settings (`key: value` lines)", source=str(self.path))
+            if tree is not None:
+                self._note_lines(tree, ())
+            config = OmegaConf.create(text) if tree is not None else OmegaConf.create({})
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot be read: {error}", source=str(self.path)) from error
+        except yaml.MarkedYAMLError as error:
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise ConfigError(f"{line}not valid YAML: {error.problem}", source=str(self.path)) from error
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"not valid YAML: {reason}", source=str(self.path)) from error
+        return config  # type: ignore[return-value]
+
+    def _note_lines(self, node: yaml.Node, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                self.lines[(*path, key.value)] = key.start_mark.line + 1
+                self._note_lines(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self.lines[(*path, index)] = value.start_mark.line + 1
+                self._note_lines(value, (*path, index))
+
+    def _override(self, raw: DictConfig, override: str, by_name: bool) -> None:
+        key, equals, text = override.partition("=")
+        if not equals or not _KEY.fullmatch(key):
+            self.faults.append(f"override {override!r}: must have the form key=value, such as runtime.seed=7")
+            return
+        parts: list[str | int] = [
+            int(p) if p.isdigit() else p for p in key.replace("[", ".").replace("]", "").split(".")
+        ]
+        if by_name and parts[0] == "stages" and len(parts) > 1 and isinstance(parts[1], str):
+            names = _stage_names(raw)
+            if parts[1] not in names:
+                hint = _nearest(parts[1], names)
+                self.faults.append(
+                    f"override {override!r}: no stage is called {parts[1]}{hint}; they are {', '.join(names)}"
+                )
+                return
+            parts[1] = names.index(parts[1])
+        try:
+            value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+            OmegaConf.update(raw, ".".join(map(str, parts)), value, merge=False, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            self.faults.append(f"override {override!r}: cannot be applied ({reason})")
+            return
+        self.overridden.add(tuple(parts))
+
+    def fault(self, path: tuple[str | int, ...], message: str) -> None:
+        """Add a fault, with the line of the key or of what encloses it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.overridden:
+                message = f"override: {message}"
+                break
+            if path[:length] in self.lines:
+                message = f"line {self.lines[path[:length]]}: {message}"
+                break
+        if message not in self.faults:  # a fault in a pipeline's defaults shows in every stage
+            self.faults.append(message)
+
+    def resolve(self, values: dict[str, Any]) -> dict[str, Any]:
+        """``values`` with every interpolation replaced, those that cannot be as faults and left as they are."""
+        root = OmegaConf.create(values)
+
+        def walk(node: Any, raw: Any, path: tuple[str | int, ...]) -> Any:
+            entries = raw.items() if isinstance(raw, dict) else enumerate(raw)
+            out: dict[Any, Any] = {}
+            for key, value in entries:
+                here = (*path, key)
+                if isinstance(value, (dict, list)):
+                    out[key] = walk(node._get_node(key), value, here)
+                    continue
+                try:
+                    found = value if value == "???" else node[key]
+                    out[key] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+                except OmegaConfBaseException as error:
+                    self.fault(here, f"{_dotted(here)}={value}: cannot be resolved ({str(error).splitlines()[0]})")
+                    out[key] = value
+            return out if isinstance(raw, dict) else list(out.values())
+
+        return walk(root, values, ())
+
+    def raise_faults(self) -> None:
+        """Raise what was found, if anything was."""
+        if self.faults:
+            raise ConfigError(self.faults, source=str(self.path))
+
+
+def _stage_names(raw: DictConfig) -> list[str]:
+    """Names of a pipeline's stages, as far as the file is well formed."""
+    stages = OmegaConf.to_container(raw).get("stages")  # type: ignore[union-attr]
+    entries = stages if isinstance(stages, list) else []
+    return [str(e.get("name", e.get("stage"))) if isinstance(e, dict) else "" for e in entries]
+
+
+class _Reader:
+    """Fills one dataclass from plain values."""
+
+    def __init__(self, file: _File, stage: str | None = None) -> None:
+        self.file = file
+        self.stage = stage
+        self.bad: set[tuple[str | int, ...]] = set()
+
+    def read(self, cls: type[Any], values: dict[str, Any], where: tuple[str | int, ...]) -> Any:
+        """An instance of ``cls``; faults go to the file, and what is faulty takes its default."""
+        self.where = where
+        node = OmegaConf.structured(cls)
+        self._fill(node, cls, values, ())
+        config = self._build(node, cls, ())
+        self._faults(config, ())
+        return config
+
+    def _fault(self, path: tuple[str | int, ...], message: str) -> None:
+        """``message`` goes on where the name of the setting ends."""
+        self.bad.add(path)
+        known = {*self.file.lines, *self.file.overridden}
+        own = any((*self.where, *path[:n]) in known for n in range(len(path), 0, -1))
+        if self.where and not own and any(("defaults", *path[:n]) in known for n in range(len(path), 0, -1)):
+            self.file.fault(("defaults", *path), f"defaults.{_dotted(path)}{message}")
+        else:
+            prefix = f"stage {self.stage}: " if self.stage else ""
+            self.file.fault((*self.where, *path), f"{prefix}{_dotted(path)}{message}")
+
+    def _fill(self, node: DictConfig, cls: type[Any], values: dict[str, Any], path: tuple[str | int, ...]) -> None:
+        hints = typing.get_type_hints(cls)
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key, value in values.items():
+            here = (*path, key)
+            if key not in fields:
+                self._fault(
+                    here, f": is not a setting{_nearest(str(key), fields) or '; settings: ' + ', '.join(fields)}"
+                )
+                continue
+            hint = hints[key]
+            item = _item_class(hint)
+            if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+                self._fill(node[key], hint, value, here)  # type: ignore[arg-type]
+            elif item is not None and isinstance(value, list):
+                node[key] = []
+                for index, entry in enumerate(value):
+                    if not isinstance(entry, dict):
+                        self._fault((*here, index), f"={entry}: must be a mapping")
+                        continue
+                    node[key].append(OmegaConf.structured(item))
+                    self._fill(node[key][-1], item, entry, (*here, index))
+            else:
+                try:
+                    node[key] = value
+                except (OmegaConfBaseException, ValueError, TypeError):
+                    self._fault(here, f"={value}: must be {_words(hint)}")
+
+    def _build(self, node: DictConfig, cls: type[Any], path: tuple[str | int, ...]) -> Any:
+        """The dataclass that ``node`` holds; a value that is missing or cannot be resolved is a fault."""
+        hints = typing.get_type_hints(cls)
+        kwargs: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            here = (*path, field.name)
+            if OmegaConf.is_missing(node, field.name):
+                if here not in self.bad:
+                    self._fault(here, ": must be given")
+                kwargs[field.name] = "???"
+                continue
+            try:
+                value = node[field.name]
+            except InterpolationToMissingValueError:  # the missing value itself is the fault
+                kwargs[field.name] = "???"
+                continue
+            except OmegaConfBaseException as error:
+                self._fault(here, f"={node._get_node(field.name)}: cannot be used ({str(error).splitlines()[0]})")
+                continue
+            hint, item = hints[field.name], _item_class(hints[field.name])
+            if dataclasses.is_dataclass(hint):
+                kwargs[field.name] = self._build(value, hint, here)  # type: ignore[arg-type]
+            elif item is not None:
+                kwargs[field.name] = [self._build(entry, item, (*here, i)) for i, entry in enumerate(value)]
+            elif OmegaConf.is_config(value):
+                kwargs[field.name] = self._plain(value, here)
+            else:
+                kwargs[field.name] = value
+        return cls(**kwargs)
+
+    def _plain(self, value: Any, path: tuple[str | int, ...]) -> Any:
+        try:
+            return OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            self._fault(path, f": cannot be resolved ({str(error).splitlines()[0]})")
+            return OmegaConf.to_container(value, resolve=False)
+
+    def _faults(self, config: Any, path: tuple[str | int, ...]) -> None:
+        """The dataclasses' own faults, leaving out settings that are faulty already."""
+        for message in config.faults():
+            match = re.match(r"[A-Za-z_]\w*", message)
+            name = match.group() if match else ""
+            if (*path, name) in self.bad:
+                continue
+            before = set(self.bad)
+            prefix = f"{_dotted(path)}." if path else ""
+            if hasattr(config, name):
+                self._fault((*path, name), message[len(name) :])
+            else:
+                self.file.fault((*self.where, *path), f"{prefix}{message}")
+            self.bad = before
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            for index, entry in enumerate(value if isinstance(value, list) else []):
+                if dataclasses.is_dataclass(entry):
+                    self._faults(entry, (*path, field.name, index))
+            if dataclasses.is_dataclass(value):
+                self._faults(value, (*path, field.name))
+
+
+def _item_class(hint: Any) -> type[Any] | None:
+    """``SourceConfig`` of ``list[SourceConfig]``, else None."""
+    arguments = typing.get_args(hint)
+    return arguments[0] if typing.get_origin(hint) is list and dataclasses.is_dataclass(arguments[0]) else None  # type: ignore[return-value]
+
+
+def _words(hint: Any) -> str:
+    """A type as the user reads it: ``int | None`` -> "a whole number or null"."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _words(part) for part in typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return f"a list ({_words(arguments[0])} each)" if arguments[0] is not Any else "a list"
+    if origin is dict:
+        return f"a mapping ({_words(arguments[1])} each)" if arguments[1] is not Any else "a mapping"
+    return _WORDS.get(hint, "anything")

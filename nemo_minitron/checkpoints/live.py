@@ -1,0 +1,96 @@
+"""Filling a live Megatron model from a checkpoint: each rank reads its own shard, straight from ``Weights``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["canonical_parameters", "load_into"]
+
+_LOCAL_SPELLING = {
+    # Megatron's local layer spec keeps the norms outside the linears that follow them
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a chunk under canonical names: global layer number, Transformer Engine spelling.
+
+    Works for any pipeline or virtual pipeline stage (``layer_number`` is global in Megatron) and for both layer specs.
+    Parameters come under the name of the module that holds them; a tied output layer on a last stage that is not the
+    first holds the embedding's copy and comes as ``output_layer.weight``.
+    """
+    layers = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+    for name, parameter in chunk.named_parameters():
+        if name.startswith("decoder.layers."):
+            index, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            yield f"decoder.layers.{layers[int(index)]}.{_LOCAL_SPELLING.get(rest, rest)}", parameter
+        else:
+            yield name, parameter
+
+
+def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups) -> None:
+    """Fill this rank's chunks with its shard of ``checkpoint``, in the chunks' own dtype.
+
+    Each tensor is read whole and cut by :func:`nemo_minitron.axes.shard_rows`, so a rank holds one global tensor beside
+    its model. Vocabulary rows of padding become zero. No communication: every rank reads for itself.
+
+    Args:
+        chunks: plain Megatron ``GPTModel``s of this rank (one, or one for each virtual pipeline stage).
+        checkpoint: what to load; its shape must be the model's.
+        groups: of this process; the tensor-parallel group is used.
+
+    Raises:
+        CheckpointError: if the model has a parameter that the checkpoint does not, or one of another shape.
+    """
+    table, shape = checkpoint.family, checkpoint.shape
+    rows = {name: row for name, row, _ in axes.parameters(table, shape)}
+    embedding = next(iter(table.first))
+    rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)
+    for chunk in chunks:
+        for name, parameter in canonical_parameters(chunk):
+            source = embedding if shape.tied_embeddings and name == table.output else name
+            if source not in rows:
+                raise CheckpointError(
+                    f"the model has a parameter {name} that {checkpoint.path} ({shape.num_layers} layers, "
+                    f"tied_embeddings={shape.tied_embeddings}) does not; build the model from the checkpoint's shape"
+                )
+            row = rows[source]
+            tensor = checkpoint.weights.tensor(source)
+            if (dim := row.tensor_parallel_dim) is not None:
+                tensor = _shard(tensor, row.axes[dim], dim, rank=rank, world=world, local=parameter.shape[dim])
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: the shard of {source} has shape {list(tensor.shape)} where the model on this "
+                    f"rank has {list(parameter.shape)}; build the model from the checkpoint's shape"
+                )
+            with torch.no_grad():
+                parameter.copy_(tensor)
+
+
+def _shard(tensor: torch.Tensor, axis: axes.Axis, dim: int, *, rank: int, world: int, local: int) -> torch.Tensor:
+    """This rank's part of ``tensor`` along ``dim``; a vocabulary is first thought of as padded to ``local * world``."""
+    size = tensor.shape[dim]
+    if axis is not axes.Axis.VOCAB:
+        return tensor if world == 1 else tensor.index_select(dim, axes.shard_rows(axis, size, rank=rank, world=world))
+    if local * world < size:
+        raise CheckpointError(
+            f"the model has {local * world} vocabulary rows where the checkpoint has {size}; "
+            f"build the model from the checkpoint's shape"
+        )
+    first = min(rank * local, size)
+    part = tensor[first : min(first + local, size)]
+    padding = part.new_zeros((local - part.shape[0], *part.shape[1:]))
+    return torch.cat([part, padding]) if padding.shape[0] else part

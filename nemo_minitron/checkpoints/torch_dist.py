@@ -1,0 +1,302 @@
+"""Reading Megatron's ``torch_dist`` distributed checkpoints: no process group, no Megatron, one region at a time.
+
+A checkpoint is a set of ``*.distcp`` files that hold chunks, each a ``torch.save``d tensor, and ``.metadata``, which
+says for every key its global shape and for every chunk its offsets and its place in a file. Two layouts of decoder
+layers exist (``megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict``): homogeneous,
+one key ``decoder.layers.<rest>`` with a leading layer dimension, and one key a layer. Keys may carry a prefix:
+``module.`` (NeMo 2) or ``model.`` (``.nemo``). Optimizer state and Transformer Engine's ``_extra_state`` are passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.dcp_metadata import read_metadata
+from nemo_minitron.checkpoints.names import row as table_row
+from nemo_minitron.checkpoints.weights import dtype_name
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PREFIXES", "TorchDist", "TorchDistWeights"]
+
+PREFIXES = ("module.", "model.", "")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LOCAL_SPELLING = {
+    # a model built from Megatron's local layer spec keeps its norms outside the linears
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """One stored piece of a tensor: where it lies in the tensor and where in which file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class TorchDist:
+    """An opened distributed checkpoint: the table of its tensors.
+
+    Args:
+        directory: that holds ``.metadata``; also names the checkpoint in messages.
+        open_file: how to open one of its files for reading; by default from ``directory``.
+
+    Raises:
+        CheckpointError: if the metadata cannot be read.
+    """
+
+    def __init__(self, directory: Path, open_file: Callable[[str], BinaryIO] | None = None) -> None:
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self.directory = directory
+        self._open = open_file or (lambda name: open(directory / name, "rb"))  # noqa: SIM115 (closed by the caller)
+        metadata = read_metadata(directory)
+        places: dict[str, dict[tuple[int, ...], Any]] = {}
+        for index, info in metadata.storage_data.items():
+            places.setdefault(index.fqn, {})[tuple(index.offset or ())] = info
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._chunks: dict[str, list[_Chunk]] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            self.sizes[key] = tuple(entry.size)
+            self.dtypes[key] = entry.properties.dtype
+            stored = places.get(key, {})
+            self._chunks[key] = [
+                _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
+                for chunk in entry.chunks
+                if (info := stored.get(tuple(chunk.offsets))) is not None
+            ]
+        for name in {chunk.file for chunks in self._chunks.values() for chunk in chunks}:
+            if Path(name).name != name:
+                raise CheckpointError(f"{directory}: .metadata names {name!r}, which lies outside the checkpoint")
+
+    def prefix(self, name: str) -> str:
+        """The prefix under which this checkpoint stores the model, found from a tensor that every model has.
+
+        Raises:
+            CheckpointError: if it is not there under any known prefix.
+        """
+        for prefix in PREFIXES:
+            if prefix + name in self.sizes:
+                return prefix
+        raise CheckpointError(
+            f"{self.directory} holds no {name}; it is not a GPT model's checkpoint "
+            f"(found {', '.join(sorted(self.sizes)[:3]) or 'no tensors'})"
+        )
+
+    def read(self, key: str, region: Sequence[slice]) -> torch.Tensor:
+        """A region of a stored tensor, assembled from its chunks; dimensions are kept.
+
+        Memory: the region, and one chunk at a time.
+
+        Args:
+            key: stored key.
+            region: one ``slice(start, stop)`` a dimension.
+
+        Raises:
+            CheckpointError: if a chunk is missing, truncated, or the chunks do not cover the region.
+        """
+        import torch
+
+        if key not in self.sizes:
+            raise CheckpointError(f"{self.directory} has no tensor {key}; the checkpoint is incomplete")
+        lengths = [part.stop - part.start for part in region]
+        out: torch.Tensor | None = None
+        covered = 0
+        for chunk in self._chunks[key]:
+            overlap = [
+                (max(part.start, offset), min(part.stop, offset + size))
+                for part, offset, size in zip(region, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(start >= stop for start, stop in overlap):
+                continue
+            data = self._load(key, chunk)
+            inner = tuple(
+                slice(start - offset, stop - offset)
+                for (start, stop), offset in zip(overlap, chunk.offsets, strict=True)
+            )
+            piece = data[inner]
+            if list(piece.shape) == lengths:
+                return piece
+            if out is None:
+                out = torch.empty(lengths, dtype=self.dtypes[key])
+            outer = tuple(
+                slice(start - part.start, stop - part.start)
+                for (start, stop), part in zip(overlap, region, strict=True)
+            )
+            out[outer] = piece
+            covered += piece.numel()
+        if out is None or covered != out.numel():
+            raise CheckpointError(
+                f"{self.directory}: the chunks of {key} cover {covered} of the {_product(lengths)} elements asked for; "
+                f"the checkpoint is incomplete"
+            )
+        return out
+
+    def _load(self, key: str, chunk: _Chunk) -> torch.Tensor:
+        import torch
+
+        where = f"{self.directory / chunk.file}, tensor {key}"
+        try:
+            with self._open(chunk.file) as file:
+                if file.seek(0, io.SEEK_END) < chunk.start + chunk.length:
+                    raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
+                window = _Window(file, chunk.start, chunk.length)
+                tensor = torch.load(window, map_location="cpu", weights_only=True)
+        except (OSError, KeyError) as error:
+            raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
+            found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{where}: the chunk holds {found}, .metadata says {list(chunk.sizes)}")
+        return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchDistWeights:
+    """A model's tensors in a distributed checkpoint under canonical names. Implements ``Weights``.
+
+    Attributes:
+        store: the checkpoint.
+        shape, family: the model's; ``shape.vocab_size`` is the true vocabulary, stored rows beyond it are padding.
+        prefix: before every key.
+    """
+
+    store: TorchDist
+    shape: ModelShape
+    family: str
+    prefix: str
+
+    def names(self) -> Sequence[str]:
+        """Canonical names in the order of the forward pass."""
+        return [name for name, _, _ in axes.parameters(axes.family(self.family), self.shape)]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor in the stored dtype, padding rows stripped."""
+        key, layer = self._locate(name)
+        size = axes.tensor_shape(table_row(axes.family(self.family), name), self.shape)
+        region = [slice(0, length) for length in size]
+        if layer is None:
+            return self.store.read(key, region).contiguous()
+        return self.store.read(key, [slice(layer, layer + 1), *region])[0].contiguous()
+
+    def check(self) -> None:
+        """Compare the stored keys and global shapes with the model's sizes, without reading tensors.
+
+        Raises:
+            CheckpointError: for a tensor that is missing, of another shape, or has no place in the model.
+        """
+        table, known = axes.family(self.family), set()
+        for name, row, _ in axes.parameters(table, self.shape):
+            key, layer = self._locate(name)
+            known.add(key)
+            expected = axes.tensor_shape(row, self.shape)
+            found = self.store.sizes[key]
+            if layer is not None:
+                layers, found = found[0], found[1:]
+                if layers != self.shape.num_layers:
+                    raise self._mismatch(key, f"{layers} layers", f"{self.shape.num_layers}")
+            padded = row.axes[0] is axes.Axis.VOCAB and found[:1] >= expected[:1]
+            if found[1:] != expected[1:] or (found[:1] != expected[:1] and not padded):
+                raise self._mismatch(key, f"shape {list(found)}", f"{list(expected)}")
+        for key in self._model_keys():
+            if key not in known and not (self.shape.tied_embeddings and key == self.prefix + table.output):
+                raise CheckpointError(
+                    f"{self.store.directory}: {key} has no place in a Llama model of {self.shape.num_layers} layers "
+                    f"without biases; the configuration belongs to another model"
+                )
+
+    def padded_vocab(self) -> int:
+        """Stored rows of the embedding."""
+        return self.store.sizes[self.prefix + next(iter(axes.family(self.family).first))][0]
+
+    def dtype(self) -> str:
+        """The dtype that holds all of the model's tensors."""
+        keys = dict.fromkeys(self._locate(name)[0] for name in self.names())
+        return dtype_name([self.store.dtypes[key] for key in keys], str(self.store.directory))
+
+    def _model_keys(self) -> Iterator[str]:
+        for key in self.store.sizes:
+            if key.startswith(self.prefix) and not key.endswith("_extra_state"):
+                rest = key.removeprefix(self.prefix)
+                if rest.startswith(("decoder.", "embedding.", "output_layer.")):
+                    yield key
+
+    def _locate(self, name: str) -> tuple[str, int | None]:
+        """Canonical name -> stored key, and the index along its leading layer dimension (None: there is none)."""
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            if self.prefix + name in self.store.sizes:
+                return self.prefix + name, None
+        else:
+            layer, rest = int(match[1]), match[2]
+            for spelling in (rest, _LOCAL_SPELLING.get(rest, rest)):
+                if (key := f"{self.prefix}decoder.layers.{spelling}") in self.store.sizes:
+                    return key, layer
+                if (key := f"{self.prefix}decoder.layers.{layer}.{spelling}") in self.store.sizes:
+                    return key, None
+        raise CheckpointError(
+            f"{self.store.directory} has no tensor {self.prefix}{name}; the checkpoint is incomplete "
+            f"or has fewer layers than its configuration says"
+        )
+
+    def _mismatch(self, key: str, found: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.store.directory}: {key} has {found} where the model's sizes ask for {expected}; "
+            f"the configuration belongs to another model"
+        )
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file as a file of its own, so that torch reads a chunk without a copy of its bytes."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._length - self._position))
+        self._file.seek(self._start + self._position)
+        read = self._file.readinto(view[:count])  # type: ignore[attr-defined]
+        self._position += read
+        return int(read)
+
+
+def _product(lengths: Sequence[int]) -> int:
+    count = 1
+    for length in lengths:
+        count *= length
+    return count

@@ -16,7 +16,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -43,7 +42,7 @@ __all__ = [
 ]
 
 RECORD_VERSION = 1
-#: Left in every directory that :func:`stage_output` finishes; with a record or a ``minitron.json`` it says: ours to replace.
+#: Left in every directory that :func:`stage_output` finishes: like a record or a ``minitron.json``, a sign that it is ours.
 MARKER = ".minitron-output"
 #: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
 _NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
@@ -118,7 +117,7 @@ def human_count(count: float) -> str:
 
 
 def peek_shape(checkpoint: str | Path) -> ModelShape | None:
-    """The shape that a checkpoint directory's ``minitron.json`` states, without opening the weights; None if there is none.
+    """The shape that a checkpoint's ``minitron.json`` states, without opening the weights; None if there is none.
 
     Raises:
         CheckpointError: if the file is there and cannot be read.
@@ -163,8 +162,8 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
 def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Write a stage's output directory aside and put it in place only when the block ends without an error.
 
-    Call it on one rank only. Within the block, write below the yielded temporary sibling; an error removes it and leaves
-    an earlier output untouched, a kill leaves the temporary directory (``.<name>.partial-*``), never a half-written output.
+    Call it on one rank only. Within the block, write below the yielded temporary sibling. An error removes it and leaves
+    an earlier output untouched; a kill leaves the temporary directory (``.<name>.partial-*``), no half-written output.
 
     Args:
         path: final directory.
@@ -233,7 +232,7 @@ def _identity(path: Path, excluding: Path) -> str:
 
 
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:
-    """Each input of a stage, as ``{field: {"path", "hash"}}``. The hash changes when the input is made anew differently."""
+    """Each input of a stage as ``{field: {"path", "hash"}}``; the hash changes when the input is made differently."""
     own = Path(config.output).absolute()
     found = config.inputs()
     return {name: {"path": path, "hash": _identity(Path(path).absolute(), own)} for name, path in found.items()}
@@ -311,7 +310,7 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    os.replace(aside, path)
+    aside.replace(path)
     return record
 
 

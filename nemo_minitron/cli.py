@@ -1,0 +1,157 @@
+"""The command line: ``minitron <stage> CONFIG [key=value ...] [--dry-run] [--overwrite]``.
+
+Exit codes: 0 done, 2 for what the user can put right (the message alone), 1 for what the user cannot (with a traceback),
+130 interrupted. Only the standard library, typer and what :mod:`nemo_minitron.config` needs are imported before a stage
+starts, so that ``--help`` and configuration errors answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.errors import MinitronError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="minitron",
+    help="Small, aligned language models out of large ones, the Minitron way.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that win over the file: runtime.seed=7", show_default=False
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read, written and spent; do nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
+
+_HELP = {
+    "import": "Take a model over: Hugging Face, GGUF, NeMo 2 or .nemo into the working format.",
+    "score": "Score every unit of a model by forward passes over calibration data.",
+    "prune": "Remove the units that matter least, down to a target shape.",
+    "distill": "Train a student on its teacher's logits.",
+    "evaluate": "Held-out loss and sample answers of several models.",
+    "export": "Write a model as Hugging Face, NeMo 2 or .nemo, and check it.",
+    "report": "Write index.html and report.md of a run.",
+}
+
+
+def _stage_command(stage: str) -> None:
+    @app.command(stage, help=_HELP[stage])
+    def command(
+        config: Config, overrides: Overrides = None, dry_run: DryRun = False, overwrite: Overwrite = False
+    ) -> None:
+        with _exit_codes():
+            _run_stage(stage, config, overrides or [], dry_run, overwrite)
+
+
+for _stage in _HELP:
+    _stage_command(_stage)
+
+
+@app.command("run", help="Run a pipeline of stages; what is done already is kept.")
+def run(config: Config, overrides: Overrides = None, dry_run: DryRun = False, overwrite: Overwrite = False) -> None:
+    """Run a pipeline."""
+    with _exit_codes():
+        from nemo_minitron.config import load_pipeline
+
+        pipeline, stages = load_pipeline(config, overrides or [])
+        from rich.console import Console
+
+        if dry_run:
+            from nemo_minitron.stages.plan import show_plans
+
+            show_plans(stages, Console(), config)
+            return
+        from nemo_minitron.stages.pipeline import run_pipeline
+
+        run_pipeline(pipeline, stages, overwrite=overwrite, console=Console())
+
+
+@app.command("status", help="Show how far the pipeline in a directory is.")
+def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
+    """Show a pipeline's state."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from nemo_minitron.stages.pipeline import show_status
+
+        show_status(directory, Console())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"minitron {version('nemo-minitron')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overwrite: bool) -> None:
+    from nemo_minitron.config import load
+
+    config = load(stage, path, overrides)
+    if overwrite:
+        config = dataclasses.replace(config, overwrite=True)
+    if dry_run:
+        from rich.console import Console
+
+        from nemo_minitron.stages.plan import show_plans
+
+        show_plans([config], Console(), path)
+        return
+    from nemo_minitron.stages.execute import run_stage
+
+    def show(data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    record = run_stage(config, show)
+    typer.echo(f"{record['name']}: done in {record['seconds']:.1f} s, {config.output}")
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn errors into messages and exit codes."""
+    try:
+        yield
+    except MinitronError as error:
+        typer.echo(f"minitron: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("minitron: interrupted", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        # A crashed rank's own traceback is in the message; ours would only show the launcher.
+        if type(error).__name__ != "StageCrashError":
+            raise
+        typer.echo(f"minitron: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

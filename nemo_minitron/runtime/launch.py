@@ -1,0 +1,316 @@
+"""Start the processes of a job, show rank 0's output, bound their time, and say what became of each rank.
+
+One process is started as it is, several through torchrun on nemo_run's local executor
+(:mod:`nemo_minitron.runtime.torchrun`). A job has a folder, which the launcher empties first::
+
+    rank-0.log, rank-1.log, ...    what each rank printed
+    rank-0.json, rank-1.json, ...  what became of it: a :class:`RankResult`
+    launcher.log                   what the launchers in between printed
+    nemo_run/                      nemo_run's own records (NEMORUN_HOME)
+
+Each rank calls :func:`attach` when it starts and :func:`save_result` when it ends. Exit codes carry no message, and
+torchrun and nemo_run each wrap their own around it; so the files decide, and the exit codes only end the wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nemo_minitron import errors
+from nemo_minitron.errors import MinitronError
+
+__all__ = ["RankResult", "StageCrashError", "attach", "launch", "save_result"]
+
+FOLDER_VARIABLE = "MINITRON_JOB_FOLDER"
+#: Seconds that the other ranks get to end by themselves once one has failed.
+GRACE = 10.0
+POLL = 0.1
+
+
+class StageCrashError(Exception):
+    """A process of a job failed by no fault of the user's; the message holds its traceback and its log's path."""
+
+
+@dataclass
+class RankResult:
+    """What became of a rank.
+
+    Attributes:
+        rank: global rank.
+        status: "done", "refused" (a :class:`MinitronError`) or "crashed".
+        seconds: since the rank attached itself.
+        peak_rss_bytes: its largest resident size.
+        error: class name of the exception.
+        message: of the exception; of a crash the traceback.
+        metrics: what the job returned (JSON values).
+        time: when it ended, seconds since the epoch.
+    """
+
+    rank: int
+    status: str
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    error: str = ""
+    message: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+
+
+def attach(folder: Path) -> int:
+    """Called by a rank at its start: its output goes to its log, and it ends when its parent does.
+
+    Returns:
+        The rank, from the environment that torchrun sets.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    end_with_parent()
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return rank
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies, so that killing ``minitron`` leaves no process behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def save_result(folder: Path, result: RankResult) -> None:
+    """Write a rank's result, whole or not at all."""
+    path = folder / f"rank-{result.rank}.json"
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(asdict(result), default=str))
+    aside.replace(path)
+
+
+def failure(rank: int, error: BaseException) -> RankResult:
+    """The result of a rank that ended with ``error``."""
+    if isinstance(error, MinitronError):
+        return RankResult(rank, "refused", error=type(error).__name__, message=str(error))
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return RankResult(rank, "crashed", error=type(error).__name__, message=text)
+
+
+def launch(
+    module: str,
+    args: Sequence[str],
+    *,
+    world_size: int,
+    folder: Path,
+    threads: int | None = None,
+    timeout_minutes: float | None = None,
+    on_output: Callable[[bytes], None] | None = None,
+) -> list[RankResult]:
+    """Run ``python -m module args`` on ``world_size`` processes of this machine and wait.
+
+    Args:
+        module: takes its folder from :func:`job_folder`, calls :func:`attach` and :func:`save_result`.
+        args: words without blanks or quotes (torchx quotes them without a shell to undo it).
+        world_size: number of processes.
+        folder: the job's; emptied of an earlier job's files.
+        threads: of each process; None shares the cores that this process may use.
+        timeout_minutes: the job is stopped after this; None for no limit.
+        on_output: called with what rank 0 prints, as it comes.
+
+    Returns:
+        The results by rank, all "done".
+
+    Raises:
+        MinitronError: (the class that the rank raised) if a rank refused the job, or on a timeout.
+        StageCrashError: if a rank crashed, or ended without a result.
+    """
+    folder = folder.absolute()
+    _prepare(folder)
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    command = [sys.executable, "-m", module, *args]
+    if world_size > 1:
+        command = [sys.executable, "-m", "nemo_minitron.runtime.torchrun", str(world_size), module, *args]
+    started = time.monotonic()
+    with (folder / "launcher.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            env=_environment(folder, threads),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # an interrupt reaches us alone, and we end the rest in order
+        )
+        tail = _Tail(folder / "rank-0.log", on_output)
+        limit = None if timeout_minutes is None else started + 60 * timeout_minutes
+        timed_out = False
+        try:
+            timed_out = _wait(process, folder, limit, world_size, tail)
+        finally:
+            if process.poll() is None:
+                _end(process)
+            tail.step()
+    if timed_out:
+        raise MinitronError(
+            f"stopped after {timeout_minutes:g} minutes (runtime.timeout_minutes); raise the limit or set it to null. "
+            f"Logs: {folder}"
+        )
+    return _verdict(folder, world_size, process.returncode)
+
+
+def job_folder() -> Path:
+    """The folder of the job that this process belongs to."""
+    return Path(os.environ[FOLDER_VARIABLE])
+
+
+def _prepare(folder: Path) -> None:
+    """Remove what an earlier job left; other files in the folder stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("rank-*.log", "rank-*.json", "rank-*.partial", "launcher.log"):
+        for stale in folder.glob(pattern):
+            stale.unlink()
+    shutil.rmtree(folder / "nemo_run", ignore_errors=True)
+    (folder / "nemo_run").mkdir()
+
+
+def _environment(folder: Path, threads: int) -> dict[str, str]:
+    """This process's environment and what the job's processes need."""
+    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    interpreter = str(
+        Path(sys.executable).parent
+    )  # torchrun is found there even where the environment is not activated
+    keep |= {
+        FOLDER_VARIABLE: str(folder),
+        "NEMORUN_HOME": str(folder / "nemo_run"),
+        "OMP_NUM_THREADS": str(threads),
+        "PATH": os.pathsep.join([interpreter, os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LOGLEVEL": "WARNING",  # torchrun's
+    }
+    if sys.stderr.isatty() and sys.stdout.isatty():  # rank 0 writes to a file that is shown on this terminal
+        keep |= {"TTY_COMPATIBLE": "1", "COLUMNS": str(shutil.get_terminal_size().columns)}
+    return keep
+
+
+class _Tail:
+    """Hands on what is appended to a file."""
+
+    def __init__(self, path: Path, on_output: Callable[[bytes], None] | None) -> None:
+        self.path, self.on_output, self.offset = path, on_output, 0
+
+    def step(self) -> None:
+        """Hand on what has come since the last step."""
+        if self.on_output is None or not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        self.offset += len(data)
+        if data:
+            self.on_output(data)
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path, limit: float | None, world_size: int, tail: _Tail) -> bool:
+    """Wait for the process or for what ends it: the time limit (True), a failed rank or a finished job that lingers."""
+    deadline = None
+    while process.poll() is None:
+        time.sleep(POLL)
+        tail.step()
+        now = time.monotonic()
+        if limit is not None and now > limit:
+            return True
+        if deadline is not None:
+            if now > deadline:
+                return False
+            continue
+        results = read_results(folder)
+        if any(result.status != "done" for result in results):
+            deadline = now + GRACE
+        elif len(results) == world_size:
+            deadline = now + 6 * GRACE
+    return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a process and all below it; kill what does not go in time."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        family = [*root.children(recursive=True), root]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for member in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()
+
+
+def read_results(folder: Path) -> list[RankResult]:
+    """The results that are there, by rank."""
+    found = [RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    return sorted(found, key=lambda result: result.rank)
+
+
+def _verdict(folder: Path, world_size: int, code: int) -> list[RankResult]:
+    """The results if all ranks are done, else the one failure that explains the others."""
+    results = read_results(folder)
+    failed = sorted((r for r in results if r.status != "done"), key=lambda r: (r.status != "refused", r.time))
+    if failed and failed[0].status == "refused":
+        kind = getattr(errors, failed[0].error, MinitronError)
+        raise (kind if issubclass(kind, MinitronError) else MinitronError)(failed[0].message)
+    if len(results) == world_size and not failed:
+        return results
+    # A rank that was killed leaves no result; its peers then crash on the lost connection, which explains nothing.
+    silent = sorted(set(range(world_size)) - {result.rank for result in results})
+    first = _first_failure(folder)
+    if failed and not (first is not None and first[0] in silent):
+        crash = failed[0]
+        raise StageCrashError(
+            f"{crash.message}\nRank {crash.rank} of {world_size} crashed. Log: {folder}/rank-{crash.rank}.log"
+        )
+    rank, code = first if first is not None and first[0] in silent else (silent[0], code)
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    hint = "; a process that needs more memory than the machine has ends so" if code == -signal.SIGKILL else ""
+    log = folder / f"rank-{rank}.log"
+    raise StageCrashError(
+        f"{_last_lines(log, folder / 'launcher.log')}"
+        f"Rank {rank} of {world_size} ended without a result ({how}{hint}). Log: {log}"
+    )
+
+
+def _first_failure(folder: Path) -> tuple[int, int] | None:
+    """``(rank, exit code)`` that torchrun's summary names as the root cause, if there is one."""
+    pattern = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+    for path in (folder / "nemo_run").rglob("stderr.log"):
+        if match := pattern.search(path.read_text(errors="replace")):
+            return int(match[1]), int(match[2])
+    return None
+
+
+def _last_lines(*paths: Path, count: int = 15) -> str:
+    """The end of the first of ``paths`` that says anything."""
+    for path in paths:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        if lines:
+            return "\n".join(lines[-count:]) + "\n"
+    return ""

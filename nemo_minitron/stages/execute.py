@@ -1,0 +1,68 @@
+"""Run one stage from its configuration: check the output, start the processes, write the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.runtime.launch import launch
+from nemo_minitron.stages.base import check_output, write_record
+
+__all__ = ["job_folder_of", "run_stage"]
+
+
+def job_folder_of(config: StageConfig) -> Path:
+    """Where a stage's logs lie: ``logs/<output's name>`` beside its output, which itself is only renamed into place."""
+    output = Path(config.output).absolute()
+    return output.parent / "logs" / output.name
+
+
+def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
+    """Run a stage in processes of its own and record what it did.
+
+    Args:
+        config: complete and without faults.
+        on_output: called with what rank 0 prints.
+
+    Returns:
+        The record (:func:`~nemo_minitron.stages.base.write_record`).
+
+    Raises:
+        MinitronError: what the stage refused.
+        StageCrashError: what it failed by.
+    """
+    stage = config.STAGE
+    # A stage that resumes keeps its output; another that finds one is refused before anything starts.
+    if not getattr(config, "resume", False) and stage != "report":
+        check_output(config.output, config.overwrite)
+    folder = job_folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    clock = time.monotonic()
+    results = launch(
+        "nemo_minitron.stages.worker",
+        [stage],
+        world_size=config.layout.world_size,
+        folder=folder,
+        threads=config.runtime.threads,
+        timeout_minutes=config.runtime.timeout_minutes,
+        on_output=on_output,
+    )
+    return write_record(
+        config.output,
+        stage,
+        config,
+        metrics=results[0].metrics,
+        seconds=time.monotonic() - clock,
+        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        started=started,
+    )

@@ -1,0 +1,69 @@
+"""``--dry-run``: what stages would read, write and cost, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes
+from nemo_minitron.stages.worker import stage_module
+
+__all__ = ["show_plans"]
+
+
+def show_plans(configs: Sequence[StageConfig], console: Console, source: str) -> None:
+    """Print the plan of each stage, in order; what an earlier one writes counts as there.
+
+    Raises:
+        ConfigError: with every fault that the plans found, after the tables are printed.
+    """
+    produced: set[str] = set()
+    faults: list[str] = []
+    for config in configs:
+        name = config.name or config.STAGE
+        try:
+            plan = stage_module(config.STAGE).plan(config)
+        except MinitronError as error:
+            faults.append(f"{name}: {error}")
+            produced.add(config.output)
+            continue
+        console.print(_table(name, config, plan, produced))
+        faults += [f"{name}: {fault}" for fault in [*plan.missing_reads(produced), *plan.faults]]
+        produced.update([config.output, *(item.path for item in plan.writes)])
+    if faults:
+        raise ConfigError(faults, source=source)
+
+
+def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) -> Table:
+    title = name if name == plan.stage else f"{name} ({plan.stage})"
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, min_width=72)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for item in plan.reads:
+        table.add_row("reads", f"{item.what}: {item.path} [dim]({_state(item, produced)})[/]")
+    for item in plan.writes:
+        there = " [yellow](exists)[/]" if item.exists() else ""
+        table.add_row("writes", f"{item.what}: {item.path}{there}")
+    layout = config.layout
+    size = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
+    table.add_row("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {size}")
+    for what, value in plan.costs.items():
+        table.add_row(what, value)
+    for note in plan.notes:
+        table.add_row("note", note)
+    for fault in plan.faults:
+        table.add_row("[red]fault[/]", f"[red]{fault}[/]")
+    return table
+
+
+def _state(item: PlannedPath, produced: set[str]) -> str:
+    """How an input stands: its size, or who writes it, or that it is missing."""
+    if item.exists():
+        return human_bytes(item.size() or 0)
+    made = any(Path(item.path).absolute().is_relative_to(Path(path).absolute()) for path in produced)
+    return "written by an earlier stage" if made else "[red]missing[/]"

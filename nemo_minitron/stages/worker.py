@@ -1,0 +1,106 @@
+"""``python -m nemo_minitron.stages.worker STAGE``: what each process of a stage runs.
+
+The launcher says through the environment which folder is the job's; its ``config.yaml`` is the resolved configuration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nemo_minitron.config import StageConfig, load
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime import log
+from nemo_minitron.runtime.launch import RankResult, attach, failure, job_folder, save_result
+
+__all__ = ["main", "set_up", "stage_module"]
+
+#: Modules whose name would be a keyword.
+_MODULES = {"import": "import_"}
+
+
+def stage_module(stage: str) -> ModuleType:
+    """The module of a stage, with its ``plan`` and ``run``.
+
+    Raises:
+        MinitronError: if this installation has no such stage.
+    """
+    name = f"nemo_minitron.stages.{_MODULES.get(stage, stage)}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise MinitronError(f"stage {stage}: is not part of this installation ({name} is missing)") from error
+        raise
+
+
+def set_up(config: StageConfig) -> None:
+    """Device, threads and seeds of this process, before the stage imports the stack.
+
+    The seeds are the same on every rank; Megatron's own tracker sets those that must differ when the groups are made.
+    """
+    import numpy as np
+    import torch
+
+    from nemo_minitron.runtime import cpu
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if cpu.needed(config.runtime.device):
+        cpu.activate()
+    random.seed(config.runtime.seed)
+    np.random.seed(config.runtime.seed % 2**32)
+    torch.manual_seed(config.runtime.seed)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size that this process has had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def execute(stage: str, folder: Path) -> dict[str, Any]:
+    """Read the configuration, set up the process and run the stage."""
+    config = load(stage, folder / "config.yaml")
+    module = stage_module(stage)
+    set_up(config)
+    return module.run(config)
+
+
+def main(stage: str) -> int:
+    """Run one rank of a stage.
+
+    Returns:
+        0 done, 2 refused (a user's error), 1 crashed. The result file says more.
+    """
+    folder = job_folder()
+    rank = attach(folder)
+    logger = log.configure()
+    started = time.monotonic()
+    try:
+        metrics = execute(stage, folder)
+        result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
+    except (Exception, SystemExit) as error:
+        result = failure(rank, error)
+        logger.log(logging.ERROR, "%s", result.message)
+    result.seconds = time.monotonic() - started
+    result.peak_rss_bytes = peak_rss_bytes()
+    save_result(folder, result)
+    code = {"done": 0, "refused": 2}.get(result.status, 1)
+    if code:
+        # An ordinary exit would wait for threads and for process groups whose other members do not come.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,7 +1,7 @@
 """The command line: ``minitron <stage> CONFIG [key=value ...] [--dry-run] [--overwrite]``.
 
-Exit codes: 0 done, 2 for what the user can put right (the message alone), 1 for what the user cannot (with a traceback),
-130 interrupted. Only the standard library, typer and what :mod:`nemo_minitron.config` needs are imported before a stage
+Exit codes: 0 done, 2 for what the user can put right (the message alone), 1 for anything else (with a traceback), 130
+interrupted. Only the standard library, typer and what :mod:`nemo_minitron.config` needs are imported before a stage
 starts, so that ``--help`` and configuration errors answer at once.
 """
 

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 RECORD_VERSION = 1
-#: Left in every directory that :func:`stage_output` finishes: like a record or a ``minitron.json``, a sign that it is ours.
+#: Left in every directory that :func:`stage_output` finishes: like a record or ``minitron.json``, it says: ours.
 MARKER = ".minitron-output"
 #: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
 _NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
@@ -162,8 +162,8 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
 def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Write a stage's output directory aside and put it in place only when the block ends without an error.
 
-    Call it on one rank only. Within the block, write below the yielded temporary sibling. An error removes it and leaves
-    an earlier output untouched; a kill leaves the temporary directory (``.<name>.partial-*``), no half-written output.
+    Call it on one rank only. Write below the yielded temporary sibling. An error removes it and leaves an
+    earlier output untouched; a kill leaves the temporary directory (``.<name>.partial-*``), no half-written output.
 
     Args:
         path: final directory.

@@ -47,7 +47,7 @@ def run_pipeline(
         The stages' records.
 
     Raises:
-        ConfigError: if a finished stage's settings have changed and ``overwrite`` is off, or another run is at work here.
+        ConfigError: if a finished stage's settings have changed and ``overwrite`` is off, or another run works here.
         MinitronError, StageCrashError: what a stage failed by, with the stage's name; later stages are not started.
     """
     folder = Path(pipeline.output)

@@ -51,6 +51,43 @@ def _results_queue(original: Any) -> Callable[[], Any]:
     return _get_write_results_queue
 
 
+def _optimizer_state_dict(original: Any) -> Callable[[Any], Any]:
+    def state_dict(self: Any) -> Any:
+        adam = self.optimizer
+        if isinstance(adam, torch.optim.AdamW):
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in adam.state:
+                        # What torch.optim.AdamW starts from at its first step.
+                        adam.state[parameter] = {
+                            "step": torch.tensor(0.0),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+        return original(self)
+
+    return state_dict
+
+
+def _optimizer_load_state_dict(original: Any) -> Callable[[Any, Any], None]:
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original(self, state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    return load_state_dict
+
+
+def _set_optimizer_states(original: Any) -> Callable[[Any, Any, dict[str, Any]], None]:
+    def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        step = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]].get("step")
+        original(self, model_param, tensors if step is None else {"step": step, **tensors})
+
+    return _set_main_param_and_optimizer_states
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.core.tensor_parallel.random",
@@ -78,5 +115,26 @@ PATCHES: tuple[Patch, ...] = (
         _save,
         "runs even a synchronous save in a forked child; here it runs in the process itself and tells "
         "_get_write_results_queue so",
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.state_dict",
+        _optimizer_state_dict,
+        "without Apex's FusedAdam it reads 'step' from torch's AdamW and asserts that there is one, which fails when a "
+        "checkpoint is loaded before the first step",
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.load_state_dict",
+        _optimizer_load_state_dict,
+        "without FusedAdam it puts one 'step' tensor into the state of every parameter; each parameter then advances it, "
+        "so after a resume the bias correction of AdamW counts one step as many",
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        _set_optimizer_states,
+        "copies every entry of the optimizer's state from the checkpoint, where 'step' of torch's AdamW is kept apart "
+        "(KeyError: 'step'); load_state_dict has set it already",
     ),
 )

@@ -38,11 +38,12 @@ class CudaMeansCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _is_cuda(kwargs.get("device")):
+        device = kwargs.get("device")
+        if _is_cuda(device) or type(device) is int:  # a bare number means a CUDA device
             kwargs = {**kwargs, "device": CPU}
-        # Positional devices occur only in conversions: tensor.to("cuda").
-        if any(_is_cuda(arg) for arg in args):
-            args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+        # Positional devices occur only in conversions: tensor.to("cuda"), tensor.to(torch.cuda.current_device()).
+        if func is torch.Tensor.to and len(args) > 1 and (_is_cuda(args[1]) or type(args[1]) is int):
+            args = (args[0], CPU, *args[2:])
         if func is torch.Tensor.backward:
             # torch leaves the mode while it runs a function; the backward pass must stay inside it.
             with self:
@@ -164,7 +165,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "torch.cuda",
         "current_device",
-        _returning(CPU),
+        _returning(0),
         "raises 'Torch not compiled with CUDA enabled'; used as a device argument throughout megatron.core "
         "(tensor_parallel/mappings.py, pipeline_parallel/p2p_communication.py)",
     ),
@@ -174,6 +175,12 @@ PATCHES: tuple[Patch, ...] = (
         _returning(1),
         "0 makes NeMo skip model_parallel_cuda_manual_seed (nemo/lightning/_strategy_lib.py, init_model_parallel), "
         "so that megatron's weight initialisation finds no generator",
+    ),
+    Patch(
+        "torch.cuda",
+        "is_initialized",
+        _returning(True),
+        "nemo.lightning.io.pl._fix_tensors_device asserts it when a checkpoint is loaded",
     ),
     *(Patch("torch.cuda", name, _returning(None), "needs a device; there is nothing to do for a CPU") for name in _NO_OPS),
     *(Patch("torch.cuda", name, _returning(0), "needs a device; no CUDA memory is in use") for name in _ZEROS),

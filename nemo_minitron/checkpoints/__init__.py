@@ -83,7 +83,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: bad arguments, existing output, a damaged source, a full disk.
     """
-    from nemo_minitron.checkpoints.saving import write_aside
+    from nemo_minitron.checkpoints.saving import staging, write_aside
     from nemo_minitron.checkpoints.weights import torch_dtype
 
     if format not in FORMATS:
@@ -104,7 +104,9 @@ def write_checkpoint(
         else:
             from nemo_minitron.checkpoints.nemo1 import write_nemo1
 
-            write_nemo1(checkpoint, partial, dtype=dtype, vocab_multiple=vocab_multiple, progress=progress)
+            write_nemo1(
+                checkpoint, partial, staging(path), dtype=dtype, vocab_multiple=vocab_multiple, progress=progress
+            )
     return open_checkpoint(path)
 
 

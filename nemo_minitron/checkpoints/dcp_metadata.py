@@ -7,8 +7,9 @@ names. Here an unpickler builds only the record classes of the format and refuse
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nemo_minitron.errors import CheckpointError
 
@@ -78,15 +79,19 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_metadata(directory: Path) -> Any:
-    """The ``torch.distributed.checkpoint.metadata.Metadata`` of a checkpoint directory.
+def read_metadata(directory: Path, open_file: Callable[[str], BinaryIO]) -> Any:
+    """The ``torch.distributed.checkpoint.metadata.Metadata`` of a checkpoint.
+
+    Args:
+        directory: names the checkpoint in messages.
+        open_file: opens one of its files by name; ``FileNotFoundError`` where there is none.
 
     Raises:
         CheckpointError: if the file is missing, truncated, or names anything but the format's own record classes.
     """
     path = directory / ".metadata"
     try:
-        with open(path, "rb") as file:
+        with open_file(".metadata") as file:
             metadata = _Unpickler(file).load()
     except FileNotFoundError:
         raise CheckpointError(

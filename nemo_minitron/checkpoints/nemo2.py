@@ -25,7 +25,7 @@ from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, MissingDependency, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["open_nemo2", "padded", "write_nemo2"]
+__all__ = ["open_nemo2", "padded", "parse_yaml", "write_nemo2"]
 
 CONFIG_CLASSES = ("LlamaConfig", "Llama2Config", "Llama3", "CodeLlamaConfig", "MistralConfig", "GPTConfig")
 """Beginnings of the names of NeMo's configuration classes whose models compute what a Llama model does."""
@@ -83,7 +83,11 @@ def open_nemo2(path: Path) -> Checkpoint:
     for part in ("weights", "context"):
         if not (path / part).is_dir():
             raise CheckpointError(f"{path / part} is missing; a NeMo 2 checkpoint has weights/ and context/")
-    content = _read_yaml(path / "context" / "model.yaml")
+    source = path / "context" / "model.yaml"
+    try:
+        content = parse_yaml(source.read_bytes(), source)
+    except FileNotFoundError:
+        raise CheckpointError(f"{source} is missing; the checkpoint's context is incomplete") from None
     tokenizer = _find_tokenizer(path / "context", content)
     store = TorchDist(path / "weights")
     prefix = store.prefix("embedding.word_embeddings.weight")
@@ -92,7 +96,7 @@ def open_nemo2(path: Path) -> Checkpoint:
     if record is not None:
         shape, architecture, lineage = record.shape, record.architecture, record.lineage
     else:
-        shape, architecture = _from_config(content, path / "context" / "model.yaml", rows, tokenizer)
+        shape, architecture = _from_config(content, source, rows, tokenizer)
         lineage = {}
     weights = TorchDistWeights(store, shape, architecture.family, prefix)
     weights.check()
@@ -290,14 +294,17 @@ def _find_tokenizer(context: Path, content: dict[str, Any]) -> Path | None:
     return None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
+    """A YAML mapping as plain data; ``path`` names it in messages.
+
+    Raises:
+        CheckpointError: if it is not that; tags that build Python objects are refused.
+    """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the checkpoint's context is incomplete") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(data)
+    except (ValueError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as plain YAML ({reason}); restore the file") from error
     if not isinstance(content, dict):

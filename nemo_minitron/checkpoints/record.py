@@ -16,7 +16,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["FILE_NAME", "Record", "read_record", "write_record"]
+__all__ = ["FILE_NAME", "Record", "parse_record", "read_record", "write_record"]
 
 FILE_NAME = "minitron.json"
 FORMAT_VERSION = 1
@@ -54,10 +54,17 @@ def read_record(directory: Path) -> Record | None:
         CheckpointError: if it is there but cannot be understood.
     """
     path = directory / FILE_NAME
-    if not path.is_file():
-        return None
+    return parse_record(path.read_bytes(), path) if path.is_file() else None
+
+
+def parse_record(data: bytes, path: Path) -> Record:
+    """The record in the bytes of a ``minitron.json``; ``path`` names it in messages.
+
+    Raises:
+        CheckpointError: if it cannot be understood.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data)
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from nemo_minitron.errors import CheckpointError
 
-__all__ = ["write_aside"]
+__all__ = ["staging", "write_aside"]
+
+
+def staging(path: Path) -> Path:
+    """Where an output that is one file may collect its parts: beside ``path``, cleared away by :func:`write_aside`."""
+    return path.with_name(f".{path.name}.files.{socket.gethostname()}.{os.getpid()}")
 
 
 @contextmanager
@@ -32,6 +37,7 @@ def write_aside(path: Path, *, overwrite: bool) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists; choose another path or allow it to be overwritten")
     mark = f"{socket.gethostname()}.{os.getpid()}"
+    files = staging(path)
     partial, replaced = path.with_name(f".{path.name}.partial.{mark}"), path.with_name(f".{path.name}.replaced.{mark}")
     try:
         yield partial
@@ -41,6 +47,7 @@ def write_aside(path: Path, *, overwrite: bool) -> Iterator[Path]:
         os.rename(partial, path)
     except OSError as error:
         _remove(partial)
+        _remove(files)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
                 f"no space left while writing {path}; what stood there before is untouched. "
@@ -49,14 +56,16 @@ def write_aside(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise
     except BaseException:
         _remove(partial)
+        _remove(files)
         raise
+    _remove(files)
     _remove(replaced)
 
 
 def _clear_leftovers(path: Path) -> None:
     """Remove what dead processes of this host left, and put back an output that was moved aside but not replaced."""
     host = socket.gethostname()
-    for kind in ("partial", "replaced"):
+    for kind in ("partial", "files", "replaced"):
         for leftover in path.parent.glob(f".{_escape(path.name)}.{kind}.{host}.*"):
             pid = leftover.name.rsplit(".", 1)[1]
             if not pid.isdigit() or _alive(int(pid)):

@@ -85,7 +85,7 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def special_ids(directory: Path) -> dict[str, int]:
-    """``{"bos_token_id": 1, ...}`` for the special tokens that the tokenizer's configuration names and its files number.
+    """``{"bos_token_id": 1, ...}`` for the special tokens that the tokenizer's configuration names.
 
     Empty where the files do not say (sentencepiece without a configuration).
     """

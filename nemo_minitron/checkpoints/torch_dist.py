@@ -4,7 +4,7 @@ A checkpoint is a set of ``*.distcp`` files that hold chunks, each a ``torch.sav
 says for every key its global shape and for every chunk its offsets and its place in a file. Two layouts of decoder
 layers exist (``megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict``): homogeneous,
 one key ``decoder.layers.<rest>`` with a leading layer dimension, and one key a layer. Keys may carry a prefix:
-``module.`` (NeMo 2) or ``model.`` (``.nemo``). Optimizer state and Transformer Engine's ``_extra_state`` are passed over.
+``module.`` (NeMo 2) or ``model.`` (``.nemo``). Optimizer state and ``_extra_state`` are passed over.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.dcp_metadata import read_metadata
 from nemo_minitron.checkpoints.names import row as table_row
 from nemo_minitron.checkpoints.weights import dtype_name
+from nemo_minitron.checkpoints.window import Window
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.shape import ModelShape
 
@@ -65,7 +66,7 @@ class TorchDist:
 
         self.directory = directory
         self._open = open_file or (lambda name: open(directory / name, "rb"))  # noqa: SIM115 (closed by the caller)
-        metadata = read_metadata(directory)
+        metadata = read_metadata(directory, self._open)
         places: dict[str, dict[tuple[int, ...], Any]] = {}
         for index, info in metadata.storage_data.items():
             places.setdefault(index.fqn, {})[tuple(index.offset or ())] = info
@@ -158,7 +159,7 @@ class TorchDist:
             with self._open(chunk.file) as file:
                 if file.seek(0, io.SEEK_END) < chunk.start + chunk.length:
                     raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
-                window = _Window(file, chunk.start, chunk.length)
+                window = Window(file, chunk.start, chunk.length)
                 tensor = torch.load(window, map_location="cpu", weights_only=True)
         except (OSError, KeyError) as error:
             raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
@@ -264,35 +265,6 @@ class TorchDistWeights:
             f"{self.store.directory}: {key} has {found} where the model's sizes ask for {expected}; "
             f"the configuration belongs to another model"
         )
-
-
-class _Window(io.RawIOBase):
-    """A part of an open file as a file of its own, so that torch reads a chunk without a copy of its bytes."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._length - self._position))
-        self._file.seek(self._start + self._position)
-        read = self._file.readinto(view[:count])  # type: ignore[attr-defined]
-        self._position += read
-        return int(read)
 
 
 def _product(lengths: Sequence[int]) -> int:

@@ -1,8 +1,7 @@
 """Writing Megatron's ``torch_dist`` distributed checkpoints without a process group and without a live model.
 
-The files are written by ``torch.distributed.checkpoint`` itself; a :class:`SavePlanner` of ours tells it what there is and
-hands it one tensor at a time. What is written is what megatron-core 0.13 writes for a homogeneous GPT model at TP 1, PP 1:
-layers stacked under one key with a leading layer dimension (a chunk a layer), ``_extra_state`` objects that hold None,
+The files are written by ``torch.distributed.checkpoint`` itself; a :class:`SavePlanner` of ours tells it what there is
+and hands it one tensor at a time. What is written is what megatron-core 0.13 writes for a GPT model at TP 1, PP 1: layers stacked under one key with a leading layer dimension (a chunk a layer), ``_extra_state`` objects that hold None,
 ``common.pt`` and ``metadata.json``. Megatron's loader cuts it up for any TP x PP.
 """
 
@@ -139,7 +138,7 @@ class _Planner(dcp.SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Read the tensor of one item (``[1, ...]`` for a tensor of a layer), or make padding or an ``_extra_state``."""
+        """Read the tensor of one item (``[1, ...]`` for a tensor of a layer), or make padding or ``_extra_state``."""
         source = self._sources[write_item.index]
         if source.name is None and write_item.tensor_data is not None:
             return torch.zeros(write_item.tensor_data.chunk.sizes, dtype=self._dtype)

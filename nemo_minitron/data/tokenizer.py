@@ -40,7 +40,7 @@ def load_tokenizer(directory: str | Path | None) -> PreTrainedTokenizerBase:
         raise DataError(f"{path}: no tokenizer there ({', '.join(_FILES[:3])}); name a directory that holds one")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - transformers and tokenizers raise what they please on damaged files.
+    except Exception as error:  # transformers and tokenizers raise what they please on damaged files.
         raise DataError(f"{path}: the tokenizer cannot be read ({type(error).__name__}: {error})") from None
 
 

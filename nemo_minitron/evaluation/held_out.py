@@ -49,9 +49,9 @@ class MeanLoss:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; an unknown standard error is null."""
-        error = None if math.isnan(self.standard_error) else self.standard_error
-        return {**asdict(self), "standard_error": error, "perplexity": self.perplexity}
+        """For JSON, which has neither NaN nor infinity: an unknown standard error or overflown perplexity is null."""
+        values = {**asdict(self), "perplexity": self.perplexity}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,188 @@
+"""``minitron evaluate``: held-out loss and generations of several models, one after another, on the same tokens."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import EvaluateConfig
+from nemo_minitron.errors import DataError
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape, stage_output
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["FILE_NAME", "plan", "run"]
+
+FILE_NAME = "evaluation.json"
+logger = logging.getLogger(__name__)
+
+
+def plan(config: EvaluateConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    from nemo_minitron.data.inputs import data_inputs
+
+    data = data_inputs(config.data)
+    layout = config.parallel
+    blocks = config.tokens // config.data.sequence_length
+    found = StagePlan(
+        "evaluate",
+        reads=[PlannedPath(path, f"model {name!r}") for name, path in config.models.items()],
+        writes=[PlannedPath(str(Path(config.output) / FILE_NAME), "losses and generations")],
+        costs={"held-out tokens": f"{blocks * config.data.sequence_length:,} in {blocks:,} blocks, for each model"},
+        notes=data.notes,
+        faults=data.faults,
+    )
+    found.reads += [PlannedPath(path, what) for path, what in data.files]
+    shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
+    for name, shape in shapes.items():
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
+        found.faults += [f"model {name!r}: {fault}" for fault in faults]
+    if shapes:
+        counts = [axes.parameter_count(axes.family("llama"), shape) for shape in shapes.values()]
+        size = 2 if config.runtime.dtype == "bfloat16" else 4
+        found.costs["parameters"] = ", ".join(
+            f"{name} {human_count(count)}" for name, count in zip(shapes, counts, strict=True)
+        )
+        # Two operations for each weight and token; attention scores are small beside it at these lengths.
+        found.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
+        found.costs["memory of a rank"] = f"about {human_bytes(max(counts) * size / (layout.tensor * layout.pipeline))}"
+    return found
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate every model; rank 0 writes ``evaluation.json``.
+
+    Returns:
+        Its content: ``tokens, blocks, sequence_length, baseline, models``; each model has ``loss, perplexity,
+        standard_error, domains, parameters, shape, format, generations, generated_by, seconds``.
+
+    Raises:
+        MinitronError: for a checkpoint or text that cannot be used.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+
+    layout = ParallelLayout(**vars(config.parallel))
+    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    checkpoints = {name: open_checkpoint(path) for name, path in config.models.items()}
+    baseline = config.baseline or next(iter(checkpoints))
+    blocks = _held_out(config, checkpoints, baseline)
+    models = {}
+    for name, checkpoint in checkpoints.items():
+        models[name] = _evaluate(config, groups, name, checkpoint, blocks)
+        gc.collect()  # Megatron's modules hold cycles: without this the next model stands beside this one.
+    count = sum(len(part) for part in blocks.values())
+    result = {
+        "tokens": count * config.data.sequence_length,
+        "blocks": count,
+        "sequence_length": config.data.sequence_length,
+        "baseline": baseline,
+        "models": models,
+    }
+    if groups.is_main:
+        with stage_output(config.output, config.overwrite) as output:
+            (output / FILE_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, torch.Tensor]:
+    """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer, which must fit every model."""
+    from nemo_minitron.data import build_domain_blocks
+
+    vocabulary = checkpoints[baseline].shape.vocab_size
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.shape.vocab_size != vocabulary:
+            raise DataError(
+                f"model {name!r} has a vocabulary of {checkpoint.shape.vocab_size}, {baseline!r} one of {vocabulary}: "
+                "losses over different tokens cannot be compared; evaluate them in separate stages"
+            )
+    return build_domain_blocks(
+        config.data,
+        checkpoints[baseline].tokenizer,
+        "held_out",
+        blocks=config.tokens // config.data.sequence_length,
+        vocab_size=vocabulary,
+    )
+
+
+def _evaluate(
+    config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """One model: build, load, measure, generate."""
+    import torch
+
+    from nemo_minitron.checkpoints import load_into
+    from nemo_minitron.evaluation import generate, generate_megatron, held_out_loss
+    from nemo_minitron.runtime.model import build_model
+
+    started = time.monotonic()
+    shape = checkpoint.shape
+    chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
+    load_into(chunks, checkpoint, groups)
+    with _progress(name, sum(len(part) for part in blocks.values()), shown=groups.is_main) as advance:
+        loss = held_out_loss(
+            chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
+        )
+    measured = time.monotonic() - started
+    by_transformers = checkpoint.format == "hf"
+    answers = []
+    if config.prompts and by_transformers:
+        # An export is tried with the library that it is made for.
+        del chunks
+        if groups.is_main:
+            answers = generate(
+                checkpoint.path, config.prompts, max_new_tokens=config.max_new_tokens, dtype=config.runtime.dtype
+            )
+    elif config.prompts:
+        from nemo_minitron.data import load_tokenizer
+
+        ends = checkpoint.architecture.eos_token_id
+        answers = generate_megatron(
+            chunks,
+            groups,
+            load_tokenizer(checkpoint.tokenizer),
+            config.prompts,
+            max_new_tokens=config.max_new_tokens,
+            vocab_size=shape.vocab_size,
+            end_tokens=ends if isinstance(ends, list) else [] if ends is None else [ends],
+        )
+    if groups.is_main:
+        logger.info(
+            "%s: loss %.4f, perplexity %.2f, %s tokens in %.1f s",
+            name, loss.overall.loss, loss.overall.perplexity, f"{loss.overall.tokens:,}", measured,
+        )  # fmt: skip
+    return {
+        **loss.to_dict(),
+        "parameters": axes.parameter_count(checkpoint.family, shape),
+        "shape": shape.to_dict(),
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "generations": [answer.to_dict() for answer in answers],
+        "generated_by": "transformers" if by_transformers else "megatron-core",
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+@contextmanager
+def _progress(name: str, blocks: int, *, shown: bool) -> Iterator[Any]:
+    """A bar on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not (shown and sys.stderr.isatty())
+    ) as progress:
+        task = progress.add_task(f"held-out loss of {name}", total=blocks)
+        yield lambda count: progress.advance(task, count)

@@ -7,7 +7,6 @@ or the user asked for the CPU. It changes nothing on disk. Each patch says in it
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import ConfigError
@@ -55,8 +54,6 @@ def activate() -> None:
     from nemo_minitron.runtime.cpu_torch import CudaMeansCpu
     from nemo_minitron.runtime.patching import PatchSet
 
-    # nemo.lightning._strategy_lib.enable_nvidia_optimizations parses this variable without looking whether it is set.
-    _state["environment"] = os.environ.get("NVIDIA_PYTORCH_VERSION")
     patch_set = PatchSet(patches())
     mode = CudaMeansCpu()
     _state["patches"], _state["mode"] = patch_set, mode

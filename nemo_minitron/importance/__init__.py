@@ -1,0 +1,33 @@
+"""How much each unit of a model matters, by forward passes alone (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
+
+The doors are :func:`score_model`, which runs a live Megatron model, and :class:`Scores`, its result on disk. Importing
+this package imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation
+    from nemo_minitron.importance.score import score_model
+    from nemo_minitron.importance.scores import Scores, fingerprint
+
+__all__ = ["AGGREGATIONS", "Aggregation", "Scores", "fingerprint", "score_model"]
+
+_HOME = {
+    "AGGREGATIONS": "aggregation",
+    "Aggregation": "aggregation",
+    "Scores": "scores",
+    "fingerprint": "scores",
+    "score_model": "score",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch is imported when something is asked for, not when a plan merely imports the room
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"nemo_minitron.importance.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

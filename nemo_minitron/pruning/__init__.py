@@ -1,0 +1,39 @@
+"""Pruning: which units stay, and taking the others out of a checkpoint or of a live Megatron model.
+
+:func:`choose_units` turns scores and a target shape into :class:`~nemo_minitron.axes.KeptUnits`; the same kept units
+drive :func:`prune_weights` (checkpoint to checkpoint, no process group, one tensor at a time) and the NeMo model transforms
+:class:`DepthPrune` and :class:`WidthPrune` (a live model, each rank its shard). See ``docs/pruning.md``.
+
+Importing this package imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_minitron.pruning.choose import choose_units, target_shape
+    from nemo_minitron.pruning.kept import load_kept, save_kept
+    from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
+    from nemo_minitron.pruning.weights import prune_weights
+
+__all__ = ["DepthPrune", "WidthPrune", "choose_units", "load_kept", "prune_weights", "save_kept", "target_shape"]
+
+_HOME = {
+    "DepthPrune": "transforms",
+    "WidthPrune": "transforms",
+    "choose_units": "choose",
+    "load_kept": "kept",
+    "prune_weights": "weights",
+    "save_kept": "kept",
+    "target_shape": "choose",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch is imported when something is asked for, not when a plan merely imports the room
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"nemo_minitron.pruning.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

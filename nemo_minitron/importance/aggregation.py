@@ -1,0 +1,103 @@
+"""Aggregations: how activations over a sequence, or scores over a batch, become one number for a unit.
+
+Each is written as statistics that add up (or are maximised), so that it streams over batches in O(units) memory and
+combines over process groups without a second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.errors import ConfigError
+
+__all__ = ["AGGREGATIONS", "Aggregation", "aggregation"]
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """One way to aggregate ``n`` values ``x_1 .. x_n`` of each unit (arXiv 2407.14679, section 2.2).
+
+    Attributes:
+        name: key in :data:`AGGREGATIONS`.
+        statistics: ``(x, dim) -> [k, ...]``: what has to be known of ``x`` along ``dim``,
+            which disappears; fp32 or wider.
+        finish: ``([k, ...], n) -> [...]``: the value from the combined statistics of all ``n``.
+        maximum: statistics combine by maximum instead of by sum.
+    """
+
+    name: str
+    statistics: Callable[[torch.Tensor, int], torch.Tensor]
+    finish: Callable[[torch.Tensor, int], torch.Tensor]
+    maximum: bool = False
+
+    def combine(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Statistics of two disjoint sets of values -> those of their union."""
+        return torch.maximum(one, other) if self.maximum else one + other
+
+    def all_reduce(self, statistics: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """Combine over a process group, in place; every rank gets the result."""
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(statistics, dist.ReduceOp.MAX if self.maximum else dist.ReduceOp.SUM, group=group)
+        return statistics
+
+
+def _norm(x: torch.Tensor, order: float, dim: int) -> torch.Tensor:
+    # vector_norm makes no copy of |x|; bf16 activations are added up in fp32
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, ord=order, dim=dim, dtype=wide)
+
+
+def _absolute_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return _norm(x, 1, dim)[None]
+
+
+def _square_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return _norm(x, 2, dim).square()[None]
+
+
+def _absolute_maximum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return _norm(x, float("inf"), dim)[None]
+
+
+def _moments(x: torch.Tensor, dim: int) -> torch.Tensor:
+    # float64: the variance is a difference of two nearly equal numbers
+    x = x.double()
+    return torch.stack([x.sum(dim), x.square().sum(dim)])
+
+
+def _variance(moments: torch.Tensor, n: int) -> torch.Tensor:
+    mean, mean_square = moments / n
+    # clamp keeps NaN and inf, which the caller looks for
+    return (mean_square - mean.square()).clamp(min=0)
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    one.name: one
+    for one in (
+        # (1/n) sum |x_i|
+        Aggregation("mean", _absolute_sum, lambda stats, n: stats[0] / n),
+        # sum |x_i|
+        Aggregation("l1", _absolute_sum, lambda stats, n: stats[0]),
+        # sqrt(sum x_i^2)
+        Aggregation("l2", _square_sum, lambda stats, n: stats[0].sqrt()),
+        # (1/n) sum (x_i - mean x)^2
+        Aggregation("variance", _moments, _variance),
+        # max |x_i|
+        Aggregation("max", _absolute_maximum, lambda stats, n: stats[0], maximum=True),
+    )
+}
+
+
+def aggregation(name: str, where: str) -> Aggregation:
+    """The aggregation of a name; ``where`` says whose name it is in the error.
+
+    Raises:
+        ConfigError: for a name that is not in :data:`AGGREGATIONS`.
+    """
+    if name not in AGGREGATIONS:
+        raise ConfigError(f"{where}={name!r}: must be one of {', '.join(AGGREGATIONS)}")
+    return AGGREGATIONS[name]

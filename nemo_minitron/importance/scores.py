@@ -1,0 +1,179 @@
+"""The score file: one number for every unit of a model, by global index, whatever layout it was made under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.axes import parameters
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.saving import write_aside
+from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["Scores", "fingerprint"]
+
+FORMAT_VERSION = 1
+TENSORS = ("ffn", "heads", "groups", "hidden", "layers")
+_TENSOR_FILE, _META_FILE = "scores.safetensors", "scores.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all units; higher matters more. Tensors are float64 on the CPU.
+
+    Attributes:
+        ffn: ``[L, F]`` MLP neurons.
+        heads: ``[L, A]`` query heads.
+        groups: ``[L, G]`` query groups.
+        hidden: ``[H]`` channels of the residual stream.
+        layers: ``[L]`` block influence, between 0 (the layer changes nothing) and 2.
+        shape: of the model that was scored.
+        samples, tokens: how much calibration data was run.
+        sequence, batch: aggregations, by name.
+        fingerprint: of the model's weights, or None where it was not known.
+    """
+
+    ffn: torch.Tensor
+    heads: torch.Tensor
+    groups: torch.Tensor
+    hidden: torch.Tensor
+    layers: torch.Tensor
+    shape: ModelShape
+    samples: int
+    tokens: int
+    sequence: str
+    batch: str
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, expected in _sizes(self.shape).items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != expected:
+                raise ShapeError(
+                    f"scores of {name}: shape {list(tensor.shape)} where the model needs {list(expected)}; "
+                    "score the whole model again"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"scores of {name}: NaN or infinite values; check the model's weights and score it again"
+                )
+
+    def check(self, shape: ModelShape, model_fingerprint: str | None, *, where: str) -> None:
+        """Make sure that these are the scores of a given model.
+
+        Args:
+            shape: of the model to be pruned.
+            model_fingerprint: of its weights; None, here or in the scores, leaves them unchecked.
+            where: what the error calls the scores.
+
+        Raises:
+            ShapeError: if the sizes differ.
+            CheckpointError: if the weights differ.
+        """
+        ours, theirs = self.shape.to_dict(), shape.to_dict()
+        if faults := [f"{k}: {ours[k]} in {where}, {theirs[k]} in the model" for k in ours if ours[k] != theirs[k]]:
+            raise ShapeError([f"{fault}; score this model first" for fault in faults])
+        if None not in (self.fingerprint, model_fingerprint) and self.fingerprint != model_fingerprint:
+            raise CheckpointError(
+                f"{where}: made from other weights (fingerprint {self.fingerprint}) than the model's "
+                f"({model_fingerprint}); score this model first"
+            )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the directory ``path`` with ``scores.safetensors`` and ``scores.json``: whole, or not at all.
+
+        Raises:
+            CheckpointError: if something is there and ``overwrite`` is false, or the disk is full.
+        """
+        from safetensors.torch import save_file
+
+        with write_aside(Path(path), overwrite=overwrite) as aside:
+            aside.mkdir()
+            tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+            save_file(tensors, aside / _TENSOR_FILE)
+            meta = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TENSORS}
+            meta = {"format_version": FORMAT_VERSION, **meta, "shape": self.shape.to_dict()}
+            (aside / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: if it is missing, damaged, incomplete, of another version, or not finite.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        meta = _read_meta(path / _META_FILE)
+        file = path / _TENSOR_FILE
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); score the model again") from None
+        if missing := [name for name in TENSORS if name not in tensors]:
+            raise CheckpointError(f"{file}: has no scores of {', '.join(missing)}; score the model again")
+        try:
+            shape = ModelShape(**meta.pop("shape"))
+            for name, expected in _sizes(shape).items():
+                found = tuple(tensors[name].shape)
+                if found != expected and len(found) == len(expected) and found[0] < shape.num_layers != found[0]:
+                    raise CheckpointError(
+                        f"{file}: {name} has the scores of {found[0]} layers, the model has {shape.num_layers}; "
+                        "score the whole model again"
+                    )
+            return cls(**{name: tensors[name].double() for name in TENSORS}, shape=shape, **meta)
+        except CheckpointError:
+            raise
+        except MinitronError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / _META_FILE}: is not complete ({error}); score the model again") from None
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tell the weights of one checkpoint from those of another, at the cost of reading the norms and one layer.
+
+    A SHA-256, in hexadecimal and cut to 32 digits, over the shape, all normalisation weights and the last layer's
+    matrices, as float32: the same for every format and parallel layout of the same weights, different after training.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.shape.to_dict(), sort_keys=True).encode())
+    for name, row, layer in parameters(checkpoint.family, checkpoint.shape):
+        if len(row.axes) == 1 or layer == checkpoint.shape.num_layers - 1:
+            digest.update(name.encode())
+            digest.update(checkpoint.weights.tensor(name).float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn": (shape.num_layers, shape.ffn_hidden_size),
+        "heads": (shape.num_layers, shape.num_attention_heads),
+        "groups": (shape.num_layers, shape.num_query_groups),
+        "hidden": (shape.hidden_size,),
+        "layers": (shape.num_layers,),
+    }
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        version = meta.pop("format_version")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file.parent}: no scores there ({file.name} is missing); run `minitron score`"
+        ) from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); score the model again") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: has format version {version}, this release reads {FORMAT_VERSION}; score the model again"
+        )
+    return meta

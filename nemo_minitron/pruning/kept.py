@@ -1,0 +1,68 @@
+"""``kept.json``: the record of which units survived, beside a pruned checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.axes import KeptUnits
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["FILE_NAME", "load_kept", "save_kept"]
+
+FILE_NAME = "kept.json"
+FORMAT_VERSION = 1
+
+
+def save_kept(kept: KeptUnits, shape: ModelShape, path: str | Path) -> None:
+    """Write ``kept``, the surviving units of a model of ``shape``, to the file ``path``: whole, or not at all."""
+    path = Path(path)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "shape": shape.to_dict(),
+        "target": kept.target(shape).to_dict(),
+        "kept": {
+            "layers": kept.layers,
+            "hidden": kept.hidden,
+            "ffn": kept.ffn,
+            "groups": kept.groups,
+            "heads": kept.heads,
+        },
+    }
+    aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
+    """The surviving units, and the shape of the model that they are units of.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, of another version, or contradicts itself.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; prune again"
+            )
+        shape = ModelShape(**content["shape"])
+        kept = KeptUnits(**{name: _tuples(value) for name, value in content["kept"].items()})
+        faults = kept.faults(shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ShapeError) as error:
+        raise CheckpointError(f"{path}: is no readable record of kept units ({error}); prune again") from None
+    if faults:
+        raise CheckpointError(f"{path}: {faults[0]}; prune again")
+    return kept, shape
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,89 @@
+"""Pruning a checkpoint into a checkpoint: a function of ``Weights``, one tensor at a time, without a process group."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.axes import KeptUnits
+from nemo_minitron.checkpoints.base import Checkpoint, Weights
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PrunedWeights", "prune_weights"]
+
+
+@dataclass(frozen=True)
+class PrunedWeights:
+    """``inner`` with only the kept rows and columns of every tensor. Implements ``Weights``; holds one source tensor.
+
+    Attributes:
+        inner: tensors of the unpruned model.
+        table: its family.
+        shape: its sizes.
+        kept: units of it that stay.
+    """
+
+    inner: Weights
+    table: axes.Family
+    shape: ModelShape
+    kept: KeptUnits
+
+    def names(self) -> Sequence[str]:
+        """Those of the pruned model: its layers are numbered anew."""
+        return [name for name, _, _ in axes.parameters(self.table, self.kept.target(self.shape))]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The pruned tensor, in the stored dtype.
+
+        Raises:
+            KeyError: for a name that the pruned model does not have.
+        """
+        row, layer = self._rows[name]
+        source = name
+        if layer is not None:
+            source = name.replace(f"decoder.layers.{layer}.", f"decoder.layers.{self.kept.layers[layer]}.", 1)
+        tensor = self.inner.tensor(source)
+        for dim, axis in enumerate(row.axes):
+            rows = axes.axis_rows(axis, self.shape, self.kept, layer)
+            if rows is not None:
+                tensor = tensor.index_select(dim, rows)
+        return tensor.contiguous()
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[axes.Parameter, int | None]]:
+        return {name: (row, layer) for name, row, layer in axes.parameters(self.table, self.kept.target(self.shape))}
+
+
+def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint that is left of ``checkpoint``. Nothing is read until a tensor is asked for.
+
+    Args:
+        checkpoint: unpruned.
+        kept: units that stay, by their indices in ``checkpoint``.
+        lineage: what to record about the pruning (method, scores), beside the parent's path, shape and own lineage.
+
+    Raises:
+        ShapeError: if the units do not fit the checkpoint, with every fault.
+    """
+    if faults := kept.faults(checkpoint.shape):
+        raise ShapeError(faults)
+    parent = {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "shape": checkpoint.shape.to_dict(),
+        "lineage": checkpoint.lineage,
+    }
+    return dataclasses.replace(
+        checkpoint,
+        shape=kept.target(checkpoint.shape),
+        weights=PrunedWeights(checkpoint.weights, checkpoint.family, checkpoint.shape, kept),
+        lineage={"made_by": "prune", **(lineage or {}), "parents": {"model": parent}},
+    )

@@ -282,13 +282,17 @@ class _Reader:
     def _fault(self, path: tuple[str | int, ...], message: str) -> None:
         """``message`` goes on where the name of the setting ends."""
         self.bad.add(path)
-        known = {*self.file.lines, *self.file.overridden}
-        own = any((*self.where, *path[:n]) in known for n in range(len(path), 0, -1))
-        if self.where and not own and any(("defaults", *path[:n]) in known for n in range(len(path), 0, -1)):
+        # In a pipeline the value may come from the defaults: then they hold more of the setting's path than the stage.
+        if self.where and self._held(("defaults",), path) > self._held(self.where, path):
             self.file.fault(("defaults", *path), f"defaults.{_dotted(path)}{message}")
         else:
             prefix = f"stage {self.stage}: " if self.stage else ""
             self.file.fault((*self.where, *path), f"{prefix}{_dotted(path)}{message}")
+
+    def _held(self, root: tuple[str | int, ...], path: tuple[str | int, ...]) -> int:
+        """How many parts of ``path`` the file, or an override, spells out below ``root``."""
+        known = self.file.lines.keys() | self.file.overridden
+        return max(n for n in range(len(path) + 1) if n == 0 or (*root, *path[:n]) in known)
 
     def _fill(self, node: DictConfig, cls: type[Any], values: dict[str, Any], path: tuple[str | int, ...]) -> None:
         hints = typing.get_type_hints(cls)

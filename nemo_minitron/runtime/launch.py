@@ -15,7 +15,6 @@ torchrun and nemo_run each wrap their own around it; so the files decide, and th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +38,7 @@ from nemo_minitron.errors import MinitronError
 __all__ = ["RankResult", "StageCrashError", "attach", "launch", "save_result"]
 
 FOLDER_VARIABLE = "MINITRON_JOB_FOLDER"
+LAUNCHER_VARIABLE = "MINITRON_LAUNCHER"
 #: Seconds that the other ranks get to end by themselves once one has failed.
 GRACE = 10.0
 POLL = 0.1
@@ -73,13 +74,13 @@ class RankResult:
 
 
 def attach(folder: Path) -> int:
-    """Called by a rank at its start: its output goes to its log, and it ends when its parent does.
+    """Called by a rank at its start: its output goes to its log, and it ends when the launcher does.
 
     Returns:
         The rank, from the environment that torchrun sets.
     """
     rank = int(os.environ.get("RANK", "0"))
-    end_with_parent()
+    end_with_launcher()
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,11 +93,29 @@ def attach(folder: Path) -> int:
     return rank
 
 
-def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies, so that killing ``minitron`` leaves no process behind."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def end_with_launcher() -> None:
+    """End this process when the launcher is gone, so that killing ``minitron`` leaves nothing behind.
+
+    A thread looks every other second. Linux's parent-death signal would reach only the launcher's own child, not the
+    ranks below torchrun, and torchx's handler of it leaves torchrun running.
+    """
+    pid, born = os.environ[LAUNCHER_VARIABLE].split(":")
+
+    def watch() -> None:
+        while _is_alive(int(pid), float(born)):
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _is_alive(pid: int, born: float) -> bool:
+    """Whether the process that was started at ``born`` still runs (and is not another one of the same number)."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def save_result(folder: Path, result: RankResult) -> None:
@@ -199,6 +218,7 @@ def _environment(folder: Path, threads: int) -> dict[str, str]:
     )  # torchrun is found there even where the environment is not activated
     keep |= {
         FOLDER_VARIABLE: str(folder),
+        LAUNCHER_VARIABLE: f"{os.getpid()}:{psutil.Process().create_time()}",
         "NEMORUN_HOME": str(folder / "nemo_run"),
         "OMP_NUM_THREADS": str(threads),
         "PATH": os.pathsep.join([interpreter, os.environ.get("PATH", os.defpath)]),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sys
 
-from nemo_minitron.runtime.launch import end_with_parent
-
 __all__ = ["main"]
 
 
@@ -19,7 +17,6 @@ def main(argv: list[str]) -> int:
     Returns:
         0 if every rank ended with 0, else 1.
     """
-    end_with_parent()
     import nemo_run as run
 
     world_size, module, *args = argv

@@ -60,6 +60,12 @@ class PlannedPath:
         """Whether it is there now."""
         return Path(self.path).exists()
 
+    def comes_from(self, produced: set[str]) -> bool:
+        """Whether it is, lies in, or holds one of the paths that earlier stages write."""
+        own = Path(self.path).absolute()
+        made = [Path(path).absolute() for path in produced]
+        return any(own.is_relative_to(path) or path.is_relative_to(own) for path in made)
+
     def size(self) -> int | None:
         """Bytes on disk, or None where it does not exist."""
         path = Path(self.path)
@@ -89,12 +95,11 @@ class StagePlan:
     faults: list[str] = field(default_factory=list)
 
     def missing_reads(self, produced: set[str]) -> list[str]:
-        """Faults of inputs that are not there and lie in none of the ``produced`` paths."""
-        made = [Path(path).absolute() for path in produced]
+        """Faults of inputs that are not there and that no earlier stage, writing the ``produced`` paths, provides."""
         return [
             f"{item.what}: {item.path} does not exist"
             for item in self.reads
-            if not item.exists() and not any(Path(item.path).absolute().is_relative_to(path) for path in made)
+            if not item.exists() and not item.comes_from(produced)
         ]
 
 

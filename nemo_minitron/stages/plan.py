@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -65,5 +64,4 @@ def _state(item: PlannedPath, produced: set[str]) -> str:
     """How an input stands: its size, or who writes it, or that it is missing."""
     if item.exists():
         return human_bytes(item.size() or 0)
-    made = any(Path(item.path).absolute().is_relative_to(Path(path).absolute()) for path in produced)
-    return "written by an earlier stage" if made else "[red]missing[/]"
+    return "written by earlier stages" if item.comes_from(produced) else "[red]missing[/]"

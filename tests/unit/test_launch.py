@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nemo_minitron.config import ExportConfig, ParallelConfig, RuntimeConfig, ScoreConfig, StageConfig
+from nemo_minitron.errors import ConfigError, MinitronError, ShapeError
+from nemo_minitron.runtime import launch as launching
+from nemo_minitron.runtime.launch import StageCrashError, launch, read_results
+from nemo_minitron.stages import execute
+from nemo_minitron.stages.base import read_record
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch):
+    """Stages are the fakes of support.fake_worker, in processes of their own."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(
+        execute, "launch", lambda module, *args, **kwargs: launch("support.fake_worker", *args, **kwargs)
+    )
+
+
+def job(tmp_path: Path, name: str = "work", tensor: int = 1, **runtime: object) -> StageConfig:
+    data = {"sources": [{"name": "a", "path": "a.txt"}]}
+    from omegaconf import OmegaConf
+
+    from nemo_minitron.config import DataConfig
+
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), data))
+    return ScoreConfig(
+        name=name,
+        model="m",
+        output=str(tmp_path / "run dir" / "out"),  # with a blank: it must survive every launcher in between
+        data=typed,  # type: ignore[arg-type]
+        parallel=ParallelConfig(tensor=tensor),
+        runtime=RuntimeConfig(**runtime),  # type: ignore[arg-type]
+    )
+
+
+def left_over(folder: Path) -> list[psutil.Process]:
+    """Processes that still belong to a job."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(launching.FOLDER_VARIABLE) == str(folder) and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_one_process(tmp_path):
+    config, shown = job(tmp_path, seed=5), io.BytesIO()
+    record = execute.run_stage(config, shown.write)
+    assert record["metrics"] == {"loss": 1.5, "world": 1, "rank": 0}
+    assert record == read_record(config.output)
+    assert record["peak_rss_bytes"] > 1e6
+    assert record["seconds"] > 0
+    assert record["config"]["runtime"]["seed"] == 5
+    assert (Path(config.output) / "result.txt").read_text() == "5"
+    assert b"rank 0 of 1" in shown.getvalue()
+    assert (execute.job_folder_of(config) / "rank-0.log").read_bytes() == shown.getvalue()
+
+
+def test_threads_are_given_or_shared(tmp_path):
+    shown = io.BytesIO()
+    execute.run_stage(job(tmp_path, threads=3), shown.write)
+    assert b"threads 3" in shown.getvalue()
+
+
+@pytest.mark.slow
+def test_several_processes_through_nemo_run(tmp_path):
+    config, shown = job(tmp_path, tensor=2), io.BytesIO()
+    record = execute.run_stage(config, shown.write)
+    assert record["metrics"]["world"] == 2
+    assert b"rank 0 of 2" in shown.getvalue()
+    assert b"rank 1" not in shown.getvalue()
+    folder = execute.job_folder_of(config)
+    assert "rank 1 of 2" in (folder / "rank-1.log").read_text()
+    assert (folder / "nemo_run" / "experiments").is_dir()
+    assert not left_over(folder)
+
+
+def test_a_refusal_comes_through_in_its_class(tmp_path):
+    config = job(tmp_path, "refuse")
+    with pytest.raises(ShapeError, match=r"^hidden_size=7: is odd; choose an even one$"):
+        execute.run_stage(config)
+    assert not Path(config.output).exists()
+
+
+def test_a_crash_carries_the_traceback_and_the_log(tmp_path):
+    config = job(tmp_path, "crash")
+    with pytest.raises(StageCrashError) as error:
+        execute.run_stage(config)
+    assert "Traceback" in str(error.value)
+    assert "RuntimeError: a fault of ours" in str(error.value)
+    assert f"{execute.job_folder_of(config)}/rank-0.log" in str(error.value)
+
+
+def test_a_killed_process_is_named(tmp_path):
+    with pytest.raises(
+        StageCrashError, match=r"Rank 0 of 1 ended without a result \(killed by signal 9; a process that"
+    ):
+        execute.run_stage(job(tmp_path, "die"))
+
+
+def test_a_time_limit_ends_the_job(tmp_path):
+    config = job(tmp_path, "hang", timeout_minutes=2 / 60)
+    started = time.monotonic()
+    with pytest.raises(MinitronError, match=r"stopped after 0\.0333.* minutes \(runtime\.timeout_minutes\)"):
+        execute.run_stage(config)
+    assert time.monotonic() - started < 10
+    assert not left_over(execute.job_folder_of(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("refuse", ShapeError, r"^hidden_size=7: is odd; choose an even one$"),
+        ("crash", StageCrashError, r"(?s)RuntimeError: a fault of ours.*Rank 1 of 2 crashed"),
+        ("die", StageCrashError, r"Rank 1 of 2 ended without a result \(killed by signal 9"),
+    ],
+)
+def test_one_failing_rank_ends_all_and_shows_once(tmp_path, name, kind, message):
+    config = job(tmp_path, name, tensor=2)
+    started = time.monotonic()
+    with pytest.raises(kind, match=message) as error:
+        execute.run_stage(config)
+    assert str(error.value).count("Traceback") == (name == "crash")
+    assert time.monotonic() - started < 60  # the peer sleeps for ten minutes
+    assert not left_over(execute.job_folder_of(config))
+
+
+@pytest.mark.slow
+def test_a_hang_of_several_is_bounded(tmp_path):
+    config = job(tmp_path, "hang", tensor=2, timeout_minutes=8 / 60)
+    with pytest.raises(MinitronError, match="stopped after"):
+        execute.run_stage(config)
+    assert not left_over(execute.job_folder_of(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_killing_the_launcher_leaves_no_process(tmp_path, tensor):
+    folder = tmp_path / "job"
+    code = (
+        "from pathlib import Path\n"
+        "from nemo_minitron.runtime.launch import launch\n"
+        f"launch('support.fake_worker', ['score'], world_size={tensor}, folder=Path({str(folder)!r}))\n"
+    )
+    import dataclasses
+
+    import yaml
+
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(job(tmp_path, "hang", tensor))))
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("rank-*.log"))) < tensor and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while left_over(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left_over(folder)
+
+
+def test_an_earlier_jobs_results_do_not_count(tmp_path):
+    config = job(tmp_path, "crash")
+    folder = execute.job_folder_of(config)
+    with pytest.raises(StageCrashError):
+        execute.run_stage(config)
+    execute.run_stage(job(tmp_path))
+    assert [result.status for result in read_results(folder)] == ["done"]
+
+
+def test_an_output_that_is_there_is_kept(tmp_path):
+    config = job(tmp_path)
+    execute.run_stage(config)
+    with pytest.raises(ConfigError, match="already exists; choose another output or pass --overwrite"):
+        execute.run_stage(config)
+    config.overwrite, config.runtime.seed = True, 9
+    execute.run_stage(config)
+    assert (Path(config.output) / "result.txt").read_text() == "9"
+
+
+def test_overwriting_spares_what_is_not_ours(tmp_path):
+    config = ExportConfig(model="m", output=str(tmp_path / "precious"), overwrite=True)
+    Path(config.output).mkdir()
+    (Path(config.output) / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="was not written by minitron"):
+        execute.run_stage(config)
+    assert (Path(config.output) / "thesis.tex").exists()

@@ -83,8 +83,10 @@ def _nemo(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from omegaconf import OmegaConf
 
     from nemo_minitron.checkpoints.nemo1 import unpack_nemo1
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
     del dtype
+    initialize(ParallelLayout())  # Megatron-core takes its groups while the model is built, NeMo 1 makes them after
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify.") as scratch:
         config = unpack_nemo1(path, Path(scratch)) | {"precision": 32}
         connector = NLPSaveRestoreConnector()
@@ -105,7 +107,7 @@ def _nemo(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             save_restore_connector=connector,
             map_location=torch.device("cpu"),
         )
-        return _forward(model.model.eval(), ids)
+        return _forward(model.get_model_module_list()[0].eval(), ids)
 
 
 def _backend() -> str:

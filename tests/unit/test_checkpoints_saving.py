@@ -1,0 +1,133 @@
+"""Outputs appear whole or not at all: kill -9, full disk, failures half-way, leftovers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.saving import staging, write_aside
+from nemo_minitron.errors import CheckpointError
+from support.checkpoints import tiny_checkpoint
+
+
+def content(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    return {str(file.relative_to(path.parent)): file.read_bytes() for file in files if file.is_file()}
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> tuple[Path, Path]:
+    return tiny_checkpoint(tmp_path / "a", seed=1), tiny_checkpoint(tmp_path / "b", seed=2)
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = map(open_checkpoint, sources)
+    write_checkpoint(first, tmp_path / "out", "hf")
+    before = content(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists; choose another path"):
+        write_checkpoint(second, tmp_path / "out", "hf")
+    assert content(tmp_path / "out") == before
+    written = write_checkpoint(second, tmp_path / "out", "hf", overwrite=True)
+    name = "decoder.final_layernorm.weight"
+    assert torch.equal(written.weights.tensor(name), second.weights.tensor(name))
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_converting_in_place_reads_before_it_replaces(sources: tuple[Path, Path]) -> None:
+    checkpoint = open_checkpoint(sources[0])
+    name = "decoder.layers.2.mlp.linear_fc1.weight"
+    before = checkpoint.weights.tensor(name).to(torch.bfloat16)
+    written = write_checkpoint(checkpoint, sources[0], "hf", dtype="bfloat16", overwrite=True)
+    assert torch.equal(written.weights.tensor(name), before)
+
+
+@pytest.mark.parametrize("form", ["hf", "nemo"])
+def test_a_full_disk_leaves_the_old_output(
+    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    out = tmp_path / "out.nemo"
+    write_checkpoint(open_checkpoint(sources[0]), out, form)
+    before = content(out)
+    calls = []
+
+    def full(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file" if form == "hf" else "torch.save", full)
+    with pytest.raises(CheckpointError, match=r"no space left while writing .*untouched"):
+        write_checkpoint(open_checkpoint(sources[1]), out, form, overwrite=True)
+    assert calls
+    assert content(out) == before
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_damaged_source_leaves_the_old_output(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    write_checkpoint(open_checkpoint(sources[0]), tmp_path / "out", "hf")
+    before = content(tmp_path / "out")
+    second = open_checkpoint(sources[1])
+    file = sources[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        write_checkpoint(second, tmp_path / "out", "hf", overwrite=True)
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["hf", "nemo"])
+def test_kill_in_mid_save_leaves_the_old_output(sources: tuple[Path, Path], tmp_path: Path, form: str) -> None:
+    out = tmp_path / "out.nemo"
+    write_checkpoint(open_checkpoint(sources[0]), out, form)
+    before = content(out)
+    script = (
+        "import sys, time\n"
+        "from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint\n"
+        "def stop(name, done, total):\n"
+        "    if done == total // 2:\n"
+        "        print('half', flush=True)\n"
+        "        time.sleep(60)\n"
+        f"write_checkpoint(open_checkpoint({str(sources[1])!r}), {str(out)!r}, {form!r}, overwrite=True, progress=stop)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == b"half"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert content(out) == before
+    assert [entry for entry in tmp_path.iterdir() if entry.name.startswith(".out.nemo.")]  # what the dead process left
+    written = write_checkpoint(open_checkpoint(sources[1]), out, form, overwrite=True)
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+    assert written.shape == open_checkpoint(sources[1]).shape
+
+
+def test_an_output_moved_aside_by_a_dead_process_comes_back(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    time.sleep(0.01)
+    out = tmp_path / "out"
+    with write_aside(out, overwrite=False) as partial:
+        partial.write_text("old")
+    host = staging(out).name.split(".files.")[1].rsplit(".", 1)[0]
+    os.rename(out, tmp_path / f".out.replaced.{host}.{dead.pid}")
+    with pytest.raises(CheckpointError, match=r"does not exist.*killed"):
+        open_checkpoint(out)
+    with pytest.raises(CheckpointError, match="exists"), write_aside(out, overwrite=False):
+        pass
+    assert out.read_text() == "old"
+
+
+def test_an_interrupt_cleans_up(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), write_aside(tmp_path / "out", overwrite=False) as partial:
+        partial.mkdir()
+        (partial / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,322 @@
+"""Distributed checkpoints: the writer against the reader, assembled regions, damage, and hostile files."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
+from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+from nemo_minitron.errors import CheckpointError
+from support.checkpoints import tiny_checkpoint
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Checkpoint:
+    return open_checkpoint(tiny_checkpoint(tmp_path / "hf"))
+
+
+@pytest.fixture
+def directory(source: Checkpoint, tmp_path: Path) -> Path:
+    write_torch_dist(source, tmp_path / "w", prefix="module.", dtype="float32", vocab_rows=256, common={"epoch": 0})
+    return tmp_path / "w"
+
+
+def weights(directory: Path, source: Checkpoint) -> TorchDistWeights:
+    store = TorchDist(directory)
+    return TorchDistWeights(store, source.shape, "llama", store.prefix(EMBEDDING))
+
+
+def test_what_is_written_is_read_bit_for_bit(directory: Path, source: Checkpoint) -> None:
+    read = weights(directory, source)
+    read.check()
+    assert read.prefix == "module." and read.padded_vocab() == 256 and read.dtype() == "float32"
+    for name in source.weights.names():
+        assert torch.equal(read.tensor(name), source.weights.tensor(name)), name
+    padding = read.store.read("module." + EMBEDDING, [slice(120, 256), slice(0, 48)])
+    assert torch.equal(padding[:11], source.weights.tensor(EMBEDDING)[120:])
+    assert padding[11:].abs().max() == 0
+
+
+def test_keys_and_sizes_are_megatrons(directory: Path) -> None:
+    store = TorchDist(directory)
+    assert store.sizes["module.decoder.layers.self_attention.linear_qkv.weight"] == (3, 120, 48)
+    assert store.sizes["module.decoder.layers.mlp.linear_fc1.weight"] == (3, 152, 48)
+    assert store.sizes["module.output_layer.weight"] == (256, 48)
+    assert store.sizes["module.decoder.final_layernorm.weight"] == (48,)
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    assert "module.decoder.layers.mlp.linear_fc2._extra_state/shard_2_3" in metadata.state_dict_metadata
+    assert torch.load(directory / "common.pt", weights_only=True) == {"epoch": 0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_region_is_assembled_from_any_chunks(tmp_path: Path, seed: int) -> None:
+    """A tensor that torch stored as a grid of chunks, read by random regions against plain slicing."""
+    from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+    whole = torch.randn(7, 10)
+    items = [
+        WriteItem(
+            MetadataIndex("t", (row, column)),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                ChunkStorageMetadata(torch.Size((row, column)), torch.Size((min(3, 7 - row), 5))),
+                TensorProperties(dtype=whole.dtype),
+                whole.shape,
+            ),
+        )
+        for row in (0, 3, 6)
+        for column in (0, 5)
+    ]
+
+    class Grid(dcp.SavePlanner):
+        def set_up_planner(self, *_: object, **__: object) -> None: ...
+
+        def create_local_plan(self) -> SavePlan:
+            return SavePlan(items)
+
+        def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], dcp.Metadata]:
+            return create_default_global_save_plan(all_plans)
+
+        def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+            return new_plan
+
+        def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+            assert write_item.tensor_data is not None
+            chunk = write_item.tensor_data.chunk
+            return whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))].clone()
+
+    dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp_path), planner=Grid(), no_dist=True)
+    store, generator = TorchDist(tmp_path), torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        region = []
+        for size in whole.shape:
+            low, high = sorted(torch.randperm(size + 1, generator=generator)[:2].tolist())
+            region.append(slice(low, high))
+        assert torch.equal(store.read("t", region), whole[tuple(region)])
+    with pytest.raises(CheckpointError, match="cover 7 of the 14 elements"):
+        store._chunks["t"] = [chunk for chunk in store._chunks["t"] if chunk.offsets[1] == 0]
+        store.read("t", [slice(0, 7), slice(4, 6)])
+
+
+def test_layers_under_their_own_keys_and_the_local_spelling(source: Checkpoint, tmp_path: Path) -> None:
+    """Heterogeneous models have one key a layer; models of the local layer spec keep norms outside the linears."""
+    local = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    }
+    state = {}
+    for name in source.weights.names():
+        key = name
+        for canonical, spelling in local.items():
+            key = key.replace(canonical, spelling)
+        state["model." + key] = source.weights.tensor(name)
+    dcp.save(state | {"optimizer.state.step": torch.ones(1)}, checkpoint_id=tmp_path / "w", no_dist=True)
+    read = weights(tmp_path / "w", source)
+    read.check()
+    assert read.prefix == "model."
+    for name in source.weights.names():
+        assert torch.equal(read.tensor(name), source.weights.tensor(name)), name
+
+
+def test_sizes_that_do_not_fit_are_named(directory: Path, source: Checkpoint) -> None:
+    store = TorchDist(directory)
+    for change, message in (
+        ({"num_layers": 2}, "has 3 layers where the model's sizes ask for 2"),
+        ({"ffn_hidden_size": 70}, r"linear_fc1.weight has shape \[152, 48\]"),
+        ({"vocab_size": 300}, r"word_embeddings.weight has shape \[256, 48\]"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            TorchDistWeights(store, source.shape.replace(**change), "llama", "module.").check()
+    store.sizes["module.decoder.layers.self_attention.linear_qkv.bias"] = (3, 120)
+    with pytest.raises(CheckpointError, match=r"linear_qkv.bias has no place in a Llama model"):
+        TorchDistWeights(store, source.shape, "llama", "module.").check()
+    del store.sizes["module.decoder.final_layernorm.weight"]
+    with pytest.raises(CheckpointError, match="has no tensor module.decoder.final_layernorm.weight"):
+        TorchDistWeights(store, source.shape, "llama", "module.").check()
+
+
+def test_truncated_missing_and_damaged_files(directory: Path, source: Checkpoint) -> None:
+    read = weights(directory, source)
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    file = next(
+        chunk.file
+        for chunk in read.store._chunks["module.decoder.layers.mlp.linear_fc1.weight"]
+        if chunk.offsets[0] == 1
+    )
+    whole = (directory / file).read_bytes()
+    (directory / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=rf"{file}, tensor module.*linear_fc1.weight: the file ends early"):
+        read.tensor(name)
+    (directory / file).write_bytes(os.urandom(len(whole)))
+    with pytest.raises(CheckpointError, match=rf"{file}, tensor module.*: the stored chunk is damaged"):
+        read.tensor(name)
+    (directory / file).unlink()
+    with pytest.raises(CheckpointError, match=rf"{file}, tensor module.*cannot be read"):
+        read.tensor(name)
+    data = (directory / ".metadata").read_bytes()
+    (directory / ".metadata").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"\.metadata (was refused|is damaged)"):
+        TorchDist(directory)
+    (directory / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"\.metadata is missing: this is no finished"):
+        TorchDist(directory)
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_hostile_metadata_runs_nothing(directory: Path, tmp_path: Path) -> None:
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.planner_data = Evil(tmp_path / "executed")
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir, which is no part of the format"):
+        TorchDist(directory)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"cbuiltins\neval\n(S'1'\ntR.", b"ctorch.serialization\nload\n(S'x'\ntR.", b"ctorch\nload\n(S'x'\ntR."],
+)
+def test_names_outside_the_allow_list_are_refused(directory: Path, payload: bytes) -> None:
+    (directory / ".metadata").write_bytes(payload)
+    with pytest.raises(CheckpointError, match="no part of the format"):
+        TorchDist(directory)
+
+
+def test_dotted_names_do_not_get_around_the_allow_list(directory: Path) -> None:
+    # protocol 4 lets a name be an attribute path: pathlib "Path.cwd", "os.system"
+    for module, name in (("pathlib", "os.mkdir"), ("torch", "Size.__class__"), ("pathlib", "Path.home")):
+        data = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
+        data += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
+        (directory / ".metadata").write_bytes(data)
+        with pytest.raises(CheckpointError, match="no part of the format"):
+            TorchDist(directory)
+
+
+def test_metadata_cannot_point_outside(directory: Path) -> None:
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../" + info.relative_path
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="lies outside the checkpoint"):
+        TorchDist(directory)
+
+
+def test_a_chunk_with_code_in_it_is_refused(directory: Path, source: Checkpoint, tmp_path: Path) -> None:
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    buffer = io.BytesIO()
+    torch.save(Evil(tmp_path / "executed"), buffer)
+    for index, info in metadata.storage_data.items():
+        if index.fqn == "module.decoder.final_layernorm.weight":
+            (directory / "evil.distcp").write_bytes(buffer.getvalue())
+            info.relative_path, info.offset, info.length = "evil.distcp", 0, len(buffer.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="damaged"):
+        weights(directory, source).tensor("decoder.final_layernorm.weight")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nemo_archive_round_trip(tmp_path: Path, tied: bool) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "hf", tied=tied))
+    written = write_checkpoint(source, tmp_path / "out.nemo", "nemo", vocab_multiple=64)
+    assert written.shape == source.shape and written.architecture == source.architecture
+    for name in source.weights.names():
+        assert torch.equal(written.weights.tensor(name), source.weights.tensor(name)), name
+    back = write_checkpoint(written, tmp_path / "back", "hf")
+    for name in source.weights.names():
+        assert torch.equal(back.weights.tensor(name), source.weights.tensor(name)), name
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    # without our record NeMo's own configuration has to say the same
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(tmp_path / "out.nemo") as tar:
+        tar.extractall(unpacked, filter="data")
+    (unpacked / "minitron.json").unlink()
+    foreign = open_checkpoint(unpacked)
+    assert foreign.shape == source.shape and foreign.architecture == source.architecture
+
+
+def test_nemo_needs_a_tokenizer(tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "hf", tokenizer=False))
+    with pytest.raises(CheckpointError, match="carries no tokenizer"):
+        write_checkpoint(source, tmp_path / "out.nemo", "nemo")
+
+
+def rewrite(archive: Path, change: tarfile.TarInfo, data: bytes = b"") -> None:
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(change, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../evil", tarfile.REGTYPE, "leads outside"),
+        ("/etc/evil", tarfile.REGTYPE, "leads outside"),
+        ("model_weights/../../evil", tarfile.REGTYPE, "leads outside"),
+        ("link", tarfile.SYMTYPE, "is a link, a device"),
+        ("hard", tarfile.LNKTYPE, "is a link, a device"),
+        ("device", tarfile.CHRTYPE, "is a link, a device"),
+        ("fifo", tarfile.FIFOTYPE, "is a link, a device"),
+        ("model_config.yaml", tarfile.REGTYPE, "is there twice"),
+    ],
+)
+def test_hostile_members_are_refused(tmp_path: Path, name: str, kind: bytes, message: str) -> None:
+    archive = tmp_path / "out.nemo"
+    write_checkpoint(open_checkpoint(tiny_checkpoint(tmp_path / "hf")), archive, "nemo")
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    rewrite(archive, member)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(archive)
+
+
+def test_truncated_compressed_and_foreign_archives(tmp_path: Path) -> None:
+    import gzip
+
+    archive = tmp_path / "out.nemo"
+    write_checkpoint(open_checkpoint(tiny_checkpoint(tmp_path / "hf")), archive, "nemo")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_checkpoint(archive)
+    archive.write_bytes(gzip.compress(whole))
+    with pytest.raises(CheckpointError, match="compressed .nemo; unpack it"):
+        open_checkpoint(archive)
+    archive.write_bytes(b"not a tar at all" * 100)
+    with pytest.raises(CheckpointError, match="truncated or not a .nemo"):
+        open_checkpoint(archive)
+
+
+def test_a_foreign_nemo_configuration_is_named(tmp_path: Path) -> None:
+    archive = tmp_path / "out.nemo"
+    write_checkpoint(open_checkpoint(tiny_checkpoint(tmp_path / "hf")), archive, "nemo")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "u", filter="data")
+    (tmp_path / "u" / "minitron.json").unlink()
+    config = tmp_path / "u" / "model_config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("fast-swiglu", "squared-relu").replace("rmsnorm", "layernorm1p"))
+    with pytest.raises(CheckpointError, match="normalization='layernorm1p'.*activation='squared-relu'"):
+        open_checkpoint(tmp_path / "u")
+    config.write_text("!!python/object/apply:os.mkdir ['executed']")
+    with pytest.raises(CheckpointError, match="cannot be read as plain YAML"):
+        open_checkpoint(tmp_path / "u")

@@ -316,6 +316,7 @@ class ReportConfig(StageConfig):
     Attributes:
         run: directory with the stages' outputs.
         output: where to write; ``run`` + "/report" unless given.
+        overwrite: on, since a report can always be made again from the records.
         title: heading of the report; empty takes the directory's name.
     """
 
@@ -324,6 +325,7 @@ class ReportConfig(StageConfig):
 
     run: str = MISSING
     output: str = "${run}/report"
+    overwrite: bool = True
     title: str = ""
 
 

@@ -40,7 +40,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     """
     stage = config.STAGE
     # A stage that resumes keeps its output; another that finds one is refused before anything starts.
-    if not getattr(config, "resume", False) and stage != "report":
+    if not getattr(config, "resume", False):
         check_output(config.output, config.overwrite)
     folder = job_folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)

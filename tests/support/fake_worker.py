@@ -38,7 +38,14 @@ def run(config: StageConfig) -> dict[str, Any]:
                 (Path(config.output).parent / "started").touch()
                 time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
             (aside / "result.txt").write_text(str(config.runtime.seed))
-    return {"loss": 1.5, "world": world, "rank": rank}
+    metrics = {"loss": 1.5, "world": world, "rank": rank}
+    if "torch" in sys.modules:
+        import torch
+
+        from nemo_minitron.runtime import cpu
+
+        metrics |= {"threads": torch.get_num_threads(), "draw": torch.rand(()).item(), "cpu": cpu.is_active()}
+    return metrics
 
 
 def plan(config: StageConfig) -> StagePlan:
@@ -56,5 +63,6 @@ def install() -> None:
 
 if __name__ == "__main__":
     install()
-    worker.set_up = lambda config: None  # type: ignore[assignment]
+    if "REAL_SET_UP" not in os.environ:  # torch and Megatron take seconds to import
+        worker.set_up = lambda config: None  # type: ignore[assignment]
     sys.exit(worker.main(sys.argv[1]))

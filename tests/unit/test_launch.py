@@ -91,6 +91,24 @@ def test_several_processes_through_nemo_run(tmp_path):
     assert not left_over(folder)
 
 
+@pytest.mark.slow
+def test_a_process_is_set_up(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("REAL_SET_UP", "1")
+    metrics = execute.run_stage(job(tmp_path, threads=2, seed=77, device="cpu"))["metrics"]
+    expected = torch.rand((), generator=torch.Generator().manual_seed(77)).item()
+    assert metrics == {"loss": 1.5, "world": 1, "rank": 0, "threads": 2, "draw": expected, "cpu": True}
+
+
+@pytest.mark.slow
+def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("REAL_SET_UP", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="no CUDA device is visible"):
+        execute.run_stage(job(tmp_path, device="cuda"))
+
+
 def test_a_refusal_comes_through_in_its_class(tmp_path):
     config = job(tmp_path, "refuse")
     with pytest.raises(ShapeError, match=r"^hidden_size=7: is odd; choose an even one$"):

@@ -1,7 +1,7 @@
 """The part of the CPU layer that stands in for CUDA, Apex and Transformer Engine in NeMo and NeMo-Aligner.
 
-Where NeMo 1 guards a whole feature by ``HAVE_APEX`` but uses only a name or two of Apex, those names come from Megatron-core
-or torch, which do the same.
+Where NeMo 1 guards a whole feature by ``HAVE_APEX`` but uses only a name or two of Apex, those names come from
+Megatron-core or torch, which do the same.
 """
 
 from __future__ import annotations
@@ -44,6 +44,20 @@ def _no_optimizations(original: Any) -> Callable[[Any], None]:
         return None
 
     return _enable_nvidia_optimizations
+
+
+def _with_groups(original: Any) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        from megatron.core import parallel_state
+
+        original(self, *args, **kwargs)
+        if not parallel_state.is_initialized():
+            strategy = self.trainer.strategy
+            if strategy.launcher is not None:
+                strategy.launcher.launch(lambda: None, trainer=self.trainer)
+            strategy.setup_environment()
+
+    return __init__
 
 
 def _tensor_parallel_defaults(original: Any) -> Callable[[torch.Tensor], None]:
@@ -141,6 +155,14 @@ PATCHES: tuple[Patch, ...] = (
         _no_optimizations,
         "outside NVIDIA's containers NVIDIA_PYTORCH_VERSION is unset, and re.fullmatch(..., None) raises TypeError; "
         "what it sets is nvFuser's",
+    ),
+    Patch(
+        _BASE,
+        "MegatronBaseModel.__init__",
+        _with_groups,
+        "only writes the ranks down; the process groups come with trainer.fit or the loading of weights, after the model is "
+        "built. Megatron-core's own attention (megatron/core/transformer/dot_product_attention.py), which Transformer "
+        "Engine's replaces elsewhere, needs the tensor-parallel group while it is built",
     ),
     Patch(
         f"{_COMMON}.build_model",

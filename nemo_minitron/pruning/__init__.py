@@ -1,8 +1,8 @@
 """Pruning: which units stay, and taking the others out of a checkpoint or of a live Megatron model.
 
 :func:`choose_units` turns scores and a target shape into :class:`~nemo_minitron.axes.KeptUnits`; the same kept units
-drive :func:`prune_weights` (checkpoint to checkpoint, no process group, one tensor at a time) and the NeMo model transforms
-:class:`DepthPrune` and :class:`WidthPrune` (a live model, each rank its shard). See ``docs/pruning.md``.
+drive :func:`prune_weights` (checkpoint to checkpoint, no process group, one tensor at a time) and the NeMo model
+transforms :class:`DepthPrune` and :class:`WidthPrune` (a live model, each rank its shard). See ``docs/pruning.md``.
 
 Importing this package imports neither torch nor Megatron.
 """

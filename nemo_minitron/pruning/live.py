@@ -1,7 +1,7 @@
 """Reading and resizing live Megatron modules: what sizes a ``GPTModel`` has, and where it keeps them.
 
 Megatron copies sizes from the shared ``TransformerConfig`` into its modules when they are built. :func:`apply_sizes`
-sets every one of those copies, so that a resized model is, attribute by attribute, the model that would have been built.
+sets every one of those copies, so that a resized model is, attribute by attribute, the one that would have been built.
 """
 
 from __future__ import annotations

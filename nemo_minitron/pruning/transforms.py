@@ -1,7 +1,7 @@
 """``DepthPrune`` and ``WidthPrune``: NeMo model transforms that prune a live Megatron model in place.
 
 A transform is a callable ``Module -> Module``, as NeMo 2 takes for ``model_transform``. It finds the ``GPTModel``
-chunks in what it is given (NeMo's ``MegatronParallel``, ``Float16Module``, ``ModuleList``) and prunes each rank's shard.
+chunks in what it is given (NeMo's ``MegatronParallel``, ``Float16Module``, ``ModuleList``) and prunes this rank's part.
 The kept units are those that drive :func:`~nemo_minitron.pruning.prune_weights` too, with bit-equal weights.
 """
 
@@ -240,7 +240,8 @@ def _stage_faults(chunk: GPTModel, layers: tuple[int, ...], layout: ParallelLayo
         return []
     return [
         f"the kept layers {list(layers)} leave the {stages} pipeline stages with {left} layers each, Megatron needs "
-        "equally many; keep equally many layers of every stage, or prune the checkpoint (`minitron prune`) and load the result"
+        "equally many; keep equally many layers of every stage, or prune the checkpoint (`minitron prune`) and load "
+        "the result"
     ]
 
 

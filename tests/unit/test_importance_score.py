@@ -43,9 +43,7 @@ def reference(path, blocks) -> dict[str, torch.Tensor]:
         return x.abs().mean(1).square().sum(0).sqrt()
 
     b, s = blocks.shape[0], blocks.shape[1] - 1
-    heads = [
-        score(x.view(b, s, config.num_attention_heads, config.head_dim).norm(dim=-1)) for x in seen["attention"]
-    ]
+    heads = [score(x.view(b, s, config.num_attention_heads, config.head_dim).norm(dim=-1)) for x in seen["attention"]]
     cosines = [
         torch.nn.functional.cosine_similarity(x, y, dim=-1).mean() for x, y in zip(seen["in"], seen["out"], strict=True)
     ]
@@ -70,7 +68,9 @@ def test_scores_equal_an_independent_computation(groups, tmp_path, tied):
         live(checkpoint, groups), blocks, groups, shape=checkpoint.shape, micro_batch_size=2, progress=done.append
     )
     for name, value in expected.items():
-        torch.testing.assert_close(getattr(scores, name), value, rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(scores, name), value, rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert (scores.samples, scores.tokens, sum(done)) == (7, 84, 7)
 
 

@@ -1,0 +1,162 @@
+"""What a training tells: one JSON object a step, TensorBoard through NeMo's logger, a progress bar on rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+from nemo.lightning.megatron_parallel import MegatronStep
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["ProgressBar", "StepMetrics"]
+
+
+class StepMetrics(pl.Callback):
+    """Writes ``metrics.jsonl``: a line a training step and a line a validation.
+
+    The last pipeline stage knows the loss, so its first rank writes. After a resume, lines of steps that are trained again
+    are dropped first.
+
+    Training lines: ``step`` (1-based), ``tokens`` (in all), ``kl``, ``lr`` (of this step), ``grad_norm``,
+    ``tokens_per_second``, ``seconds`` (since the start of this process's training). Validation lines: ``split`` =
+    "validation", ``step``, ``tokens``, ``kl``, ``lm_loss``.
+    """
+
+    def __init__(self, path: Path, *, tokens_per_step: int, every: int = 1) -> None:
+        self.path = path
+        self.tokens_per_step = tokens_per_step
+        self.every = every
+        self._file: IO[str] | None = None
+        self._started = self._last = 0.0
+        self._validation: list[tuple[float, float]] = []
+        self._kl = self._lr = 0.0
+
+    def _writes(self, module: Any) -> bool:
+        groups: Groups = module.groups
+        return groups.is_last_stage and groups.tp_rank == 0 and groups.dp_rank == 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the file on the rank that writes."""
+        self._started = self._last = time.monotonic()
+        if not self._writes(pl_module):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(self.path) if line["step"] <= trainer.global_step]
+        aside = self.path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The learning rate of the step; after it, the scheduler has moved on."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_megatron_reduce_microbatches_end(self, step: MegatronStep, loss_reduction: Any, reduced: Any) -> None:
+        """Called on the last stage with the reduced loss of a step."""
+        self._kl = float(reduced)
+        if step.forward_only:
+            self._validation.append((self._kl, loss_reduction.lm_loss))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """One line, with the step that has just updated the weights."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        step = trainer.global_step
+        if self._file is None or step % self.every:
+            return
+        logged = trainer.callback_metrics
+        self._write(
+            step=step,
+            tokens=step * self.tokens_per_step,
+            kl=self._kl,
+            lr=self._lr,
+            grad_norm=float(logged["grad_norm"]) if "grad_norm" in logged else None,
+            tokens_per_second=self.tokens_per_step / seconds,
+            seconds=now - self._started,
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One line with the means over the validation's steps."""
+        if self._file is not None and self._validation and not trainer.sanity_checking:
+            kls, losses = zip(*self._validation, strict=True)
+            self._write(
+                split="validation",
+                step=trainer.global_step,
+                tokens=trainer.global_step * self.tokens_per_step,
+                kl=sum(kls) / len(kls),
+                lm_loss=sum(losses) / len(losses),
+            )
+        self._validation.clear()
+        self._last = time.monotonic()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, **values: Any) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(values) + "\n")
+
+
+class ProgressBar(pl.Callback):
+    """A bar on rank 0 with loss and throughput. (NeMo's own printer enters a collective on rank 0 alone.)"""
+
+    def __init__(self, steps: int, *, tokens_per_step: int) -> None:
+        self.steps = steps
+        self.tokens_per_step = tokens_per_step
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar."""
+        self._last = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        self._progress = Progress(
+            TextColumn("distil"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(),
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("distil", total=self.steps, completed=trainer.global_step, status="")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Advance it."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        if self._progress is not None:
+            kl = trainer.callback_metrics.get("reduced_train_loss")
+            status = f"KL {float(kl):.3f}  " if kl is not None else ""
+            status += f"{self.tokens_per_step / seconds:,.0f} tokens/s"
+            self._progress.update(self._task, completed=trainer.global_step, status=status)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take it away, also after an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
+    found = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return found

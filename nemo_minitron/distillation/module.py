@@ -1,0 +1,202 @@
+"""NeMo 2's Llama module, trained on a teacher's logits instead of labels.
+
+:class:`DistillationModel` is a ``LlamaModel`` to NeMo in every way: its checkpoints name ``LlamaModel`` as their class, so a
+checkpoint of a distillation opens with plain NeMo. The teacher lives beside it, outside the module tree: no optimizer,
+no DDP and no checkpoint ever sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import fiddle as fdl
+import lightning.pytorch as pl
+import torch
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction, MegatronStep
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.live import load_into
+from nemo_minitron.distillation.teacher import Teacher
+from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+from nemo_minitron.errors import NonFiniteError
+from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
+
+if TYPE_CHECKING:
+    from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
+    from nemo.lightning.pytorch.optim import OptimizerModule
+
+__all__ = ["DistillationLoss", "DistillationModel", "TeacherFirst"]
+
+HIDDEN = "teacher_hidden"
+
+
+class DistillationModel(LlamaModel):
+    """The student, with its teacher.
+
+    Args:
+        config: NeMo's configuration of the student. Its ``calculate_per_token_loss`` is switched on, so that the loss of a
+            step is the mean over all valid tokens of its global batch, however they fall on micro-batches and ranks.
+        student: initial weights.
+        teacher: the model to learn from; same vocabulary.
+        layout: parallel layout of both.
+        temperature: of the distillation loss.
+        optim, tokenizer: as in NeMo's ``GPTModel``.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        student: Checkpoint,
+        teacher: Checkpoint,
+        layout: ParallelLayout,
+        temperature: float = 1.0,
+        optim: OptimizerModule | None = None,
+        tokenizer: TokenizerSpec | None = None,
+    ) -> None:
+        config.calculate_per_token_loss = True
+        super().__init__(config, optim=optim, tokenizer=tokenizer)
+        self._student_checkpoint = student
+        self._teacher_checkpoint = teacher
+        self._layout = layout
+        self._temperature = temperature
+        # In a list, because a module assigned to an attribute would become a part of the student.
+        self._teacher: list[Teacher] = []
+
+    def io_init(self, **kwargs: Any) -> fdl.Config[LlamaModel]:
+        """What NeMo writes into the context of a checkpoint: the student as the plain model that it is."""
+        plain = {name: value for name, value in kwargs.items() if name in ("config", "optim", "tokenizer")}
+        return fdl.Config(LlamaModel, **plain)
+
+    @property
+    def groups(self) -> Groups:
+        """Megatron's groups, as NeMo's strategy made them."""
+        return current(self._layout)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher; there once the model is configured."""
+        return self._teacher[0]
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build this rank's part of the student and fill it; with the first chunk, the teacher too."""
+        if hasattr(self, "module"):
+            return
+        super().configure_model(vp_stage=vp_stage)
+        load_into([self.module], self._student_checkpoint, self.groups)
+        if not self._teacher:
+            dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+            self._teacher.append(Teacher.load(self._teacher_checkpoint, self.groups, dtype=dtype))
+
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+        """NeMo's own data step, which drops keys that it does not know; the teacher's hidden state is carried past it."""
+        item = next(dataloader_iter)
+        batch = item[0] if isinstance(item, tuple) else item
+        hidden = batch.pop(HIDDEN, None)
+        output: dict[str, Any] = super().data_step(iter([item]))
+        output[HIDDEN] = hidden
+        return output
+
+    def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s, b, H]`` elsewhere."""
+        return self.forward(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch["attention_mask"],
+        )
+
+    @property
+    def training_loss_reduction(self) -> DistillationLoss:
+        """The loss that is trained on."""
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = DistillationLoss(self, validation=False)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> DistillationLoss:
+        """The same loss, and the language-model loss beside it."""
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = DistillationLoss(self, validation=True)
+        return self._validation_loss_reduction
+
+
+class DistillationLoss(MegatronLossReduction):
+    """Forward KL of a micro-batch, summed over its valid tokens; Megatron divides by the tokens of the global batch.
+
+    Attributes:
+        lm_loss: of the last validation step that was reduced: cross-entropy of the student with the labels, nats a token.
+    """
+
+    def __init__(self, model: DistillationModel, *, validation: bool) -> None:
+        super().__init__()
+        # Past nn.Module's attribute registration: the model owns this loss.
+        object.__setattr__(self, "_model", model)
+        self.validation = validation
+        self.lm_loss: float | None = None
+
+    def forward(
+        self, batch: dict[str, Any], forward_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Args: a micro-batch and the student's logits ``[b, s, V/tp]``. Returns: loss sum, valid tokens, report.
+
+        Raises:
+            NonFiniteError: before any gradient is computed.
+        """
+        model: DistillationModel = self._model
+        groups, mask = model.groups, batch["loss_mask"].float()
+        report = torch.zeros(3, device=forward_out.device)
+        if self.validation:
+            # Padding columns hold zeros, not minus infinity, and would take probability from the vocabulary.
+            logits = _without_padding(forward_out, groups, model._student_checkpoint.shape.vocab_size)
+            report[1] = (vocab_parallel_cross_entropy(logits, batch["labels"]) * mask).sum()
+        kl = vocabulary_parallel_forward_kl(
+            forward_out,
+            model.teacher.logits(batch[HIDDEN]),
+            groups.tp,
+            vocab_size=model._student_checkpoint.shape.vocab_size,
+            temperature=model._temperature,
+            inplace=not self.validation,
+        )
+        loss, tokens = (kl * mask).sum(), mask.sum()
+        if not torch.isfinite(loss):
+            step = model.trainer.global_step
+            raise NonFiniteError(
+                f"the distillation loss of step {step} is {loss.item()}; nothing was updated. "
+                "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
+            )
+        report[0], report[2] = loss.detach(), tokens
+        return loss, tokens.to(torch.int), {"sums": report}
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Mean KL a token over all micro-batches and data-parallel ranks, on the last stage."""
+        groups = self._model.groups
+        sums = torch.stack([report["sums"] for report in losses_reduced_per_micro_batch]).sum(0)
+        torch.distributed.all_reduce(sums, group=groups.dp)
+        self.lm_loss = (sums[1] / sums[2]).item() if self.validation else None
+        return sums[0] / sums[2]
+
+
+def _without_padding(logits: torch.Tensor, groups: Groups, vocab_size: int) -> torch.Tensor:
+    """``[b, s, V/tp]`` -> a copy in float32 whose columns beyond the vocabulary are minus infinity, nearly."""
+    columns = logits.shape[-1]
+    valid = min(max(vocab_size - groups.tp_rank * columns, 0), columns)
+    copy = logits.detach().to(torch.float32, copy=True)
+    copy[..., valid:] = torch.finfo(torch.float32).min / 2
+    return copy
+
+
+class TeacherFirst(pl.Callback):
+    """Before each step, runs the teacher over the step's micro-batches and lays its hidden states beside them.
+
+    NeMo calls ``on_megatron_microbatches_start`` when the number of micro-batches is known and none is drawn yet.
+    """
+
+    def on_megatron_microbatches_start(self, step: MegatronStep) -> None:
+        """Replaces the step's data by the same micro-batches with the teacher's hidden states in them."""
+        items = [next(step.data) for _ in range(step.num_microbatches)]
+        batches = [item[0] if isinstance(item, tuple) else item for item in items]
+        for batch, hidden in zip(batches, step.pl_module.teacher.hidden_states(batches), strict=False):
+            batch[HIDDEN] = hidden
+        step.data = iter(items)

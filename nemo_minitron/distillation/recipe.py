@@ -1,0 +1,262 @@
+"""The distillation recipe: a NeMo 2 training put together from NeMo's own parts.
+
+:func:`distillation_trainer` and :func:`distillation_optimizer` are what a NeMo recipe would return; :func:`distill` runs them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.nemo2 import llama_config
+from nemo_minitron.distillation.callbacks import ProgressBar, StepMetrics
+from nemo_minitron.distillation.data import BlockDataModule
+from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
+from nemo_minitron.errors import CheckpointError, DataError, ShapeError
+from nemo_minitron.runtime.groups import ParallelLayout
+
+__all__ = ["Schedule", "check_pair", "distill", "distillation_optimizer", "distillation_trainer"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and how often.
+
+    Attributes:
+        steps: optimizer steps.
+        micro_batch_size, global_batch_size: in sequences.
+        lr, min_lr, warmup_steps: linear warm-up, then cosine to ``min_lr`` at ``steps``.
+        weight_decay, beta1, beta2: AdamW.
+        clip_grad: largest gradient norm; 0 does not clip.
+        temperature: of the loss.
+        max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
+        validate_every, validation_batches: steps between validations; global batches of each.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of metrics.
+        precision: "32" or "bf16-mixed".
+        seed: of the order of repeated passes over the data.
+    """
+
+    steps: int
+    micro_batch_size: int
+    global_batch_size: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+    temperature: float = 1.0
+    max_minutes: float | None = None
+    validate_every: int = 50
+    validation_batches: int = 8
+    save_every: int = 100
+    log_every: int = 1
+    precision: str = "32"
+    seed: int = 0
+
+
+def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
+    """Whether the student can learn from the teacher under this layout.
+
+    Raises:
+        CheckpointError: if their vocabularies differ.
+        DataError: if the sequences are longer than either model's context.
+        ShapeError: if the layout cannot split either.
+    """
+    if student.shape.vocab_size != teacher.shape.vocab_size:
+        raise CheckpointError(
+            f"student {student.path} has a vocabulary of {student.shape.vocab_size} and teacher {teacher.path} of "
+            f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one tokenizer"
+        )
+    faults = []
+    for name, checkpoint in (("student", student), ("teacher", teacher)):
+        longest = checkpoint.architecture.max_position_embeddings
+        if sequence_length > longest:
+            raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
+        shape = checkpoint.shape
+        faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)]
+        if shape.num_layers % layout.pipeline:
+            fits = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
+            faults.append(
+                f"{name}: num_layers={shape.num_layers} does not divide over parallel.pipeline={layout.pipeline}; "
+                f"it fits parallel.pipeline in {fits}"
+            )
+    if layout.virtual_pipeline is not None:
+        faults.append("parallel.virtual_pipeline: distillation runs one model chunk a stage; leave it null")
+    if faults:
+        raise ShapeError(faults)
+
+
+def distillation_optimizer(schedule: Schedule) -> nl.MegatronOptimizerModule:
+    """AdamW with Megatron's distributed optimizer, warm-up and cosine decay."""
+    return nl.MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=schedule.lr,
+            min_lr=schedule.min_lr,
+            weight_decay=schedule.weight_decay,
+            adam_beta1=schedule.beta1,
+            adam_beta2=schedule.beta2,
+            adam_eps=1e-8,
+            clip_grad=schedule.clip_grad,
+            bf16=schedule.precision.startswith("bf16"),
+            use_distributed_optimizer=True,
+        ),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=schedule.steps, warmup_steps=schedule.warmup_steps, constant_steps=0, min_lr=schedule.min_lr
+        ),
+    )
+
+
+def distillation_trainer(layout: ParallelLayout, schedule: Schedule) -> nl.Trainer:
+    """NeMo's trainer for this layout: NCCL and CUDA where there are devices, gloo and CPU elsewhere."""
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if schedule.precision.startswith("bf16") else torch.float32
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        process_group_backend="nccl" if cuda else "gloo",
+        ddp=DistributedDataParallelConfig(check_for_nan_in_grad=True, use_distributed_optimizer=True),
+        gradient_as_bucket_view=True,
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+    )
+    devices = torch.cuda.device_count() if cuda else layout.world_size
+    per_node = min(devices, layout.world_size)
+    return nl.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=per_node,
+        num_nodes=layout.world_size // per_node,
+        max_steps=schedule.steps,
+        max_time=datetime.timedelta(minutes=schedule.max_minutes) if schedule.max_minutes else None,
+        strategy=strategy,
+        plugins=nl.MegatronMixedPrecision(precision=schedule.precision),
+        val_check_interval=min(schedule.validate_every, schedule.steps),
+        # Lightning counts micro-batches here.
+        limit_val_batches=schedule.validation_batches
+        * (schedule.global_batch_size // (schedule.micro_batch_size * layout.data)),
+        num_sanity_val_steps=0,
+        log_every_n_steps=schedule.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def distill(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    *,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    directory: Path,
+    resume: bool = True,
+) -> Path:
+    """Train the student on the teacher's logits with NeMo's ``llm.train``. Every rank calls it.
+
+    Args:
+        student: initial weights.
+        teacher: what to learn from.
+        train, validation: ``[n, s + 1]`` token blocks, the same on every rank.
+        layout: of both models.
+        schedule: hyper-parameters.
+        directory: gets ``checkpoints/``, ``tensorboard/`` and ``metrics.jsonl``.
+        resume: go on from the last whole checkpoint in ``directory``.
+
+    Returns:
+        The last checkpoint, a NeMo 2 directory of a plain ``LlamaModel``.
+
+    Raises:
+        MinitronError: see :func:`check_pair`; NonFiniteError if the loss is not finite.
+    """
+    check_pair(student, teacher, layout, train.shape[1] - 1)
+    tokens_per_step = schedule.global_batch_size * (train.shape[1] - 1)
+    optimizer = distillation_optimizer(schedule)
+    config = llama_config(
+        student.shape,
+        student.architecture,
+        dtype="bfloat16" if schedule.precision.startswith("bf16") else "float32",
+        multiple=128,
+        rows=_vocabulary_rows(student, layout),
+    )
+    model = DistillationModel(config, student, teacher, layout, schedule.temperature, optim=optimizer)
+    data = BlockDataModule(
+        train,
+        validation,
+        steps=schedule.steps,
+        micro_batch_size=schedule.micro_batch_size,
+        global_batch_size=schedule.global_batch_size,
+        seed=schedule.seed,
+    )
+    trainer = distillation_trainer(layout, schedule)
+    # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.
+    trainer.callbacks += [
+        TeacherFirst(),
+        StepMetrics(directory / "metrics.jsonl", tokens_per_step=tokens_per_step, every=schedule.log_every),
+        ProgressBar(schedule.steps, tokens_per_step=tokens_per_step),
+    ]
+    checkpointing = ModelCheckpoint(
+        dirpath=str(directory / "checkpoints"),
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        monitor=None,
+        save_last=True,
+        save_top_k=0,  # the last one alone: it holds the optimizer too
+        every_n_train_steps=schedule.save_every,
+        save_optim_on_train_end=True,
+    )
+    log = nl.NeMoLogger(
+        log_dir=str(directory),
+        name="log",
+        use_datetime_version=False,
+        ckpt=checkpointing,
+        tensorboard=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
+        update_logger_directory=False,
+    )
+    checkpoints = directory / "checkpoints"
+    _remove_unfinished(checkpoints)
+    llm.train(
+        model,
+        data,
+        trainer,
+        log=log,
+        resume=nl.AutoResume(
+            resume_if_exists=resume, resume_ignore_no_checkpoint=True, resume_from_directory=str(checkpoints)
+        ),
+    )
+    return Path(checkpointing.last_model_path.removesuffix(".ckpt"))
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    """Remove what a killed run left half-written (NeMo marks it), so that the resume finds only whole checkpoints.
+
+    Every rank looks, and whichever comes first removes: nothing else touches the directory before training starts.
+    """
+    for marker in checkpoints.glob("*" + ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX):
+        shutil.rmtree(str(marker).removesuffix(ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX), ignore_errors=True)
+        marker.unlink(missing_ok=True)
+
+
+def _vocabulary_rows(student: Checkpoint, layout: ParallelLayout) -> int:
+    """Rows of the embedding under this layout, as the teacher's (:func:`nemo_minitron.runtime.model.build_model`)."""
+    from nemo_minitron.runtime.model import padded_vocab
+
+    return padded_vocab(student.shape.vocab_size, tensor=layout.tensor)

@@ -1,0 +1,11 @@
+"""The report of a run: ``index.html`` (one self-contained file) and ``report.md``. See :func:`write_report`.
+
+matplotlib and jinja2 are imported when a report is written.
+"""
+
+from __future__ import annotations
+
+from nemo_minitron.report.collect import Run, collect
+from nemo_minitron.report.write import write_report
+
+__all__ = ["Run", "collect", "write_report"]

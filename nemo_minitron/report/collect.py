@@ -1,0 +1,261 @@
+"""What a run directory holds, read from the files that the stages left. Nothing is computed that they do not state.
+
+A file that is missing leaves its part of the report out; one that is there and cannot be read is named in
+:attr:`Run.remarks`, so that a gap is never silent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.errors import DataError, MinitronError
+from nemo_minitron.shape import Architecture, ModelShape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Curve", "Model", "Run", "ScoreSet", "StageRun", "collect"]
+
+#: What a model is to the run; it decides names and colours.
+ROLES = ("teacher", "pruned", "random", "distilled", "other")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One finished stage.
+
+    Attributes:
+        name, stage: as its record says.
+        path: its output.
+        size: of the output, in bytes.
+        record: the whole record.
+    """
+
+    name: str
+    stage: str
+    path: Path
+    size: int
+    record: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return float(self.record["seconds"])
+
+    @property
+    def peak_rss(self) -> int | None:
+        """Largest resident size of any of its processes, in bytes."""
+        return self.record.get("peak_rss_bytes")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its resolved configuration."""
+        return self.record["config"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint of the run.
+
+    Attributes:
+        name: of its stage.
+        role: one of :data:`ROLES`.
+        shape, parameters: its sizes.
+        layers: indices, in the unpruned model, of the layers that a pruned one kept; None where that is not recorded.
+    """
+
+    name: str
+    role: str
+    shape: ModelShape
+    parameters: int
+    layers: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class ScoreSet:
+    """Scores of one ``score`` stage: arrays ``ffn [L, F], heads [L, A], groups [L, G], hidden [H], layers [L]``."""
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics of one ``distill`` stage, a dictionary a line."""
+
+    name: str
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """All that the report shows."""
+
+    path: Path
+    name: str
+    stages: list[StageRun] = field(default_factory=list)
+    models: list[Model] = field(default_factory=list)
+    scores: list[ScoreSet] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def teacher(self) -> Model | None:
+        """The unpruned model."""
+        return next((model for model in self.models if model.role == "teacher"), None)
+
+
+def collect(directory: str | Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        DataError: if it is not a directory, or holds no finished stage.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such run directory; give the output of `minitron run`")
+    run = Run(path, path.resolve().name)
+    manifest = _json(path / "pipeline.json", run)
+    if isinstance(manifest, dict) and isinstance(manifest.get("name"), str):
+        run.name = manifest["name"]
+    run.stages = _stages(path, run)
+    if not run.stages:
+        raise DataError(f"{path}: holds no finished stage (no record.json); run the stages first")
+    for stage in run.stages:
+        reader = {"score": _scores, "distill": _curve, "evaluate": _evaluation}.get(stage.stage)
+        if reader is not None:
+            reader(stage, run)
+        if stage.stage in ("import", "prune", "distill"):
+            _model(stage, run)
+    for _, evaluation in run.evaluations:
+        for name, model in evaluation["models"].items():
+            stage = _stage_of(Path(model["path"]), run)
+            run.roles.setdefault(name, "other" if stage is None else _role(stage))
+            if stage is not None:
+                run.origins.setdefault(name, stage.config)
+    return run
+
+
+def _stages(path: Path, run: Run) -> list[StageRun]:
+    records = [*path.glob("*/record.json"), *path.glob("*.nemo.record.json")]
+    found = []
+    for file in records:
+        record = _json(file, run)
+        if record is None:
+            continue
+        output = file.parent if file.name == "record.json" else file.with_name(file.name.removesuffix(".record.json"))
+        try:
+            stage = StageRun(record["name"], record["stage"], output, _size(output), record)
+            _ = (float(stage.seconds), stage.config["output"])
+        except (KeyError, TypeError, ValueError) as error:
+            run.remarks.append(f"{file.relative_to(path)} is not a record of a stage ({error!r}); left out")
+            continue
+        if stage.stage != "report":
+            found.append(stage)
+    return sorted(found, key=lambda stage: (str(stage.record.get("started") or ""), stage.name))
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _json(path: Path, run: Run) -> Any:
+    """Content of a JSON file; None, with a remark, where it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        run.remarks.append(f"{path.relative_to(run.path)} cannot be read ({error}); left out")
+        return None
+
+
+def _stage_of(path: Path, run: Run) -> StageRun | None:
+    """The stage that wrote ``path``: its output is the path or holds it."""
+    place = path.absolute()
+    return next((stage for stage in run.stages if place.is_relative_to(stage.path.absolute())), None)
+
+
+def _role(stage: StageRun) -> str:
+    if stage.stage == "prune":
+        return "random" if stage.config.get("method") == "random" else "pruned"
+    return {"import": "teacher", "distill": "distilled", "export": "distilled"}.get(stage.stage, "other")
+
+
+def _model(stage: StageRun, run: Run) -> None:
+    for place in (stage.path / "minitron.json", stage.path / "model" / "minitron.json"):
+        content = _json(place, run)
+        if content is None:
+            continue
+        try:
+            shape = ModelShape(**content["shape"])
+            table = axes.family(Architecture(**content["architecture"]).family)
+            layers = _kept_layers(content["lineage"])
+        except (KeyError, TypeError, MinitronError) as error:
+            run.remarks.append(f"{place.relative_to(run.path)} is not a model record ({error!r}); left out")
+            continue
+        run.models.append(Model(stage.name, _role(stage), shape, axes.parameter_count(table, shape), layers))
+        return
+
+
+def _kept_layers(lineage: Any) -> list[int] | None:
+    """``kept.layers`` wherever the lineage states it."""
+    if isinstance(lineage, dict):
+        for key in ("kept_layers", "layers"):
+            value = lineage.get(key)
+            if isinstance(value, list) and all(isinstance(item, int) for item in value):
+                return value
+        for value in lineage.values():
+            if (found := _kept_layers(value)) is not None:
+                return found
+    return None
+
+
+def _scores(stage: StageRun, run: Run) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(stage.path / "scores.safetensors")
+    except (OSError, SafetensorError) as error:
+        run.remarks.append(f"the scores of {stage.name} cannot be read ({error}); left out")
+        return
+    run.scores.append(ScoreSet(stage.name, arrays, _json(stage.path / "scores.json", run) or {}))
+
+
+def _curve(stage: StageRun, run: Run) -> None:
+    path = stage.path / "metrics.jsonl"
+    if not path.is_file():
+        run.remarks.append(f"{stage.name} left no metrics.jsonl; its curves are left out")
+        return
+    train, validation, bad = [], [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            (validation if row.get("split") == "validation" else train).append(row)
+        except (ValueError, AttributeError):
+            bad += 1
+    if bad:
+        run.remarks.append(f"{path.relative_to(run.path)}: {bad} unreadable lines are left out")
+    if train or validation:
+        run.curves.append(Curve(stage.name, train, validation))
+
+
+def _evaluation(stage: StageRun, run: Run) -> None:
+    content = _json(stage.path / "evaluation.json", run)
+    try:
+        if content is not None and all(math.isfinite(model["loss"]) for model in content["models"].values()):
+            run.evaluations.append((stage.name, content))
+    except (KeyError, TypeError, AttributeError) as error:
+        run.remarks.append(f"the evaluation of {stage.name} is incomplete ({error!r}); left out")

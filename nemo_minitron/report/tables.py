@@ -1,0 +1,244 @@
+"""The report's tables and headline figures, as plain values for the templates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_minitron.report.collect import Run, StageRun
+
+__all__ = [
+    "Card",
+    "Recovery",
+    "Table",
+    "cards",
+    "generations",
+    "loss_table",
+    "recoveries",
+    "shape_table",
+    "stage_table",
+    "step_boxes",
+    "versions",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below headings. The first column is the row's name.
+
+    Attributes:
+        roles: of each row, for its colour; "" for none.
+        strong: indices of rows to stress.
+    """
+
+    caption: str
+    headings: list[str]
+    rows: list[list[str]]
+    roles: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline figure."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much of the loss that pruning cost a distillation won back.
+
+    Attributes:
+        model: the distilled model; ``student`` what it started from, ``teacher`` what it learnt from.
+        share: ``(student - distilled) / (student - teacher)`` of the held-out losses.
+    """
+
+    model: str
+    student: str
+    teacher: str
+    share: float
+
+
+def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
+    """For each distilled model whose student and teacher were evaluated too."""
+    models = evaluation["models"]
+    by_path = {model["path"]: name for name, model in models.items()}
+    found = []
+    for name, model in models.items():
+        origin = run.origins.get(name, {})
+        student, teacher = by_path.get(origin.get("student")), by_path.get(origin.get("teacher"))
+        if student is None or teacher is None:
+            continue
+        gap = models[student]["loss"] - models[teacher]["loss"]
+        if gap > 0:
+            found.append(Recovery(name, student, teacher, (models[student]["loss"] - model["loss"]) / gap))
+    return found
+
+
+def cards(run: Run) -> list[Card]:
+    """The figures at the top: as many as the run can show."""
+    found = []
+    teacher = run.teacher
+    small = next((m for role in ("distilled", "pruned") for m in run.models if m.role == role), None)
+    if teacher is not None and small is not None:
+        share = 1 - small.parameters / teacher.parameters
+        found.append(Card("parameters", count(small.parameters), f"of {count(teacher.parameters)}: {share:.0%} fewer"))
+    for _, evaluation in run.evaluations[:1]:
+        models = evaluation["models"]
+        role_of = {run.roles.get(name, "other"): name for name in reversed(models)}
+        best = role_of.get("distilled") or role_of.get("pruned")
+        if best is not None:
+            base = evaluation["baseline"]
+            detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
+            found.append(Card("held-out loss", f"{models[best]['loss']:.3f}", detail))
+        if "pruned" in role_of and "random" in role_of:
+            ours, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
+            found.append(Card("scored pruning", f"{ours:.2f}", f"random pruning, same shape: {drawn:.2f}"))
+        for recovery in recoveries(run, evaluation)[:1]:
+            detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
+            found.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
+    found.append(Card("time", duration(sum(stage.seconds for stage in run.stages)), f"{len(run.stages)} stages"))
+    return found
+
+
+def shape_table(run: Run) -> Table | None:
+    """Sizes of every checkpoint."""
+    if not run.models:
+        return None
+    headings = ["model", "layers", "hidden", "FFN", "heads", "query groups", "head dim", "vocabulary", "parameters"]
+    teacher = run.teacher
+    rows = []
+    for model in run.models:
+        s = model.shape
+        sizes = (s.num_layers, s.hidden_size, s.ffn_hidden_size, s.num_attention_heads, s.num_query_groups, s.head_dim)
+        row = [model.name, *(f"{size:,}" for size in sizes), f"{s.vocab_size:,}", f"{model.parameters:,}"]
+        rows.append([*row, f"{model.parameters / teacher.parameters:.1%}"] if teacher else row)
+    if teacher:
+        headings.append(f"of {teacher.name}")
+    tied = any(model.shape.tied_embeddings for model in run.models)
+    caption = "Sizes of each model" + (" (embeddings tied: counted once)" if tied else "")
+    return Table(caption, headings, rows, [model.role for model in run.models])
+
+
+def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
+    """Losses, overall and by domain."""
+    models = evaluation["models"]
+    domains = sorted({domain for model in models.values() for domain in model["domains"]})
+    base = evaluation["baseline"]
+    recovered = {recovery.model: recovery.share for recovery in recoveries(run, evaluation)}
+    headings = ["model", "loss", "± s.e.", "perplexity", f"over {base}"]
+    headings += ["gap recovered"] if recovered else []
+    rows = []
+    for name, model in models.items():
+        error, perplexity = model.get("standard_error"), model.get("perplexity")
+        row = [
+            name,
+            f"{model['loss']:.3f}",
+            "–" if error is None else f"{error:.3f}",
+            "–" if perplexity is None else f"{perplexity:,.1f}",
+            "–" if name == base else f"{model['loss'] - models[base]['loss']:+.3f}",
+        ]
+        row += [f"{recovered[name]:.0%}" if name in recovered else "–"] if recovered else []
+        row += [f"{model['domains'][d]['loss']:.3f}" if d in model["domains"] else "–" for d in domains]
+        rows.append(row)
+    caption = (
+        f"Mean next-token cross-entropy in nats over {evaluation['tokens']:,} held-out tokens "
+        f"({evaluation['blocks']:,} blocks of {evaluation['sequence_length']:,}), the same for every model"
+    )
+    return Table(caption, [*headings, *domains], rows, [run.roles.get(name, "other") for name in models])
+
+
+def stage_table(run: Run) -> Table:
+    """Time, memory and size of every stage."""
+    rows = []
+    for stage in run.stages:
+        parallel = stage.config.get("parallel") or {}
+        layout = [
+            f"{letter}{parallel.get(name, 1)}"
+            for letter, name in (("TP", "tensor"), ("PP", "pipeline"), ("DP", "data"))
+        ]
+        rows.append(
+            [
+                stage.name,
+                stage.stage,
+                " ".join(layout) if parallel else "–",
+                duration(stage.seconds),
+                size(stage.peak_rss),
+                size(stage.size),
+            ]
+        )
+    headings = ["stage", "kind", "layout", "time", "peak memory", "output"]
+    return Table("What each stage took; memory is the largest of its processes", headings, rows, ["" for _ in rows])
+
+
+def step_boxes(run: Run) -> list[dict[str, str]]:
+    """The pipeline picture: one box a stage."""
+    return [
+        {"name": stage.name, "kind": stage.stage, "time": duration(stage.seconds), "note": _box_note(stage, run)}
+        for stage in run.stages
+    ]
+
+
+def _box_note(stage: StageRun, run: Run) -> str:
+    """The one figure that says most about a stage."""
+    model = next((model for model in run.models if model.name == stage.name), None)
+    if model is not None:
+        return f"{count(model.parameters)} parameters"
+    if stage.stage == "score" and "samples" in stage.config:
+        return f"{stage.config['samples']:,} samples"
+    for name, evaluation in run.evaluations:
+        if name == stage.name:
+            return f"{len(evaluation['models'])} models"
+    return size(stage.size)
+
+
+def generations(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """``[(prompt, [(model, answer), …]), …]``."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, model in evaluation["models"].items():
+        for answer in model.get("generations", []):
+            found.setdefault(answer["prompt"], []).append((name, answer["text"]))
+    return list(found.items())
+
+
+def versions(run: Run) -> Table:
+    """Versions that the stages recorded; where they differ, all of them."""
+    found: dict[str, list[str]] = {}
+    for stage in run.stages:
+        for package, version in (stage.record.get("versions") or {}).items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return Table("Versions", ["package", "version"], [[name, ", ".join(v)] for name, v in found.items()])
+
+
+def count(number: float) -> str:
+    """``134515008`` -> ``"134.5 M"``."""
+    for unit in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.1f}{unit}" if unit else f"{number:.0f}"
+        number /= 1000
+    return f"{number:.1f} T"
+
+
+def size(number: float | None) -> str:
+    """``1536`` -> ``"1.5 KiB"``."""
+    if number is None:
+        return "–"
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.1f} {unit}" if unit != "B" else f"{number:.0f} B"
+        number /= 1024
+    return f"{number:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """``134`` -> ``"2 min 14 s"``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,40 @@
+"""``minitron report``: ``index.html`` and ``report.md`` from what the stages of a run left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import ReportConfig
+from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
+
+__all__ = ["plan", "run"]
+
+
+def plan(config: ReportConfig) -> StagePlan:
+    """What :func:`run` would read and write."""
+    names = ("index.html", "report.md")
+    # Not among `reads`: in a pipeline that has not run yet, no single stage writes the run's directory.
+    state = "" if Path(config.run).is_dir() else " (not there yet)"
+    return StagePlan(
+        "report",
+        writes=[PlannedPath(str(Path(config.output) / name), "report") for name in names],
+        notes=[f"reads the records of the stages in {config.run}{state}"],
+    )
+
+
+def run(config: ReportConfig) -> dict[str, Any]:
+    """Write the report. An earlier report is replaced: it can always be made again.
+
+    Returns:
+        ``stages``: how many the report shows; ``remarks``: what it had to leave out.
+
+    Raises:
+        DataError: if the run directory holds no finished stage.
+        ConfigError: if something else than a report is at the output.
+    """
+    from nemo_minitron.report import write_report
+
+    with stage_output(config.output, overwrite=True) as output:
+        found = write_report(config.run, output, title=config.title)
+    return {"stages": len(found.stages), "remarks": found.remarks}

@@ -47,8 +47,19 @@ class CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.backward:
             # torch leaves the mode while it runs a function; the backward pass must stay inside it.
             with self:
-                return torch.autograd.backward(args[0], *args[1:], **kwargs)
+                return _backward(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _backward(
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """``Tensor.backward`` without its dispatch."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 class _Stream:

@@ -26,6 +26,15 @@ ROLES = ("teacher", "pruned", "random", "distilled", "other")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A checkpoint inside a stage's output: its name, format and size in bytes."""
+
+    name: str
+    kind: str
+    size: int
+
+
+@dataclass(frozen=True)
 class StageRun:
     """One finished stage.
 
@@ -57,6 +66,18 @@ class StageRun:
         """Its resolved configuration."""
         return self.record["config"]
 
+    def parts(self) -> list[Part]:
+        """The checkpoints directly inside its output."""
+        kinds = {"config.json": "Hugging Face", "context": "NeMo 2", "weights": "NeMo 2"}
+        found = []
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else []:
+            kind = (
+                ".nemo" if path.suffix == ".nemo" else next((k for n, k in kinds.items() if (path / n).exists()), None)
+            )
+            if kind is not None:
+                found.append(Part(path.name, kind, _size(path)))
+        return found
+
 
 @dataclass(frozen=True)
 class Model:
@@ -66,14 +87,15 @@ class Model:
         name: of its stage.
         role: one of :data:`ROLES`.
         shape, parameters: its sizes.
-        layers: indices, in the unpruned model, of the layers that a pruned one kept; None where that is not recorded.
+        kept: the units that a pruned model kept, as ``axes.KeptUnits`` names them, by index in the unpruned model;
+            None where that is not recorded.
     """
 
     name: str
     role: str
     shape: ModelShape
     parameters: int
-    layers: list[int] | None = None
+    kept: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,11 @@ class Run:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def kept(self) -> dict[str, Any] | None:
+        """The units that the first scored pruning kept."""
+        return next((model.kept for model in self.models if model.role == "pruned" and model.kept is not None), None)
+
+    @property
     def teacher(self) -> Model | None:
         """The unpruned model."""
         return next((model for model in self.models if model.role == "teacher"), None)
@@ -139,7 +166,7 @@ def collect(directory: str | Path) -> Run:
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():
-            stage = _stage_of(Path(model["path"]), run)
+            stage = _stage_of(model["path"], run)
             run.roles.setdefault(name, "other" if stage is None else _role(stage))
             if stage is not None:
                 run.origins.setdefault(name, stage.config)
@@ -181,10 +208,13 @@ def _json(path: Path, run: Run) -> Any:
         return None
 
 
-def _stage_of(path: Path, run: Run) -> StageRun | None:
-    """The stage that wrote ``path``: its output is the path or holds it."""
-    place = path.absolute()
-    return next((stage for stage in run.stages if place.is_relative_to(stage.path.absolute())), None)
+def _stage_of(path: str, run: Run) -> StageRun | None:
+    """The stage that wrote ``path``: its output is the path or holds it.
+
+    Both as they were written down at the time, so that a run that was moved since is still understood.
+    """
+    place = Path(path).absolute()
+    return next((s for s in run.stages if place.is_relative_to(Path(s.config["output"]).absolute())), None)
 
 
 def _role(stage: StageRun) -> str:
@@ -201,25 +231,25 @@ def _model(stage: StageRun, run: Run) -> None:
         try:
             shape = ModelShape(**content["shape"])
             table = axes.family(Architecture(**content["architecture"]).family)
-            layers = _kept_layers(content["lineage"])
         except (KeyError, TypeError, MinitronError) as error:
             run.remarks.append(f"{place.relative_to(run.path)} is not a model record ({error!r}); left out")
             continue
-        run.models.append(Model(stage.name, _role(stage), shape, axes.parameter_count(table, shape), layers))
+        run.models.append(Model(stage.name, _role(stage), shape, axes.parameter_count(table, shape), _kept(stage, run)))
         return
 
 
-def _kept_layers(lineage: Any) -> list[int] | None:
-    """``kept.layers`` wherever the lineage states it."""
-    if isinstance(lineage, dict):
-        for key in ("kept_layers", "layers"):
-            value = lineage.get(key)
-            if isinstance(value, list) and all(isinstance(item, int) for item in value):
-                return value
-        for value in lineage.values():
-            if (found := _kept_layers(value)) is not None:
-                return found
-    return None
+def _kept(stage: StageRun, run: Run) -> dict[str, Any] | None:
+    """``kept`` of a pruning's ``kept.json``."""
+    content = _json(stage.path / "kept.json", run)
+    if content is None:
+        return None
+    try:
+        kept = content["kept"]
+        _ = [len(kept[name]) for name in ("layers", "hidden", "ffn", "groups", "heads")]
+    except (KeyError, TypeError) as error:
+        run.remarks.append(f"the kept units of {stage.name} cannot be understood ({error!r}); left out")
+        return None
+    return kept
 
 
 def _scores(stage: StageRun, run: Run) -> None:

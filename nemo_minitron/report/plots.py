@@ -123,10 +123,10 @@ def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
 def training(run: Run, curve: Curve) -> Figure | None:
     """Loss, learning rate and speed of a distillation."""
     panels = [
-        ("kl", "forward KL, nats per token", "kl"),
-        ("lm_loss", "validation language-modelling loss", "lm_loss"),
-        ("lr", "learning rate", "lr"),
-        ("tokens_per_second", "tokens per second", "tokens_per_second"),
+        ("kl", "forward KL, nats per token", 1.0),
+        ("lm_loss", "validation language-modelling loss", 1.0),
+        ("lr", "learning rate × 10⁴", 1e4),
+        ("tokens_per_second", "tokens per second", 1.0),
     ]
     rows = {"train": curve.train, "validation": curve.validation}
     shown = [panel for panel in panels if any(_series(part, panel[0])[0].size > 1 for part in rows.values())]
@@ -135,8 +135,9 @@ def training(run: Run, curve: Curve) -> Figure | None:
 
     def draw(canvas: Canvas, theme: Theme) -> None:
         all_axes = np.atleast_1d(canvas.subplots(1, len(shown)))
-        for axes, (key, title, _) in zip(all_axes, shown, strict=True):
+        for axes, (key, title, factor) in zip(all_axes, shown, strict=True):
             steps, values = _series(curve.train, key)
+            values = values * factor
             if steps.size:
                 noisy = key == "kl"
                 axes.plot(
@@ -147,8 +148,9 @@ def training(run: Run, curve: Curve) -> Figure | None:
             steps, values = _series(curve.validation, key)
             if steps.size:
                 axes.plot(steps, values, "o-", color=theme.colour("teacher"), lw=1.6, ms=5, label="validation")
-            if key == "kl":
+            if key in ("kl", "tokens_per_second", "lr"):
                 axes.set_ylim(bottom=0)
+            if key == "kl":
                 axes.legend(frameon=False, labelcolor=theme.ink)
             axes.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
             axes.set_xlabel("step")
@@ -171,8 +173,7 @@ def layers(scores: ScoreSet, run: Run) -> Figure | None:
     if "layers" not in scores.arrays:
         return None
     values = scores.arrays["layers"]
-    kept = next((model.layers for model in run.models if model.role == "pruned" and model.layers is not None), None)
-    dropped = set() if kept is None else set(range(len(values))) - set(kept)
+    dropped = set() if run.kept is None else set(range(len(values))) - set(run.kept["layers"])
 
     def draw(canvas: Canvas, theme: Theme) -> None:
         axes = canvas.subplots()
@@ -222,7 +223,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
     return _draw(
         f"neurons-{scores.name}",
         draw,
-        (6.4, 3.3),
+        (6.0, 3.2),
         alt=f"Heat map of the scores of {ordered.shape[1]} FFN neurons in each of {ordered.shape[0]} layers.",
         caption="FFN neurons. Colour: log₁₀ of the score. Right of the dashed line a pruned layer loses its neurons.",
     )
@@ -234,10 +235,15 @@ def heads(scores: ScoreSet, run: Run) -> Figure | None:
         return None
     values = scores.arrays["heads"]
     groups = scores.arrays["groups"].shape[1] if "groups" in scores.arrays else 1
+    lost = _lost_heads(run.kept, values.shape[1]) if run.kept is not None else []
+    crosses = " A cross: pruned from a layer that stays." if lost else ""
 
     def draw(canvas: Canvas, theme: Theme) -> None:
         axes = canvas.subplots()
         image = axes.imshow(_log(values), aspect="auto", cmap=theme.colour_map, interpolation="nearest")
+        if lost:
+            rows, columns = zip(*lost, strict=True)
+            axes.scatter(columns, rows, marker="x", s=16, lw=1.1, color="white")
         for boundary in range(1, groups):
             axes.axvline(boundary * values.shape[1] / groups - 0.5, color="white", lw=1.6)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -249,9 +255,9 @@ def heads(scores: ScoreSet, run: Run) -> Figure | None:
     return _draw(
         f"heads-{scores.name}",
         draw,
-        (4.0, 3.3),
+        (4.1, 3.2),
         alt=f"Heat map of the scores of {values.shape[1]} heads in {groups} query groups, for {len(values)} layers.",
-        caption="Attention heads, white lines between query groups. Colour: log₁₀ of the score.",
+        caption="Attention heads, white lines between query groups. Colour: log₁₀ of the score." + crosses,
     )
 
 
@@ -277,9 +283,9 @@ def hidden(scores: ScoreSet, run: Run) -> Figure | None:
     return _draw(
         f"hidden-{scores.name}",
         draw,
-        (4.4, 2.5),
+        (4.1, 2.5),
         alt=f"Scores of {len(ordered)} hidden channels, from {ordered[0]:.3g} down to {ordered[-1]:.3g}.",
-        caption="Channels of the residual stream: a long flat middle, few channels that stand out.",
+        caption="Channels of the residual stream.",
     )
 
 
@@ -348,6 +354,15 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred running mean over about a twentieth of the run, over what there is at the ends."""
     half = max(1, len(values) // 40)
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def _lost_heads(kept: dict[str, Any], count: int) -> list[tuple[int, int]]:
+    """``(layer, head)`` of the heads that kept layers lost."""
+    found = []
+    for layer, groups in zip(kept["layers"], kept["heads"], strict=True):
+        stay = {head for group in groups for head in group}
+        found += [(layer, head) for head in range(count) if head not in stay]
+    return found
 
 
 def _steps(curve: Curve) -> int:

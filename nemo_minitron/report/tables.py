@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.report.collect import Run, StageRun
@@ -12,10 +13,14 @@ __all__ = [
     "Recovery",
     "Table",
     "cards",
+    "count",
+    "duration",
+    "export_table",
     "generations",
     "loss_table",
     "recoveries",
     "shape_table",
+    "size",
     "stage_table",
     "step_boxes",
     "versions",
@@ -28,7 +33,6 @@ class Table:
 
     Attributes:
         roles: of each row, for its colour; "" for none.
-        strong: indices of rows to stress.
     """
 
     caption: str
@@ -64,11 +68,13 @@ class Recovery:
 def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
     """For each distilled model whose student and teacher were evaluated too."""
     models = evaluation["models"]
-    by_path = {model["path"]: name for name, model in models.items()}
+    by_path = {Path(model["path"]).absolute(): name for name, model in models.items()}
     found = []
     for name, model in models.items():
         origin = run.origins.get(name, {})
-        student, teacher = by_path.get(origin.get("student")), by_path.get(origin.get("teacher"))
+        if "student" not in origin or "teacher" not in origin:
+            continue
+        student, teacher = (by_path.get(Path(origin[key]).absolute()) for key in ("student", "teacher"))
         if student is None or teacher is None:
             continue
         gap = models[student]["loss"] - models[teacher]["loss"]
@@ -171,6 +177,17 @@ def stage_table(run: Run) -> Table:
         )
     headings = ["stage", "kind", "layout", "time", "peak memory", "output"]
     return Table("What each stage took; memory is the largest of its processes", headings, rows, ["" for _ in rows])
+
+
+def export_table(run: Run) -> Table | None:
+    """Size of every exported format; None without an export."""
+    rows = [
+        [f"{stage.name}/{part.name}", part.kind, size(part.size)]
+        for stage in run.stages
+        if stage.stage == "export"
+        for part in stage.parts()
+    ]
+    return Table("What was exported", ["path", "format", "size"], rows, ["" for _ in rows]) if rows else None
 
 
 def step_boxes(run: Run) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def write_report(run_dir: str | Path, output: str | Path, *, title: str = "") ->
     out = Path(output)
     html = environment.get_template("index.html.j2").render(content)
     (out / "index.html").write_text(html, encoding="utf-8")
-    (out / "report.md").write_text(environment.get_template("report.md.j2").render(content), encoding="utf-8")
+    markdown = environment.get_template("report.md.j2").render(content)
+    (out / "report.md").write_text(re.sub(r"\n{3,}", "\n\n", markdown), encoding="utf-8")
     figures = [figure for section in content["figures"].values() for figure in section]
     if figures:
         (out / "plots").mkdir()
@@ -77,18 +79,23 @@ def _content(run: Run, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "run": run,
-        "started": started,
-        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "started": None if started is None else _moment(datetime.datetime.fromisoformat(started)),
+        "written": _moment(datetime.datetime.now(datetime.UTC)),
         "cards": tables.cards(run),
         "boxes": tables.step_boxes(run),
         "shapes": tables.shape_table(run),
         "evaluations": evaluations,
         "figures": {"losses": [e["figure"] for e in evaluations], "scores": score_figures, "training": training},
         "stages": tables.stage_table(run),
+        "exports": tables.export_table(run),
         "versions": tables.versions(run),
         "configs": [(stage.name, json.dumps(stage.config, indent=2, default=str)) for stage in run.stages],
         "roles": run.roles,
     }
+
+
+def _moment(time: datetime.datetime) -> str:
+    return time.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _markdown_cell(text: str) -> str:

@@ -54,6 +54,15 @@ def write_model(path: Path, shape: dict[str, Any], lineage: dict[str, Any] | Non
     (path / "weights.bin").write_bytes(bytes(300_000))
 
 
+def write_kept(path: Path) -> None:
+    """``kept.json``: layers 12 and 17 go, and in layer 3 head 8."""
+    layers = [layer for layer in range(30) if layer not in (12, 17)]
+    heads = [[[0, 1, 2], [3, 4, 5], [6, 7] if layer == 3 else [6, 7, 8]] for layer in layers]
+    kept = {"layers": layers, "hidden": list(range(576)), "ffn": [list(range(832))] * 28}
+    kept |= {"groups": [[0, 1, 2]] * 28, "heads": heads}
+    (path / "kept.json").write_text(json.dumps({"format_version": 1, "kept": kept}))
+
+
 def write_scores(path: Path) -> None:
     """Scores with the look of real ones: heavy tails, first and last layers apart."""
     generator = np.random.default_rng(0)
@@ -115,15 +124,19 @@ def write_run(run: Path, *, steps: int = 200) -> Path:
     parallel = {"tensor": 1, "pipeline": 2, "data": 1}
     write_model(write_stage(run, "teacher", "import", seconds=31, minute=0), TEACHER)
     write_scores(write_stage(run, "scores", "score", seconds=74.3, minute=1, samples=128, parallel=parallel))
-    kept = {"layers": [layer for layer in range(30) if layer not in (12, 17)]}
     pruned = write_stage(run, "pruned", "prune", seconds=8.21, minute=3, method="activation")
-    write_model(pruned, STUDENT, {"prune": {"kept": kept}})
+    write_model(pruned, STUDENT)
+    write_kept(pruned)
     write_model(write_stage(run, "random", "prune", seconds=7.9, minute=4, method="random"), STUDENT)
     roles = {"student": str(run / "pruned"), "teacher": str(run / "teacher"), "parallel": parallel}
     distilled = write_stage(run, "distilled", "distill", seconds=361, minute=5, **roles)
     write_model(distilled / "model", STUDENT)
     write_metrics(distilled, steps)
     write_evaluation(write_stage(run, "evaluation", "evaluate", seconds=122, minute=12), run, LOSSES)
-    write_model(write_stage(run, "export", "export", seconds=40, minute=14), STUDENT)
+    export = write_stage(run, "export", "export", seconds=40, minute=14)
+    write_model(export / "hf", STUDENT)
+    (export / "hf" / "config.json").write_text("{}")
+    (export / "nemo2" / "context").mkdir(parents=True)
+    (export / "model.nemo").write_bytes(bytes(200_000))
     (run / "pipeline.json").write_text(json.dumps({"name": "demo", "stages": []}))
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -88,7 +89,29 @@ def _set_optimizer_states(original: Any) -> Callable[[Any, Any, dict[str, Any]],
     return _set_main_param_and_optimizer_states
 
 
+def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
+    def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:  # noqa: N807
+        if not config.sequence_parallel:
+            return original(cls, config, *args, **kwargs)
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        norm = original(cls, whole, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return __new__
+
+
 PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.transformer.torch_norm",
+        "WrappedTorchNorm.__new__",
+        _torch_norm,
+        "asserts that there is no sequence parallelism, because torch's norms do not mark their weights as "
+        "'sequence_parallel' for finalize_model_grads to sum their gradients over the tensor-parallel group; Apex's "
+        "and Transformer Engine's do. A norm is per token, the mark is all that is missing",
+    ),
     Patch(
         "megatron.core.tensor_parallel.random",
         "_get_cuda_rng_state",
@@ -127,8 +150,8 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.load_state_dict",
         _optimizer_load_state_dict,
-        "without FusedAdam it puts one 'step' tensor into the state of every parameter; each parameter then advances it, "
-        "so after a resume the bias correction of AdamW counts one step as many",
+        "without FusedAdam it puts one 'step' tensor into the state of every parameter; each parameter then advances "
+        "it, so after a resume the bias correction of AdamW counts one step as many",
     ),
     Patch(
         "megatron.core.optimizer.distrib_optimizer",

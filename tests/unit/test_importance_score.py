@@ -19,7 +19,7 @@ def groups():
 
 
 def reference(path, blocks) -> dict[str, torch.Tensor]:
-    """Scores by the formulas of arXiv 2407.14679 with mean over sequence and L2 over batch, all samples at once, fp64."""
+    """Scores by the formulas of arXiv 2407.14679, mean over sequence and L2 over batch, all samples at once, fp64."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float64).eval()
@@ -138,7 +138,7 @@ def test_fused_norm_is_read_like_an_unfused_one(groups):
 
 
 def test_hooks_of_fused_norms_give_the_same_scores(groups):
-    """A model whose norms sit inside the linears (as Transformer Engine's) scores as the same model with local norms."""
+    """Norms inside the linears (as Transformer Engine's) score as local norms do."""
     from megatron.core.transformer.identity_op import IdentityOp
 
     from nemo_minitron.importance.hooks import _fused_norm

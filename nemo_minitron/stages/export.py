@@ -1,0 +1,59 @@
+"""``minitron export``: write a model for others, as ``hf/``, ``nemo2/`` and ``model.nemo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import ExportConfig
+from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape, stage_output
+from nemo_minitron.stages.conversion import model_costs, verified
+
+__all__ = ["NAMES", "plan", "run"]
+
+NAMES = {"hf": "hf", "nemo2": "nemo2", "nemo": "model.nemo"}
+"""What each format is called below the output directory."""
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: ExportConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    output = Path(config.output)
+    found = StagePlan(
+        "export",
+        reads=[PlannedPath(config.model, "model")],
+        writes=[PlannedPath(str(output / NAMES[form]), f"model ({form})") for form in config.formats],
+        costs=model_costs(peek_shape(config.model), config.dtype or "float32"),
+    )
+    if config.verify:
+        found.notes.append("each result is loaded by its own side's loader and its logits compared")
+    return found
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Write every format and, unless told not to, compare logits; the directory appears when all of them hold.
+
+    Returns:
+        ``parameters, formats``: for each format ``path, verification``.
+
+    Raises:
+        MinitronError: for a model that cannot be read, or a result that computes something else.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
+
+    source = open_checkpoint(config.model)
+    named = dataclasses.replace(
+        source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
+    )
+    found: dict[str, Any] = {}
+    with stage_output(config.output, config.overwrite) as output:
+        for form in dict.fromkeys(config.formats):
+            written = write_checkpoint(named, output / NAMES[form], form, dtype=config.dtype)
+            figures = verified(source, written, verify if config.verify else None)
+            found[form] = {"path": str(Path(config.output) / NAMES[form]), "verification": figures}
+            logger.info("exported %s", found[form]["path"])
+    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": found}

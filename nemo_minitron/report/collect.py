@@ -166,10 +166,10 @@ def collect(directory: str | Path) -> Run:
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():
-            stage = _stage_of(model["path"], run)
-            run.roles.setdefault(name, "other" if stage is None else _role(stage))
-            if stage is not None:
-                run.origins.setdefault(name, stage.config)
+            origin = _stage_of(model["path"], run)
+            run.roles.setdefault(name, "other" if origin is None else _role(origin))
+            if origin is not None:
+                run.origins.setdefault(name, origin.config)
     return run
 
 
@@ -269,7 +269,9 @@ def _curve(stage: StageRun, run: Run) -> None:
     if not path.is_file():
         run.remarks.append(f"{stage.name} left no metrics.jsonl; its curves are left out")
         return
-    train, validation, bad = [], [], 0
+    train: list[dict[str, Any]] = []
+    validation: list[dict[str, Any]] = []
+    bad = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

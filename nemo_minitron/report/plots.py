@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -155,7 +155,7 @@ def training(run: Run, curve: Curve) -> Figure | None:
             axes.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
             axes.set_xlabel("step")
             _clean(axes, theme, grid="y")
-        canvas.get_layout_engine().set(wspace=0.07)
+        canvas.set_layout_engine("constrained", wspace=0.07)
 
     _, kl = _series(curve.train, "kl")
     facts = f" Training KL from {_smooth(kl)[0]:.3f} to {_smooth(kl)[-1]:.3f}." if kl.size else ""
@@ -185,7 +185,7 @@ def layers(scores: ScoreSet, run: Run) -> Figure | None:
         axes.set_xlabel("layer")
         axes.set_ylabel("block influence")
         axes.set_xlim(-0.7, len(values) - 0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         _clean(axes, theme, grid="y")
 
     order = np.argsort(values)
@@ -246,7 +246,7 @@ def heads(scores: ScoreSet, run: Run) -> Figure | None:
             axes.scatter(columns, rows, marker="x", s=16, lw=1.1, color="white")
         for boundary in range(1, groups):
             axes.axvline(boundary * values.shape[1] / groups - 0.5, color="white", lw=1.6)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("query head")
         axes.set_ylabel("layer")
         _bar(canvas, image, axes, theme)
@@ -323,7 +323,7 @@ def _draw(
     return Figure(name, images[0], images[1], alt, caption, round(size[0] * 96))
 
 
-def _clean(axes: Axes, theme: Theme, *, grid: str | None) -> None:
+def _clean(axes: Axes, theme: Theme, *, grid: Literal["x", "y", "both"] | None) -> None:
     for side in ("top", "right", *(("left", "bottom") if grid is None else ())):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)

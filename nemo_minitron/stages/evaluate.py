@@ -47,7 +47,10 @@ def plan(config: EvaluateConfig) -> StagePlan:
     found.reads += [PlannedPath(path, what) for path, what in data.files]
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
+        stages = layout.pipeline * (layout.virtual_pipeline or 1)
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=stages)
+        if not faults and shape.num_layers % stages:
+            faults = [f"num_layers={shape.num_layers} does not divide into {stages} equal pipeline stages"]
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(axes.family("llama"), shape) for shape in shapes.values()]
@@ -123,7 +126,7 @@ def _evaluate(
     """One model: build, load, measure, generate."""
     import torch
 
-    from nemo_minitron.checkpoints import load_into
+    from nemo_minitron.checkpoints.live import load_into
     from nemo_minitron.evaluation import generate, generate_megatron, held_out_loss
     from nemo_minitron.runtime.model import build_model
 

@@ -117,7 +117,7 @@ def __getattr__(name: str) -> object:
 
         return load_into
     if name == "verify":
-        from nemo_minitron.checkpoints.verify import verify
+        from nemo_minitron.checkpoints.verification import verify
 
         return verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

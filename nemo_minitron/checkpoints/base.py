@@ -1,4 +1,4 @@
-"""What every checkpoint is to the rest of the suite, whatever its format: sizes, constants, lazily read tensors, tokenizer.
+"""What every checkpoint is to the rest of the suite, whatever its format: sizes, constants, lazy tensors, tokenizer.
 
 A door (``huggingface.py``, ``nemo2.py``, ``nemo1.py``) opens a path as a :class:`Checkpoint` and writes one.
 Everything between two doors (pruning offline, casting, loading into a live model) is a function of :class:`Weights`,

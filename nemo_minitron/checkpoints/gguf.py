@@ -46,8 +46,8 @@ def convert_gguf(
         overwrite: replace what stands at ``target``.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, or of another architecture; if ``target`` exists; if the disk
-            is full.
+        CheckpointError: if the file is missing, truncated, or of another architecture; if ``target`` exists; if the
+            disk is full.
         MissingDependency: without the ``gguf`` package.
     """
     from nemo_minitron.checkpoints import open_checkpoint

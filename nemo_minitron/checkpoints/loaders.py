@@ -9,9 +9,9 @@
   format without running anything that the file names (NeMo's loaders unpickle and instantiate, so they are used only
   on what we wrote ourselves).
 
-A process of its own, because each of these sets up process groups and global state that a running stage must keep. TOKENS
-holds ``ids`` ``[rows, s]``; OUT gets ``logits`` ``[rows, s, vocabulary rows]`` in float32. Weights are rounded to DTYPE
-and computed with in float32.
+A process of its own, because each of these sets up process groups and global state that a running stage must keep.
+TOKENS holds ``ids`` ``[rows, s]``; OUT gets ``logits`` ``[rows, s, vocabulary rows]`` in float32. Weights are
+rounded to DTYPE and computed with in float32.
 """
 
 from __future__ import annotations

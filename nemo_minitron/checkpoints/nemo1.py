@@ -1,7 +1,7 @@
 """The ``.nemo`` door (NeMo 1, NeMo-Aligner): a tar of ``model_config.yaml``, ``model_weights/`` and the tokenizer.
 
-The tensors are read in place, by their offset in the tar; nothing is unpacked but the small tokenizer files. Every member
-is checked before any is used. A ``.nemo`` that was unpacked into a directory opens the same way.
+The tensors are read in place, by their offset in the tar; nothing is unpacked but the small tokenizer files. Every
+member is checked before any is used. A ``.nemo`` that was unpacked into a directory opens the same way.
 
 Tokenizer: NeMo 1 hands ``tokenizer.type`` to transformers as it stands, and has no way to point a Hugging Face
 tokenizer into the archive (its artifacts are single files, and ``type`` is not one of them). The files are carried as

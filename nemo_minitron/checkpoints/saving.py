@@ -31,7 +31,7 @@ def write_aside(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         CheckpointError: where ``path`` exists and ``overwrite`` is false, or the disk is full.
     """
-    path = Path(os.path.abspath(path))
+    path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
     if path.exists() and not overwrite:
@@ -43,8 +43,8 @@ def write_aside(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield partial
         _flush(partial)
         if path.exists():
-            os.rename(path, replaced)
-        os.rename(partial, path)
+            path.rename(replaced)
+        partial.rename(path)
     except OSError as error:
         _remove(partial)
         _remove(files)
@@ -71,7 +71,7 @@ def _clear_leftovers(path: Path) -> None:
             if not pid.isdigit() or _alive(int(pid)):
                 continue
             if kind == "replaced" and not path.exists():
-                os.rename(leftover, path)
+                leftover.rename(path)
             else:
                 _remove(leftover)
 

@@ -1,7 +1,8 @@
 """Writing Megatron's ``torch_dist`` distributed checkpoints without a process group and without a live model.
 
 The files are written by ``torch.distributed.checkpoint`` itself; a :class:`SavePlanner` of ours tells it what there is
-and hands it one tensor at a time. What is written is what megatron-core 0.13 writes for a GPT model at TP 1, PP 1: layers stacked under one key with a leading layer dimension (a chunk a layer), ``_extra_state`` objects that hold None,
+and hands it one tensor at a time. What is written is what megatron-core 0.13 writes for a GPT model at TP 1, PP 1:
+layers stacked under one key with a leading layer dimension (a chunk a layer), ``_extra_state`` objects that hold None,
 ``common.pt`` and ``metadata.json``. Megatron's loader cuts it up for any TP x PP.
 """
 
@@ -127,7 +128,7 @@ class _Planner(dcp.SavePlanner):
         return SavePlan(self._items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """torch's default metadata, and Megatron's note on flattened tensors (there are none)."""
+        """Torch's default metadata, and Megatron's note on flattened tensors (there are none)."""
         plans, metadata = create_default_global_save_plan(all_plans, rewrite_index_hints=False)
         tensors = [item.index.fqn for item in self._items if item.type is WriteItemType.SHARD]
         metadata.mcore_data = {key: {} for key in dict.fromkeys(tensors)}  # type: ignore[attr-defined]

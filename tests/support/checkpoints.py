@@ -90,3 +90,22 @@ def hf_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(ids).logits
+
+
+def load_with_megatron(weights: Path, chunks: list[Any], *, prefix: str = "module.") -> None:
+    """Fill this rank's model chunks by ``megatron.core.dist_checkpointing.load``, for any TP x PP.
+
+    The reference against which :func:`nemo_minitron.checkpoints.load_into` and our writer are held: it asks for exactly
+    what NeMo asks for, ``_extra_state`` included. Needs initialised process groups.
+
+    Args:
+        weights: the distributed checkpoint (``weights/`` of a NeMo 2 directory).
+        chunks: plain ``GPTModel``s of this rank, without virtual pipeline stages.
+        prefix: before every key, "module." for NeMo 2, "model." for ``.nemo``.
+    """
+    from megatron.core import dist_checkpointing
+
+    for chunk in chunks:
+        wanted = chunk.sharded_state_dict(prefix=prefix)
+        loaded = dist_checkpointing.load(wanted, str(weights))
+        chunk.load_state_dict({key.removeprefix(prefix): value for key, value in loaded.items() if key in wanted})

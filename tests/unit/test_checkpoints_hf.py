@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-from nemo_minitron.checkpoints import names as naming
-from nemo_minitron.errors import CheckpointError
 from support.checkpoints import TINY, hf_logits, tiny_checkpoint, tiny_hf_model, tiny_tokenizer, tokens
+
+from nemo_minitron.checkpoints import names as naming
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+from nemo_minitron.errors import CheckpointError
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def test_opens_with_sizes_and_constants(hf: Path) -> None:
     shape = checkpoint.shape
     assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (3, 48, 76)
     assert (shape.num_attention_heads, shape.num_query_groups, shape.head_dim) == (6, 2, 12)
-    assert shape.vocab_size == 131 and not shape.tied_embeddings
+    assert shape.vocab_size == 131
+    assert not shape.tied_embeddings
     assert checkpoint.architecture.rotary_base == 20000.0
     assert checkpoint.architecture.dtype == "float32"
     assert checkpoint.tokenizer == hf

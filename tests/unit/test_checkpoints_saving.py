@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import tiny_checkpoint
 
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.saving import staging, write_aside
 from nemo_minitron.errors import CheckpointError
-from support.checkpoints import tiny_checkpoint
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -88,6 +87,7 @@ def test_kill_in_mid_save_leaves_the_old_output(sources: tuple[Path, Path], tmp_
     out = tmp_path / "out.nemo"
     write_checkpoint(open_checkpoint(sources[0]), out, form)
     before = content(out)
+    out_, source = str(out), str(sources[1])
     script = (
         "import sys, time\n"
         "from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint\n"
@@ -95,7 +95,7 @@ def test_kill_in_mid_save_leaves_the_old_output(sources: tuple[Path, Path], tmp_
         "    if done == total // 2:\n"
         "        print('half', flush=True)\n"
         "        time.sleep(60)\n"
-        f"write_checkpoint(open_checkpoint({str(sources[1])!r}), {str(out)!r}, {form!r}, overwrite=True, progress=stop)\n"
+        f"write_checkpoint(open_checkpoint({source!r}), {out_!r}, {form!r}, overwrite=True, progress=stop)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
@@ -117,7 +117,7 @@ def test_an_output_moved_aside_by_a_dead_process_comes_back(tmp_path: Path) -> N
     with write_aside(out, overwrite=False) as partial:
         partial.write_text("old")
     host = staging(out).name.split(".files.")[1].rsplit(".", 1)[0]
-    os.rename(out, tmp_path / f".out.replaced.{host}.{dead.pid}")
+    out.rename(tmp_path / f".out.replaced.{host}.{dead.pid}")
     with pytest.raises(CheckpointError, match=r"does not exist.*killed"):
         open_checkpoint(out)
     with pytest.raises(CheckpointError, match="exists"), write_aside(out, overwrite=False):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import tiny_checkpoint
 from torch.distributed import checkpoint as dcp
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
 from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError
-from support.checkpoints import tiny_checkpoint
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -40,7 +40,9 @@ def weights(directory: Path, source: Checkpoint) -> TorchDistWeights:
 def test_what_is_written_is_read_bit_for_bit(directory: Path, source: Checkpoint) -> None:
     read = weights(directory, source)
     read.check()
-    assert read.prefix == "module." and read.padded_vocab() == 256 and read.dtype() == "float32"
+    assert read.prefix == "module."
+    assert read.padded_vocab() == 256
+    assert read.dtype() == "float32"
     for name in source.weights.names():
         assert torch.equal(read.tensor(name), source.weights.tensor(name)), name
     padding = read.store.read("module." + EMBEDDING, [slice(120, 256), slice(0, 48)])
@@ -144,7 +146,7 @@ def test_sizes_that_do_not_fit_are_named(directory: Path, source: Checkpoint) ->
     with pytest.raises(CheckpointError, match=r"linear_qkv.bias has no place in a Llama model"):
         TorchDistWeights(store, source.shape, "llama", "module.").check()
     del store.sizes["module.decoder.final_layernorm.weight"]
-    with pytest.raises(CheckpointError, match="has no tensor module.decoder.final_layernorm.weight"):
+    with pytest.raises(CheckpointError, match=r"has no tensor module\.decoder\.final_layernorm\.weight"):
         TorchDistWeights(store, source.shape, "llama", "module.").check()
 
 
@@ -239,7 +241,8 @@ def test_a_chunk_with_code_in_it_is_refused(directory: Path, source: Checkpoint,
 def test_nemo_archive_round_trip(tmp_path: Path, tied: bool) -> None:
     source = open_checkpoint(tiny_checkpoint(tmp_path / "hf", tied=tied))
     written = write_checkpoint(source, tmp_path / "out.nemo", "nemo", vocab_multiple=64)
-    assert written.shape == source.shape and written.architecture == source.architecture
+    assert written.shape == source.shape
+    assert written.architecture == source.architecture
     for name in source.weights.names():
         assert torch.equal(written.weights.tensor(name), source.weights.tensor(name)), name
     back = write_checkpoint(written, tmp_path / "back", "hf")
@@ -252,7 +255,8 @@ def test_nemo_archive_round_trip(tmp_path: Path, tied: bool) -> None:
         tar.extractall(unpacked, filter="data")
     (unpacked / "minitron.json").unlink()
     foreign = open_checkpoint(unpacked)
-    assert foreign.shape == source.shape and foreign.architecture == source.architecture
+    assert foreign.shape == source.shape
+    assert foreign.architecture == source.architecture
 
 
 def test_nemo_needs_a_tokenizer(tmp_path: Path) -> None:
@@ -299,10 +303,10 @@ def test_truncated_compressed_and_foreign_archives(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="truncated"):
         open_checkpoint(archive)
     archive.write_bytes(gzip.compress(whole))
-    with pytest.raises(CheckpointError, match="compressed .nemo; unpack it"):
+    with pytest.raises(CheckpointError, match=r"compressed \.nemo; unpack it"):
         open_checkpoint(archive)
     archive.write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(CheckpointError, match="truncated or not a .nemo"):
+    with pytest.raises(CheckpointError, match=r"truncated or not a \.nemo"):
         open_checkpoint(archive)
 
 
@@ -315,7 +319,7 @@ def test_a_foreign_nemo_configuration_is_named(tmp_path: Path) -> None:
     config = tmp_path / "u" / "model_config.yaml"
     text = config.read_text()
     config.write_text(text.replace("fast-swiglu", "squared-relu").replace("rmsnorm", "layernorm1p"))
-    with pytest.raises(CheckpointError, match="normalization='layernorm1p'.*activation='squared-relu'"):
+    with pytest.raises(CheckpointError, match=r"normalization='layernorm1p'.*activation='squared-relu'"):
         open_checkpoint(tmp_path / "u")
     config.write_text("!!python/object/apply:os.mkdir ['executed']")
     with pytest.raises(CheckpointError, match="cannot be read as plain YAML"):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.errors import CheckpointError, DataError
-from nemo_minitron.evaluation.held_out import mask_padding
+from nemo_minitron.evaluation.held_out import evaluating, mask_padding
 from nemo_minitron.runtime.groups import Groups
 
 if TYPE_CHECKING:
@@ -126,16 +126,11 @@ def generate_megatron(
     """
     ends = {*end_tokens, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     found = []
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt)
-        with torch.no_grad():
+    with evaluating(chunks), torch.no_grad():
+        for prompt in prompts:
+            ids = encode_prompt(tokenizer, prompt)
             answer = _greedy(chunks, groups, ids, max_new_tokens, vocab_size, ends)
-        found.append(_generation(tokenizer, prompt, answer))
-    for chunk, was in zip(chunks, training, strict=True):
-        chunk.train(was)
+            found.append(_generation(tokenizer, prompt, answer))
     return found
 
 

@@ -22,7 +22,7 @@ from nemo_minitron.runtime.groups import Groups
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["HeldOutLoss", "MeanLoss", "held_out_loss"]
+__all__ = ["HeldOutLoss", "MeanLoss", "evaluating", "held_out_loss", "mask_padding"]
 
 _PASSES_PER_REPORT = 8  # micro-batches between two calls of `progress`
 
@@ -113,7 +113,7 @@ def held_out_loss(
             "data.sequence_length to a multiple of it, or parallel.sequence_parallel=false"
         )
     tokens = torch.cat(list(domains.values()))
-    with _evaluating(chunks), torch.no_grad():
+    with evaluating(chunks), torch.no_grad():
         means = _block_losses(chunks, groups, tokens, micro_batch_size, vocab_size, progress)
     if not bool(torch.isfinite(means).all()):
         bad = int((~torch.isfinite(means)).sum())
@@ -134,7 +134,7 @@ def _mean(means: torch.Tensor, length: int) -> MeanLoss:
 
 
 @contextmanager
-def _evaluating(chunks: list[GPTModel]) -> Iterator[None]:
+def evaluating(chunks: list[GPTModel]) -> Iterator[None]:
     """Dropout and the like off, for the time of the block."""
     were = [chunk.training for chunk in chunks]
     for chunk in chunks:

@@ -41,8 +41,8 @@ class StepMetrics(pl.Callback):
         groups: Groups = module.groups
         return groups.is_last_stage and groups.tp_rank == 0 and groups.dp_rank == 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the file on the rank that writes."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the file on the rank that writes; a checkpoint, if there is one, has been restored."""
         self._started = self._last = time.monotonic()
         if not self._writes(pl_module):
             return
@@ -116,7 +116,7 @@ class ProgressBar(pl.Callback):
         self._task: Any = None
         self._last = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
         self._last = time.monotonic()
         if not trainer.is_global_zero:

@@ -1,0 +1,216 @@
+"""Distillation under any layout against one process, and against a plain loop in torch and transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import tiny_checkpoint
+from support.distributed import run_distributed
+
+SEQUENCE, STEPS, BATCH = 32, 10, 6
+
+
+def kl_case() -> dict[str, Any]:
+    """Loss and gradient of every case, computed from this rank's columns."""
+    import torch.distributed as dist
+
+    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for vocab, temperature, inplace in ((96, 1.0, False), (67, 2.0, True), (5, 1.0, False)):
+        student, teacher, mask = kl_inputs(vocab)
+        columns = student.shape[-1] // world
+        mine = slice(rank * columns, (rank + 1) * columns)
+        leaf = student[..., mine].clone().requires_grad_()
+        loss = vocabulary_parallel_forward_kl(
+            leaf * 1, teacher[..., mine], dist.group.WORLD, vocab_size=vocab, temperature=temperature, inplace=inplace
+        )
+        ((loss * mask).sum() / mask.sum()).backward()
+        found[f"{vocab}-{temperature}"] = (loss.detach(), leaf.grad)
+    return found
+
+
+def kl_inputs(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[b, s, V]`` logits padded to a multiple of 8 columns and an uneven mask, in float64."""
+    generator = torch.Generator().manual_seed(vocab)
+    padded = -(-vocab // 8) * 8
+    student, teacher = 4 * torch.randn(2, 3, 11, padded, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(3, 11, generator=generator) > 0.4).double()
+    mask[1] = 0
+    return student, teacher, mask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_kl_and_gradient_equal_the_float64_reference(world: int, tmp_path: Path) -> None:
+    """A loss is proven by its gradient: a sum over ranks that autograd sees would make it ``world`` times too large."""
+    from nemo_minitron.distillation.losses import forward_kl
+
+    ranks = run_distributed(kl_case, world, tmp_path, timeout=120)
+    for key in ranks[0]:
+        vocab, temperature = int(key.split("-")[0]), float(key.split("-")[1])
+        student, teacher, mask = kl_inputs(vocab)
+        leaf = student[..., :vocab].clone().requires_grad_()
+        expected = forward_kl(leaf, teacher[..., :vocab], temperature=temperature)
+        ((expected * mask).sum() / mask.sum()).backward()
+        gradient = torch.cat([rank[key][1] for rank in ranks], -1)
+        for rank in ranks:
+            torch.testing.assert_close(rank[key][0], expected.detach(), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(gradient[..., :vocab], leaf.grad, rtol=1e-12, atol=1e-14)
+        assert not gradient[..., vocab:].any()
+
+
+def blocks() -> torch.Tensor:
+    return torch.randint(6, 131, (STEPS * BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+
+
+def schedule(**changes: Any) -> Any:
+    from nemo_minitron.distillation.recipe import Schedule
+
+    values = {
+        "steps": STEPS, "micro_batch_size": 1, "global_batch_size": BATCH, "lr": 1e-3, "min_lr": 1e-4,
+        "warmup_steps": 2, "validate_every": 5, "validation_batches": 2, "save_every": 4,
+    }  # fmt: skip
+    return Schedule(**{**values, **changes})
+
+
+def distil_case(models: str, out: str, layout: dict[str, Any], die_at: int | None = None) -> None:
+    """Distil under a layout; with ``die_at``, this process kills itself after that step."""
+    import lightning.pytorch as pl
+
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.distillation import callbacks
+    from nemo_minitron.distillation.recipe import distill
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    if die_at is not None:
+
+        def die(self: Any, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == die_at:
+                os._exit(0)
+
+        callbacks.ProgressBar.on_train_batch_end = die
+    student, teacher = open_checkpoint(Path(models) / "student"), open_checkpoint(Path(models) / "teacher")
+    distill(
+        student,
+        teacher,
+        blocks(),
+        blocks()[: 2 * BATCH],
+        layout=ParallelLayout(**layout),
+        schedule=schedule(),
+        directory=Path(out),
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, and a student that is thinner and has half the layers; six heads in six groups: TP may be 2 or 3."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 72}
+    tiny_checkpoint(folder / "teacher", tied=True, num_hidden_layers=4, seed=1, **sizes)
+    tiny_checkpoint(folder / "student", tied=True, num_hidden_layers=2, seed=2, **{**sizes, "hidden_size": 36})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted training in one process."""
+    out = tmp_path_factory.mktemp("one")
+    run_distributed(distil_case, 1, out, timeout=150, models=str(models), out=str(out), layout={})
+    return out
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_one_process_equals_a_plain_torch_loop(models: Path, one_process: Path) -> None:
+    """Loss of every step, gradient norm, validation loss: against AdamW on transformers' model."""
+    from transformers import AutoModelForCausalLM
+
+    from nemo_minitron.distillation.losses import forward_kl
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / which) for which in ("student", "teacher"))
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    vectors = [p for p in student.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    data, measured = blocks(), lines(one_process)
+    training = [line for line in measured if "split" not in line]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    for index, line in enumerate(training):
+        batch = data[index * BATCH : (index + 1) * BATCH, :-1]
+        loss = forward_kl(student(batch).logits, teacher(batch).logits).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = line["lr"]
+        optimizer.step()
+        assert line["kl"] == pytest.approx(loss.item(), rel=2e-5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=2e-4)
+        if line["step"] in (5, 10):
+            validation = next(v for v in measured if v.get("split") and v["step"] == line["step"])
+            with torch.no_grad():
+                held_out = data[: 2 * BATCH]
+                logits = student(held_out[:, :-1]).logits
+                kl = forward_kl(logits, teacher(held_out[:, :-1]).logits).mean()
+                lm = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten())
+            assert validation["kl"] == pytest.approx(kl.item(), rel=2e-5)
+            assert validation["lm_loss"] == pytest.approx(lm.item(), rel=2e-5)
+    assert training[0]["lr"] == pytest.approx(1e-3 / 3)
+    assert training[2]["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"tensor": 2, "sequence_parallel": True}, {"tensor": 3}],
+    ids=str,
+)
+def test_layouts_equal_one_process(layout: dict[str, Any], models: Path, one_process: Path, tmp_path: Path) -> None:
+    """Metrics of every step, and the weights after the last; the student at PP 2 has half the teacher's depth."""
+    from nemo_minitron.checkpoints import open_checkpoint
+
+    world = max(layout.values())
+    run_distributed(distil_case, world, tmp_path, timeout=150, models=str(models), out=str(tmp_path), layout=layout)
+    found, expected = lines(tmp_path), lines(one_process)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in ("kl", "lm_loss", "grad_norm"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (theirs["step"], key)
+    weights, reference = (open_checkpoint(next((d / "checkpoints").glob("*-last"))).weights for d in (tmp_path, one_process))
+    for tensor in reference.names():
+        rows = min(len(reference.tensor(tensor)), len(weights.tensor(tensor)))  # padding differs with TP
+        torch.testing.assert_close(weights.tensor(tensor)[:rows], reference.tensor(tensor)[:rows], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_exactly(models: Path, one_process: Path, tmp_path: Path) -> None:
+    """Killed after step 6, with a checkpoint of step 4: the steps from 5 on equal the uninterrupted ones bit for bit."""
+    from nemo_minitron.checkpoints import open_checkpoint
+
+    arguments: dict[str, Any] = {"models": str(models), "out": str(tmp_path), "layout": {}}
+    with pytest.raises(FileNotFoundError, match="result0"):  # it never came to return
+        run_distributed(distil_case, 1, tmp_path, timeout=150, die_at=6, **arguments)
+    assert [line["step"] for line in lines(tmp_path)][-1] < 7
+    run_distributed(distil_case, 1, tmp_path, timeout=150, **arguments)
+
+    measured = ("step", "kl", "lm_loss", "grad_norm", "lr", "tokens")
+    kept = [[{k: line[k] for k in measured if k in line} for line in lines(d)] for d in (tmp_path, one_process)]
+    assert kept[0] == kept[1]
+    resumed, straight = (
+        open_checkpoint(next((d / "checkpoints").glob("*-last"))).weights for d in (tmp_path, one_process)
+    )
+    for tensor in straight.names():
+        assert torch.equal(resumed.tensor(tensor), straight.tensor(tensor)), tensor

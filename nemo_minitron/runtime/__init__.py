@@ -1,0 +1,1 @@
+"""Process start: launching, process groups, the CPU layer, plain Megatron models."""

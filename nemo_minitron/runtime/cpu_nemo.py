@@ -28,6 +28,13 @@ def _true(original: Any) -> bool:
     return True
 
 
+def _no_accelerator(original: Any) -> Callable[[], bool]:
+    def is_available() -> bool:
+        return False
+
+    return is_available
+
+
 def _absent_class(name: str) -> Callable[[Any], type]:
     """A class without instances, for names that are only asked about by ``isinstance``."""
     return lambda original: type(name, (), {"__doc__": "Stands for a class of Apex, which is not installed."})
@@ -126,8 +133,16 @@ PATCHES: tuple[Patch, ...] = (
         "ProgressPrinter.log_megatron_timers",
         _no_timers,
         "on_train_batch_end returns early on every rank but 0, and rank 0 alone enters the world-wide all-gather of "
-        "megatron.core.timers.Timers.get_all_timers_string. Under gloo that gather pairs with the next broadcast of the "
-        "other ranks: with ModelCheckpoint(save_top_k=...) all ranks hang in file_exists. The timers measure CUDA events",
+        "megatron.core.timers.Timers.get_all_timers_string. Under gloo that gather pairs with the next broadcast of "
+        "the other ranks: with ModelCheckpoint(save_top_k=...) all ranks hang in file_exists. The timers measure CUDA "
+        "events",
+    ),
+    Patch(
+        "lightning.pytorch.accelerators.cuda",
+        "CUDAAccelerator.is_available",
+        _no_accelerator,
+        "counts devices (num_cuda_devices), and torch.cuda.device_count answers 1 under this layer: Trainer would "
+        "choose CUDA for accelerator='auto'",
     ),
     Patch(
         _PARTS,
@@ -160,9 +175,9 @@ PATCHES: tuple[Patch, ...] = (
         _BASE,
         "MegatronBaseModel.__init__",
         _with_groups,
-        "only writes the ranks down; the process groups come with trainer.fit or the loading of weights, after the model is "
-        "built. Megatron-core's own attention (megatron/core/transformer/dot_product_attention.py), which Transformer "
-        "Engine's replaces elsewhere, needs the tensor-parallel group while it is built",
+        "only writes the ranks down; the process groups come with trainer.fit or the loading of weights, after the "
+        "model is built. Megatron-core's own attention (megatron/core/transformer/dot_product_attention.py), which "
+        "Transformer Engine's replaces elsewhere, needs the tensor-parallel group while it is built",
     ),
     Patch(
         f"{_COMMON}.build_model",

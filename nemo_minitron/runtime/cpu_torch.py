@@ -170,6 +170,7 @@ _ZEROS = (
     "memory_cached",
     "max_memory_cached",
 )
+_TENSOR_TYPES = ("FloatTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor", "BoolTensor", "ByteTensor")
 _PROPERTIES = SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=0)
 
 PATCHES: tuple[Patch, ...] = (
@@ -193,18 +194,18 @@ PATCHES: tuple[Patch, ...] = (
         _returning(True),
         "nemo.lightning.io.pl._fix_tensors_device asserts it when a checkpoint is loaded",
     ),
-    *(Patch("torch.cuda", name, _returning(None), "needs a device; there is nothing to do for a CPU") for name in _NO_OPS),
+    *(Patch("torch.cuda", name, _returning(None), "needs a device; a CPU has nothing to do") for name in _NO_OPS),
     *(Patch("torch.cuda", name, _returning(0), "needs a device; no CUDA memory is in use") for name in _ZEROS),
     Patch("torch.cuda", "memory_stats", _returning({}), "needs a device (nemo/lightning memory callbacks)"),
     Patch("torch.cuda", "get_device_name", _returning("cpu"), "needs a device"),
-    Patch("torch.cuda", "get_device_capability", _returning((0, 0)), "needs a device (megatron.core.utils, fused kernels)"),
+    Patch("torch.cuda", "get_device_capability", _returning((0, 0)), "needs a device (megatron.core.utils)"),
     Patch("torch.cuda", "get_device_properties", _returning(_PROPERTIES), "needs a device"),
     Patch("torch.cuda", "Stream", _by(_Stream), "needs a device (megatron.core.distributed.DistributedDataParallel)"),
     Patch("torch.cuda", "Event", _by(_Stream), "needs a device (megatron.core.timers, NeMo timing callbacks)"),
     Patch("torch.cuda", "stream", _by(_stream_context), "needs a device (param_and_grad_buffer.start_grad_sync)"),
     Patch("torch.cuda", "current_stream", _returning(_Stream()), "needs a device"),
     Patch("torch.cuda", "default_stream", _returning(_Stream()), "needs a device (param_and_grad_buffer)"),
-    Patch("torch.cuda.nvtx", "range_push", _returning(0), "NVTX is not in a CPU build (megatron.core.utils.nvtx_range_push)"),
+    Patch("torch.cuda.nvtx", "range_push", _returning(0), "NVTX is not in a CPU build (megatron.core.utils)"),
     Patch("torch.cuda.nvtx", "range_pop", _returning(0), "as range_push"),
     *(
         Patch(module, name, _by(function), "there is one generator, the CPU's (megatron.core.tensor_parallel.random)")
@@ -218,11 +219,16 @@ PATCHES: tuple[Patch, ...] = (
         )
     ),
     *(
-        Patch("torch.cuda", name, _by(getattr(torch, name)), "torch.cuda.*Tensor(...) allocates on a device (NeMo-Aligner)")
-        for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor", "BoolTensor", "ByteTensor")
+        Patch(
+            "torch.cuda",
+            name,
+            _by(getattr(torch, name)),
+            "allocates on a device; also asked by isinstance (NeMo-Aligner)",
+        )
+        for name in _TENSOR_TYPES
     ),
     Patch("torch", "Tensor.cuda", _identity, "a model or batch is moved to 'cuda' before use (nemo gpt_data_step)"),
-    Patch("torch", "nn.Module.cuda", _identity, "as Tensor.cuda (nemo.lightning.megatron_parallel.init_model_parallel)"),
+    Patch("torch", "nn.Module.cuda", _identity, "as Tensor.cuda (nemo.lightning.megatron_parallel)"),
     Patch(
         "torch",
         "Tensor.type",

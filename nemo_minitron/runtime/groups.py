@@ -1,7 +1,7 @@
 """Process groups, made once and passed by value.
 
-:func:`initialize` starts ``torch.distributed`` and Megatron's parallel state (whose modules read their groups from there) and
-returns a :class:`Groups`, which is all that the algorithms of this suite ever see.
+:func:`initialize` starts ``torch.distributed`` and Megatron's parallel state (whose modules read their groups from
+there) and returns a :class:`Groups`, which is all that the algorithms of this suite ever see.
 """
 
 from __future__ import annotations
@@ -108,13 +108,12 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
 
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
-        )
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
     world = dist.get_world_size()
     if world != layout.world_size:
         raise ConfigError(

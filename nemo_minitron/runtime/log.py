@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from nemo_minitron.runtime.quiet import quiet
+
 __all__ = ["configure"]
 
 #: Loggers that tell each start of a process at length; their warnings stay.
@@ -30,7 +32,7 @@ def configure(verbose: bool = False) -> logging.Logger:
     """Send log records to stderr, those of this suite from INFO on and others' from WARNING on.
 
     Args:
-        verbose: let everything through from INFO on.
+        verbose: let everything through from INFO on, also what :mod:`nemo_minitron.runtime.quiet` knows.
 
     Returns:
         The suite's logger, ``nemo_minitron``.
@@ -45,6 +47,8 @@ def configure(verbose: bool = False) -> logging.Logger:
     )
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:
+        quiet()
     ours = logging.getLogger("nemo_minitron")
     ours.setLevel(logging.INFO)
     return ours

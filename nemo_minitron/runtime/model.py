@@ -1,7 +1,7 @@
 """A live Megatron-core model from a shape: this rank's chunk, or chunks, of it.
 
-Scoring, pruning and evaluation use plain Megatron-core models, which start in 5 s; training uses NeMo's module around the
-same model (``nemo_minitron.distillation``).
+Scoring, pruning and evaluation use plain Megatron-core models, which start in 5 s; training uses NeMo's module around
+the same model (``nemo_minitron.distillation``).
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def build_model(
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
 
     layout = groups.layout
     stages = layout.pipeline * (layout.virtual_pipeline or 1)

@@ -1,8 +1,8 @@
 """Reversible patches of modules that may not be imported yet.
 
-A :class:`Patch` names a module and an attribute in it. :class:`PatchSet` replaces the attribute as soon as the module is
-imported, before its importer sees it, and puts the original back on request. A replaced function stays safe where it was
-copied by ``from module import name``: the copy asks whether the set is active and calls the original otherwise.
+A :class:`Patch` names a module and an attribute in it. :class:`PatchSet` replaces the attribute as soon as the module
+is imported, before its importer sees it, and puts the original back on request. A replaced function stays safe where it
+was copied by ``from module import name``: the copy asks whether the set is active and calls the original otherwise.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ class PatchSet:
                 replacement = self._switch(current, replacement)
             if isinstance(original, staticmethod):
                 replacement = staticmethod(replacement)
+            # An inherited attribute goes back by uncovering it.
+            self._applied.append((owner, name, vars(owner).get(name, _MISSING)))
             setattr(owner, name, replacement)
-            self._applied.append((owner, name, original))
 
     def _switch(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

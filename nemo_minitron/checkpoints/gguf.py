@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 __all__ = ["convert_gguf"]
 
 MAGIC = b"GGUF"
+FIELDS = (
+    "general.architecture",
+    "tokenizer.chat_template",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.unknown_token_id",
+)
+"""What is read of a file's header beside what transformers reads."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -36,8 +47,9 @@ def convert_gguf(
 ) -> Checkpoint:
     """Convert a GGUF file of the Llama family into a HF directory and open it.
 
-    The weights are dequantized by transformers. Its tokenizer conversion drops the splitting of digits; where the file
-    says that its tokenizer splits them, the pre-tokenizer becomes ``Sequence[Digits(individual), ByteLevel]`` again.
+    The weights are dequantized by transformers. Its tokenizer conversion loses the splitting of digits, the end and
+    padding tokens, and that no first token is to be prepended; they are put back from the file's header. Where the
+    header says that the tokenizer splits digits, the pre-tokenizer is ``Sequence[Digits(individual), ByteLevel]``.
 
     Args:
         source: the ``.gguf`` file.
@@ -69,7 +81,7 @@ def convert_gguf(
 
 
 def _fields(source: Path) -> dict[str, Any]:
-    """The header's ``general.architecture``, ``tokenizer.ggml.pre`` and ``tokenizer.chat_template`` (None: absent)."""
+    """The header's :data:`FIELDS` (None: absent)."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -81,10 +93,7 @@ def _fields(source: Path) -> dict[str, Any]:
             raise CheckpointError(f"{source} is not a GGUF file")
     try:
         reader = GGUFReader(source, "r")
-        found = {
-            key: field.contents() if (field := reader.get_field(key)) is not None else None
-            for key in ("general.architecture", "tokenizer.ggml.pre", "tokenizer.chat_template")
-        }
+        found = {key: field.contents() if (field := reader.get_field(key)) is not None else None for key in FIELDS}
     except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{source} is truncated or damaged ({error}); fetch it again") from error
     return found
@@ -119,19 +128,28 @@ def _write_model(source: Path, directory: Path, dtype: str) -> None:
 
 
 def _write_tokenizer(source: Path, directory: Path, fields: dict[str, Any]) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    """The tokenizer by transformers, with what its conversion loses put back from the header."""
+    from tokenizers import pre_tokenizers, processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    backend = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, local_files_only=True
+    ).backend_tokenizer
     if fields["tokenizer.ggml.pre"] in DIGIT_SPLITTERS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = fields["tokenizer.chat_template"]
+    if fields["tokenizer.ggml.add_bos_token"] is False:
+        # the conversion to a Llama tokenizer prepends the first token to every text all the same
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    # transformers 4.51 takes the text of the first token for the end token as well, and leaves the padding token out
+    special = {
+        f"{kind}_token": backend.id_to_token(number)
+        for kind, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if (number := fields[f"tokenizer.ggml.{name}_token_id"]) is not None
+    }
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    tokenizer.chat_template = fields["tokenizer.chat_template"]
     if tokenizer.chat_template is None and {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab()):
         tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
-    # transformers takes the GGUF for a sentencepiece vocabulary and copies all of it
-    if (copy := directory / "tokenizer.model").is_file():
-        copy.unlink()

@@ -292,7 +292,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
     if len(shards) == 1:
         (directory / _shard_name(1)).rename(directory / "model.safetensors")
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (directory / _shard_name(number)).rename(directory / final)

@@ -87,6 +87,7 @@ def from_nemo1(
     if found:
         target = str(config.get("target", "unknown")).rsplit(".", 1)[-1]
         raise CheckpointError(f"{source}: {target} is not a Llama model: " + "; ".join(found))
+    special = special_ids(tokenizer) if tokenizer is not None else {}
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         vocab = config["override_vocab_size"]
@@ -115,7 +116,9 @@ def from_nemo1(
             rotary_base=float(config["rotary_base"]),
             rotary_scaling=scaling if config["scale_positional_embedding"] else None,
             max_position_embeddings=config["encoder_seq_length"],
-            **(special_ids(tokenizer) if tokenizer is not None else {}),
+            bos_token_id=special.get("bos_token_id"),
+            eos_token_id=special.get("eos_token_id"),
+            pad_token_id=special.get("pad_token_id"),
         )
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; it is not a complete GPT configuration") from None

@@ -196,7 +196,8 @@ def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows:
 
     shape = checkpoint.shape
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer, fixed = None, rows
+        tokenizer: Any = None
+        fixed: int | None = rows
         if checkpoint.tokenizer is not None:
             # NeMo copies the whole directory and keeps its name; hand it one that holds the tokenizer alone
             copy = Path(scratch) / "nemo_tokenizer"
@@ -239,6 +240,7 @@ def _from_config(
         found.append(f"window_size={window} is not supported: sliding-window attention is not in the Llama table")
     if found:
         raise CheckpointError(f"{source}: " + "; ".join(found))
+    special = special_ids(tokenizer) if tokenizer is not None else {}
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         vocab = config.get("vocab_size")
@@ -260,7 +262,9 @@ def _from_config(
             rotary_base=float(config["rotary_base"]),
             rotary_scaling=_rotary_scaling(config),
             max_position_embeddings=config["seq_length"],
-            **(special_ids(tokenizer) if tokenizer is not None else {}),
+            bos_token_id=special.get("bos_token_id"),
+            eos_token_id=special.get("eos_token_id"),
+            pad_token_id=special.get("pad_token_id"),
         )
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; it is not a complete Llama configuration") from None

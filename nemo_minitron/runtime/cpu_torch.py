@@ -44,22 +44,25 @@ class CudaMeansCpu(TorchFunctionMode):
         # Positional devices occur only in conversions: tensor.to("cuda"), tensor.to(torch.cuda.current_device()).
         if func is torch.Tensor.to and len(args) > 1 and (_is_cuda(args[1]) or type(args[1]) is int):
             args = (args[0], CPU, *args[2:])
-        if func is torch.Tensor.backward:
-            # torch leaves the mode while it runs a function; the backward pass must stay inside it.
-            with self:
-                return _backward(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _backward(
-    tensor: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """``Tensor.backward`` without its dispatch."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+def _engine(original: Any) -> Callable[..., Any]:
+    def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
+        with CudaMeansCpu():
+            return original(*args, **kwargs)
+
+    return _engine_run_backward
+
+
+def _module_to(original: Any) -> Callable[..., torch.nn.Module]:
+    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        args = tuple(CPU if _is_cuda(value) or type(value) is int else value for value in args)
+        if _is_cuda(kwargs.get("device")) or type(kwargs.get("device")) is int:
+            kwargs["device"] = CPU
+        return original(self, *args, **kwargs)
+
+    return to
 
 
 class _Stream:
@@ -227,6 +230,14 @@ PATCHES: tuple[Patch, ...] = (
         )
         for name in _TENSOR_TYPES
     ),
+    Patch(
+        "torch.autograd",
+        "_engine_run_backward",
+        _engine,
+        "torch leaves a function mode while it runs the function, torch.autograd.backward too; the mode that rewrites "
+        "device='cuda' is switched on again for the backward passes of autograd functions",
+    ),
+    Patch("torch", "nn.Module.to", _module_to, "parses its device in C++, where no function mode sees it"),
     Patch("torch", "Tensor.cuda", _identity, "a model or batch is moved to 'cuda' before use (nemo gpt_data_step)"),
     Patch("torch", "nn.Module.cuda", _identity, "as Tensor.cuda (nemo.lightning.megatron_parallel)"),
     Patch(

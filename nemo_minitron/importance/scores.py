@@ -91,12 +91,13 @@ class Scores:
         Raises:
             CheckpointError: if something is there and ``overwrite`` is false, or the disk is full.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         with write_aside(Path(path), overwrite=overwrite) as aside:
             aside.mkdir()
             tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-            save_file(tensors, aside / _TENSOR_FILE)
+            # bytes, because save_file makes a file that only its owner may read
+            (aside / _TENSOR_FILE).write_bytes(save(tensors))
             meta = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TENSORS}
             meta = {"format_version": FORMAT_VERSION, **meta, "shape": self.shape.to_dict()}
             (aside / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.saving import write_aside
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.base import MARKER, human_bytes, human_count
 
@@ -52,7 +53,7 @@ def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Pa
 
     Raises:
         ConfigError: if the name and the format contradict each other.
-        CheckpointError: if ``output`` exists and ``overwrite`` is off.
+        CheckpointError: if ``output`` exists and ``overwrite`` is off, or the disk is full.
     """
     if faults := format_faults(output, form):
         raise ConfigError(faults)
@@ -66,6 +67,13 @@ def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Pa
             (staging / path.name).rename(aside)
             if aside.is_dir():
                 (aside / MARKER).touch()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"no space left while writing {path}; what stood there before is untouched. Free some space or choose an "
+            "output on another disk"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

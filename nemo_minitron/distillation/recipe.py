@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +143,7 @@ def distillation_trainer(layout: ParallelLayout, schedule: Schedule) -> nl.Train
         devices=per_node,
         num_nodes=layout.world_size // per_node,
         max_steps=schedule.steps,
-        max_time=datetime.timedelta(minutes=schedule.max_minutes) if schedule.max_minutes else None,
+        max_time=_days_hours_minutes_seconds(schedule.max_minutes) if schedule.max_minutes else None,
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision=schedule.precision),
         val_check_interval=min(schedule.validate_every, schedule.steps),
@@ -243,6 +242,12 @@ def distill(
         ),
     )
     return Path(checkpointing.last_model_path.removesuffix(".ckpt"))
+
+
+def _days_hours_minutes_seconds(minutes: float) -> str:
+    """Lightning's text form: NeMo tries to wrap the class of each argument and cannot wrap ``timedelta``."""
+    seconds = max(1, round(minutes * 60))
+    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def _remove_unfinished(checkpoints: Path) -> None:

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.hf_config import from_hf, read_json, to_hf
 from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer import check_tokenizer, copy_tokenizer, find_tokenizer
-from nemo_minitron.checkpoints.weights import DTYPES, CastWeights, dtype_name, largest_part, names_and_shapes
+from nemo_minitron.checkpoints.weights import DTYPES, CastWeights, dtype_name, largest_part, writing_order
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.shape import ModelShape
 
@@ -169,14 +169,15 @@ class HFWeights:
 def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: Progress | None = None) -> None:
     """Write a HF directory into ``directory`` (which this creates; callers write aside).
 
-    Tensors are read, split and written in the order of the forward pass. A shard is closed before it would exceed one
-    layer or one embedding, whichever is larger (or :data:`SMALLEST_SHARD`), so no more than that is held at a time.
+    Tensors are read, split and written one after the other, those outside the layers first. A shard is closed before it
+    would exceed one layer or one embedding, whichever is larger (or :data:`SMALLEST_SHARD`), so no more than that is
+    held at a time.
     """
     directory.mkdir(parents=True)
     shape, table = checkpoint.shape, checkpoint.family
     limit = max(SMALLEST_SHARD, largest_part(checkpoint.architecture, shape) * DTYPES[dtype])
     weights = CastWeights(checkpoint.weights, dtype)
-    expected = names_and_shapes(checkpoint.architecture, shape)
+    expected = writing_order(checkpoint.architecture, shape)
     pending: dict[str, torch.Tensor] = {}
     held = total = 0
     shards: list[list[str]] = []

@@ -28,7 +28,7 @@ from torch.futures import Future
 from nemo_minitron import axes
 from nemo_minitron.checkpoints import names as naming
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.weights import CastWeights, names_and_shapes, torch_dtype
+from nemo_minitron.checkpoints.weights import CastWeights, torch_dtype, writing_order
 from nemo_minitron.errors import CheckpointError
 
 __all__ = ["EXTRA_STATE_FINAL", "EXTRA_STATE_LAYER", "write_torch_dist"]
@@ -115,7 +115,7 @@ class _Planner(dcp.SavePlanner):
     ) -> None:
         self._checkpoint, self._dtype, self._rows = checkpoint, torch_dtype(dtype), vocab_rows
         self._weights, self._progress = CastWeights(checkpoint.weights, dtype), progress
-        self._shapes = names_and_shapes(checkpoint.architecture, checkpoint.shape)
+        self._shapes = writing_order(checkpoint.architecture, checkpoint.shape)
         self._sources: dict[MetadataIndex, _Source] = {}
         self._done = 0
         self._items = self._tensors(prefix) + self._extra_states(prefix)

@@ -15,7 +15,7 @@ from nemo_minitron.shape import Architecture, ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "CastWeights", "largest_part", "names_and_shapes", "torch_dtype"]
+__all__ = ["DTYPES", "CastWeights", "largest_part", "names_and_shapes", "torch_dtype", "writing_order"]
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Dtypes a checkpoint may have, with the bytes of one element."""
@@ -59,6 +59,16 @@ def names_and_shapes(architecture: Architecture, shape: ModelShape) -> dict[str,
     """Every canonical tensor of a model with its global shape, in the order of the forward pass."""
     table = axes.family(architecture.family)
     return {name: axes.tensor_shape(row, shape) for name, row, _ in axes.parameters(table, shape)}
+
+
+def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """:func:`names_and_shapes` with the tensors outside the layers first.
+
+    The allocator keeps what the small tensors of the layers took; an output layer that came after them would be held
+    beside that, and an embedding plus a shard of layers is more than a conversion may hold.
+    """
+    shapes = names_and_shapes(architecture, shape)
+    return dict(sorted(shapes.items(), key=lambda item: item[0].startswith("decoder.layers.")))
 
 
 def largest_part(architecture: Architecture, shape: ModelShape) -> int:

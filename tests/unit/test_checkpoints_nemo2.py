@@ -1,0 +1,149 @@
+"""NeMo 2 directories read as data: sizes from ``model.yaml``, refusals, and nothing that a file names is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.checkpoints import tiny_checkpoint, tiny_tokenizer
+
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+from nemo_minitron.errors import CheckpointError
+
+LLAMA = "nemo.collections.llm.gpt.model.llama.LlamaConfig"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Checkpoint:
+    return open_checkpoint(tiny_checkpoint(tmp_path / "hf"))
+
+
+@pytest.fixture
+def native(source: Checkpoint, tmp_path: Path) -> Path:
+    """What NeMo leaves, without NeMo: weights, a ``model.yaml``, a tokenizer, and an ``io.json`` to be left alone."""
+    path = tmp_path / "native"
+    write_torch_dist(source, path / "weights", prefix="module.", dtype="float32", vocab_rows=256, common={})
+    tiny_tokenizer(path / "context" / "my_tokenizer")
+    (path / "context" / "io.json").write_text('{"objects": {"x": {"type": {"module": "os", "name": "abort"}}}}')
+    config = {
+        "_target_": LLAMA,
+        "num_layers": 3,
+        "hidden_size": 48,
+        "ffn_hidden_size": 76,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "vocab_size": None,
+        "share_embeddings_and_output_weights": False,
+        "layernorm_epsilon": 1e-05,
+        "rotary_base": 20000,
+        "seq_length": 64,
+        "normalization": "RMSNorm",
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+    }
+    write_yaml(path, {"config": config, "tokenizer": {"pretrained_model_name": "my_tokenizer"}})
+    return path
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    (path / "context" / "model.yaml").write_text(yaml.safe_dump(content))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = yaml.safe_load((path / "context" / "model.yaml").read_text())
+    content["config"] |= changes
+    write_yaml(path, content)
+
+
+def test_sizes_vocabulary_and_special_tokens_are_found(native: Path, source: Checkpoint) -> None:
+    opened = open_checkpoint(native)
+    assert opened.shape == source.shape
+    assert opened.architecture == source.architecture
+    assert opened.tokenizer == native / "context" / "my_tokenizer"
+    for name in source.weights.names():
+        assert torch.equal(opened.weights.tensor(name), source.weights.tensor(name)), name
+
+
+def test_an_explicit_vocabulary_wins_and_rows_are_the_last_resort(native: Path) -> None:
+    edit(native, vocab_size=200)
+    assert open_checkpoint(native).shape.vocab_size == 200
+    content = yaml.safe_load((native / "context" / "model.yaml").read_text())
+    content["tokenizer"] = None
+    content["config"]["vocab_size"] = None
+    write_yaml(native, content)
+    opened = open_checkpoint(native)
+    assert opened.tokenizer is None
+    assert opened.shape.vocab_size == 256
+
+
+def test_rope_scaling_of_llama_31(native: Path) -> None:
+    name = "nemo.collections.llm.gpt.model.llama.Llama31Config8B"
+    edit(native, _target_=name, scale_factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, old_context_len=8192)
+    assert open_checkpoint(native).architecture.rotary_scaling == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_target_": "nemo.collections.llm.gpt.model.gemma.GemmaConfig2B"}, "GemmaConfig2B is not supported"),
+        ({"_target_": "nemo.collections.llm.gpt.model.llama.Llama4Config"}, "Llama4Config is not supported"),
+        ({"normalization": "LayerNorm", "num_moe_experts": 8}, "'LayerNorm' is not supported.*num_moe_experts=8"),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu is not supported"),
+        ({"window_size": [31, 0]}, "sliding-window"),
+        ({"hidden_size": 64}, "has shape"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"vocab_size": 100}, "has 131 tokens but the embedding has only 100 rows"),
+    ],
+)
+def test_what_does_not_fit_is_named(native: Path, changes: dict[str, Any], message: str) -> None:
+    edit(native, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(native)
+
+
+def test_a_tokenizer_outside_the_checkpoint_is_not_followed(native: Path, tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "elsewhere")
+    content = yaml.safe_load((native / "context" / "model.yaml").read_text())
+    for name in ("../../elsewhere", str(tmp_path / "elsewhere")):
+        content["tokenizer"]["pretrained_model_name"] = name
+        write_yaml(native, content)
+        assert open_checkpoint(native).tokenizer is None
+
+
+def test_missing_and_hostile_parts(native: Path, tmp_path: Path) -> None:
+    yaml_path = native / "context" / "model.yaml"
+    yaml_path.write_text(f"config: !!python/object/apply:os.mkdir ['{tmp_path / 'executed'}']")
+    with pytest.raises(CheckpointError, match="cannot be read as plain YAML"):
+        open_checkpoint(native)
+    assert not (tmp_path / "executed").exists()
+    yaml_path.write_text("- 1")
+    with pytest.raises(CheckpointError, match="is not a model description"):
+        open_checkpoint(native)
+    write_yaml(native, {"config": {"_target_": LLAMA, "num_attention_heads": 6}})
+    with pytest.raises(CheckpointError, match="lacks 'hidden_size'"):
+        open_checkpoint(native)
+    yaml_path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.yaml is missing"):
+        open_checkpoint(native)
+    (native / "weights").rename(native / "w")
+    with pytest.raises(CheckpointError, match="weights is missing"):
+        open_checkpoint(native)
+
+
+def test_a_damaged_record_is_named(native: Path) -> None:
+    (native / "minitron.json").write_text('{"format_version": 99}')
+    with pytest.raises(CheckpointError, match="format version 99"):
+        open_checkpoint(native)
+    (native / "minitron.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"minitron\.json cannot be read"):
+        open_checkpoint(native)

@@ -40,6 +40,10 @@ def _absent_class(name: str) -> Callable[[Any], type]:
     return lambda original: type(name, (), {"__doc__": "Stands for a class of Apex, which is not installed."})
 
 
+def _class(replacement: type) -> Callable[[Any], type]:
+    return lambda original: replacement
+
+
 def _optimizer_wrapper(original: Any) -> Any:
     from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
@@ -125,7 +129,11 @@ _PARTS = "nemo.collections.nlp.parts.nlp_overrides"
 _GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 _BASE = "nemo.collections.nlp.models.language_modeling.megatron_base_model"
 _COMMON = "nemo.collections.nlp.modules.common.megatron"
-_NORMS = ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm")
+_NORMS = {
+    "FusedLayerNorm": torch.nn.LayerNorm,
+    "FastLayerNorm": torch.nn.LayerNorm,
+    "MixedFusedRMSNorm": torch.nn.RMSNorm,
+}
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -204,11 +212,12 @@ PATCHES: tuple[Patch, ...] = (
         Patch(
             f"{_COMMON}.utils",
             name,
-            _absent_class(name),
-            "get_params_for_weight_decay_optimization asks isinstance of this class of Apex (NameError)",
+            _class(norm),
+            "get_params_for_weight_decay_optimization asks isinstance of this class of Apex (NameError), to spare "
+            "norms the weight decay; Megatron-core's local layers have torch's norms",
             optional=True,
         )
-        for name in _NORMS
+        for name, norm in _NORMS.items()
     ),
     Patch(
         f"{_COMMON}.clip_grads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,52 @@ def fine_tune(restored: str, tokenizer: str, data: str, out: str, tensor: int, s
     return {"resumed from": trainer.ckpt_path, **rows}
 
 
+def nemo1(restored: str, tokenizer: str, data: str, out: str, tensor: int) -> dict[str, Any]:
+    """NeMo 1 without Aligner: construct, train a little, ``save_to``, ``restore_from``."""
+    import torch
+    from lightning.pytorch import Trainer
+    from megatron.core import parallel_state
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+    from nemo.collections.nlp.modules.common.megatron.clip_grads import clip_grad_norm_fp32
+    from nemo.collections.nlp.modules.common.megatron.utils import get_params_for_weight_decay_optimization
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(f"{restored}/model_config.yaml")
+    config.tokenizer.type = tokenizer
+    config.tensor_model_parallel_size = tensor
+    trainer = Trainer(
+        devices=tensor,
+        accelerator="cpu",
+        precision=32,
+        strategy=NLPDDPStrategy(),
+        logger=False,
+        enable_checkpointing=False,
+    )
+    model = MegatronGPTModel(config, trainer)
+    (module,) = model.get_model_module_list()
+    ids = torch.arange(12)[None]
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
+    module(ids, torch.arange(12)[None], mask, labels=ids).mean().backward()
+    parts = [parameter.grad.square().sum() for parameter in module.parameters() if parameter.dim() > 1]
+    whole = [parameter.grad.square().sum() for parameter in module.parameters() if parameter.dim() == 1]
+    squares = torch.stack(parts).sum()
+    torch.distributed.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
+    expected = float((squares + torch.stack(whole).sum()).sqrt())
+    norm = float(clip_grad_norm_fp32(list(module.parameters()), expected / 2))
+    decayed, plain = get_params_for_weight_decay_optimization(module)
+
+    model.save_to(out)
+    again = MegatronGPTModel.restore_from(out, trainer=trainer)
+    ours, theirs = (dict(one.get_model_module_list()[0].named_parameters()) for one in (model, again))
+    return {
+        "norms": (norm, expected),
+        "decayed": [{parameter.dim() for parameter in group["params"]} for group in (decayed, plain)],
+        "parameters": len(ours),
+        "same": all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys(),
+    }
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny ``.nemo``, unpacked (NeMo 1 cannot point into an archive for a Hugging Face tokenizer), and its data."""
@@ -187,6 +234,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "tokenizer": config["tokenizer"]["type"],
         "data": str(folder / "data.jsonl"),
     }
+
+
+@pytest.mark.slow
+def test_nemo1_saves_and_restores(workspace: dict[str, str], tmp_path: Path) -> None:
+    """Also what NeMo 1 has and the distributed optimizer does not use: clipping, the choice of decayed weights."""
+    results = run_distributed(nemo1, 2, tmp_path, timeout=120, **workspace, out=str(tmp_path / "saved.nemo"), tensor=2)
+    for result in results:
+        assert result["same"]
+        assert result["parameters"] == 15
+        assert result["decayed"] == [{2}, {1}], "matrices are decayed, norms are not"
+        assert result["norms"][0] == pytest.approx(result["norms"][1], rel=1e-5)
+    with tarfile.open(tmp_path / "saved.nemo") as archive:
+        names = archive.getnames()
+    assert "./model_config.yaml" in names
+    assert "./model_weights/.metadata" in names
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ Counting, slicing, sharding, checking and conversion all read this table; no oth
 QKV matrix or of a gated MLP. A new model family is a new entry in :data:`FAMILIES`.
 
 Canonical names are those that Megatron-core writes into a distributed checkpoint (the Transformer Engine spelling,
-with ``layer_norm_weight`` inside the linear that follows it), one name a layer: ``decoder.layers.3.mlp.linear_fc2.weight``.
-Tensors under canonical names are global: TP 1, PP 1, vocabulary without padding.
+with ``layer_norm_weight`` inside the linear that follows it), one name a layer:
+``decoder.layers.3.mlp.linear_fc2.weight``. Tensors under canonical names are global: TP 1, PP 1, vocabulary without
+padding.
 
 Torch is imported only inside the functions that build index tensors.
 """
@@ -115,7 +116,7 @@ def family(name: str) -> Family:
 
 
 def parameters(table: Family, shape: ModelShape) -> Iterator[tuple[str, Parameter, int | None]]:
-    """Every parameter of a model as ``(canonical name, row of the table, layer or None)``, in the order of the forward pass."""
+    """Every parameter of a model as ``(canonical name, row of the table, layer or None)``, in forward order."""
     for name, row in table.first.items():
         yield name, row, None
     for layer in range(shape.num_layers):

@@ -73,8 +73,7 @@ class ModelShape:
             if size % tensor:
                 fits = [t for t in range(1, min(size, 64) + 1) if size % t == 0]
                 found.append(
-                    f"{name}={size} cannot be split over parallel.tensor={tensor}; "
-                    f"it fits parallel.tensor in {fits}"
+                    f"{name}={size} cannot be split over parallel.tensor={tensor}; it fits parallel.tensor in {fits}"
                 )
         if pipeline > self.num_layers:
             found.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint, Weights
 from nemo_minitron.errors import CheckpointError
@@ -110,7 +111,7 @@ def write_checkpoint(
     return open_checkpoint(path)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # the doors that need torch and Megatron are imported when they are asked for
     if name == "load_into":
         from nemo_minitron.checkpoints.live import load_into

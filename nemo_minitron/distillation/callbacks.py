@@ -20,8 +20,8 @@ __all__ = ["ProgressBar", "StepMetrics"]
 class StepMetrics(pl.Callback):
     """Writes ``metrics.jsonl``: a line a training step and a line a validation.
 
-    The last pipeline stage knows the loss, so its first rank writes. After a resume, lines of steps that are trained again
-    are dropped first.
+    The last pipeline stage knows the loss, so its first rank writes. After a resume, lines of steps that are trained
+    again are dropped first.
 
     Training lines: ``step`` (1-based), ``tokens`` (in all), ``kl``, ``lr`` (of this step), ``grad_norm``,
     ``tokens_per_second``, ``seconds`` (since the start of this process's training). Validation lines: ``split`` =

@@ -11,8 +11,8 @@ __all__ = ["forward_kl"]
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
     """``T^2 KL(p_teacher || p_student)`` of each token, with ``p = softmax(logits / T)``.
 
-    The logit loss of Minitron (arXiv 2407.14679, section 3); the factor T^2 keeps the gradient's size independent of the
-    temperature (Hinton et al., arXiv 1503.02531, section 2).
+    The logit loss of Minitron (arXiv 2407.14679, section 3); the factor T^2 keeps the gradient's size independent of
+    the temperature (Hinton et al., arXiv 1503.02531, section 2).
 
     Args:
         student, teacher: ``[..., V]`` logits over the true vocabulary.

@@ -1,8 +1,8 @@
 """NeMo 2's Llama module, trained on a teacher's logits instead of labels.
 
-:class:`DistillationModel` is a ``LlamaModel`` to NeMo in every way: its checkpoints name ``LlamaModel`` as their class, so a
-checkpoint of a distillation opens with plain NeMo. The teacher lives beside it, outside the module tree: no optimizer,
-no DDP and no checkpoint ever sees it.
+:class:`DistillationModel` is a ``LlamaModel`` to NeMo in every way: its checkpoints name ``LlamaModel`` as their class,
+so a checkpoint of a distillation opens with plain NeMo. The teacher lives beside it, outside the module tree: no
+optimizer, no DDP and no checkpoint ever sees it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ class DistillationModel(LlamaModel):
     """The student, with its teacher.
 
     Args:
-        config: NeMo's configuration of the student. Its ``calculate_per_token_loss`` is switched on, so that the loss of a
-            step is the mean over all valid tokens of its global batch, however they fall on micro-batches and ranks.
+        config: NeMo's configuration of the student. Its ``calculate_per_token_loss`` is switched on, so that the loss
+            of a step is the mean over all valid tokens of its global batch, however they fall on micro-batches and
+            ranks.
         student: initial weights.
         teacher: the model to learn from; same vocabulary.
         layout: parallel layout of both.
         temperature: of the distillation loss.
         optim, tokenizer: as in NeMo's ``GPTModel``.
     """
+
+    _training_loss_reduction: DistillationLoss | None
+    _validation_loss_reduction: DistillationLoss | None
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class DistillationModel(LlamaModel):
             self._teacher.append(Teacher.load(self._teacher_checkpoint, self.groups, dtype=dtype))
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-        """NeMo's own data step, which drops keys that it does not know; the teacher's hidden state is carried past it."""
+        """NeMo's own data step, which drops keys that it does not know; the teacher's state is carried past it."""
         item = next(dataloader_iter)
         batch = item[0] if isinstance(item, tuple) else item
         hidden = batch.pop(HIDDEN, None)
@@ -126,7 +130,8 @@ class DistillationLoss(MegatronLossReduction):
     """Forward KL of a micro-batch, summed over its valid tokens; Megatron divides by the tokens of the global batch.
 
     Attributes:
-        lm_loss: of the last validation step that was reduced: cross-entropy of the student with the labels, nats a token.
+        lm_loss: of the last validation step that was reduced: cross-entropy of the student with the labels, nats a
+            token.
     """
 
     def __init__(self, model: DistillationModel, *, validation: bool) -> None:

@@ -1,6 +1,7 @@
 """The distillation recipe: a NeMo 2 training put together from NeMo's own parts.
 
-:func:`distillation_trainer` and :func:`distillation_optimizer` are what a NeMo recipe would return; :func:`distill` runs them.
+:func:`distillation_trainer` and :func:`distillation_optimizer` are what a NeMo recipe would return; :func:`distill`
+runs them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout,
     if student.shape.vocab_size != teacher.shape.vocab_size:
         raise CheckpointError(
             f"student {student.path} has a vocabulary of {student.shape.vocab_size} and teacher {teacher.path} of "
-            f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one tokenizer"
+            f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one "
+            "tokenizer"
         )
     faults = []
     for name, checkpoint in (("student", student), ("teacher", teacher)):

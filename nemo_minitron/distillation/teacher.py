@@ -1,10 +1,10 @@
 """The frozen teacher, in the student's ranks and layout.
 
 It runs before the student, as a forward-only pass of Megatron's own schedule over the same micro-batches, so it needs
-nothing from the student's pipeline: no activations ride along, the depths of the two may differ, and tensor parallelism,
-pipeline parallelism and sequence parallelism work as in any Megatron model. What waits for the student is the last hidden
-state of each micro-batch, ``[s, b, H]``, and not its logits, which are V/H times larger; the output layer is applied when
-the loss asks for it.
+nothing from the student's pipeline: no activations ride along, the depths of the two may differ, and tensor
+parallelism, pipeline parallelism and sequence parallelism work as in any Megatron model. What waits for the student is
+the last hidden state of each micro-batch, ``[s, b, H]``, and not its logits, which are V/H times larger; the output
+layer is applied when the loss asks for it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["Teacher"]
 class Teacher:
     """A model that only runs forward.
 
-    Memory: its weights, and for each micro-batch of a step one ``[s, b, H]`` on the last stage (``s / tp`` under sequence
-    parallelism).
+    Memory: its weights, and for each micro-batch of a step one ``[s, b, H]`` on the last stage (``s / tp`` under
+    sequence parallelism).
     """
 
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups) -> None:

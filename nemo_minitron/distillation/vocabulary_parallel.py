@@ -1,8 +1,8 @@
 """Losses over logits whose vocabulary is split over a tensor-parallel group.
 
-Each is a custom autograd function: every rank computes its own columns, the few numbers that need all columns are reduced
-over the group, and the gradient is written down in the forward pass. No rank ever holds the logits of another, and
-autograd never sees a collective, so no gradient is counted once per rank.
+Each is a custom autograd function: every rank computes its own columns, the few numbers that need all columns are
+reduced over the group, and the gradient is written down in the forward pass. No rank ever holds the logits of another,
+and autograd never sees a collective, so no gradient is counted once per rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def vocabulary_parallel_forward_kl(
         ValueError: if the two have different shapes.
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape")
+        raise ValueError(
+            f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape"
+        )
     loss: torch.Tensor = _ForwardKL.apply(student, teacher.detach(), group, vocab_size, temperature, inplace)
     return loss
 

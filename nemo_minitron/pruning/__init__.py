@@ -9,7 +9,7 @@ Importing this package imports neither torch nor Megatron.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.choose import choose_units, target_shape
@@ -30,7 +30,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # torch is imported when something is asked for, not when a plan merely imports the room
     if name in _HOME:
         from importlib import import_module

@@ -21,12 +21,35 @@ METHODS = ("activation", "random")
 class UnitScores(Protocol):
     """What choosing needs of :class:`nemo_minitron.importance.Scores`: global indices, higher matters more."""
 
-    ffn: torch.Tensor  # [L, F]
-    heads: torch.Tensor  # [L, A]
-    groups: torch.Tensor  # [L, G]
-    hidden: torch.Tensor  # [H]
-    layers: torch.Tensor  # [L]
-    shape: ModelShape
+    @property
+    def ffn(self) -> torch.Tensor:
+        """``[L, F]``."""
+        ...
+
+    @property
+    def heads(self) -> torch.Tensor:
+        """``[L, A]``."""
+        ...
+
+    @property
+    def groups(self) -> torch.Tensor:
+        """``[L, G]``."""
+        ...
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``[H]``."""
+        ...
+
+    @property
+    def layers(self) -> torch.Tensor:
+        """``[L]``."""
+        ...
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the scored model."""
+        ...
 
 
 def target_shape(

@@ -134,9 +134,25 @@ def build_model(
                 share_embeddings_and_output_weights=shape.tied_embeddings,
                 position_embedding_type="rope",
                 rotary_base=architecture.rotary_base,
-                rope_scaling=architecture.rotary_scaling is not None,
-                rope_scaling_factor=(architecture.rotary_scaling or {}).get("factor", 8.0),
                 vp_stage=stage,
             )
         )
+        if architecture.rotary_scaling is not None:
+            _scale_rotary(chunks[-1], architecture.rotary_scaling)
     return chunks
+
+
+def _scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:
+    """Llama-3 scaling of the RoPE frequencies with the model's own constants.
+
+    ``GPTModel(rope_scaling=True)`` takes the factor alone and fixes the others at those of Llama 3.1; NeMo's
+    ``Llama31Config`` sets all four as done here.
+    """
+    rotary = chunk.rotary_pos_emb
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=scaling["factor"],
+        low_freq_factor=scaling["low_freq_factor"],
+        high_freq_factor=scaling["high_freq_factor"],
+        original_max_position_embeddings=scaling["original_max_position_embeddings"],
+    )

@@ -61,7 +61,8 @@ def plan(config: DistillConfig) -> StagePlan:
         # Six operations a weight and token to train, two to run.
         found.costs["FLOPs"] = human_count((6 * student + 2 * teacher) * config.tokens)
         bf16 = config.precision.startswith("bf16")
-        # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32 weights.
+        # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
+        # weights.
         state = (2 + 4 + 12 / layout.data) if bf16 else (4 + 4 + 8 / layout.data)
         rank = (student * state + teacher * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
@@ -151,9 +152,7 @@ def _save_model(config: DistillConfig, student: Checkpoint, last: Path) -> None:
             },
         },
     )
-    write_checkpoint(
-        trained, Path(config.output) / "model", "nemo2", dtype=student.architecture.dtype, overwrite=True
-    )
+    write_checkpoint(trained, Path(config.output) / "model", "nemo2", dtype=student.architecture.dtype, overwrite=True)
 
 
 def _summary(metrics: Path) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def test_one_process_equals_a_plain_torch_loop(models: Path, one_process: Path) 
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
     )
     data, measured = blocks(), lines(one_process)
     training = [line for line in measured if "split" not in line]
@@ -189,7 +191,9 @@ def test_layouts_equal_one_process(layout: dict[str, Any], models: Path, one_pro
         for key in ("kl", "lm_loss", "grad_norm"):
             if key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (theirs["step"], key)
-    weights, reference = (open_checkpoint(next((d / "checkpoints").glob("*-last"))).weights for d in (tmp_path, one_process))
+    weights, reference = (
+        open_checkpoint(next((d / "checkpoints").glob("*-last"))).weights for d in (tmp_path, one_process)
+    )
     for tensor in reference.names():
         rows = min(len(reference.tensor(tensor)), len(weights.tensor(tensor)))  # padding differs with TP
         torch.testing.assert_close(weights.tensor(tensor)[:rows], reference.tensor(tensor)[:rows], rtol=1e-3, atol=2e-5)
@@ -197,7 +201,7 @@ def test_layouts_equal_one_process(layout: dict[str, Any], models: Path, one_pro
 
 @pytest.mark.slow
 def test_a_killed_training_goes_on_exactly(models: Path, one_process: Path, tmp_path: Path) -> None:
-    """Killed after step 6, with a checkpoint of step 4: the steps from 5 on equal the uninterrupted ones bit for bit."""
+    """Killed after step 6, with a checkpoint of step 4: what follows equals the uninterrupted training bit for bit."""
     from nemo_minitron.checkpoints import open_checkpoint
 
     arguments: dict[str, Any] = {"models": str(models), "out": str(tmp_path), "layout": {}}

@@ -1,7 +1,8 @@
 """One helper for every test that needs several processes: gloo, a time limit, a log for each rank.
 
-The function under test runs in fresh interpreters, which load the test's file by path, activate the CPU layer and call it;
-it finds its rank in the environment as under torchrun. Whatever it returns (JSON-like, or tensors) comes back by rank.
+The function under test runs in fresh interpreters, which load the test's file by path, activate the CPU layer and call
+it; it finds its rank in the environment as under torchrun. Whatever it returns (JSON-like, or tensors) comes back by
+rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ __all__ = ["run_distributed"]
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def run_distributed(function: Callable[..., Any], world: int, tmp_path: Path, *, timeout: float = 240.0, **kwargs: Any) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world: int, tmp_path: Path, *, timeout: float = 240.0, **kwargs: Any
+) -> list[Any]:
     """Call ``function(**kwargs)`` in ``world`` processes and return what each returned, by rank.
 
     Raises:
@@ -71,7 +74,9 @@ def run_distributed(function: Callable[..., Any], world: int, tmp_path: Path, *,
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if any(codes):
-        logs = "\n".join(f"--- rank {rank} (exit {codes[rank]})\n" + _tail(out / f"rank{rank}.log") for rank in range(world))
+        logs = "\n".join(
+            f"--- rank {rank} (exit {codes[rank]})\n" + _tail(out / f"rank{rank}.log") for rank in range(world)
+        )
         raise AssertionError(f"{function.__name__} on {world} processes failed or ran over {timeout} s\n{logs}")
     if None in codes:
         logs = "\n".join(f"--- rank {rank}\n" + _tail(out / f"rank{rank}.log") for rank in range(world))

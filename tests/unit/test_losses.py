@@ -71,7 +71,14 @@ def test_no_gradient_reaches_the_teacher() -> None:
     seed=st.integers(0, 1000),
 )
 def test_chunked_form_equals_the_reference(
-    group: dist.ProcessGroup, tokens: int, vocab: int, padding: int, chunk: int, temperature: float, inplace: bool, seed: int
+    group: dist.ProcessGroup,
+    tokens: int,
+    vocab: int,
+    padding: int,
+    chunk: int,
+    temperature: float,
+    inplace: bool,
+    seed: int,
 ) -> None:
     student, teacher = logits(tokens, vocab + padding, seed, scale=10.0)
     weights = torch.rand(tokens, dtype=torch.float64)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 import lightning.pytorch as pl
 from nemo.lightning.megatron_parallel import MegatronStep
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.progress import Advance, progress_bar
 
 __all__ = ["ProgressBar", "StepMetrics"]
 
@@ -107,47 +107,35 @@ class StepMetrics(pl.Callback):
 
 
 class ProgressBar(pl.Callback):
-    """A bar on rank 0 with loss and throughput. (NeMo's own printer enters a collective on rank 0 alone.)"""
+    """Loss and throughput on rank 0. (NeMo's own printer enters a collective on rank 0 alone.)"""
 
     def __init__(self, steps: int, *, tokens_per_step: int) -> None:
         self.steps = steps
         self.tokens_per_step = tokens_per_step
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._stack = ExitStack()
+        self._advance: Advance | None = None
         self._last = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
         self._last = time.monotonic()
-        if not trainer.is_global_zero:
-            return
-        self._progress = Progress(
-            TextColumn("distil"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(),
+        self._advance = self._stack.enter_context(
+            progress_bar("distilling", self.steps, completed=trainer.global_step, shown=trainer.is_global_zero)
         )
-        self._progress.start()
-        self._task = self._progress.add_task("distil", total=self.steps, completed=trainer.global_step, status="")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Advance it."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        if self._progress is not None:
+        if self._advance is not None:
             kl = trainer.callback_metrics.get("reduced_train_loss")
-            status = f"KL {float(kl):.3f}  " if kl is not None else ""
-            status += f"{self.tokens_per_step / seconds:,.0f} tokens/s"
-            self._progress.update(self._task, completed=trainer.global_step, status=status)
+            loss = f"KL {float(kl):.3f}, " if kl is not None else ""
+            self._advance(1, f"{loss}{self.tokens_per_step / seconds:,.0f} tokens/s")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take it away, also after an error."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._stack.close()
+        self._advance = None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

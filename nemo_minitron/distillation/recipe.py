@@ -24,10 +24,10 @@ from nemo_minitron.checkpoints.nemo2 import llama_config
 from nemo_minitron.distillation.callbacks import ProgressBar, StepMetrics
 from nemo_minitron.distillation.data import BlockDataModule
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
-from nemo_minitron.errors import CheckpointError, DataError, ShapeError
+from nemo_minitron.distillation.pair import check_pair
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["Schedule", "check_pair", "distill", "distillation_optimizer", "distillation_trainer"]
+__all__ = ["Schedule", "distill", "distillation_optimizer", "distillation_trainer"]
 
 
 @dataclass(frozen=True)
@@ -67,39 +67,6 @@ class Schedule:
     log_every: int = 1
     precision: str = "32"
     seed: int = 0
-
-
-def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
-    """Whether the student can learn from the teacher under this layout.
-
-    Raises:
-        CheckpointError: if their vocabularies differ.
-        DataError: if the sequences are longer than either model's context.
-        ShapeError: if the layout cannot split either.
-    """
-    if student.shape.vocab_size != teacher.shape.vocab_size:
-        raise CheckpointError(
-            f"student {student.path} has a vocabulary of {student.shape.vocab_size} and teacher {teacher.path} of "
-            f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one "
-            "tokenizer"
-        )
-    faults = []
-    for name, checkpoint in (("student", student), ("teacher", teacher)):
-        longest = checkpoint.architecture.max_position_embeddings
-        if sequence_length > longest:
-            raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
-        shape = checkpoint.shape
-        faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)]
-        if shape.num_layers % layout.pipeline:
-            fits = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
-            faults.append(
-                f"{name}: num_layers={shape.num_layers} does not divide over parallel.pipeline={layout.pipeline}; "
-                f"it fits parallel.pipeline in {fits}"
-            )
-    if layout.virtual_pipeline is not None:
-        faults.append("parallel.virtual_pipeline: distillation runs one model chunk a stage; leave it null")
-    if faults:
-        raise ShapeError(faults)
 
 
 def distillation_optimizer(schedule: Schedule) -> nl.MegatronOptimizerModule:

@@ -82,13 +82,16 @@ def run(config: DistillConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.recipe import check_pair, distill
+    from nemo_minitron.distillation.pair import check_pair
     from nemo_minitron.runtime.groups import ParallelLayout
 
     student, teacher = open_checkpoint(config.student), open_checkpoint(config.teacher)
     layout = ParallelLayout(**vars(config.parallel))
     check_pair(student, teacher, layout, config.data.sequence_length)
     train, validation = _blocks(config, teacher)
+
+    from nemo_minitron.distillation.recipe import distill
+
     last = distill(
         student,
         teacher,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape, stage_output
 
 if TYPE_CHECKING:
@@ -134,7 +132,8 @@ def _evaluate(
     shape = checkpoint.shape
     chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
     load_into(chunks, checkpoint, groups)
-    with _progress(name, sum(len(part) for part in blocks.values()), shown=groups.is_main) as advance:
+    total = sum(len(part) for part in blocks.values())
+    with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
         loss = held_out_loss(
             chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
         )
@@ -176,16 +175,3 @@ def _evaluate(
         "generated_by": "transformers" if by_transformers else "megatron-core",
         "seconds": round(time.monotonic() - started, 2),
     }
-
-
-@contextmanager
-def _progress(name: str, blocks: int, *, shown: bool) -> Iterator[Any]:
-    """A bar on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not (shown and sys.stderr.isatty())
-    ) as progress:
-        task = progress.add_task(f"held-out loss of {name}", total=blocks)
-        yield lambda count: progress.advance(task, count)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_shape
 from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
-from nemo_minitron.stages.progress import progress_bar
 
 if TYPE_CHECKING:
     from nemo_minitron.importance import Scores

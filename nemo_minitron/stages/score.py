@@ -8,9 +8,9 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ScoreConfig
+from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape, stage_output
 from nemo_minitron.stages.conversion import model_costs
-from nemo_minitron.stages.progress import progress_bar
 
 __all__ = ["plan", "run"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,22 @@ def test_a_killed_training_goes_on_exactly(models: Path, one_process: Path, tmp_
     )
     for tensor in straight.names():
         assert torch.equal(resumed.tensor(tensor), straight.tensor(tensor)), tensor
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_before_the_update(models: Path, tmp_path: Path) -> None:
+    """Damaged weights: one message, no step counted, nothing saved."""
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "models"
+    shutil.copytree(models, damaged)
+    weights = load_file(damaged / "student/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, damaged / "student/model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    with pytest.raises(
+        AssertionError, match="NonFiniteError: the distillation loss of step 0 is nan; nothing was updated"
+    ):
+        run_distributed(distil_case, 1, tmp_path, timeout=150, models=str(damaged), out=str(out), layout={})
+    assert lines(out) == []
+    assert not list((out / "checkpoints").glob("*"))

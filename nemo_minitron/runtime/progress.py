@@ -1,0 +1,83 @@
+"""How far a job is: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+__all__ = ["Advance", "progress_bar"]
+
+LINE_SECONDS = 10.0
+"""Least time between two lines where there is no terminal."""
+
+logger = logging.getLogger(__name__)
+
+
+class Advance(Protocol):
+    """Told how much was done since the last call, and what there is to say of it."""
+
+    def __call__(self, count: int, status: str = "") -> None:
+        """Advance by ``count``."""
+        ...
+
+
+@contextmanager
+def progress_bar(what: str, total: int, *, completed: int = 0, shown: bool = True) -> Iterator[Advance]:
+    """Show how far ``what`` is.
+
+    The processes of a stage write to files; the launcher says through rich's ``TTY_COMPATIBLE`` whether those are shown
+    on a terminal.
+
+    Args:
+        what: description.
+        total: units in all.
+        completed: units that an earlier process did.
+        shown: false on ranks that do not print.
+
+    Yields:
+        A function to call as work is done.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not shown:
+        yield lambda count, status="": None
+    elif not console.is_terminal:
+        yield _Lines(what, total, completed)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
+        ) as progress:
+            task = progress.add_task(what, total=total, completed=completed, status="")
+            yield lambda count, status="": progress.update(task, advance=count, status=status)
+
+
+class _Lines:
+    """A log line at most every :data:`LINE_SECONDS`."""
+
+    def __init__(self, what: str, total: int, completed: int) -> None:
+        self.what, self.total, self.done = what, total, completed
+        self.last = time.monotonic()
+
+    def __call__(self, count: int, status: str = "") -> None:
+        self.done += count
+        if (now := time.monotonic()) - self.last >= LINE_SECONDS:
+            self.last = now
+            logger.info("%s: %d of %d%s", self.what, self.done, self.total, f", {status}" if status else "")

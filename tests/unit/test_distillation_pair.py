@@ -1,0 +1,57 @@
+"""Pairs of models that cannot be teacher and student, refused with all their faults and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.distillation.pair import check_pair
+from nemo_minitron.errors import CheckpointError, DataError, ShapeError
+from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.shape import Architecture, ModelShape
+
+SIZES = {
+    "num_layers": 6, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 6, "num_query_groups": 6,
+    "head_dim": 8, "vocab_size": 100,
+}  # fmt: skip
+
+
+def model(name: str, longest: int = 64, **changes: Any) -> Checkpoint:
+    shape = ModelShape(**{**SIZES, **changes})
+    architecture = Architecture(max_position_embeddings=longest)
+    return Checkpoint(shape, architecture, weights=None, tokenizer=None, path=Path(name), format="hf")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 3}, {"tensor": 3, "data": 4}])
+def test_models_of_different_width_and_depth_fit(layout: dict[str, Any]) -> None:
+    student = model("student", num_layers=3, hidden_size=16, ffn_hidden_size=48)
+    check_pair(student, model("teacher"), ParallelLayout(**layout), 64)
+
+
+def test_vocabularies_must_agree() -> None:
+    with pytest.raises(CheckpointError, match=r"student s has a vocabulary of 99 and teacher t of 100"):
+        check_pair(model("s", vocab_size=99), model("t"), ParallelLayout(), 8)
+
+
+def test_sequences_must_fit_both_contexts() -> None:
+    with pytest.raises(DataError, match=r"sequence_length=65: the student reads 64 tokens at most"):
+        check_pair(model("s"), model("t", longest=128), ParallelLayout(), 65)
+
+
+def test_every_fault_of_the_layout_is_named() -> None:
+    with pytest.raises(ShapeError) as caught:
+        check_pair(
+            model("s", num_layers=3, ffn_hidden_size=63),
+            model("t"),
+            ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2),
+            8,
+        )
+    assert len(caught.value.faults) == 3
+    text = str(caught.value)
+    assert "student: ffn_hidden_size=63 cannot be split over parallel.tensor=2" in text
+    assert "it fits parallel.tensor in [1, 3, 7, 9, 21, 63]" in text
+    assert "student: num_layers=3 does not divide over parallel.pipeline=2; it fits parallel.pipeline in [1, 3]" in text
+    assert "parallel.virtual_pipeline" in text

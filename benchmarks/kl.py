@@ -1,0 +1,195 @@
+"""Forward KL over split vocabularies: memory, time and gradient error against the obvious form and ModelOpt's loss.
+
+    python benchmarks/kl.py [--quick]
+
+Three losses run on the same logits, forward and backward, one thread a rank:
+
+- ``obvious``: all-gather the logits, ``log_softmax`` of both, ``kl_div``;
+- ``modelopt``: ``LogitsKLLoss`` of nvidia-modelopt;
+- ``ours``: :func:`nemo_minitron.distillation.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient in a
+  tensor of its own, and ``ours_inplace``, written over the student's logits.
+
+Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank. Time
+is the best of several. The gradient error is the largest difference from float64 autograd on whole logits, over its largest entry.
+The last line is JSON: ``time_ratio_modelopt``, ``memory_ratio_modelopt``, ``memory_ratio_modelopt_inplace`` (worst over
+the cases) and the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LOSSES = ("obvious", "modelopt", "ours", "ours_inplace")
+
+
+def _resident(field: str) -> int:
+    """Bytes of ``VmRSS`` or ``VmHWM``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(field)
+
+
+def _losses(vocab: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """Each takes ``[s, b, V/tp]`` logits of student and teacher and returns the mean over tokens."""
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+
+    world = dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    peer = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=world, sequence_parallel=False))
+
+    def obvious(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.nn.functional import all_gather
+
+        if world == 1:
+            return forward_kl(student, teacher).mean()
+        whole = [torch.cat(all_gather(logits), -1) for logits in (student, teacher)]
+        # The backward of all_gather sums the equal gradients of all ranks.
+        return forward_kl(*whole).mean() / world
+
+    def modelopt(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        loss = peer(student, teacher)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        return loss.mean()
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+        return vocabulary_parallel_forward_kl(student, teacher, group, vocab_size=vocab, inplace=inplace).mean()
+
+    return {
+        "obvious": obvious,
+        "modelopt": modelopt,
+        "ours": ours,
+        "ours_inplace": lambda student, teacher: ours(student, teacher, inplace=True),
+    }
+
+
+def rank(vocab: int, tokens: int, repeats: int, out: Path) -> None:
+    """One rank of one case."""
+    from nemo_minitron.runtime import cpu
+
+    cpu.activate()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    from megatron.core import parallel_state
+
+    world, place = dist.get_world_size(), dist.get_rank()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    generator = torch.Generator().manual_seed(0)
+    columns = vocab // world
+    mine = slice(place * columns, (place + 1) * columns)
+    whole = [4 * torch.randn(tokens, 1, vocab, generator=generator) for _ in range(2)]
+    student, teacher = (logits[..., mine].clone() for logits in whole)
+    exact = _exact_gradient(*whole)[..., mine].clone()
+    del whole
+    gc.collect()
+
+    found: dict[str, Any] = {}
+    for name, loss in _losses(vocab).items():
+        times, peaks, error = [], [], 0.0
+        for _ in range(repeats + 1):
+            # The loss gets logits that a layer has computed: they may be overwritten, and their gradient is read.
+            logits = student.clone().requires_grad_()
+            computed = logits.view_as(logits)
+            gc.collect()
+            dist.barrier()
+            Path("/proc/self/clear_refs").write_text("5")
+            before, started = _resident("VmRSS"), time.perf_counter()
+            loss(computed, teacher).backward()
+            times.append(time.perf_counter() - started)
+            peaks.append(_resident("VmHWM") - before)
+            assert logits.grad is not None
+            error = ((logits.grad - exact).abs().max() / exact.abs().max()).item()
+            del logits, computed
+        reduced = torch.tensor([min(times[1:]), float(max(peaks[1:])), error], dtype=torch.float64)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        found[name] = dict(zip(("seconds", "bytes", "gradient_error"), reduced.tolist(), strict=True))
+    if place == 0:
+        out.write_text(json.dumps(found))
+
+
+def _exact_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Gradient of the mean KL over tokens, in float64, a token at a time."""
+    gradient = torch.empty_like(student)
+    for index in range(len(student)):
+        p, q = (torch.softmax(logits[index].double(), -1) for logits in (teacher, student))
+        gradient[index] = ((q - p) / len(student)).float()
+    return gradient
+
+
+def case(vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Run a case in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        out = Path(folder) / "found.json"
+        command = [sys.executable, __file__, "--rank", str(vocab), str(tokens), str(repeats), str(out)]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={
+                    **os.environ, "RANK": str(place), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                },
+                stderr=subprocess.DEVNULL,
+            )
+            for place in range(world)
+        ]  # fmt: skip
+        if any(process.wait(timeout=600) for process in ranks):
+            raise SystemExit(f"a rank of V={vocab} TP={world} failed")
+        found = json.loads(out.read_text())
+    peer = found["modelopt"]
+    return {
+        "vocab": vocab,
+        "tensor_parallel": world,
+        "tokens": tokens,
+        "losses": found,
+        "time_ratio_modelopt": found["ours"]["seconds"] / peer["seconds"],
+        "memory_ratio_modelopt": found["ours"]["bytes"] / peer["bytes"],
+        "memory_ratio_modelopt_inplace": found["ours_inplace"]["bytes"] / peer["bytes"],
+    }
+
+
+def main() -> None:
+    """Run the cases and print them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer cases, under 50 s")
+    quick = parser.parse_args().quick
+    sizes = [(128256, 1), (128256, 2)] if quick else [(v, tp) for v in (32000, 128256, 256000) for tp in (1, 2)]
+    cases = []
+    for vocab, world in sizes:
+        cases.append(case(vocab, world, tokens=256 if quick else 512, repeats=1 if quick else 3))
+        last = cases[-1]
+        print(f"V={vocab} TP={world}")
+        for name in LOSSES:
+            row = last["losses"][name]
+            seconds, megabytes, error = row["seconds"], row["bytes"] / 1e6, row["gradient_error"]
+            print(f"  {name:13} {seconds:7.3f} s  {megabytes:8.0f} MB  gradient {error:.1e}")
+    worst = ("time_ratio_modelopt", "memory_ratio_modelopt", "memory_ratio_modelopt_inplace")
+    print(json.dumps({**{key: max(c[key] for c in cases) for key in worst}, "cases": cases}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        rank(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    else:
+        main()

@@ -1,0 +1,45 @@
+"""The shipped demonstration, in its quick form, on the real model: what it leaves and what its report claims."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_quick_demo(tmp_path: Path) -> None:
+    """Scored pruning beats random pruning, distillation wins back a part, transformers generates with the result."""
+    run = tmp_path / "demo"
+    command = [sys.executable, "-m", "nemo_minitron", "run", str(ROOT / "configs/demo-quick.yaml"), f"output={run}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1100, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    models = json.loads((run / "evaluation/evaluation.json").read_text())["models"]
+    loss = {name: model["loss"] for name, model in models.items()}
+    assert loss["teacher"] < 4.0
+    assert loss["teacher"] < loss["pruned"] < loss["teacher"] + 2.0
+    assert loss["random"] > loss["pruned"] + 3.0
+    recovered = (loss["pruned"] - loss["distilled"]) / (loss["pruned"] - loss["teacher"])
+    assert recovered > 0.15, loss
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "export/hf")
+    model = AutoModelForCausalLM.from_pretrained(run / "export/hf")
+    assert sum(p.numel() for p in model.parameters()) == 93_372_480
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.shape[1]
+
+    page = (run / "report/index.html").read_text()
+    for claim in ("Held-out loss", "data:image/png;base64", f"{loss['distilled']:.3f}"):
+        assert claim in page
+    assert (run / "report/report.md").is_file()

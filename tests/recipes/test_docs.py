@@ -1,0 +1,57 @@
+"""Every command that the README and the guides show exists, and its configuration loads with the settings shown."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.config import STAGES, load, load_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    """``(page, command)`` of each line of a shell block that starts with ``minitron`` or ``make``."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S):
+            for line in block.splitlines():
+                line = line.removeprefix("$ ").split("  #")[0].strip()
+                if line.startswith(("minitron ", "make ")):
+                    found.append((page.name, line))
+    return found
+
+
+def test_the_pages_show_the_main_commands() -> None:
+    shown = {line for _, line in commands()}
+    assert {"make demo", "make test", "make env"} <= shown
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: str(value)[:60])
+def test_command(page: str, line: str) -> None:
+    program, *words = shlex.split(line)
+    if program == "make":
+        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    stage, *rest = words
+    if stage in ("--help", "--version", "status"):
+        return
+    settings = [word for word in rest if not word.startswith("--")]
+    if stage == "run":
+        load_pipeline(settings[0], settings[1:])
+    else:
+        assert stage in STAGES
+        load(stage, settings[0], settings[1:])
+
+
+def test_help_shows_every_stage() -> None:
+    done = subprocess.run([sys.executable, "-m", "nemo_minitron", "--help"], capture_output=True, text=True, check=True)
+    for stage in [*STAGES, "run"]:
+        assert stage in done.stdout

@@ -10,7 +10,8 @@ Three losses run on the same logits, forward and backward, one thread a rank:
   tensor of its own, and ``ours_inplace``, written over the student's logits.
 
 Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank. Time
-is the best of several. The gradient error is the largest difference from float64 autograd on whole logits, over its largest entry.
+is the best of several. The gradient error is the largest difference from float64 autograd on whole logits, over its
+largest entry.
 The last line is JSON: ``time_ratio_modelopt``, ``memory_ratio_modelopt``, ``memory_ratio_modelopt_inplace`` (worst over
 the cases) and the cases.
 """

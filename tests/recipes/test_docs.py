@@ -20,8 +20,8 @@ def commands() -> list[tuple[str, str]]:
     """``(page, command)`` of each line of a shell block that starts with ``minitron`` or ``make``."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.M | re.S):
-            for line in block.splitlines():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
+            for line in block.splitlines() if language in ("", "bash") else ():
                 line = line.removeprefix("$ ").split("  #")[0].strip()
                 if line.startswith(("minitron ", "make ")):
                     found.append((page.name, line))

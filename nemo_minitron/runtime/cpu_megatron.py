@@ -103,6 +103,14 @@ def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
     return __new__
 
 
+def _param_groups(original: Any) -> Callable[..., list[dict[str, Any]]]:
+    def _get_param_groups(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        keys = ("is_expert_parallel", "is_decoupled_lr", "lr_mult", "wd_mult")
+        return sorted(original(*args, **kwargs), key=lambda group: [group[key] for key in keys])
+
+    return _get_param_groups
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.core.transformer.torch_norm",
@@ -159,5 +167,13 @@ PATCHES: tuple[Patch, ...] = (
         _set_optimizer_states,
         "copies every entry of the optimizer's state from the checkpoint, where 'step' of torch's AdamW is kept apart "
         "(KeyError: 'step'); load_state_dict has set it already",
+    ),
+    Patch(
+        "megatron.core.optimizer",
+        "_get_param_groups",
+        _param_groups,
+        "orders the groups by a stage's first parameter. With the local layer spec that is a norm (no weight decay) on "
+        "every stage but the first; a checkpoint keeps the first stage's order, so after a resume the other stages "
+        "decay their norms and not their matrices",
     ),
 )

@@ -12,7 +12,6 @@ tokenizer into the archive (its artifacts are single files, and ``type`` is not 
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import io
 import shutil
 import tarfile
@@ -125,7 +124,7 @@ def open_nemo1(path: Path) -> Checkpoint:
         CheckpointError: an archive that is truncated or unsafe, a missing part, weights that are not a distributed
             checkpoint, a foreign architecture, sizes that do not fit the tensors, a tokenizer that does not fit.
     """
-    from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
+    from nemo_minitron.checkpoints.torch_dist import TorchDist, checkpoint_of
 
     archive = Archive(path)
     names = archive.names()
@@ -138,20 +137,14 @@ def open_nemo1(path: Path) -> Checkpoint:
         )
     tokenizer = _unpack_tokenizer(archive, config)
     store = TorchDist(path / WEIGHTS, lambda name: archive.open(f"{WEIGHTS}/{name}"))
-    prefix = store.prefix("embedding.word_embeddings.weight")
-    rows = store.sizes[prefix + "embedding.word_embeddings.weight"][0]
-    if FILE_NAME in names:
-        record = parse_record(archive.read(FILE_NAME), path / FILE_NAME)
-        shape, architecture, lineage = record.shape, record.architecture, record.lineage
-    else:
-        shape, architecture = from_nemo1(config, path / CONFIG, rows, tokenizer)
-        lineage = {}
-    weights = TorchDistWeights(store, shape, architecture.family, prefix)
-    weights.check()
-    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, shape.vocab_size)
-    return Checkpoint(shape, architecture, weights, tokenizer, path, "nemo", lineage)
+    return checkpoint_of(
+        store,
+        parse_record(archive.read(FILE_NAME), path / FILE_NAME) if FILE_NAME in names else None,
+        lambda rows: from_nemo1(config, path / CONFIG, rows, tokenizer),
+        tokenizer=tokenizer,
+        path=path,
+        form="nemo",
+    )
 
 
 def write_nemo1(

@@ -6,7 +6,6 @@ names, so it is never opened here. Writing leaves the context to NeMo's own ``io
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +77,7 @@ def open_nemo2(path: Path) -> Checkpoint:
         CheckpointError: a missing or damaged part, a foreign architecture, sizes that do not fit the tensors, a
             tokenizer that does not fit.
     """
-    from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
+    from nemo_minitron.checkpoints.torch_dist import TorchDist, checkpoint_of
 
     for part in ("weights", "context"):
         if not (path / part).is_dir():
@@ -90,20 +89,14 @@ def open_nemo2(path: Path) -> Checkpoint:
         raise CheckpointError(f"{source} is missing; the checkpoint's context is incomplete") from None
     tokenizer = _find_tokenizer(path / "context", content)
     store = TorchDist(path / "weights")
-    prefix = store.prefix("embedding.word_embeddings.weight")
-    rows = store.sizes[prefix + "embedding.word_embeddings.weight"][0]
-    record = read_record(path)
-    if record is not None:
-        shape, architecture, lineage = record.shape, record.architecture, record.lineage
-    else:
-        shape, architecture = _from_config(content, source, rows, tokenizer)
-        lineage = {}
-    weights = TorchDistWeights(store, shape, architecture.family, prefix)
-    weights.check()
-    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, shape.vocab_size)
-    return Checkpoint(shape, architecture, weights, tokenizer, path, "nemo2", lineage)
+    return checkpoint_of(
+        store,
+        read_record(path),
+        lambda rows: _from_config(content, source, rows, tokenizer),
+        tokenizer=tokenizer,
+        path=path,
+        form="nemo2",
+    )
 
 
 def write_nemo2(

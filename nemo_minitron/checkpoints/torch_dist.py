@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.dcp_metadata import read_metadata
 from nemo_minitron.checkpoints.names import row as table_row
+from nemo_minitron.checkpoints.record import Record
+from nemo_minitron.checkpoints.tokenizer import check_tokenizer
 from nemo_minitron.checkpoints.weights import dtype_name
 from nemo_minitron.checkpoints.window import Window
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import Architecture, ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -272,3 +275,37 @@ def _product(lengths: Sequence[int]) -> int:
     for length in lengths:
         count *= length
     return count
+
+
+def checkpoint_of(
+    store: TorchDist,
+    record: Record | None,
+    describe: Callable[[int], tuple[ModelShape, Architecture]],
+    *,
+    tokenizer: Path | None,
+    path: Path,
+    form: str,
+) -> Checkpoint:
+    """What both NeMo doors do once the weights are found: sizes from our record or NeMo's description, all checked.
+
+    Args:
+        store: the weights.
+        record: ``minitron.json`` of the checkpoint, if it has one.
+        describe: from the number of vocabulary rows to what NeMo's own description says; called without a record.
+        tokenizer, path, form: as in :class:`~nemo_minitron.checkpoints.base.Checkpoint`.
+
+    Raises:
+        CheckpointError: if weights, description and tokenizer do not fit each other.
+    """
+    prefix = store.prefix("embedding.word_embeddings.weight")
+    lineage: dict[str, Any] = {}
+    if record is not None:
+        shape, architecture, lineage = record.shape, record.architecture, record.lineage
+    else:
+        shape, architecture = describe(store.sizes[prefix + "embedding.word_embeddings.weight"][0])
+    weights = TorchDistWeights(store, shape, architecture.family, prefix)
+    weights.check()
+    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, shape.vocab_size)
+    return Checkpoint(shape, architecture, weights, tokenizer, path, form, lineage)

@@ -1,21 +1,137 @@
-"""Losses over logits whose vocabulary is split over a tensor-parallel group.
+"""Losses over logits whose vocabulary is split over a tensor-parallel group, in bounded memory.
 
-Each is a custom autograd function: every rank computes its own columns, the few numbers that need all columns are
-reduced over the group, and the gradient is written down in the forward pass. No rank ever holds the logits of another,
-and autograd never sees a collective, so no gradient is counted once per rank.
+One autograd function runs any of :mod:`~nemo_minitron.distillation.divergences` over chunks of tokens. Every rank
+computes its own columns, the few numbers that need all columns are reduced over the group, and the gradient is written
+down in the forward pass. No rank ever holds the logits of another, no logits are copied whole, and autograd never sees
+a collective, so no gradient is counted once per rank.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["vocabulary_parallel_forward_kl"]
+from nemo_minitron.distillation import divergences
+from nemo_minitron.distillation.divergences import Columns, TopTokens
 
-CHUNK_BYTES = 32 * 2**20
-"""Size of one working buffer; three are alive at a time, whatever the number of tokens."""
+__all__ = [
+    "LogitLoss",
+    "TokenLosses",
+    "vocabulary_parallel_cross_entropy",
+    "vocabulary_parallel_forward_kl",
+    "vocabulary_parallel_loss",
+    "vocabulary_parallel_top_k",
+]
+
+CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 32 * 2**20}
+"""Size of one working buffer; four at most are alive at a time, whatever the number of tokens.
+
+On a CPU the buffers of a chunk should stay in its cache; on a GPU a chunk should be worth its kernel launches."""
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """Which loss is taken of a token's logits.
+
+    Attributes:
+        kind: one of :attr:`KINDS`, as defined in :mod:`nemo_minitron.distillation.losses`.
+        temperature: T of both distributions; the divergence comes times T squared.
+        beta: weight of the teacher in "jensen_shannon".
+        k: tokens that "top_k" keeps of the teacher.
+        label_weight: share ``w`` of the labels' cross-entropy (at temperature 1): ``(1 - w) divergence + w CE``.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
+
+    kind: str = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    k: int = 64
+    label_weight: float = 0.0
+
+    def faults(self) -> list[str]:
+        """What makes this loss impossible."""
+        found = []
+        if self.kind not in self.KINDS:
+            found.append(f"kind={self.kind!r}: must be one of {', '.join(self.KINDS)}")
+        if not 0 < self.temperature < float("inf"):
+            found.append(f"temperature={self.temperature}: must be above 0")
+        if not 0 < self.beta < 1:
+            found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
+        if self.k < 1:
+            found.append(f"k={self.k}: must be at least 1")
+        if not 0 <= self.label_weight < 1:
+            found.append(f"label_weight={self.label_weight}: must lie in [0, 1); with 1 there is no distillation")
+        return found
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of each token, ``[...]`` float32 (float64 for float64 logits), the same on every rank of the group.
+
+    Attributes:
+        total: what is trained on; the gradient flows from here alone.
+        divergence: of teacher and student, times T squared.
+        cross_entropy: with the labels; None where none were given.
+    """
+
+    total: torch.Tensor
+    divergence: torch.Tensor
+    cross_entropy: torch.Tensor | None = None
+
+
+def vocabulary_parallel_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | TopTokens,
+    group: dist.ProcessGroup,
+    *,
+    vocab_size: int,
+    loss: LogitLoss,
+    labels: torch.Tensor | None = None,
+    inplace: bool = False,
+) -> TokenLosses:
+    """The loss of each token from vocabulary-parallel logits.
+
+    Equal in value and gradient to :mod:`nemo_minitron.distillation.losses` on the gathered logits.
+
+    Memory above the inputs: one gradient in the student's dtype (none if ``inplace``), and four buffers of
+    :data:`CHUNK_BYTES`. Communication a chunk of tokens: an all-reduce of 2 and one of 3 numbers a token for the KLs;
+    one more of 2 numbers for Jensen-Shannon; see :func:`vocabulary_parallel_top_k` for top-k; an all-reduce of 1 and
+    one of 2 numbers a token for labels.
+
+    Args:
+        student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here.
+        teacher: ``[..., V/tp]`` logits of the same columns, or for "top_k" its likeliest tokens, ``n`` being the
+            number of the student's tokens.
+        group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
+        vocab_size: true vocabulary; columns from there on are padding, and take no part.
+        loss: which.
+        labels: ``[...]`` token ids; what lies outside the vocabulary (an ignored label) must be masked by the caller.
+            Their cross-entropy is worked out whenever they are given, whatever its weight.
+        inplace: write the gradient over the student's logits, which the caller then may not read again (as
+            Megatron's own vocabulary-parallel cross-entropy does with its logits).
+
+    Raises:
+        ValueError: if the shapes differ, labels are lacking, or the loss is impossible.
+    """
+    if faults := loss.faults():
+        raise ValueError("; ".join(faults))
+    if loss.label_weight and labels is None:
+        raise ValueError(f"label_weight={loss.label_weight}: needs labels")
+    columns = Columns.of(student.shape[-1], vocab_size, group)
+    divergence = _divergence(student, teacher, columns, loss, vocab_size)
+    kernel, weights = [divergence], [1 - loss.label_weight]
+    if labels is not None:
+        flat = labels.reshape(-1)
+        kernel.append(lambda chunk, q: divergences.cross_entropy(flat[chunk], q, columns))
+        weights.append(loss.label_weight)
+    total, parts = _Chunked.apply(student, columns, kernel, weights, inplace)
+    shaped = parts.view(len(kernel), *student.shape[:-1])
+    return TokenLosses(total, shaped[0], shaped[1] if labels is not None else None)
 
 
 def vocabulary_parallel_forward_kl(
@@ -27,96 +143,155 @@ def vocabulary_parallel_forward_kl(
     temperature: float = 1.0,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """``T^2 KL(p_teacher || p_student)`` of each token, from vocabulary-parallel logits.
+    """``T^2 KL(p_teacher || p_student)`` of each token: :func:`vocabulary_parallel_loss` of the recipe's own loss."""
+    loss = LogitLoss("forward_kl", temperature)
+    return vocabulary_parallel_loss(student, teacher, group, vocab_size=vocab_size, loss=loss, inplace=inplace).total
 
-    Equal in value and gradient to :func:`nemo_minitron.distillation.losses.forward_kl` on the gathered logits.
 
-    Memory above the inputs: one gradient in the student's dtype (none if ``inplace``), and three buffers of
-    :data:`CHUNK_BYTES`. Communication a chunk of tokens: one all-reduce of 2 and one of 3 numbers a token.
+def vocabulary_parallel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, *, vocab_size: int, inplace: bool = False
+) -> torch.Tensor:
+    """``-log p(label)`` of each token. Unlike Megatron's own, it leaves padding out, and copies no logits whole.
 
     Args:
-        student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here.
-        teacher: ``[..., V/tp]`` logits of the same columns.
-        group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
-        vocab_size: true vocabulary; columns from there on are padding, and take no part.
-        temperature: T, above 0.
-        inplace: write the gradient over the student's logits, which the caller then may not read again (as
-            Megatron's own vocabulary-parallel cross-entropy does with its logits).
-
-    Returns:
-        ``[...]`` float32 (float64 for float64 logits), the same on every rank of the group.
-
-    Raises:
-        ValueError: if the two have different shapes.
+        logits: ``[..., V/tp]``.
+        labels: ``[...]``.
+        group, vocab_size, inplace: as for :func:`vocabulary_parallel_loss`.
     """
+    columns = Columns.of(logits.shape[-1], vocab_size, group)
+    flat = labels.reshape(-1)
+    kernel: Kernel = lambda chunk, q: divergences.cross_entropy(flat[chunk], q, columns)  # noqa: E731
+    total, _ = _Chunked.apply(logits, columns, [kernel], [1.0], inplace)
+    return total
+
+
+@torch.no_grad()
+def vocabulary_parallel_top_k(
+    teacher: torch.Tensor, group: dist.ProcessGroup, *, vocab_size: int, k: int, temperature: float = 1.0
+) -> TopTokens:
+    """The teacher's ``k`` likeliest tokens and the probability of all others, the same on every rank.
+
+    Communication a token: ``2 k`` numbers of every rank, one maximum and one sum. Memory: a chunk.
+
+    Args:
+        teacher: ``[..., V/tp]`` logits.
+        group, vocab_size: as for :func:`vocabulary_parallel_loss`.
+        k: less than ``vocab_size``.
+        temperature: of the distribution.
+    """
+    columns = Columns.of(teacher.shape[-1], vocab_size, group)
+    flat = teacher.reshape(-1, teacher.shape[-1])
+    found = [
+        divergences.top_k_of(_scaled(flat, chunk, columns, temperature), columns, k=k)
+        for chunk in _chunks(flat, columns)
+    ]
+    return TopTokens(
+        torch.cat([one.tokens for one in found]),
+        torch.cat([one.log_probabilities for one in found]),
+        torch.cat([one.log_rest for one in found]),
+    )
+
+
+Kernel = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""``(chunk of tokens, [n, valid] logits of the student, to be overwritten) -> [n] losses, [n, valid] gradient``"""
+
+
+def _divergence(
+    student: torch.Tensor, teacher: torch.Tensor | TopTokens, columns: Columns, loss: LogitLoss, vocab_size: int
+) -> Kernel:
+    """Teacher against student at the loss's temperature."""
+    t = loss.temperature
+    if isinstance(teacher, TopTokens):
+        if loss.kind != "top_k":
+            raise ValueError(f"kind={loss.kind!r}: needs the teacher's logits, not only its likeliest tokens")
+        tokens = student[..., 0].numel()
+        if len(teacher.tokens) != tokens:
+            raise ValueError(f"the teacher's tokens are of {len(teacher.tokens)} positions, the student has {tokens}")
+
+        def top(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
+            value, gradient = divergences.top_k_kl(part, q if t == 1 else q.div_(t), columns)
+            return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
+
+        return top
+
     if student.shape != teacher.shape:
         raise ValueError(
             f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape"
         )
-    loss: torch.Tensor = _ForwardKL.apply(student, teacher.detach(), group, vocab_size, temperature, inplace)
-    return loss
+    p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
+
+    def full(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p = _scaled(p_logits, chunk, columns, t)
+        q = q if t == 1 else q.div_(t)
+        if loss.kind == "reverse_kl":
+            value, gradient = divergences.reverse_kl(p, q, columns)
+        elif loss.kind == "jensen_shannon":
+            value, gradient = divergences.jensen_shannon(p, q, columns, beta=loss.beta)
+        elif loss.kind == "top_k" and loss.k < vocab_size:
+            value, gradient = divergences.top_k_kl(divergences.top_k_of(p, columns, k=loss.k), q, columns)
+        else:
+            value, gradient = divergences.forward_kl(p, q, columns)
+        # d/dz of T^2 D(z / T)
+        return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
+
+    return full
 
 
-class _ForwardKL(torch.autograd.Function):
-    """Forward KL with its gradient ``T (p_student - p_teacher)``."""
+class _Chunked(torch.autograd.Function):
+    """A weighted sum of kernels over chunks of tokens, its gradient kept from the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         student: torch.Tensor,
-        teacher: torch.Tensor,
-        group: dist.ProcessGroup,
-        vocab_size: int,
-        temperature: float,
+        columns: Columns,
+        kernels: list[Kernel],
+        weights: list[float],
         inplace: bool,
-    ) -> torch.Tensor:
-        columns = student.shape[-1]
-        valid = min(max(vocab_size - dist.get_rank(group) * columns, 0), columns)
-        wide = torch.promote_types(student.dtype, torch.float32)
-        q_logits, p_logits = student.detach().reshape(-1, columns), teacher.reshape(-1, columns)
-        tokens = q_logits.shape[0]
-
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = q_logits if inplace else torch.empty_like(q_logits) if needs_gradient else None
-        if gradient is not None and valid < columns:
-            gradient[:, valid:] = 0
-        loss = torch.empty(tokens, dtype=wide, device=student.device)
-
-        size = max(1, CHUNK_BYTES // (max(valid, 1) * wide.itemsize))
-        for start in range(0, tokens, size):
-            chunk = slice(start, min(start + size, tokens))
-            p = p_logits[chunk, :valid].to(wide, copy=True).div_(temperature)
-            q = q_logits[chunk, :valid].to(wide, copy=True).div_(temperature)
-            maxima = torch.stack([_row_max(p), _row_max(q)])
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            p.sub_(maxima[0][:, None])
-            q.sub_(maxima[1][:, None])
-            difference = p - q
-            p.exp_()
-            q.exp_()
-            sums = torch.stack([p.sum(-1), q.sum(-1), torch.linalg.vecdot(p, difference)])
-            dist.all_reduce(sums, group=group)
-            sum_p, sum_q, cross = sums
-            # sum_v p_v (log p_v - log q_v), with log p_v = (shifted logit) - log sum_p.
-            loss[chunk] = cross / sum_p - sum_p.log() + sum_q.log()
-            if gradient is not None:
-                q.div_(sum_q[:, None])
-                q.sub_(p.div_(sum_p[:, None])).mul_(temperature)
-                gradient[chunk, :valid] = q.to(gradient.dtype)
-
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = student.detach().reshape(-1, student.shape[-1])
+        gradient = None
+        if inplace:
+            gradient = logits
+        elif ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(logits)
+        parts = torch.empty(len(kernels), len(logits), dtype=_wide(student), device=student.device)
+        for chunk in _chunks(logits, columns):
+            summed = None
+            for index, (kernel, weight) in enumerate(zip(kernels, weights, strict=True)):
+                parts[index, chunk], one = kernel(chunk, _scaled(logits, chunk, columns, 1.0))
+                if weight:
+                    one = one if weight == 1 else one.mul_(weight)
+                    summed = one if summed is None else summed.add_(one)
+            if gradient is not None and summed is not None:
+                gradient[chunk, : columns.valid] = summed.to(gradient.dtype)
         if gradient is not None:
+            gradient[:, columns.valid :] = 0
             ctx.save_for_backward(gradient.view(student.shape))
-        return loss.mul_(temperature**2).view(student.shape[:-1])
+        total = sum(weight * part for weight, part in zip(weights, parts, strict=True) if weight)
+        ctx.mark_non_differentiable(parts)
+        return torch.as_tensor(total).view(student.shape[:-1]), parts
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        (grad_output,) = grad_outputs
-        return gradient.mul_(grad_output[..., None].to(gradient.dtype)), None, None, None, None, None
+        return gradient.mul_(grad_outputs[0][..., None].to(gradient.dtype)), None, None, None, None
 
 
-def _row_max(values: torch.Tensor) -> torch.Tensor:
-    """``[n, v]`` -> ``[n]``; minus infinity where this rank holds only padding (v = 0)."""
-    if values.shape[-1] == 0:
-        return values.new_full((values.shape[0],), float("-inf"))
-    return values.amax(-1)
+def _wide(logits: torch.Tensor) -> torch.dtype:
+    """What sums are taken in: float32 for anything narrower."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
+    """``[tokens, V/tp]`` in runs of tokens, as many on every rank of the group: each has the same number of columns."""
+    budget = CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"]
+    size = max(1, budget // (max(logits.shape[-1], 1) * _wide(logits).itemsize))
+    return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
+
+
+def _scaled(logits: torch.Tensor, chunk: slice, columns: Columns, temperature: float) -> torch.Tensor:
+    """A chunk's valid columns in a wide buffer of its own, divided by the temperature."""
+    copy = logits[chunk, : columns.valid].to(_wide(logits), copy=True)
+    return copy if temperature == 1 else copy.div_(temperature)

@@ -16,56 +16,126 @@ from support.distributed import run_distributed
 SEQUENCE, STEPS, BATCH = 32, 10, 6
 
 
-def kl_case() -> dict[str, Any]:
+LOSSES = {
+    "kl": {"kind": "forward_kl"},
+    "hot kl": {"kind": "forward_kl", "temperature": 2.0},
+    "reverse": {"kind": "reverse_kl"},
+    "js": {"kind": "jensen_shannon", "beta": 0.3, "temperature": 0.5},
+    "top 4": {"kind": "top_k", "k": 4},
+    "hot top 3 with labels": {"kind": "top_k", "k": 3, "temperature": 2.0, "label_weight": 0.4},
+    "kl with labels": {"kind": "forward_kl", "label_weight": 0.4},
+}
+VOCABULARIES = (96, 67, 5)  # padded to 96, 72, 8: at TP 4 there are ranks of which a part, or all, is padding
+
+
+def losses_case() -> dict[str, Any]:
     """Loss and gradient of every case, computed from this rank's columns."""
     import torch.distributed as dist
 
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+    from nemo_minitron.distillation import vocabulary_parallel
+    from nemo_minitron.distillation.vocabulary_parallel import (
+        LogitLoss,
+        vocabulary_parallel_loss,
+        vocabulary_parallel_top_k,
+    )
 
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    found = {}
-    for vocab, temperature, inplace in ((96, 1.0, False), (67, 2.0, True), (5, 1.0, False)):
-        student, teacher, mask = kl_inputs(vocab)
+    vocabulary_parallel.CHUNK_BYTES["cpu"] = 1000  # several chunks of unequal size
+    found: dict[str, Any] = {}
+    for vocab in VOCABULARIES:
+        student, teacher, mask, labels = loss_inputs(vocab)
         columns = student.shape[-1] // world
         mine = slice(rank * columns, (rank + 1) * columns)
-        leaf = student[..., mine].clone().requires_grad_()
-        loss = vocabulary_parallel_forward_kl(
-            leaf * 1, teacher[..., mine], dist.group.WORLD, vocab_size=vocab, temperature=temperature, inplace=inplace
-        )
-        ((loss * mask).sum() / mask.sum()).backward()
-        found[f"{vocab}-{temperature}"] = (loss.detach(), leaf.grad)
+        for name, settings in LOSSES.items():
+            loss = LogitLoss(**settings)
+            top = vocabulary_parallel_top_k(
+                teacher[..., mine], dist.group.WORLD, vocab_size=vocab, k=loss.k, temperature=loss.temperature
+            ) if loss.kind == "top_k" else None  # fmt: skip
+            for how, given in (("", teacher[..., mine]), ("/tokens", top)):
+                if given is None:
+                    continue
+                leaf = student[..., mine].clone().requires_grad_()
+                losses = vocabulary_parallel_loss(
+                    leaf * 1, given, dist.group.WORLD, vocab_size=vocab, loss=loss, labels=labels, inplace=vocab == 67
+                )
+                ((losses.total * mask).sum() / mask.sum()).backward()
+                found[f"{vocab}/{name}{how}"] = (losses.total.detach(), leaf.grad)
     return found
 
 
-def kl_inputs(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[b, s, V]`` logits padded to a multiple of 8 columns and an uneven mask, in float64."""
+def loss_inputs(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[b, s, V]`` logits padded to a multiple of 8 columns, an uneven mask and labels, in float64."""
     generator = torch.Generator().manual_seed(vocab)
     padded = -(-vocab // 8) * 8
     student, teacher = 4 * torch.randn(2, 3, 11, padded, generator=generator, dtype=torch.float64)
     mask = (torch.rand(3, 11, generator=generator) > 0.4).double()
     mask[1] = 0
-    return student, teacher, mask
+    return student, teacher, mask, torch.randint(vocab, (3, 11), generator=generator)
+
+
+def reference_loss(
+    settings: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    from nemo_minitron.distillation import losses
+
+    temperature, weight = settings.get("temperature", 1.0), settings.get("label_weight", 0.0)
+    divergence = {
+        "forward_kl": lambda: losses.forward_kl(student, teacher, temperature=temperature),
+        "reverse_kl": lambda: losses.reverse_kl(student, teacher, temperature=temperature),
+        "jensen_shannon": lambda: losses.jensen_shannon(
+            student, teacher, beta=settings["beta"], temperature=temperature
+        ),
+        "top_k": lambda: losses.top_k_kl(student, teacher, k=settings["k"], temperature=temperature),
+    }[settings["kind"]]()
+    return (1 - weight) * divergence + weight * losses.cross_entropy(student, labels)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_kl_and_gradient_equal_the_float64_reference(world: int, tmp_path: Path) -> None:
+def test_losses_and_gradients_equal_the_float64_reference(world: int, tmp_path: Path) -> None:
     """A loss is proven by its gradient: a sum over ranks that autograd sees would make it ``world`` times too large."""
-    from nemo_minitron.distillation.losses import forward_kl
-
-    ranks = run_distributed(kl_case, world, tmp_path, timeout=120)
+    ranks = run_distributed(losses_case, world, tmp_path, timeout=120)
+    assert len(ranks[0]) == len(VOCABULARIES) * (len(LOSSES) + 2)
     for key in ranks[0]:
-        vocab, temperature = int(key.split("-")[0]), float(key.split("-")[1])
-        student, teacher, mask = kl_inputs(vocab)
+        vocab, settings = int(key.split("/")[0]), LOSSES[key.split("/")[1]]
+        student, teacher, mask, labels = loss_inputs(vocab)
         leaf = student[..., :vocab].clone().requires_grad_()
-        expected = forward_kl(leaf, teacher[..., :vocab], temperature=temperature)
+        expected = reference_loss(settings, leaf, teacher[..., :vocab], labels)
         ((expected * mask).sum() / mask.sum()).backward()
         gradient = torch.cat([rank[key][1] for rank in ranks], -1)
         for rank in ranks:
-            torch.testing.assert_close(rank[key][0], expected.detach(), rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(gradient[..., :vocab], leaf.grad, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(rank[key][0], expected.detach(), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(gradient[..., :vocab], leaf.grad, rtol=1e-11, atol=1e-13)
         assert not gradient[..., vocab:].any()
+
+
+def gathered_case() -> torch.Tensor | None:
+    """What the peers do: autograd gathers the logits, every rank works out the same loss."""
+    import torch.distributed as dist
+    from torch.distributed.nn.functional import all_gather
+
+    from nemo_minitron.distillation.losses import forward_kl
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    student, teacher, mask, _ = loss_inputs(96)
+    columns = student.shape[-1] // world
+    leaf = student[..., rank * columns : (rank + 1) * columns].clone().requires_grad_()
+    loss = forward_kl(torch.cat(all_gather(leaf), -1), teacher)
+    ((loss * mask).sum() / mask.sum()).backward()
+    return leaf.grad
+
+
+@pytest.mark.slow
+def test_the_proof_catches_a_gradient_that_is_counted_once_a_rank(tmp_path: Path) -> None:
+    student, teacher, mask, _ = loss_inputs(96)
+    leaf = student.clone().requires_grad_()
+    ((reference_loss(LOSSES["kl"], leaf, teacher, torch.zeros_like(mask).long()) * mask).sum() / mask.sum()).backward()
+    gathered = torch.cat(run_distributed(gathered_case, 2, tmp_path, timeout=120), -1)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(gathered, leaf.grad, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(gathered, 2 * leaf.grad)
 
 
 def blocks() -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,15 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.distillation import vocabulary_parallel
+from nemo_minitron.distillation import losses, vocabulary_parallel
 from nemo_minitron.distillation.losses import forward_kl
-from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+from nemo_minitron.distillation.vocabulary_parallel import (
+    LogitLoss,
+    vocabulary_parallel_cross_entropy,
+    vocabulary_parallel_forward_kl,
+    vocabulary_parallel_loss,
+    vocabulary_parallel_top_k,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +68,32 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert teacher.grad is None
 
 
-@settings(max_examples=40, deadline=None)
+def reference(loss: LogitLoss, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    plain = {
+        "forward_kl": losses.forward_kl,
+        "reverse_kl": losses.reverse_kl,
+        "jensen_shannon": partial(losses.jensen_shannon, beta=loss.beta),
+        "top_k": partial(losses.top_k_kl, k=loss.k),
+    }[loss.kind]
+    return plain(student, teacher, temperature=loss.temperature)
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     tokens=st.integers(1, 9),
     vocab=st.integers(1, 40),
     padding=st.integers(0, 8),
     chunk=st.integers(1, 12),
-    temperature=st.sampled_from([0.7, 1.0, 2.0]),
+    loss=st.builds(
+        LogitLoss,
+        kind=st.sampled_from(LogitLoss.KINDS),
+        temperature=st.sampled_from([0.7, 1.0, 2.0]),
+        beta=st.sampled_from([0.1, 0.5, 0.8]),
+        k=st.integers(1, 12),
+        label_weight=st.sampled_from([0.0, 0.3]),
+    ),
     inplace=st.booleans(),
+    scale=st.sampled_from([1.0, 10.0]),
     seed=st.integers(0, 1000),
 )
 def test_chunked_form_equals_the_reference(
@@ -76,30 +102,130 @@ def test_chunked_form_equals_the_reference(
     vocab: int,
     padding: int,
     chunk: int,
-    temperature: float,
+    loss: LogitLoss,
     inplace: bool,
+    scale: float,
     seed: int,
 ) -> None:
-    student, teacher = logits(tokens, vocab + padding, seed, scale=10.0)
+    student, teacher = logits(tokens, vocab + padding, seed, scale=scale)
     weights = torch.rand(tokens, dtype=torch.float64)
-    reference = student[:, :vocab].clone().requires_grad_()
-    expected = forward_kl(reference, teacher[:, :vocab], temperature=temperature)
-    (expected * weights).sum().backward()
+    labels = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed))
+    plain = student[:, :vocab].clone().requires_grad_()
+    divergence = reference(loss, plain, teacher[:, :vocab])
+    cross_entropy = losses.cross_entropy(plain, labels)
+    total = (1 - loss.label_weight) * divergence + loss.label_weight * cross_entropy
+    (total * weights).sum().backward()
 
     leaf = student.clone().requires_grad_()
-    vocabulary_parallel.CHUNK_BYTES, saved = chunk * vocab * 8, vocabulary_parallel.CHUNK_BYTES
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vocabulary_parallel.CHUNK_BYTES, "cpu", chunk * (vocab + padding) * 8)
         # In place only a computed tensor may be overwritten, as a leaf's value would be lost.
-        loss = vocabulary_parallel_forward_kl(
-            leaf * 1, teacher, group, vocab_size=vocab, temperature=temperature, inplace=inplace
+        found = vocabulary_parallel_loss(
+            leaf * 1, teacher, group, vocab_size=vocab, loss=loss, labels=labels, inplace=inplace
         )
-        (loss * weights).sum().backward()
-    finally:
-        vocabulary_parallel.CHUNK_BYTES = saved
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
-    assert leaf.grad is not None
-    torch.testing.assert_close(leaf.grad[:, :vocab], reference.grad, rtol=1e-10, atol=1e-12)
+        (found.total * weights).sum().backward()
+    assert found.cross_entropy is not None
+    torch.testing.assert_close(found.divergence, divergence, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(found.cross_entropy, cross_entropy, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(found.total, total, rtol=1e-10, atol=1e-11)
+    assert not found.divergence.requires_grad and not found.cross_entropy.requires_grad
+    assert leaf.grad is not None and plain.grad is not None
+    torch.testing.assert_close(leaf.grad[:, :vocab], plain.grad, rtol=1e-10, atol=1e-11)
     assert not leaf.grad[:, vocab:].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(vocab=st.integers(2, 30), seed=st.integers(0, 1000), temperature=st.sampled_from([0.5, 1.0, 3.0]))
+def test_a_top_k_teacher_is_as_good_as_its_logits(
+    group: dist.ProcessGroup, vocab: int, seed: int, temperature: float
+) -> None:
+    student, teacher = logits(6, vocab, seed)
+    k = 1 + seed % (vocab - 1)
+    top = vocabulary_parallel_top_k(teacher, group, vocab_size=vocab, k=k, temperature=temperature)
+    mass = top.log_probabilities.exp().sum(-1) + top.log_rest.exp()
+    torch.testing.assert_close(mass, torch.ones(6, dtype=torch.float64))
+    loss = LogitLoss("top_k", k=k, temperature=temperature)
+    for given_teacher in (top, teacher):
+        leaf = student.clone().requires_grad_()
+        found = vocabulary_parallel_loss(leaf, given_teacher, group, vocab_size=vocab, loss=loss)
+        found.total.sum().backward()
+        expected = losses.top_k_kl(student, teacher, k=k, temperature=temperature)
+        torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=1e-11)
+        if given_teacher is top:
+            first = leaf.grad
+        else:
+            torch.testing.assert_close(leaf.grad, first)
+
+
+def test_divergences_are_ordered_as_theory_says() -> None:
+    """Data processing: coarser outcomes diverge less; k grows, the loss grows, and ends at the forward KL."""
+    student, teacher = logits(8, 20, 5)
+    previous = torch.zeros(8, dtype=torch.float64)
+    for k in range(1, 21):
+        loss = losses.top_k_kl(student, teacher, k=k)
+        assert (loss >= previous - 1e-12).all()
+        previous = loss
+    torch.testing.assert_close(previous, forward_kl(student, teacher))
+    # Limits of Jensen-Shannon, and its symmetry
+    small = 1e-6
+    torch.testing.assert_close(
+        losses.jensen_shannon(student, teacher, beta=small) / small, forward_kl(student, teacher), rtol=5e-3, atol=0
+    )
+    torch.testing.assert_close(
+        losses.jensen_shannon(student, teacher, beta=1 - small) / small,
+        losses.reverse_kl(student, teacher), rtol=5e-3, atol=0,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        losses.jensen_shannon(student, teacher, beta=0.3), losses.jensen_shannon(teacher, student, beta=0.7)
+    )
+    torch.testing.assert_close(losses.reverse_kl(student, teacher), forward_kl(teacher, student))
+
+
+@pytest.mark.parametrize("kind", LogitLoss.KINDS)
+def test_certain_models_stay_finite_in_float32(group: dist.ProcessGroup, kind: str) -> None:
+    """A teacher that is sure, a student that is sure of something else, and both sure of the same."""
+    student = torch.tensor([[1e3, -1e3, 0.0, 5.0], [2e2, 0.0, 0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-1e3, 1e3, 0.0, 5.0], [3e2, 0.0, 0.0, 0.0]])
+    loss = LogitLoss(kind, k=2)
+    found = vocabulary_parallel_loss(student, teacher, group, vocab_size=4, loss=loss)
+    found.total.sum().backward()
+    exact = reference(loss, student.detach().double(), teacher.double())
+    torch.testing.assert_close(found.total.detach().double(), exact, rtol=1e-6, atol=1e-6)
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+
+
+def test_ignored_labels_are_finite_and_leave_a_plain_softmax(group: dist.ProcessGroup) -> None:
+    student, _ = logits(3, 6, 0)
+    ignored = torch.tensor([2, -100, 5])
+    loss = vocabulary_parallel_cross_entropy(student, ignored, group, vocab_size=6)
+    assert torch.isfinite(loss).all()
+    torch.testing.assert_close(loss[[0, 2]], losses.cross_entropy(student[[0, 2]], ignored[[0, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "mse"}, "kind='mse': must be one of forward_kl"),
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"beta": 1.0}, "beta=1.0: must lie between"),
+        ({"k": 0}, "k=0: must be at least 1"),
+        ({"label_weight": 1.0}, "label_weight=1.0"),
+        ({"label_weight": 0.5}, "label_weight=0.5: needs labels"),
+    ],
+)
+def test_impossible_losses_are_refused(group: dist.ProcessGroup, change: dict[str, Any], message: str) -> None:
+    student, teacher = logits(2, 5, 2)
+    with pytest.raises(ValueError, match=message):
+        vocabulary_parallel_loss(student, teacher, group, vocab_size=5, loss=LogitLoss(**change))
+
+
+def test_a_top_k_teacher_serves_no_other_loss(group: dist.ProcessGroup) -> None:
+    student, teacher = logits(4, 9, 1)
+    top = vocabulary_parallel_top_k(teacher, group, vocab_size=9, k=3)
+    with pytest.raises(ValueError, match="needs the teacher's logits"):
+        vocabulary_parallel_loss(student, top, group, vocab_size=9, loss=LogitLoss("forward_kl"))
+    with pytest.raises(ValueError, match="4 positions, the student has 2"):
+        vocabulary_parallel_loss(student[:2], top, group, vocab_size=9, loss=LogitLoss("top_k"))
 
 
 def test_extreme_logits_stay_finite(group: dist.ProcessGroup) -> None:

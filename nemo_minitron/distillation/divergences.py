@@ -56,13 +56,15 @@ class Columns:
             local = torch.stack([row.amax(-1) for row in rows])
         else:
             local = rows[0].new_full((len(rows), len(rows[0])), float("-inf"))
-        dist.all_reduce(local, op=dist.ReduceOp.MAX, group=self.group)
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(local, op=dist.ReduceOp.MAX, group=self.group)
         return local
 
     def total(self, *sums: torch.Tensor) -> torch.Tensor:
         """``[n]`` each -> ``[len(sums), n]``, summed over the ranks by one all-reduce."""
         packed = torch.stack(sums)
-        dist.all_reduce(packed, group=self.group)
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(packed, group=self.group)
         return packed
 
     def here(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

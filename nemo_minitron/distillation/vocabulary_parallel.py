@@ -27,7 +27,7 @@ __all__ = [
     "vocabulary_parallel_top_k",
 ]
 
-CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 32 * 2**20}
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 """Size of one working buffer; four at most are alive at a time, whatever the number of tokens.
 
 On a CPU the buffers of a chunk should stay in its cache; on a GPU a chunk should be worth its kernel launches."""

@@ -9,6 +9,7 @@ from nemo_minitron.config.load import find_config, load, load_pipeline, shipped_
 from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
+    LossConfig,
     ParallelConfig,
     RuntimeConfig,
     SourceConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "ImportConfig",
+    "LossConfig",
     "ParallelConfig",
     "PipelineConfig",
     "PruneConfig",

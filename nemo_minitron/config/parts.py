@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 FORMATS = ("nemo2", "nemo", "hf")
 DTYPES = ("float32", "bfloat16")
+LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
 
 
 def positive(config: Any, *names: str) -> list[str]:
@@ -202,4 +203,33 @@ class TargetConfig:
         heads, groups = self.num_attention_heads, self.num_query_groups
         if not found and heads is not None and groups is not None and heads % groups:
             found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
+        return found
+
+
+@dataclass
+class LossConfig:
+    """The loss of a token's logits, as defined in :mod:`nemo_minitron.distillation.losses`.
+
+    Attributes:
+        kind: "forward_kl" (the papers' choice), "reverse_kl", "jensen_shannon" or "top_k" (the teacher's likeliest
+            tokens and one ghost token for all others).
+        temperature: T of both distributions; the divergence comes times T squared.
+        beta: weight of the teacher in "jensen_shannon".
+        k: tokens that "top_k" keeps.
+        label_weight: share ``w`` of the labels' cross-entropy (at temperature 1): ``(1 - w) divergence + w CE``.
+    """
+
+    kind: str = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    k: int = 64
+    label_weight: float = 0.0
+
+    def faults(self) -> list[str]:
+        """Unknown kinds and values out of range."""
+        found = [*choice(self, "kind", LOGIT_LOSSES), *positive(self, "temperature", "k")]
+        if not 0 < self.beta < 1:
+            found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
+        if not 0 <= self.label_weight < 1:
+            found.append(f"label_weight={self.label_weight}: must lie in [0, 1); with 1 there is no distillation")
         return found

@@ -15,6 +15,7 @@ from nemo_minitron.config.parts import (
     FORMATS,
     AggregationConfig,
     DataConfig,
+    LossConfig,
     ParallelConfig,
     RuntimeConfig,
     TargetConfig,
@@ -165,7 +166,7 @@ class PruneConfig(StageConfig):
 
 @dataclass
 class DistillConfig(StageConfig):
-    """Train a student on its teacher's logits (forward KL; Minitron, arXiv 2407.14679, section 3).
+    """Train a student on its teacher's logits (Minitron, arXiv 2407.14679, section 3).
 
     Attributes:
         student, teacher: checkpoints.
@@ -175,7 +176,7 @@ class DistillConfig(StageConfig):
         global_batch_size: blocks of one optimizer step.
         lr, min_lr, warmup_steps: linear warm-up to ``lr``, then cosine decay to ``min_lr`` at ``steps``.
         weight_decay, beta1, beta2, clip_grad: AdamW and the gradient norm it is clipped to (0 for no clipping).
-        temperature: of both distributions.
+        loss: of a token's logits.
         max_minutes: stop in good order when this time is used up; null for no limit.
         validate_every, validation_batches: steps between validations, micro-batches of each.
         log_every, save_every: steps between metrics and between checkpoints.
@@ -200,7 +201,7 @@ class DistillConfig(StageConfig):
     beta1: float = 0.9
     beta2: float = 0.95
     clip_grad: float = 1.0
-    temperature: float = 1.0
+    loss: LossConfig = field(default_factory=LossConfig)
     max_minutes: float | None = None
     validate_every: int = 50
     validation_batches: int = 8
@@ -219,7 +220,7 @@ class DistillConfig(StageConfig):
         """Ranges, a batch that does not divide, a schedule that does not fit."""
         found = [
             *positive(
-                self, "steps", "micro_batch_size", "global_batch_size", "lr", "temperature", "max_minutes",
+                self, "steps", "micro_batch_size", "global_batch_size", "lr", "max_minutes",
                 "validate_every", "validation_batches", "log_every", "save_every",
             ),
             *not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),

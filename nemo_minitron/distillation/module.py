@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import fiddle as fdl
 import lightning.pytorch as pl
 import torch
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction, MegatronStep
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.live import load_into
+from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation.teacher import Teacher
-from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
 
@@ -43,7 +43,7 @@ class DistillationModel(LlamaModel):
         student: initial weights.
         teacher: the model to learn from; same vocabulary.
         layout: parallel layout of both.
-        temperature: of the distillation loss.
+        loss: of a token's logits.
         optim, tokenizer: as in NeMo's ``GPTModel``.
     """
 
@@ -56,7 +56,7 @@ class DistillationModel(LlamaModel):
         student: Checkpoint,
         teacher: Checkpoint,
         layout: ParallelLayout,
-        temperature: float = 1.0,
+        loss: LossConfig | None = None,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class DistillationModel(LlamaModel):
         self._student_checkpoint = student
         self._teacher_checkpoint = teacher
         self._layout = layout
-        self._temperature = temperature
+        self._loss = loss or LossConfig()
         # In a list, because a module assigned to an attribute would become a part of the student.
         self._teacher: list[Teacher] = []
 
@@ -127,7 +127,7 @@ class DistillationModel(LlamaModel):
 
 
 class DistillationLoss(MegatronLossReduction):
-    """Forward KL of a micro-batch, summed over its valid tokens; Megatron divides by the tokens of the global batch.
+    """The loss of a micro-batch, summed over its valid tokens; Megatron divides by the tokens of the global batch.
 
     Attributes:
         lm_loss: of the last validation step that was reduced: cross-entropy of the student with the labels, nats a
@@ -150,29 +150,27 @@ class DistillationLoss(MegatronLossReduction):
             NonFiniteError: before any gradient is computed.
         """
         model: DistillationModel = self._model
-        groups, mask = model.groups, batch["loss_mask"].float()
-        report = torch.zeros(3, device=forward_out.device)
-        if self.validation:
-            # Padding columns hold zeros, not minus infinity, and would take probability from the vocabulary.
-            logits = _without_padding(forward_out, groups, model._student_checkpoint.shape.vocab_size)
-            report[1] = (vocab_parallel_cross_entropy(logits, batch["labels"]) * mask).sum()
-        kl = vocabulary_parallel_forward_kl(
-            forward_out,
+        # Sequence first, as the output layers wrote them: taken batch first, logits would be copied whole.
+        mask, labels = batch["loss_mask"].float().T, batch["labels"].T
+        losses = vocabulary_parallel_loss(
+            forward_out.transpose(0, 1),
             model.teacher.logits(batch[HIDDEN]),
-            groups.tp,
+            model.groups.tp,
             vocab_size=model._student_checkpoint.shape.vocab_size,
-            temperature=model._temperature,
+            loss=model._loss,
+            labels=labels if self.validation or model._loss.label_weight else None,
             inplace=not self.validation,
         )
-        loss, tokens = (kl * mask).sum(), mask.sum()
+        loss, tokens = (losses.total * mask).sum(), mask.sum()
         if not torch.isfinite(loss):
             step = model.trainer.global_step
             raise NonFiniteError(
                 f"the distillation loss of step {step} is {loss.item()}; nothing was updated. "
                 "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
             )
-        report[0], report[2] = loss.detach(), tokens
-        return loss, tokens.to(torch.int), {"sums": report}
+        lm_loss = losses.cross_entropy if losses.cross_entropy is not None else torch.zeros_like(losses.divergence)
+        report = torch.stack([(losses.divergence * mask).sum(), (lm_loss * mask).sum(), tokens])
+        return loss, tokens.to(torch.int), {"sums": report.detach()}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Mean KL a token over all micro-batches and data-parallel ranks, on the last stage."""
@@ -181,15 +179,6 @@ class DistillationLoss(MegatronLossReduction):
         torch.distributed.all_reduce(sums, group=groups.dp)
         self.lm_loss = (sums[1] / sums[2]).item() if self.validation else None
         return sums[0] / sums[2]
-
-
-def _without_padding(logits: torch.Tensor, groups: Groups, vocab_size: int) -> torch.Tensor:
-    """``[b, s, V/tp]`` -> a copy in float32 whose columns beyond the vocabulary are minus infinity, nearly."""
-    columns = logits.shape[-1]
-    valid = min(max(vocab_size - groups.tp_rank * columns, 0), columns)
-    copy = logits.detach().to(torch.float32, copy=True)
-    copy[..., valid:] = torch.finfo(torch.float32).min / 2
-    return copy
 
 
 class TeacherFirst(pl.Callback):

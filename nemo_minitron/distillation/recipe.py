@@ -7,7 +7,7 @@ runs them.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.nemo2 import llama_config
+from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation.callbacks import ProgressBar, StepMetrics
 from nemo_minitron.distillation.data import BlockDataModule
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
@@ -40,7 +41,7 @@ class Schedule:
         lr, min_lr, warmup_steps: linear warm-up, then cosine to ``min_lr`` at ``steps``.
         weight_decay, beta1, beta2: AdamW.
         clip_grad: largest gradient norm; 0 does not clip.
-        temperature: of the loss.
+        loss: of a token's logits.
         max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
         validate_every, validation_batches: steps between validations; global batches of each.
         save_every: steps between checkpoints.
@@ -59,7 +60,7 @@ class Schedule:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_grad: float = 1.0
-    temperature: float = 1.0
+    loss: LossConfig = field(default_factory=LossConfig)
     max_minutes: float | None = None
     validate_every: int = 50
     validation_batches: int = 8
@@ -165,7 +166,7 @@ def distill(
         multiple=128,
         rows=_vocabulary_rows(student, layout),
     )
-    model = DistillationModel(config, student, teacher, layout, schedule.temperature, optim=optimizer)
+    model = DistillationModel(config, student, teacher, layout, schedule.loss, optim=optimizer)
     data = BlockDataModule(
         train,
         validation,

@@ -105,8 +105,9 @@ class Teacher:
             hidden: ``[s, b, H]``.
 
         Returns:
-            ``[b, s, V/tp]``, a view of ``[s, b, V/tp]``.
+            ``[s, b, V/tp]``.
         """
         assert self._last is not None, "only the last pipeline stage has an output layer"
+        logits: torch.Tensor
         logits, _ = self._last.output_layer(hidden, weight=self._output_weight)
-        return logits.transpose(0, 1)
+        return logits

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation import divergences
 from nemo_minitron.distillation.divergences import Columns, TopTokens
 
 __all__ = [
-    "LogitLoss",
     "TokenLosses",
     "vocabulary_parallel_cross_entropy",
     "vocabulary_parallel_forward_kl",
@@ -31,42 +31,6 @@ CHUNK_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 """Size of one working buffer; four at most are alive at a time, whatever the number of tokens.
 
 On a CPU the buffers of a chunk should stay in its cache; on a GPU a chunk should be worth its kernel launches."""
-
-
-@dataclass(frozen=True)
-class LogitLoss:
-    """Which loss is taken of a token's logits.
-
-    Attributes:
-        kind: one of :attr:`KINDS`, as defined in :mod:`nemo_minitron.distillation.losses`.
-        temperature: T of both distributions; the divergence comes times T squared.
-        beta: weight of the teacher in "jensen_shannon".
-        k: tokens that "top_k" keeps of the teacher.
-        label_weight: share ``w`` of the labels' cross-entropy (at temperature 1): ``(1 - w) divergence + w CE``.
-    """
-
-    KINDS: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
-
-    kind: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    k: int = 64
-    label_weight: float = 0.0
-
-    def faults(self) -> list[str]:
-        """What makes this loss impossible."""
-        found = []
-        if self.kind not in self.KINDS:
-            found.append(f"kind={self.kind!r}: must be one of {', '.join(self.KINDS)}")
-        if not 0 < self.temperature < float("inf"):
-            found.append(f"temperature={self.temperature}: must be above 0")
-        if not 0 < self.beta < 1:
-            found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
-        if self.k < 1:
-            found.append(f"k={self.k}: must be at least 1")
-        if not 0 <= self.label_weight < 1:
-            found.append(f"label_weight={self.label_weight}: must lie in [0, 1); with 1 there is no distillation")
-        return found
 
 
 @dataclass(frozen=True)
@@ -90,7 +54,7 @@ def vocabulary_parallel_loss(
     group: dist.ProcessGroup,
     *,
     vocab_size: int,
-    loss: LogitLoss,
+    loss: LossConfig,
     labels: torch.Tensor | None = None,
     inplace: bool = False,
 ) -> TokenLosses:
@@ -104,9 +68,9 @@ def vocabulary_parallel_loss(
     one of 2 numbers a token for labels.
 
     Args:
-        student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here.
-        teacher: ``[..., V/tp]`` logits of the same columns, or for "top_k" its likeliest tokens, ``n`` being the
-            number of the student's tokens.
+        student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here. Contiguous, or it is copied whole.
+        teacher: ``[..., V/tp]`` logits of the same columns (contiguous too), or for "top_k" its likeliest
+            tokens, ``n`` being the number of the student's tokens.
         group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
         vocab_size: true vocabulary; columns from there on are padding, and take no part.
         loss: which.
@@ -144,7 +108,7 @@ def vocabulary_parallel_forward_kl(
     inplace: bool = False,
 ) -> torch.Tensor:
     """``T^2 KL(p_teacher || p_student)`` of each token: :func:`vocabulary_parallel_loss` of the recipe's own loss."""
-    loss = LogitLoss("forward_kl", temperature)
+    loss = LossConfig("forward_kl", temperature)
     return vocabulary_parallel_loss(student, teacher, group, vocab_size=vocab_size, loss=loss, inplace=inplace).total
 
 
@@ -197,7 +161,7 @@ Kernel = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _divergence(
-    student: torch.Tensor, teacher: torch.Tensor | TopTokens, columns: Columns, loss: LogitLoss, vocab_size: int
+    student: torch.Tensor, teacher: torch.Tensor | TopTokens, columns: Columns, loss: LossConfig, vocab_size: int
 ) -> Kernel:
     """Teacher against student at the loss's temperature."""
     t = loss.temperature

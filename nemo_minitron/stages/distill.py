@@ -151,7 +151,7 @@ def _save_model(config: DistillConfig, student: Checkpoint, last: Path) -> None:
                 "teacher": config.teacher,
                 "tokens": config.tokens,
                 "steps": config.steps,
-                "temperature": config.temperature,
+                "loss": dataclasses.asdict(config.loss),
             },
         },
     )

@@ -32,9 +32,9 @@ def losses_case() -> dict[str, Any]:
     """Loss and gradient of every case, computed from this rank's columns."""
     import torch.distributed as dist
 
+    from nemo_minitron.config import LossConfig
     from nemo_minitron.distillation import vocabulary_parallel
     from nemo_minitron.distillation.vocabulary_parallel import (
-        LogitLoss,
         vocabulary_parallel_loss,
         vocabulary_parallel_top_k,
     )
@@ -48,7 +48,7 @@ def losses_case() -> dict[str, Any]:
         columns = student.shape[-1] // world
         mine = slice(rank * columns, (rank + 1) * columns)
         for name, settings in LOSSES.items():
-            loss = LogitLoss(**settings)
+            loss = LossConfig(**settings)
             top = vocabulary_parallel_top_k(
                 teacher[..., mine], dist.group.WORLD, vocab_size=vocab, k=loss.k, temperature=loss.temperature
             ) if loss.kind == "top_k" else None  # fmt: skip

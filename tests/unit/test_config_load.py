@@ -173,7 +173,11 @@ def test_ranges_and_contradictions(write, stage, text, fault):
         ("global_batch_size: 3\nmicro_batch_size: 2", "global_batch_size=3: is not a multiple of"),
         ("precision: fp8", "precision=fp8: must be one of 32, bf16-mixed"),
         ("beta1: 1", "beta1: must lie in [0, 1)"),
-        ("temperature: 0", "temperature=0.0: must be above 0"),
+        ("loss: {temperature: 0}", "temperature=0.0: must be above 0"),
+        ("loss: {kind: mse}", "kind=mse: must be one of forward_kl, reverse_kl"),
+        ("loss: {beta: 1}", "beta=1.0: must lie between 0 and 1"),
+        ("loss: {k: 0}", "k=0: must be above 0"),
+        ("loss: {label_weight: 1}", "label_weight=1.0: must lie in [0, 1)"),
     ],
 )
 def test_distillation_settings(write, line, fault):

@@ -28,6 +28,8 @@ class ModelShape:
             rarely satisfies ``heads * head_dim == hidden``.
         vocab_size: true vocabulary, without the padding rows that Megatron adds.
         tied_embeddings: the output layer shares the word embedding.
+        num_moe_experts: experts of each MLP, or None where it is dense. With experts, ``ffn_hidden_size`` is the width
+            of one.
     """
 
     num_layers: int
@@ -38,6 +40,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool = False
+    num_moe_experts: int | None = None
 
     def __post_init__(self) -> None:
         if faults := self.faults():
@@ -53,7 +56,9 @@ class ModelShape:
         found = [
             f"{name}={value}: must be a whole number of at least 1"
             for name, value in dataclasses.asdict(self).items()
-            if name != "tied_embeddings" and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+            if name != "tied_embeddings"
+            and not (name == "num_moe_experts" and value is None)
+            and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
         ]
         if not found and self.num_attention_heads % self.num_query_groups:
             found.append(
@@ -87,7 +92,7 @@ class ModelShape:
         found = []
         for field in dataclasses.fields(self):
             ours, theirs = getattr(self, field.name), getattr(target, field.name)
-            if field.name in ("head_dim", "tied_embeddings", "vocab_size"):
+            if field.name in ("head_dim", "tied_embeddings", "vocab_size") or None in (ours, theirs):
                 if ours != theirs:
                     found.append(f"{field.name}: pruning keeps it at {ours}, the target asks for {theirs}")
             elif theirs > ours:

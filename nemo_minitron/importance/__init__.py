@@ -1,7 +1,8 @@
-"""How much each unit of a model matters, by forward passes alone (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
+"""How much each unit of a model matters (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
 
-The doors are :func:`score_model`, which runs a live Megatron model, and :class:`Scores`, its result on disk. Importing
-this package imports neither torch nor Megatron.
+The doors are :func:`score_model` and :func:`score_criteria`, which run a live Megatron model (activations, or gradient
+x activation), :class:`ScoreDuringValidation`, which lets NeMo run it, :func:`magnitude_scores`, which reads weights,
+and :class:`Scores`, their result on disk. Importing this package imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -9,17 +10,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation
-    from nemo_minitron.importance.score import score_model
+    from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation, Criterion
+    from nemo_minitron.importance.callback import ScoreDuringValidation
+    from nemo_minitron.importance.magnitude import magnitude_scores
+    from nemo_minitron.importance.score import score_criteria, score_model
     from nemo_minitron.importance.scores import Scores, fingerprint
 
-__all__ = ["AGGREGATIONS", "Aggregation", "Scores", "fingerprint", "score_model"]
+__all__ = [
+    "AGGREGATIONS",
+    "Aggregation",
+    "Criterion",
+    "ScoreDuringValidation",
+    "Scores",
+    "fingerprint",
+    "magnitude_scores",
+    "score_criteria",
+    "score_model",
+]
 
 _HOME = {
     "AGGREGATIONS": "aggregation",
     "Aggregation": "aggregation",
+    "Criterion": "aggregation",
+    "ScoreDuringValidation": "callback",
     "Scores": "scores",
     "fingerprint": "scores",
+    "magnitude_scores": "magnitude",
+    "score_criteria": "score",
     "score_model": "score",
 }
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["AGGREGATIONS", "Aggregation", "aggregation"]
+__all__ = ["AGGREGATIONS", "Aggregation", "Criterion", "aggregation"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,22 @@ class Aggregation:
 
     def all_reduce(self, statistics: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Combine over a process group, in place; every rank gets the result."""
-        if dist.get_world_size(group) > 1:
+        if dist.get_world_size(group) > 1 and statistics.numel():
             dist.all_reduce(statistics, dist.ReduceOp.MAX if self.maximum else dist.ReduceOp.SUM, group=group)
         return statistics
+
+
+class Criterion(NamedTuple):
+    """How one estimator's values become scores.
+
+    Attributes:
+        sequence: aggregation over the tokens of a sample, a key of :data:`AGGREGATIONS`. The Taylor estimator has one
+            of its own, "sum", and so has the magnitude of weights, "none".
+        batch: aggregation over samples, a key of :data:`AGGREGATIONS` ("none" for the magnitude of weights).
+    """
+
+    sequence: str
+    batch: str
 
 
 def _norm(x: torch.Tensor, order: float, dim: int) -> torch.Tensor:

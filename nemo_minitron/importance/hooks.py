@@ -1,4 +1,4 @@
-"""Forward hooks on a live Megatron ``GPTModel`` that keep running statistics of every unit's activations.
+"""Forward hooks on a live Megatron ``GPTModel`` that keep running statistics of every unit.
 
 What is read, for one decoder layer, in the order of the forward pass (arXiv 2407.14679, section 2.2; the sum over
 sequence and batch that the paper writes stands for the two aggregations):
@@ -10,68 +10,121 @@ site               activation                                                  u
 ``attention``      input of ``self_attention.linear_proj``: each query head's  query heads
                    output, its L2 norm over the channels of the head
 ``mlp_norm``       output of the normalisation before the MLP                  hidden channels
-``ffn``            input of ``mlp.linear_fc2``                                 FFN neurons
+``ffn``            input of ``mlp.linear_fc2``, of every expert where the MLP  FFN neurons
+                   is a mixture
+``experts``        output of each expert, the router's weight in it, its L2    experts
+                   norm over the channels of the residual stream
 ``block``          cosine of the layer's input and output, token by token      layers (block influence)
 =================  ==========================================================  ===============================
 
-The state is O(units): for each site the statistics of its batch aggregation, in float64.
+:class:`Recorder` knows where to read and keeps the statistics, O(units); what becomes of an activation is the
+estimator's business: :class:`ActivationRecorder` here, ``TaylorRecorder`` in :mod:`~nemo_minitron.importance.taylor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from nemo_minitron.errors import NonFiniteError, ShapeError
-from nemo_minitron.importance.aggregation import Aggregation
+from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion, aggregation
+from nemo_minitron.importance.experts import TokenPlaces, token_places
 from nemo_minitron.runtime.groups import Groups
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["SITES", "Recorder"]
+__all__ = ["SITES", "ActivationRecorder", "Key", "Recorder"]
 
-SITES = ("input_norm", "attention", "mlp_norm", "ffn", "block")
+SITES = ("input_norm", "attention", "mlp_norm", "ffn", "experts", "block")
 _MODULES = {
     "input_norm": "input_layernorm (its output)",
     "attention": "self_attention.linear_proj (its input)",
     "mlp_norm": "pre_mlp_layernorm (its output)",
     "ffn": "mlp.linear_fc2 (its input)",
+    "experts": "an expert (its output)",
     "block": "the whole layer (its output)",
 }
 _FINITE = torch.iinfo(torch.int64).max
 
 
-class Recorder:
+class Key(NamedTuple):
+    """What statistics are of: a site of a layer (0-based, of the whole model), and of one expert in a mixture."""
+
+    layer: int
+    site: str
+    expert: int = 0
+
+
+class Recorder(ABC):
     """Running statistics of one rank's chunks.
 
     Attributes:
-        rows: how many of the micro-batch's samples count; set before each forward pass. The schedules want equally
-            sized micro-batches, so the last one may be filled up with samples that do not count.
-        statistics: ``(layer, site) -> [k, units on this rank]`` float64; of "block": ``[1, 1]``, the sum of cosines.
+        rows: how many of the micro-batch's samples count, or None for all; set before each forward pass. The
+            schedules want equally sized micro-batches, so the last one may be filled up with samples that do not count.
+        samples, length: samples that this data-parallel rank has run, and tokens in each.
+        statistics: by what they are of and criterion, ``[k, units on this rank]`` float64; of "block" under the
+            activation estimator ``[1, 1]``, the sum of cosines.
     """
 
-    def __init__(
-        self, chunks: Sequence[GPTModel], groups: Groups, *, sequence: Aggregation, batch: Aggregation
-    ) -> None:
+    #: Name in score files.
+    estimator: str = ""
+    #: What :meth:`check_finite` calls the values read.
+    reads: str = "an activation"
+
+    def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
         self.chunks = chunks
         self.groups = groups
-        self.sequence = sequence
-        self.batch = batch
-        self.rows = 0
-        self.statistics: dict[tuple[int, str], torch.Tensor] = {}
+        self.criteria = list(dict.fromkeys(criteria))
+        for criterion in self.criteria:
+            aggregation(criterion.batch, "aggregation.batch")
+        self.rows: int | None = None
+        self.samples = 0
+        self.length = 0
+        self.statistics: dict[Key, dict[Criterion, torch.Tensor]] = {}
+
+    # ------------------------------------------------------------------------------------- what an estimator brings
+
+    @abstractmethod
+    def read(
+        self,
+        key: Key,
+        x: torch.Tensor,
+        *,
+        width: int = 1,
+        sequence_split: bool = False,
+        partial: bool = False,
+        places: TokenPlaces | None = None,
+    ) -> None:
+        """Take an activation into the statistics.
+
+        Args:
+            key: what it is of.
+            x: ``[s, b, units * width]``, or ``[tokens, units * width]`` with ``places``.
+            width: channels of one unit, which become one value a token.
+            sequence_split: under sequence parallelism this rank has ``s/tp`` of the tokens.
+            partial: ``x`` is this tensor-parallel rank's summand of the activation.
+            places: where in the micro-batch an expert's tokens stand.
+        """
+
+    @abstractmethod
+    def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take a layer's input and output, ``[s (/tp), b, H]``, into the statistics."""
+
+    # ------------------------------------------------------------------------------------------------------- the hooks
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks are on within the block.
 
         Raises:
-            ShapeError: for a layer without the modules that are read (a mixture of experts).
+            ShapeError: for a layer without the modules that are read.
         """
         handles: list[Any] = []
         try:
@@ -83,16 +136,117 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
+    def _hook_layer(self, layer: Any) -> list[Any]:
+        index = layer.layer_number - 1
+        attention, mlp = layer.self_attention, layer.mlp
+        mixture = hasattr(mlp, "router")
+        needed = ["self_attention.linear_proj", "mlp.experts.local_experts" if mixture else "mlp.linear_fc2"]
+        for path in needed:
+            if not _has(layer, path):
+                raise ShapeError(
+                    f"decoder.layers.{index}: has no {path} ({type(mlp).__name__}); only layers with attention and a "
+                    "dense MLP, or with experts one by one (moe_grouped_gemm=False), can be scored"
+                )
+
+        def record_heads(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            heads = attention.num_attention_heads_per_partition
+            self.read(Key(index, "attention"), args[0], width=args[0].shape[-1] // heads)  # [s, b, A/tp * head_dim]
+
+        def record_block(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            self._count(index, before)
+            self.read_block(index, before, output[0] if isinstance(output, tuple) else output)
+
+        handles = [
+            self._hook_norm(Key(index, "input_norm"), layer.input_layernorm, attention.linear_qkv),
+            attention.linear_proj.register_forward_pre_hook(record_heads),
+            self._hook_norm(Key(index, "mlp_norm"), layer.pre_mlp_layernorm, None if mixture else mlp.linear_fc1),
+        ]
+        handles += self._hook_experts(index, mlp) if mixture else [self._hook_ffn(Key(index, "ffn"), mlp.linear_fc2)]
+        # Last, so that an error is told of the module in which it arose.
+        return [*handles, layer.register_forward_hook(record_block, with_kwargs=True)]
+
+    def _hook_norm(self, key: Key, norm: Any, linear: Any) -> Any:
+        """Read a normalisation's output: of its own module, or worked out again where it is fused into ``linear``."""
+        if hasattr(linear, "layer_norm_weight"):
+            return self._hook_fused_norm(key, linear)
+
+        def record_output(module: Any, args: Any, output: torch.Tensor) -> None:
+            self.read(key, output, sequence_split=True)  # [s (/tp), b, H]
+
+        return norm.register_forward_hook(record_output)
+
+    def _hook_fused_norm(self, key: Key, linear: Any) -> Any:
+        """Transformer Engine's layer-norm-linear does not show its norm's output; input and weight give it."""
+
+        def record_input(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            self.read(key, fused_norm(module, args[0]), sequence_split=True)
+
+        return linear.register_forward_pre_hook(record_input)
+
+    def _hook_ffn(self, key: Key, linear: Any, places: list[TokenPlaces] | None = None) -> Any:
+        def record_ffn(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            self.read(key, args[0], places=places[key.expert] if places else None)  # [s, b, F/tp]
+
+        return linear.register_forward_pre_hook(record_ffn)
+
+    def _hook_experts(self, index: int, mlp: Any) -> list[Any]:
+        """Experts one by one (Megatron's ``SequentialMLP``).
+
+        Their output has the router's weight in it already: Megatron multiplies it in before the down projection.
+        """
+        places: list[TokenPlaces] = []  # of the micro-batch that is running, by expert
+
+        def record_routing(module: Any, args: tuple[torch.Tensor, ...], output: tuple[Any, torch.Tensor]) -> None:
+            places[:] = token_places(output[1], args[0].shape, self.groups)
+
+        def record_expert(expert: int) -> Any:
+            def record(module: Any, args: Any, output: Any) -> None:
+                x = output[0]  # [tokens, H]
+                self.read(Key(index, "experts", expert), x, width=x.shape[-1], partial=True, places=places[expert])
+
+            return record
+
+        handles = [mlp.router.register_forward_hook(record_routing)]
+        for number, expert in enumerate(mlp.experts.local_experts):
+            handles.append(self._hook_ffn(Key(index, "ffn", number), expert.linear_fc2, places))
+            handles.append(expert.register_forward_hook(record_expert(number)))
+        return handles
+
+    # -------------------------------------------------------------------------------------------------- the statistics
+
+    def layers(self) -> list[int]:
+        """The layers on this rank, 0-based in the whole model."""
+        return [layer.layer_number - 1 for chunk in self.chunks for layer in chunk.decoder.layers]
+
+    def _count(self, layer: int, x: torch.Tensor) -> None:
+        """Samples and tokens, by the first layer on this rank, which sees each of them once."""
+        if layer == self.layers()[0]:
+            self.samples += x.shape[1] if self.rows is None else self.rows
+            self.length = x.shape[0] * (self.groups.layout.tensor if self.groups.layout.sequence_parallel else 1)
+
+    @torch.no_grad()
+    def keep(self, key: Key, criterion: Criterion, values: torch.Tensor) -> None:
+        """``[b, units]`` values of the samples that count -> the running statistics of their batch aggregation."""
+        batch = AGGREGATIONS[criterion.batch]
+        values = values.double()
+        if not len(values):
+            # A data-parallel rank without samples still takes part in the collectives: nothing is what zeros add up to.
+            values = values.new_zeros(1, values.shape[-1])
+        statistics = batch.statistics(values, 0)
+        before = self.statistics.setdefault(key, {}).get(criterion)
+        self.statistics[key][criterion] = statistics if before is None else batch.combine(before, statistics)
+
     def check_finite(self) -> None:
-        """Stop on the first activation, in forward order, that is NaN or infinite. Collective: every rank raises alike.
+        """Stop on the first value, in forward order, that is NaN or infinite. Collective: every rank raises alike.
 
         Raises:
             NonFiniteError: naming the layer and the module.
         """
         bad = [
-            layer * len(SITES) + SITES.index(site)
-            for (layer, site), stats in self.statistics.items()
-            if not bool(torch.isfinite(stats).all())
+            key.layer * len(SITES) + SITES.index(key.site)
+            for key, found in self.statistics.items()
+            if not all(bool(torch.isfinite(statistics).all()) for statistics in found.values())
         ]
         device = next(self.chunks[0].parameters()).device
         first = torch.tensor(min(bad, default=_FINITE), dtype=torch.int64, device=device)
@@ -101,95 +255,63 @@ class Recorder:
         if int(first) != _FINITE:
             layer, site = divmod(int(first), len(SITES))
             raise NonFiniteError(
-                f"decoder.layers.{layer}: an activation of {_MODULES[SITES[site]]} is NaN or infinite; check the "
+                f"decoder.layers.{layer}: {self.reads} of {_MODULES[SITES[site]]} is NaN or infinite; check the "
                 "checkpoint's weights in and before that layer, or score in runtime.dtype=float32"
             )
 
-    # ------------------------------------------------------------------------------------------------------- recording
 
-    def _hook_layer(self, layer: Any) -> list[Any]:
-        index = layer.layer_number - 1
-        heads = self._heads(layer)
+class ActivationRecorder(Recorder):
+    """Magnitudes of activations (arXiv 2407.14679, section 2.2); one pass serves any number of criteria."""
 
-        def record_heads(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            context = args[0]  # [s, b, heads/tp * head_dim]
-            per_head = context.view(*context.shape[:2], heads, -1)
-            self._add(index, "attention", torch.linalg.vector_norm(per_head, dim=-1))
+    estimator = "activation"
 
-        def record_ffn(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            self._add(index, "ffn", args[0])  # [s, b, F/tp]
-
-        def record_block(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            self._add_block(index, before, output[0] if isinstance(output, tuple) else output)
-
-        for path in ("self_attention.linear_proj", "mlp.linear_fc2"):
-            if not _has(layer, path):
-                raise ShapeError(
-                    f"decoder.layers.{index}: has no {path} ({type(layer.mlp).__name__}); only dense decoder layers "
-                    "can be scored"
-                )
-        return [
-            self._hook_norm(index, "input_norm", layer.input_layernorm, layer.self_attention.linear_qkv),
-            layer.self_attention.linear_proj.register_forward_pre_hook(record_heads),
-            self._hook_norm(index, "mlp_norm", layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
-            layer.mlp.linear_fc2.register_forward_pre_hook(record_ffn),
-            layer.register_forward_hook(record_block, with_kwargs=True),
-        ]
-
-    @staticmethod
-    def _heads(layer: Any) -> int:
-        """Query heads on this rank."""
-        return layer.self_attention.num_attention_heads_per_partition
-
-    def _hook_norm(self, index: int, site: str, norm: Any, linear: Any) -> Any:
-        """Read a normalisation's output: of its own module, or worked out again where it is fused into ``linear``.
-
-        Transformer Engine's layer-norm-linear does not show its norm's output; its input and ``layer_norm_weight`` do.
-        """
-        if hasattr(linear, "layer_norm_weight"):
-
-            def record_input(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-                self._add(index, site, _fused_norm(module, args[0]), sequence_split=True)
-
-            return linear.register_forward_pre_hook(record_input)
-
-        def record_output(module: Any, args: Any, output: torch.Tensor) -> None:
-            self._add(index, site, output, sequence_split=True)  # [s (/tp), b, H]
-
-        return norm.register_forward_hook(record_output)
+    def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
+        super().__init__(chunks, groups, criteria)
+        for criterion in self.criteria:
+            aggregation(criterion.sequence, "aggregation.sequence")
 
     @torch.no_grad()
-    def _add(self, layer: int, site: str, x: torch.Tensor, *, sequence_split: bool = False) -> None:
-        """``[s, b, units]`` activations; ``sequence_split``: under sequence parallelism this rank has ``s/tp``."""
-        if not self.rows:
-            # A data-parallel rank without samples still takes part in the collectives: nothing is what zeros add up to.
-            nothing = torch.zeros(1, x.shape[-1], dtype=torch.float64, device=x.device)
-            return self._keep(layer, site, self.batch.statistics(nothing, 0), self.batch.combine)
-        length = x.shape[0]
-        statistics = self.sequence.statistics(x[:, : self.rows].detach(), 0)  # [k, b, units]
-        if sequence_split and self.groups.layout.sequence_parallel:
-            statistics = self.sequence.all_reduce(statistics, self.groups.tp)
-            length *= self.groups.layout.tensor
-        scores = self.sequence.finish(statistics, length)  # [b, units]
-        return self._keep(layer, site, self.batch.statistics(scores.double(), 0), self.batch.combine)
-
-    @torch.no_grad()
-    def _add_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """``[s (/tp), b, H]`` in and out of a layer -> the sum of their cosines over the tokens."""
-        before, after = before[:, : self.rows], after[:, : self.rows]
-        cosines = F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)
-        self._keep(layer, "block", cosines.sum(dtype=torch.float64).view(1, 1), torch.add)
-
-    def _keep(
+    def read(
         self,
-        layer: int,
-        site: str,
-        statistics: torch.Tensor,
-        combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        key: Key,
+        x: torch.Tensor,
+        *,
+        width: int = 1,
+        sequence_split: bool = False,
+        partial: bool = False,
+        places: TokenPlaces | None = None,
     ) -> None:
-        before = self.statistics.get((layer, site))
-        self.statistics[layer, site] = statistics if before is None else combine(before, statistics)
+        """Aggregate over the sequence; a unit of several channels counts by their L2 norm."""
+        x = x.detach()
+        if partial and self.groups.layout.tensor > 1:
+            x = x.contiguous().clone()
+            dist.all_reduce(x, group=self.groups.tp)
+        if width > 1:
+            x = torch.linalg.vector_norm(x.reshape(*x.shape[:-1], -1, width), dim=-1)
+        if places is not None:
+            x = places.spread(x)
+        x = x[:, : self.rows]
+        split = sequence_split and self.groups.layout.sequence_parallel
+        length = x.shape[0] * (self.groups.layout.tensor if split else 1)
+        by_sequence: dict[str, torch.Tensor] = {}
+        for criterion in self.criteria:
+            if criterion.sequence not in by_sequence:
+                sequence = AGGREGATIONS[criterion.sequence]
+                statistics = sequence.statistics(x, 0)  # [k, b, units]
+                if split:
+                    statistics = sequence.all_reduce(statistics, self.groups.tp)
+                by_sequence[criterion.sequence] = sequence.finish(statistics, length)
+            self.keep(key, criterion, by_sequence[criterion.sequence])
+
+    @torch.no_grad()
+    def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """The sum of the cosines over the tokens: one number whatever the criteria."""
+        before, after = before[:, : self.rows].detach(), after[:, : self.rows].detach()
+        wide = torch.promote_types(before.dtype, torch.float32)
+        cosines = F.cosine_similarity(before.to(wide), after.to(wide), dim=-1)
+        found = self.statistics.setdefault(Key(layer, "block"), {})
+        total = cosines.sum(dtype=torch.float64).view(1, 1)
+        found[self.criteria[0]] = found.get(self.criteria[0], 0) + total
 
 
 def _has(module: Any, path: str) -> bool:
@@ -198,7 +320,7 @@ def _has(module: Any, path: str) -> bool:
     return module is not None
 
 
-def _fused_norm(linear: Any, x: torch.Tensor) -> torch.Tensor:
+def fused_norm(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """The normalisation inside Transformer Engine's ``LayerNormLinear``, by that module's own settings."""
     weight = linear.layer_norm_weight
     if getattr(linear, "zero_centered_gamma", False):

@@ -1,27 +1,32 @@
-"""Scoring a live Megatron model: forward passes over calibration blocks, under any parallel layout."""
+"""Scoring a live Megatron model over calibration blocks, under any parallel layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.errors import DataError, ShapeError
-from nemo_minitron.importance.aggregation import aggregation
-from nemo_minitron.importance.hooks import Recorder
+from nemo_minitron.errors import ConfigError, DataError, ShapeError
+from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion
+from nemo_minitron.importance.hooks import ActivationRecorder, Key, Recorder
 from nemo_minitron.importance.scores import Scores
+from nemo_minitron.importance.taylor import TaylorRecorder, differentiable, sample_losses
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["score_model"]
+__all__ = ["ESTIMATORS", "collect", "score_criteria", "score_model"]
 
-_PASSES_PER_CHECK = 8  # micro-batches between two looks for non-finite activations
+_PASSES_PER_CHECK = 8  # micro-batches between two looks for non-finite values
+
+#: Estimators that run the model. The magnitude of weights needs none (:mod:`nemo_minitron.importance.magnitude`).
+ESTIMATORS: dict[str, type[Recorder]] = {one.estimator: one for one in (ActivationRecorder, TaylorRecorder)}
 
 
 def score_model(
@@ -31,49 +36,94 @@ def score_model(
     *,
     shape: ModelShape,
     micro_batch_size: int = 1,
-    sequence: str = "mean",
+    sequence: str | None = None,
     batch: str = "l2",
+    estimator: str = "activation",
     fingerprint: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score every unit by forward passes (arXiv 2407.14679, section 2.2).
+    """Score every unit by one criterion: :func:`score_criteria`, which documents the rest.
+
+    Args:
+        sequence: aggregation over the tokens of a sample; by default the mean of activations, as the paper found best,
+            and the sum that the Taylor estimator always takes.
+        batch: aggregation over samples.
+    """
+    criterion = Criterion(sequence or ("mean" if estimator == "activation" else "sum"), batch)
+    (scores,) = score_criteria(
+        chunks,
+        blocks,
+        groups,
+        criteria=[criterion],
+        shape=shape,
+        micro_batch_size=micro_batch_size,
+        estimator=estimator,
+        fingerprint=fingerprint,
+        progress=progress,
+    )
+    return scores
+
+
+def score_criteria(
+    chunks: list[GPTModel],
+    blocks: torch.Tensor,
+    groups: Groups,
+    *,
+    criteria: Sequence[tuple[str, str]],
+    shape: ModelShape,
+    micro_batch_size: int = 1,
+    estimator: str = "activation",
+    fingerprint: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Scores]:
+    """Score every unit by any number of criteria in one pass over the data.
 
     To be called on every rank; every rank gets all scores.
 
-    With ``a`` the activations of a unit that :mod:`~nemo_minitron.importance.hooks` reads:
+    Estimator "activation" (arXiv 2407.14679, section 2.2), forward passes alone. With ``a`` the activations of a unit
+    that :mod:`~nemo_minitron.importance.hooks` reads:
 
-    - FFN neurons, hidden channels, heads: ``batch over samples (sequence over tokens (a))``; by default
+    - FFN neurons, hidden channels, heads, experts: ``batch over samples (sequence over tokens (a))``; by default
       ``sqrt(sum_b (1/s sum_t |a|)^2)``. Hidden channels add up over the two normalisations of every layer.
     - query groups: the L2 norm of their heads' scores.
-    - layers: block influence ``1 - E[cos(x_in, x_out)]`` over all tokens.
+    - layers: block influence ``1 - E[cos(x_in, x_out)]`` over all tokens, whatever the criterion.
 
-    The schedule is Megatron's own (``get_forward_backward_func``, forward only), so pipelines and virtual stages work;
-    it ends before the output layer, whose logits scoring does not need. Memory beyond the model: the activations of
-    one layer, and O(units) statistics.
+    Estimator "taylor" (:mod:`~nemo_minitron.importance.taylor`), forward and backward: ``batch over samples (|sum over
+    tokens (a * dL/da)|)`` for the same activations, summed over the channels of a head; of layers, ``dL/dx_out *
+    (x_out - x_in)``.
+
+    The schedule is Megatron's own (``get_forward_backward_func``), so pipelines and virtual stages work. Forward passes
+    end before the output layer, whose logits they do not need. Memory beyond the model: the activations of one layer
+    (of "taylor": those of a training step, without parameter gradients), and O(units x criteria) statistics.
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
         blocks: ``[n, s + 1]`` int64 tokens, the same on every rank; data-parallel ranks share them out. The last token
-            of a block is only a label, and is not run.
+            of a block is only a label.
         groups: of this process.
+        criteria: pairs of aggregations over sequence and batch, by their names in
+            :data:`~nemo_minitron.importance.aggregation.AGGREGATIONS`; for "taylor" the first is "sum".
         shape: of the whole model.
         micro_batch_size: blocks of one forward pass.
-        sequence, batch: aggregations, by their names in :data:`~nemo_minitron.importance.aggregation.AGGREGATIONS`.
+        estimator: "activation" or "taylor".
         fingerprint: of the weights (:func:`~nemo_minitron.importance.scores.fingerprint`), kept with the scores.
         progress: called with the number of blocks done since its last call.
 
+    Returns:
+        Scores for each criterion, in order.
+
     Raises:
         DataError: for no calibration blocks.
-        ShapeError: if sequence parallelism does not divide the sequence, or a layer is not a dense decoder layer.
-        NonFiniteError: if an activation is NaN or infinite, naming layer and module.
-        ConfigError: for an aggregation that is not known.
+        ShapeError: if sequence parallelism does not divide the sequence, or a layer cannot be scored.
+        NonFiniteError: if an activation or gradient is NaN or infinite, naming layer and module.
+        ConfigError: for an estimator or aggregation that is not known, or no criteria.
     """
-    recorder = Recorder(
-        chunks,
-        groups,
-        sequence=aggregation(sequence, "aggregation.sequence"),
-        batch=aggregation(batch, "aggregation.batch"),
-    )
+    criteria = [Criterion(*criterion) for criterion in criteria]
+    if not criteria:
+        raise ConfigError("criteria: none is given; give at least one pair of aggregations, as ('mean', 'l2')")
+    if estimator not in ESTIMATORS:
+        raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(ESTIMATORS)}")
+    recorder = ESTIMATORS[estimator](chunks, groups, criteria)
     if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise DataError(
             f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
@@ -84,21 +134,23 @@ def score_model(
             f"a sequence of {length} tokens cannot be split over parallel.tensor={groups.layout.tensor}; set "
             "data.sequence_length to a multiple of it, or parallel.sequence_parallel=false"
         )
+    gradients = isinstance(recorder, TaylorRecorder)
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_prepared(chunks))
+        stack.enter_context(differentiable(chunks) if gradients else torch.no_grad())
+        stack.enter_context(_prepared(chunks, logits=gradients))
         stack.enter_context(recorder.attached())
-        _run(recorder, blocks, micro_batch_size, progress)
-    return _collect(recorder, shape, samples=len(blocks), length=length, fingerprint=fingerprint)
+        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress)
+    found = collect(recorder, shape, samples=len(blocks), length=length, fingerprint=fingerprint)
+    return [found[criterion] for criterion in criteria]
 
 
 @contextmanager
-def _prepared(chunks: list[GPTModel]) -> Iterator[None]:
-    """Dropout off; the forward pass ends with the last layer: ``GPTModel`` skips what ``post_process`` stands for."""
+def _prepared(chunks: list[GPTModel], *, logits: bool) -> Iterator[None]:
+    """Dropout off; without logits the pass ends with the last layer (``GPTModel`` skips what ``post_process`` is)."""
     were = [(chunk.training, chunk.post_process) for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-        chunk.post_process = False
+        chunk.post_process = chunk.post_process and logits
     try:
         yield
     finally:
@@ -108,7 +160,11 @@ def _prepared(chunks: list[GPTModel]) -> Iterator[None]:
 
 
 def _run(
-    recorder: Recorder, blocks: torch.Tensor, micro_batch_size: int, progress: Callable[[int], None] | None
+    recorder: Recorder,
+    blocks: torch.Tensor,
+    micro_batch_size: int,
+    vocab_size: int,
+    progress: Callable[[int], None] | None,
 ) -> None:
     layout = recorder.groups.layout
     mine = blocks[recorder.groups.dp_rank :: layout.data]
@@ -120,7 +176,7 @@ def _run(
     for start in range(0, longest, step):
         part = mine[start : start + step]
         passes = -(-min(step, longest - start) // unit) * unit // micro_batch_size
-        _run_schedule(recorder, part, passes, micro_batch_size, filler=blocks[:1])
+        _run_schedule(recorder, part, passes, micro_batch_size, vocab_size, filler=blocks[:1])
         recorder.check_finite()
         if progress is not None:
             done = min(len(blocks), (start + step) * layout.data) - start * layout.data
@@ -128,12 +184,17 @@ def _run(
 
 
 def _run_schedule(
-    recorder: Recorder, blocks: torch.Tensor, passes: int, micro_batch_size: int, filler: torch.Tensor
+    recorder: Recorder,
+    blocks: torch.Tensor,
+    passes: int,
+    micro_batch_size: int,
+    vocab_size: int,
+    filler: torch.Tensor,
 ) -> None:
     """``[n, s + 1]`` blocks in ``passes`` micro-batches; samples beyond ``n`` are ``filler`` and do not count."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    chunks = recorder.chunks
+    chunks, gradients = recorder.chunks, isinstance(recorder, TaylorRecorder)
     missing = passes * micro_batch_size - len(blocks)
     filled = torch.cat([blocks, filler.expand(missing, -1)])
     rows = [min(max(len(blocks) - i * micro_batch_size, 0), micro_batch_size) for i in range(passes)]
@@ -142,10 +203,16 @@ def _run_schedule(
 
     def forward_step(iterator: Iterator[tuple[torch.Tensor, int]], model: GPTModel) -> tuple[torch.Tensor, Any]:
         batch, recorder.rows = next(iterator)
-        inputs = batch[:, :-1].to(next(model.parameters()).device).contiguous()
+        batch = batch.to(next(model.parameters()).device)
+        inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:]
         positions = torch.arange(width - 1, device=inputs.device).expand_as(inputs)
+
+        def loss(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            # Each sample's own mean, added up: a sample's gradient depends on no other. The schedule divides.
+            return sample_losses(logits, labels, vocab_size, recorder.groups).sum() * passes, {}
+
         # No mask: Megatron's attention is causal of itself.
-        return model(inputs, positions, None), _nothing
+        return model(inputs, positions, None), loss if gradients else _nothing
 
     # Each chunk of an interleaved pipeline reads the micro-batches for itself.
     iterators = [iter(batches) for _ in chunks]
@@ -156,8 +223,8 @@ def _run_schedule(
         num_microbatches=passes,
         seq_length=width - 1,
         micro_batch_size=micro_batch_size,
-        forward_only=True,
-        collect_non_loss_data=True,
+        forward_only=not gradients,
+        collect_non_loss_data=not gradients,
     )
 
 
@@ -165,43 +232,79 @@ def _nothing(output: torch.Tensor, *, non_loss_data: bool = True) -> None:
     """What is kept of a pass: the hooks have it already. The signature is Megatron's ``collect_non_loss_data``."""
 
 
-def _collect(recorder: Recorder, shape: ModelShape, *, samples: int, length: int, fingerprint: str | None) -> Scores:
-    """Statistics of this rank's units over its samples -> scores of all units over all samples, on every rank."""
-    groups, batch = recorder.groups, recorder.batch
-    device = next(recorder.chunks[0].parameters()).device
+def collect(
+    recorder: Recorder, shape: ModelShape, *, samples: int, length: int, fingerprint: str | None = None
+) -> dict[Criterion, Scores]:
+    """Statistics of this rank's units over its samples -> scores of all units over all samples. Collective.
 
-    def units(site: str, size: int, *, tensor_parallel: bool) -> torch.Tensor:
-        """``[L, size]`` scores of one site."""
-        scores = torch.zeros(shape.num_layers, size, dtype=torch.float64, device=device)
-        for (layer, where), statistics in sorted(recorder.statistics.items()):
-            if where == site:
-                found = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
-                scores[layer] = _gather(found, groups.tp) if tensor_parallel else found
+    Args:
+        recorder: after its last pass; its statistics are used up.
+        shape: of the whole model.
+        samples: run by all data-parallel ranks together.
+        length: tokens of each.
+        fingerprint: kept with the scores.
+    """
+    return {
+        criterion: _collect(recorder, criterion, shape, samples=samples, length=length, fingerprint=fingerprint)
+        for criterion in recorder.criteria
+    }
+
+
+def _collect(
+    recorder: Recorder, criterion: Criterion, shape: ModelShape, *, samples: int, length: int, fingerprint: str | None
+) -> Scores:
+    groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
+    device = next(recorder.chunks[0].parameters()).device
+    layers, experts = shape.num_layers, shape.num_moe_experts
+
+    def units(site: str, size: int, *, tensor_parallel: bool = False, experts: int | None = None) -> torch.Tensor:
+        """``[L, size]`` or ``[L, E, size]`` scores of one site."""
+        scores = torch.zeros(layers, experts or 1, size, dtype=torch.float64, device=device)
+        local = size // groups.layout.tensor if tensor_parallel else size
+        for layer, expert in itertools.product(recorder.layers(), range(experts or 1)):
+            statistics = recorder.statistics.get(Key(layer, site, expert), {}).get(criterion)
+            if statistics is None:  # an expert that this rank's samples did not reach
+                statistics = batch.statistics(scores.new_zeros(1, local), 0)
+            found = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
+            scores[layer, expert] = _gather(found, groups.tp) if tensor_parallel else found
         # Each layer is on one pipeline stage; the others hold zeros for it.
         dist.all_reduce(scores, group=groups.pp)
-        return scores.cpu()
+        return (scores if experts else scores[:, 0]).cpu()
 
     heads = units("attention", shape.num_attention_heads, tensor_parallel=True)
-    norms = [units(site, shape.hidden_size, tensor_parallel=False) for site in ("input_norm", "mlp_norm")]
-    cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=device)
-    for (layer, where), statistics in recorder.statistics.items():
-        if where == "block":
-            cosines[layer] = statistics[0, 0]
-    for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
-        dist.all_reduce(cosines, group=group)
+    norms = [units(site, shape.hidden_size) for site in ("input_norm", "mlp_norm")]
+    if isinstance(recorder, TaylorRecorder):
+        blocks = units("block", 1)[:, 0]
+    else:
+        blocks = 1 - _cosines(recorder, shape) / (samples * length)
     return Scores(
-        ffn=units("ffn", shape.ffn_hidden_size, tensor_parallel=True),
+        ffn=units("ffn", shape.ffn_hidden_size, tensor_parallel=True, experts=experts),
         heads=heads,
-        groups=torch.linalg.vector_norm(heads.view(shape.num_layers, shape.num_query_groups, -1), dim=-1),
+        groups=torch.linalg.vector_norm(heads.view(layers, shape.num_query_groups, -1), dim=-1),
         hidden=sum(norms, torch.zeros(())).sum(0),
-        layers=1 - cosines.cpu() / (samples * length),
+        layers=blocks,
+        experts=units("experts", 1, experts=experts)[..., 0] if experts else None,
         shape=shape,
         samples=samples,
         tokens=samples * length,
-        sequence=recorder.sequence.name,
-        batch=batch.name,
+        estimator=recorder.estimator,
+        sequence=criterion.sequence,
+        batch=criterion.batch,
         fingerprint=fingerprint,
     )
+
+
+def _cosines(recorder: Recorder, shape: ModelShape) -> torch.Tensor:
+    """``[L]`` sums over all tokens of the cosine of each layer's input and output."""
+    groups = recorder.groups
+    device = next(recorder.chunks[0].parameters()).device
+    cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=device)
+    for key, found in recorder.statistics.items():
+        if key.site == "block":
+            cosines[key.layer] = found[recorder.criteria[0]][0, 0]
+    for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
+        dist.all_reduce(cosines, group=group)
+    return cosines.cpu()
 
 
 def _gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

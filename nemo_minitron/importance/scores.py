@@ -18,8 +18,10 @@ from nemo_minitron.shape import ModelShape
 
 __all__ = ["Scores", "fingerprint"]
 
-FORMAT_VERSION = 1
-TENSORS = ("ffn", "heads", "groups", "hidden", "layers")
+FORMAT_VERSION = 2
+#: Version 1 had no estimator but activations, and no experts.
+_READABLE = (1, 2)
+TENSORS = ("ffn", "heads", "groups", "hidden", "layers", "experts")
 _TENSOR_FILE, _META_FILE = "scores.safetensors", "scores.json"
 
 
@@ -28,15 +30,17 @@ class Scores:
     """Scores of all units; higher matters more. Tensors are float64 on the CPU.
 
     Attributes:
-        ffn: ``[L, F]`` MLP neurons.
+        ffn: ``[L, F]`` MLP neurons; ``[L, E, F]`` of a mixture of experts.
         heads: ``[L, A]`` query heads.
         groups: ``[L, G]`` query groups.
         hidden: ``[H]`` channels of the residual stream.
-        layers: ``[L]`` block influence, between 0 (the layer changes nothing) and 2.
+        layers: ``[L]``; block influence, between 0 (the layer changes nothing) and 2, under the activation estimator.
         shape: of the model that was scored.
         samples, tokens: how much calibration data was run.
-        sequence, batch: aggregations, by name.
+        sequence, batch: aggregations, by name ("sum" over the sequence under "taylor", "none" under "magnitude").
         fingerprint: of the model's weights, or None where it was not known.
+        estimator: "activation", "taylor" or "magnitude".
+        experts: ``[L, E]`` experts, or None of a dense model.
     """
 
     ffn: torch.Tensor
@@ -50,14 +54,18 @@ class Scores:
     sequence: str
     batch: str
     fingerprint: str | None = None
+    estimator: str = "activation"
+    experts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.experts is not None and self.shape.num_moe_experts is None:
+            raise ShapeError("scores of experts: the model has none; score this model again")
         for name, expected in _sizes(self.shape).items():
             tensor = getattr(self, name)
-            if tuple(tensor.shape) != expected:
+            if tensor is None or tuple(tensor.shape) != expected:
+                found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
                 raise ShapeError(
-                    f"scores of {name}: shape {list(tensor.shape)} where the model needs {list(expected)}; "
-                    "score the whole model again"
+                    f"scores of {name}: {found} where the model needs {list(expected)}; score the whole model again"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
@@ -95,7 +103,7 @@ class Scores:
 
         with write_aside(Path(path), overwrite=overwrite) as aside:
             aside.mkdir()
-            tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+            tensors = {name: getattr(self, name).contiguous() for name in _sizes(self.shape)}
             # bytes, because save_file makes a file that only its owner may read
             (aside / _TENSOR_FILE).write_bytes(save(tensors))
             meta = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TENSORS}
@@ -119,18 +127,19 @@ class Scores:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error}); score the model again") from None
-        if missing := [name for name in TENSORS if name not in tensors]:
-            raise CheckpointError(f"{file}: has no scores of {', '.join(missing)}; score the model again")
         try:
             shape = ModelShape(**meta.pop("shape"))
-            for name, expected in _sizes(shape).items():
+            sizes = _sizes(shape)
+            if missing := [name for name in sizes if name not in tensors]:
+                raise CheckpointError(f"{file}: has no scores of {', '.join(missing)}; score the model again")
+            for name, expected in sizes.items():
                 found = tuple(tensors[name].shape)
                 if found != expected and len(found) == len(expected) and found[0] < shape.num_layers != found[0]:
                     raise CheckpointError(
                         f"{file}: {name} has the scores of {found[0]} layers, the model has {shape.num_layers}; "
                         "score the whole model again"
                     )
-            return cls(**{name: tensors[name].double() for name in TENSORS}, shape=shape, **meta)
+            return cls(**{name: tensors[name].double() for name in sizes}, shape=shape, **meta)
         except CheckpointError:
             raise
         except MinitronError as error:
@@ -154,12 +163,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    layers, experts = (shape.num_layers,), () if shape.num_moe_experts is None else (shape.num_moe_experts,)
     return {
-        "ffn": (shape.num_layers, shape.ffn_hidden_size),
+        "ffn": (*layers, *experts, shape.ffn_hidden_size),
         "heads": (shape.num_layers, shape.num_attention_heads),
         "groups": (shape.num_layers, shape.num_query_groups),
         "hidden": (shape.hidden_size,),
-        "layers": (shape.num_layers,),
+        "layers": layers,
+        **({"experts": (*layers, *experts)} if experts else {}),
     }
 
 
@@ -173,8 +184,9 @@ def _read_meta(file: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); score the model again") from None
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise CheckpointError(
-            f"{file}: has format version {version}, this release reads {FORMAT_VERSION}; score the model again"
+            f"{file}: has format version {version}, this release reads {' and '.join(map(str, _READABLE))}; "
+            "score the model again"
         )
     return meta

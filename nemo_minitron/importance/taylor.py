@@ -1,0 +1,188 @@
+"""First-order Taylor importance: how much the loss would change if a unit's activation were zero.
+
+``|sum over tokens of a * dL/da|`` of each sample (Molchanov et al., arXiv 1611.06440, section 2.2, and 1906.10771),
+with ``L`` the sample's mean next-token cross-entropy. The Minitron paper (arXiv 2407.14679, section 2.2) names it as
+the alternative to activations that costs a backward pass.
+
+The backward pass is that of Megatron's schedule, through frozen weights: no parameter has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.importance.aggregation import Criterion
+from nemo_minitron.importance.experts import TokenPlaces
+from nemo_minitron.importance.hooks import Key, Recorder, fused_norm
+from nemo_minitron.runtime.groups import Groups
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+__all__ = ["TaylorRecorder", "differentiable", "sample_losses"]
+
+
+class TaylorRecorder(Recorder):
+    """Running statistics of gradient x activation. Hooks read activations going forward, gradients coming back.
+
+    A unit of several channels (a head, an expert) counts by the sum over its channels; a layer by gradient x (output -
+    input), which is what its removal takes from the residual stream.
+
+    Memory: O(units) statistics; the activations that are read stay until the micro-batch's backward pass, as those do
+    that autograd keeps.
+    """
+
+    estimator = "taylor"
+    reads = "an activation or gradient"
+
+    def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
+        super().__init__(chunks, groups, criteria)
+        for criterion in self.criteria:
+            if criterion.sequence != "sum":
+                raise ConfigError(
+                    f"aggregation.sequence={criterion.sequence!r}: estimator=taylor adds gradient x activation up over "
+                    "the sequence; leave it out (or give 'sum')"
+                )
+
+    def read(
+        self,
+        key: Key,
+        x: torch.Tensor,
+        *,
+        width: int = 1,
+        sequence_split: bool = False,
+        partial: bool = False,
+        places: TokenPlaces | None = None,
+    ) -> None:
+        """Wait for the gradient of an activation."""
+        rows, activation = self.rows, x.detach()
+        across = partial or (sequence_split and self.groups.layout.sequence_parallel)
+        x.register_hook(
+            lambda gradient: self._product(key, activation, gradient, width, rows, places=places, across=across)
+        )
+
+    def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Wait for the gradient of a layer's output. The difference is formed at once: a pipeline frees the output."""
+        rows, change = self.rows, (after - before).detach()
+        width, across = change.shape[-1], self.groups.layout.sequence_parallel
+        after.register_hook(
+            lambda gradient: self._product(Key(layer, "block"), change, gradient, width, rows, across=across)
+        )
+
+    def _hook_fused_norm(self, key: Key, linear: Any) -> Any:
+        """The output of a norm inside Transformer Engine's layer-norm-linear has no gradient to be seen.
+
+        It is worked out from that of the linear's output, as the linear itself does.
+        """
+        layout = self.groups.layout
+
+        def record(module: Any, args: tuple[torch.Tensor, ...], output: Any) -> None:
+            rows, activation = self.rows, fused_norm(module, args[0]).detach()
+
+            def hook(gradient: torch.Tensor) -> None:
+                gradient = gradient @ module.weight  # [s, b, O/tp] -> [s, b, H], this rank's summand
+                if layout.tensor > 1:
+                    dist.all_reduce(gradient, group=self.groups.tp)
+                if layout.sequence_parallel:
+                    gradient = gradient.chunk(layout.tensor)[self.groups.tp_rank]
+                self._product(key, activation, gradient, 1, rows, across=layout.sequence_parallel)
+
+            (output[0] if isinstance(output, tuple) else output).register_hook(hook)
+
+        return linear.register_forward_hook(record)
+
+    @torch.no_grad()
+    def _product(
+        self,
+        key: Key,
+        activation: torch.Tensor,
+        gradient: torch.Tensor,
+        width: int,
+        rows: int | None,
+        *,
+        places: TokenPlaces | None = None,
+        across: bool = False,
+    ) -> None:
+        """``[s, b, units * width]`` twice (an expert: its tokens) -> statistics; ``across``: summed over TP ranks."""
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        product = activation.to(wide) * gradient.to(wide)
+        if width > 1:
+            product = product.view(*product.shape[:-1], -1, width).sum(-1)
+        if places is not None:
+            product = places.spread(product)
+        sums = product[:, :rows].sum(0, dtype=torch.float64)  # [b, units]
+        if across and self.groups.layout.tensor > 1 and sums.numel():
+            dist.all_reduce(sums, group=self.groups.tp)
+        for criterion in self.criteria:
+            self.keep(key, criterion, sums.abs())
+
+
+@contextmanager
+def differentiable(chunks: Sequence[GPTModel]) -> Iterator[None]:
+    """Gradients reach every activation and no parameter, within the block."""
+    parameters = [(p, p.requires_grad) for chunk in chunks for p in chunk.parameters()]
+    handles: list[Any] = []
+    try:
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        for chunk in chunks:
+            if chunk.pre_process:
+                handles.append(chunk.embedding.register_forward_hook(_require_gradient))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in parameters:
+            parameter.requires_grad_(required)
+
+
+def _require_gradient(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    # With frozen weights the graph begins here.
+    return output.requires_grad_()
+
+
+def sample_losses(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, groups: Groups) -> torch.Tensor:
+    """``[b, s, V/tp]`` logits of this tensor-parallel rank and ``[b, s]`` labels -> ``[b]`` mean cross-entropies.
+
+    The softmax is over the true vocabulary: Megatron's padding rows take no part. In the logits' precision, fp32 at
+    least. Memory: one tensor of the logits' size, which holds the gradient.
+    """
+    first = groups.tp_rank * logits.shape[-1]
+    return _CrossEntropy.apply(logits, labels - first, max(0, vocab_size - first), groups)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean over tokens of ``log sum_v exp(z_v) - z_label``; its gradient is ``(softmax - one-hot) / s``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, valid: int, groups: Groups) -> torch.Tensor:
+        gradient = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        gradient[..., valid:] = float("-inf")
+        largest = gradient.amax(-1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=groups.tp)
+        gradient -= largest[..., None]
+        mine = (labels >= 0) & (labels < gradient.shape[-1])  # [b, s]
+        index = labels.where(mine, torch.zeros_like(labels))[..., None]
+        label_logits = gradient.gather(-1, index)[..., 0].where(mine, gradient.new_zeros(()))
+        gradient.exp_()
+        total = gradient.sum(-1)
+        for sums in (label_logits, total):
+            dist.all_reduce(sums, group=groups.tp)
+        gradient /= total[..., None]
+        gradient.scatter_add_(-1, index, -mine.to(gradient.dtype)[..., None])
+        gradient /= logits.shape[1]
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return (total.log() - label_logits).mean(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_outputs[0][:, None, None]).to(ctx.dtype), None, None, None

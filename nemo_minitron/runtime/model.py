@@ -55,6 +55,11 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         sequence_parallel=layout.sequence_parallel,
+        # Of two stages each is the other's next and previous: in one batch of messages, activations and gradients would
+        # be taken for each other. Overlapped sends are still under way when the schedule frees their tensors, which
+        # gloo does not guard against.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -65,7 +70,7 @@ def transformer_config(
         bias_dropout_fusion=fused,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=fused or layout.virtual_pipeline is None,
         variable_seq_lengths=False,
         perform_initialization=False,
     )

@@ -1,4 +1,4 @@
-"""Scoring and pruning under every layout against one process: same scores, same kept units, same bits."""
+"""Pruning under every layout against one process: same kept units, same bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from nemo_minitron import axes
 # 8 layers, so that there are two for each of 2 x 2 virtual stages; sizes that TP 2 divides before and after pruning.
 WIDE = SHAPE.replace(num_layers=8)
 TARGET = WIDE.replace(hidden_size=14, ffn_hidden_size=22, num_query_groups=2, num_attention_heads=2)
-BLOCKS = (7, 13)  # odd, so that the last micro-batch of a data-parallel rank is filled up
-NAMES = ("ffn", "heads", "groups", "hidden", "layers")
 
 LAYOUTS = {
     "tp2": {"tensor": 2},
@@ -35,82 +33,6 @@ def initialize(layout: dict[str, int]) -> Any:
     from nemo_minitron.runtime.groups import initialize as start
 
     return start(ParallelLayout(**layout))
-
-
-CASES: list[tuple[int, str, str]] = [
-    (BLOCKS[0], "mean", "l2"),
-    (1, "l2", "max"),  # with data parallelism, one rank has no samples at all
-    (BLOCKS[0], "variance", "mean"),
-    (BLOCKS[0], "max", "variance"),
-]
-
-
-def score_case(layout: dict[str, int]) -> list[tuple[Any, int]]:
-    """Scores of every case, and how many blocks the progress told of."""
-    from nemo_minitron.importance import score_model
-
-    groups = initialize(layout)
-    chunks = live(random_checkpoint(WIDE), groups)
-    found = []
-    for rows, sequence, batch in CASES:
-        done: list[int] = []
-        scores = score_model(
-            chunks,
-            tokens(rows, BLOCKS[1]),
-            groups,
-            shape=WIDE,
-            micro_batch_size=2,
-            sequence=sequence,
-            batch=batch,
-            progress=done.append,
-        )
-        found.append((scores, sum(done)))
-    return found
-
-
-@pytest.fixture(scope="module")
-def expected_scores() -> list[Any]:
-    with one_process():
-        return [scores for scores, _ in score_case({})]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_scores_do_not_depend_on_the_layout(tmp_path, name, expected_scores):
-    from nemo_minitron.pruning import choose_units
-
-    layout = LAYOUTS[name]
-    target = TARGET.replace(num_layers=5)
-    for found in run_distributed(score_case, world(layout), tmp_path, layout=layout):
-        for (rows, _, _), (scores, done), expected in zip(CASES, found, expected_scores, strict=True):
-            for tensor in NAMES:
-                torch.testing.assert_close(getattr(scores, tensor), getattr(expected, tensor), rtol=1e-5, atol=1e-7)
-            assert done == rows
-            assert choose_units(scores, WIDE, target) == choose_units(expected, WIDE, target)
-
-
-def non_finite_case(layout: dict[str, int]) -> str:
-    from nemo_minitron.errors import NonFiniteError
-    from nemo_minitron.importance import score_model
-
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        # One row: under tensor parallelism one rank alone sees it first.
-        tensors["decoder.layers.5.mlp.linear_fc1.weight"][0] = float("nan")
-
-    groups = initialize(layout)
-    chunks = live(random_checkpoint(WIDE, change=spoil), groups)
-    try:
-        score_model(chunks, tokens(*BLOCKS), groups, shape=WIDE)
-    except NonFiniteError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.slow
-def test_every_rank_raises_the_same_error(tmp_path):
-    messages = run_distributed(non_finite_case, 4, tmp_path, layout=LAYOUTS["tp2-pp2"])
-    assert len(set(messages)) == 1
-    assert "decoder.layers.5: an activation of mlp.linear_fc2" in messages[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- pruning

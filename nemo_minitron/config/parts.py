@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 FORMATS = ("nemo2", "nemo", "hf")
 DTYPES = ("float32", "bfloat16")
 LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
@@ -172,15 +173,19 @@ class DataConfig:
 
 @dataclass
 class AggregationConfig:
-    """How activations become one score per unit: "mean", "l2" or "variance" over the sequence, then over the batch."""
+    """How activations become one score per unit: "mean", "l1", "l2", "variance" or "max".
 
-    sequence: str = "mean"
+    Attributes:
+        sequence: over the tokens of a sample; null is the mean (of the Taylor estimator, the sum it always takes).
+        batch: over the samples.
+    """
+
+    sequence: str | None = None
     batch: str = "l2"
 
     def faults(self) -> list[str]:
         """Unknown choices."""
-        choices = ("mean", "l2", "variance")
-        return [*choice(self, "sequence", choices), *choice(self, "batch", choices)]
+        return [*choice(self, "sequence", AGGREGATIONS), *choice(self, "batch", AGGREGATIONS)]
 
 
 @dataclass

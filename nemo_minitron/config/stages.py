@@ -97,14 +97,18 @@ class ImportConfig(StageConfig):
 
 @dataclass
 class ScoreConfig(StageConfig):
-    """Score every unit of a model by forward passes over calibration data (Minitron, arXiv 2407.14679, section 2.2).
+    """Score every unit of a model over calibration data (Minitron, arXiv 2407.14679, section 2.2).
 
     Attributes:
         model: checkpoint to score.
+        estimator: "activation" (forward passes alone), "taylor" (gradient x activation) or "magnitude" (of the weights:
+            in one process, without data).
         data: calibration text.
         samples: blocks of ``data.sequence_length`` tokens to run.
         micro_batch_size: blocks of one forward pass.
         aggregation: over sequence and batch.
+        also: further aggregations, scored in the same pass; each becomes a score directory of its own inside the
+            output, ``criteria/<sequence>-<batch>``.
         parallel: layout of the model.
     """
 
@@ -112,15 +116,39 @@ class ScoreConfig(StageConfig):
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
+    estimator: str = "activation"
     data: DataConfig = field(default_factory=DataConfig)
     samples: int = 1024
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    also: list[AggregationConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    @property
+    def layout(self) -> ParallelConfig:
+        """Magnitudes are read from the checkpoint, in one process."""
+        return ParallelConfig() if self.estimator == "magnitude" else self.parallel
+
+    def criteria(self) -> list[tuple[str, str]]:
+        """Pairs of aggregations over sequence and batch, that of ``aggregation`` first."""
+        own = {"taylor": "sum", "magnitude": "none"}.get(self.estimator, "mean")
+        return [(one.sequence or own, one.batch) for one in (self.aggregation, *self.also)]
+
     def faults(self) -> list[str]:
-        """Nothing to run."""
-        return positive(self, "samples", "micro_batch_size")
+        """Nothing to run, unknown estimators, aggregations that the estimator does not have."""
+        found = [
+            *choice(self, "estimator", ("activation", "taylor", "magnitude")),
+            *positive(self, "samples", "micro_batch_size"),
+        ]
+        given = {one.sequence for one in (self.aggregation, *self.also)} - {None}
+        if self.estimator == "taylor" and given:
+            found.append(f"aggregation.sequence={given.pop()}: estimator=taylor sums over the sequence; leave it null")
+        if self.estimator == "magnitude" and self.also:
+            found.append("also: estimator=magnitude has nothing to aggregate; leave it out")
+        pairs = self.criteria()
+        if len(set(pairs)) != len(pairs):
+            found.append("also: a pair of aggregations is given twice")
+        return found
 
 
 @dataclass

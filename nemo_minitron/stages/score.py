@@ -1,16 +1,20 @@
-"""``minitron score``: how much each unit of a model matters, by forward passes over calibration text."""
+"""``minitron score``: how much each unit of a model matters, by activations, gradients or weights."""
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape, stage_output
 from nemo_minitron.stages.conversion import model_costs
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.importance import Scores
 
 __all__ = ["plan", "run"]
 
@@ -24,13 +28,17 @@ def plan(config: ScoreConfig) -> StagePlan:
     data, layout, shape = data_inputs(config.data), config.parallel, peek_shape(config.model)
     tokens = config.samples * config.data.sequence_length
     found = StagePlan(
-        "score",
-        reads=[PlannedPath(config.model, "model"), *(PlannedPath(path, what) for path, what in data.files)],
-        writes=[PlannedPath(config.output, "scores")],
-        costs={"calibration": f"{tokens:,} tokens in {config.samples:,} samples"},
-        notes=data.notes,
-        faults=data.faults,
+        "score", reads=[PlannedPath(config.model, "model")], writes=[PlannedPath(config.output, "scores")]
     )
+    if config.estimator == "magnitude":
+        found.notes.append("reads one tensor at a time; no text, no forward pass")
+        if shape is not None:
+            found.costs.update(model_costs(shape, config.runtime.dtype))
+        return found
+    found.reads += [PlannedPath(path, what) for path, what in data.files]
+    found.costs["calibration"] = f"{tokens:,} tokens in {config.samples:,} samples"
+    found.notes += data.notes
+    found.faults += data.faults
     if config.data.sequence_length % layout.tensor and layout.sequence_parallel:
         found.faults.append(
             f"data.sequence_length={config.data.sequence_length}: cannot be split over "
@@ -42,63 +50,84 @@ def plan(config: ScoreConfig) -> StagePlan:
         found.costs.update(model_costs(shape, config.runtime.dtype))
         count = axes.parameter_count(axes.family("llama"), shape)
         size = 2 if config.runtime.dtype == "bfloat16" else 4
-        # Two operations for each weight and token; attention scores are small beside it at these lengths.
-        found.costs["FLOPs"] = human_count(2 * count * tokens)
+        # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
+        # are small beside it at these lengths.
+        passes = 2 if config.estimator == "taylor" else 1
+        found.costs["FLOPs"] = human_count(2 * passes * count * tokens)
         found.costs["memory of a rank"] = f"about {human_bytes(count * size / (layout.tensor * layout.pipeline))}"
     return found
 
 
 def run(config: ScoreConfig) -> dict[str, Any]:
-    """Score the model; rank 0 writes ``scores.safetensors`` and ``scores.json``.
+    """Score the model; rank 0 writes ``scores.safetensors`` and ``scores.json``, and those of ``also`` below them.
 
     Returns:
-        ``samples, tokens, seconds, tokens_per_second, aggregation, layers`` (block influence of each layer).
+        ``estimator, samples, tokens, seconds, tokens_per_second, aggregation, criteria, layers`` (the layers' scores).
 
     Raises:
         MinitronError: for a checkpoint or text that cannot be used, or an activation that is not finite.
     """
+    from nemo_minitron.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(config.model)
+    started = time.monotonic()
+    found, is_main = (_by_magnitude if config.estimator == "magnitude" else _by_passes)(config, checkpoint)
+    seconds = time.monotonic() - started
+    scores = found[0]
+    if is_main:
+        with stage_output(config.output, config.overwrite) as output:
+            scores.save(output, overwrite=True)
+            for one in found[1:]:
+                one.save(output / "criteria" / f"{one.sequence}-{one.batch}")
+        logger.info("scored %s tokens in %.1f s (%.0f/s)", f"{scores.tokens:,}", seconds, scores.tokens / seconds)
+    return {
+        "estimator": scores.estimator,
+        "samples": scores.samples,
+        "tokens": scores.tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(scores.tokens / seconds, 1),
+        "aggregation": {"sequence": scores.sequence, "batch": scores.batch},
+        "criteria": [f"{one.sequence}-{one.batch}" for one in found],
+        "layers": [round(value, 6) for value in scores.layers.tolist()],
+    }
+
+
+def _by_passes(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores], bool]:
+    """Scores of every criterion from the running model, and whether this rank is the one that writes."""
     import torch
 
-    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.checkpoints import load_into
     from nemo_minitron.data import build_blocks
-    from nemo_minitron.importance import fingerprint, score_model
+    from nemo_minitron.importance import fingerprint, score_criteria
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
     from nemo_minitron.runtime.model import build_model
 
     layout = ParallelLayout(**vars(config.parallel))
     groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
-    checkpoint = open_checkpoint(config.model)
     shape = checkpoint.shape
     blocks = build_blocks(
         config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
     )
     chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
     load_into(chunks, checkpoint, groups)
-
-    started = time.monotonic()
     with progress_bar("scoring", len(blocks), shown=groups.is_main) as advance:
-        scores = score_model(
+        scores = score_criteria(
             chunks,
             blocks,
             groups,
+            criteria=config.criteria(),
             shape=shape,
             micro_batch_size=config.micro_batch_size,
-            sequence=config.aggregation.sequence,
-            batch=config.aggregation.batch,
+            estimator=config.estimator,
             fingerprint=fingerprint(checkpoint),
             progress=advance,
         )
-    seconds = time.monotonic() - started
+    return scores, groups.is_main
 
-    if groups.is_main:
-        with stage_output(config.output, config.overwrite) as output:
-            scores.save(output, overwrite=True)
-        logger.info("scored %s tokens in %.1f s (%.0f/s)", f"{scores.tokens:,}", seconds, scores.tokens / seconds)
-    return {
-        "samples": scores.samples,
-        "tokens": scores.tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(scores.tokens / seconds, 1),
-        "aggregation": {"sequence": scores.sequence, "batch": scores.batch},
-        "layers": [round(value, 6) for value in scores.layers.tolist()],
-    }
+
+def _by_magnitude(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores], bool]:
+    """Scores from the weights, in the one process there is."""
+    from nemo_minitron.importance import fingerprint, magnitude_scores
+
+    with progress_bar("scoring", len(checkpoint.weights.names())) as advance:
+        return [magnitude_scores(checkpoint, fingerprint=fingerprint(checkpoint), progress=advance)], True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.pruning import SHAPE, random_checkpoint
 
 from nemo_minitron.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
-from nemo_minitron.importance import AGGREGATIONS, Scores, fingerprint
+from nemo_minitron.importance import AGGREGATIONS, Scores, fingerprint, magnitude_scores
 from nemo_minitron.importance.aggregation import aggregation
 
 
@@ -81,6 +82,17 @@ def test_other_version(saved):
         Scores.load(saved)
 
 
+def test_version_1_is_read(saved):
+    """It had no other estimator than activations, and no experts."""
+    meta = json.loads((saved / "scores.json").read_text())
+    old = {name: value for name, value in meta.items() if name not in ("estimator", "experts")}
+    old["shape"].pop("num_moe_experts")
+    (saved / "scores.json").write_text(json.dumps({**old, "format_version": 1}))
+    read = Scores.load(saved)
+    assert read.estimator == "activation"
+    assert torch.equal(read.ffn, make_scores().ffn)
+
+
 def test_missing_directory(tmp_path):
     with pytest.raises(CheckpointError, match="run `minitron score`"):
         Scores.load(tmp_path / "nothing")
@@ -132,6 +144,78 @@ def test_non_finite(saved):
         Scores.load(saved)
     with pytest.raises(NonFiniteError):
         make_scores(hidden=torch.full((SHAPE.hidden_size,), float("inf")))
+
+
+def mixture_scores(**changes) -> Scores:
+    shape = SHAPE.replace(num_moe_experts=3)
+    experts = torch.rand(shape.num_layers, 3, dtype=torch.float64)
+    ffn = torch.rand(shape.num_layers, 3, shape.ffn_hidden_size, dtype=torch.float64)
+    return make_scores(**{"shape": shape, "experts": experts, "ffn": ffn, **changes})
+
+
+def test_experts_round_trip(tmp_path):
+    scores = mixture_scores(estimator="taylor", sequence="sum")
+    scores.save(tmp_path / "scores")
+    read = Scores.load(tmp_path / "scores")
+    assert torch.equal(read.experts, scores.experts)
+    assert torch.equal(read.ffn, scores.ffn)
+    assert (read.estimator, read.sequence, read.shape) == ("taylor", "sum", scores.shape)
+    edit_tensors(tmp_path / "scores", lambda t: t.pop("experts"))
+    with pytest.raises(CheckpointError, match="no scores of experts"):
+        Scores.load(tmp_path / "scores")
+
+
+def test_experts_belong_to_a_mixture():
+    with pytest.raises(ShapeError, match="the model has none"):
+        make_scores(experts=torch.ones(SHAPE.num_layers, 3, dtype=torch.float64))
+    with pytest.raises(ShapeError, match="scores of experts: nothing where the model needs"):
+        mixture_scores(experts=None)
+    with pytest.raises(ShapeError, match="scores of ffn"):
+        mixture_scores(ffn=make_scores().ffn)
+
+
+# ------------------------------------------------------------------------------------------------------------ magnitude
+
+
+def test_magnitude_is_the_norm_of_what_pruning_would_take(tmp_path):
+    """Against the definition: what is missing from the squared norm of the weights once a unit is pruned away."""
+    from nemo_minitron.axes import KeptUnits
+    from nemo_minitron.pruning import prune_weights
+
+    checkpoint = random_checkpoint()
+    done = []
+    scores = magnitude_scores(checkpoint, fingerprint="abc", progress=done.append)
+    assert (scores.estimator, scores.samples, scores.fingerprint) == ("magnitude", 0, "abc")
+    assert sum(done) == len(checkpoint.weights.names())
+
+    def squares(weights, only=""):
+        return sum(float(weights.tensor(name).double().square().sum()) for name in weights.names() if only in name)
+
+    everything = KeptUnits.everything(SHAPE)
+    total = squares(checkpoint.weights)
+
+    def without(**kept):
+        return total - squares(prune_weights(checkpoint, dataclasses.replace(everything, **kept)).weights)
+
+    hidden = tuple(i for i in everything.hidden if i != 5)
+    assert without(hidden=hidden) == pytest.approx(float(scores.hidden[5]) ** 2, rel=1e-9)
+    ffn = tuple(tuple(range(1, SHAPE.ffn_hidden_size)) for _ in range(SHAPE.num_layers))
+    assert without(ffn=ffn) == pytest.approx(float(scores.ffn[:, 0].square().sum()), rel=1e-9)
+    first = ((0, 2, 4, 6),) * SHAPE.num_layers  # the first head of each group
+    heads = tuple(tuple((head,) for head in row) for row in first)
+    assert without(heads=heads) == pytest.approx(float(scores.heads[:, 1::2].square().sum()), rel=1e-9)
+    groups = ((0, 1, 3),) * SHAPE.num_layers
+    kept = tuple(tuple((2 * g, 2 * g + 1) for g in row) for row in groups)
+    assert without(groups=groups, heads=kept) == pytest.approx(float(scores.groups[:, 2].square().sum()), rel=1e-9)
+    assert squares(checkpoint.weights, "layers.2.") == pytest.approx(float(scores.layers[2]) ** 2, rel=1e-9)
+
+
+def test_magnitude_names_the_tensor_that_is_not_finite():
+    def spoil(tensors):
+        tensors["decoder.layers.1.mlp.linear_fc2.weight"][0, 0] = float("nan")
+
+    with pytest.raises(NonFiniteError, match=r"decoder\.layers\.1\.mlp\.linear_fc2\.weight holds NaN"):
+        magnitude_scores(random_checkpoint(change=spoil))
 
 
 def test_check_against_a_model():

@@ -13,6 +13,7 @@ from support.text import write_jsonl
 
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import (
+    AggregationConfig,
     DataConfig,
     ExportConfig,
     ImportConfig,
@@ -66,6 +67,29 @@ def test_score_writes_what_the_record_says(home):
     assert {"scores.json", "scores.safetensors"} <= files
     meta = json.loads((home / "scores" / "scores.json").read_text())
     assert (meta["samples"], meta["tokens"], meta["sequence"], meta["batch"]) == (8, 128, "mean", "l2")
+
+
+def test_other_estimators_and_criteria_prune_too(home, tmp_path):
+    """A pass with several criteria leaves a score directory for each; weights need neither text nor a live model."""
+    also = [AggregationConfig("l2", "max"), AggregationConfig("variance", "mean")]
+    with one_process():
+        many = score.run(score_config(home, tmp_path / "many", also=also))
+        taylor = score.run(score_config(home, tmp_path / "taylor", estimator="taylor"))
+    assert many["criteria"] == ["mean-l2", "l2-max", "variance-mean"]
+    assert (taylor["estimator"], taylor["criteria"]) == ("taylor", ["sum-l2"])
+    config = score_config(home, tmp_path / "magnitude", estimator="magnitude", data=DataConfig())
+    assert score.plan(config).reads[0].path == str(home / "model")
+    assert len(score.plan(config).reads) == 1
+    assert score.run(config)["estimator"] == "magnitude"
+    kept = {}
+    for name in ("many", "many/criteria/l2-max", "many/criteria/variance-mean", "taylor", "magnitude"):
+        output = tmp_path / "pruned" / name.replace("/", "-")
+        prune.run(prune_config(home, output, scores=str(tmp_path / name)))
+        kept[name] = load_kept(output / "kept.json")[0]
+    assert len({units.ffn for units in kept.values()}) == 5
+    expected = prune.run(prune_config(home, tmp_path / "expected"))
+    assert load_kept(tmp_path / "expected" / "kept.json")[0] == kept["many"]
+    assert expected["shape"]["ffn_hidden_size"] == 40
 
 
 def test_score_without_enough_text(home, tmp_path):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nemo_minitron.importance.callback import ScoreDuringValidation
     from nemo_minitron.importance.magnitude import magnitude_scores
     from nemo_minitron.importance.score import score_criteria, score_model
-    from nemo_minitron.importance.scores import Scores, fingerprint
+    from nemo_minitron.importance.scores import Scores, fingerprint, save_criteria
 
 __all__ = [
     "AGGREGATIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "Scores",
     "fingerprint",
     "magnitude_scores",
+    "save_criteria",
     "score_criteria",
     "score_model",
 ]
@@ -36,6 +37,7 @@ _HOME = {
     "Scores": "scores",
     "fingerprint": "scores",
     "magnitude_scores": "magnitude",
+    "save_criteria": "scores",
     "score_criteria": "score",
     "score_model": "score",
 }

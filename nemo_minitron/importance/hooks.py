@@ -68,7 +68,7 @@ class Recorder(ABC):
     Attributes:
         rows: how many of the micro-batch's samples count, or None for all; set before each forward pass. The
             schedules want equally sized micro-batches, so the last one may be filled up with samples that do not count.
-        samples, length: samples that this data-parallel rank has run, and tokens in each.
+        samples, tokens: that this data-parallel rank has run.
         statistics: by what they are of and criterion, ``[k, units on this rank]`` float64; of "block" under the
             activation estimator ``[1, 1]``, the sum of cosines.
     """
@@ -86,7 +86,7 @@ class Recorder(ABC):
             aggregation(criterion.batch, "aggregation.batch")
         self.rows: int | None = None
         self.samples = 0
-        self.length = 0
+        self.tokens = 0
         self.statistics: dict[Key, dict[Criterion, torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------- what an estimator brings
@@ -222,8 +222,11 @@ class Recorder(ABC):
     def _count(self, layer: int, x: torch.Tensor) -> None:
         """Samples and tokens, by the first layer on this rank, which sees each of them once."""
         if layer == self.layers()[0]:
-            self.samples += x.shape[1] if self.rows is None else self.rows
-            self.length = x.shape[0] * (self.groups.layout.tensor if self.groups.layout.sequence_parallel else 1)
+            rows = x.shape[1] if self.rows is None else self.rows
+            self.samples += rows
+            self.tokens += (
+                rows * x.shape[0] * (self.groups.layout.tensor if self.groups.layout.sequence_parallel else 1)
+            )
 
     @torch.no_grad()
     def keep(self, key: Key, criterion: Criterion, values: torch.Tensor) -> None:

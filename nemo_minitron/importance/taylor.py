@@ -113,7 +113,7 @@ class TaylorRecorder(Recorder):
         wide = torch.promote_types(activation.dtype, torch.float32)
         product = activation.to(wide) * gradient.to(wide)
         if width > 1:
-            product = product.view(*product.shape[:-1], -1, width).sum(-1)
+            product = product.unflatten(-1, (product.shape[-1] // width, width)).sum(-1)
         if places is not None:
             product = places.spread(product)
         sums = product[:, :rows].sum(0, dtype=torch.float64)  # [b, units]

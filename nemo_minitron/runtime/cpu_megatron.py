@@ -111,7 +111,19 @@ def _param_groups(original: Any) -> Callable[..., list[dict[str, Any]]]:
     return _get_param_groups
 
 
+def _no_gemm(original: Any) -> None:
+    """The router asks whether there is one before it calls it."""
+
+
 PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.transformer.moe.moe_utils",
+        "te_general_gemm",
+        _no_gemm,
+        "imported from Transformer Engine only; the router of a mixture of experts asks whether it is None (NameError "
+        "in router_gating_linear) and otherwise multiplies with torch",
+        optional=True,
+    ),
     Patch(
         "megatron.core.transformer.torch_norm",
         "WrappedTorchNorm.__new__",

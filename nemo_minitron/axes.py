@@ -50,6 +50,7 @@ class Axis(Enum):
     QKV = "qkv"  # per group: its query heads, its key head, its value head, each x head_dim
     VOCAB = "vocab"
     HEAD_DIM = "head_dim"  # channels within a head (QK norm)
+    EXPERTS = "experts"  # experts of a mixture (rows of its router)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def axis_size(axis: Axis, shape: ModelShape) -> int:
         Axis.QKV: (s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim,
         Axis.VOCAB: s.vocab_size,
         Axis.HEAD_DIM: s.head_dim,
+        Axis.EXPERTS: s.num_moe_experts or 0,
     }[axis]
 
 

@@ -118,12 +118,12 @@ def score_criteria(
         NonFiniteError: if an activation or gradient is NaN or infinite, naming layer and module.
         ConfigError: for an estimator or aggregation that is not known, or no criteria.
     """
-    criteria = [Criterion(*criterion) for criterion in criteria]
-    if not criteria:
+    pairs = [Criterion(*criterion) for criterion in criteria]
+    if not pairs:
         raise ConfigError("criteria: none is given; give at least one pair of aggregations, as ('mean', 'l2')")
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(ESTIMATORS)}")
-    recorder = ESTIMATORS[estimator](chunks, groups, criteria)
+    recorder = ESTIMATORS[estimator](chunks, groups, pairs)
     if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise DataError(
             f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
@@ -141,7 +141,7 @@ def score_criteria(
         stack.enter_context(recorder.attached())
         _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress)
     found = collect(recorder, shape, samples=len(blocks), tokens=length * len(blocks), fingerprint=fingerprint)
-    return [found[criterion] for criterion in criteria]
+    return [found[pair] for pair in pairs]
 
 
 @contextmanager

@@ -82,10 +82,24 @@ class ModelShape:
                 )
         if pipeline > self.num_layers:
             found.append(
-                f"num_layers={self.num_layers} cannot fill parallel.pipeline={pipeline} stages; "
+                f"num_layers={self.num_layers} cannot fill {pipeline} stages (parallel.pipeline, times virtual_pipeline); "
                 f"use at most {self.num_layers}"
             )
         return found
+
+    def stage_sizes(self, stages: int) -> list[int]:
+        """Layers of each pipeline stage, in the order of the layers: as equal as can be, the first ones getting one more.
+
+        Args:
+            stages: pipeline stages, times the model chunks of each under a virtual pipeline.
+
+        Raises:
+            ShapeError: if there are more stages than layers.
+        """
+        if faults := self.layout_faults(tensor=1, pipeline=stages):
+            raise ShapeError(faults)
+        each, more = divmod(self.num_layers, stages)
+        return [each + (stage < more) for stage in range(stages)]
 
     def prune_faults(self, target: ModelShape) -> list[str]:
         """Why ``target`` cannot be reached from this shape by removing units; empty if it can."""

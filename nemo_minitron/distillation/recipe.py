@@ -27,6 +27,8 @@ from nemo_minitron.distillation.data import BlockDataModule
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.pair import check_pair
 from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
+from nemo_minitron.shape import ModelShape
 
 __all__ = ["Schedule", "distill", "distillation_optimizer", "distillation_trainer"]
 
@@ -91,13 +93,14 @@ def distillation_optimizer(schedule: Schedule) -> nl.MegatronOptimizerModule:
     )
 
 
-def distillation_trainer(layout: ParallelLayout, schedule: Schedule) -> nl.Trainer:
-    """NeMo's trainer for this layout: NCCL and CUDA where there are devices, gloo and CPU elsewhere."""
+def distillation_trainer(student: ModelShape, layout: ParallelLayout, schedule: Schedule) -> nl.Trainer:
+    """NeMo's trainer of a student under a layout: NCCL and CUDA where there are devices, gloo and CPU elsewhere."""
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if schedule.precision.startswith("bf16") else torch.float32
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        pipeline_model_parallel_layout=pipeline_layer_layout(student, layout),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         process_group_backend="nccl" if cuda else "gloo",
@@ -175,7 +178,7 @@ def distill(
         global_batch_size=schedule.global_batch_size,
         seed=schedule.seed,
     )
-    trainer = distillation_trainer(layout, schedule)
+    trainer = distillation_trainer(student.shape, layout, schedule)
     # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.
     trainer.callbacks += [
         TeacherFirst(),
@@ -232,6 +235,4 @@ def _remove_unfinished(checkpoints: Path) -> None:
 
 def _vocabulary_rows(student: Checkpoint, layout: ParallelLayout) -> int:
     """Rows of the embedding under this layout, as the teacher's (:func:`nemo_minitron.runtime.model.build_model`)."""
-    from nemo_minitron.runtime.model import padded_vocab
-
     return padded_vocab(student.shape.vocab_size, tensor=layout.tensor)

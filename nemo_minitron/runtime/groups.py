@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["Groups", "ParallelLayout", "destroy", "initialize"]
+__all__ = ["Groups", "ParallelLayout", "current", "current_groups", "destroy", "initialize"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class ParallelLayout:
     def world_size(self) -> int:
         """Processes in all."""
         return self.tensor * self.pipeline * self.data
+
+    @property
+    def stages(self) -> int:
+        """Runs of layers that the model is cut into."""
+        return self.pipeline * (self.virtual_pipeline or 1)
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,26 @@ def current(layout: ParallelLayout) -> Groups:
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
+    )
+
+
+def current_groups() -> Groups:
+    """The groups that Megatron's parallel state holds, and the layout that it says they are of.
+
+    Raises:
+        ConfigError: if Megatron's parallel state is not initialised.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("Megatron's parallel state is not initialised; start it, or pass groups=")
+    return current(
+        ParallelLayout(
+            tensor=parallel_state.get_tensor_model_parallel_world_size(),
+            pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+            data=parallel_state.get_data_parallel_world_size(),
+            virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        )
     )
 
 

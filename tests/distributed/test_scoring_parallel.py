@@ -11,9 +11,11 @@ from support.distributed import run_distributed
 from support.mixture import MIXTURE, live_mixture
 from support.pruning import SHAPE, live, one_process, random_checkpoint, tokens
 
-# 8 layers, so that there are two for each of 2 x 2 virtual stages; of the other, 3 ranks hold a group each.
+# By the number of processes. 8 layers, so that there are two for each of 2 x 2 virtual stages; 7, so that stages are
+# uneven (4 + 3, or 2 + 2 + 2 + 1); and a model of which 3 ranks hold a group each, or 2 + 1 + 1 layers.
 WIDE = SHAPE.replace(num_layers=8)
 THIRDS = SHAPE.replace(num_attention_heads=6, num_query_groups=3, ffn_hidden_size=42)
+SHAPES = {2: WIDE.replace(num_layers=7), 3: THIRDS, 4: WIDE}
 NAMES = ("ffn", "heads", "groups", "hidden", "layers")
 BLOCKS = (7, 13)  # odd, so that the last micro-batch of a data-parallel rank is filled up
 
@@ -26,7 +28,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2-vp2": {"pipeline": 2, "virtual_pipeline": 2},
         "dp2": {"data": 2},
     },
-    3: {"tp3": {"tensor": 3}, "tp3-sp": {"tensor": 3, "sequence_parallel": True}},
+    3: {"tp3": {"tensor": 3}, "tp3-sp": {"tensor": 3, "sequence_parallel": True}, "pp3": {"pipeline": 3}},
     4: {
         "tp2-pp2": {"tensor": 2, "pipeline": 2},
         "tp2-pp2-sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
@@ -52,7 +54,7 @@ def score_all(shape: Any, groups: Any) -> dict[str, Any]:
     for name, data in (("taylor", blocks), ("taylor, one block", single)):
         criteria = [("sum", "l2"), ("sum", "max")]
         found[name] = score_criteria(wide, data, groups, criteria=criteria, estimator="taylor", **options)
-    if not groups.layout.virtual_pipeline and groups.layout.tensor < 3:
+    if groups.layout.tensor < 3 and groups.layout.pipeline < 3 and not groups.layout.virtual_pipeline:
         options["shape"] = MIXTURE
         for estimator, first in (("activation", "mean"), ("taylor", "sum")):
             criteria = [(first, "l2"), (first, "variance")]
@@ -74,7 +76,7 @@ def test_scores_do_not_depend_on_the_layout(tmp_path: Path, world: int) -> None:
     from nemo_minitron.importance import Scores
     from nemo_minitron.pruning import choose_units
 
-    shape = THIRDS if world == 3 else WIDE
+    shape = SHAPES[world]
     target = shape.replace(num_layers=3, hidden_size=14, ffn_hidden_size=22, num_query_groups=2, num_attention_heads=2)
     with one_process() as groups:
         expected = score_all(shape, groups)

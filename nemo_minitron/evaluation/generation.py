@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.errors import CheckpointError, DataError
-from nemo_minitron.evaluation.held_out import evaluating, mask_padding
+from nemo_minitron.runtime.forward import evaluating, mask_padding
 from nemo_minitron.runtime.groups import Groups
 
 if TYPE_CHECKING:

@@ -111,7 +111,7 @@ def test_sequence_parallel_needs_a_multiple() -> None:
 
 
 def test_padding_rows_do_not_count() -> None:
-    from nemo_minitron.evaluation.held_out import mask_padding
+    from nemo_minitron.runtime.forward import mask_padding
     from nemo_minitron.runtime import cpu, groups
 
     cpu.activate()

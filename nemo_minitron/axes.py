@@ -4,16 +4,18 @@ Counting, slicing, sharding, checking and conversion all read this table; no oth
 QKV matrix or of a gated MLP. A new model family is a new entry in :data:`FAMILIES`.
 
 Canonical names are those that Megatron-core writes into a distributed checkpoint (the Transformer Engine spelling,
-with ``layer_norm_weight`` inside the linear that follows it), one name a layer:
-``decoder.layers.3.mlp.linear_fc2.weight``. Tensors under canonical names are global: TP 1, PP 1, vocabulary without
-padding.
+with ``layer_norm_weight`` inside the linear that follows it), one name a layer and one an expert:
+``decoder.layers.3.mlp.linear_fc2.weight``, ``decoder.layers.3.mlp.experts.local_experts.5.linear_fc2.weight``. Tensors
+under canonical names are global: TP 1, PP 1, vocabulary without padding.
 
 Torch is imported only inside the functions that build index tensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,11 +23,13 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.units import KeptUnits
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "EXPERTS",
     "FAMILIES",
     "Axis",
     "Family",
@@ -34,10 +38,18 @@ __all__ = [
     "axis_rows",
     "axis_size",
     "family",
+    "layer_parameters",
+    "parameter",
     "parameter_count",
     "parameters",
     "shard_rows",
 ]
+
+
+EXPERTS = "mlp.experts.local_experts."
+"""Before an expert's number in the names of its parameters: Megatron's module of experts computed one by one."""
+
+_LAYER = re.compile(r"decoder\.layers\.\d+\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 
 
 class Axis(Enum):
@@ -60,49 +72,119 @@ class Parameter:
     Attributes:
         axes: the axis of each dimension, outermost first.
         tensor_parallel_dim: the dimension that TP cuts, or None where every TP rank holds all of it.
+        expert: which expert of its layer the parameter belongs to; set by :func:`parameters`, None outside experts.
     """
 
     axes: tuple[Axis, ...]
     tensor_parallel_dim: int | None = None
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family as data.
+    """A model family as data: all that the algorithms need to know. None of them asks for a family's name.
 
     Attributes:
         name: key in :data:`FAMILIES`.
         layer: parameters of one decoder layer, by name below ``decoder.layers.N.``.
         first: parameters before the layers (first pipeline stage).
         last: parameters after the layers (last pipeline stage).
+        expert: of a mixture of experts, parameters of one expert, by name below
+            ``decoder.layers.N.mlp.experts.local_experts.E.``; empty where the MLP is dense.
         output: name of the output layer, absent where embeddings are tied.
+        activation: of the MLP: "silu" or "squared_relu".
+        normalization: Megatron's name: "RMSNorm" or "LayerNorm".
+        zero_centered_norm: norm weights are stored minus one (``layernorm_zero_centered_gamma``, NeMo's "layernorm1p").
     """
 
     name: str
     layer: dict[str, Parameter]
     first: dict[str, Parameter]
     last: dict[str, Parameter]
+    expert: dict[str, Parameter] = field(default_factory=dict)
     output: str = "output_layer.weight"
+    activation: str = "silu"
+    normalization: str = "RMSNorm"
+    zero_centered_norm: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate beside its up-projection."""
+        return any(Axis.GATED_FFN in row.axes for row in (*self.layer.values(), *self.expert.values()))
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return "self_attention.linear_qkv.bias" in self.layer
+
+    @property
+    def qk_layernorm(self) -> bool:
+        """Whether each head's queries and keys are normalised."""
+        return "self_attention.q_layernorm.weight" in self.layer
 
 
 _NORM = Parameter((Axis.HIDDEN,))
+_HEAD_NORM = Parameter((Axis.HEAD_DIM,))
 _EMBEDDING = Parameter((Axis.VOCAB, Axis.HIDDEN), tensor_parallel_dim=0)
+_FIRST = {"embedding.word_embeddings.weight": _EMBEDDING}
+_LAST = {"decoder.final_layernorm.weight": _NORM, "output_layer.weight": _EMBEDDING}
+_ATTENTION = {
+    "self_attention.linear_qkv.layer_norm_weight": _NORM,
+    "self_attention.linear_qkv.weight": Parameter((Axis.QKV, Axis.HIDDEN), tensor_parallel_dim=0),
+    "self_attention.linear_proj.weight": Parameter((Axis.HIDDEN, Axis.HEADS), tensor_parallel_dim=1),
+}
+_GATED = Parameter((Axis.GATED_FFN, Axis.HIDDEN), tensor_parallel_dim=0)
+_UP = Parameter((Axis.FFN, Axis.HIDDEN), tensor_parallel_dim=0)
+_DOWN = Parameter((Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1)
+_GATED_MLP = {
+    "mlp.linear_fc1.layer_norm_weight": _NORM,
+    "mlp.linear_fc1.weight": _GATED,
+    "mlp.linear_fc2.weight": _DOWN,
+}
 
-LLAMA = Family(
-    name="llama",
-    layer={
-        "self_attention.linear_qkv.layer_norm_weight": _NORM,
-        "self_attention.linear_qkv.weight": Parameter((Axis.QKV, Axis.HIDDEN), tensor_parallel_dim=0),
-        "self_attention.linear_proj.weight": Parameter((Axis.HIDDEN, Axis.HEADS), tensor_parallel_dim=1),
+LLAMA = Family("llama", layer=_ATTENTION | _GATED_MLP, first=_FIRST, last=_LAST)
+"""Llama, and Mistral without sliding windows."""
+
+QWEN2 = Family(
+    "qwen2",
+    layer=_ATTENTION | {"self_attention.linear_qkv.bias": Parameter((Axis.QKV,), tensor_parallel_dim=0)} | _GATED_MLP,
+    first=_FIRST,
+    last=_LAST,
+)
+QWEN3 = Family(
+    "qwen3",
+    layer=_ATTENTION
+    | {"self_attention.q_layernorm.weight": _HEAD_NORM, "self_attention.k_layernorm.weight": _HEAD_NORM}
+    | _GATED_MLP,
+    first=_FIRST,
+    last=_LAST,
+)
+NEMOTRON = Family(
+    "nemotron",
+    layer=_ATTENTION
+    | {
+        "self_attention.linear_qkv.layer_norm_bias": _NORM,
         "mlp.linear_fc1.layer_norm_weight": _NORM,
-        "mlp.linear_fc1.weight": Parameter((Axis.GATED_FFN, Axis.HIDDEN), tensor_parallel_dim=0),
-        "mlp.linear_fc2.weight": Parameter((Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1),
+        "mlp.linear_fc1.layer_norm_bias": _NORM,
+        "mlp.linear_fc1.weight": _UP,
+        "mlp.linear_fc2.weight": _DOWN,
     },
-    first={"embedding.word_embeddings.weight": _EMBEDDING},
-    last={"decoder.final_layernorm.weight": _NORM, "output_layer.weight": _EMBEDDING},
+    first=_FIRST,
+    last=_LAST | {"decoder.final_layernorm.bias": _NORM},
+    activation="squared_relu",
+    normalization="LayerNorm",
+    zero_centered_norm=True,
+)
+MIXTRAL = Family(
+    "mixtral",
+    # the router reads the norm's output too, so Megatron does not fuse it into the experts' first linear
+    layer=_ATTENTION | {"pre_mlp_layernorm.weight": _NORM, "mlp.router.weight": Parameter((Axis.EXPERTS, Axis.HIDDEN))},
+    first=_FIRST,
+    last=_LAST,
+    expert={"linear_fc1.weight": _GATED, "linear_fc2.weight": _DOWN},
 )
 
-FAMILIES: dict[str, Family] = {LLAMA.name: LLAMA}
+FAMILIES: dict[str, Family] = {one.name: one for one in (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL)}
 
 
 def family(name: str) -> Family:
@@ -117,15 +199,42 @@ def family(name: str) -> Family:
 
 
 def parameters(table: Family, shape: ModelShape) -> Iterator[tuple[str, Parameter, int | None]]:
-    """Every parameter of a model as ``(canonical name, row of the table, layer or None)``, in forward order."""
+    """Every parameter of a model as ``(canonical name, row of the table, layer or None)``, in forward order.
+
+    Each expert's parameters come under names of their own, with :attr:`Parameter.expert` set in their rows.
+    """
     for name, row in table.first.items():
         yield name, row, None
     for layer in range(shape.num_layers):
-        for name, row in table.layer.items():
+        for name, row in layer_parameters(table, shape).items():
             yield f"decoder.layers.{layer}.{name}", row, layer
     for name, row in table.last.items():
         if not (shape.tied_embeddings and name == table.output):
             yield name, row, None
+
+
+def layer_parameters(table: Family, shape: ModelShape) -> dict[str, Parameter]:
+    """The parameters of one layer with all its experts, by name below ``decoder.layers.N.``."""
+    experts = range((shape.num_moe_experts or 0) if table.expert else 0)
+    return table.layer | {
+        f"{EXPERTS}{expert}.{name}": dataclasses.replace(row, expert=expert)
+        for expert in experts
+        for name, row in table.expert.items()
+    }
+
+
+def parameter(table: Family, name: str) -> Parameter:
+    """The table's row of a canonical name.
+
+    Raises:
+        KeyError: for a name that the family does not have.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return table.first[name] if name in table.first else table.last[name]
+    if match[1] is None:
+        return table.layer[match[2]]
+    return dataclasses.replace(table.expert[match[2]], expert=int(match[1]))
 
 
 def axis_size(axis: Axis, shape: ModelShape) -> int:
@@ -153,93 +262,6 @@ def parameter_count(table: Family, shape: ModelShape) -> int:
     return sum(math.prod(tensor_shape(row, shape)) for _, row, _ in parameters(table, shape))
 
 
-@dataclass(frozen=True)
-class KeptUnits:
-    """The units that survive pruning, by global index in the unpruned model. The order given is the order kept.
-
-    ``ffn``, ``groups`` and ``heads`` have one entry for each *kept* layer.
-
-    Attributes:
-        layers: kept layers, ascending.
-        hidden: kept channels of the residual stream, the same in every layer.
-        ffn: per kept layer, the kept neurons.
-        groups: per kept layer, the kept query groups.
-        heads: per kept layer and kept group, the kept query heads (global head index), equally many in each group.
-    """
-
-    layers: tuple[int, ...]
-    hidden: tuple[int, ...]
-    ffn: tuple[tuple[int, ...], ...]
-    groups: tuple[tuple[int, ...], ...]
-    heads: tuple[tuple[tuple[int, ...], ...], ...] = field(repr=False)
-
-    @classmethod
-    def everything(cls, shape: ModelShape) -> KeptUnits:
-        """Keep every unit: pruning with this is the identity."""
-        q, g, n = shape.heads_per_group, shape.num_query_groups, shape.num_layers
-        heads = tuple(tuple(range(group * q, (group + 1) * q)) for group in range(g))
-        return cls(
-            layers=tuple(range(n)),
-            hidden=tuple(range(shape.hidden_size)),
-            ffn=(tuple(range(shape.ffn_hidden_size)),) * n,
-            groups=(tuple(range(g)),) * n,
-            heads=(heads,) * n,
-        )
-
-    def target(self, shape: ModelShape) -> ModelShape:
-        """The shape that remains of ``shape``."""
-        return shape.replace(
-            num_layers=len(self.layers),
-            hidden_size=len(self.hidden),
-            ffn_hidden_size=len(self.ffn[0]),
-            num_query_groups=len(self.groups[0]),
-            num_attention_heads=sum(len(group) for group in self.heads[0]),
-        )
-
-    def faults(self, shape: ModelShape) -> list[str]:
-        """Everything that makes these units impossible for a model of ``shape``; empty if they are fine."""
-
-        def bad(name: str, indices: tuple[int, ...], size: int) -> list[str]:
-            out = []
-            if not indices:
-                out.append(f"{name}: nothing is kept")
-            if len(set(indices)) != len(indices):
-                out.append(f"{name}: an index is repeated")
-            if any(not 0 <= index < size for index in indices):
-                out.append(f"{name}: an index lies outside 0..{size - 1}")
-            return out
-
-        found = bad("layers", self.layers, shape.num_layers) + bad("hidden", self.hidden, shape.hidden_size)
-        if list(self.layers) != sorted(self.layers):
-            found.append("layers: must ascend")
-        for name in ("ffn", "groups", "heads"):
-            if len(getattr(self, name)) != len(self.layers):
-                found.append(f"{name}: {len(getattr(self, name))} layers of indices for {len(self.layers)} kept layers")
-        if found:
-            return found
-        q = shape.heads_per_group
-        for index, layer in enumerate(self.layers):
-            found += bad(f"layer {layer} ffn", self.ffn[index], shape.ffn_hidden_size)
-            found += bad(f"layer {layer} groups", self.groups[index], shape.num_query_groups)
-            if len(self.heads[index]) != len(self.groups[index]):
-                found.append(f"layer {layer} heads: one row of heads is needed for each kept group")
-                continue
-            for group, heads in zip(self.groups[index], self.heads[index], strict=True):
-                found += bad(f"layer {layer} group {group} heads", heads, shape.num_attention_heads)
-                if any(head // q != group for head in heads):
-                    found.append(f"layer {layer} group {group}: a kept head belongs to another group")
-            if len({len(heads) for heads in self.heads[index]}) > 1:
-                found.append(f"layer {layer}: groups keep different numbers of heads")
-        for name, counts in (
-            ("ffn", {len(x) for x in self.ffn}),
-            ("groups", {len(x) for x in self.groups}),
-            ("heads", {sum(map(len, x)) for x in self.heads}),
-        ):
-            if len(counts) > 1:
-                found.append(f"{name}: layers keep different numbers ({sorted(counts)}); a uniform model needs one")
-        return found
-
-
 def _blocks(starts: torch.Tensor, length: int) -> torch.Tensor:
     """``[n]`` block numbers -> ``[n * length]`` row numbers, block by block."""
     import torch
@@ -247,7 +269,9 @@ def _blocks(starts: torch.Tensor, length: int) -> torch.Tensor:
     return (starts[:, None] * length + torch.arange(length)).flatten()
 
 
-def axis_rows(axis: Axis, shape: ModelShape, kept: KeptUnits, layer: int | None) -> torch.Tensor | None:
+def axis_rows(
+    axis: Axis, shape: ModelShape, kept: KeptUnits, layer: int | None, expert: int | None = None
+) -> torch.Tensor | None:
     """Rows of a global dimension that survive pruning, in their new order.
 
     Args:
@@ -255,22 +279,30 @@ def axis_rows(axis: Axis, shape: ModelShape, kept: KeptUnits, layer: int | None)
         shape: the unpruned model's.
         kept: the surviving units.
         layer: the layer's position among the *kept* layers; None for parameters outside the layers.
+        expert: the expert's position among the *kept* experts of the layer; None for parameters outside experts.
 
     Returns:
         ``[rows kept]`` int64 indices, or None where pruning does not touch the axis.
     """
     import torch
 
-    if axis in (Axis.VOCAB, Axis.HEAD_DIM):
+    if axis is Axis.HEAD_DIM:
         return None
+    if axis is Axis.VOCAB:
+        return None if kept.vocab is None else torch.tensor(kept.vocab)
     if axis is Axis.HIDDEN:
         return torch.tensor(kept.hidden)
     assert layer is not None, f"{axis} exists only inside a layer"
-    if axis is Axis.FFN:
-        return torch.tensor(kept.ffn[layer])
-    if axis is Axis.GATED_FFN:
-        neurons = torch.tensor(kept.ffn[layer])
-        return torch.cat([neurons, neurons + shape.ffn_hidden_size])
+    if axis is Axis.EXPERTS:
+        assert kept.experts is not None, "the family has experts, the kept units have none"
+        return torch.tensor(kept.experts[layer])
+    if axis in (Axis.FFN, Axis.GATED_FFN):
+        if expert is None:
+            neurons = torch.tensor(kept.ffn[layer])
+        else:
+            assert kept.expert_ffn is not None, "the family has experts, the kept units have none"
+            neurons = torch.tensor(kept.expert_ffn[layer][expert])
+        return neurons if axis is Axis.FFN else torch.cat([neurons, neurons + shape.ffn_hidden_size])
     if axis is Axis.HEADS:
         return _blocks(torch.tensor(kept.heads[layer]).flatten(), shape.head_dim)
     q = shape.heads_per_group

@@ -84,7 +84,7 @@ class HFWeights:
         Raises:
             CheckpointError: if one of its parts is missing, truncated, or of the wrong shape.
         """
-        row = naming.row(axes.family(self.family), name)
+        row = axes.parameter(axes.family(self.family), name)
         parts = []
         for part, expected in zip(naming.hf_names(name), naming.hf_shapes(row.axes, self.shape), strict=True):
             found = self._read(part)
@@ -199,7 +199,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
         tensor = weights.tensor(name)
         if tuple(tensor.shape) != size:
             raise _wrong_shape(checkpoint.path, name, tuple(tensor.shape), size)
-        parts = naming.split(naming.row(table, name).axes, tensor, shape)
+        parts = naming.split(axes.parameter(table, name).axes, tensor, shape)
         pending |= dict(zip(naming.hf_names(name), parts, strict=True))
         held, total = held + count, total + count
         del tensor, parts

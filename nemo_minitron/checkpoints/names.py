@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_minitron.axes import Axis, Family, Parameter
+from nemo_minitron.axes import Axis
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED_HF", "hf_names", "hf_shapes", "merge", "row", "split"]
+__all__ = ["IGNORED_HF", "hf_names", "hf_shapes", "merge", "split"]
 
 HF_LAYER: dict[str, tuple[str, ...]] = {
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
@@ -41,13 +41,6 @@ IGNORED_HF = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Buffers that old transformers releases stored; they follow from the configuration."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-
-
-def row(table: Family, name: str) -> Parameter:
-    """The axes-table row of a canonical name. ``KeyError`` for a name that is not in the table."""
-    if match := _LAYER.fullmatch(name):
-        return table.layer[match[2]]
-    return table.first[name] if name in table.first else table.last[name]
 
 
 def hf_names(name: str) -> tuple[str, ...]:

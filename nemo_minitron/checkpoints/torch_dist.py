@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.dcp_metadata import read_metadata
-from nemo_minitron.checkpoints.names import row as table_row
 from nemo_minitron.checkpoints.record import Record
 from nemo_minitron.checkpoints.tokenizer import check_tokenizer
 from nemo_minitron.checkpoints.weights import dtype_name
@@ -197,7 +196,7 @@ class TorchDistWeights:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in the stored dtype, padding rows stripped."""
         key, layer = self._locate(name)
-        size = axes.tensor_shape(table_row(axes.family(self.family), name), self.shape)
+        size = axes.tensor_shape(axes.parameter(axes.family(self.family), name), self.shape)
         region = [slice(0, length) for length in size]
         if layer is None:
             return self.store.read(key, region).contiguous()

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints import names as naming
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.weights import CastWeights, torch_dtype, writing_order
 from nemo_minitron.errors import CheckpointError
@@ -173,7 +172,7 @@ class _Planner(dcp.SavePlanner):
                 total = (self._checkpoint.shape.num_layers, *sizes)
                 items.append(self._item(key, total, (layer, *_zeros(sizes)), (1, *sizes), _Source(name, match[1])))
                 continue
-            row = naming.row(self._checkpoint.family, name)
+            row = axes.parameter(self._checkpoint.family, name)
             padding = self._rows - sizes[0] if row.axes[0] is axes.Axis.VOCAB else 0
             total = (sizes[0] + padding, *sizes[1:])
             items.append(self._item(prefix + name, total, _zeros(sizes), sizes, _Source(name, name)))

@@ -74,7 +74,7 @@ def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tu
 def largest_part(architecture: Architecture, shape: ModelShape) -> int:
     """Elements of one layer or of one embedding, whichever are more: the unit in which conversion holds memory."""
     table = axes.family(architecture.family)
-    layer = sum(math.prod(axes.tensor_shape(row, shape)) for row in table.layer.values())
+    layer = sum(math.prod(axes.tensor_shape(row, shape)) for row in axes.layer_parameters(table, shape).values())
     outer = [math.prod(axes.tensor_shape(row, shape)) for part in (table.first, table.last) for row in part.values()]
     return max(layer, *outer)
 

@@ -47,12 +47,9 @@ class PrunedWeights:
             KeyError: for a name that the pruned model does not have.
         """
         row, layer = self._rows[name]
-        source = name
-        if layer is not None:
-            source = name.replace(f"decoder.layers.{layer}.", f"decoder.layers.{self.kept.layers[layer]}.", 1)
-        tensor = self.inner.tensor(source)
+        tensor = self.inner.tensor(self.kept.source(name))
         for dim, axis in enumerate(row.axes):
-            rows = axes.axis_rows(axis, self.shape, self.kept, layer)
+            rows = axes.axis_rows(axis, self.shape, self.kept, layer, row.expert)
             if rows is not None:
                 tensor = tensor.index_select(dim, rows)
         return tensor.contiguous()

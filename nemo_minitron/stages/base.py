@@ -18,12 +18,13 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from nemo_minitron.axes import Family, family
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
 from nemo_minitron.shape import ModelShape
@@ -34,12 +35,15 @@ __all__ = [
     "config_hash",
     "human_bytes",
     "human_count",
+    "peek_family",
     "peek_shape",
     "read_record",
     "record_path",
     "stage_output",
     "write_record",
 ]
+
+T = TypeVar("T")
 
 RECORD_VERSION = 1
 #: Left in every directory that :func:`stage_output` finishes: like a record or ``minitron.json``, it says: ours.
@@ -127,11 +131,27 @@ def peek_shape(checkpoint: str | Path) -> ModelShape | None:
     Raises:
         CheckpointError: if the file is there and cannot be read.
     """
+    return _peek(checkpoint, lambda content: ModelShape(**content["shape"]))
+
+
+def peek_family(checkpoint: str | Path) -> Family:
+    """The family that a checkpoint's ``minitron.json`` states, where :func:`peek_shape` finds a shape.
+
+    Raises:
+        CheckpointError: if the file is missing or cannot be read.
+    """
+    found = _peek(checkpoint, lambda content: family(content["architecture"]["family"]))
+    if found is None:
+        raise CheckpointError(f"{checkpoint}: has no minitron.json; open the checkpoint to know its family")
+    return found
+
+
+def _peek(checkpoint: str | Path, read: Callable[[Any], T]) -> T | None:
     path = Path(checkpoint) / "minitron.json"
     if not path.is_file():
         return None
     try:
-        return ModelShape(**json.loads(path.read_text())["shape"])
+        return read(json.loads(path.read_text()))
     except (json.JSONDecodeError, KeyError, TypeError, MinitronError) as error:
         raise CheckpointError(f"{path}: not a readable model record ({error}); write the checkpoint again") from error
 

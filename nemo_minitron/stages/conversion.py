@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.shape import ModelShape
-from nemo_minitron.stages.base import MARKER, human_bytes, human_count
+from nemo_minitron.stages.base import MARKER, human_bytes, human_count, peek_family, peek_shape
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -33,11 +32,12 @@ def format_faults(output: str, form: str) -> list[str]:
     return []
 
 
-def model_costs(shape: ModelShape | None, dtype: str = "float32") -> dict[str, str]:
-    """Parameters of a model and the size of its weights, for a plan; nothing where the shape is not known yet."""
+def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:
+    """Parameters of a model and the size of its weights, for a plan; nothing where they are not known yet."""
+    shape = peek_shape(checkpoint)
     if shape is None:
         return {}
-    count = axes.parameter_count(axes.family("llama"), shape)
+    count = axes.parameter_count(peek_family(checkpoint), shape)
     return {"parameters": human_count(count), "weights": f"{human_bytes(count * _BYTES[dtype])} in {dtype}"}
 
 

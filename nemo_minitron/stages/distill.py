@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import DistillConfig
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def plan(config: DistillConfig) -> StagePlan:
             continue
         faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
         found.faults += [f"{name}: {fault}" for fault in faults]
-        counts[name] = axes.parameter_count(axes.family("llama"), shape)
+        counts[name] = axes.parameter_count(peek_family(getattr(config, name)), shape)
     if len(counts) == 2:
         student, teacher = counts["student"], counts["teacher"]
         found.costs["parameters"] = f"student {human_count(student)}, teacher {human_count(teacher)}"

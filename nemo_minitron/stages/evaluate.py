@@ -13,7 +13,15 @@ from nemo_minitron import axes
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape, stage_output
+from nemo_minitron.stages.base import (
+    PlannedPath,
+    StagePlan,
+    human_bytes,
+    human_count,
+    peek_family,
+    peek_shape,
+    stage_output,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +56,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
         faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
-        counts = [axes.parameter_count(axes.family("llama"), shape) for shape in shapes.values()]
+        counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]
         size = 2 if config.runtime.dtype == "bfloat16" else 4
         found.costs["parameters"] = ", ".join(
             f"{name} {human_count(count)}" for name, count in zip(shapes, counts, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ExportConfig
-from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape, stage_output
+from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
 from nemo_minitron.stages.conversion import model_costs, verified
 
 __all__ = ["NAMES", "plan", "run"]
@@ -27,7 +27,7 @@ def plan(config: ExportConfig) -> StagePlan:
         "export",
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(str(output / NAMES[form]), f"model ({form})") for form in config.formats],
-        costs=model_costs(peek_shape(config.model), config.dtype or "float32"),
+        costs=model_costs(config.model, config.dtype or "float32"),
     )
     if config.verify:
         found.notes.append("each result is loaded by its own side's loader and its logits compared")

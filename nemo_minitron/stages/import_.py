@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ImportConfig
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_shape
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count
 from nemo_minitron.stages.conversion import format_faults, model_costs, staged_checkpoint, verified
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def plan(config: ImportConfig) -> StagePlan:
     )
     if config.source is not None:
         found.reads.append(PlannedPath(config.source, "model"))
-        found.costs.update(model_costs(peek_shape(config.source), config.dtype or "float32"))
+        found.costs.update(model_costs(config.source, config.dtype or "float32"))
     elif config.package not in PACKAGES:
         found.faults.append(f"package={config.package}: is not known; known packages: {', '.join(sorted(PACKAGES))}")
     else:

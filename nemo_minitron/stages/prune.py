@@ -10,7 +10,7 @@ from nemo_minitron import axes
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_shape
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
 from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plan(config: PruneConfig) -> StagePlan:
         except ShapeError as error:
             found.faults += error.faults
         else:
-            before, after = (axes.parameter_count(axes.family("llama"), one) for one in (shape, target))
+            before, after = (axes.parameter_count(peek_family(config.model), one) for one in (shape, target))
             found.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
     found.notes.append("reads and writes one tensor at a time; no forward pass")
     return found

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_shape, stage_output
+from nemo_minitron.stages.base import (
+    PlannedPath,
+    StagePlan,
+    human_bytes,
+    human_count,
+    peek_family,
+    peek_shape,
+    stage_output,
+)
 from nemo_minitron.stages.conversion import model_costs
 
 if TYPE_CHECKING:
@@ -33,7 +41,7 @@ def plan(config: ScoreConfig) -> StagePlan:
     if config.estimator == "magnitude":
         found.notes.append("reads one tensor at a time; no text, no forward pass")
         if shape is not None:
-            found.costs.update(model_costs(shape, config.runtime.dtype))
+            found.costs.update(model_costs(config.model, config.runtime.dtype))
         return found
     found.reads += [PlannedPath(path, what) for path, what in data.files]
     found.costs["calibration"] = f"{tokens:,} tokens in {config.samples:,} samples"
@@ -47,8 +55,8 @@ def plan(config: ScoreConfig) -> StagePlan:
     if shape is not None:
         stages = layout.pipeline * (layout.virtual_pipeline or 1)
         found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=stages)
-        found.costs.update(model_costs(shape, config.runtime.dtype))
-        count = axes.parameter_count(axes.family("llama"), shape)
+        found.costs.update(model_costs(config.model, config.runtime.dtype))
+        count = axes.parameter_count(peek_family(config.model), shape)
         size = 2 if config.runtime.dtype == "bfloat16" else 4
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.

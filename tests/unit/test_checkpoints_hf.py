@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.checkpoints import TINY, hf_logits, tiny_checkpoint, tiny_hf_model, tiny_tokenizer, tokens
 
+from nemo_minitron import axes
 from nemo_minitron.checkpoints import names as naming
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.errors import CheckpointError
@@ -52,9 +53,9 @@ def test_qkv_rows_go_group_by_group(hf: Path) -> None:
 def test_split_undoes_merge_bit_for_bit(hf: Path) -> None:
     checkpoint = open_checkpoint(hf)
     for name in checkpoint.weights.names():
-        axes = naming.row(checkpoint.family, name).axes
+        row = axes.parameter(checkpoint.family, name).axes
         tensor = checkpoint.weights.tensor(name)
-        assert torch.equal(naming.merge(axes, naming.split(axes, tensor, checkpoint.shape), checkpoint.shape), tensor)
+        assert torch.equal(naming.merge(row, naming.split(row, tensor, checkpoint.shape), checkpoint.shape), tensor)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -21,6 +21,7 @@ from nemo_minitron.stages.base import (
     human_bytes,
     human_count,
     parents,
+    peek_family,
     peek_shape,
     read_record,
     record_path,
@@ -190,9 +191,10 @@ def test_peeking_at_a_shape(tmp_path):
     assert peek_shape(tmp_path) is None
     shape = {
         "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,
-        "head_dim": 4, "vocab_size": 11, "tied_embeddings": True,
+        "head_dim": 4, "vocab_size": 11, "tied_embeddings": True, "num_moe_experts": None,
     }  # fmt: skip
-    (tmp_path / "minitron.json").write_text(json.dumps({"shape": shape}))
+    (tmp_path / "minitron.json").write_text(json.dumps({"shape": shape, "architecture": {"family": "qwen2"}}))
+    assert peek_family(tmp_path).qkv_bias
     found = peek_shape(tmp_path)
     assert found is not None
     assert found.to_dict() == shape

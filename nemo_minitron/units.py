@@ -1,0 +1,152 @@
+"""The units that survive pruning: what joins scores, search, the checkpoint path and the live transforms."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["KeptUnits"]
+
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(?=\.)")
+_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class KeptUnits:
+    """The units that survive pruning, by global index in the unpruned model. The order given is the order kept.
+
+    ``ffn``, ``groups``, ``heads``, ``experts`` and ``expert_ffn`` have one entry for each *kept* layer.
+
+    Attributes:
+        layers: kept layers, ascending.
+        hidden: kept channels of the residual stream, the same in every layer.
+        ffn: per kept layer, the kept neurons; of a mixture of experts, an empty tuple.
+        groups: per kept layer, the kept query groups.
+        heads: per kept layer and kept group, the kept query heads (global head index), equally many in each group.
+        experts: per kept layer, the kept experts; None where the MLPs are dense.
+        expert_ffn: per kept layer and kept expert, the kept neurons of that expert; None where the MLPs are dense.
+        vocab: kept token ids, ascending; None keeps all of them.
+    """
+
+    layers: tuple[int, ...]
+    hidden: tuple[int, ...]
+    ffn: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+    heads: tuple[tuple[tuple[int, ...], ...], ...] = field(repr=False)
+    experts: tuple[tuple[int, ...], ...] | None = None
+    expert_ffn: tuple[tuple[tuple[int, ...], ...], ...] | None = field(default=None, repr=False)
+    vocab: tuple[int, ...] | None = field(default=None, repr=False)
+
+    @classmethod
+    def everything(cls, shape: ModelShape) -> KeptUnits:
+        """Keep every unit: pruning with this is the identity."""
+        q, g, n, experts = shape.heads_per_group, shape.num_query_groups, shape.num_layers, shape.num_moe_experts
+        heads = tuple(tuple(range(group * q, (group + 1) * q)) for group in range(g))
+        neurons = tuple(range(shape.ffn_hidden_size))
+        return cls(
+            layers=tuple(range(n)),
+            hidden=tuple(range(shape.hidden_size)),
+            ffn=(neurons if experts is None else (),) * n,
+            groups=(tuple(range(g)),) * n,
+            heads=(heads,) * n,
+            experts=None if experts is None else (tuple(range(experts)),) * n,
+            expert_ffn=None if experts is None else ((neurons,) * experts,) * n,
+        )
+
+    def target(self, shape: ModelShape) -> ModelShape:
+        """The shape that remains of ``shape``."""
+        return shape.replace(
+            num_layers=len(self.layers),
+            hidden_size=len(self.hidden),
+            ffn_hidden_size=len(self.ffn[0] if self.expert_ffn is None else self.expert_ffn[0][0]),
+            num_query_groups=len(self.groups[0]),
+            num_attention_heads=sum(len(group) for group in self.heads[0]),
+            num_moe_experts=None if self.experts is None else len(self.experts[0]),
+            vocab_size=shape.vocab_size if self.vocab is None else len(self.vocab),
+        )
+
+    def source(self, name: str) -> str:
+        """Canonical name of a parameter of the pruned model -> that of the parameter that it is cut from."""
+        layer = _LAYER.match(name)
+        if layer is None:
+            return name
+        position = int(layer[2])
+        if self.experts is not None:
+            kept = self.experts[position]
+            name = _EXPERT.sub(lambda match: f"{match[1]}{kept[int(match[2])]}", name)
+        return _LAYER.sub(rf"\g<1>{self.layers[position]}", name, count=1)
+
+    def faults(self, shape: ModelShape) -> list[str]:
+        """Everything that makes these units impossible for a model of ``shape``; empty if they are fine."""
+        found = _indices("layers", self.layers, shape.num_layers) + _indices("hidden", self.hidden, shape.hidden_size)
+        if list(self.layers) != sorted(self.layers):
+            found.append("layers: must ascend")
+        if self.vocab is not None:
+            found += _indices("vocab", self.vocab, shape.vocab_size)
+            if list(self.vocab) != sorted(self.vocab):
+                found.append("vocab: must ascend")
+        mixture = shape.num_moe_experts is not None
+        for name in ("experts", "expert_ffn"):
+            if (getattr(self, name) is not None) is not mixture:
+                found.append(
+                    f"{name}: is {'needed for' if mixture else 'not for'} a model of {shape.num_moe_experts} experts"
+                )
+        for name in ("ffn", "groups", "heads", "experts", "expert_ffn"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != len(self.layers):
+                found.append(f"{name}: {len(rows)} layers of indices for {len(self.layers)} kept layers")
+        if found:
+            return found
+        for index in range(len(self.layers)):
+            found += self._attention_faults(index, shape) + self._mlp_faults(index, shape)
+        neurons = {len(one) for one in self.ffn}
+        if self.expert_ffn is not None:
+            neurons = {len(one) for layer in self.expert_ffn for one in layer}
+        for name, counts in (
+            ("ffn", neurons),
+            ("groups", {len(x) for x in self.groups}),
+            ("heads", {sum(map(len, x)) for x in self.heads}),
+            ("experts", {len(x) for x in self.experts or ()}),
+        ):
+            if len(counts) > 1:
+                found.append(f"{name}: layers keep different numbers ({sorted(counts)}); a uniform model needs one")
+        return found
+
+    def _attention_faults(self, index: int, shape: ModelShape) -> list[str]:
+        layer, q = self.layers[index], shape.heads_per_group
+        found = _indices(f"layer {layer} groups", self.groups[index], shape.num_query_groups)
+        if len(self.heads[index]) != len(self.groups[index]):
+            return [*found, f"layer {layer} heads: one row of heads is needed for each kept group"]
+        for group, heads in zip(self.groups[index], self.heads[index], strict=True):
+            found += _indices(f"layer {layer} group {group} heads", heads, shape.num_attention_heads)
+            if any(head // q != group for head in heads):
+                found.append(f"layer {layer} group {group}: a kept head belongs to another group")
+        if len({len(heads) for heads in self.heads[index]}) > 1:
+            found.append(f"layer {layer}: groups keep different numbers of heads")
+        return found
+
+    def _mlp_faults(self, index: int, shape: ModelShape) -> list[str]:
+        layer = self.layers[index]
+        if self.experts is None or self.expert_ffn is None:
+            return _indices(f"layer {layer} ffn", self.ffn[index], shape.ffn_hidden_size)
+        found = _indices(f"layer {layer} experts", self.experts[index], shape.num_moe_experts or 0)
+        if self.ffn[index]:
+            found.append(f"layer {layer} ffn: must be empty, the neurons of experts are in expert_ffn")
+        if len(self.expert_ffn[index]) != len(self.experts[index]):
+            return [*found, f"layer {layer} expert_ffn: one row of neurons is needed for each kept expert"]
+        for expert, neurons in zip(self.experts[index], self.expert_ffn[index], strict=True):
+            found += _indices(f"layer {layer} expert {expert} ffn", neurons, shape.ffn_hidden_size)
+        return found
+
+
+def _indices(name: str, indices: tuple[int, ...], size: int) -> list[str]:
+    found = []
+    if not indices:
+        found.append(f"{name}: nothing is kept")
+    if len(set(indices)) != len(indices):
+        found.append(f"{name}: an index is repeated")
+    if any(not 0 <= index < size for index in indices):
+        found.append(f"{name}: an index lies outside 0..{size - 1}")
+    return found

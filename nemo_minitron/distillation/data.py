@@ -81,8 +81,9 @@ class BlockDataModule(pl.LightningDataModule):
         self.validation = BlockDataset(validation)
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
+        self.seq_length = train.shape[1] - 1  # what NeMo's finetune looks at
         self.data_sampler = MegatronDataSampler(
-            seq_len=train.shape[1] - 1,
+            seq_len=self.seq_length,
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
             output_log=False,

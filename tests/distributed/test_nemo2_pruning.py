@@ -1,0 +1,168 @@
+"""Pruning as NeMo's ``model_transform``: its own ``llm.train`` at TP 2 x PP 2, and nothing of this suite's stages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import tiny_hf_model
+from support.distributed import run_distributed
+
+from nemo_minitron.axes import KeptUnits
+
+SEQUENCE, BATCH = 16, 4
+LAYOUT = {"tensor": 2, "pipeline": 2}
+
+
+def train(
+    run: str,
+    weights: str,
+    steps: int,
+    *,
+    shape: Any,
+    transform: Any = None,
+    on_model: bool = False,
+    finetune: bool = False,
+) -> dict[str, Any]:
+    """``llm.train`` from ``weights``: loss of each step, and what the optimizer holds at the end."""
+    import lightning.pytorch as pl
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo import lightning as nl
+    from nemo.collections import llm
+
+    from nemo_minitron.checkpoints.nemo2 import llama_config
+    from nemo_minitron.distillation.data import BlockDataModule
+    from nemo_minitron.runtime.groups import destroy
+    from nemo_minitron.shape import Architecture
+
+    losses: dict[int, float] = {}
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            losses[trainer.global_step] = float(trainer.callback_metrics["reduced_train_loss"])
+
+    blocks = torch.randint(0, 120, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0)).repeat(12, 1)
+    config = llama_config(shape, Architecture(max_position_embeddings=SEQUENCE), dtype="float32", multiple=64, rows=128)
+    optimizer = nl.MegatronOptimizerModule(
+        config=OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
+    )
+    trainer = nl.Trainer(
+        accelerator="cpu",
+        devices=4,
+        max_steps=steps,
+        strategy=nl.MegatronStrategy(
+            tensor_model_parallel_size=LAYOUT["tensor"],
+            pipeline_model_parallel_size=LAYOUT["pipeline"],
+            pipeline_dtype=torch.float32,
+            process_group_backend="gloo",
+            ckpt_async_save=False,
+        ),
+        plugins=nl.MegatronMixedPrecision(precision="32"),
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        callbacks=[],
+    )
+    trainer.callbacks.append(Keep())
+    model = llm.LlamaModel(config, optim=optimizer)
+    if on_model:
+        model.model_transform = transform
+    (llm.finetune if finetune else llm.train)(
+        model,
+        BlockDataModule(blocks, blocks[:4], steps=12, micro_batch_size=1, global_batch_size=BATCH),
+        trainer,
+        log=nl.NeMoLogger(
+            log_dir=run,
+            name="run",
+            ckpt=nl.ModelCheckpoint(
+                monitor=None, save_top_k=0, save_last=True, every_n_train_steps=steps, save_optim_on_train_end=True
+            ),
+            use_datetime_version=False,
+        ),
+        resume=nl.AutoResume(
+            restore_config=nl.RestoreConfig(path=weights), resume_if_exists=True, resume_ignore_no_checkpoint=True
+        ),
+        **{"peft" if finetune else "model_transform": None if on_model else transform},
+    )
+    held = sum(parameter.numel() for parameter in trainer.strategy.model.parameters())
+    moments = sum(
+        entry["exp_avg"].numel()
+        for one in trainer.strategy.optimizers[0].mcore_optimizer.chained_optimizers
+        for entry in one.optimizer.state.values()
+    )
+    # The next training of these processes meets at another port: this one's store may not be gone everywhere.
+    destroy()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    return {"losses": losses, "held": held, "moments": moments}
+
+
+def cases(folder: str) -> dict[str, Any]:
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.pruning import DepthPrune, PruneTransform, WidthPrune
+
+    whole, pruned, kept = f"{folder}/whole", f"{folder}/pruned", f"{folder}/pruned/kept.json"
+    full = open_checkpoint(whole).shape
+    small = open_checkpoint(pruned).shape
+    return {
+        "offline": train(f"{folder}/a", pruned, 6, shape=small),
+        "transform": train(f"{folder}/b", whole, 3, shape=full, transform=PruneTransform(kept)),
+        "resumed": train(f"{folder}/b", whole, 6, shape=full, transform=PruneTransform(kept)),
+        "finetune": train(f"{folder}/d", whole, 3, shape=full, transform=PruneTransform(kept), finetune=True),
+        "plain": train(
+            f"{folder}/c", whole, 3, shape=full, on_model=True,
+            transform=lambda module: WidthPrune(kept)(DepthPrune(kept)(module)),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_nemo_trains_what_the_transform_leaves(tmp_path: Path) -> None:
+    """The losses of a model that NeMo's training prunes at its start are those of the one that was pruned before."""
+    from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+    from nemo_minitron.pruning import prune_weights, save_kept
+    from nemo_minitron.shape import ModelShape
+
+    shape = ModelShape(4, 64, 96, 8, 4, 8, 128, tied_embeddings=True)
+    model = tiny_hf_model(
+        tmp_path / "hf", tied=True, vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=8, max_position_embeddings=SEQUENCE,
+    )  # fmt: skip
+    write_checkpoint(open_checkpoint(model), tmp_path / "whole", "nemo2")
+    checkpoint = open_checkpoint(tmp_path / "whole")
+    assert checkpoint.shape == shape
+    kept = units(shape)
+    write_checkpoint(prune_weights(checkpoint, kept), tmp_path / "pruned", "nemo2")
+    save_kept(kept, shape, tmp_path / "pruned" / "kept.json")
+    ranks = run_distributed(cases, 4, tmp_path, timeout=240, folder=str(tmp_path))
+    found = ranks[0]
+    expected = found["offline"]["losses"]
+    assert sorted(expected) == list(range(1, 7))
+    assert expected[6] < expected[1]
+    assert {**found["transform"]["losses"], **found["resumed"]["losses"]} == pytest.approx(expected, rel=1e-5)
+    for name in ("plain", "finetune"):
+        assert found[name]["losses"] == pytest.approx({step: expected[step] for step in (1, 2, 3)}, rel=1e-5)
+    for rank in ranks:
+        for name in ("transform", "resumed", "finetune", "plain"):
+            assert rank[name]["held"] == rank["offline"]["held"], name
+            assert rank[name]["moments"] == rank["offline"]["moments"], name
+    for run in "bcd":
+        written = list((tmp_path / run / "run/checkpoints").glob("*-last"))
+        assert written
+        for checkpoint in written:
+            assert open_checkpoint(checkpoint).shape == kept.target(shape)
+
+
+def units(shape: Any) -> KeptUnits:
+    """A layer of each stage; neurons, groups and channels that do not lie evenly over the ranks."""
+    everything = KeptUnits.everything(shape)
+    return KeptUnits(
+        layers=(0, 3),
+        hidden=tuple(range(4, 52)),
+        ffn=(tuple(range(64)), tuple(range(32, 96))),
+        groups=((0, 1), (1, 3)),
+        heads=tuple(tuple(everything.heads[0][group] for group in groups) for groups in ((0, 1), (1, 3))),
+    )

@@ -14,13 +14,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_minitron.pruning.choose import choose_units, target_shape
     from nemo_minitron.pruning.kept import load_kept, save_kept
+    from nemo_minitron.pruning.nemo import PruneTransform
     from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
     from nemo_minitron.pruning.weights import prune_weights
 
-__all__ = ["DepthPrune", "WidthPrune", "choose_units", "load_kept", "prune_weights", "save_kept", "target_shape"]
+__all__ = [
+    "DepthPrune",
+    "PruneTransform",
+    "WidthPrune",
+    "choose_units",
+    "load_kept",
+    "prune_weights",
+    "save_kept",
+    "target_shape",
+]
 
 _HOME = {
     "DepthPrune": "transforms",
+    "PruneTransform": "nemo",
     "WidthPrune": "transforms",
     "choose_units": "choose",
     "load_kept": "kept",

@@ -11,7 +11,7 @@ from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["FILE_NAME", "load_kept", "save_kept"]
+__all__ = ["FILE_NAME", "load_kept", "read_kept", "save_kept"]
 
 FILE_NAME = "kept.json"
 FORMAT_VERSION = 1
@@ -62,6 +62,11 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
     if faults:
         raise CheckpointError(f"{path}: {faults[0]}; prune again")
     return kept, shape
+
+
+def read_kept(kept: KeptUnits | str | Path) -> tuple[KeptUnits, ModelShape | None]:
+    """The units themselves, or those in a file with the shape that it says they are units of."""
+    return load_kept(kept) if isinstance(kept, (str, os.PathLike)) else (kept, None)
 
 
 def _tuples(value: Any) -> Any:

@@ -6,42 +6,99 @@ sets every one of those copies, so that a resized model is, attribute by attribu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from nemo_minitron.checkpoints.live import canonical_parameters
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
+from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.runtime.model import pipeline_layer_layout
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["apply_sizes", "current_groups", "gpt_chunks", "live_shape"]
+__all__ = [
+    "CONFIG_SIZES",
+    "apply_config",
+    "apply_sizes",
+    "apply_stages",
+    "bare",
+    "fresh",
+    "gpt_chunks",
+    "live_shape",
+    "owned_parameters",
+]
 
-_CONFIG_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+CONFIG_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+#: What gradient buffers and optimizers put on a parameter.
+_TRAINING_MARKS = ("main_grad", "grad_added_to_main_grad", "main_param", "main_param_sharded")
 
 
 def gpt_chunks(module: nn.Module) -> list[GPTModel]:
     """The Megatron ``GPTModel`` chunks inside ``module``: itself, or below NeMo's and Megatron's wrappers.
 
     Raises:
-        ShapeError: if there is none, or they are already wrapped for training.
+        ShapeError: if there is none.
     """
-    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.gpt import GPTModel
 
     chunks = [part for part in module.modules() if isinstance(part, GPTModel)]
     if not chunks:
         raise ShapeError(f"{type(module).__name__}: holds no Megatron GPTModel; only those can be pruned")
-    wrapped = any(isinstance(part, DistributedDataParallel) for part in module.modules())
-    if wrapped or any(hasattr(parameter, "main_grad") for chunk in chunks for parameter in chunk.parameters()):
+    return chunks
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[None]:
+    """Within the block ``module`` is not wrapped for training; see :func:`nemo_minitron.pruning.nemo.unwrapped`.
+
+    Raises:
+        ShapeError: for a model that is wrapped outside of NeMo's trainer, where its optimizer is not known.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    if any(isinstance(part, DistributedDataParallel) for part in module.modules()) and hasattr(module, "teardown_ddp"):
+        from nemo_minitron.pruning.nemo import unwrapped
+
+        with unwrapped(module):
+            yield
+    elif any(hasattr(parameter, "main_grad") for parameter in module.parameters()):
         raise ShapeError(
             "the model is already wrapped in Megatron's DistributedDataParallel, whose gradient buffers (and the "
-            "optimizer) hold the unpruned parameters; prune it before it is wrapped"
+            "optimizer) hold the unpruned parameters; prune it before it is wrapped, or give the transform NeMo's "
+            "MegatronParallel"
         )
-    return chunks
+    else:
+        yield
+
+
+def fresh(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """A parameter with new content and the marks that Megatron's layers put on the old one."""
+    new = nn.Parameter(data.contiguous(), requires_grad=parameter.requires_grad)
+    # tensor_model_parallel, partition_dim, partition_stride, allreduce, shared, shared_embedding, ...
+    vars(new).update({name: mark for name, mark in vars(parameter).items() if name not in _TRAINING_MARKS})
+    return new
+
+
+def owned_parameters(chunk: GPTModel) -> Iterator[tuple[str, nn.Parameter, list[tuple[nn.Module, str]]]]:
+    """Each parameter of a chunk: canonical name, the parameter, and all modules that hold it with the name there.
+
+    A parameter that the caller replaces is freed before the next one comes.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in chunk.modules():
+        for leaf, parameter in part.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((part, leaf))
+    # No reference to a parameter may stay here.
+    places = [(name, owners[id(parameter)]) for name, parameter in canonical_parameters(chunk)]
+    del owners, parameter
+    for name, held in places:
+        yield name, getattr(*held[0]), held
 
 
 def live_shape(chunk: GPTModel) -> ModelShape:
@@ -59,42 +116,43 @@ def live_shape(chunk: GPTModel) -> ModelShape:
     )
 
 
-def current_groups() -> Groups:
-    """The groups and the layout that Megatron's parallel state holds.
-
-    Raises:
-        ShapeError: if Megatron's parallel state is not initialised.
-    """
-    from megatron.core import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        raise ShapeError("Megatron's parallel state is not initialised; start it, or pass groups=")
-    return current(
-        ParallelLayout(
-            tensor=parallel_state.get_tensor_model_parallel_world_size(),
-            pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
-            data=parallel_state.get_data_parallel_world_size(),
-            virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-        )
-    )
-
-
-def apply_sizes(module: nn.Module, chunks: Iterable[GPTModel], target: ModelShape, *, tensor: int) -> None:
-    """Set every size that ``module`` and the chunks in it keep, to those of ``target``. Parameters are not touched.
-
-    Args:
-        module: what the chunks are wrapped in; its configurations change too.
-        chunks: in ``module``; their layers are already those that stay.
-        target: sizes of the whole model.
-        tensor: tensor-parallel size.
-    """
-    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    for config in configs.values():
-        for name in _CONFIG_SIZES:
+def apply_config(module: nn.Module, target: ModelShape) -> None:
+    """Set the sizes in every configuration that ``module`` and what is in it keep."""
+    for config in _configs(module):
+        for name in CONFIG_SIZES:
             if hasattr(config, name):
                 setattr(config, name, getattr(target, name))
         if hasattr(config, "kv_channels"):
             config.kv_channels = target.head_dim
+
+
+def apply_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
+    """Set what each pipeline stage holds, in every configuration: as ``runtime.model.build_model`` lays the layers.
+
+    Whichever of Megatron's ways of uneven stages the configuration used before is given up.
+    """
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    stages = pipeline_layer_layout(target, layout)
+    for config in _configs(module):
+        if hasattr(config, "pipeline_model_parallel_layout"):
+            config.pipeline_model_parallel_layout = stages and PipelineParallelLayerLayout(stages, layout.pipeline)
+            config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
+            config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    return list({id(part.config): part.config for part in module.modules() if hasattr(part, "config")}.values())
+
+
+def apply_sizes(chunks: Iterable[GPTModel], target: ModelShape, *, tensor: int) -> None:
+    """Set every size that the chunks keep, to those of ``target``. Parameters are not touched.
+
+    Args:
+        chunks: their layers are already those that stay, their configuration is the target's (:func:`apply_config`).
+        target: sizes of the whole model.
+        tensor: tensor-parallel size.
+    """
     for chunk in chunks:
         _resize_chunk(chunk, target, tensor)
 

@@ -1,0 +1,202 @@
+"""Layers that change their pipeline rank, so that each stage of the pruned model holds what Megatron would give it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+__all__ = ["LayerPlan", "Move", "keep_layers", "order_moves", "plan_layers"]
+
+#: Name, shape, dtype and whether it is trained, of each tensor of a layer.
+_Content = list[tuple[str, tuple[int, ...], torch.dtype, bool]]
+
+
+@dataclass(frozen=True)
+class Move:
+    """A layer (its number in the pruned model, from 0) goes from one pipeline rank to another."""
+
+    layer: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Where the layers are and where they go, the same on every pipeline rank.
+
+    Attributes:
+        layers: kept layers, by their numbers in the unpruned model.
+        chunks: per kept layer, the (virtual) stage that will hold it.
+        moves: in the order in which they are made.
+        contents: per kept layer, its tensors on this rank's tensor-parallel shard.
+    """
+
+    layers: tuple[int, ...]
+    chunks: tuple[int, ...]
+    moves: list[Move]
+    contents: list[_Content]
+
+
+def order_moves(holders: Sequence[int], owners: Sequence[int], before: Sequence[int]) -> list[Move]:
+    """An order of the moves under which no rank ever holds more than one layer above the most it needs.
+
+    What a rank needs is what it held before the pruning or what it ends with, whichever is more. A move goes to a rank
+    that is below that. Where all are full, in a ring, one takes a layer too many, and the next move is one of its own.
+
+    Args:
+        holders, owners: per kept layer, the pipeline rank that has it and the one that shall have it.
+        before: per rank, the layers it held before the pruning.
+    """
+    held = [list(holders).count(rank) for rank in range(len(before))]
+    room = [max(count, list(owners).count(rank)) for rank, count in enumerate(before)]
+    pending = [Move(layer, *pair) for layer, pair in enumerate(zip(holders, owners, strict=True)) if pair[0] != pair[1]]
+    ordered = []
+    while pending:
+        move = min(
+            pending, key=lambda move: (held[move.source] <= room[move.source], held[move.target] >= room[move.target])
+        )
+        pending.remove(move)
+        ordered.append(move)
+        held[move.source] -= 1
+        held[move.target] += 1
+    return ordered
+
+
+def plan_layers(
+    chunks: Sequence[GPTModel], layers: tuple[int, ...], shape: ModelShape, target: ModelShape, groups: Groups
+) -> LayerPlan:
+    """What is to be moved. Collective over the pipeline group; changes nothing.
+
+    Args:
+        chunks: of this rank.
+        layers: kept ones, by their numbers in the unpruned model.
+        shape, target: of the unpruned and of the pruned model.
+        groups: of this process.
+
+    Raises:
+        ShapeError: if the chunks are not all of the model's, or layers that move are not of one kind; on every rank.
+    """
+    layout = groups.layout
+    mine = {
+        layer.layer_number - 1: (number, _content(layer))
+        for number, chunk in enumerate(chunks)
+        for layer in chunk.decoder.layers
+    }
+    everyone: list[dict[int, tuple[int, _Content]]] = [{} for _ in range(layout.pipeline)]
+    dist.all_gather_object(everyone, mine, group=groups.pp)
+    holders = {layer: rank for rank, held in enumerate(everyone) for layer in held}
+    if sorted(holders) != list(range(shape.num_layers)) or len(chunks) != (layout.virtual_pipeline or 1):
+        raise ShapeError(
+            f"the pipeline ranks hold the layers {sorted(holders)} of a model of {shape.num_layers}, in {len(chunks)} "
+            "model chunks on this rank; give the transform all chunks of the model, on every rank"
+        )
+    stages = [stage for stage, size in enumerate(target.stage_sizes(layout.stages)) for _ in range(size)]
+    moves = order_moves(
+        [holders[layer] for layer in layers],
+        [stage % layout.pipeline for stage in stages],
+        [len(held) for held in everyone],
+    )
+    contents = [everyone[holders[layer]][layer][1] for layer in layers]
+    kinds = {tuple((name, *rest) for name, *rest in content) for held in everyone for _, content in held.values()}
+    if moves and len(kinds) > 1:
+        raise ShapeError(
+            "layers must move to other pipeline stages, but the model's layers differ in their parameters; prune the "
+            "checkpoint (`minitron prune`) and load the result"
+        )
+    return LayerPlan(layers, tuple(stage // layout.pipeline for stage in stages), moves, contents)
+
+
+def keep_layers(chunks: Sequence[GPTModel], plan: LayerPlan, groups: Groups) -> None:
+    """Drop the layers that go, move those that must, and number all anew. Collective over the pipeline group.
+
+    The configuration of the chunks must be that of the pruned model already: new layers are built from it.
+
+    Layers go point to point, one at a time, tensor by tensor, straight into the parameters of the receiver. A rank
+    holds at most one layer above the larger of what it held before and what it ends with.
+
+    Args:
+        chunks: of this rank; their layers change.
+        plan: by :func:`plan_layers`.
+        groups: of this process.
+    """
+    rank = groups.pp_rank
+    new = {layer: position for position, layer in enumerate(plan.layers)}
+    held = {
+        new[number]: layer
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if (number := layer.layer_number - 1) in new
+    }
+    device = next(chunks[0].parameters()).device
+    specs = [chunk.decoder.submodules.layer_specs[0] for chunk in chunks]
+    for chunk in chunks:
+        chunk.decoder.layers = nn.ModuleList()
+    with torch.no_grad():
+        for move in plan.moves:
+            if move.source == rank:
+                _send(held.pop(move.layer), dist.get_global_rank(groups.pp, move.target), groups.pp)
+            elif move.target == rank:
+                number = plan.chunks[move.layer]
+                layer = _empty_layer(chunks[number], specs[number], plan.contents[move.layer], device)
+                _receive(layer, dist.get_global_rank(groups.pp, move.source), groups.pp)
+                held[move.layer] = layer
+    for number, chunk in enumerate(chunks):
+        stay = [position for position in sorted(held) if plan.chunks[position] == number]
+        for position in stay:
+            for part in held[position].modules():
+                if hasattr(part, "layer_number"):
+                    part.layer_number = position + 1
+        chunk.decoder.layers = nn.ModuleList(held[position] for position in stay)
+        chunk.decoder.submodules.layer_specs = [specs[number]] * len(stay)
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from layer.named_parameters()
+    yield from layer.named_buffers()
+
+
+def _content(layer: nn.Module) -> _Content:
+    return [(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in _tensors(layer)]
+
+
+def _send(layer: nn.Module, to: int, group: dist.ProcessGroup) -> None:
+    for _, tensor in _tensors(layer):
+        dist.send(tensor.detach().contiguous(), dst=to, group=group)
+
+
+def _receive(layer: nn.Module, source: int, group: dist.ProcessGroup) -> None:
+    for _, tensor in _tensors(layer):
+        dist.recv(tensor.detach(), src=source, group=group)
+
+
+def _empty_layer(chunk: GPTModel, spec: Any, content: _Content, device: torch.device) -> nn.Module:
+    """A layer of the chunk's configuration, for the tensors in ``content``; as ``TransformerBlock`` builds its own."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    decoder, config = chunk.decoder, chunk.decoder.config
+    drawn, config.perform_initialization = config.perform_initialization, False
+    try:
+        layer: nn.Module = build_module(
+            spec, config=config, layer_number=1, model_comm_pgs=decoder.model_comm_pgs, vp_stage=decoder.vp_stage
+        )
+    finally:
+        config.perform_initialization = drawn
+    for (_, tensor), (name, shape, dtype, trained) in zip(_tensors(layer), content, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(f"{name}: has the shape {list(shape)}, a layer of this model {list(tensor.shape)}")
+        tensor.data = tensor.data.to(device, dtype)
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(trained)
+    return layer.train(decoder.training)

@@ -42,6 +42,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 _HELP = {
     "import": "Take a model over: Hugging Face, GGUF, NeMo 2 or .nemo into the working format.",
     "score": "Score every unit of a model by forward passes over calibration data.",
+    "depth": "Measure a model without some of its layers: loss and task score.",
     "prune": "Remove the units that matter least, down to a target shape.",
     "distill": "Train a student on its teacher's logits.",
     "evaluate": "Held-out loss and sample answers of several models.",

@@ -16,6 +16,8 @@ from omegaconf import MISSING
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 FORMATS = ("nemo2", "nemo", "hf")
 DTYPES = ("float32", "bfloat16")
+DEPTH_CRITERIA = ("block_influence", "loss", "task")
+DEPTH_FORMS = ("lowest", "contiguous", "greedy")
 LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
 
 
@@ -237,4 +239,55 @@ class LossConfig:
             found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
         if not 0 <= self.label_weight < 1:
             found.append(f"label_weight={self.label_weight}: must lie in [0, 1); with 1 there is no distillation")
+        return found
+
+
+@dataclass
+class TaskConfig:
+    """A multiple-choice task, for the layers whose absence costs the least accuracy; none unless one is named.
+
+    Attributes:
+        path: JSONL file; a line is ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``.
+        builtin: instead, a task that is built from a package's text, by its name in the data room's table.
+        questions: use no more than this.
+    """
+
+    path: str | None = None
+    builtin: str | None = None
+    questions: int | None = None
+
+    @property
+    def given(self) -> str | None:
+        """What the task is called, or None without one."""
+        return self.path or self.builtin
+
+    def faults(self) -> list[str]:
+        """Two tasks, no questions."""
+        found = positive(self, "questions")
+        if self.path is not None and self.builtin is not None:
+            found.append("path: give one of path and builtin, not both")
+        return found
+
+
+@dataclass
+class DepthChoiceConfig:
+    """How the layers to drop are chosen.
+
+    Attributes:
+        criterion: "block_influence" (of the scores), or "loss" or "task" (of ``depth_scores``).
+        form: "lowest", those that cost least alone; "contiguous", the run of neighbours that costs least as one;
+            "greedy", the cheapest one by one, each measured after those before it are gone.
+    """
+
+    criterion: str = "block_influence"
+    form: str = "lowest"
+
+    def faults(self) -> list[str]:
+        """Unknown choices, influence chosen greedily."""
+        found = [
+            *choice(self, "criterion", DEPTH_CRITERIA),
+            *choice(self, "form", DEPTH_FORMS),
+        ]
+        if self.criterion == "block_influence" and self.form == "greedy":
+            found.append("form=greedy: block influence is measured once; choose lowest, or criterion=loss")
         return found

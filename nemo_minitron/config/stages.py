@@ -15,10 +15,12 @@ from nemo_minitron.config.parts import (
     FORMATS,
     AggregationConfig,
     DataConfig,
+    DepthChoiceConfig,
     LossConfig,
     ParallelConfig,
     RuntimeConfig,
     TargetConfig,
+    TaskConfig,
     choice,
     not_negative,
     one_of,
@@ -152,35 +154,106 @@ class ScoreConfig(StageConfig):
 
 
 @dataclass
+class DepthConfig(StageConfig):
+    """Measure a model without some of its layers: the loss, and the accuracy on a task (arXiv 2407.14679, 2408.11796).
+
+    A run that is stopped goes on where it stood when the stage is started again.
+
+    Attributes:
+        model: checkpoint to measure.
+        data: calibration text.
+        samples: blocks of ``data.sequence_length`` tokens to run for each candidate.
+        micro_batch_size: blocks of one forward pass.
+        single: measure without each layer alone.
+        block_lengths: measure without each run of so many neighbouring layers.
+        greedy: drop up to so many layers one by one, measuring all others again after each; 0 for not at all.
+        greedy_by: criterion of ``greedy``, "loss" or "task".
+        task: measured besides the loss.
+        reuse_prefix: keep the hidden states at which a candidate parts from the one before it, which saves half of the
+            layers' work and takes memory on the host.
+        parallel: layout of the model.
+    """
+
+    STAGE: ClassVar[str] = "depth"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 128
+    micro_batch_size: int = 1
+    single: bool = True
+    block_lengths: list[int] = field(default_factory=list)
+    greedy: int = 0
+    greedy_by: str = "loss"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    reuse_prefix: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """Nothing to measure, lengths below 1, a criterion without its task."""
+        found = [
+            *positive(self, "samples", "micro_batch_size"),
+            *not_negative(self, "greedy"),
+            *choice(self, "greedy_by", ("loss", "task")),
+            *(f"block_lengths: {length} must be above 0" for length in self.block_lengths if length <= 0),
+        ]
+        if not self.single and not self.block_lengths and not self.greedy:
+            found.append("single: nothing is to be measured; set single=true, block_lengths or greedy")
+        if self.greedy and self.greedy_by == "task" and self.task.given is None:
+            found.append("greedy_by=task: there is no task; set task.path or task.builtin")
+        return found
+
+
+@dataclass
 class PruneConfig(StageConfig):
     """Remove the units that matter least.
 
     Attributes:
         model: checkpoint to prune.
-        scores: directory that ``score`` wrote; needed by the method "activation".
+        scores: directory that ``score`` wrote; needed by the method "activation", unless nothing but layers goes and
+            ``layers_to_drop`` or ``depth_scores`` say which.
         method: "activation" keeps the highest scores, "random" draws the kept units (a baseline).
         target: sizes of the pruned model.
+        depth: how the layers to drop are chosen, by the method "activation".
+        depth_scores: directory that ``depth`` wrote; needed by ``depth.criterion`` "loss" and "task".
         layers_to_drop: layers to remove whatever their scores (0-based); their number then fixes ``num_layers``.
         format: what to write: "nemo2", "nemo" or "hf".
     """
 
     STAGE: ClassVar[str] = "prune"
-    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores")
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
 
     model: str = MISSING
     scores: str | None = None
     method: str = "activation"
     target: TargetConfig = field(default_factory=TargetConfig)
+    depth: DepthChoiceConfig = field(default_factory=DepthChoiceConfig)
+    depth_scores: str | None = None
     layers_to_drop: list[int] | None = None
     format: str = "nemo2"
 
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
         found = [*choice(self, "method", ("activation", "random")), *choice(self, "format", FORMATS)]
-        if self.method == "activation" and self.scores is None:
+        narrower = self.target.given().keys() - {"num_layers"}
+        named = self.layers_to_drop is not None or self.depth_scores is not None
+        if self.method == "activation" and self.scores is None and (narrower or not named):
             found.append("scores: method=activation needs the directory that `minitron score` wrote")
         if not self.target.given() and not self.layers_to_drop:
             found.append("target: nothing is to be pruned; give at least one size of the target or layers_to_drop")
+        measured = self.depth.criterion in ("loss", "task")
+        if measured and self.depth_scores is None:
+            found.append(
+                f"depth_scores: criterion={self.depth.criterion} needs the directory that `minitron depth` wrote"
+            )
+        if self.depth_scores is not None and not measured:
+            found.append(
+                "depth_scores: is read by depth.criterion=loss or task alone; set one of them or leave it null"
+            )
+        if self.depth != DepthChoiceConfig() and self.method == "random":
+            found.append("depth: method=random draws the layers; leave depth out")
+        if self.depth != DepthChoiceConfig() and self.layers_to_drop is not None:
+            found.append("layers_to_drop: names the layers already; leave depth out")
         if self.layers_to_drop is not None:
             found += [
                 f"layers_to_drop: {n} is not a layer number (they count from 0)" for n in self.layers_to_drop if n < 0
@@ -386,5 +459,14 @@ class PipelineConfig:
 #: The configuration of each stage, in the order of a typical pipeline.
 STAGES: dict[str, type[StageConfig]] = {
     config.STAGE: config
-    for config in (ImportConfig, ScoreConfig, PruneConfig, DistillConfig, ExportConfig, EvaluateConfig, ReportConfig)
+    for config in (
+        ImportConfig,
+        ScoreConfig,
+        DepthConfig,
+        PruneConfig,
+        DistillConfig,
+        ExportConfig,
+        EvaluateConfig,
+        ReportConfig,
+    )
 }

@@ -1,8 +1,9 @@
 """How much each unit of a model matters (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
 
 The doors are :func:`score_model` and :func:`score_criteria`, which run a live Megatron model (activations, or gradient
-x activation), :class:`ScoreDuringValidation`, which lets NeMo run it, :func:`magnitude_scores`, which reads weights,
-and :class:`Scores`, their result on disk. Importing this package imports neither torch nor Megatron.
+x activation), :func:`layer_importance`, which runs it without some of its layers, :class:`ScoreDuringValidation`, which
+lets NeMo run it, :func:`magnitude_scores`, which reads weights, and :class:`Scores` and :class:`DepthScores`, the
+results on disk. Importing this package imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation, Criterion
     from nemo_minitron.importance.callback import ScoreDuringValidation
+    from nemo_minitron.importance.depth import layer_importance, task_accuracy
+    from nemo_minitron.importance.depth_scores import DepthScores, Measurement
     from nemo_minitron.importance.magnitude import magnitude_scores
+    from nemo_minitron.importance.masking import left_out
     from nemo_minitron.importance.score import score_criteria, score_model
     from nemo_minitron.importance.scores import Scores, fingerprint, save_criteria
 
@@ -20,26 +24,36 @@ __all__ = [
     "AGGREGATIONS",
     "Aggregation",
     "Criterion",
+    "DepthScores",
+    "Measurement",
     "ScoreDuringValidation",
     "Scores",
     "fingerprint",
+    "layer_importance",
+    "left_out",
     "magnitude_scores",
     "save_criteria",
     "score_criteria",
     "score_model",
+    "task_accuracy",
 ]
 
 _HOME = {
     "AGGREGATIONS": "aggregation",
     "Aggregation": "aggregation",
     "Criterion": "aggregation",
+    "DepthScores": "depth_scores",
+    "Measurement": "depth_scores",
     "ScoreDuringValidation": "callback",
     "Scores": "scores",
     "fingerprint": "scores",
+    "layer_importance": "depth",
+    "left_out": "masking",
     "magnitude_scores": "magnitude",
     "save_criteria": "scores",
     "score_criteria": "score",
     "score_model": "score",
+    "task_accuracy": "depth",
 }
 
 

@@ -100,7 +100,7 @@ def choose_units(
     different groups cannot be mixed: they read different keys). Equal scores: the unit of the lower index stays.
 
     Args:
-        scores: of the model; not needed (None) for the random method.
+        scores: of the model; not needed (None) for the random method, nor where ``layers_to_drop`` is all that goes.
         shape: of the model.
         target: shape to reach.
         method: "activation" keeps the highest scores; "random" draws units, the baseline of the same shape.
@@ -124,10 +124,12 @@ def choose_units(
         raise ShapeError(faults)
     if method == "random":
         pick: _Picker = _Random(seed)
-    else:
-        if scores is None:
-            raise ConfigError("scores: method=activation needs the scores of the model; run `minitron score`")
+    elif scores is not None:
         pick = _Highest(scores, shape)
+    elif layers_to_drop is not None and target == shape.replace(num_layers=target.num_layers):
+        pick = _everything  # the layers are named, and nothing else goes
+    else:
+        raise ConfigError("scores: method=activation needs the scores of the model; run `minitron score`")
 
     if layers_to_drop is not None:
         layers = [layer for layer in range(shape.num_layers) if layer not in layers_to_drop]
@@ -152,6 +154,10 @@ class _Picker(Protocol):
     def __call__(self, axis: str, layer: int | None, candidates: range, count: int) -> list[int]:
         """``count`` of the candidates, ascending."""
         ...
+
+
+def _everything(axis: str, layer: int | None, candidates: range, count: int) -> list[int]:
+    return list(candidates)
 
 
 class _Random:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def plan(config: PruneConfig) -> StagePlan:
     )
     if config.method == "activation" and config.scores is not None:
         found.reads.append(PlannedPath(config.scores, "scores"))
+    if config.depth_scores is not None:
+        found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
     shape = peek_shape(config.model)
     if shape is not None:
         try:
@@ -73,7 +76,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
         target,
         method=config.method,
         seed=config.runtime.seed,
-        layers_to_drop=config.layers_to_drop,
+        layers_to_drop=_layers_to_drop(config, checkpoint, target.num_layers, scores),
     )
     pruned = prune_weights(checkpoint, kept, lineage=_lineage(config, scores))
     with (
@@ -99,6 +102,28 @@ def run(config: PruneConfig) -> dict[str, Any]:
     }
 
 
+def _layers_to_drop(
+    config: PruneConfig, checkpoint: Any, num_layers: int, scores: Scores | None
+) -> Sequence[int] | None:
+    """The layers named, or those that the depth criterion takes; None leaves them to the method."""
+    from nemo_minitron.importance import DepthScores, fingerprint
+    from nemo_minitron.pruning.depth import choose_layers, influence_costs
+
+    before = checkpoint.shape.num_layers
+    if config.layers_to_drop is not None or config.method == "random" or num_layers == before:
+        return config.layers_to_drop
+    if config.depth_scores is not None:
+        measured = DepthScores.load(config.depth_scores)
+        measured.check(checkpoint.shape, fingerprint(checkpoint), where=config.depth_scores)
+        costs = measured.costs(config.depth.criterion)
+    elif scores is not None:
+        costs = influence_costs(scores.layers.tolist())
+    else:
+        return None
+    kept = choose_layers(costs, before, before - num_layers, config.depth.form)
+    return [layer for layer in range(before) if layer not in kept]
+
+
 def _scores(config: PruneConfig, checkpoint: Any) -> Scores | None:
     """The scores, where the method reads them; they must be those of this checkpoint."""
     from nemo_minitron.importance import Scores, fingerprint
@@ -112,7 +137,14 @@ def _scores(config: PruneConfig, checkpoint: Any) -> Scores | None:
 
 def _lineage(config: PruneConfig, scores: Scores | None) -> dict[str, Any]:
     """How the units were chosen, for ``minitron.json``."""
-    if scores is None:
+    if config.method == "random":
         return {"method": config.method, "seed": config.runtime.seed}
-    aggregation = {"sequence": scores.sequence, "batch": scores.batch}
-    return {"method": config.method, "scores": config.scores, "samples": scores.samples, "aggregation": aggregation}
+    depth = {"criterion": config.depth.criterion, "form": config.depth.form, "scores": config.depth_scores}
+    found = {
+        "method": config.method,
+        "depth": {"layers_to_drop": config.layers_to_drop} if config.layers_to_drop is not None else depth,
+    }
+    if scores is not None:
+        aggregation = {"sequence": scores.sequence, "batch": scores.batch}
+        found |= {"scores": config.scores, "samples": scores.samples, "aggregation": aggregation}
+    return found

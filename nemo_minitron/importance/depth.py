@@ -1,0 +1,206 @@
+"""What a live Megatron model loses without some of its layers, under any parallel layout.
+
+The depth criteria of Minitron (arXiv 2407.14679, section 2.2; arXiv 2408.11796, section 4): the loss, and the accuracy
+on a task, with layers left out. Block influence needs one ordinary pass and comes with the scores
+(:mod:`~nemo_minitron.importance.score`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from nemo_minitron.importance.candidates import Candidate, depth_faults, diverge, greedy_round, rounds
+from nemo_minitron.importance.depth_scores import DepthScores, Journal, Measurement
+from nemo_minitron.importance.masking import Prefix, left_out
+from nemo_minitron.runtime.forward import block_losses
+from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.progress import Advance
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from nemo_minitron.data.tasks import EncodedTask
+
+__all__ = ["layer_importance", "task_accuracy"]
+
+
+def layer_importance(
+    chunks: list[GPTModel],
+    blocks: torch.Tensor,
+    groups: Groups,
+    *,
+    shape: ModelShape,
+    micro_batch_size: int = 1,
+    single: bool = True,
+    block_lengths: Sequence[int] = (),
+    greedy: int = 0,
+    greedy_by: str = "loss",
+    task: EncodedTask | None = None,
+    task_name: str = "task",
+    fingerprint: str | None = None,
+    journal: Journal | None = None,
+    reuse_prefix: bool = True,
+    progress: Advance | None = None,
+) -> DepthScores:
+    """Measure the model without each layer, without each block of layers, and greedily without more and more.
+
+    To be called on every rank; every rank gets all results. Layers are masked (:func:`~.masking.left_out`): the loss
+    without a layer is that of the model with the layer deleted, and no weight is copied. Candidates run in an order in
+    which each shares the beginning of its pass with the one before it; with ``reuse_prefix`` the hidden states there
+    are kept, so that for all single layers half of the layers run. Results are the same bit by bit. Memory beyond the
+    model: that of :func:`~nemo_minitron.runtime.forward.block_losses`, and on the CPU the kept states, ``tokens x H``
+    of this data-parallel rank's share of the data on one pipeline stage.
+
+    Args:
+        chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
+        blocks: ``[n, s + 1]`` int64 calibration tokens, the same on every rank.
+        groups: of this process.
+        shape: of the whole model.
+        micro_batch_size: blocks, or choices of the task, of one forward pass.
+        single: every layer alone.
+        block_lengths: every run of so many neighbouring layers.
+        greedy: up to so many layers, one a round: the layer whose loss costs least goes, and the others are measured
+            again without it.
+        greedy_by: criterion of ``greedy``, "loss" or "task".
+        task: its accuracy is measured besides the loss.
+        task_name: kept with the results.
+        fingerprint: of the weights, kept with the results.
+        journal: takes each result as it comes, and gives those of an earlier process; used on global rank 0.
+        reuse_prefix: see above.
+        progress: called with 1 for each candidate (those of the journal at once), the whole model not counted.
+
+    Raises:
+        DataError: for no calibration blocks.
+        ShapeError: for blocks that are longer than the model or leave no layer, or a sequence that sequence parallelism
+            does not divide.
+        ConfigError: for nothing to measure, or a criterion that is not.
+        NonFiniteError: if a loss is NaN or infinite, naming the layers that were left out.
+    """
+    if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
+        raise DataError(
+            f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
+        )
+    _check(shape, single=single, block_lengths=block_lengths, greedy=greedy, greedy_by=greedy_by, task=task)
+    measured = _shared(journal.read() if journal is not None and dist.get_rank() == 0 else {}, chunks)
+    if progress is not None and (already := len(measured.keys() - {()})):
+        progress(already)
+    prefix: Prefix | None = None
+
+    def measure(layers: Candidate, following: Candidate | None) -> Measurement:
+        """Goes on from ``prefix`` where it serves, and keeps what ``following`` can go on from."""
+        nonlocal prefix
+        start = prefix if prefix is not None and prefix.serves(layers) else None
+        split = diverge(layers, following) if reuse_prefix and following is not None else None
+        keep = split if split is not None and (start is None or split >= start.layer) else None
+        with left_out(chunks, layers, start=start, keep=keep) as prefix:
+            losses = block_losses(chunks, groups, blocks, micro_batch_size, vocab_size=shape.vocab_size)
+            accuracy = None if task is None else task_accuracy(chunks, groups, task, micro_batch_size, shape.vocab_size)
+        loss = float(losses.mean())
+        if not bool(torch.isfinite(losses).all()) or (accuracy is not None and accuracy != accuracy):
+            raise NonFiniteError(
+                f"the loss {'of the whole model' if not layers else f'without {_name(layers)}'} is NaN or infinite; "
+                "check the checkpoint's weights, or measure in runtime.dtype=float32"
+            )
+        return Measurement(loss, accuracy)
+
+    def run(candidates: Sequence[Candidate]) -> None:
+        left = [layers for layers in candidates if layers not in measured]
+        for layers, following in itertools.zip_longest(left, left[1:]):
+            measured[layers] = measure(layers, following)
+            if journal is not None and dist.get_rank() == 0:
+                journal.append(layers, measured[layers])
+            if progress is not None and layers:
+                progress(1, f"loss {measured[layers].loss:.3f} without {_name(layers)}")
+
+    def scores() -> DepthScores:
+        return DepthScores(
+            measured=dict(measured),
+            shape=shape,
+            samples=len(blocks),
+            tokens=blocks[:, 1:].numel(),
+            task=None if task is None else task_name,
+            questions=None if task is None else len(task.answers),
+            fingerprint=fingerprint,
+        )
+
+    run(
+        [
+            one
+            for candidates in rounds(shape.num_layers, single=single, block_lengths=block_lengths)
+            for one in candidates
+        ]
+    )
+    chosen: Candidate = ()
+    for _ in range(greedy):
+        candidates = greedy_round(shape.num_layers, chosen)
+        run(candidates)
+        costs = scores().costs(greedy_by)
+        # Of equal costs the higher layer goes, as in nemo_minitron.pruning.depth.
+        chosen = min(candidates, key=lambda layers: (costs[layers], tuple(-layer for layer in layers)))
+    return scores()
+
+
+def task_accuracy(
+    chunks: list[GPTModel], groups: Groups, task: EncodedTask, micro_batch_size: int, vocab_size: int
+) -> float:
+    """Share of the questions whose right choice has the highest log-likelihood for its length in characters.
+
+    The ``acc_norm`` of lm-eval. On every rank; every rank gets it. NaN if any log-likelihood is NaN or infinite.
+    """
+    rows = []
+    for tokens, counted in zip(task.tokens, task.counted, strict=True):
+        means = block_losses(chunks, groups, tokens, micro_batch_size, vocab_size=vocab_size, counted=counted)
+        rows.append(means * counted.sum(dim=1))
+    likelihoods = -torch.cat(rows) / task.characters
+    if not bool(torch.isfinite(likelihoods).all()):
+        return float("nan")
+    table = torch.full((len(task.answers), int(task.choice.max()) + 1), -torch.inf, dtype=torch.float64)
+    table[task.question, task.choice] = likelihoods
+    return float((table.argmax(dim=1) == task.answers).double().mean())
+
+
+def _check(
+    shape: ModelShape,
+    *,
+    single: bool,
+    block_lengths: Sequence[int],
+    greedy: int,
+    greedy_by: str,
+    task: EncodedTask | None,
+) -> None:
+    if not single and not block_lengths and not greedy:
+        raise ConfigError("nothing is to be measured; set single=true, block_lengths or greedy")
+    if greedy_by not in ("loss", "task"):
+        raise ConfigError(f"greedy_by={greedy_by!r}: must be loss or task")
+    if greedy and greedy_by == "task" and task is None:
+        raise ConfigError("greedy_by=task: there is no task; set task.path or task.builtin")
+    if faults := depth_faults(shape.num_layers, block_lengths, greedy):
+        raise ShapeError(faults)
+
+
+def _name(layers: Candidate) -> str:
+    """``(3,)`` -> ``"layer 3"``, ``(3, 4, 5)`` -> ``"layers 3-5"``."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    run = list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"layers {layers[0]}-{layers[-1]}" if run else f"layers {', '.join(map(str, layers))}"
+
+
+def _shared(found: dict[Candidate, Measurement], chunks: list[GPTModel]) -> dict[Candidate, Measurement]:
+    """What global rank 0 found, on every rank."""
+    text = json.dumps([[layers, one.loss, one.accuracy] for layers, one in found.items()]).encode()
+    device = next(chunks[0].parameters()).device
+    size = torch.tensor(len(text), device=device)
+    dist.broadcast(size, src=0)
+    data = torch.tensor(list(text.ljust(int(size))), dtype=torch.uint8)[: int(size)].to(device)
+    dist.broadcast(data, src=0)
+    rows = json.loads(bytes(data.cpu().tolist()))
+    return {tuple(layers): Measurement(loss, accuracy) for layers, loss, accuracy in rows}

@@ -1,0 +1,236 @@
+"""``depth.json``: what a model loses without some of its layers; and the journal of a measurement under way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, ShapeError
+from nemo_minitron.importance.candidates import Candidate
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["FILE_NAME", "DepthScores", "Journal", "Measurement"]
+
+FILE_NAME = "depth.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of the model without some layers.
+
+    Attributes:
+        loss: nats per calibration token.
+        accuracy: on the task, or None where there is none.
+    """
+
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class DepthScores:
+    """What was measured, by the layers left out.
+
+    Attributes:
+        measured: by candidate; ``()`` is the whole model.
+        shape: of the model.
+        samples, tokens: of calibration.
+        task, questions: what the accuracy is of, or None.
+        fingerprint: of the model's weights, or None where it was not known.
+    """
+
+    measured: dict[Candidate, Measurement] = field(repr=False)
+    shape: ModelShape
+    samples: int
+    tokens: int
+    task: str | None = None
+    questions: int | None = None
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if () not in self.measured:
+            raise ShapeError("depth scores: the whole model was not measured; run `minitron depth` again")
+        for layers, one in self.measured.items():
+            if list(layers) != sorted(set(layers)) or any(not 0 <= n < self.shape.num_layers for n in layers):
+                raise ShapeError(f"depth scores: {list(layers)} are no layers of a model of {self.shape.num_layers}")
+            numbers = [one.loss, *([] if one.accuracy is None else [one.accuracy])]
+            if not all(math.isfinite(number) for number in numbers):
+                raise ShapeError(f"depth scores: {numbers} without layers {list(layers)} is not finite")
+            if (one.accuracy is None) != (self.task is None):
+                raise ShapeError(f"depth scores: without layers {list(layers)} the task was not measured, or none is")
+
+    def costs(self, criterion: str) -> dict[Candidate, tuple[float, ...]]:
+        """What leaving layers out costs, lower is better: by "loss" the increase, by "task" the accuracy lost.
+
+        Accuracy is coarse: where it is equal, the loss decides.
+
+        Raises:
+            ConfigError: for a criterion that was not measured.
+        """
+        whole = self.measured[()]
+        if criterion == "loss":
+            return {layers: (one.loss - whole.loss,) for layers, one in self.measured.items() if layers}
+        if criterion != "task":
+            raise ConfigError(f"criterion={criterion!r}: must be loss or task")
+        if whole.accuracy is None:
+            raise ConfigError(
+                "criterion=task: no task was measured; run `minitron depth` with task.path or task.builtin"
+            )
+        return {
+            layers: (whole.accuracy - one.accuracy, one.loss - whole.loss)
+            for layers, one in self.measured.items()
+            if layers and one.accuracy is not None
+        }
+
+    def check(self, shape: ModelShape, model_fingerprint: str | None, *, where: str) -> None:
+        """Make sure that these are of a given model.
+
+        Raises:
+            ShapeError: if the sizes differ.
+            CheckpointError: if the weights differ.
+        """
+        ours, theirs = self.shape.to_dict(), shape.to_dict()
+        if faults := [f"{k}: {ours[k]} in {where}, {theirs[k]} in the model" for k in ours if ours[k] != theirs[k]]:
+            raise ShapeError([f"{fault}; run `minitron depth` on this model first" for fault in faults])
+        if None not in (self.fingerprint, model_fingerprint) and self.fingerprint != model_fingerprint:
+            raise CheckpointError(
+                f"{where}: made from other weights (fingerprint {self.fingerprint}) than the model's "
+                f"({model_fingerprint}); run `minitron depth` on this model first"
+            )
+
+    def save(self, directory: str | Path) -> None:
+        """Write :data:`FILE_NAME` into a directory, whole or not at all."""
+        path = Path(directory) / FILE_NAME
+        content = {
+            "format_version": FORMAT_VERSION,
+            "shape": self.shape.to_dict(),
+            "fingerprint": self.fingerprint,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "task": self.task,
+            "questions": self.questions,
+            "baseline": _values(self.measured[()]),
+            "candidates": [
+                {"layers": layers, **_values(one)} for layers, one in sorted(self.measured.items()) if layers
+            ],
+        }
+        aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
+        try:
+            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> DepthScores:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: if it is missing, damaged, of another version, or contradicts itself.
+        """
+        path = Path(directory) / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["format_version"]
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; measure again"
+                )
+            rows = [{"layers": [], **content["baseline"]}, *content["candidates"]]
+            return cls(
+                measured=dict(_measurement(row) for row in rows),
+                shape=ModelShape(**content["shape"]),
+                **{name: content[name] for name in ("samples", "tokens", "task", "questions", "fingerprint")},
+            )
+        except FileNotFoundError:
+            raise CheckpointError(f"{path.parent}: no depth scores there; run `minitron depth`") from None
+        except CheckpointError:
+            raise
+        except MinitronError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: is not readable ({error}); run `minitron depth` again") from None
+
+
+def _values(one: Measurement) -> dict[str, float]:
+    return {"loss": one.loss, **({} if one.accuracy is None else {"accuracy": one.accuracy})}
+
+
+def _measurement(row: dict[str, Any]) -> tuple[Candidate, Measurement]:
+    return tuple(row["layers"]), Measurement(float(row["loss"]), row.get("accuracy"))
+
+
+class Journal:
+    """What a measurement has found so far, a line a candidate, in a file that outlives the process.
+
+    The first line says what is measured. A journal of something else is begun anew; the half line of a process that was
+    killed is dropped.
+
+    Args:
+        path: of the file; only one process may use it.
+        subject: JSON values that everything measured depends on.
+
+    Attributes:
+        resumed: candidates that :meth:`read` found, the whole model not counted.
+    """
+
+    def __init__(self, path: str | Path, subject: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.resumed = 0
+        self._subject = {"format_version": FORMAT_VERSION, **subject}
+
+    @staticmethod
+    def beside(output: str | Path) -> Path:
+        """Where the journal of an output lies."""
+        output = Path(output)
+        return output.with_name(f".{output.name}.journal.jsonl")
+
+    @staticmethod
+    def entries(path: Path) -> int:
+        """Candidates that a journal holds, whatever it is of; the whole model is not counted."""
+        try:
+            lines = path.read_bytes().split(b"\n")[1:-1]
+        except OSError:
+            return 0
+        return sum(b'"layers": []' not in line for line in lines)
+
+    def read(self) -> dict[Candidate, Measurement]:
+        """What is there already; the file is left ready for :meth:`append`."""
+        head = json.dumps(self._subject, sort_keys=True).encode()
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        found, whole = {}, [head]
+        if lines and lines[0] == head:
+            for line in lines[1:]:
+                try:
+                    layers, one = _measurement(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    break
+                found[layers] = one
+                whole.append(line)
+        if whole != lines:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_name(f"{self.path.name}.partial.{os.getpid()}")
+            aside.write_bytes(b"\n".join(whole) + b"\n")
+            aside.replace(self.path)
+        elif self.path.stat().st_size != sum(len(line) + 1 for line in lines):
+            os.truncate(self.path, sum(len(line) + 1 for line in lines))
+        self.resumed = len(found.keys() - {()})
+        return found
+
+    def append(self, layers: Iterable[int], one: Measurement) -> None:
+        """Add a candidate, and see it onto the disk."""
+        line = json.dumps({"layers": list(layers), **_values(one)}) + "\n"
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        """Remove the file: the result stands elsewhere."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,202 @@
+"""``minitron depth``: what a model loses without some of its layers, by loss and by a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import DepthConfig
+from nemo_minitron.importance.candidates import depth_faults, layers_run, rounds
+from nemo_minitron.importance.depth_scores import Journal
+from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import ModelShape
+from nemo_minitron.stages.base import (
+    PlannedPath,
+    StagePlan,
+    human_bytes,
+    human_count,
+    peek_family,
+    peek_shape,
+    stage_output,
+)
+from nemo_minitron.stages.conversion import model_costs
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data.tasks import EncodedTask, Question
+
+__all__ = ["plan", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: DepthConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost, and how much of it is done already."""
+    from nemo_minitron.data.inputs import data_inputs
+
+    data, layout, shape = data_inputs(config.data), config.parallel, peek_shape(config.model)
+    tokens = config.samples * config.data.sequence_length
+    found = StagePlan(
+        "depth",
+        reads=[PlannedPath(config.model, "model"), *(PlannedPath(path, what) for path, what in data.files)],
+        writes=[PlannedPath(config.output, "depth scores")],
+        costs={"calibration": f"{tokens:,} tokens in {config.samples:,} samples, for each candidate"},
+        notes=data.notes,
+        faults=data.faults,
+    )
+    if config.task.path is not None:
+        found.reads.append(PlannedPath(config.task.path, "task"))
+    if config.task.given is not None:
+        found.notes.append("FLOPs are those of the loss; the task adds its own, by the tokens of its choices")
+    if config.data.sequence_length % layout.tensor and layout.sequence_parallel:
+        found.faults.append(
+            f"data.sequence_length={config.data.sequence_length}: cannot be split over "
+            f"parallel.tensor={layout.tensor}; set a multiple of it, or parallel.sequence_parallel=false"
+        )
+    if shape is None:
+        return found
+    faults = depth_faults(shape.num_layers, config.block_lengths, config.greedy)
+    stages = layout.pipeline * (layout.virtual_pipeline or 1)
+    found.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=stages)
+    found.costs.update(model_costs(config.model, config.runtime.dtype))
+    if faults:
+        return found
+    size = 2 if config.runtime.dtype == "bfloat16" else 4
+    count, flops = _work(config, shape)
+    done = Journal.entries(Journal.beside(config.output))
+    found.costs["candidates"] = f"{count:,}" + (f", {done:,} measured already" if done else "")
+    found.costs["FLOPs"] = human_count(flops)
+    weights = axes.parameter_count(peek_family(config.model), shape) * size / (layout.tensor * layout.pipeline)
+    found.costs["memory of a rank"] = f"about {human_bytes(weights)}"
+    if config.reuse_prefix:
+        states = tokens * shape.hidden_size * size / layout.data
+        found.costs["hidden states kept"] = f"{human_bytes(states)} on the host of a pipeline stage"
+    return found
+
+
+def _work(config: DepthConfig, shape: ModelShape) -> tuple[int, float]:
+    """Candidates, the whole model left out, and operations for the loss of all of them.
+
+    Two operations for each weight and token; attention scores are small beside it at these lengths. Greedy rounds are
+    counted as if each layer that goes were the last one, whose rounds save nothing.
+    """
+    known = [
+        one
+        for part in rounds(shape.num_layers, single=config.single, block_lengths=config.block_lengths)
+        for one in part
+    ]
+    if config.reuse_prefix:
+        ran = layers_run(shape.num_layers, known)
+    else:
+        ran = sum(shape.num_layers - len(layers) for layers in known)
+    greedy = [shape.num_layers - chosen for chosen in range(1 if config.single else 0, config.greedy)]
+    ran += sum(count * (count - 1) for count in greedy)
+    with_one, with_none = (
+        axes.parameter_count(peek_family(config.model), shape.replace(num_layers=layers)) for layers in (2, 1)
+    )
+    layer = with_one - with_none
+    head = shape.vocab_size * shape.hidden_size
+    passes = len(known) + sum(greedy)
+    tokens = config.samples * config.data.sequence_length
+    return passes - 1, 2.0 * tokens * (layer * ran + head * passes)
+
+
+def run(config: DepthConfig) -> dict[str, Any]:
+    """Measure the model; rank 0 writes ``depth.json``, and until it is there each result into a journal beside it.
+
+    Returns:
+        ``tokens, candidates, resumed, task, questions, baseline, single, seconds``; ``single`` holds the loss increase
+        of each layer, by its number, where layers were measured alone.
+
+    Raises:
+        MinitronError: for a checkpoint, text or task that cannot be used, or a loss that is not finite.
+    """
+    import torch
+
+    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.data import build_blocks
+    from nemo_minitron.importance import fingerprint, layer_importance
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.model import build_model
+
+    started = time.monotonic()
+    layout = ParallelLayout(**vars(config.parallel))
+    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    checkpoint = open_checkpoint(config.model)
+    shape = checkpoint.shape
+    blocks = build_blocks(
+        config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
+    )
+    questions, task = _task(config, checkpoint)
+    chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
+    load_into(chunks, checkpoint, groups)
+    weights = fingerprint(checkpoint)
+    journal = Journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
+    with progress_bar("depth", _work(config, shape)[0], shown=groups.is_main) as advance:
+        scores = layer_importance(
+            chunks,
+            blocks,
+            groups,
+            shape=shape,
+            micro_batch_size=config.micro_batch_size,
+            single=config.single,
+            block_lengths=config.block_lengths,
+            greedy=config.greedy,
+            greedy_by=config.greedy_by,
+            task=task,
+            task_name=config.task.given or "",
+            fingerprint=weights,
+            journal=journal,
+            reuse_prefix=config.reuse_prefix,
+            progress=advance,
+        )
+    if groups.is_main:
+        with stage_output(config.output, config.overwrite) as output:
+            scores.save(output)
+        journal.close()
+        logger.info("%d candidates on %s tokens each", len(scores.measured) - 1, f"{scores.tokens:,}")
+    baseline = scores.measured[()]
+    increase = {layers[0]: cost for layers, (cost,) in scores.costs("loss").items() if len(layers) == 1}
+    return {
+        "tokens": scores.tokens,
+        "candidates": len(scores.measured) - 1,
+        "resumed": journal.resumed,
+        "task": scores.task,
+        "questions": scores.questions,
+        "baseline": {"loss": round(baseline.loss, 6), "accuracy": baseline.accuracy},
+        "single": {str(layer): round(cost, 6) for layer, cost in sorted(increase.items())},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], EncodedTask | None]:
+    """The questions and their tokens, or none of either."""
+    from nemo_minitron.data.tasks import encode_task, read_task
+
+    if config.task.given is None:
+        return [], None
+    questions = read_task(config.task, cache_dir=config.data.cache_dir, seed=config.data.seed)
+    return questions, encode_task(
+        questions,
+        checkpoint.tokenizer,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
+        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+    )
+
+
+def _subject(config: DepthConfig, weights: str, blocks: torch.Tensor, questions: list[Question]) -> dict[str, Any]:
+    """What each result depends on, so that a journal of something else is not taken up. Not the parallel layout."""
+    task = json.dumps([[one.prompt, one.choices, one.answer] for one in questions])
+    return {
+        "fingerprint": weights,
+        "blocks": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:32],
+        "task": hashlib.sha256(task.encode()).hexdigest()[:32] if questions else None,
+        "dtype": config.runtime.dtype,
+    }

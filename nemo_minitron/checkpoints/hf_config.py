@@ -1,8 +1,4 @@
-"""HF ``config.json`` <-> (:class:`ModelShape`, :class:`Architecture`), for the Llama family.
-
-Written models are always ``LlamaForCausalLM`` with an explicit ``head_dim``: without sliding windows a Mistral model
-computes exactly what a Llama model does.
-"""
+"""HF ``config.json`` <-> (:class:`ModelShape`, :class:`Architecture`)."""
 
 from __future__ import annotations
 
@@ -10,29 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.hf_families import HF_FAMILIES, HFFamily, hf_family
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["ARCHITECTURES", "from_hf", "read_json", "to_hf"]
+__all__ = ["from_hf", "read_json", "to_hf"]
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 ROPE_SCALING = ("default", "llama3")
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {"max_position_embeddings": 2048, "num_key_value_heads": None, "sliding_window": None},
-    "MistralForCausalLM": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-}
-"""What ``transformers.LlamaConfig`` and ``MistralConfig`` take for keys that a ``config.json`` leaves out."""
-COMMON_DEFAULTS: dict[str, Any] = {
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,33 +42,17 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             are named in one message.
     """
     names = config.get("architectures") or [config.get("model_type", "unknown")]
-    if not set(names) & set(ARCHITECTURES):
+    readers = {name: (key, family) for key, family in HF_FAMILIES.items() for name in family.reads}
+    name = next((name for name in readers if name in names), None)
+    if name is None:
         raise CheckpointError(
-            f"{source}: architecture {', '.join(map(str, names))} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"{source}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(readers)}"
         )
-    name = next(name for name in ARCHITECTURES if name in names)
-    config = COMMON_DEFAULTS | DEFAULTS[name] | config
-    positions, window, rope = config["max_position_embeddings"], config["sliding_window"], config["rope_scaling"]
-    rope_type = (rope.get("rope_type") or rope.get("type") or "default") if rope else "default"
-    found = [
-        f"{key}={config[key]!r} is not supported: the Llama table has no bias"
-        for key in ("attention_bias", "mlp_bias")
-        if config.get(key)
-    ]
-    if config["hidden_act"] != "silu":
-        found.append(f"hidden_act={config['hidden_act']!r} is not supported; only 'silu' is")
-    if rope_type not in ROPE_SCALING:
-        found.append(f"rope_scaling of type {rope_type!r} is not supported; supported: {', '.join(ROPE_SCALING)}")
-    if window is not None and window < positions:
-        found.append(
-            f"sliding_window={window} is not supported; if no sequence will be longer than {window} tokens, set "
-            f"sliding_window to null and max_position_embeddings to {window}"
-        )
-    if config.get("quantization_config"):
-        found.append("quantized weights are not supported; dequantize the model first")
-    if found:
+    key, family = readers[name]
+    config = {**family.reads[name], **config}
+    if found := _unsupported(config, family):
         raise CheckpointError(f"{source}: " + "; ".join(found))
+    rope = config["rope_scaling"]
     try:
         heads = config["num_attention_heads"]
         shape = ModelShape(
@@ -100,50 +64,99 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             head_dim=config["head_dim"] or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config["tie_word_embeddings"]),
+            num_moe_experts=config["num_local_experts"] if family.expert else None,
         )
     except KeyError as error:
-        raise CheckpointError(f"{source} lacks {error}; it is not a complete Llama configuration") from None
+        raise CheckpointError(
+            f"{source} lacks {error}; it is not a complete {family.model_type} configuration"
+        ) from None
     except (ShapeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     architecture = Architecture(
-        family="llama",
-        norm_epsilon=config["rms_norm_eps"],
+        family=key,
+        norm_epsilon=config[family.epsilon],
         rotary_base=float(config["rope_theta"]),
-        rotary_scaling=None if rope_type == "default" else rope,
-        max_position_embeddings=positions,
+        rotary_percent=float(config["partial_rotary_factor"]),
+        rotary_scaling=None if _rope_type(rope) == "default" else rope,
+        max_position_embeddings=config["max_position_embeddings"],
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
         pad_token_id=config["pad_token_id"],
+        moe_router_topk=config["num_experts_per_tok"] if family.expert else None,
+        moe_aux_loss_coeff=config["router_aux_loss_coef"] if family.expert else 0.0,
     )
+    if faults := architecture.faults(shape):
+        raise CheckpointError(f"{source}: {faults[0]}")
     return shape, architecture
 
 
+def _unsupported(config: dict[str, Any], family: HFFamily) -> list[str]:
+    """Everything in a configuration that the family's table does not stand for."""
+    rope, positions = config["rope_scaling"], config["max_position_embeddings"]
+    found = [
+        f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
+        for key, value in family.needs.items()
+        if config[key] != value
+    ]
+    if _rope_type(rope) not in ROPE_SCALING:
+        found.append(
+            f"rope_scaling of type {_rope_type(rope)!r} is not supported; supported: {', '.join(ROPE_SCALING)}"
+        )
+    if config["partial_rotary_factor"] != 1 and not family.partial_rotary:
+        found.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    if window is not None and window < positions:
+        found.append(
+            f"sliding_window={window} is not supported; if no sequence will be longer than {window} tokens, set "
+            f"sliding_window to null and max_position_embeddings to {window}"
+        )
+    if config.get("quantization_config"):
+        found.append("quantized weights are not supported; dequantize the model first")
+    return found
+
+
+def _rope_type(rope: dict[str, Any] | None) -> str:
+    return (rope.get("rope_type") or rope.get("type") or "default") if rope else "default"
+
+
 def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of a ``LlamaForCausalLM`` with these sizes whose tensors are stored as ``dtype``."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
+    """The ``config.json`` of a model of these sizes whose tensors are stored as ``dtype``.
+
+    ``head_dim`` is always explicit, because pruning leaves ``heads * head_dim`` and ``hidden`` unequal; transformers
+    reads it in every family here.
+    """
+    family = hf_family(architecture.family)
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "attention_dropout": 0.0,
         "bos_token_id": architecture.bos_token_id,
         "eos_token_id": architecture.eos_token_id,
         "pad_token_id": architecture.pad_token_id,
         "head_dim": shape.head_dim,
-        "hidden_act": "silu",
         "hidden_size": shape.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": shape.ffn_hidden_size,
         "max_position_embeddings": architecture.max_position_embeddings,
-        "mlp_bias": False,
         "num_attention_heads": shape.num_attention_heads,
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_query_groups,
-        "pretraining_tp": 1,
-        "rms_norm_eps": architecture.norm_epsilon,
+        family.epsilon: architecture.norm_epsilon,
         "rope_scaling": architecture.rotary_scaling,
         "rope_theta": architecture.rotary_base,
+        "sliding_window": None,
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
+        **family.writes,
     }
+    if family.partial_rotary:
+        config["partial_rotary_factor"] = architecture.rotary_percent
+    if family.expert:
+        config |= {
+            "num_local_experts": shape.num_moe_experts,
+            "num_experts_per_tok": architecture.moe_router_topk,
+            "router_aux_loss_coef": architecture.moe_aux_loss_coeff,
+        }
+    return config

@@ -30,7 +30,7 @@ SMALLEST_SHARD = 32 * 2**20
 
 
 def open_hf(path: Path) -> Checkpoint:
-    """Open a HF directory of the Llama family. Reads headers only; tensors come later, one at a time.
+    """Open a HF directory. Reads headers only; tensors come later, one at a time.
 
     Raises:
         CheckpointError: missing or truncated file, foreign architecture, tensor that is absent, unexpected or of
@@ -86,7 +86,9 @@ class HFWeights:
         """
         row = axes.parameter(axes.family(self.family), name)
         parts = []
-        for part, expected in zip(naming.hf_names(name), naming.hf_shapes(row.axes, self.shape), strict=True):
+        for part, expected in zip(
+            naming.hf_names(self.family, name), naming.hf_shapes(row.axes, self.shape), strict=True
+        ):
             found = self._read(part)
             if tuple(found.shape) != expected:
                 raise _wrong_shape(self.files[part], part, tuple(found.shape), expected)
@@ -102,13 +104,15 @@ class HFWeights:
         table = axes.family(self.family)
         expected: dict[str, tuple[int, ...]] = {}
         for name, row, _ in axes.parameters(table, self.shape):
-            expected |= dict(zip(naming.hf_names(name), naming.hf_shapes(row.axes, self.shape), strict=True))
+            expected |= dict(
+                zip(naming.hf_names(self.family, name), naming.hf_shapes(row.axes, self.shape), strict=True)
+            )
         if missing := [name for name in expected if name not in self.files]:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} tensors that config.json asks for are missing, "
                 f"{_first(missing)}; the download is incomplete or the configuration is not this model's"
             )
-        tied = naming.HF_OUTER[table.output] if self.shape.tied_embeddings else ()
+        tied = naming.hf_names(self.family, table.output) if self.shape.tied_embeddings else ()
         unexpected = [
             name
             for name in self.files
@@ -116,8 +120,8 @@ class HFWeights:
         ]
         if unexpected:
             raise CheckpointError(
-                f"{self.path}: {len(unexpected)} tensors have no place in a Llama model of this configuration, "
-                f"{_first(unexpected)}; check num_hidden_layers and that the model has no biases"
+                f"{self.path}: {len(unexpected)} tensors have no place in a {self.family} model of this configuration, "
+                f"{_first(unexpected)}; check num_hidden_layers, and that it has no biases but its family's"
             )
         for name, (found, _) in self._headers().items():
             if name in expected and found != expected[name]:
@@ -200,7 +204,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
         if tuple(tensor.shape) != size:
             raise _wrong_shape(checkpoint.path, name, tuple(tensor.shape), size)
         parts = naming.split(axes.parameter(table, name).axes, tensor, shape)
-        pending |= dict(zip(naming.hf_names(name), parts, strict=True))
+        pending |= dict(zip(naming.hf_names(table.name, name), parts, strict=True))
         held, total = held + count, total + count
         del tensor, parts
         if progress is not None:

@@ -21,8 +21,12 @@ __all__ = ["canonical_parameters", "load_into"]
 _LOCAL_SPELLING = {
     # Megatron's local layer spec keeps the norms outside the linears that follow them
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
 }
+#: As every layer spec keeps it before a router, which no linear can be fused with.
+_BEFORE_EXPERTS = ("pre_mlp_layernorm.weight", "pre_mlp_layernorm.bias")
 
 
 def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -36,7 +40,9 @@ def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parame
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            yield f"decoder.layers.{layers[int(index)]}.{_LOCAL_SPELLING.get(rest, rest)}", parameter
+            if chunk.config.num_moe_experts is None or rest not in _BEFORE_EXPERTS:
+                rest = _LOCAL_SPELLING.get(rest, rest)
+            yield f"decoder.layers.{layers[int(index)]}.{rest}", parameter
         else:
             yield name, parameter
 

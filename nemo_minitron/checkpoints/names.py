@@ -1,8 +1,9 @@
-"""Canonical names <-> Hugging Face Llama/Mistral names, one tensor at a time.
+"""Canonical names <-> Hugging Face names, one tensor at a time.
 
-A canonical tensor is made of one or several HF tensors. Which ones is said by :data:`HF_LAYER` and :data:`HF_OUTER`;
-how they are put together follows from the axis of the tensor's rows in :mod:`nemo_minitron.axes`: QKV rows go group by
-group, gated MLP rows are all gates and then all up-projections, every other tensor is one to one.
+A canonical tensor is made of one or several HF tensors. Which ones is said by
+:mod:`nemo_minitron.checkpoints.hf_families`; how they are put together follows from the axis of the tensor's rows in
+:mod:`nemo_minitron.axes`: QKV rows go group by group, gated MLP rows are all gates and then all up-projections, every
+other tensor is one to one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_minitron.axes import Axis
+from nemo_minitron.checkpoints.hf_families import hf_family
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -19,35 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = ["IGNORED_HF", "hf_names", "hf_shapes", "merge", "split"]
 
-HF_LAYER: dict[str, tuple[str, ...]] = {
-    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
-    "self_attention.linear_qkv.weight": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
-}
-HF_OUTER: dict[str, tuple[str, ...]] = {
-    "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
-    "decoder.final_layernorm.weight": ("model.norm.weight",),
-    "output_layer.weight": ("lm_head.weight",),
-}
-
 IGNORED_HF = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Buffers that old transformers releases stored; they follow from the configuration."""
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 
 
-def hf_names(name: str) -> tuple[str, ...]:
+def hf_names(family: str, name: str) -> tuple[str, ...]:
     """The HF tensors that a canonical tensor is made of, in the order in which :func:`merge` takes them."""
-    if match := _LAYER.fullmatch(name):
-        return tuple(f"model.layers.{match[1]}.{part}" for part in HF_LAYER[match[2]])
-    return HF_OUTER[name]
+    known, match = hf_family(family), _LAYER.fullmatch(name)
+    if match is None:
+        return (known.outer[name],)
+    layer, expert, rest = match.groups()
+    parts = known.layer[rest] if expert is None else [part.format(expert) for part in known.expert[rest]]
+    return tuple(f"model.layers.{layer}.{part}" for part in parts)
 
 
 def hf_shapes(axes: Sequence[Axis], shape: ModelShape) -> list[tuple[int, ...]]:

@@ -224,8 +224,8 @@ class TorchDistWeights:
         for key in self._model_keys():
             if key not in known and not (self.shape.tied_embeddings and key == self.prefix + table.output):
                 raise CheckpointError(
-                    f"{self.store.directory}: {key} has no place in a Llama model of {self.shape.num_layers} layers "
-                    f"without biases; the configuration belongs to another model"
+                    f"{self.store.directory}: {key} has no place in a {table.name} model of {self.shape.num_layers} "
+                    f"layers; the configuration belongs to another model"
                 )
 
     def padded_vocab(self) -> int:

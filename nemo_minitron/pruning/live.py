@@ -6,13 +6,15 @@ sets every one of those copies, so that a resized model is, attribute by attribu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from nemo_minitron import axes
 from nemo_minitron.checkpoints.live import canonical_parameters
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -30,11 +32,20 @@ __all__ = [
     "bare",
     "fresh",
     "gpt_chunks",
+    "keep_experts",
+    "live_family",
     "live_shape",
     "owned_parameters",
 ]
 
-CONFIG_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+CONFIG_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
+)
 #: What gradient buffers and optimizers put on a parameter.
 _TRAINING_MARKS = ("main_grad", "grad_added_to_main_grad", "main_param", "main_param_sharded")
 
@@ -107,13 +118,50 @@ def live_shape(chunk: GPTModel) -> ModelShape:
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size if config.num_moe_experts is None else config.moe_ffn_hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         head_dim=config.kv_channels,
         vocab_size=chunk.vocab_size,
         tied_embeddings=chunk.share_embeddings_and_output_weights,
+        num_moe_experts=config.num_moe_experts,
     )
+
+
+def live_family(chunk: GPTModel) -> axes.Family:
+    """The family whose axes table has the parameters of the chunk's layers, and no others.
+
+    Raises:
+        ShapeError: if there is none.
+    """
+    found = {name.split(".", 3)[3] for name, _ in canonical_parameters(chunk) if name.startswith("decoder.layers.")}
+    for table in axes.FAMILIES.values():
+        if (
+            set(axes.layer_parameters(table, live_shape(chunk))) == found
+            and table.gated == chunk.config.gated_linear_unit
+        ):
+            return table
+    known = set().union(*(axes.layer_parameters(table, live_shape(chunk)) for table in axes.FAMILIES.values()))
+    which = f"{sorted(found - known)[0]} is in none of them" if found - known else "its parameters are not those of any"
+    raise ShapeError(
+        f"the model fits no axes table ({', '.join(axes.FAMILIES)}): {which}; "
+        "add its family, see docs/model-families.md"
+    )
+
+
+def keep_experts(layer: Any, experts: Sequence[int]) -> None:
+    """Take the other experts out of a layer's mixture. The router's rows and the sizes are not touched.
+
+    Raises:
+        ShapeError: for a mixture that is spread over expert-parallel ranks, or not one module an expert.
+    """
+    if not hasattr(layer.mlp.experts, "local_experts") or layer.mlp.ep_group.size() > 1:
+        raise ShapeError(
+            f"the experts are a {type(layer.mlp.experts).__name__} over {layer.mlp.ep_group.size()} expert-parallel "
+            "ranks; live pruning needs moe_grouped_gemm=False and expert_model_parallel_size=1, or prune the "
+            "checkpoint (`minitron prune`)"
+        )
+    layer.mlp.experts.local_experts = nn.ModuleList([layer.mlp.experts.local_experts[expert] for expert in experts])
 
 
 def apply_config(module: nn.Module, target: ModelShape) -> None:
@@ -124,6 +172,8 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
                 setattr(config, name, getattr(target, name))
         if hasattr(config, "kv_channels"):
             config.kv_channels = target.head_dim
+        if hasattr(config, "moe_ffn_hidden_size") and target.num_moe_experts is not None:
+            config.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
 def apply_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
@@ -159,10 +209,12 @@ def apply_sizes(chunks: Iterable[GPTModel], target: ModelShape, *, tensor: int) 
 
 def _resize_chunk(chunk: GPTModel, target: ModelShape, tensor: int) -> None:
     hidden = target.hidden_size
+    chunk.vocab_size = target.vocab_size
     if chunk.pre_process:
-        chunk.embedding.word_embeddings.embedding_dim = hidden
+        chunk.embedding.vocab_size = target.vocab_size
+        _embedding(chunk.embedding.word_embeddings, target.vocab_size, hidden, tensor)
     if chunk.post_process:
-        _column(chunk.output_layer, hidden, chunk.output_layer.output_size, tensor)
+        _column(chunk.output_layer, hidden, target.vocab_size, tensor)
     decoder = chunk.decoder
     decoder.num_layers_per_pipeline_rank = len(decoder.layers)
     if decoder.final_layernorm is not None:
@@ -172,9 +224,9 @@ def _resize_chunk(chunk: GPTModel, target: ModelShape, tensor: int) -> None:
 
 
 def _resize_layer(layer: Any, target: ModelShape, tensor: int) -> None:
-    hidden, ffn = target.hidden_size, target.ffn_hidden_size
+    hidden = target.hidden_size
     queries, keys = target.num_attention_heads * target.head_dim, target.num_query_groups * target.head_dim
-    attention, mlp = layer.self_attention, layer.mlp
+    attention = layer.self_attention
     _norm(layer.input_layernorm, hidden)
     _norm(layer.pre_mlp_layernorm, hidden)
     attention.query_projection_size = queries
@@ -183,10 +235,32 @@ def _resize_layer(layer: Any, target: ModelShape, tensor: int) -> None:
     attention.num_query_groups_per_partition = target.num_query_groups // tensor
     _column(attention.linear_qkv, hidden, queries + 2 * keys, tensor)
     _row(attention.linear_proj, queries, hidden, tensor)
+    if target.num_moe_experts is None:
+        _resize_mlp(layer.mlp, target, tensor)
+    else:
+        _resize_mixture(layer.mlp, target, tensor)
+    _rebuild_core_attention(layer)
+
+
+def _resize_mlp(mlp: Any, target: ModelShape, tensor: int) -> None:
+    hidden, ffn = target.hidden_size, target.ffn_hidden_size
     mlp.input_size = hidden
     _column(mlp.linear_fc1, hidden, ffn * (2 if mlp.config.gated_linear_unit else 1), tensor)
     _row(mlp.linear_fc2, ffn, hidden, tensor)
-    _rebuild_core_attention(layer)
+
+
+def _resize_mixture(mixture: Any, target: ModelShape, tensor: int) -> None:
+    from megatron.core.transformer.moe.moe_utils import get_default_model_comm_pgs
+
+    count = target.num_moe_experts
+    mixture.num_local_experts = mixture.experts.num_local_experts = mixture.router.num_experts = count
+    mixture.local_expert_indices = list(range(count or 0))
+    for expert in mixture.experts.local_experts:
+        _resize_mlp(expert, target, tensor)
+    # Dispatchers have no parameters: as for core attention.
+    mixture.token_dispatcher = type(mixture.token_dispatcher)(
+        count, mixture.local_expert_indices, config=mixture.config, model_comm_pgs=get_default_model_comm_pgs()
+    )
 
 
 def _rebuild_core_attention(layer: Any) -> None:
@@ -204,6 +278,14 @@ def _rebuild_core_attention(layer: Any) -> None:
         softmax_scale=attention.config.softmax_scale,
         model_comm_pgs=attention.model_comm_pgs,
     ).train(was.training)
+
+
+def _embedding(table: Any, rows: int, hidden: int, tensor: int) -> None:
+    """Sizes of a vocabulary-parallel embedding."""
+    table.embedding_dim, table.num_embeddings = hidden, rows
+    table.num_embeddings_per_partition = rows // tensor
+    table.vocab_start_index = dist.get_rank(table.tp_group) * (rows // tensor)
+    table.vocab_end_index = table.vocab_start_index + rows // tensor
 
 
 def _column(linear: Any, inputs: int, outputs: int, tensor: int) -> None:

@@ -42,7 +42,7 @@ class PruneTransform(ModelTransform):
 
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them.
-        family: key of the model's axes table.
+        family: key of the model's axes table; None takes the one that has the model's parameters.
 
     Raises:
         ShapeError: when called, if units, model and layout do not fit; see :class:`~nemo_minitron.pruning.WidthPrune`.
@@ -50,7 +50,7 @@ class PruneTransform(ModelTransform):
             the unpruned nor of the pruned shape.
     """
 
-    def __init__(self, kept: KeptUnits | str | Path, *, family: str = "llama") -> None:
+    def __init__(self, kept: KeptUnits | str | Path, *, family: str | None = None) -> None:
         super().__init__()
         self.kept, self.shape = read_kept(kept)
         self.family = family
@@ -172,6 +172,8 @@ def _config_shape(config: Any) -> ModelShape:
     """Sizes out of NeMo's or Megatron's configuration; the vocabulary's is not known there."""
     sizes = {name: getattr(config, name) for name in CONFIG_SIZES}
     head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    if sizes["num_moe_experts"] is not None and config.moe_ffn_hidden_size is not None:
+        sizes["ffn_hidden_size"] = config.moe_ffn_hidden_size
     return ModelShape(**{**sizes, "num_query_groups": sizes["num_query_groups"] or sizes["num_attention_heads"]},
                       head_dim=head_dim, vocab_size=1)  # fmt: skip
 
@@ -180,11 +182,13 @@ def _resize_config(config: Any, target: ModelShape) -> None:
     for name in CONFIG_SIZES:
         setattr(config, name, getattr(target, name))
     config.kv_channels = target.head_dim
+    if target.num_moe_experts is not None:
+        config.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
 def _update_io(pl_module: Any) -> None:
     """What NeMo writes into a checkpoint's context is what the module was made from: say what it is now."""
     made_from = getattr(getattr(pl_module, "__io__", None), "config", None)
-    for name in (*CONFIG_SIZES, "kv_channels"):
+    for name in (*CONFIG_SIZES, "kv_channels", "moe_ffn_hidden_size"):
         if made_from is not None:
             setattr(made_from, name, getattr(pl_module.config, name))

@@ -27,11 +27,14 @@ from nemo_minitron.pruning.live import (
     bare,
     fresh,
     gpt_chunks,
+    keep_experts,
+    live_family,
     live_shape,
     owned_parameters,
 )
 from nemo_minitron.pruning.row_moves import take_rows
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
+from nemo_minitron.runtime.model import padded_vocab
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["DepthPrune", "WidthPrune"]
@@ -87,7 +90,7 @@ class DepthPrune:
 
 
 class WidthPrune:
-    """Remove the neurons, heads, query groups and hidden channels that are not kept.
+    """Remove the neurons, heads, query groups, hidden channels and vocabulary rows that are not kept.
 
     Each rank keeps an equal share of what stays. Rows whose new tensor-parallel rank is another are sent there, and
     nothing else is. Parameters go one by one: memory beyond the model is the pruned shard of one parameter and two
@@ -98,17 +101,19 @@ class WidthPrune:
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them.
         groups: of this process; None takes Megatron's current ones when the transform is called.
-        family: key of the model's axes table.
+        family: key of the model's axes table; None takes the one that has the model's parameters.
 
     Raises:
         ShapeError: when called, if the units do not fit the model, or the target does not fit the layout.
         CheckpointError: if the file cannot be read.
     """
 
-    def __init__(self, kept: KeptUnits | str | Path, *, groups: Groups | None = None, family: str = "llama") -> None:
+    def __init__(
+        self, kept: KeptUnits | str | Path, *, groups: Groups | None = None, family: str | None = None
+    ) -> None:
         self.kept, self.shape = read_kept(kept)
         self.groups = groups
-        self.family = axes.family(family)
+        self.family = None if family is None else axes.family(family)
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Prune ``module`` in place, and return it."""
@@ -121,29 +126,40 @@ class WidthPrune:
         shape = live_shape(chunks[0])
         target = self._target(shape, groups.layout)
         _check_agreement(self.kept, groups.tp)
-        rows = {name: (row, layer) for name, row, layer in axes.parameters(self.family, shape)}
+        table = self.family or live_family(chunks[0])
+        rows = {name: (row, layer) for name, row, layer in axes.parameters(table, shape)}
         for chunk in chunks:
+            if self.kept.experts is not None:
+                for part in chunk.decoder.layers:
+                    keep_experts(part, self.kept.experts[part.layer_number - 1])
             for name, parameter, owners in owned_parameters(chunk):
                 # The last stage's copy of a tied embedding comes under the output layer's name.
-                tied = shape.tied_embeddings and name == self.family.output
-                key = next(iter(self.family.first)) if tied else name
+                tied = shape.tied_embeddings and name == table.output
+                key = next(iter(table.first)) if tied else name
                 if key not in rows:
-                    raise ShapeError(f"{name}: is not in the axes table of the family {self.family.name}; add it there")
-                pruned = fresh(parameter, self._slice(parameter.detach(), *rows[key], shape, groups))
+                    raise ShapeError(f"{name}: is not in the axes table of the family {table.name}; add it there")
+                pruned = fresh(parameter, self._slice(parameter.detach(), *rows[key], shape, target, groups))
                 for owner, leaf in owners:
                     setattr(owner, leaf, pruned)
         apply_config(module, target)
         apply_sizes(chunks, target, tensor=groups.layout.tensor)
 
     def _target(self, shape: ModelShape, layout: ParallelLayout) -> ModelShape:
-        """What ``shape`` becomes.
+        """What ``shape`` becomes. The vocabulary's sizes are padded ones.
 
         Raises:
             ShapeError: with every fault.
         """
         if self.shape is not None:
             made_for, here = self.shape.to_dict(), shape.to_dict()
-            sizes = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
+            sizes = (
+                "hidden_size",
+                "ffn_hidden_size",
+                "num_attention_heads",
+                "num_query_groups",
+                "head_dim",
+                "num_moe_experts",
+            )
             if faults := [
                 f"{name}: the units are of a model of {made_for[name]}, this one has {here[name]}; prune the model "
                 "that they were chosen for"
@@ -162,20 +178,30 @@ class WidthPrune:
         target = self.kept.target(unpruned)
         if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
             raise ShapeError(faults)
+        if self.kept.vocab is not None:
+            return target.replace(vocab_size=padded_vocab(target.vocab_size, tensor=layout.tensor))
         return target
 
     def _slice(
-        self, local: torch.Tensor, row: axes.Parameter, layer: int | None, shape: ModelShape, groups: Groups
+        self,
+        local: torch.Tensor,
+        row: axes.Parameter,
+        layer: int | None,
+        shape: ModelShape,
+        target: ModelShape,
+        groups: Groups,
     ) -> torch.Tensor:
         """This rank's shard of a parameter -> its shard of the pruned parameter."""
         # The dimension that is cut comes last, so that less is sent.
         for dim in sorted(range(len(row.axes)), key=lambda dim: dim == row.tensor_parallel_dim):
             axis = row.axes[dim]
-            keep = axes.axis_rows(axis, shape, self.kept, layer)
+            keep = axes.axis_rows(axis, shape, self.kept, layer, row.expert)
             if keep is None:
                 continue
+            if axis is axes.Axis.VOCAB:  # rows of padding
+                keep = nn.functional.pad(keep, (0, target.vocab_size - len(keep)), value=-1)
             keep = keep.to(local.device)
-            if dim == row.tensor_parallel_dim and groups.layout.tensor > 1:
+            if dim == row.tensor_parallel_dim:
                 local = take_rows(local, axis, dim, keep, axes.axis_size(axis, shape), groups.tp)
             else:
                 local = local.index_select(dim, keep)

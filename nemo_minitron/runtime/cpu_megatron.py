@@ -89,15 +89,29 @@ def _set_optimizer_states(original: Any) -> Callable[[Any, Any, dict[str, Any]],
     return _set_main_param_and_optimizer_states
 
 
+class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm whose weight is stored minus one (NeMo's "layernorm1p")."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
 def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
     def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:  # noqa: N807
-        if not config.sequence_parallel:
-            return original(cls, config, *args, **kwargs)
-        whole = copy.copy(config)
-        whole.sequence_parallel = False
-        norm = original(cls, whole, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = True
+        plain = copy.copy(config)
+        plain.sequence_parallel = plain.layernorm_zero_centered_gamma = False
+        norm = original(cls, plain, *args, **kwargs)
+        if config.layernorm_zero_centered_gamma:
+            if not isinstance(norm, torch.nn.LayerNorm):
+                raise NotImplementedError(f"{type(norm).__name__} with layernorm_zero_centered_gamma")
+            norm = _ZeroCenteredLayerNorm(norm.normalized_shape, eps=norm.eps)
+        if config.sequence_parallel:
+            for parameter in norm.parameters():
+                parameter.sequence_parallel = True
         return norm
 
     return __new__
@@ -130,7 +144,8 @@ PATCHES: tuple[Patch, ...] = (
         _torch_norm,
         "asserts that there is no sequence parallelism, because torch's norms do not mark their weights as "
         "'sequence_parallel' for finalize_model_grads to sum their gradients over the tensor-parallel group; Apex's "
-        "and Transformer Engine's do. A norm is per token, the mark is all that is missing",
+        "and Transformer Engine's do. A norm is per token, the mark is all that is missing. Nor does it know weights "
+        "that are stored minus one (layernorm_zero_centered_gamma, Nemotron's)",
     ),
     Patch(
         "megatron.core.tensor_parallel.random",

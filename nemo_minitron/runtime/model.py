@@ -6,10 +6,12 @@ the same model (``nemo_minitron.distillation``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.axes import family
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 __all__ = ["build_model", "padded_vocab", "pipeline_layer_layout", "transformer_config"]
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """``relu(x)**2``. The NeMo that the stack has keeps its own beside the models, twelve seconds of imports away."""
+    return torch.nn.functional.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "squared_relu": squared_relu,
+}
+"""By the name that a family's table has for them."""
 
 
 def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
@@ -54,10 +68,26 @@ def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[lis
 def transformer_config(
     shape: ModelShape, architecture: Architecture, layout: ParallelLayout, *, dtype: torch.dtype = torch.float32
 ) -> TransformerConfig:
-    """Megatron's configuration of a Llama-style decoder, with every CUDA-only fusion off where there is no CUDA."""
+    """Megatron's configuration of a decoder, by its family, with every CUDA-only fusion off where there is no CUDA.
+
+    Raises:
+        ShapeError: if the sizes and the constants contradict each other.
+    """
     from megatron.core.transformer import TransformerConfig
 
-    fused = torch.cuda.is_available()
+    fused, table = torch.cuda.is_available(), family(architecture.family)
+    if faults := architecture.faults(shape):
+        raise ShapeError(faults)
+    experts: dict[str, Any] = {}
+    if shape.num_moe_experts is not None:
+        experts = {
+            "num_moe_experts": shape.num_moe_experts,
+            "moe_ffn_hidden_size": shape.ffn_hidden_size,
+            "moe_router_topk": architecture.moe_router_topk,
+            # what measures and prunes must not add the loss that balances the experts in training
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": False,
+        }
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -65,11 +95,14 @@ def transformer_config(
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
-        normalization="RMSNorm",
+        normalization=table.normalization,
+        layernorm_zero_centered_gamma=table.zero_centered_norm,
         layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=table.gated,
+        activation_func=ACTIVATIONS[table.activation],
         add_bias_linear=False,
+        add_qkv_bias=table.qkv_bias,
+        qk_layernorm=table.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -86,7 +119,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not fused,
-        bias_activation_fusion=fused,
+        # Megatron fuses the gated activations only
+        bias_activation_fusion=fused and table.gated,
         masked_softmax_fusion=fused,
         persist_layer_norm=fused,
         bias_dropout_fusion=fused,
@@ -95,6 +129,7 @@ def transformer_config(
         deallocate_pipeline_outputs=fused or layout.virtual_pipeline is None,
         variable_seq_lengths=False,
         perform_initialization=False,
+        **experts,
     )
 
 
@@ -133,10 +168,11 @@ def build_model(
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, dtype=dtype)
     config.perform_initialization = initialize
+    parts: dict[str, Any] = {"num_experts": shape.num_moe_experts, "qk_layernorm": config.qk_layernorm}
     spec: Any = (
-        get_gpt_layer_with_transformer_engine_spec()
+        get_gpt_layer_with_transformer_engine_spec(**parts)
         if torch.cuda.is_available()
-        else get_gpt_layer_local_spec(normalization="RMSNorm")
+        else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
     )
     chunks = []
     for index in range(layout.virtual_pipeline or 1):
@@ -152,6 +188,7 @@ def build_model(
                 parallel_output=True,
                 share_embeddings_and_output_weights=shape.tied_embeddings,
                 position_embedding_type="rope",
+                rotary_percent=architecture.rotary_percent,
                 rotary_base=architecture.rotary_base,
                 vp_stage=stage,
             )

@@ -143,7 +143,7 @@ def test_sizes_that_do_not_fit_are_named(directory: Path, source: Checkpoint) ->
         with pytest.raises(CheckpointError, match=message):
             TorchDistWeights(store, source.shape.replace(**change), "llama", "module.").check()
     store.sizes["module.decoder.layers.self_attention.linear_qkv.bias"] = (3, 120)
-    with pytest.raises(CheckpointError, match=r"linear_qkv.bias has no place in a Llama model"):
+    with pytest.raises(CheckpointError, match=r"linear_qkv.bias has no place in a llama model"):
         TorchDistWeights(store, source.shape, "llama", "module.").check()
     del store.sizes["module.decoder.final_layernorm.weight"]
     with pytest.raises(CheckpointError, match=r"has no tensor module\.decoder\.final_layernorm\.weight"):

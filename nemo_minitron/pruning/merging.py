@@ -1,0 +1,148 @@
+"""Heads that go leave something behind: what sets a kept head apart from a pruned one is added to the kept one.
+
+Minitron (arXiv 2407.14679, section 2.3): of ``L`` heads in order of importance, ``K`` of which stay, head ``i`` becomes
+``head_i + (head_i - head_(2K - i + 1))``, so that the least important head that stays is paired with the most important
+one that goes, and so on outwards. With ``L < 2K`` the first heads have no partner and stay as they are; with
+``L > 2K`` the last pruned ones have none. With grouped query attention only query heads are merged.
+
+A head is the weights that make it, queries, keys and values; the output projection, which mixes the heads, is left
+alone. Heads of a group share key and value, so what is merged there are their queries, within each kept group; heads of
+a group that goes are not merged, since theirs answer to other keys. In multi-head attention, where a group is one
+head, the heads of a layer are merged with their keys and values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from nemo_minitron import axes
+from nemo_minitron.axes import Axis, KeptUnits
+from nemo_minitron.checkpoints.base import Checkpoint, Weights
+from nemo_minitron.errors import NonFiniteError, ShapeError
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MergedHeads", "head_pairs", "merge_pruned_heads"]
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class MergedHeads:
+    """``inner`` with the pruned heads merged into the kept ones, in the unpruned shape. Holds two copies of a tensor.
+
+    Attributes:
+        inner: tensors of the unpruned model.
+        table: its family.
+        shape: its sizes.
+        pairs: layer -> ``(kept head, pruned head)``, global head numbers.
+    """
+
+    inner: Weights
+    table: axes.Family
+    shape: ModelShape
+    pairs: Mapping[int, Pairs]
+
+    def names(self) -> Sequence[str]:
+        """Those of the unpruned model."""
+        return self.inner.names()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor in the stored dtype; merged ones are computed in fp32 at least.
+
+        Raises:
+            KeyError: for a name that the model does not have.
+        """
+        import torch
+
+        tensor = self.inner.tensor(name)
+        row, layer = self._rows[name]
+        pairs = self.pairs.get(layer, ()) if layer is not None else ()
+        if Axis.QKV not in row.axes or not pairs:
+            return tensor
+        dim = row.axes.index(Axis.QKV)
+        kept, gone = (self._blocks([pair[side] for pair in pairs]) for side in (0, 1))
+        heads = tensor.unflatten(dim, (-1, self.shape.head_dim)).to(torch.promote_types(tensor.dtype, torch.float32))
+        merged = heads.index_select(dim, kept).mul_(2).sub_(heads.index_select(dim, gone))
+        return heads.index_copy(dim, kept, merged).flatten(dim, dim + 1).to(tensor.dtype)
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[axes.Parameter, int | None]]:
+        return {name: (row, layer) for name, row, layer in axes.parameters(self.table, self.shape)}
+
+    def _blocks(self, heads: Sequence[int]) -> torch.Tensor:
+        """Where the heads lie on the QKV axis, in blocks of ``head_dim`` rows."""
+        import torch
+
+        q = self.shape.heads_per_group
+        queries = [head // q * (q + 2) + head % q for head in heads]
+        if q == 1:
+            return torch.tensor([block + part for block in queries for part in range(3)])
+        return torch.tensor(queries)
+
+
+def merge_pruned_heads(checkpoint: Checkpoint, kept: KeptUnits, importance: torch.Tensor) -> Checkpoint:
+    """The unpruned checkpoint with what ``kept`` will prune of its heads merged into those that stay.
+
+    It is pruned as any other, by :func:`~nemo_minitron.pruning.prune_weights` or, loaded into a live model, by
+    :class:`~nemo_minitron.pruning.WidthPrune`, with the same ``kept``.
+
+    Args:
+        checkpoint: unpruned.
+        kept: units that will stay.
+        importance: ``[L, A]`` scores of the query heads; they say which heads are paired.
+
+    Raises:
+        ShapeError: if the units or the scores do not fit the checkpoint.
+        NonFiniteError: if a score is NaN or infinite.
+    """
+    return dataclasses.replace(
+        checkpoint,
+        weights=MergedHeads(
+            checkpoint.weights, checkpoint.family, checkpoint.shape, head_pairs(checkpoint.shape, kept, importance)
+        ),
+    )
+
+
+def head_pairs(shape: ModelShape, kept: KeptUnits, importance: torch.Tensor) -> dict[int, Pairs]:
+    """Layer -> ``(kept head, pruned head)``; equal scores: the head of the lower number counts as the more important.
+
+    Raises:
+        ShapeError, NonFiniteError: as :func:`merge_pruned_heads`.
+    """
+    if faults := kept.faults(shape):
+        raise ShapeError(faults)
+    if tuple(importance.shape) != (shape.num_layers, shape.num_attention_heads):
+        raise ShapeError(
+            f"the scores of heads are {list(importance.shape)}, the model has {shape.num_layers} layers of "
+            f"{shape.num_attention_heads} heads; score this model first"
+        )
+    if not bool(importance.isfinite().all()):
+        layer = int((~importance.isfinite()).any(dim=1).nonzero()[0])
+        raise NonFiniteError(f"layer {layer} heads: a score is not finite; score the model again")
+    q = shape.heads_per_group
+    found: dict[int, Pairs] = {}
+    for position, layer in enumerate(kept.layers):
+        scores = importance[layer].tolist()
+        if q == 1:
+            families = [([head for group in kept.heads[position] for head in group], range(shape.num_attention_heads))]
+        else:
+            families = [
+                (list(heads), range(group * q, (group + 1) * q))
+                for group, heads in zip(kept.groups[position], kept.heads[position], strict=True)
+            ]
+        pairs: list[tuple[int, int]] = []
+        for stay, all_heads in families:
+            ranked = sorted(all_heads, key=lambda head: (-scores[head], head))
+            staying = [head for head in ranked if head in stay]
+            going = [head for head in ranked if head not in stay]
+            # head K with head K + 1, head K - 1 with head K + 2, ...
+            pairs += zip(reversed(staying), going, strict=False)
+        found[layer] = tuple(sorted(pairs))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,6 @@ from nemo_minitron.shape import ModelShape
 
 __all__ = ["magnitude_scores"]
 
-_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _ROWS = 4096  # of a tensor squared at a time
 
 
@@ -45,18 +43,17 @@ def magnitude_scores(
     sums = _Sums(shape)
     for name, row, layer in parameters(checkpoint.family, shape):
         tensor = checkpoint.weights.tensor(name)
-        match = _EXPERT.search(name)
         total = 0.0
         for dimension, axis in enumerate(row.axes):
             squares = _square_sums(tensor, dimension)
-            sums.add(axis, squares, layer, int(match[1]) if match else None)
+            sums.add(axis, squares, layer, row.expert)
             total = float(squares.sum())
         if not total < float("inf"):
             raise NonFiniteError(f"{checkpoint.path}: {name} holds NaN or infinite weights; mend the checkpoint first")
         if layer is not None:
             sums.layers[layer] += total
-            if match:
-                sums.experts[layer, int(match[1])] += total
+            if row.expert is not None:
+                sums.experts[layer, row.expert] += total
         if progress is not None:
             progress(1)
     return Scores(

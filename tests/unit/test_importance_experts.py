@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-
 import pytest
 import torch
-from support.mixture import MIXTURE, TOPK, live_mixture
-from support.pruning import ARCHITECTURE, DictWeights, one_process, tokens
+from support.mixture import MIXTURE, TOPK, live_mixture, random_mixture
+from support.pruning import one_process, tokens
 
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.importance import score_criteria, score_model
+from nemo_minitron.importance import magnitude_scores, score_criteria, score_model
 
 E, F, H = MIXTURE.num_moe_experts, MIXTURE.ffn_hidden_size, MIXTURE.hidden_size
 
@@ -96,28 +93,10 @@ def test_an_expert_that_no_token_reaches(groups):
             assert (scores.experts[0] > 0).all()
 
 
-def test_magnitude_by_expert(monkeypatch):
+def test_magnitude_by_expert():
     """Each expert's matrices and its row of the router; each neuron's rows and column."""
-    from nemo_minitron import axes
-    from nemo_minitron.checkpoints.base import Checkpoint
-    from nemo_minitron.importance import magnitude_scores
-
-    dense = {name: row for name, row in axes.LLAMA.layer.items() if not name.startswith("mlp.linear_fc")}
-    layer = {**dense, "mlp.router.weight": axes.Parameter((axes.Axis.EXPERTS, axes.Axis.HIDDEN))}
-    for number in range(E):
-        for linear in ("linear_fc1", "linear_fc2"):
-            row = axes.LLAMA.layer[f"mlp.{linear}.weight"]
-            layer[f"mlp.experts.local_experts.{number}.{linear}.weight"] = row
-    family = dataclasses.replace(axes.LLAMA, name="mixture", layer=layer)
-    monkeypatch.setitem(axes.FAMILIES, "mixture", family)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(axes.tensor_shape(row, MIXTURE), generator=generator)
-        for name, row, _ in axes.parameters(family, MIXTURE)
-    }
-    architecture = dataclasses.replace(ARCHITECTURE, family="mixture")
-    checkpoint = Checkpoint(MIXTURE, architecture, DictWeights(tensors), None, Path("random"), "memory")
-    scores = magnitude_scores(checkpoint)
+    checkpoint = random_mixture()
+    scores, tensors = magnitude_scores(checkpoint), checkpoint.weights.tensors
 
     up, down = (
         tensors[f"decoder.layers.1.mlp.experts.local_experts.2.{linear}.weight"].double()

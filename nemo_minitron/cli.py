@@ -43,6 +43,8 @@ _HELP = {
     "import": "Take a model over: Hugging Face, GGUF, NeMo 2 or .nemo into the working format.",
     "score": "Score every unit of a model by forward passes over calibration data.",
     "depth": "Measure a model without some of its layers: loss and task score.",
+    "tokens": "Count the tokens of a text, for trimming a model's vocabulary.",
+    "iterate": "Prune in rounds: score, prune, score what is left, prune again.",
     "prune": "Remove the units that matter least, down to a target shape.",
     "distill": "Train a student on its teacher's logits.",
     "evaluate": "Held-out loss and sample answers of several models.",

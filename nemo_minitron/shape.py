@@ -106,7 +106,7 @@ class ModelShape:
         found = []
         for field in dataclasses.fields(self):
             ours, theirs = getattr(self, field.name), getattr(target, field.name)
-            if field.name in ("head_dim", "tied_embeddings", "vocab_size") or None in (ours, theirs):
+            if field.name in ("head_dim", "tied_embeddings") or None in (ours, theirs):
                 if ours != theirs:
                     found.append(f"{field.name}: pruning keeps it at {ours}, the target asks for {theirs}")
             elif theirs > ours:

@@ -10,6 +10,7 @@ from nemo_minitron.shape import ModelShape
 __all__ = ["KeptUnits"]
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(?=\.)")
+_Rows = tuple[tuple[int, ...], ...]
 _EXPERT = re.compile(r"(\.local_experts\.)(\d+)(?=\.)")
 
 
@@ -65,6 +66,47 @@ class KeptUnits:
             num_attention_heads=sum(len(group) for group in self.heads[0]),
             num_moe_experts=None if self.experts is None else len(self.experts[0]),
             vocab_size=shape.vocab_size if self.vocab is None else len(self.vocab),
+        )
+
+    def compose(self, later: KeptUnits) -> KeptUnits:
+        """Units of the unpruned model that are left after pruning with these and then with ``later``.
+
+        Args:
+            later: units of the model that these leave.
+        """
+        at = later.layers
+
+        def pick(rows: _Rows, further: _Rows) -> _Rows:
+            return tuple(
+                tuple(rows[layer][index] for index in chosen) for layer, chosen in zip(at, further, strict=True)
+            )
+
+        flat = tuple(tuple(head for group in layer for head in group) for layer in self.heads)
+        experts = expert_ffn = None
+        if self.experts is not None and self.expert_ffn is not None and later.experts and later.expert_ffn:
+            experts = pick(self.experts, later.experts)
+            expert_ffn = tuple(
+                tuple(
+                    tuple(self.expert_ffn[layer][expert][index] for index in neurons)
+                    for expert, neurons in zip(kept, chosen, strict=True)
+                )
+                for layer, kept, chosen in zip(at, later.experts, later.expert_ffn, strict=True)
+            )
+        vocab = self.vocab
+        if later.vocab is not None:
+            vocab = later.vocab if vocab is None else tuple(vocab[token] for token in later.vocab)
+        return KeptUnits(
+            layers=tuple(self.layers[layer] for layer in at),
+            hidden=tuple(self.hidden[channel] for channel in later.hidden),
+            ffn=pick(self.ffn, later.ffn),
+            groups=pick(self.groups, later.groups),
+            heads=tuple(
+                tuple(tuple(flat[layer][head] for head in group) for group in groups)
+                for layer, groups in zip(at, later.heads, strict=True)
+            ),
+            experts=experts,
+            expert_ffn=expert_ffn,
+            vocab=vocab,
         )
 
     def source(self, name: str) -> str:

@@ -10,12 +10,14 @@ from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
     DepthChoiceConfig,
+    IntermediateConfig,
     LossConfig,
     ParallelConfig,
     RuntimeConfig,
     SourceConfig,
     TargetConfig,
     TaskConfig,
+    VocabularyConfig,
 )
 from nemo_minitron.config.stages import (
     STAGES,
@@ -24,11 +26,13 @@ from nemo_minitron.config.stages import (
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
+    IterateConfig,
     PipelineConfig,
     PruneConfig,
     ReportConfig,
     ScoreConfig,
     StageConfig,
+    TokensConfig,
 )
 
 __all__ = [
@@ -41,6 +45,8 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "ImportConfig",
+    "IterateConfig",
+    "IntermediateConfig",
     "LossConfig",
     "ParallelConfig",
     "PipelineConfig",
@@ -52,6 +58,8 @@ __all__ = [
     "StageConfig",
     "TargetConfig",
     "TaskConfig",
+    "TokensConfig",
+    "VocabularyConfig",
     "find_config",
     "load",
     "load_pipeline",

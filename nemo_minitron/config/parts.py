@@ -19,6 +19,8 @@ DTYPES = ("float32", "bfloat16")
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
 DEPTH_FORMS = ("lowest", "contiguous", "greedy")
 LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
+STATE_LOSSES = ("mse", "cosine")
+BALANCES = ("fixed", "dynamic")
 
 
 def positive(config: Any, *names: str) -> list[str]:
@@ -199,6 +201,7 @@ class TargetConfig:
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    num_moe_experts: int | None = None
 
     def given(self) -> dict[str, int]:
         """The sizes that are asked for."""
@@ -210,6 +213,27 @@ class TargetConfig:
         heads, groups = self.num_attention_heads, self.num_query_groups
         if not found and heads is not None and groups is not None and heads % groups:
             found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
+        return found
+
+
+@dataclass
+class VocabularyConfig:
+    """A smaller vocabulary: the most frequent tokens, and what they and any text need.
+
+    Attributes:
+        size: tokens to keep; null keeps all.
+        frequencies: what ``minitron tokens`` wrote, or a file with one ``id<TAB>count`` a line.
+    """
+
+    size: int | None = None
+    frequencies: str | None = None
+
+    def faults(self) -> list[str]:
+        """One without the other."""
+        found = positive(self, "size")
+        if (self.size is None) != (self.frequencies is None):
+            missing = "size" if self.size is None else "frequencies"
+            found.append(f"{missing}: a vocabulary is trimmed to a size by frequencies; give both or none")
         return found
 
 
@@ -239,6 +263,57 @@ class LossConfig:
             found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
         if not 0 <= self.label_weight < 1:
             found.append(f"label_weight={self.label_weight}: must lie in [0, 1); with 1 there is no distillation")
+        return found
+
+
+@dataclass
+class IntermediateConfig:
+    """Losses between the states inside the two models, as in :mod:`nemo_minitron.distillation.intermediate`.
+
+    Attributes:
+        hidden: "mse" or "cosine" between the hidden states that leave the mapped layers, the mean over these layers;
+            null for none.
+        embedding: the same between the outputs of the embeddings.
+        relation_heads: R of the attention relations, the mean over their mapped layers; null for none.
+        layers: student layer -> teacher layer, counted from 0, of the hidden states; null maps each layer of a pruned
+            student to the layer that it was, of any other to the teacher's at the same share of the depth.
+        attention_layers: the same of the attention relations; null takes the last layer alone.
+        hidden_weight, embedding_weight, attention_weight: of each loss in their sum.
+        balance: "fixed" adds the sum to the loss of the logits; "dynamic" scales it to the size that the loss of the
+            logits had in the step before (arXiv 2407.14679, section 3).
+    """
+
+    hidden: str | None = None
+    embedding: str | None = None
+    relation_heads: int | None = None
+    layers: dict[int, int] | None = None
+    attention_layers: dict[int, int] | None = None
+    hidden_weight: float = 1.0
+    embedding_weight: float = 1.0
+    attention_weight: float = 1.0
+    balance: str = "fixed"
+
+    def weights(self) -> dict[str, float]:
+        """The weights of the losses that are asked for: "hidden", "embedding", "attention"."""
+        asked = {"hidden": self.hidden, "embedding": self.embedding, "attention": self.relation_heads}
+        return {part: getattr(self, f"{part}_weight") for part, given in asked.items() if given is not None}
+
+    def faults(self) -> list[str]:
+        """Unknown choices, values out of range, options of a loss that is not asked for."""
+        found = [
+            *choice(self, "hidden", STATE_LOSSES),
+            *choice(self, "embedding", STATE_LOSSES),
+            *choice(self, "balance", BALANCES),
+            *positive(self, "relation_heads", "hidden_weight", "embedding_weight", "attention_weight"),
+        ]
+        for name, loss in (("layers", "hidden"), ("attention_layers", "relation_heads")):
+            layers = getattr(self, name)
+            if layers is not None and getattr(self, loss) is None:
+                found.append(f"{name}={layers}: is of the loss {loss}, which is not asked for")
+            elif layers is not None and not layers:
+                found.append(f"{name}={{}}: maps no layer; leave it null for the automatic map")
+        if self.balance == "dynamic" and not self.weights():
+            found.append("balance=dynamic: there is no intermediate loss to balance; ask for one")
         return found
 
 

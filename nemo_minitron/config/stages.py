@@ -6,6 +6,7 @@ Whether paths exist is not checked here but by a stage's plan, since in a pipeli
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
@@ -16,16 +17,20 @@ from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
     DepthChoiceConfig,
+    IntermediateConfig,
     LossConfig,
     ParallelConfig,
     RuntimeConfig,
     TargetConfig,
     TaskConfig,
+    VocabularyConfig,
     choice,
     not_negative,
     one_of,
     positive,
 )
+
+PRUNE_METHODS = ("activation", "taylor", "magnitude", "random")
 
 
 @dataclass
@@ -57,7 +62,7 @@ class StageConfig:
         """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""
         found: dict[str, str] = {}
         for name in self.INPUTS:
-            value = getattr(self, name)
+            value = attrgetter(name)(self)
             if isinstance(value, dict):
                 found.update({f"{name}.{key}": path for key, path in value.items()})
             elif value is not None:
@@ -205,28 +210,59 @@ class DepthConfig(StageConfig):
 
 
 @dataclass
+class TokensConfig(StageConfig):
+    """Count the tokens of a text, for trimming a model's vocabulary.
+
+    Attributes:
+        model: checkpoint whose tokenizer is used.
+        data: text.
+        split: of the text, "train", "calibration" or "held_out".
+        blocks: blocks of ``data.sequence_length`` tokens to count; null counts the whole split.
+    """
+
+    STAGE: ClassVar[str] = "tokens"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str = "train"
+    blocks: int | None = None
+
+    def faults(self) -> list[str]:
+        """Unknown splits, nothing to count."""
+        return [*choice(self, "split", ("train", "calibration", "held_out")), *positive(self, "blocks")]
+
+
+@dataclass
 class PruneConfig(StageConfig):
     """Remove the units that matter least.
 
     Attributes:
         model: checkpoint to prune.
-        scores: directory that ``score`` wrote; needed by the method "activation", unless nothing but layers goes and
-            ``layers_to_drop`` or ``depth_scores`` say which.
-        method: "activation" keeps the highest scores, "random" draws the kept units (a baseline).
+        scores: directory that ``score`` wrote; needed unless the method is "random", or nothing but layers and tokens
+            goes and ``layers_to_drop`` or ``depth_scores`` say which layers.
+        method: "activation", "taylor" or "magnitude" keep the highest scores of that estimator, "random" draws the kept
+            units (a baseline).
         target: sizes of the pruned model.
-        depth: how the layers to drop are chosen, by the method "activation".
+        vocabulary: a smaller vocabulary, which the tokenizer follows.
+        merge_pruned_heads: add what tells pruned heads from kept ones to those (arXiv 2407.14679, section 2.3).
+        student_layout: layout that the pruned model is meant for; a target that it cannot split is refused.
+        depth: how the layers to drop are chosen, by scores.
         depth_scores: directory that ``depth`` wrote; needed by ``depth.criterion`` "loss" and "task".
         layers_to_drop: layers to remove whatever their scores (0-based); their number then fixes ``num_layers``.
         format: what to write: "nemo2", "nemo" or "hf".
     """
 
     STAGE: ClassVar[str] = "prune"
-    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
 
     model: str = MISSING
     scores: str | None = None
     method: str = "activation"
     target: TargetConfig = field(default_factory=TargetConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    merge_pruned_heads: bool = False
+    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
     depth: DepthChoiceConfig = field(default_factory=DepthChoiceConfig)
     depth_scores: str | None = None
     layers_to_drop: list[int] | None = None
@@ -234,13 +270,18 @@ class PruneConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
-        found = [*choice(self, "method", ("activation", "random")), *choice(self, "format", FORMATS)]
+        found = [*choice(self, "method", PRUNE_METHODS), *choice(self, "format", FORMATS)]
         narrower = self.target.given().keys() - {"num_layers"}
-        named = self.layers_to_drop is not None or self.depth_scores is not None
-        if self.method == "activation" and self.scores is None and (narrower or not named):
-            found.append("scores: method=activation needs the directory that `minitron score` wrote")
-        if not self.target.given() and not self.layers_to_drop:
-            found.append("target: nothing is to be pruned; give at least one size of the target or layers_to_drop")
+        named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
+        if self.method != "random" and self.scores is None and (narrower or not named):
+            found.append(f"scores: method={self.method} needs the directory that `minitron score` wrote")
+        if not self.target.given() and not self.layers_to_drop and self.vocabulary.size is None:
+            found.append(
+                "target: nothing is to be pruned; give at least one size of the target, layers_to_drop or "
+                "vocabulary.size"
+            )
+        if self.merge_pruned_heads and self.scores is None:
+            found.append("merge_pruned_heads: needs scores, which say how important the heads are")
         measured = self.depth.criterion in ("loss", "task")
         if measured and self.depth_scores is None:
             found.append(
@@ -266,6 +307,55 @@ class PruneConfig(StageConfig):
 
 
 @dataclass
+class IterateConfig(StageConfig):
+    """Prune in rounds, scoring what is left before each: score, prune, score, prune.
+
+    A run that is stopped goes on after its last finished round.
+
+    Attributes:
+        model: checkpoint to prune.
+        target: sizes of the pruned model.
+        rounds: how many.
+        spacing: of the shapes in between, "geometric" (equal ratios) or "linear" (equal steps).
+        estimator, data, samples, micro_batch_size, aggregation, parallel: of the scores, as in ``score``; "activation"
+            or "taylor".
+        format: what to write: "nemo2", "nemo" or "hf".
+    """
+
+    STAGE: ClassVar[str] = "iterate"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    target: TargetConfig = field(default_factory=TargetConfig)
+    rounds: int = 4
+    spacing: str = "geometric"
+    estimator: str = "activation"
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 1024
+    micro_batch_size: int = 1
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    format: str = "nemo2"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """Nothing to prune, unknown choices."""
+        found = [
+            *positive(self, "rounds", "samples", "micro_batch_size"),
+            *choice(self, "spacing", ("geometric", "linear")),
+            *choice(self, "estimator", ("activation", "taylor")),
+            *choice(self, "format", FORMATS),
+        ]
+        if not self.target.given():
+            found.append("target: nothing is to be pruned; give at least one size of the target")
+        if self.estimator == "taylor" and self.aggregation.sequence is not None:
+            found.append(
+                f"aggregation.sequence={self.aggregation.sequence}: estimator=taylor sums over the sequence; leave it "
+                "null"
+            )
+        return found
+
+
+@dataclass
 class DistillConfig(StageConfig):
     """Train a student on its teacher's logits (Minitron, arXiv 2407.14679, section 3).
 
@@ -278,6 +368,7 @@ class DistillConfig(StageConfig):
         lr, min_lr, warmup_steps: linear warm-up to ``lr``, then cosine decay to ``min_lr`` at ``steps``.
         weight_decay, beta1, beta2, clip_grad: AdamW and the gradient norm it is clipped to (0 for no clipping).
         loss: of a token's logits.
+        intermediate: losses of the states inside the models; none by default.
         max_minutes: stop in good order when this time is used up; null for no limit.
         validate_every, validation_batches: steps between validations, micro-batches of each.
         log_every, save_every: steps between metrics and between checkpoints.
@@ -303,6 +394,7 @@ class DistillConfig(StageConfig):
     beta2: float = 0.95
     clip_grad: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     max_minutes: float | None = None
     validate_every: int = 50
     validation_batches: int = 8
@@ -338,6 +430,13 @@ class DistillConfig(StageConfig):
                 f"global_batch_size={self.global_batch_size}: is not a multiple of "
                 f"micro_batch_size * parallel.data = {one_pass}"
             )
+        elif one_pass > 0 and self.parallel.virtual_pipeline and self.parallel.pipeline > 0:
+            passes = self.global_batch_size // one_pass
+            if passes % self.parallel.pipeline:
+                found.append(
+                    f"global_batch_size={self.global_batch_size}: makes {passes} micro-batches a rank; virtual pipeline "
+                    f"stages need a multiple of parallel.pipeline={self.parallel.pipeline}"
+                )
         return found
 
 
@@ -463,7 +562,9 @@ STAGES: dict[str, type[StageConfig]] = {
         ImportConfig,
         ScoreConfig,
         DepthConfig,
+        TokensConfig,
         PruneConfig,
+        IterateConfig,
         DistillConfig,
         ExportConfig,
         EvaluateConfig,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "UnitScores", "choose_units", "target_shape"]
 
-METHODS = ("activation", "random")
+METHODS = ("activation", "taylor", "magnitude", "random")
 
 
 class UnitScores(Protocol):
@@ -23,7 +23,12 @@ class UnitScores(Protocol):
 
     @property
     def ffn(self) -> torch.Tensor:
-        """``[L, F]``."""
+        """``[L, F]``; ``[L, E, F]`` of a mixture of experts."""
+        ...
+
+    @property
+    def experts(self) -> torch.Tensor | None:
+        """``[L, E]``; None of a dense model."""
         ...
 
     @property
@@ -93,6 +98,7 @@ def choose_units(
     method: str = "activation",
     seed: int = 1234,
     layers_to_drop: Sequence[int] | None = None,
+    vocab: Sequence[int] | None = None,
 ) -> KeptUnits:
     """The units that stay. Indices ascend, so that keeping everything is the identity.
 
@@ -103,9 +109,12 @@ def choose_units(
         scores: of the model; not needed (None) for the random method, nor where ``layers_to_drop`` is all that goes.
         shape: of the model.
         target: shape to reach.
-        method: "activation" keeps the highest scores; "random" draws units, the baseline of the same shape.
+        method: "random" draws units, the baseline of the same shape; the estimators' names keep the highest scores,
+            which the caller has from that estimator.
         seed: of the random method.
         layers_to_drop: layers to remove whatever their scores (0-based), by either method.
+        vocab: token ids that stay, ascending (:func:`nemo_minitron.checkpoints.vocabulary.choose_vocabulary`); None
+            keeps all. They fix the target's vocabulary.
 
     Raises:
         ShapeError: if the target cannot be reached, with every fault, or the scores are of another shape.
@@ -115,6 +124,11 @@ def choose_units(
     if method not in METHODS:
         raise ConfigError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     faults = shape.prune_faults(target)
+    if target.vocab_size != (shape.vocab_size if vocab is None else len(vocab)):
+        faults.append(
+            f"vocab_size={target.vocab_size}: {'no' if vocab is None else len(vocab)} token ids are given to keep; "
+            "which tokens stay is decided by their frequencies (vocabulary.frequencies)"
+        )
     if layers_to_drop is not None:
         faults += _drop_faults(shape, layers_to_drop)
         left = shape.num_layers - len(set(layers_to_drop))
@@ -126,37 +140,53 @@ def choose_units(
         pick: _Picker = _Random(seed)
     elif scores is not None:
         pick = _Highest(scores, shape)
-    elif layers_to_drop is not None and target == shape.replace(num_layers=target.num_layers):
+    elif (layers_to_drop is not None or target.num_layers == shape.num_layers) and target == shape.replace(
+        num_layers=target.num_layers, vocab_size=target.vocab_size
+    ):
         pick = _everything  # the layers are named, and nothing else goes
     else:
-        raise ConfigError("scores: method=activation needs the scores of the model; run `minitron score`")
+        raise ConfigError(f"scores: method={method} needs the scores of the model; run `minitron score`")
 
     if layers_to_drop is not None:
         layers = [layer for layer in range(shape.num_layers) if layer not in layers_to_drop]
     else:
-        layers = pick("layers", None, range(shape.num_layers), target.num_layers)
+        layers = pick("layers", (), range(shape.num_layers), target.num_layers)
     q = shape.heads_per_group
-    ffn, groups, heads = [], [], []
+    neurons = range(shape.ffn_hidden_size), target.ffn_hidden_size
+    ffn, groups, heads, experts, expert_ffn = [], [], [], [], []
     for layer in layers:
-        ffn.append(tuple(pick("ffn", layer, range(shape.ffn_hidden_size), target.ffn_hidden_size)))
-        groups.append(tuple(pick("groups", layer, range(shape.num_query_groups), target.num_query_groups)))
+        groups.append(tuple(pick("groups", (layer,), range(shape.num_query_groups), target.num_query_groups)))
         heads.append(
             tuple(
-                tuple(pick("heads", layer, range(group * q, (group + 1) * q), target.heads_per_group))
+                tuple(pick("heads", (layer,), range(group * q, (group + 1) * q), target.heads_per_group))
                 for group in groups[-1]
             )
         )
-    hidden = tuple(pick("hidden", None, range(shape.hidden_size), target.hidden_size))
-    return KeptUnits(layers=tuple(layers), hidden=hidden, ffn=tuple(ffn), groups=tuple(groups), heads=tuple(heads))
+        if shape.num_moe_experts is None or target.num_moe_experts is None:
+            ffn.append(tuple(pick("ffn", (layer,), *neurons)))
+        else:
+            ffn.append(())
+            experts.append(tuple(pick("experts", (layer,), range(shape.num_moe_experts), target.num_moe_experts)))
+            expert_ffn.append(tuple(tuple(pick("ffn", (layer, expert), *neurons)) for expert in experts[-1]))
+    return KeptUnits(
+        layers=tuple(layers),
+        hidden=tuple(pick("hidden", (), range(shape.hidden_size), target.hidden_size)),
+        ffn=tuple(ffn),
+        groups=tuple(groups),
+        heads=tuple(heads),
+        experts=tuple(experts) if experts else None,
+        expert_ffn=tuple(expert_ffn) if expert_ffn else None,
+        vocab=tuple(vocab) if vocab is not None else None,
+    )
 
 
 class _Picker(Protocol):
-    def __call__(self, axis: str, layer: int | None, candidates: range, count: int) -> list[int]:
-        """``count`` of the candidates, ascending."""
+    def __call__(self, axis: str, place: tuple[int, ...], candidates: range, count: int) -> list[int]:
+        """``count`` of the candidates, ascending; ``place`` is the layer, or the layer and the expert."""
         ...
 
 
-def _everything(axis: str, layer: int | None, candidates: range, count: int) -> list[int]:
+def _everything(axis: str, place: tuple[int, ...], candidates: range, count: int) -> list[int]:
     return list(candidates)
 
 
@@ -166,8 +196,8 @@ class _Random:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def __call__(self, axis: str, layer: int | None, candidates: range, count: int) -> list[int]:
-        key = f"{self._seed}/{axis}/{layer}/{candidates.start}"
+    def __call__(self, axis: str, place: tuple[int, ...], candidates: range, count: int) -> list[int]:
+        key = f"{self._seed}/{axis}/{'/'.join(map(str, place)) or None}/{candidates.start}"
         return sorted(random.Random(key).sample(candidates, count))  # noqa: S311 - a baseline, not a secret
 
 
@@ -178,12 +208,18 @@ class _Highest:
         if scores.shape != shape:
             raise ShapeError(f"the scores are of a model of {scores.shape}, not of {shape}; score this model first")
         self._values = {name: getattr(scores, name).tolist() for name in ("ffn", "heads", "groups", "hidden", "layers")}
+        if scores.experts is not None:
+            self._values["experts"] = scores.experts.tolist()
 
-    def __call__(self, axis: str, layer: int | None, candidates: range, count: int) -> list[int]:
-        values = self._values[axis] if layer is None else self._values[axis][layer]
+    def __call__(self, axis: str, place: tuple[int, ...], candidates: range, count: int) -> list[int]:
+        values = self._values[axis]
+        for index in place:
+            values = values[index]
         if bad := [i for i in candidates if not abs(values[i]) < float("inf")]:
-            where = axis if layer is None else f"layer {layer} {axis}"
-            raise NonFiniteError(f"{where}: the score of unit {bad[0]} is {values[bad[0]]}; score the model again")
+            where = " ".join(f"{name} {index}" for name, index in zip(("layer", "expert"), place, strict=False))
+            raise NonFiniteError(
+                f"{where} {axis}: the score of unit {bad[0]} is {values[bad[0]]}; score the model again".lstrip()
+            )
         return sorted(sorted(candidates, key=lambda i: (-values[i], i))[:count])
 
 

@@ -14,7 +14,9 @@ from nemo_minitron.shape import ModelShape
 __all__ = ["FILE_NAME", "load_kept", "read_kept", "save_kept"]
 
 FILE_NAME = "kept.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 had neither experts nor a vocabulary.
+_READABLE = (1, 2)
 
 
 def save_kept(kept: KeptUnits, shape: ModelShape, path: str | Path) -> None:
@@ -30,6 +32,9 @@ def save_kept(kept: KeptUnits, shape: ModelShape, path: str | Path) -> None:
             "ffn": kept.ffn,
             "groups": kept.groups,
             "heads": kept.heads,
+            "experts": kept.experts,
+            "expert_ffn": kept.expert_ffn,
+            "vocab": kept.vocab,
         },
     }
     aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
@@ -50,7 +55,7 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
             raise CheckpointError(
                 f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; prune again"
             )

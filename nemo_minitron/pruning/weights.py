@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint, Weights
+from nemo_minitron.checkpoints.vocabulary import renumber
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.shape import ModelShape
 
@@ -62,6 +63,9 @@ class PrunedWeights:
 def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str, Any] | None = None) -> Checkpoint:
     """The checkpoint that is left of ``checkpoint``. Nothing is read until a tensor is asked for.
 
+    Where the vocabulary is trimmed, the result has no tokenizer (the full one does not fit it): the caller gives it the
+    trimmed one (:func:`nemo_minitron.checkpoints.vocabulary.trim_tokenizer`).
+
     Args:
         checkpoint: unpruned.
         kept: units that stay, by their indices in ``checkpoint``.
@@ -70,8 +74,12 @@ def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str,
     Raises:
         ShapeError: if the units do not fit the checkpoint, with every fault.
     """
-    if faults := kept.faults(checkpoint.shape):
+    faults = kept.faults(checkpoint.shape)
+    if faults := faults or checkpoint.architecture.faults(kept.target(checkpoint.shape)):
         raise ShapeError(faults)
+    architecture, tokenizer = checkpoint.architecture, checkpoint.tokenizer
+    if kept.vocab is not None:
+        architecture, tokenizer = renumber(architecture, kept.vocab), None
     parent = {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -81,6 +89,8 @@ def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str,
     return dataclasses.replace(
         checkpoint,
         shape=kept.target(checkpoint.shape),
+        architecture=architecture,
+        tokenizer=tokenizer,
         weights=PrunedWeights(checkpoint.weights, checkpoint.family, checkpoint.shape, kept),
         lineage={"made_by": "prune", **(lineage or {}), "parents": {"model": parent}},
     )

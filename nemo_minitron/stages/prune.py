@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import PruneConfig
-from nemo_minitron.errors import ShapeError
+from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
 from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
 
 if TYPE_CHECKING:
+    from nemo_minitron.axes import KeptUnits
+    from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.importance import Scores
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["kept_path", "plan", "run"]
 
@@ -38,17 +44,20 @@ def plan(config: PruneConfig) -> StagePlan:
         writes=[PlannedPath(config.output, f"pruned model ({config.format})")],
         faults=format_faults(config.output, config.format),
     )
-    if config.method == "activation" and config.scores is not None:
+    if config.method != "random" and config.scores is not None:
         found.reads.append(PlannedPath(config.scores, "scores"))
+    if config.vocabulary.frequencies is not None:
+        found.reads.append(PlannedPath(config.vocabulary.frequencies, "token frequencies"))
     if config.depth_scores is not None:
         found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
     shape = peek_shape(config.model)
     if shape is not None:
         try:
-            target = target_shape(shape, config.target.given(), layers_to_drop=config.layers_to_drop)
+            target = target_shape(shape, _sizes(config), layers_to_drop=config.layers_to_drop)
         except ShapeError as error:
             found.faults += error.faults
         else:
+            found.faults += _layout_faults(config, target)
             before, after = (axes.parameter_count(peek_family(config.model), one) for one in (shape, target))
             found.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
     found.notes.append("reads and writes one tensor at a time; no forward pass")
@@ -66,9 +75,12 @@ def run(config: PruneConfig) -> dict[str, Any]:
     """
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
     from nemo_minitron.pruning import choose_units, prune_weights, save_kept, target_shape
+    from nemo_minitron.pruning.merging import merge_pruned_heads
 
     checkpoint = open_checkpoint(config.model)
-    target = target_shape(checkpoint.shape, config.target.given(), layers_to_drop=config.layers_to_drop)
+    target = target_shape(checkpoint.shape, _sizes(config), layers_to_drop=config.layers_to_drop)
+    if faults := _layout_faults(config, target):
+        raise ShapeError(faults)
     scores = _scores(config, checkpoint)
     kept = choose_units(
         scores,
@@ -77,9 +89,14 @@ def run(config: PruneConfig) -> dict[str, Any]:
         method=config.method,
         seed=config.runtime.seed,
         layers_to_drop=_layers_to_drop(config, checkpoint, target.num_layers, scores),
+        vocab=_vocabulary(config, checkpoint),
     )
-    pruned = prune_weights(checkpoint, kept, lineage=_lineage(config, scores))
+    source = checkpoint
+    if config.merge_pruned_heads and scores is not None:
+        source = merge_pruned_heads(checkpoint, kept, scores.heads)
+    pruned = prune_weights(source, kept, lineage=_lineage(config, scores))
     with (
+        _trimmed(pruned, checkpoint, kept) as pruned,
         staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path,
         progress_bar("pruning", len(pruned.weights.names())) as advance,
     ):
@@ -102,8 +119,54 @@ def run(config: PruneConfig) -> dict[str, Any]:
     }
 
 
+def _sizes(config: PruneConfig) -> dict[str, int]:
+    """The sizes that are asked for."""
+    vocabulary = {} if config.vocabulary.size is None else {"vocab_size": config.vocabulary.size}
+    return config.target.given() | vocabulary
+
+
+def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:
+    layout = config.student_layout
+    faults = target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
+    return [f"student_layout: {fault}" for fault in faults]
+
+
+def _vocabulary(config: PruneConfig, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """The token ids that stay; None keeps all."""
+    from nemo_minitron.checkpoints.vocabulary import choose_vocabulary, read_frequencies
+    from nemo_minitron.stages.tokens import frequencies_path
+
+    if config.vocabulary.size is None or config.vocabulary.frequencies is None:
+        return None
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(f"{config.model}: carries no tokenizer, which would have to follow the vocabulary")
+    constants = checkpoint.architecture
+    ends = constants.eos_token_id if isinstance(constants.eos_token_id, list) else [constants.eos_token_id]
+    special = [one for one in (constants.bos_token_id, constants.pad_token_id, *ends) if one is not None]
+    return choose_vocabulary(
+        checkpoint.tokenizer,
+        read_frequencies(frequencies_path(config.vocabulary.frequencies)),
+        config.vocabulary.size,
+        vocab_size=checkpoint.shape.vocab_size,
+        special=special,
+    )
+
+
+@contextmanager
+def _trimmed(pruned: Checkpoint, checkpoint: Checkpoint, kept: KeptUnits) -> Iterator[Checkpoint]:
+    """The pruned checkpoint with its tokenizer, trimmed where the vocabulary is."""
+    from nemo_minitron.checkpoints.vocabulary import trim_tokenizer
+
+    if kept.vocab is None or checkpoint.tokenizer is None:
+        yield pruned
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        trim_tokenizer(checkpoint.tokenizer, kept.vocab, Path(scratch) / "tokenizer")
+        yield dataclasses.replace(pruned, tokenizer=Path(scratch) / "tokenizer")
+
+
 def _layers_to_drop(
-    config: PruneConfig, checkpoint: Any, num_layers: int, scores: Scores | None
+    config: PruneConfig, checkpoint: Checkpoint, num_layers: int, scores: Scores | None
 ) -> Sequence[int] | None:
     """The layers named, or those that the depth criterion takes; None leaves them to the method."""
     from nemo_minitron.importance import DepthScores, fingerprint
@@ -124,7 +187,7 @@ def _layers_to_drop(
     return [layer for layer in range(before) if layer not in kept]
 
 
-def _scores(config: PruneConfig, checkpoint: Any) -> Scores | None:
+def _scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
     """The scores, where the method reads them; they must be those of this checkpoint."""
     from nemo_minitron.importance import Scores, fingerprint
 
@@ -132,6 +195,11 @@ def _scores(config: PruneConfig, checkpoint: Any) -> Scores | None:
         return None
     scores = Scores.load(config.scores)
     scores.check(checkpoint.shape, fingerprint(checkpoint), where=config.scores)
+    if scores.estimator != config.method:
+        raise ConfigError(
+            f"method={config.method}: {config.scores} holds scores of the estimator {scores.estimator}; set "
+            f"method={scores.estimator}, or score with estimator={config.method}"
+        )
     return scores
 
 
@@ -140,11 +208,12 @@ def _lineage(config: PruneConfig, scores: Scores | None) -> dict[str, Any]:
     if config.method == "random":
         return {"method": config.method, "seed": config.runtime.seed}
     depth = {"criterion": config.depth.criterion, "form": config.depth.form, "scores": config.depth_scores}
-    found = {
+    found: dict[str, Any] = {
         "method": config.method,
         "depth": {"layers_to_drop": config.layers_to_drop} if config.layers_to_drop is not None else depth,
     }
     if scores is not None:
         aggregation = {"sequence": scores.sequence, "batch": scores.batch}
+        found |= {"merge_pruned_heads": config.merge_pruned_heads}
         found |= {"scores": config.scores, "samples": scores.samples, "aggregation": aggregation}
     return found

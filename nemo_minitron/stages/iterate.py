@@ -1,0 +1,237 @@
+"""``minitron iterate``: score, prune, score again: a target reached in several rounds, without training in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import IterateConfig
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
+from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
+from nemo_minitron.stages.prune import kept_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.axes import KeptUnits
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.runtime.groups import Groups
+    from nemo_minitron.shape import ModelShape
+
+__all__ = ["plan", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: IterateConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    from nemo_minitron.data.inputs import data_inputs
+
+    data, shape = data_inputs(config.data), peek_shape(config.model)
+    tokens = config.samples * config.data.sequence_length
+    found = StagePlan(
+        "iterate",
+        reads=[PlannedPath(config.model, "model"), *(PlannedPath(path, what) for path, what in data.files)],
+        writes=[PlannedPath(config.output, f"pruned model ({config.format})")],
+        costs={"calibration": f"{tokens:,} tokens in {config.samples:,} samples, in each round"},
+        notes=data.notes,
+        faults=[*data.faults, *format_faults(config.output, config.format)],
+    )
+    if shape is None:
+        return found
+    try:
+        shapes = _shapes(config, shape)
+    except ShapeError as error:
+        found.faults += error.faults
+        return found
+    table = peek_family(config.model)
+    counts = [axes.parameter_count(table, one) for one in (shape, *shapes)]
+    found.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
+    passes = 2 if config.estimator == "taylor" else 1
+    found.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
+    done = len(list(_rounds_folder(config).glob("round-*.json")))
+    if done:
+        found.notes.append(f"{done} of {len(shapes)} rounds are done already")
+    return found
+
+
+def run(config: IterateConfig) -> dict[str, Any]:
+    """Prune in rounds. Every rank runs this; rank 0 writes the pruned checkpoint and ``kept.json``.
+
+    A round's model is never written: the units that are left, counted in the unpruned model, say all about it.
+
+    Returns:
+        ``rounds, resumed, parameters_before, parameters, share, shape, layers, seconds``.
+
+    Raises:
+        MinitronError: for a checkpoint or text that cannot be used, or a target that cannot be reached.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.data import build_blocks
+    from nemo_minitron.importance import fingerprint
+    from nemo_minitron.pruning import choose_units, prune_weights
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+
+    started = time.monotonic()
+    layout = ParallelLayout(**vars(config.parallel))
+    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    checkpoint = open_checkpoint(config.model)
+    shape = checkpoint.shape
+    blocks = build_blocks(
+        config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
+    )
+    shapes = _shapes(config, shape)
+    journal = _Rounds(_rounds_folder(config), _subject(config, fingerprint(checkpoint), blocks), groups)
+    kept, done = journal.resume(shape)
+    for number, target in enumerate(shapes[done:], done + 1):
+        now = checkpoint if kept is None else prune_weights(checkpoint, kept)
+        scores = _score(config, now, blocks, groups, f"round {number} of {len(shapes)}")
+        # Every rank has all scores, and chooses alike.
+        chosen = choose_units(scores, now.shape, target, method=config.estimator)
+        kept = chosen if kept is None else kept.compose(chosen)
+        journal.add(number, kept, shape)
+    assert kept is not None, "there is at least one round"
+    before, after = (axes.parameter_count(checkpoint.family, one) for one in (shape, shapes[-1]))
+    if groups.is_main:
+        _write(config, checkpoint, kept, shapes)
+        journal.clear()
+        logger.info("%s -> %s parameters in %d rounds", human_count(before), human_count(after), len(shapes))
+    return {
+        "rounds": [one.to_dict() for one in shapes],
+        "resumed": done,
+        "parameters_before": before,
+        "parameters": after,
+        "share": round(after / before, 6),
+        "shape": shapes[-1].to_dict(),
+        "layers": list(kept.layers),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
+    from nemo_minitron.pruning.choose import target_shape
+    from nemo_minitron.pruning.rounds import intermediate_shapes
+
+    layout = config.parallel
+    return intermediate_shapes(
+        shape,
+        target_shape(shape, config.target.given()),
+        config.rounds,
+        spacing=config.spacing,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline * (layout.virtual_pipeline or 1),
+    )
+
+
+def _score(config: IterateConfig, checkpoint: Checkpoint, blocks: torch.Tensor, groups: Groups, label: str) -> Any:
+    import torch
+
+    from nemo_minitron.checkpoints import load_into
+    from nemo_minitron.importance import score_model
+    from nemo_minitron.runtime.model import build_model
+
+    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
+    load_into(chunks, checkpoint, groups)
+    with progress_bar(label, len(blocks), shown=groups.is_main) as advance:
+        return score_model(
+            chunks,
+            blocks,
+            groups,
+            shape=checkpoint.shape,
+            micro_batch_size=config.micro_batch_size,
+            sequence=config.aggregation.sequence,
+            batch=config.aggregation.batch,
+            estimator=config.estimator,
+            progress=advance,
+        )
+
+
+def _write(config: IterateConfig, checkpoint: Checkpoint, kept: KeptUnits, shapes: list[ModelShape]) -> None:
+    from nemo_minitron.checkpoints import write_checkpoint
+    from nemo_minitron.pruning import prune_weights, save_kept
+
+    lineage = {
+        "method": config.estimator,
+        "rounds": [one.to_dict() for one in shapes],
+        "samples": config.samples,
+        "aggregation": {"sequence": config.aggregation.sequence, "batch": config.aggregation.batch},
+    }
+    pruned = prune_weights(checkpoint, kept, lineage=lineage)
+    with (
+        staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path,
+        progress_bar("pruning", len(pruned.weights.names())) as advance,
+    ):
+        write_checkpoint(pruned, path, config.format, progress=lambda name, done, total: advance(1))
+        save_kept(kept, checkpoint.shape, kept_path(path if path.is_dir() else config.output))
+
+
+def _rounds_folder(config: IterateConfig) -> Path:
+    output = Path(config.output).absolute()
+    return output.with_name(f".{output.name}.rounds")
+
+
+def _subject(config: IterateConfig, weights: str, blocks: torch.Tensor) -> str:
+    """What the rounds are rounds of: any of it changed, they are not gone on with."""
+    settings = {
+        "weights": weights,
+        "tokens": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
+        "estimator": config.estimator,
+        "aggregation": vars(config.aggregation),
+        "target": config.target.given(),
+        "rounds": config.rounds,
+        "spacing": config.spacing,
+        "layout": [config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class _Rounds:
+    """Units that are left after each finished round, beside the output until that is there."""
+
+    def __init__(self, folder: Path, subject: str, groups: Groups) -> None:
+        self.folder = folder
+        self.subject = subject
+        self.groups = groups
+
+    def resume(self, shape: ModelShape) -> tuple[KeptUnits | None, int]:
+        """The units after the last finished round, and how many rounds are finished. Collective."""
+        import torch.distributed as dist
+
+        from nemo_minitron.pruning import load_kept
+
+        kept, done = None, 0
+        marker = self.folder / "subject"
+        if marker.is_file() and marker.read_text() == self.subject:
+            while (self.folder / f"round-{done + 1}.json").is_file():
+                try:
+                    kept, of = load_kept(self.folder / f"round-{done + 1}.json")
+                except CheckpointError:
+                    break
+                assert of == shape, "the subject holds the weights' fingerprint"
+                done += 1
+        # Nobody writes before everybody has read.
+        dist.barrier()
+        if self.groups.is_main and not done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            marker.write_text(self.subject)
+        return kept, done
+
+    def add(self, number: int, kept: KeptUnits, shape: ModelShape) -> None:
+        """Keep a round's result."""
+        from nemo_minitron.pruning import save_kept
+
+        if self.groups.is_main:
+            save_kept(kept, shape, self.folder / f"round-{number}.json")
+
+    def clear(self) -> None:
+        """The output is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)

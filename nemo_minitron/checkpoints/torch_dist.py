@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 __all__ = ["PREFIXES", "TorchDist", "TorchDistWeights"]
 
 PREFIXES = ("module.", "model.", "")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_LOCAL_SPELLING = {
-    # a model built from Megatron's local layer spec keeps its norms outside the linears
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+_EXPERTS = "mlp.experts.experts."
+_NORMS = (
+    # a model built from Megatron's local layer spec may keep its norms outside the linears, and in a mixture it names
+    # the norm before the router as if the router were a linear
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +197,11 @@ class TorchDistWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in the stored dtype, padding rows stripped."""
-        key, layer = self._locate(name)
+        key, place = self._locate(name)
         size = axes.tensor_shape(axes.parameter(axes.family(self.family), name), self.shape)
         region = [slice(0, length) for length in size]
-        if layer is None:
-            return self.store.read(key, region).contiguous()
-        return self.store.read(key, [slice(layer, layer + 1), *region])[0].contiguous()
+        found = self.store.read(key, [*(slice(index, index + 1) for index in place), *region])
+        return found.reshape(size).contiguous()
 
     def check(self) -> None:
         """Compare the stored keys and global shapes with the model's sizes, without reading tensors.
@@ -210,14 +211,15 @@ class TorchDistWeights:
         """
         table, known = axes.family(self.family), set()
         for name, row, _ in axes.parameters(table, self.shape):
-            key, layer = self._locate(name)
+            key, place = self._locate(name)
             known.add(key)
             expected = axes.tensor_shape(row, self.shape)
-            found = self.store.sizes[key]
-            if layer is not None:
-                layers, found = found[0], found[1:]
-                if layers != self.shape.num_layers:
-                    raise self._mismatch(key, f"{layers} layers", f"{self.shape.num_layers}")
+            stacked, found = self.store.sizes[key][: len(place)], self.store.sizes[key][len(place) :]
+            counts = [("layers", self.shape.num_layers), ("experts", self.shape.num_moe_experts)]
+            counts = counts[len(counts) - len(place) :] if row.expert is not None else counts[: len(place)]
+            for (what, count), stored in zip(counts, stacked, strict=True):
+                if stored != count:
+                    raise self._mismatch(key, f"{stored} {what}", f"{count}")
             padded = row.axes[0] is axes.Axis.VOCAB and found[:1] >= expected[:1]
             if found[1:] != expected[1:] or (found[:1] != expected[:1] and not padded):
                 raise self._mismatch(key, f"shape {list(found)}", f"{list(expected)}")
@@ -244,19 +246,20 @@ class TorchDistWeights:
                 if rest.startswith(("decoder.", "embedding.", "output_layer.")):
                     yield key
 
-    def _locate(self, name: str) -> tuple[str, int | None]:
-        """Canonical name -> stored key, and the index along its leading layer dimension (None: there is none)."""
+    def _locate(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Canonical name -> stored key, and the place along its leading dimensions: of the layer, of the expert."""
         match = _LAYER.fullmatch(name)
         if match is None:
             if self.prefix + name in self.store.sizes:
-                return self.prefix + name, None
+                return self.prefix + name, ()
         else:
-            layer, rest = int(match[1]), match[2]
-            for spelling in (rest, _LOCAL_SPELLING.get(rest, rest)):
+            layer, rest = int(match[1]), match[3]
+            expert = () if match[2] is None else (int(match[2]),)
+            for spelling in _spellings(rest if match[2] is None else _EXPERTS + rest):
                 if (key := f"{self.prefix}decoder.layers.{spelling}") in self.store.sizes:
-                    return key, layer
+                    return key, (layer, *expert)
                 if (key := f"{self.prefix}decoder.layers.{layer}.{spelling}") in self.store.sizes:
-                    return key, None
+                    return key, expert
         raise CheckpointError(
             f"{self.store.directory} has no tensor {self.prefix}{name}; the checkpoint is incomplete "
             f"or has fewer layers than its configuration says"
@@ -267,6 +270,14 @@ class TorchDistWeights:
             f"{self.store.directory}: {key} has {found} where the model's sizes ask for {expected}; "
             f"the configuration belongs to another model"
         )
+
+
+def _spellings(rest: str) -> Iterator[str]:
+    yield rest
+    for fused, alone in _NORMS:
+        for one, other in ((fused, alone), (alone, fused)):
+            if rest.startswith(one):
+                yield other + rest.removeprefix(one)
 
 
 def _product(lengths: Sequence[int]) -> int:

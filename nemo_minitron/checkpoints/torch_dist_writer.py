@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,10 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.weights import CastWeights, torch_dtype, writing_order
 from nemo_minitron.errors import CheckpointError
 
-__all__ = ["EXTRA_STATE_FINAL", "EXTRA_STATE_LAYER", "write_torch_dist"]
+__all__ = ["write_torch_dist"]
 
-EXTRA_STATE_LAYER = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.core_attention",
-)
-"""Modules of a layer that ask the loader for an ``_extra_state`` object: the four linears of every layer spec, and the
-attention of Transformer Engine. Megatron's loader fails where one that it asks for is absent, and ignores others."""
-EXTRA_STATE_FINAL = ("decoder.final_layernorm",)
-"""The same outside the layers (Transformer Engine's norm)."""
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+_EXPERTS = "mlp.experts.experts."
 
 
 def write_torch_dist(
@@ -138,7 +127,7 @@ class _Planner(dcp.SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Read the tensor of one item (``[1, ...]`` for a tensor of a layer), or make padding or ``_extra_state``."""
+        """Read the tensor of one item (``[1, ...]`` for one of a layer, ``[1, 1, ...]`` of an expert), or make one."""
         source = self._sources[write_item.index]
         if source.name is None and write_item.tensor_data is not None:
             return torch.zeros(write_item.tensor_data.chunk.sizes, dtype=self._dtype)
@@ -153,8 +142,7 @@ class _Planner(dcp.SavePlanner):
                 f"for {list(self._shapes[source.name])}"
             )
         assert write_item.tensor_data is not None
-        if tensor.ndim < len(write_item.tensor_data.chunk.sizes):
-            tensor = tensor[None]
+        tensor = tensor.reshape(write_item.tensor_data.chunk.sizes)
         self._done += 1
         if self._progress is not None:
             self._progress(source.name, self._done, len(self._shapes))
@@ -168,9 +156,14 @@ class _Planner(dcp.SavePlanner):
         items = []
         for name, sizes in self._shapes.items():
             if match := _LAYER.fullmatch(name):
-                key, layer = f"{prefix}decoder.layers.{match[2]}", int(match[1])
-                total = (self._checkpoint.shape.num_layers, *sizes)
-                items.append(self._item(key, total, (layer, *_zeros(sizes)), (1, *sizes), _Source(name, match[1])))
+                shape = self._checkpoint.shape
+                key, place, stacked = f"{prefix}decoder.layers.{match[3]}", [int(match[1])], [shape.num_layers]
+                if match[2] is not None:
+                    key = f"{prefix}decoder.layers.{_EXPERTS}{match[3]}"
+                    place, stacked = [*place, int(match[2])], [*stacked, shape.num_moe_experts or 0]
+                ones = [1] * len(place)
+                source = _Source(name, match[1])
+                items.append(self._item(key, (*stacked, *sizes), (*place, *_zeros(sizes)), (*ones, *sizes), source))
                 continue
             row = axes.parameter(self._checkpoint.family, name)
             padding = self._rows - sizes[0] if row.axes[0] is axes.Axis.VOCAB else 0
@@ -195,18 +188,41 @@ class _Planner(dcp.SavePlanner):
         return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
     def _extra_states(self, prefix: str) -> list[WriteItem]:
-        layers = self._checkpoint.shape.num_layers
+        """``_extra_state`` of every module that has one in some layer spec.
+
+        The linears of every spec ask the loader for it, Transformer Engine's attention and norms too. Megatron's loader
+        fails where one that it asks for is absent, and ignores others.
+        """
+        table, shape = self._checkpoint.family, self._checkpoint.shape
+        modules = [*_modules(table.layer), "self_attention.core_attention"]
         places = [
-            (f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{layers}", str(layer))
-            for layer in range(layers)
-            for module in EXTRA_STATE_LAYER
-        ] + [(f"{prefix}{module}._extra_state/shard_0_1", f"{module}.weight") for module in EXTRA_STATE_FINAL]
+            (f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{shape.num_layers}", str(layer))
+            for layer in range(shape.num_layers)
+            for module in modules
+            if module != "mlp.router"
+        ]
+        places += [
+            (
+                f"{prefix}decoder.layers.{_EXPERTS}{module}._extra_state/"
+                f"shard_{layer}.{expert}_{shape.num_layers}.{shape.num_moe_experts}",
+                str(layer),
+            )
+            for layer in range(shape.num_layers)
+            for expert in range(shape.num_moe_experts or 0)
+            for module in _modules(table.expert)
+        ]
+        final = "decoder.final_layernorm"
+        places.append((f"{prefix}{final}._extra_state/shard_0_1", f"{final}.weight"))
         items = []
         for key, file in places:
             index = MetadataIndex(key)
             items.append(WriteItem(index, WriteItemType.BYTE_IO))
             self._sources[index] = _Source(None, file)
         return items
+
+
+def _modules(rows: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in rows))
 
 
 class _FilePerLayer(dcp.FileSystemWriter):

@@ -7,6 +7,7 @@ runs them.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.nemo2 import llama_config
-from nemo_minitron.config import LossConfig
+from nemo_minitron.checkpoints.nemo2_config import nemo_config
+from nemo_minitron.config import IntermediateConfig, LossConfig
 from nemo_minitron.distillation.callbacks import ProgressBar, StepMetrics
 from nemo_minitron.distillation.data import BlockDataModule
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
@@ -44,6 +45,7 @@ class Schedule:
         weight_decay, beta1, beta2: AdamW.
         clip_grad: largest gradient norm; 0 does not clip.
         loss: of a token's logits.
+        intermediate: losses of the states inside the models.
         max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
         validate_every, validation_batches: steps between validations; global batches of each.
         save_every: steps between checkpoints.
@@ -63,6 +65,7 @@ class Schedule:
     beta2: float = 0.95
     clip_grad: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     max_minutes: float | None = None
     validate_every: int = 50
     validation_batches: int = 8
@@ -100,6 +103,7 @@ def distillation_trainer(student: ModelShape, layout: ParallelLayout, schedule: 
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         pipeline_model_parallel_layout=pipeline_layer_layout(student, layout),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
@@ -141,8 +145,9 @@ def distill(
     schedule: Schedule,
     directory: Path,
     resume: bool = True,
+    kept_layers: Sequence[int] | None = None,
 ) -> Path:
-    """Train the student on the teacher's logits with NeMo's ``llm.train``. Every rank calls it.
+    """Train the student on the teacher with NeMo's ``llm.train``. Every rank calls it.
 
     Args:
         student: initial weights.
@@ -152,6 +157,8 @@ def distill(
         schedule: hyper-parameters.
         directory: gets ``checkpoints/``, ``tensorboard/`` and ``metrics.jsonl``.
         resume: go on from the last whole checkpoint in ``directory``.
+        kept_layers: of a student that was cut from this teacher, the layers that it kept: the automatic map of the
+            intermediate losses.
 
     Returns:
         The last checkpoint, a NeMo 2 directory of a plain ``LlamaModel``.
@@ -162,14 +169,27 @@ def distill(
     check_pair(student, teacher, layout, train.shape[1] - 1)
     tokens_per_step = schedule.global_batch_size * (train.shape[1] - 1)
     optimizer = distillation_optimizer(schedule)
-    config = llama_config(
+    config = nemo_config(
         student.shape,
         student.architecture,
         dtype="bfloat16" if schedule.precision.startswith("bf16") else "float32",
         multiple=128,
         rows=_vocabulary_rows(student, layout),
     )
-    model = DistillationModel(config, student, teacher, layout, schedule.loss, optim=optimizer)
+    if layout.virtual_pipeline is not None:
+        # As in :func:`nemo_minitron.runtime.model.transformer_config`, where the reasons stand.
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        config.deallocate_pipeline_outputs = torch.cuda.is_available()
+    model = DistillationModel(
+        config,
+        student,
+        teacher,
+        layout,
+        schedule.loss,
+        schedule.intermediate,
+        kept_layers,
+        optim=optimizer,
+    )
     data = BlockDataModule(
         train,
         validation,
@@ -181,7 +201,7 @@ def distill(
     trainer = distillation_trainer(student.shape, layout, schedule)
     # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.
     trainer.callbacks += [
-        TeacherFirst(),
+        TeacherFirst(model),
         StepMetrics(directory / "metrics.jsonl", tokens_per_step=tokens_per_step, every=schedule.log_every),
         ProgressBar(schedule.steps, tokens_per_step=tokens_per_step),
     ]

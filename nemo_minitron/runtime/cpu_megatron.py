@@ -125,6 +125,16 @@ def _param_groups(original: Any) -> Callable[..., list[dict[str, Any]]]:
     return _get_param_groups
 
 
+def _local_spec(original: Any) -> Callable[..., Any]:
+    def get_gpt_layer_local_spec(num_experts: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        spec = original(num_experts, *args, **kwargs)
+        if num_experts is not None:
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        return spec
+
+    return get_gpt_layer_local_spec
+
+
 def _no_gemm(original: Any) -> None:
     """The router asks whether there is one before it calls it."""
 
@@ -137,6 +147,14 @@ PATCHES: tuple[Patch, ...] = (
         "imported from Transformer Engine only; the router of a mixture of experts asks whether it is None (NameError "
         "in router_gating_linear) and otherwise multiplies with torch",
         optional=True,
+    ),
+    Patch(
+        "megatron.core.models.gpt.gpt_layer_specs",
+        "get_gpt_layer_local_spec",
+        _local_spec,
+        "saves the norm before a mixture of experts under the name it would have inside a dense MLP's first linear, "
+        "where Transformer Engine's spec, with no linear to put it into, saves it under its own: neither opens the "
+        "other's distributed checkpoints",
     ),
     Patch(
         "megatron.core.transformer.torch_norm",

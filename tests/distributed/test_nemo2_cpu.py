@@ -19,7 +19,7 @@ def train_case(out: str, steps: int, tensor: int = 1, pipeline: int = 1) -> dict
     from nemo import lightning as nl
     from nemo.collections import llm
 
-    from nemo_minitron.checkpoints.nemo2 import llama_config
+    from nemo_minitron.checkpoints.nemo2_config import nemo_config
     from nemo_minitron.distillation.data import BlockDataModule
     from nemo_minitron.shape import Architecture, ModelShape
 
@@ -31,7 +31,7 @@ def train_case(out: str, steps: int, tensor: int = 1, pipeline: int = 1) -> dict
 
     blocks = torch.randint(0, 120, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0)).repeat(12, 1)
     shape = ModelShape(4, 64, 96, 4, 2, 16, 128, tied_embeddings=True)
-    config = llama_config(shape, Architecture(max_position_embeddings=SEQUENCE), dtype="float32", multiple=64, rows=128)
+    config = nemo_config(shape, Architecture(max_position_embeddings=SEQUENCE), dtype="float32", multiple=64, rows=128)
     optimizer = nl.MegatronOptimizerModule(
         config=OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True)
     )

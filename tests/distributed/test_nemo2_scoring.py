@@ -21,7 +21,7 @@ def callback_case(out: str) -> dict[str, Any]:
     from nemo import lightning as nl
     from nemo.collections import llm
 
-    from nemo_minitron.checkpoints.nemo2 import llama_config
+    from nemo_minitron.checkpoints.nemo2_config import nemo_config
     from nemo_minitron.distillation.data import BlockDataModule
     from nemo_minitron.importance import ScoreDuringValidation, score_criteria
     from nemo_minitron.importance.callback import _layout, _megatron_chunks
@@ -31,7 +31,7 @@ def callback_case(out: str) -> dict[str, Any]:
     blocks = torch.randint(0, 120, (16, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
     validation = blocks[:8]
     shape = ModelShape(4, 64, 96, 4, 2, 16, 128, tied_embeddings=True)
-    config = llama_config(shape, Architecture(max_position_embeddings=SEQUENCE), dtype="float32", multiple=64, rows=128)
+    config = nemo_config(shape, Architecture(max_position_embeddings=SEQUENCE), dtype="float32", multiple=64, rows=128)
     found: dict[str, Any] = {"expected": [], "hooks": []}
     scoring = ScoreDuringValidation(Path(out) / "scores", shape, criteria=CRITERIA)
 

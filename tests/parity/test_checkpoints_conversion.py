@@ -126,10 +126,10 @@ from nemo import lightning as nl
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.model.llama import HFLlamaImporter, LlamaModel
 from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.nemo2 import llama_config
+from nemo_minitron.checkpoints.nemo2_config import nemo_config
 if __name__ == "__main__":
     source = open_checkpoint({str(home / "hf")!r})
-    config = llama_config(source.shape, source.architecture, dtype="float32", multiple=128, rows=None)
+    config = nemo_config(source.shape, source.architecture, dtype="float32", multiple=128, rows=None)
     model = LlamaModel(config, tokenizer=AutoTokenizer({str(home / "hf")!r}))
     connector = HFLlamaImporter({str(home / "hf")!r})
     strategy = nl.MegatronStrategy(ckpt_save_optimizer=False, always_save_context=True, process_group_backend="gloo")

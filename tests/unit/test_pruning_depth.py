@@ -49,7 +49,7 @@ def test_greedy_extends_the_best_so_far(costs):
 
 
 def test_equal_costs_leave_the_lower_layers_and_further_numbers_decide():
-    even = {layers: (1.0,) for layers in [*((n,) for n in range(4)), (0, 1), (1, 2), (2, 3)]}
+    even = dict.fromkeys([*((n,) for n in range(4)), (0, 1), (1, 2), (2, 3)], (1.0,))
     assert choose_layers(even, 4, 2, "lowest") == choose_layers(even, 4, 2, "contiguous") == (0, 1)
     assert choose_layers({**even, (1,): (1.0, -0.5), (0,): (1.0, 0.5)}, 2, 1, "lowest") == (0,)
 

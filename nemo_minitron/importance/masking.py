@@ -19,11 +19,15 @@ __all__ = ["Prefix", "left_out"]
 
 
 class _PassThrough(torch.nn.Module):
-    """Stands where a layer stood and hands its hidden states on, as ``TransformerLayer.forward`` would return them."""
+    """Stands where a layer stood and hands its hidden states on, as ``TransformerLayer.forward`` would return them.
 
-    def __init__(self, layer_number: int) -> None:
+    It holds the layer, so that a stage whose layers are all left out still has parameters to tell its device by.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        self.layer_number = layer_number
+        self.layer = layer
+        self.layer_number = layer.layer_number
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
         return hidden_states, options.get("context")
@@ -90,7 +94,7 @@ def left_out(
             modules = chunk.decoder.layers
             for index, module in enumerate(modules):
                 if module.layer_number - 1 in idle:
-                    modules[index] = _PassThrough(module.layer_number)
+                    modules[index] = _PassThrough(module)
                     stack.callback(modules.__setitem__, index, module)
                 layer = module.layer_number - 1
                 # The order matters where both are of one layer: what is kept is what was put in.

@@ -1,0 +1,370 @@
+"""All shapes of a space that fit a budget: counted and listed without walking the whole product.
+
+Costs never fall when a size grows. So a prefix of sizes is dropped where even the smallest rest is too expensive, or the
+largest too cheap; and along the last axis, the MLP's width, what fits is one run of the candidates, found by bisection.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, overload
+
+from nemo_minitron import axes
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["Budget", "Cost", "ParameterCost", "SearchSpace", "ShapeSet", "Sizes", "axis_values", "spread"]
+
+
+class Sizes(NamedTuple):
+    """The searched sizes of a shape, in the order in which the space is walked."""
+
+    hidden_size: int
+    num_query_groups: int
+    num_attention_heads: int
+    num_moe_experts: int | None
+    num_layers: int
+    ffn_hidden_size: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> Sizes:
+        """Those of a shape."""
+        return cls(*(getattr(shape, name) for name in cls._fields))
+
+    @property
+    def name(self) -> str:
+        """Short and fit for a directory: ``l22-h512-f1280-a8-g4``, of a mixture with ``-e8``."""
+        experts = "" if self.num_moe_experts is None else f"-e{self.num_moe_experts}"
+        return (
+            f"l{self.num_layers}-h{self.hidden_size}-f{self.ffn_hidden_size}"
+            f"-a{self.num_attention_heads}-g{self.num_query_groups}{experts}"
+        )
+
+
+Cost = Callable[[Sizes], float]
+"""What a shape costs. It must not fall when any size grows while the others stay."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A window of costs.
+
+    Attributes:
+        name: as the configuration calls it.
+        low, high: both allowed.
+        cost: of a shape.
+        show: how to write a cost.
+    """
+
+    name: str
+    low: float
+    high: float
+    cost: Cost = field(repr=False)
+    show: Callable[[float], str] = field(default="{:,.0f}".format, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} from {self.show(self.low)} to {self.show(self.high)}"
+
+
+class ParameterCost:
+    """Exact number of parameters, as :func:`nemo_minitron.axes.parameter_count`, in about a microsecond.
+
+    For a given width of the residual stream and number of experts, a layer's count is affine in the query heads, the
+    groups and the MLP's width, and the model's in the layers. So sizes that fit no model, as bounds of many that do,
+    have a count too.
+
+    Args:
+        table: of the family.
+        shape: of the unpruned model, for what is not searched.
+    """
+
+    def __init__(self, table: axes.Family, shape: ModelShape) -> None:
+        self.table, self.shape = table, shape
+        self._kept: dict[tuple[int, int | None], tuple[int, int, int, int, int]] = {}
+
+    def __call__(self, sizes: Sizes) -> int:
+        """The count."""
+        found = self._kept.get((sizes.hidden_size, sizes.num_moe_experts))
+        if found is None:
+            found = self._kept[sizes.hidden_size, sizes.num_moe_experts] = self._coefficients(sizes)
+        outside, constant, by_group, by_head, by_width = found
+        layer = constant + by_group * sizes.num_query_groups + by_head * sizes.num_attention_heads
+        return outside + sizes.num_layers * (layer + by_width * sizes.ffn_hidden_size)
+
+    def _coefficients(self, sizes: Sizes) -> tuple[int, int, int, int, int]:
+        def count(layers: int = 1, groups: int = 1, heads: int = 2, width: int = 1) -> int:
+            given = Sizes(sizes.hidden_size, groups, heads, sizes.num_moe_experts, layers, width)
+            return axes.parameter_count(self.table, self.shape.replace(**given._asdict()))
+
+        one = count()
+        layer = count(layers=2) - one
+        by_group, by_head, by_width = count(groups=2) - one, one - count(heads=1), count(width=2) - one
+        return one - layer, layer - by_group - 2 * by_head - by_width, by_group, by_head, by_width
+
+
+def axis_values(
+    name: str,
+    own: int,
+    *,
+    minimum: int | None = None,
+    maximum: int | None = None,
+    multiple: int = 1,
+    values: Sequence[int] | None = None,
+) -> list[int]:
+    """The candidates of one axis, ascending and each once.
+
+    Args:
+        name: of the axis, for messages.
+        own: the unpruned model's size, which none may exceed.
+        minimum, maximum, multiple: all multiples between both; without ``minimum`` and ``values`` the axis stays as it
+            is, without ``maximum`` it reaches to the model's own.
+        values: instead, the candidates themselves.
+
+    Raises:
+        ShapeError: if nothing is left, or a candidate is larger than the model's own size.
+    """
+    if values is not None:
+        chosen = sorted(set(values))
+        if not chosen or chosen[0] < 1 or chosen[-1] > own:
+            raise ShapeError(f"space.{name}.values={list(values)}: must be sizes between 1 and the model's own {own}")
+        return chosen
+    if minimum is None:
+        return [own]
+    top = own if maximum is None else maximum
+    if top > own:
+        raise ShapeError(f"space.{name}.max={top}: the model has only {own}; pruning does not grow it")
+    found = list(range(-(-minimum // multiple) * multiple, top + 1, multiple))
+    if not found:
+        near = sorted({top // multiple * multiple, -(-minimum // multiple) * multiple} - {0})
+        raise ShapeError(
+            f"space.{name}: there is no multiple of {multiple} from {minimum} to {top}; the nearest are "
+            f"{', '.join(map(str, near))}"
+        )
+    return found
+
+
+class ShapeSet(Sequence[ModelShape]):
+    """Shapes that fit, in a fixed order, made when they are asked for.
+
+    Attributes:
+        base: the unpruned shape.
+        runs: ``(sizes, widths)``: these sizes with each of these MLP widths.
+    """
+
+    def __init__(self, base: ModelShape, runs: list[tuple[Sizes, Sequence[int]]]) -> None:
+        self.base, self.runs = base, runs
+        self._ends = list(itertools.accumulate(len(widths) for _, widths in runs))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> ModelShape: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ModelShape]: ...
+    def __getitem__(self, index: int | slice) -> ModelShape | list[ModelShape]:
+        """One shape by its position."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return self.base.replace(**self.sizes(index)._asdict())
+
+    def __iter__(self) -> Iterator[ModelShape]:
+        for sizes, widths in self.runs:
+            for width in widths:
+                yield self.base.replace(**sizes._replace(ffn_hidden_size=width)._asdict())
+
+    def sizes(self, index: int) -> Sizes:
+        """The searched sizes of the shape at a position."""
+        position = range(len(self))[index]
+        run = bisect_right(self._ends, position)
+        sizes, widths = self.runs[run]
+        return sizes._replace(ffn_hidden_size=widths[position - self._ends[run]])
+
+
+class SearchSpace:
+    """Candidates of each axis, without those that no layout or family allows.
+
+    Heads fill their groups equally, and a group has no more heads than the model's own.
+
+    Args:
+        base: unpruned shape.
+        values: candidates by the name of the size, as :func:`axis_values` gives them; a size that is not named stays.
+            Where groups are searched and heads are not, each group keeps all its heads.
+        tensor, pipeline: parallel layout that every shape must fit; ``pipeline`` times virtual stages.
+        experts: least number of experts, the router's top-k.
+
+    Raises:
+        ShapeError: if an axis has no candidate left, naming the constraint and what would fit.
+    """
+
+    def __init__(
+        self,
+        base: ModelShape,
+        values: Mapping[str, Sequence[int]],
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        experts: int = 1,
+    ) -> None:
+        self.base = base
+        self.whole_groups = "num_query_groups" in values and "num_attention_heads" not in values
+        self.values: dict[str, list[int | None]] = {}
+        faults = []
+        splits = {"num_query_groups": tensor, "num_attention_heads": tensor, "ffn_hidden_size": tensor}
+        least = {"num_layers": pipeline, "num_moe_experts": experts}
+        for name in Sizes._fields:
+            own = getattr(base, name)
+            if own is None:
+                if name in values:
+                    faults.append(f"space.{name}: the model has no experts; leave it out")
+                self.values[name] = [None]
+                continue
+            given = sorted(set(values[name])) if name in values else [own]
+            if name == "num_attention_heads" and self.whole_groups:
+                given = [groups * base.heads_per_group for groups in sorted(set(values["num_query_groups"]))]
+            by, floor = splits.get(name, 1), least.get(name, 1)
+            self.values[name] = [size for size in given if size % by == 0 and floor <= size <= own]
+            if not self.values[name]:
+                why = f"be split over student_layout.tensor={by}" if by > 1 else f"lie between {floor} and {own}"
+                faults.append(
+                    f"space.{name}: no candidate ({_listed(given)}) can {why}; these would: "
+                    f"{_listed([n for n in range(1, own + 1) if n % by == 0 and n >= floor]) or 'none'}"
+                )
+        if faults:
+            raise ShapeError(faults)
+        if next(self._prefixes(()), None) is None:
+            raise ShapeError(
+                f"space.num_attention_heads: no candidate ({_listed(self.values['num_attention_heads'])}) fills "
+                f"num_query_groups ({_listed(self.values['num_query_groups'])}) with 1 to {base.heads_per_group} heads "
+                "a group; leave num_attention_heads out to keep all heads of each group"
+            )
+
+    def fitting(self, budgets: Sequence[Budget] = ()) -> ShapeSet:
+        """All shapes within every budget.
+
+        Raises:
+            ShapeError: if there is none, with the budget that excludes all and the nearest shapes that would fit.
+        """
+        found = ShapeSet(self.base, list(self._runs(budgets)))
+        if not len(found):
+            raise ShapeError(self._reasons(budgets))
+        return found
+
+    def _widths(self) -> list[int]:
+        return self.values["ffn_hidden_size"]  # type: ignore[return-value]
+
+    def _runs(self, budgets: Sequence[Budget]) -> Iterator[tuple[Sizes, Sequence[int]]]:
+        widths = self._widths()
+        for sizes in self._prefixes(budgets):
+            first, end = 0, len(widths)
+            for budget in budgets:
+                cost = _along(budget.cost, sizes)
+                first = max(first, bisect_left(widths, budget.low, key=cost))
+                end = min(end, bisect_right(widths, budget.high, key=cost))
+            if first < end:
+                yield sizes, widths[first:end]
+
+    def _prefixes(self, budgets: Sequence[Budget]) -> Iterator[Sizes]:
+        """All sizes but the MLP's width, which stands at its smallest; without those that no width brings into budget."""
+        names = Sizes._fields[:-1]
+        least = Sizes(*(self.values[name][0] for name in Sizes._fields))
+        most = Sizes(*(self.values[name][-1] for name in Sizes._fields))
+
+        def walk(depth: int, prefix: tuple[int | None, ...]) -> Iterator[Sizes]:
+            if depth == len(names):
+                yield Sizes(*prefix, self._widths()[0])  # type: ignore[arg-type]
+                return
+            for value in self._allowed(names[depth], prefix):
+                here = (*prefix, value)
+                low, high = Sizes(*here, *least[depth + 1 :]), Sizes(*here, *most[depth + 1 :])  # type: ignore[arg-type]
+                if any(budget.cost(low) > budget.high for budget in budgets):
+                    break  # the values ascend
+                if not any(budget.cost(high) < budget.low for budget in budgets):
+                    yield from walk(depth + 1, here)
+
+        yield from walk(0, ())
+
+    def _allowed(self, name: str, prefix: tuple[int | None, ...]) -> Sequence[int | None]:
+        if name != "num_attention_heads":
+            return self.values[name]
+        groups = prefix[Sizes._fields.index("num_query_groups")]
+        assert groups is not None, "only experts may be absent"
+        if self.whole_groups:
+            return [groups * self.base.heads_per_group]
+        return [
+            heads
+            for heads in self.values[name]
+            if heads is not None and heads % groups == 0 and heads // groups <= self.base.heads_per_group
+        ]
+
+    def _reasons(self, budgets: Sequence[Budget]) -> list[str]:
+        """Why nothing is within all budgets."""
+        alone = [sum(len(widths) for _, widths in self._runs([budget])) for budget in budgets]
+        if all(alone):
+            listing = "; ".join(f"{budget}: {count:,}" for budget, count in zip(budgets, alone, strict=True))
+            return [f"budget: no shape is within all of them, though each alone has some ({listing}); widen one"]
+        return [self._nearest(budget) for budget, count in zip(budgets, alone, strict=True) if not count]
+
+    def _nearest(self, budget: Budget) -> str:
+        widths, below, above = self._widths(), [], []
+        for sizes in self._prefixes(()):
+            cost = _along(budget.cost, sizes)
+            place = bisect_left(widths, budget.low, key=cost)
+            if place:
+                below.append((cost(widths[place - 1]), sizes._replace(ffn_hidden_size=widths[place - 1])))
+            if place < len(widths):
+                above.append((cost(widths[place]), sizes._replace(ffn_hidden_size=widths[place])))
+        sides = [("below", max(below))] if below else []
+        sides += [("above", min(above))] if above else []
+        near = " and ".join(f"{budget.show(cost)} {side} it ({sizes.name})" for side, (cost, sizes) in sides)
+        return f"budget.{budget}: no shape of the space is within it; the nearest are {near}; widen the budget or the space"
+
+
+def spread(shapes: ShapeSet, count: int) -> list[int]:
+    """Positions of ``count`` shapes that stand for all of them, ascending; all positions where there are no more.
+
+    Lloyd's k-means over the logarithms of the sizes, begun at farthest points, each centre then taking the shape nearest
+    to it: no random numbers, so that a search that is begun anew finds the same. Of very many shapes, every n-th is
+    looked at.
+    """
+    import numpy as np
+
+    total = len(shapes)
+    if total <= count:
+        return list(range(total))
+    seen = np.unique(np.linspace(0, total - 1, min(total, max(4096, 4 * count))).astype(int))
+    points = np.log([[size or 1 for size in shapes.sizes(int(position))] for position in seen])
+    width = points.max(axis=0) - points.min(axis=0)
+    points = (points - points.min(axis=0)) / np.where(width > 0, width, 1.0)
+    chosen = [int(((points - points.mean(axis=0)) ** 2).sum(axis=1).argmin())]
+    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
+    centres = points[chosen]
+    for _ in range(20):
+        owner = np.stack([((points - centre) ** 2).sum(axis=1) for centre in centres]).argmin(axis=0)
+        centres = np.stack(
+            [points[owner == one].mean(axis=0) if (owner == one).any() else centres[one] for one in range(count)]
+        )
+    taken: list[int] = []
+    for centre in centres:
+        order = ((points - centre) ** 2).sum(axis=1)
+        order[taken] = np.inf
+        taken.append(int(order.argmin()))
+    return sorted(int(seen[one]) for one in taken)
+
+
+def _along(cost: Cost, sizes: Sizes) -> Callable[[int], float]:
+    """The cost as a function of the MLP's width."""
+    return lambda width: cost(Sizes(*sizes[:-1], width))
+
+
+def _listed(sizes: Sequence[int | None], most: int = 8) -> str:
+    """``4, 8, 12, ..., 64``."""
+    if len(sizes) <= most:
+        return ", ".join(map(str, sizes))
+    return f"{', '.join(map(str, sizes[: most - 1]))}, ..., {sizes[-1]}"

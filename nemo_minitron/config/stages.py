@@ -434,8 +434,8 @@ class DistillConfig(StageConfig):
             passes = self.global_batch_size // one_pass
             if passes % self.parallel.pipeline:
                 found.append(
-                    f"global_batch_size={self.global_batch_size}: makes {passes} micro-batches a rank; virtual pipeline "
-                    f"stages need a multiple of parallel.pipeline={self.parallel.pipeline}"
+                    f"global_batch_size={self.global_batch_size}: makes {passes} micro-batches a rank; virtual "
+                    f"pipeline stages need a multiple of parallel.pipeline={self.parallel.pipeline}"
                 )
         return found
 

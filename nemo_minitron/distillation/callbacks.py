@@ -11,6 +11,7 @@ from typing import IO, Any
 import lightning.pytorch as pl
 from nemo.lightning.megatron_parallel import MegatronStep
 
+from nemo_minitron.distillation.balance import LOGITS
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.progress import Advance, progress_bar
 
@@ -25,7 +26,8 @@ class StepMetrics(pl.Callback):
 
     Training lines: ``step`` (1-based), ``tokens`` (in all), ``kl``, ``lr`` (of this step), ``grad_norm``,
     ``tokens_per_second``, ``seconds`` (since the start of this process's training). Validation lines: ``split`` =
-    "validation", ``step``, ``tokens``, ``kl``, ``lm_loss``.
+    "validation", ``step``, ``tokens``, ``kl``, ``lm_loss``. With intermediate losses both have the value of each, times
+    its own weight (``hidden``, ``embedding``, ``attention``), and ``alpha``, the weight of their sum in that step.
     """
 
     def __init__(self, path: Path, *, tokens_per_step: int, every: int = 1) -> None:
@@ -34,7 +36,7 @@ class StepMetrics(pl.Callback):
         self.every = every
         self._file: IO[str] | None = None
         self._started = self._last = 0.0
-        self._validation: list[tuple[float, float]] = []
+        self._validation: list[dict[str, float]] = []
         self._kl = self._lr = 0.0
 
     def _writes(self, module: Any) -> bool:
@@ -61,7 +63,7 @@ class StepMetrics(pl.Callback):
         """Called on the last stage with the reduced loss of a step."""
         self._kl = float(reduced)
         if step.forward_only:
-            self._validation.append((self._kl, loss_reduction.lm_loss))
+            self._validation.append({"kl": self._kl, "lm_loss": loss_reduction.lm_loss, **_parts(step.pl_module)})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """One line, with the step that has just updated the weights."""
@@ -79,18 +81,18 @@ class StepMetrics(pl.Callback):
             grad_norm=float(logged["grad_norm"]) if "grad_norm" in logged else None,
             tokens_per_second=self.tokens_per_step / seconds,
             seconds=now - self._started,
+            **_parts(pl_module),
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One line with the means over the validation's steps."""
         if self._file is not None and self._validation and not trainer.sanity_checking:
-            kls, losses = zip(*self._validation, strict=True)
+            count = len(self._validation)
             self._write(
                 split="validation",
                 step=trainer.global_step,
                 tokens=trainer.global_step * self.tokens_per_step,
-                kl=sum(kls) / len(kls),
-                lm_loss=sum(losses) / len(losses),
+                **{name: sum(found[name] for found in self._validation) / count for name in self._validation[0]},
             )
         self._validation.clear()
         self._last = time.monotonic()
@@ -136,6 +138,11 @@ class ProgressBar(pl.Callback):
         """Take it away, also after an error."""
         self._stack.close()
         self._advance = None
+
+
+def _parts(module: Any) -> dict[str, float]:
+    """The intermediate losses of the step that just ended, and their weight; empty where there are none."""
+    return {name: value for name, value in module.balance.means.items() if name != LOGITS}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

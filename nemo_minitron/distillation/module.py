@@ -1,4 +1,4 @@
-"""NeMo 2's Llama module, trained on a teacher's logits instead of labels.
+"""NeMo 2's Llama module, trained on a teacher's logits, and states inside it, instead of labels.
 
 :class:`DistillationModel` is a ``LlamaModel`` to NeMo in every way: its checkpoints name ``LlamaModel`` as their class,
 so a checkpoint of a distillation opens with plain NeMo. The teacher lives beside it, outside the module tree: no
@@ -7,7 +7,8 @@ optimizer, no DDP and no checkpoint ever sees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import fiddle as fdl
@@ -18,7 +19,10 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction, MegatronStep
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.live import load_into
-from nemo_minitron.config import LossConfig
+from nemo_minitron.config import IntermediateConfig, LossConfig
+from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
+from nemo_minitron.distillation.balance import Balance
+from nemo_minitron.distillation.layers import layer_maps
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
 from nemo_minitron.errors import NonFiniteError
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DistillationLoss", "DistillationModel", "TeacherFirst"]
 
 HIDDEN = "teacher_hidden"
+STATES = "teacher_states"
 
 
 class DistillationModel(LlamaModel):
@@ -44,7 +49,16 @@ class DistillationModel(LlamaModel):
         teacher: the model to learn from; same vocabulary.
         layout: parallel layout of both.
         loss: of a token's logits.
+        intermediate: losses of the states inside the models; None for none.
+        kept_layers: of a student that was cut from the teacher, the layers that it kept (see
+            :func:`~nemo_minitron.distillation.layers.layer_maps`).
         optim, tokenizer: as in NeMo's ``GPTModel``.
+
+    Attributes:
+        balance: the values of all losses, and the weight of the intermediate ones.
+
+    Raises:
+        ConfigError: for intermediate losses that the models do not fit.
     """
 
     _training_loss_reduction: DistillationLoss | None
@@ -57,6 +71,8 @@ class DistillationModel(LlamaModel):
         teacher: Checkpoint,
         layout: ParallelLayout,
         loss: LossConfig | None = None,
+        intermediate: IntermediateConfig | None = None,
+        kept_layers: Sequence[int] | None = None,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
@@ -66,13 +82,37 @@ class DistillationModel(LlamaModel):
         self._teacher_checkpoint = teacher
         self._layout = layout
         self._loss = loss or LossConfig()
+        self._intermediate = intermediate or IntermediateConfig()
+        self._layer_maps = layer_maps(
+            self._intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept_layers
+        )
+        self.balance = Balance(list(self._intermediate.weights()), dynamic=self._intermediate.balance == "dynamic")
+        self.losses: StudentLosses | None = None
         # In a list, because a module assigned to an attribute would become a part of the student.
         self._teacher: list[Teacher] = []
+        self._root: list[DistillationModel] = [self]
 
     def io_init(self, **kwargs: Any) -> fdl.Config[LlamaModel]:
         """What NeMo writes into the context of a checkpoint: the student as the plain model that it is."""
         plain = {name: value for name, value in kwargs.items() if name in ("config", "optim", "tokenizer")}
         return fdl.Config(LlamaModel, **plain)
+
+    def reinit(self) -> DistillationModel:
+        """A further chunk of the student, which shares teacher and balance: NeMo asks for one a virtual stage.
+
+        Without this method NeMo would build what the context names, a plain ``LlamaModel``.
+        """
+        chunk = DistillationModel(
+            self.config, self._student_checkpoint, self._teacher_checkpoint, self._layout, self._loss
+        )
+        chunk._intermediate, chunk._layer_maps, chunk.balance = self._intermediate, self._layer_maps, self.balance
+        chunk._teacher, chunk._root = self._teacher, self._root
+        return chunk
+
+    @property
+    def root(self) -> DistillationModel:
+        """The first chunk, which NeMo's trainer knows."""
+        return self._root[0]
 
     @property
     def groups(self) -> Groups:
@@ -89,27 +129,44 @@ class DistillationModel(LlamaModel):
         if hasattr(self, "module"):
             return
         super().configure_model(vp_stage=vp_stage)
-        load_into([self.module], self._student_checkpoint, self.groups)
+        groups = self.groups
+        load_into([self.module], self._student_checkpoint, groups)
+        plan = None
+        if self._intermediate.weights():
+            shapes = self._student_checkpoint.shape, self._teacher_checkpoint.shape
+            plan = Plan.of(self._intermediate, self._layer_maps, *shapes, groups)
+            self.losses = StudentLosses(plan, self.module, groups, self.balance)
         if not self._teacher:
             dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-            self._teacher.append(Teacher.load(self._teacher_checkpoint, self.groups, dtype=dtype))
+            teacher = Teacher.load(self._teacher_checkpoint, groups, dtype=dtype)
+            if plan is not None:
+                teacher.states = TeacherStates(plan, teacher.chunks, groups)
+            self._teacher.append(teacher)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-        """NeMo's own data step, which drops keys that it does not know; the teacher's state is carried past it."""
+        """NeMo's own data step; what it would drop is carried past it: the teacher's states, on each stage the mask.
+
+        The batch itself stays as it is: the chunks of a virtual pipeline share it.
+        """
         item = next(dataloader_iter)
         batch = item[0] if isinstance(item, tuple) else item
-        hidden = batch.pop(HIDDEN, None)
-        output: dict[str, Any] = super().data_step(iter([item]))
-        output[HIDDEN] = hidden
+        output: dict[str, Any] = super().data_step(
+            iter([{k: v for k, v in batch.items() if k not in (HIDDEN, STATES)}])
+        )
+        output[HIDDEN], output[STATES] = batch.get(HIDDEN), batch.get(STATES)
+        if output["loss_mask"] is None:
+            output["loss_mask"] = batch["loss_mask"].cuda(non_blocking=True)
         return output
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s, b, H]`` elsewhere."""
-        return self.forward(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            attention_mask=batch["attention_mask"],
-        )
+        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere."""
+        taken = self.losses.micro_batch(batch, batch[STATES]) if self.losses is not None else nullcontext()
+        with taken:
+            return self.forward(
+                input_ids=batch["tokens"],
+                position_ids=batch["position_ids"],
+                attention_mask=batch["attention_mask"],
+            )
 
     @property
     def training_loss_reduction(self) -> DistillationLoss:
@@ -163,11 +220,12 @@ class DistillationLoss(MegatronLossReduction):
         )
         loss, tokens = (losses.total * mask).sum(), mask.sum()
         if not torch.isfinite(loss):
-            step = model.trainer.global_step
+            step = model.root.trainer.global_step
             raise NonFiniteError(
                 f"the distillation loss of step {step} is {loss.item()}; nothing was updated. "
                 "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
             )
+        model.balance.add_logits(loss, tokens)
         lm_loss = losses.cross_entropy if losses.cross_entropy is not None else torch.zeros_like(losses.divergence)
         report = torch.stack([(losses.divergence * mask).sum(), (lm_loss * mask).sum(), tokens])
         return loss, tokens.to(torch.int), {"sums": report.detach()}
@@ -182,15 +240,43 @@ class DistillationLoss(MegatronLossReduction):
 
 
 class TeacherFirst(pl.Callback):
-    """Before each step, runs the teacher over the step's micro-batches and lays its hidden states beside them.
+    """Before each step, runs the teacher over the step's micro-batches and lays its states beside them.
 
-    NeMo calls ``on_megatron_microbatches_start`` when the number of micro-batches is known and none is drawn yet.
+    After the step, gathers its losses.
+
+    NeMo calls ``on_megatron_microbatches_start`` when the number of micro-batches is known and none is drawn yet, and
+    ``on_megatron_microbatches_end`` on every rank when all have run. The balance of the losses is this callback's state
+    in a checkpoint.
     """
 
+    def __init__(self, model: DistillationModel) -> None:
+        self._model = model
+
     def on_megatron_microbatches_start(self, step: MegatronStep) -> None:
-        """Replaces the step's data by the same micro-batches with the teacher's hidden states in them."""
+        """Replaces the step's data by the same micro-batches with the teacher's states in them."""
         items = [next(step.data) for _ in range(step.num_microbatches)]
         batches = [item[0] if isinstance(item, tuple) else item for item in items]
-        for batch, hidden in zip(batches, step.pl_module.teacher.hidden_states(batches), strict=False):
+        teacher = self._model.teacher
+        for batch, hidden in zip(batches, teacher.hidden_states(batches), strict=False):
             batch[HIDDEN] = hidden
+        if teacher.states is not None:
+            micro_batch, sequence = batches[0]["tokens"].shape
+            for batch, states in zip(
+                batches, teacher.states.exchanged(len(batches), micro_batch, sequence), strict=True
+            ):
+                batch[STATES] = states
+        self._model.balance.begin(self._model.groups)
         step.data = iter(items)
+
+    def on_megatron_microbatches_end(self, step: MegatronStep, microbatch_outputs: list[Any]) -> None:
+        """Sums the losses over all ranks, where there are several to be weighed."""
+        if self._model.balance.weighs:
+            self._model.balance.end(self._model.groups, training=not step.forward_only)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weight of the intermediate losses in the next step."""
+        return self._model.balance.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._model.balance.load_state_dict(state_dict)

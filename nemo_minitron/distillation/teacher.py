@@ -10,6 +10,7 @@ layer is applied when the loss asks for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from nemo_minitron.checkpoints.base import Checkpoint
+    from nemo_minitron.distillation.attach import TeacherStates
 
 __all__ = ["Teacher"]
 
@@ -30,6 +32,9 @@ class Teacher:
 
     Memory: its weights, and for each micro-batch of a step one ``[s, b, H]`` on the last stage (``s / tp`` under
     sequence parallelism).
+
+    Attributes:
+        states: keeps the states inside the teacher too, where intermediate losses need them.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups) -> None:
@@ -38,6 +43,7 @@ class Teacher:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
+        self.states: TeacherStates | None = None
         self._last = self.chunks[-1] if groups.is_last_stage else None
         self._output_weight: torch.Tensor | None = None
         if self._last is not None:
@@ -85,16 +91,17 @@ class Teacher:
             return output, lambda hidden, non_loss_data=False: hidden
 
         micro_batch, sequence = batches[0]["tokens"].shape
-        outputs: list[torch.Tensor] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=sequence,
-            micro_batch_size=micro_batch,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        with self.states.recorded() if self.states is not None else nullcontext():
+            outputs: list[torch.Tensor] = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=sequence,
+                micro_batch_size=micro_batch,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
         return outputs if self.groups.is_last_stage else []
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import DepthConfig
-from nemo_minitron.importance.candidates import depth_faults, layers_run, rounds
+from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
 from nemo_minitron.importance.depth_scores import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape
@@ -28,6 +28,7 @@ from nemo_minitron.stages.conversion import model_costs
 if TYPE_CHECKING:
     import torch
 
+    from nemo_minitron.axes import Family
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data.tasks import EncodedTask, Question
 
@@ -68,11 +69,12 @@ def plan(config: DepthConfig) -> StagePlan:
     if faults:
         return found
     size = 2 if config.runtime.dtype == "bfloat16" else 4
-    count, flops = _work(config, shape)
+    family = peek_family(config.model)
+    known, greedy = _candidates(config, shape)
     done = Journal.entries(Journal.beside(config.output))
-    found.costs["candidates"] = f"{count:,}" + (f", {done:,} measured already" if done else "")
-    found.costs["FLOPs"] = human_count(flops)
-    weights = axes.parameter_count(peek_family(config.model), shape) * size / (layout.tensor * layout.pipeline)
+    found.costs["candidates"] = f"{len(known) - 1 + sum(greedy):,}" + (f", {done:,} measured already" if done else "")
+    found.costs["FLOPs"] = human_count(_flops(config, shape, family))
+    weights = axes.parameter_count(family, shape) * size / (layout.tensor * layout.pipeline)
     found.costs["memory of a rank"] = f"about {human_bytes(weights)}"
     if config.reuse_prefix:
         states = tokens * shape.hidden_size * size / layout.data
@@ -80,31 +82,34 @@ def plan(config: DepthConfig) -> StagePlan:
     return found
 
 
-def _work(config: DepthConfig, shape: ModelShape) -> tuple[int, float]:
-    """Candidates, the whole model left out, and operations for the loss of all of them.
+def _candidates(config: DepthConfig, shape: ModelShape) -> tuple[list[Candidate], list[int]]:
+    """The candidates known beforehand, the whole model first, and how many each greedy round adds to them.
 
-    Two operations for each weight and token; attention scores are small beside it at these lengths. Greedy rounds are
-    counted as if each layer that goes were the last one, whose rounds save nothing.
+    Greedy rounds may turn out to need less: a block that is measured already counts.
     """
     known = [
-        one
+        layers
         for part in rounds(shape.num_layers, single=config.single, block_lengths=config.block_lengths)
-        for one in part
+        for layers in part
     ]
+    return known, [shape.num_layers - gone for gone in range(1 if config.single else 0, config.greedy)]
+
+
+def _flops(config: DepthConfig, shape: ModelShape, family: Family) -> float:
+    """Operations for the loss of all candidates: two for each weight and token.
+
+    Attention scores are small beside it at these lengths. Greedy rounds are counted without what they share.
+    """
+    known, greedy = _candidates(config, shape)
     if config.reuse_prefix:
-        ran = layers_run(shape.num_layers, known)
+        layers = layers_run(shape.num_layers, known)
     else:
-        ran = sum(shape.num_layers - len(layers) for layers in known)
-    greedy = [shape.num_layers - chosen for chosen in range(1 if config.single else 0, config.greedy)]
-    ran += sum(count * (count - 1) for count in greedy)
-    with_one, with_none = (
-        axes.parameter_count(peek_family(config.model), shape.replace(num_layers=layers)) for layers in (2, 1)
-    )
-    layer = with_one - with_none
+        layers = sum(shape.num_layers - len(one) for one in known)
+    layers += sum(count * (count - 1) for count in greedy)
+    one, two = (axes.parameter_count(family, shape.replace(num_layers=count)) for count in (1, 2))
     head = shape.vocab_size * shape.hidden_size
-    passes = len(known) + sum(greedy)
-    tokens = config.samples * config.data.sequence_length
-    return passes - 1, 2.0 * tokens * (layer * ran + head * passes)
+    weights = (two - one) * layers + head * (len(known) + sum(greedy))
+    return 2.0 * weights * config.samples * config.data.sequence_length
 
 
 def run(config: DepthConfig) -> dict[str, Any]:
@@ -138,7 +143,8 @@ def run(config: DepthConfig) -> dict[str, Any]:
     load_into(chunks, checkpoint, groups)
     weights = fingerprint(checkpoint)
     journal = Journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
-    with progress_bar("depth", _work(config, shape)[0], shown=groups.is_main) as advance:
+    known, greedy = _candidates(config, shape)
+    with progress_bar("depth", len(known) - 1 + sum(greedy), shown=groups.is_main) as advance:
         scores = layer_importance(
             chunks,
             blocks,

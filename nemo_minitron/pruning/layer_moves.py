@@ -19,8 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerPlan", "Move", "keep_layers", "order_moves", "plan_layers"]
 
-#: Name, shape, dtype and whether it is trained, of each tensor of a layer.
-_Content = list[tuple[str, tuple[int, ...], torch.dtype, bool]]
+
+@dataclass(frozen=True)
+class TensorOfLayer:
+    """What a rank must know of a tensor to receive it. ``marks`` are what Megatron's layers set on parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+    marks: dict[str, Any]
+
+
+_Content = list[TensorOfLayer]
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,7 @@ def plan_layers(
         [len(held) for held in everyone],
     )
     contents = [everyone[holders[layer]][layer][1] for layer in layers]
-    kinds = {tuple((name, *rest) for name, *rest in content) for held in everyone for _, content in held.values()}
-    if moves and len(kinds) > 1:
+    if moves and any(content != contents[0] for content in contents):
         raise ShapeError(
             "layers must move to other pipeline stages, but the model's layers differ in their parameters; prune the "
             "checkpoint (`minitron prune`) and load the result"
@@ -168,7 +178,17 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _content(layer: nn.Module) -> _Content:
-    return [(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in _tensors(layer)]
+    # tensor_model_parallel, partition_dim, allreduce, sequence_parallel, ...: layers that are not initialised lack some
+    return [
+        TensorOfLayer(
+            name,
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.requires_grad,
+            {mark: value for mark, value in vars(tensor).items() if isinstance(value, bool | int | float | str)},
+        )
+        for name, tensor in _tensors(layer)
+    ]
 
 
 def _send(layer: nn.Module, to: int, group: dist.ProcessGroup) -> None:
@@ -193,10 +213,11 @@ def _empty_layer(chunk: GPTModel, spec: Any, content: _Content, device: torch.de
         )
     finally:
         config.perform_initialization = drawn
-    for (_, tensor), (name, shape, dtype, trained) in zip(_tensors(layer), content, strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ShapeError(f"{name}: has the shape {list(shape)}, a layer of this model {list(tensor.shape)}")
-        tensor.data = tensor.data.to(device, dtype)
+    for (_, tensor), sent in zip(_tensors(layer), content, strict=True):
+        if tuple(tensor.shape) != sent.shape:
+            raise ShapeError(f"{sent.name} is {list(sent.shape)}, in a layer of this model {list(tensor.shape)}")
+        tensor.data = tensor.data.to(device, sent.dtype)
         if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(trained)
+            tensor.requires_grad_(sent.trained)
+        vars(tensor).update(sent.marks)
     return layer.train(decoder.training)

@@ -36,6 +36,7 @@ __all__ = [
     "live_family",
     "live_shape",
     "owned_parameters",
+    "set_stages",
 ]
 
 CONFIG_SIZES = (
@@ -177,18 +178,23 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
 
 
 def apply_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
-    """Set what each pipeline stage holds, in every configuration: as ``runtime.model.build_model`` lays the layers.
+    """Set what each pipeline stage holds, in every configuration that ``module`` and what is in it keep."""
+    for config in _configs(module):
+        if hasattr(config, "pipeline_model_parallel_layout"):
+            set_stages(config, target, layout)
 
-    Whichever of Megatron's ways of uneven stages the configuration used before is given up.
+
+def set_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
+    """Let a configuration of Megatron's lay the layers over the stages as ``runtime.model.build_model`` does.
+
+    Whichever of Megatron's ways of uneven stages it used before is given up.
     """
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     stages = pipeline_layer_layout(target, layout)
-    for config in _configs(module):
-        if hasattr(config, "pipeline_model_parallel_layout"):
-            config.pipeline_model_parallel_layout = stages and PipelineParallelLayerLayout(stages, layout.pipeline)
-            config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
-            config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
+    config.pipeline_model_parallel_layout = stages and PipelineParallelLayerLayout(stages, layout.pipeline)
+    config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
+    config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
 
 
 def _configs(module: nn.Module) -> list[Any]:

@@ -20,8 +20,9 @@ from torch import nn
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.pruning.live import CONFIG_SIZES, fresh, gpt_chunks, owned_parameters
+from nemo_minitron.pruning.live import CONFIG_SIZES, fresh, gpt_chunks, owned_parameters, set_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune, read_kept
+from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class PruneTransform(ModelTransform):
     def __init__(self, kept: KeptUnits | str | Path, *, family: str | None = None) -> None:
         super().__init__()
         self.kept, self.shape = read_kept(kept)
+        if self.kept.vocab is not None:
+            raise ShapeError(
+                "the kept units leave out a part of the vocabulary, which NeMo's tokenizer would not follow; prune the "
+                "checkpoint (`minitron prune`) and train the result"
+            )
         self.family = family
         self._done = False
 
@@ -66,7 +72,7 @@ class PruneTransform(ModelTransform):
         """Called before the model is built: hold back what the unpruned model must not have."""
         super().setup(trainer, pl_module, stage=stage)
         if trainer.ckpt_path is not None:
-            self._resume(Path(str(trainer.ckpt_path)), pl_module)
+            self._resume(Path(str(trainer.ckpt_path)), trainer, pl_module)
         if not self._done:
             trainer.strategy._init_model_parallel = False
             trainer.strategy._setup_optimizers = False
@@ -83,7 +89,7 @@ class PruneTransform(ModelTransform):
             trainer.strategy.setup_optimizers(trainer)
             trainer.lightning_module.optim.on_fit_start(trainer, trainer.lightning_module)
 
-    def _resume(self, checkpoint: Path, pl_module: pl.LightningModule) -> None:
+    def _resume(self, checkpoint: Path, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Going on from a pruned checkpoint: the model is built in that shape.
 
         Raises:
@@ -106,6 +112,15 @@ class PruneTransform(ModelTransform):
                 "them as AutoResume(restore_config=RestoreConfig(path=...)), to go on give this training's checkpoint"
             )
         _resize_config(pl_module.config, target)
+        if target.num_layers != unpruned.num_layers:
+            strategy = trainer.strategy
+            layout = ParallelLayout(
+                pipeline=strategy.pipeline_model_parallel_size,
+                virtual_pipeline=strategy.virtual_pipeline_model_parallel_size,
+            )
+            if faults := target.layout_faults(tensor=1, pipeline=layout.stages):
+                raise ShapeError(faults)
+            set_stages(pl_module.config, target, layout)
         _update_io(pl_module)
         self._done = True
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
+from support.states import watch
 
 SEQUENCE, STEPS, BATCH = 32, 10, 6
+INTERMEDIATE: dict[str, Any] = {"hidden": "mse", "embedding": "cosine", "relation_heads": 6, "balance": "dynamic"}
 
 
 LOSSES = {
@@ -143,9 +145,11 @@ def blocks() -> torch.Tensor:
 
 
 def schedule(**changes: Any) -> Any:
+    from nemo_minitron.config import IntermediateConfig
     from nemo_minitron.distillation.recipe import Schedule
 
     values = {
+        "intermediate": IntermediateConfig(**INTERMEDIATE),
         "steps": STEPS, "micro_batch_size": 1, "global_batch_size": BATCH, "lr": 1e-3, "min_lr": 1e-4,
         "warmup_steps": 2, "validate_every": 5, "validation_batches": 2, "save_every": 4,
     }  # fmt: skip
@@ -182,11 +186,11 @@ def distil_case(models: str, out: str, layout: dict[str, Any], die_at: int | Non
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, and a student that is thinner and has half the layers; six heads in six groups: TP may be 2 or 3."""
+    """A teacher, and a student that is thinner and has fewer layers; six heads in six groups: TP may be 2 or 3."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 72}
-    tiny_checkpoint(folder / "teacher", tied=True, num_hidden_layers=4, seed=1, **sizes)
-    tiny_checkpoint(folder / "student", tied=True, num_hidden_layers=2, seed=2, **{**sizes, "hidden_size": 36})
+    tiny_checkpoint(folder / "teacher", tied=True, num_hidden_layers=6, seed=1, **sizes)
+    tiny_checkpoint(folder / "student", tied=True, num_hidden_layers=5, seed=2, **{**sizes, "hidden_size": 36})
     return folder
 
 
@@ -204,13 +208,16 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_one_process_equals_a_plain_torch_loop(models: Path, one_process: Path) -> None:
-    """Loss of every step, gradient norm, validation loss: against AdamW on transformers' model."""
+    """All losses of every step, gradient norm, validation: against AdamW on transformers' model, alpha included."""
     from transformers import AutoModelForCausalLM
 
+    from nemo_minitron.distillation.attach import initial_projection
     from nemo_minitron.distillation.losses import forward_kl
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(models / which) for which in ("student", "teacher"))
-    matrices = [p for p in student.parameters() if p.ndim > 1]
+    ours, theirs = watch(student), watch(teacher)
+    projections = {layer: initial_projection(layer, 36, 48).requires_grad_() for layer in range(-1, 5)}
+    matrices = [*(p for p in student.parameters() if p.ndim > 1), *projections.values()]
     vectors = [p for p in student.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
@@ -220,12 +227,18 @@ def test_one_process_equals_a_plain_torch_loop(models: Path, one_process: Path) 
     data, measured = blocks(), lines(one_process)
     training = [line for line in measured if "split" not in line]
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    alpha = 1.0
     for index, line in enumerate(training):
         batch = data[index * BATCH : (index + 1) * BATCH, :-1]
         loss = forward_kl(student(batch).logits, teacher(batch).logits).mean()
+        parts = intermediate_losses(ours, theirs, projections)
         optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        (loss + alpha * sum(parts.values())).backward()
+        norm = torch.nn.utils.clip_grad_norm_([*student.parameters(), *projections.values()], 1.0)
+        assert {name: line[name] for name in (*parts, "alpha")} == pytest.approx(
+            {**{name: part.item() for name, part in parts.items()}, "alpha": alpha}, rel=5e-5
+        )
+        alpha = (loss / sum(parts.values())).item()
         for parameters in optimizer.param_groups:
             parameters["lr"] = line["lr"]
         optimizer.step()
@@ -244,14 +257,39 @@ def test_one_process_equals_a_plain_torch_loop(models: Path, one_process: Path) 
     assert training[2]["lr"] == pytest.approx(1e-3)
 
 
+def intermediate_losses(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], projections: dict[int, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Five layers to six, as the uniform map has it; the attention relations of the last alone."""
+    from nemo_minitron.distillation.intermediate import attention_relations, hidden_cosine, hidden_mse
+
+    hidden = [
+        hidden_mse(ours[f"layer {i}"], theirs[f"layer {j}"], projections[i]) for i, j in enumerate((0, 1, 3, 4, 5))
+    ]
+    masked = torch.ones(1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(diagonal=1)
+    last, teachers = (tuple(states[f"{x} {i}"] for x in "qkv") for states, i in ((ours, 4), (theirs, 5)))
+    return {
+        "hidden": torch.stack(hidden).mean(),
+        "embedding": hidden_cosine(ours["embedding"], theirs["embedding"], projections[-1]).mean(),
+        "attention": attention_relations(last, teachers, heads=6, masked=masked).mean(),
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"tensor": 2, "sequence_parallel": True}, {"tensor": 3}],
+    [
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"data": 2},
+        {"tensor": 2, "sequence_parallel": True},
+        {"tensor": 3},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
     ids=str,
 )
 def test_layouts_equal_one_process(layout: dict[str, Any], models: Path, one_process: Path, tmp_path: Path) -> None:
-    """Metrics of every step, and the weights after the last; the student at PP 2 has half the teacher's depth."""
+    """Metrics of every step, and the weights after the last; at PP 2 the student's five layers split unevenly."""
     from nemo_minitron.checkpoints import open_checkpoint
 
     world = max(layout.values())
@@ -259,7 +297,7 @@ def test_layouts_equal_one_process(layout: dict[str, Any], models: Path, one_pro
     found, expected = lines(tmp_path), lines(one_process)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        for key in ("kl", "lm_loss", "grad_norm"):
+        for key in ("kl", "lm_loss", "grad_norm", "hidden", "embedding", "attention", "alpha"):
             if key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (theirs["step"], key)
     weights, reference = (
@@ -281,7 +319,7 @@ def test_a_killed_training_goes_on_exactly(models: Path, one_process: Path, tmp_
     assert [line["step"] for line in lines(tmp_path)][-1] < 7
     run_distributed(distil_case, 1, tmp_path, timeout=150, **arguments)
 
-    measured = ("step", "kl", "lm_loss", "grad_norm", "lr", "tokens")
+    measured = ("step", "kl", "lm_loss", "grad_norm", "lr", "tokens", "hidden", "embedding", "attention", "alpha")
     kept = [[{k: line[k] for k in measured if k in line} for line in lines(d)] for d in (tmp_path, one_process)]
     assert kept[0] == kept[1]
     resumed, straight = (

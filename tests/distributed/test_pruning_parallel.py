@@ -87,10 +87,11 @@ def compare_paths(groups: Any, shape: ModelShape, target: ModelShape, layers: tu
     kept = units(shape, target.replace(tied_embeddings=shape.tied_embeddings), layers)
     if shape.tied_embeddings:
         kept = dataclasses.replace(kept, vocab=tuple(range(0, shape.vocab_size, 3)))
-    ours = live(checkpoint, groups)
+    # Only then has Megatron set all its marks on the parameters.
+    ours = live(checkpoint, groups, initialize=True)
     module = nn.ModuleList(ours)
     WidthPrune(kept)(DepthPrune(kept, groups=groups)(module))
-    theirs = live(prune_weights(checkpoint, kept), groups)
+    theirs = live(prune_weights(checkpoint, kept), groups, initialize=True)
 
     differences = []
     shapes = {}

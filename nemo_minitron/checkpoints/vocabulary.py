@@ -8,9 +8,11 @@ Tokenizers are read and written as the JSON of the ``tokenizers`` library; no co
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,34 +22,67 @@ from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.shape import Architecture
 
 __all__ = [
+    "TokenFrequencies",
     "choose_vocabulary",
     "read_frequencies",
     "renumber",
+    "tokenizer_fingerprint",
     "trim_tokenizer",
-    "vocabulary_faults",
     "write_frequencies",
 ]
 
 KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
 #: What else describes the full vocabulary, and would contradict the trimmed one.
 _STALE = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 
-def read_frequencies(path: Path) -> dict[int, int]:
-    """``token id -> count`` out of a text file with one ``id<TAB>count`` a line.
+_TOKENIZER = "# tokenizer: "
+
+
+@dataclass(frozen=True)
+class TokenFrequencies:
+    """How often each token occurs in a text.
+
+    Attributes:
+        counts: by token id; a token that is not there counts 0.
+        tokenizer: :func:`tokenizer_fingerprint` of the tokenizer that counted; None where the list does not say.
+        source: where the list was read, for messages.
+    """
+
+    counts: Mapping[int, int]
+    tokenizer: str | None = None
+    source: str = "the token frequencies"
+
+
+def tokenizer_fingerprint(tokenizer: Path) -> str:
+    """What two tokenizers have in common that give the same number to the same token: 16 hexadecimal digits.
+
+    Raises:
+        CheckpointError: for a tokenizer that is not supported.
+    """
+    ids = sorted(_ids(_read(tokenizer)).items())
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def read_frequencies(path: Path) -> TokenFrequencies:
+    """A text file with one ``id<TAB>count`` a line; lines that begin with ``#`` are remarks.
 
     Raises:
         DataError: naming the file and the line.
     """
     found: dict[int, int] = {}
+    tokenizer = None
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.startswith(_TOKENIZER):
+                tokenizer = line.removeprefix(_TOKENIZER).strip()
             if not line.strip() or line.startswith("#"):
                 continue
             parts = line.split()
-            if len(parts) != 2 or not all(part.isdigit() for part in parts):
-                raise DataError(f"{path}, line {number}: {line!r} is not a token id and a count")
+            if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+                raise DataError(f"{path}, line {number}: {line[:80]!r} is not a token id and a count")
             if int(parts[0]) in found:
                 raise DataError(f"{path}, line {number}: token {parts[0]} is counted twice")
             found[int(parts[0])] = int(parts[1])
@@ -55,28 +90,34 @@ def read_frequencies(path: Path) -> dict[int, int]:
         raise DataError(f"{path}: cannot be read ({error}); run `minitron tokens`") from None
     if not found:
         raise DataError(f"{path}: counts no tokens; run `minitron tokens`")
-    return found
+    return TokenFrequencies(found, tokenizer, str(path))
 
 
-def write_frequencies(counts: Sequence[int], path: Path, *, comment: str) -> None:
-    """Write the counts of all tokens that occur, the most frequent first. ``counts[i]`` is that of token ``i``."""
+def write_frequencies(counts: Sequence[int], path: Path, *, tokenizer: Path, comment: str) -> None:
+    """Write the counts of all tokens that occur, the most frequent first. ``counts[i]`` is that of token ``i``.
+
+    Raises:
+        CheckpointError: for a tokenizer that could not be trimmed by the list.
+    """
     order = sorted((token for token, count in enumerate(counts) if count), key=lambda token: (-counts[token], token))
-    lines = [f"# {comment}", *(f"{token}\t{counts[token]}" for token in order)]
+    lines = [f"# {comment}", _TOKENIZER + tokenizer_fingerprint(tokenizer)]
+    lines += [f"{token}\t{counts[token]}" for token in order]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def choose_vocabulary(
-    tokenizer: Path, frequencies: Mapping[int, int], size: int, *, vocab_size: int, special: Iterable[int] = ()
+    tokenizer: Path, frequencies: TokenFrequencies, size: int, *, vocab_size: int, special: Iterable[int] = ()
 ) -> tuple[int, ...]:
     """The ``size`` token ids that stay, ascending.
 
-    Always kept: added tokens (special ones, chat markers), the unknown token, and the alphabet of bytes, so that every
-    text can still be written. Then the most frequent tokens, each with the shorter tokens that it is merged from, which
-    it could not be reached without; equal counts: the lower id first.
+    Always kept: added tokens (special ones, chat markers), the unknown token, and the alphabet that every text can be
+    written with: of bytes, or of the single characters where the tokenizer knows no bytes. Then the most frequent
+    tokens, each with the shorter tokens that it is merged from, which it could not be reached without; equal counts:
+    the lower id first.
 
     Args:
         tokenizer: directory with ``tokenizer.json``.
-        frequencies: counts by token id; what is not in it counts as 0.
+        frequencies: of the tokens of a text.
         size: tokens to keep.
         vocab_size: rows of the model's embedding.
         special: further ids to keep (the model's bos, eos, pad).
@@ -88,25 +129,28 @@ def choose_vocabulary(
     """
     content = _read(tokenizer)
     ids = _ids(content)
-    tokens = {index: token for token, index in ids.items()}
-    if strangers := [index for index in frequencies if index >= vocab_size]:
-        raise DataError(
-            f"the token frequencies name token {strangers[0]}, the model has {vocab_size}; count the tokens with the "
-            "model's own tokenizer (`minitron tokens`)"
-        )
+    remedy = "count the tokens with the model's own tokenizer (`minitron tokens`)"
+    strangers = [index for index in frequencies.counts if index >= vocab_size]
+    if frequencies.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
+        raise DataError(f"{frequencies.source}: was counted with another tokenizer than that of the model; {remedy}")
+    if strangers:
+        raise DataError(f"{frequencies.source}: names token {strangers[0]}, the model has {vocab_size}; {remedy}")
     kept = _required(content, ids) | set(special)
+    tokens = kept | set(ids.values())
     if not len(kept) <= size <= len(tokens):
         raise ShapeError(
-            f"vocab_size={size}: must lie between {len(kept)} (special tokens and the alphabet of bytes) and "
-            f"{len(tokens)} (the tokenizer's)"
+            f"vocabulary.size={size}: must lie between {len(kept)} (special tokens and the alphabet that every text "
+            f"can be written with) and {len(tokens)} (the tokenizer's tokens)"
         )
     parents = _parents(content, ids)
-    for token in sorted(tokens, key=lambda token: (-frequencies.get(token, 0), token)):
-        if len(kept) == size:
-            break
-        wanted = _closure(token, parents) - kept
-        if len(kept) + len(wanted) <= size:
-            kept |= wanted
+    order = sorted(tokens, key=lambda token: (-frequencies.counts.get(token, 0), token))
+    # A token whose parts do not fit any more is passed over. The shortest of those left has all its parts among the
+    # kept ones, so every pass adds something.
+    while len(kept) < size:
+        for token in order:
+            wanted = {token, *parents.get(token, ())} - kept
+            if len(kept) + len(wanted) <= size:
+                kept |= wanted
     return tuple(sorted(kept))
 
 
@@ -135,6 +179,8 @@ def trim_tokenizer(source: Path, kept: Sequence[int], target: Path) -> None:
         {**token, "id": new[token["id"]]} for token in content.get("added_tokens") or [] if token["id"] in new
     ]
     content["post_processor"] = _renumbered(content.get("post_processor"), new)
+    if content.get("padding"):
+        content["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
     copy_tokenizer(source, target)
     for name in _STALE:
         (target / name).unlink(missing_ok=True)
@@ -151,15 +197,6 @@ def trim_tokenizer(source: Path, kept: Sequence[int], target: Path) -> None:
         for name in ("vocab_file", "merges_file", "auto_map"):
             config.pop(name, None)
         config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
-
-
-def vocabulary_faults(tokenizer: Path) -> list[str]:
-    """Why the tokenizer cannot be trimmed; empty if it can."""
-    try:
-        _read(tokenizer)
-    except CheckpointError as error:
-        return [str(error)]
-    return []
 
 
 def renumber(architecture: Architecture, kept: Sequence[int]) -> Architecture:
@@ -213,24 +250,30 @@ def _ids(content: dict[str, Any]) -> dict[str, int]:
 
 def _required(content: dict[str, Any], ids: Mapping[str, int]) -> set[int]:
     model = content["model"]
-    found = {token["id"] for token in content.get("added_tokens") or []}
-    if model.get("unk_token") in ids:
-        found.add(ids[model["unk_token"]])
-    if model.get("unk_id") is not None:
-        found.add(model["unk_id"])
+    found = {token["id"] for token in content.get("added_tokens") or []} | _mentioned(content.get("post_processor"))
+    found |= {ids[token] for token in (model.get("unk_token"),) if token in ids}
+    found |= {index for index in (model.get("unk_id"),) if index is not None}
+    if content.get("padding"):
+        found.add(content["padding"]["pad_id"])
+    if model["type"] == "Unigram":
+        # An unknown character costs ten more than the least likely piece: that stays, or segmentations would change.
+        found.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))
     alphabet = _byte_alphabet() if _uses_bytes(content) else set()
+    spelled = not alphabet and not model.get("byte_fallback") and model["type"] != "WordLevel"
+    # Spelled in bytes, the mark of a space would come back as the mark: text is restored before bytes are.
+    spaces = json.dumps([content.get(name) for name in _TEXT_PARTS], ensure_ascii=False)
+    marks = [model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""]
     for token, index in ids.items():
-        if token in alphabet or _BYTE.fullmatch(token):
-            found.add(index)
-        elif not alphabet and model["type"] in ("BPE", "WordPiece") and len(token.removeprefix("##")) == 1:
-            # Without bytes to fall back on, the single characters are the alphabet.
+        single = len(token.removeprefix(marks[0]).removesuffix(marks[1])) == 1
+        stands_for_space = single and not token.isascii() and token in spaces
+        if token in alphabet or _BYTE.fullmatch(token) or (spelled and single) or stands_for_space:
             found.add(index)
     return found
 
 
 def _uses_bytes(content: dict[str, Any]) -> bool:
     """Whether text is turned into characters that stand for bytes before it is looked up."""
-    return '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
+    return '"ByteLevel"' in json.dumps([content.get(name) for name in _TEXT_PARTS[:2]])
 
 
 def _byte_alphabet() -> set[str]:
@@ -250,6 +293,16 @@ def _joined(merge: Any, model: dict[str, Any]) -> str:
     return left + right.removeprefix(model.get("continuing_subword_prefix") or "")
 
 
+def _symbols(token: str, model: dict[str, Any]) -> list[str]:
+    """What byte-pair encoding starts from: single characters, marked inside and at the end of words if it does that."""
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    inside = bool(prefix) and token.startswith(prefix)
+    ends = bool(suffix) and token.endswith(suffix)
+    parts = list(token.removeprefix(prefix).removesuffix(suffix))
+    parts = [prefix + part if inside or place else part for place, part in enumerate(parts)]
+    return [*parts[:-1], parts[-1] + suffix] if ends and parts else parts
+
+
 def _parents(content: dict[str, Any], ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
     """Token -> every token that byte-pair encoding passes through when it builds it from single characters.
 
@@ -262,21 +315,35 @@ def _parents(content: dict[str, Any], ids: Mapping[str, int]) -> dict[int, tuple
     ranks = {_pair(merge): rank for rank, merge in enumerate(model["merges"])}
     found = {}
     for token, index in model["vocab"].items():
-        parts, passed = list(token), []
+        parts = _symbols(token, model)
+        passed = list(parts)
         while len(parts) > 1:
-            pairs = [(ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairwise(parts))]
-            rank, place = min(pairs)
+            rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairwise(parts)))
             if rank == len(ranks):
                 break  # not built by merges: a whole word that is looked up, or an added token
-            joined = parts[place] + parts[place + 1]
-            passed += [parts[place], parts[place + 1], joined]
-            parts[place : place + 2] = [joined]
+            parts[place : place + 2] = [_joined(parts[place : place + 2], model)]
+            passed.append(parts[place])
         found[index] = tuple({ids[part] for part in passed if part in ids} - {index})
     return found
 
 
-def _closure(token: int, parents: Mapping[int, tuple[int, ...]]) -> set[int]:
-    return {token, *parents.get(token, ())}
+def _mentioned(part: Any) -> set[int]:
+    """Ids inside a post-processor."""
+    found: set[int] = set()
+    _renumbered(part, _Seen(found))
+    return found
+
+
+class _Seen(dict[int, int]):
+    """Renumbers nothing, and notes what it is asked for."""
+
+    def __init__(self, found: set[int]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __missing__(self, index: int) -> int:
+        self._found.add(index)
+        return index
 
 
 def _renumbered(part: Any, new: Mapping[int, int]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import TokensConfig
+from nemo_minitron.errors import CheckpointError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
 
 __all__ = ["FILE_NAME", "frequencies_path", "plan", "run"]
@@ -55,6 +56,10 @@ def run(config: TokensConfig) -> dict[str, Any]:
     from nemo_minitron.data import build_blocks
 
     checkpoint = open_checkpoint(config.model)
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(
+            f"{config.model}: carries no tokenizer to count with; import the model with its tokenizer"
+        )
     size = checkpoint.shape.vocab_size
     blocks = build_blocks(
         config.data, checkpoint.tokenizer, config.split, blocks=config.blocks, vocab_size=checkpoint.shape.vocab_size
@@ -67,6 +72,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
         write_frequencies(
             counts.tolist(),
             output / FILE_NAME,
+            tokenizer=checkpoint.tokenizer,
             comment=f"token id, count; {total} tokens of {sources} ({config.split})",
         )
     ordered = counts.sort(descending=True).values.cumsum(0)

@@ -31,6 +31,7 @@ def random_scores(shape, seed=0):
         groups=draw(n, shape.num_query_groups),
         hidden=draw(shape.hidden_size),
         layers=draw(n),
+        experts=None,
         shape=shape,
     )
 
@@ -210,7 +211,7 @@ def test_kept_bad_files(tmp_path):
     save_kept(random_kept(SHAPE, SHAPE.replace(hidden_size=7)), SHAPE, file)
     content = json.loads(file.read_text())
     for change, message in (
-        ({"format_version": 2}, "version 2"),
+        ({"format_version": 3}, "version 3, this release reads 2; prune again"),
         ({"kept": {}}, "no readable record"),
         ({"kept": {**content["kept"], "hidden": [1, 1]}}, "repeated"),
         ({"kept": {**content["kept"], "hidden": [99]}}, "outside"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemo_minitron.importance import Scores
     from nemo_minitron.shape import ModelShape
 
-__all__ = ["kept_path", "plan", "run"]
+__all__ = ["kept_path", "kept_units", "plan", "read_scores", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +74,15 @@ def run(config: PruneConfig) -> dict[str, Any]:
         MinitronError: for a checkpoint or scores that cannot be used, or a target that cannot be reached.
     """
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-    from nemo_minitron.pruning import choose_units, prune_weights, save_kept, target_shape
+    from nemo_minitron.pruning import prune_weights, save_kept, target_shape
     from nemo_minitron.pruning.merging import merge_pruned_heads
 
     checkpoint = open_checkpoint(config.model)
     target = target_shape(checkpoint.shape, _sizes(config), layers_to_drop=config.layers_to_drop)
     if faults := _layout_faults(config, target):
         raise ShapeError(faults)
-    scores = _scores(config, checkpoint)
-    kept = choose_units(
-        scores,
-        checkpoint.shape,
-        target,
-        method=config.method,
-        seed=config.runtime.seed,
-        layers_to_drop=_layers_to_drop(config, checkpoint, target.num_layers, scores),
-        vocab=_vocabulary(config, checkpoint),
-    )
+    scores = read_scores(config, checkpoint)
+    kept = kept_units(config, checkpoint, target, scores)
     source = checkpoint
     if config.merge_pruned_heads and scores is not None:
         source = merge_pruned_heads(checkpoint, kept, scores.heads)
@@ -187,7 +179,32 @@ def _layers_to_drop(
     return [layer for layer in range(before) if layer not in kept]
 
 
-def _scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
+def kept_units(config: PruneConfig, checkpoint: Checkpoint, target: ModelShape, scores: Scores | None) -> KeptUnits:
+    """The units that stay under a configuration.
+
+    Args:
+        config: how they are chosen.
+        checkpoint: unpruned.
+        target: shape that is left.
+        scores: from :func:`read_scores`.
+
+    Raises:
+        MinitronError: for depth scores or frequencies that cannot be used, or a target that cannot be reached.
+    """
+    from nemo_minitron.pruning import choose_units
+
+    return choose_units(
+        scores,
+        checkpoint.shape,
+        target,
+        method=config.method,
+        seed=config.runtime.seed,
+        layers_to_drop=_layers_to_drop(config, checkpoint, target.num_layers, scores),
+        vocab=_vocabulary(config, checkpoint),
+    )
+
+
+def read_scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
     """The scores, where the method reads them; they must be those of this checkpoint."""
     from nemo_minitron.importance import Scores, fingerprint
 

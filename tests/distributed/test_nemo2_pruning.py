@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nemo_minitron.axes import KeptUnits
 
 SEQUENCE, BATCH = 16, 4
 LAYOUT = {"tensor": 2, "pipeline": 2}
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "nemo-plugin.md"
 
 
 def train(
@@ -26,8 +28,12 @@ def train(
     transform: Any = None,
     on_model: bool = False,
     finetune: bool = False,
+    kept: str | None = None,
 ) -> dict[str, Any]:
-    """``llm.train`` from ``weights``: loss of each step, and what the optimizer holds at the end."""
+    """``llm.train`` from ``weights``: loss of each step, and what the optimizer holds at the end.
+
+    With ``kept``, by the code of the guide.
+    """
     import lightning.pytorch as pl
     from megatron.core.optimizer import OptimizerConfig
     from nemo import lightning as nl
@@ -74,23 +80,32 @@ def train(
     model = llm.LlamaModel(config, optim=optimizer)
     if on_model:
         model.model_transform = transform
-    (llm.finetune if finetune else llm.train)(
-        model,
-        BlockDataModule(blocks, blocks[:4], steps=12, micro_batch_size=1, global_batch_size=BATCH),
-        trainer,
-        log=nl.NeMoLogger(
-            log_dir=run,
-            name="run",
-            ckpt=nl.ModelCheckpoint(
-                monitor=None, save_top_k=0, save_last=True, every_n_train_steps=steps, save_optim_on_train_end=True
-            ),
-            use_datetime_version=False,
+    data = BlockDataModule(blocks, blocks[:4], steps=12, micro_batch_size=1, global_batch_size=BATCH)
+    log = nl.NeMoLogger(
+        log_dir=run,
+        name="run",
+        ckpt=nl.ModelCheckpoint(
+            monitor=None, save_top_k=0, save_last=True, every_n_train_steps=steps, save_optim_on_train_end=True
         ),
-        resume=nl.AutoResume(
-            restore_config=nl.RestoreConfig(path=weights), resume_if_exists=True, resume_ignore_no_checkpoint=True
-        ),
-        **{"peft" if finetune else "model_transform": None if on_model else transform},
+        use_datetime_version=False,
     )
+    if kept is not None:
+        (code,) = (
+            block for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S) if "llm.train(" in block
+        )
+        code = code.replace('"teacher"', repr(weights)).replace('"runs/kept.json"', repr(kept))
+        exec(code, {"model": model, "data": data, "trainer": trainer, "log": log})
+    else:
+        (llm.finetune if finetune else llm.train)(
+            model,
+            data,
+            trainer,
+            log=log,
+            resume=nl.AutoResume(
+                restore_config=nl.RestoreConfig(path=weights), resume_if_exists=True, resume_ignore_no_checkpoint=True
+            ),
+            **{"peft" if finetune else "model_transform": None if on_model else transform},
+        )
     held = sum(parameter.numel() for parameter in trainer.strategy.model.parameters())
     moments = sum(
         entry["exp_avg"].numel()
@@ -104,17 +119,21 @@ def train(
 
 
 def cases(folder: str) -> dict[str, Any]:
+    import fiddle as fdl
+    import nemo_run as run
+
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.pruning import DepthPrune, PruneTransform, WidthPrune
 
     whole, pruned, kept = f"{folder}/whole", f"{folder}/pruned", f"{folder}/pruned/kept.json"
     full = open_checkpoint(whole).shape
     small = open_checkpoint(pruned).shape
+    recipe = run.Config(PruneTransform, kept=kept)
     return {
         "offline": train(f"{folder}/a", pruned, 6, shape=small),
-        "transform": train(f"{folder}/b", whole, 3, shape=full, transform=PruneTransform(kept)),
-        "resumed": train(f"{folder}/b", whole, 6, shape=full, transform=PruneTransform(kept)),
-        "finetune": train(f"{folder}/d", whole, 3, shape=full, transform=PruneTransform(kept), finetune=True),
+        "transform": train(f"{folder}/b", whole, 3, shape=full, kept=kept),
+        "resumed": train(f"{folder}/b", whole, 6, shape=full, kept=kept),
+        "finetune": train(f"{folder}/d", whole, 3, shape=full, finetune=True, transform=fdl.build(recipe)),
         "plain": train(
             f"{folder}/c", whole, 3, shape=full, on_model=True,
             transform=lambda module: WidthPrune(kept)(DepthPrune(kept)(module)),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.distillation.balance import Balance
 
-__all__ = ["Plan", "Site", "StudentLosses", "TeacherStates"]
+__all__ = ["Plan", "Site", "StudentLosses", "TeacherStates", "initial_projection"]
 
 
 class Site(NamedTuple):
@@ -226,11 +226,8 @@ class StudentLosses:
             if site.part == "attention" or student == teacher:
                 continue
             linear = torch.nn.Linear(student, teacher, bias=False, dtype=self.config.params_dtype)
-            # The same numbers under every layout: drawn by the layer, not by the rank.
-            generator = torch.Generator().manual_seed(site.layer + 1)
-            drawn = torch.randn(teacher, student, generator=generator) * student**-0.5
             with torch.no_grad():
-                linear.weight.copy_(drawn)
+                linear.weight.copy_(initial_projection(site.layer, student, teacher))
             linear.weight.sequence_parallel = self.groups.layout.sequence_parallel
             found[site] = linear.to(next(chunk.parameters()).device)
         if found:
@@ -313,6 +310,15 @@ class StudentLosses:
             masked=self._batch["attention_mask"][:, 0].to(ours.device),
         )
         return local / tensor
+
+
+def initial_projection(layer: int, student: int, teacher: int) -> torch.Tensor:
+    """``[teacher, student]`` float32, normal, of the variance that keeps a state's size; -1 is the embedding's.
+
+    Drawn by the layer and not by the rank, so the same under every layout.
+    """
+    generator = torch.Generator().manual_seed(layer + 1)
+    return torch.randn(teacher, student, generator=generator) * student**-0.5
 
 
 def _queries_keys_values(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.checkpoints import tiny_hf_model
 from support.distributed import run_distributed
+from support.states import watch
 
 SEQUENCE, MICRO_BATCHES, ALPHA = 16, 4, 0.7
 KEPT = (0, 2, 4, 5, 7)
@@ -284,18 +285,3 @@ def test_one_process_equals_transformers(case: str, models: Path, alone: dict[st
         torch.testing.assert_close(
             gradient, whole, rtol=1e-4, atol=2e-5 * float(whole.abs().max()), msg=partial("{}: {}".format, name)
         )
-
-
-def watch(model: Any) -> dict[str, torch.Tensor]:
-    """The states of a forward pass, by name."""
-    states: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda module, inputs, output: states.update({name: output[0] if isinstance(output, tuple) else output})
-
-    model.model.embed_tokens.register_forward_hook(keep("embedding"))
-    for index, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(keep(f"layer {index}"))
-        for letter in "qkv":
-            getattr(layer.self_attn, f"{letter}_proj").register_forward_hook(keep(f"{letter} {index}"))
-    return states

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.distributed import run_distributed
 from support.memory import StorageWatch
-from support.pruning import SHAPE, live, logits, one_process, random_checkpoint, random_kept, tokens
+from support.pruning import ARCHITECTURE, SHAPE, live, logits, one_process, random_checkpoint, random_kept, tokens
 from support.text import write_tokenizer
 
 from nemo_minitron import axes
@@ -46,6 +46,13 @@ DEPTHS: list[tuple[int, tuple[int, ...]]] = [
     (7, (0, 1, 2, 3, 5)),
     (7, (2, 3, 5, 6)),
 ]
+#: Biases and norms of heads; a mixture of experts. Constants, and sizes before and after.
+OTHERS: list[tuple[dict[str, Any], dict[str, int], dict[str, int]]] = [
+    ({"family": "qwen2"}, {}, {}),
+    ({"family": "qwen3"}, {}, {}),
+    ({"family": "nemotron", "rotary_percent": 0.5}, {}, {}),
+    ({"family": "mixtral", "moe_router_topk": 2}, {"num_moe_experts": 4}, {"num_moe_experts": 3}),
+]
 
 
 def initialize(layout: dict[str, Any]) -> Any:
@@ -64,7 +71,7 @@ def units(shape: ModelShape, target: ModelShape, layers: tuple[int, ...]) -> Kep
 
 
 def prune_case(layouts: dict[str, dict[str, Any]], shape: Any, target: Any) -> dict[str, list[dict[str, Any]]]:
-    """Every depth, with untied and with tied embeddings."""
+    """Every depth, with untied and with tied embeddings; then the other kinds of parameters."""
     found = {}
     for name, layout in layouts.items():
         groups = initialize(layout)
@@ -73,17 +80,25 @@ def prune_case(layouts: dict[str, dict[str, Any]], shape: Any, target: Any) -> d
             for depth, layers in (DEPTHS if layout.get("pipeline", 1) > 1 else DEPTHS[:1])
             for tied in (False, True)
         ]
+        found[name] += [
+            compare_paths(
+                groups, shape.replace(num_layers=8, **more), target.replace(**fewer), (1, 2, 5, 6, 7), **constants
+            )
+            for constants, more, fewer in OTHERS
+        ]
     return found
 
 
-def compare_paths(groups: Any, shape: ModelShape, target: ModelShape, layers: tuple[int, ...]) -> dict[str, Any]:
+def compare_paths(
+    groups: Any, shape: ModelShape, target: ModelShape, layers: tuple[int, ...], **constants: Any
+) -> dict[str, Any]:
     """The pruned live model of this rank against the offline path loaded under the same layout."""
     from torch import nn
 
     from nemo_minitron.checkpoints.live import canonical_parameters
     from nemo_minitron.pruning import DepthPrune, WidthPrune, prune_weights
 
-    checkpoint = random_checkpoint(shape)
+    checkpoint = random_checkpoint(shape, architecture=dataclasses.replace(ARCHITECTURE, **constants))
     kept = units(shape, target.replace(tied_embeddings=shape.tied_embeddings), layers)
     if shape.tied_embeddings:
         kept = dataclasses.replace(kept, vocab=tuple(range(0, shape.vocab_size, 3)))
@@ -130,10 +145,10 @@ def test_live_pruning_equals_the_offline_path(tmp_path, world):
         for results in zip(*(rank[layout] for rank in ranks), strict=True):
             assert [result["differences"] for result in results] == [[]] * len(results), layout
     # Everything of the pruned model is there.
-    depths = [(depth, layers, tied) for depth, layers in DEPTHS for tied in (False, True)]
-    for layout in LAYOUTS[world]:
-        for number, results in enumerate(zip(*(rank[layout] for rank in ranks), strict=True)):
-            _, layers, tied = depths[number]
+    depths = [(layers, tied) for _, layers in DEPTHS for tied in (False, True)]
+    for layout, parallel in LAYOUTS[world].items():
+        count = len(depths) if "pipeline" in parallel else 2
+        for (layers, tied), *results in zip(depths[:count], *(rank[layout][:count] for rank in ranks), strict=True):
             names = {name for result in results for name in result["shapes"]}
             pruned = target.replace(num_layers=len(layers), tied_embeddings=tied)
             table = {name for name, _, _ in axes.parameters(axes.LLAMA, pruned)}

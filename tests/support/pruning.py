@@ -41,17 +41,21 @@ class DictWeights:
 
 
 def random_checkpoint(
-    shape: ModelShape = SHAPE, *, seed: int = 0, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+    shape: ModelShape = SHAPE,
+    *,
+    seed: int = 0,
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    architecture: Architecture = ARCHITECTURE,
 ) -> Checkpoint:
     """A random model in memory; ``change`` may edit its tensors. Norm weights are random too, around 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, row, _ in axes.parameters(axes.LLAMA, shape):
+    for name, row, _ in axes.parameters(axes.family(architecture.family), shape):
         tensor = torch.randn(axes.tensor_shape(row, shape), generator=generator)
         tensors[name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
     if change is not None:
         change(tensors)
-    return Checkpoint(shape, ARCHITECTURE, DictWeights(tensors), None, Path("random"), "memory")
+    return Checkpoint(shape, architecture, DictWeights(tensors), None, Path("random"), "memory")
 
 
 def random_kept(shape: ModelShape, target: ModelShape, *, seed: int = 3, **options: Any) -> KeptUnits:

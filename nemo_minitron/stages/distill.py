@@ -1,4 +1,4 @@
-"""``minitron distill``: train a pruned student on its teacher's logits, as a NeMo 2 training."""
+"""``minitron distill``: train a pruned student on its teacher, as a NeMo 2 training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import DistillConfig
+from nemo_minitron.distillation.layers import layer_maps
+from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.pruning.kept import load_kept
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
+from nemo_minitron.stages.prune import kept_path
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.distillation.recipe import Schedule
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["plan", "run"]
 
@@ -43,16 +48,16 @@ def plan(config: DistillConfig) -> StagePlan:
         faults=data.faults,
     )
     found.reads += [PlannedPath(path, what) for path, what in data.files]
-    if layout.virtual_pipeline is not None:
-        found.faults.append("parallel.virtual_pipeline: distillation runs one model chunk a stage; leave it null")
     shapes = {name: peek_shape(getattr(config, name)) for name in ("student", "teacher")}
     counts = {}
     for name, shape in shapes.items():
         if shape is None:
             continue
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
         found.faults += [f"{name}: {fault}" for fault in faults]
         counts[name] = axes.parameter_count(peek_family(getattr(config, name)), shape)
+    if (ours := shapes["student"]) is not None and (theirs := shapes["teacher"]) is not None:
+        _plan_intermediate(config, found, ours, theirs)
     if len(counts) == 2:
         student, teacher = counts["student"], counts["teacher"]
         found.costs["parameters"] = f"student {human_count(student)}, teacher {human_count(teacher)}"
@@ -65,6 +70,34 @@ def plan(config: DistillConfig) -> StagePlan:
         rank = (student * state + teacher * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
     return found
+
+
+def _plan_intermediate(config: DistillConfig, found: StagePlan, student: ModelShape, teacher: ModelShape) -> None:
+    """Faults of the intermediate losses with these models, or where each is taken."""
+    if not config.intermediate.weights():
+        return
+    try:
+        kept = _kept_layers(config, student, teacher)
+        maps = layer_maps(config.intermediate, student, teacher, tensor=config.parallel.tensor, kept_layers=kept)
+    except ConfigError as error:
+        found.faults += error.faults
+        return
+    except CheckpointError as error:
+        found.faults.append(str(error))
+        return
+    for name, layers in (("hidden", maps.hidden), ("attention", maps.attention)):
+        if layers:
+            pairs = ", ".join(f"{ours}-{theirs}" for ours, theirs in sorted(layers.items()))
+            found.notes.append(f"{name} loss of the layers (student-teacher) {pairs}")
+
+
+def _kept_layers(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> tuple[int, ...] | None:
+    """The teacher's layers that the student kept, where a record says that it was cut from a model of this shape."""
+    path = kept_path(Path(config.student))
+    if not path.is_file():
+        return None
+    kept, source = load_kept(path)
+    return kept.layers if (source, kept.target(source)) == (teacher, student) else None
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
@@ -86,6 +119,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
     student, teacher = open_checkpoint(config.student), open_checkpoint(config.teacher)
     layout = ParallelLayout(**vars(config.parallel))
     check_pair(student, teacher, layout, config.data.sequence_length)
+    kept = _kept_layers(config, student.shape, teacher.shape)
+    layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
     train, validation = _blocks(config, teacher)
 
     from nemo_minitron.distillation.recipe import distill
@@ -99,6 +134,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         schedule=_schedule(config),
         directory=Path(config.output),
         resume=config.resume,
+        kept_layers=kept,
     )
     if torch.distributed.get_rank() != 0:
         return {}
@@ -150,6 +186,7 @@ def _save_model(config: DistillConfig, student: Checkpoint, last: Path) -> None:
                 "tokens": config.tokens,
                 "steps": config.steps,
                 "loss": dataclasses.asdict(config.loss),
+                "intermediate": dataclasses.asdict(config.intermediate),
             },
         },
     )

@@ -53,5 +53,5 @@ def test_every_fault_of_the_layout_is_named() -> None:
     text = str(caught.value)
     assert "student: ffn_hidden_size=63 cannot be split over parallel.tensor=2" in text
     assert "it fits parallel.tensor in [1, 3, 7, 9, 21, 63]" in text
-    assert "student: num_layers=1 cannot fill 2 stages (parallel.pipeline, times virtual_pipeline)" in text
-    assert "parallel.virtual_pipeline" in text
+    assert "student: num_layers=1 cannot fill 4 stages (parallel.pipeline, times virtual_pipeline)" in text
+    assert "teacher: num_layers=3 cannot fill 4 stages" in text

@@ -35,7 +35,7 @@ def measure(groups: Any, tokenizer: Path, **options: Any) -> Any:
     from nemo_minitron.importance import layer_importance
 
     texts = sentences(60, 6, seed=2)
-    questions = [Question(texts[i] + " ", tuple(texts[i + 1 : i + 4]), i % 3) for i in range(0, 24, 4)]
+    questions = [Question(texts[i] + " ", tuple(texts[i + 1 : i + 4]), i % 3) for i in range(0, 16, 4)]
     task = encode_task(questions, tokenizer, vocab_size=SHAPE_8.vocab_size, max_length=64)
     return layer_importance(
         live(random_checkpoint(SHAPE_8), groups),

@@ -45,6 +45,7 @@ _HELP = {
     "depth": "Measure a model without some of its layers: loss and task score.",
     "tokens": "Count the tokens of a text, for trimming a model's vocabulary.",
     "iterate": "Prune in rounds: score, prune, score what is left, prune again.",
+    "search": "Search the shapes within a budget for the one that loses least.",
     "prune": "Remove the units that matter least, down to a target shape.",
     "distill": "Train a student on its teacher's logits.",
     "evaluate": "Held-out loss and sample answers of several models.",

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = ["COLOURS", "Figure", "heads", "hidden", "layers", "losses", "neurons", "training"]
+__all__ = [
+    "COLOURS",
+    "Figure",
+    "Theme",
+    "clean",
+    "draw_figure",
+    "heads",
+    "hidden",
+    "layers",
+    "losses",
+    "neurons",
+    "training",
+]
 
 #: By role, on a light and on a dark page; told apart by colour-blind readers too (after Okabe and Ito, 2008).
 COLOURS: dict[str, tuple[str, str]] = {
@@ -95,7 +107,7 @@ def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
         axes.margins(x=0.14)
         axes.set_xlim(left=0)
         axes.set_xlabel("held-out loss, nats per token")
-        _clean(axes, theme, grid="x")
+        clean(axes, theme, grid="x")
         if not domains:
             return
         axes = both[1]
@@ -107,10 +119,10 @@ def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
         axes.set_yticks(range(len(domains)), domains)
         axes.set_ylim(len(domains) - 0.5, -0.5)
         axes.set_xlabel("by domain")
-        _clean(axes, theme, grid="both")
+        clean(axes, theme, grid="both")
 
     listing = ", ".join(f"{name} {models[name]['loss']:.3f}" for name in names)
-    return _draw(
+    return draw_figure(
         "losses",
         draw,
         (9.4, 1.3 + 0.46 * max(len(names), len(domains))),
@@ -154,12 +166,12 @@ def training(run: Run, curve: Curve) -> Figure | None:
                 axes.legend(frameon=False, labelcolor=theme.ink)
             axes.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
             axes.set_xlabel("step")
-            _clean(axes, theme, grid="y")
+            clean(axes, theme, grid="y")
         canvas.set_layout_engine("constrained", wspace=0.07)
 
     _, kl = _series(curve.train, "kl")
     facts = f" Training KL from {_smooth(kl)[0]:.3f} to {_smooth(kl)[-1]:.3f}." if kl.size else ""
-    return _draw(
+    return draw_figure(
         f"training-{curve.name}",
         draw,
         (3.0 * len(shown) + 0.6, 2.7),
@@ -186,11 +198,11 @@ def layers(scores: ScoreSet, run: Run) -> Figure | None:
         axes.set_ylabel("block influence")
         axes.set_xlim(-0.7, len(values) - 0.3)
         axes.locator_params(axis="x", integer=True)
-        _clean(axes, theme, grid="y")
+        clean(axes, theme, grid="y")
 
     order = np.argsort(values)
     note = f" Pale bars: dropped layers ({', '.join(map(str, sorted(dropped)))})." if dropped else ""
-    return _draw(
+    return draw_figure(
         f"layers-{scores.name}",
         draw,
         (6.0, 2.5),
@@ -218,9 +230,9 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
         axes.set_xlabel("neurons, by falling score")
         axes.set_ylabel("layer")
         _bar(canvas, image, axes, theme)
-        _clean(axes, theme, grid=None)
+        clean(axes, theme, grid=None)
 
-    return _draw(
+    return draw_figure(
         f"neurons-{scores.name}",
         draw,
         (6.0, 3.2),
@@ -250,9 +262,9 @@ def heads(scores: ScoreSet, run: Run) -> Figure | None:
         axes.set_xlabel("query head")
         axes.set_ylabel("layer")
         _bar(canvas, image, axes, theme)
-        _clean(axes, theme, grid=None)
+        clean(axes, theme, grid=None)
 
-    return _draw(
+    return draw_figure(
         f"heads-{scores.name}",
         draw,
         (4.1, 3.2),
@@ -278,9 +290,9 @@ def hidden(scores: ScoreSet, run: Run) -> Figure | None:
         axes.set_yscale("log")
         axes.set_xlabel("channels, by falling score")
         axes.set_ylabel("score")
-        _clean(axes, theme, grid="y")
+        clean(axes, theme, grid="y")
 
-    return _draw(
+    return draw_figure(
         f"hidden-{scores.name}",
         draw,
         (4.1, 2.5),
@@ -292,9 +304,10 @@ def hidden(scores: ScoreSet, run: Run) -> Figure | None:
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _draw(
+def draw_figure(
     name: str, draw: Callable[[Canvas, Theme], None], size: tuple[float, float], *, alt: str, caption: str
 ) -> Figure:
+    """Draw a figure of ``size`` inches for both themes."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -323,7 +336,8 @@ def _draw(
     return Figure(name, images[0], images[1], alt, caption, round(size[0] * 96))
 
 
-def _clean(axes: Axes, theme: Theme, *, grid: Literal["x", "y", "both"] | None) -> None:
+def clean(axes: Axes, theme: Theme, *, grid: Literal["x", "y", "both"] | None) -> None:
+    """Take off what a plot does not need, and lay a grid behind it."""
     for side in ("top", "right", *(("left", "bottom") if grid is None else ())):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)

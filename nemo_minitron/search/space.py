@@ -1,7 +1,8 @@
 """All shapes of a space that fit a budget: counted and listed without walking the whole product.
 
-Costs never fall when a size grows. So a prefix of sizes is dropped where even the smallest rest is too expensive, or the
-largest too cheap; and along the last axis, the MLP's width, what fits is one run of the candidates, found by bisection.
+Costs never fall when a size grows. So a prefix of sizes is dropped where even the smallest rest is too expensive, or
+the largest too cheap; and along the last axis, the MLP's width, what fits is one run of the candidates, found by
+bisection.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class SearchSpace:
                 yield sizes, widths[first:end]
 
     def _prefixes(self, budgets: Sequence[Budget]) -> Iterator[Sizes]:
-        """All sizes but the MLP's width, which stands at its smallest; without those that no width brings into budget."""
+        """All sizes but the MLP's width (here its smallest), without those that no width brings into budget."""
         names = Sizes._fields[:-1]
         least = Sizes(*(self.values[name][0] for name in Sizes._fields))
         most = Sizes(*(self.values[name][-1] for name in Sizes._fields))
@@ -320,15 +321,15 @@ class SearchSpace:
         sides = [("below", max(below))] if below else []
         sides += [("above", min(above))] if above else []
         near = " and ".join(f"{budget.show(cost)} {side} it ({sizes.name})" for side, (cost, sizes) in sides)
-        return f"budget.{budget}: no shape of the space is within it; the nearest are {near}; widen the budget or the space"
+        return f"budget.{budget}: no shape of the space is within it; the nearest: {near}; widen one of them"
 
 
 def spread(shapes: ShapeSet, count: int) -> list[int]:
     """Positions of ``count`` shapes that stand for all of them, ascending; all positions where there are no more.
 
-    Lloyd's k-means over the logarithms of the sizes, begun at farthest points, each centre then taking the shape nearest
-    to it: no random numbers, so that a search that is begun anew finds the same. Of very many shapes, every n-th is
-    looked at.
+    Lloyd's k-means over the logarithms of the sizes, begun at farthest points, each centre then taking the shape
+    nearest to it: no random numbers, so that a search that is begun anew finds the same. Of very many shapes, every
+    n-th is looked at.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""``python -m nemo_minitron.stages.worker STAGE``: what each process of a stage runs.
+"""``python -m nemo_minitron.stages.worker STAGE [PART]``: what each process of a stage, or of a part of it, runs.
 
 The launcher says through the environment which folder is the job's; its ``config.yaml`` is the resolved configuration.
 """
@@ -66,16 +66,16 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def execute(stage: str, folder: Path) -> dict[str, Any]:
-    """Read the configuration, set up the process and run the stage."""
+def execute(stage: str, folder: Path, part: str | None = None) -> dict[str, Any]:
+    """Read the configuration, set up the process and run the stage, or the module ``part`` of it."""
     config = load(stage, folder / "config.yaml")
-    module = stage_module(stage)
+    module = stage_module(part or stage)
     set_up(config)
     return module.run(config)
 
 
-def main(stage: str) -> int:
-    """Run one rank of a stage.
+def main(stage: str, part: str | None = None) -> int:
+    """Run one rank of a stage, or of the part of it that a module of its own runs on several ranks.
 
     Returns:
         0 done, 2 refused (a user's error), 1 crashed. The result file says more.
@@ -85,7 +85,7 @@ def main(stage: str) -> int:
     logger = log.configure()
     started = time.monotonic()
     try:
-        metrics = execute(stage, folder)
+        metrics = execute(stage, folder, part)
         result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
     except (Exception, SystemExit) as error:
         result = failure(rank, error)
@@ -103,4 +103,4 @@ def main(stage: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""A search's table and its Pareto plot, from the content of its ``search.json``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.report.plots import Figure, Theme, clean, draw_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+__all__ = ["pareto", "rows", "table"]
+
+_SCALES = {
+    "parameters": (1e-6, "parameters, millions"),
+    "memory": (2.0**-30, "memory of the fullest rank, GiB"),
+    "prefill": (1e3, "prefill, ms"),
+    "decode": (1e3, "decoding step, ms"),
+}
+
+
+def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells, the best candidate first; a column stands where any candidate has its value."""
+    columns: list[tuple[str, Any]] = [("candidate", lambda one: one["name"])]
+    columns += [("parameters", lambda one: f"{one['parameters'] / 1e6:.1f} M")]
+    for key, heading, form in (
+        ("memory", "memory", lambda value: f"{value / 2**30:.3f} GiB"),
+        ("prefill", "prefill", lambda value: f"{1e3 * value:.1f} ms"),
+        ("prefill_ratio", "of unpruned", lambda value: f"{value:.2f}"),
+        ("decode", "decode", lambda value: f"{1e3 * value:.2f} ms"),
+        ("decode_ratio", "of unpruned", lambda value: f"{value:.2f}"),
+        ("loss", "loss, untrained", lambda value: f"{value:.4f}"),
+        ("distilled_loss", "loss, distilled", lambda value: f"{value:.4f}"),
+    ):
+        if any(one[key] is not None for one in search["candidates"]):
+            columns.append((heading, lambda one, key=key, form=form: "" if one[key] is None else form(one[key])))
+    columns.append(
+        ("rank before", lambda one: str(before[one["name"]]) if one["name"] in before else one["outside"] or "")
+    )
+    ranked = [one for one in search["candidates"] if one["loss"] is not None and one["state"] != "outside"]
+    before = {one["name"]: number for number, one in enumerate(sorted(ranked, key=lambda one: one["loss"]), 1)}
+    return [heading for heading, _ in columns], [[cell(one) for _, cell in columns] for one in search["candidates"]]
+
+
+def table(search: dict[str, Any]) -> str:
+    """Markdown: the table and, in words, what there is to know beside it."""
+    headings, body = rows(search)
+    lines = [f"| {' | '.join(headings)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(headings) - 1))}|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in body]
+    return "\n".join(["# Search", "", *notes(search), "", *lines, ""])
+
+
+def notes(search: dict[str, Any]) -> list[str]:
+    """One line each: how many shapes, the unpruned model, whether distillation changed the order."""
+    found = [
+        f"{search['shapes']:,} shapes are within the budget; {len(search['candidates']):,} were measured"
+        + (f", spread over all of them, and {search['left_out']:,} left out." if search["left_out"] else "."),
+        f"Losses are nats per token over {search['tokens']:,} calibration tokens; the unpruned model's is "
+        f"{search['unpruned']['loss']:.4f}.",
+    ]
+    distilled = [one for one in search["candidates"] if one["distilled_loss"] is not None]
+    if len(distilled) > 1:
+        same = distilled == sorted(distilled, key=lambda one: one["loss"])
+        found.append(
+            f"Distilling the {len(distilled)} best on {search['distill_tokens']:,} tokens each "
+            f"{'kept' if same else 'changed'} their order (Kendall's tau {_tau(search['kendall_tau'])})."
+        )
+    return found
+
+
+def _tau(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def pareto(search: dict[str, Any]) -> Figure | None:
+    """Loss against each cost, untrained and distilled, with the fronts; None where there is nothing ranked."""
+    ranked = [one for one in search["candidates"] if one["loss"] is not None and one["state"] != "outside"]
+    costs = [cost for cost in search["pareto"] if any(one[cost] is not None for one in ranked)]
+    if not costs:
+        return None
+    stages = [("loss", "untrained", "pruned", "s"), ("distilled_loss", "distilled", "distilled", "D")]
+
+    def draw(canvas: Canvas, theme: Theme) -> None:
+        for number, (cost, axes) in enumerate(
+            zip(costs, canvas.subplots(1, len(costs), squeeze=False)[0], strict=True)
+        ):
+            scale, label = _SCALES[cost]
+            for loss, word, role, marker in stages:
+                known = [one for one in ranked if one[loss] is not None]
+                points = [(scale * one[cost], one[loss]) for one in known]
+                if points:
+                    axes.scatter(
+                        *zip(*points, strict=True), color=theme.colour(role), marker=marker, s=26, label=word, zorder=3
+                    )
+                front = search["pareto"][cost].get(loss, [])
+                line = [(scale * one[cost], one[loss]) for name in front for one in known if one["name"] == name]
+                if len(line) > 1:
+                    axes.plot(*zip(*line, strict=True), color=theme.colour(role), lw=1.2, zorder=2)
+            axes.set_xlabel(label)
+            if number == 0:
+                axes.set_ylabel("loss, nats per token")
+                axes.legend(frameon=False, labelcolor=theme.ink)
+            clean(axes, theme, grid="both")
+
+    best = next(one for one in search["candidates"] if one["name"] == search["best"])
+    after = "" if best["distilled_loss"] is None else f", {best['distilled_loss']:.3f} distilled"
+    return draw_figure(
+        "pareto",
+        draw,
+        (4.2 * len(costs), 3.2),
+        alt=f"Loss of {len(ranked)} shapes against {', '.join(costs)}. "
+        f"Best: {best['name']}, loss {best['loss']:.3f}{after}.",
+        caption="Each mark is a shape. A line joins those that none other beats in both cost and loss.",
+    )

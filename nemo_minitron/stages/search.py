@@ -1,0 +1,350 @@
+"""``minitron search``: which shape within a budget loses least, without training and after a short distillation.
+
+One process leads. It lists the shapes, starts the ranking (:mod:`nemo_minitron.stages.search_ranking`) and then, for
+each of the best, the stages prune and distill in processes of their own. The journal in the output says what is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import SearchConfig, StageConfig, TargetConfig
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.launch import launch
+from nemo_minitron.search import (
+    Budget,
+    Journal,
+    ParameterCost,
+    Result,
+    SearchSpace,
+    ShapeSet,
+    Sizes,
+    axis_values,
+    spread,
+)
+from nemo_minitron.stages.base import (
+    MARKER,
+    PlannedPath,
+    StagePlan,
+    check_output,
+    hashed_settings,
+    human_count,
+    parents,
+    peek_family,
+    peek_shape,
+)
+from nemo_minitron.stages.execute import run_stage
+from nemo_minitron.stages.pipeline import stage_state
+from nemo_minitron.stages.search_ranking import BASE, Work
+from nemo_minitron.stages.search_report import write_results
+
+if TYPE_CHECKING:
+    from nemo_minitron.shape import ModelShape
+
+__all__ = ["plan", "run"]
+
+logger = logging.getLogger(__name__)
+
+#: Settings that say which candidates there are, not what is found out about one.
+_NOT_SUBJECT = {"space", "max_candidates", "best", "save_student", "student_layout", "measure_latency", "parallel"}
+
+
+def plan(config: SearchConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost; counts the shapes where the model is there."""
+    from nemo_minitron.data.inputs import data_inputs
+
+    data, shape = data_inputs(config.data), peek_shape(config.model)
+    length = config.data.sequence_length
+    found = StagePlan(
+        "search",
+        reads=[
+            PlannedPath(config.model, "model"),
+            PlannedPath(config.scores, "scores"),
+            *(PlannedPath(path, what) for path, what in data.files),
+        ],
+        writes=[PlannedPath(config.output, "results, table, plot, best.yaml")],
+        costs={"calibration": f"{config.samples * length:,} tokens in {config.samples:,} samples, for each candidate"},
+        notes=data.notes,
+        faults=data.faults,
+    )
+    if config.depth_scores is not None:
+        found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
+    if shape is None:
+        return found
+    layout = config.parallel
+    found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
+    try:
+        costs = Costs(config, shape, peek_family(config.model))
+        shapes = costs.space().fitting(costs.budgets())
+        chosen = [shapes.sizes(position) for position in spread(shapes, config.max_candidates)]
+    except MinitronError as error:
+        found.faults += getattr(error, "faults", [str(error)])
+        return found
+    counts = [costs.parameters(sizes) for sizes in chosen]
+    own = costs.parameters(Sizes.of(shape))
+    left_out = len(shapes) - len(chosen)
+    found.costs["shapes"] = f"{len(shapes):,} within the budget, {len(chosen):,} to rank" + (
+        f", spread over all ({left_out:,} left out)" if left_out else ""
+    )
+    found.costs["parameters"] = f"{human_count(own)} -> {human_count(min(counts))} to {human_count(max(counts))}"
+    found.costs["FLOPs of the ranking"] = human_count(2 * config.samples * length * (sum(counts) + own))
+    best = min(config.best, len(chosen))
+    if best:
+        tokens = config.distill.steps * config.distill.global_batch_size * length
+        each = (6 * sum(counts) / len(counts) + 2 * own) * tokens
+        found.costs["distillation"] = (
+            f"{best} candidates, {human_count(tokens)} tokens in {config.distill.steps} steps each"
+        )
+        found.costs["FLOPs of the distillation"] = human_count(best * each)
+    done = _finished(Path(config.output))
+    if done:
+        found.notes.append(f"{done} results of an earlier run are there and are taken up")
+    return found
+
+
+def run(config: SearchConfig) -> dict[str, Any]:
+    """Search. Writes ``search.json``, ``search.md``, ``pareto.png``, ``best.yaml`` and the journal into the output.
+
+    Returns:
+        ``shapes`` (within the budget), ``candidates, outside, ranked, distilled, resumed, best`` (its name),
+        ``parameters, loss, distilled_loss`` (of the best), ``kendall_tau`` (of both orders), ``seconds``.
+
+    Raises:
+        MinitronError: for a model, scores or text that cannot be used, an empty space, or another search's output.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint
+
+    started = time.monotonic()
+    checkpoint = open_checkpoint(config.model)
+    shape = checkpoint.shape
+    costs = Costs(config, shape, checkpoint.family, experts=checkpoint.architecture.moe_router_topk or 1)
+    shapes = costs.space().fitting(costs.budgets())
+    chosen = spread(shapes, config.max_candidates)
+    output = _prepared(config)
+    journal = Journal(output / "candidates.jsonl", _subject(config))
+    known = journal.read()
+    names = {shapes.sizes(position).name: shapes.sizes(position) for position in chosen}
+    resumed = sum("loss" in known.get(name, {}) for name in names)
+    logger.info("%s shapes within the budget, %d to rank", f"{len(shapes):,}", len(names))
+
+    work = Work([sizes for name, sizes in names.items() if not _is_ranked(config, known.get(name, {}))])
+    if work.candidates or not _is_ranked(config, known.get(BASE, {})):
+        _rank(config, output, work)
+        known = journal.read()
+    results = _results(config, costs, names, known)
+    within = sorted((one for one in results if one.state != "outside"), key=lambda one: (one.loss, one.name))
+    if not within:
+        raise MinitronError(_none_within(config, results))
+    for number, one in enumerate(within[: config.best], 1):
+        _distil(config, output, journal, one, f"{number} of {min(config.best, len(within))}")
+    results = _results(config, costs, names, journal.read())
+    found = write_results(
+        config, output, results, journal.read()[BASE], total=len(shapes), left_out=_left_out(shapes, chosen)
+    )
+    _tidy(config, output, found["best"])
+    return {**_figures(found), "resumed": resumed, "seconds": round(time.monotonic() - started, 3)}
+
+
+class Costs:
+    """The space and the budgets of a configuration.
+
+    Args:
+        config: of the search.
+        shape, table: of the unpruned model.
+        experts: least number of experts.
+    """
+
+    def __init__(self, config: SearchConfig, shape: ModelShape, table: axes.Family, *, experts: int = 1) -> None:
+        self.config, self.shape, self.experts = config, shape, experts
+        self.parameters = ParameterCost(table, shape)
+
+    def space(self) -> SearchSpace:
+        """The candidates of each axis.
+
+        Raises:
+            ShapeError: if an axis has none.
+        """
+        layout = self.config.student_layout
+        values = {
+            name: axis_values(
+                name,
+                getattr(self.shape, name) or 0,
+                minimum=axis.min,
+                maximum=axis.max,
+                multiple=axis.multiple,
+                values=axis.values,
+            )
+            for name, axis in self.config.space.given().items()
+        }
+        return SearchSpace(
+            self.shape,
+            values,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline * (layout.virtual_pipeline or 1),
+            experts=self.experts,
+        )
+
+    def budgets(self) -> list[Budget]:
+        """Those that need no measurement."""
+        budget, found = self.config.budget, []
+        wanted = budget.parameters
+        if budget.share is not None:
+            wanted = budget.share * self.parameters(Sizes.of(self.shape))
+        if wanted is not None:
+            found.append(
+                Budget(
+                    "parameters",
+                    wanted * (1 - budget.tolerance),
+                    wanted * (1 + budget.tolerance),
+                    self.parameters,
+                    human_count,
+                )
+            )
+        return found
+
+
+def _subject(config: SearchConfig) -> dict[str, Any]:
+    """What every result depends on."""
+    settings = {name: value for name, value in hashed_settings(config).items() if name not in _NOT_SUBJECT}
+    workload = ("batch_size", "sequence_length")
+    settings["budget"] = {name: settings["budget"][name] for name in workload}
+    return settings | {name: parent["hash"] for name, parent in parents(config).items()}
+
+
+def _prepared(config: SearchConfig) -> Path:
+    """The output directory, marked as ours; emptied under ``overwrite``."""
+    output = Path(config.output)
+    ours = (output / MARKER).exists()
+    if config.overwrite and output.exists():
+        shutil.rmtree(check_output(output, overwrite=True))
+    elif not (ours and config.resume):
+        check_output(output, overwrite=False)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+    return output
+
+
+def _finished(output: Path) -> int:
+    """Candidates in the journal of an output, whatever it is of."""
+    try:
+        return sum(b'"loss"' in line for line in (output / "candidates.jsonl").read_bytes().split(b"\n")[1:-1])
+    except OSError:
+        return 0
+
+
+def _is_ranked(config: SearchConfig, values: dict[str, Any]) -> bool:
+    return "loss" in values and ("prefill" in values or not config.timed)
+
+
+def _rank(config: SearchConfig, output: Path, work: Work) -> None:
+    """Start the ranking on its own ranks; it adds to the journal."""
+    folder = output / "logs" / work.name
+    folder.mkdir(parents=True, exist_ok=True)
+    work.save(config, folder)
+    launch(
+        "nemo_minitron.stages.worker",
+        ["search", "search_ranking"],
+        world_size=config.parallel.world_size,
+        folder=folder,
+        threads=config.runtime.threads,
+        on_output=_show,
+    )
+
+
+def _distil(config: SearchConfig, output: Path, journal: Journal, one: Result, label: str) -> None:
+    """Prune, distil and measure one candidate, as far as that is not done."""
+    if one.distilled_loss is not None:
+        return
+    folder = output / "candidates" / one.name
+    given = {name: size for name, size in one.sizes._asdict().items() if size is not None}
+    logger.info("distilling %s: %s", label, one.name)
+    started = time.monotonic()
+    student = config.pruning(str(folder / "student"), TargetConfig(**given))
+    distilled = config.distillation(str(folder / "distilled"), student.output)
+    for stage in (student, distilled):
+        _child(stage)
+    seconds = round(time.monotonic() - started, 1)
+    _rank(config, output, Work([one.sizes], distilled=str(folder / "distilled" / "model")))
+    journal.append(one.name, distill_seconds=seconds)
+    for part in ("student", "distilled/checkpoints"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def _child(stage: StageConfig) -> None:
+    """Run a stage in its own processes, unless it is done."""
+    state, _ = stage_state(stage)
+    if state == "done":
+        return
+    if state == "changed" or (state == "unfinished" and not getattr(stage, "resume", False)):
+        stage = dataclasses.replace(stage, overwrite=True)
+    run_stage(stage, _show)
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _results(
+    config: SearchConfig, costs: Costs, names: dict[str, Sizes], known: dict[str, dict[str, Any]]
+) -> list[Result]:
+    """What is known of each candidate of this search."""
+    fields = {one.name for one in dataclasses.fields(Result)} - {"sizes", "parameters", "memory", "outside"}
+    found = []
+    for name, sizes in names.items():
+        values = {key: value for key, value in known.get(name, {}).items() if key in fields}
+        found.append(Result(sizes, costs.parameters(sizes), **values))
+    return found
+
+
+def _none_within(config: SearchConfig, results: list[Result]) -> str:
+    what = config.budget.latency_of
+    fastest = min(results, key=lambda one: getattr(one, what))
+    return (
+        f"budget.latency_ms={config.budget.latency_ms}: no candidate's {what} is within it; the fastest takes "
+        f"{1000 * getattr(fastest, what):.2f} ms ({fastest.name}); raise it or widen the space"
+    )
+
+
+def _left_out(shapes: ShapeSet, chosen: list[int]) -> list[Sizes]:
+    """The shapes within the budget that are not ranked, at most 100,000 of them."""
+    taken = set(chosen)
+    found = []
+    for position in range(len(shapes)):
+        if position not in taken:
+            found.append(shapes.sizes(position))
+            if len(found) == 100_000:
+                break
+    return found
+
+
+def _tidy(config: SearchConfig, output: Path, best: str) -> None:
+    """Of the students, only the best stays, and only where it was asked for."""
+    for folder in (output / "candidates").glob("*"):
+        if not (config.save_student and folder.name == best):
+            shutil.rmtree(folder)
+    if not any((output / "candidates").glob("*")):
+        shutil.rmtree(output / "candidates", ignore_errors=True)
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    """The record's metrics."""
+    states = [one["state"] for one in found["candidates"]]
+    best = next(one for one in found["candidates"] if one["name"] == found["best"])
+    return {
+        "shapes": found["shapes"],
+        "candidates": len(states),
+        "outside": states.count("outside"),
+        "ranked": states.count("ranked") + states.count("distilled"),
+        "distilled": states.count("distilled"),
+        "best": best["name"],
+        **{name: best[name] for name in ("parameters", "loss", "distilled_loss")},
+        "kendall_tau": found["kendall_tau"],
+    }

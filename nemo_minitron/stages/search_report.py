@@ -1,0 +1,105 @@
+"""What ``minitron search`` leaves: the results as JSON and as a table, the Pareto plot, and the best shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.config import SearchConfig
+from nemo_minitron.search import Result, Sizes, kendall_tau, pareto_front
+from nemo_minitron.search.rank import FILE_NAME, FORMAT_VERSION, write_aside
+
+__all__ = ["write_results"]
+
+#: What a loss is set against, where it is known.
+COSTS = ("parameters", "memory", "prefill", "decode")
+
+
+def write_results(
+    config: SearchConfig,
+    output: Path,
+    results: list[Result],
+    unpruned: dict[str, Any],
+    *,
+    total: int,
+    left_out: list[Sizes],
+) -> dict[str, Any]:
+    """Write all files of a finished search.
+
+    Args:
+        config: of the search.
+        output: its directory.
+        results: of all candidates, at least one of which is ranked.
+        unpruned: measurements of the unpruned model.
+        total: shapes within the budget.
+        left_out: of these, shapes that were not ranked.
+
+    Returns:
+        The content of ``search.json``.
+    """
+    from nemo_minitron.report.search import pareto, table
+
+    order = sorted(results, key=_rank)
+    distilled = [one for one in order if one.distilled_loss is not None]
+    best = order[0]
+    content = {
+        "format_version": FORMAT_VERSION,
+        "shapes": total,
+        "left_out": total - len(results),
+        "best": best.name,
+        "unpruned": unpruned,
+        "tokens": config.samples * config.data.sequence_length,
+        "distill_tokens": config.distill.steps * config.distill.global_batch_size * config.data.sequence_length,
+        "kendall_tau": kendall_tau(
+            [one.loss or 0.0 for one in distilled], [one.distilled_loss or 0.0 for one in distilled]
+        ),
+        "pareto": {cost: _front(order, cost) for cost in COSTS if getattr(best, cost) is not None},
+        "candidates": [one.to_dict() for one in order],
+        "budget": vars(config.budget),
+    }
+    if left_out:
+        lines = [json.dumps({"name": sizes.name, **sizes._asdict()}) for sizes in left_out]
+        write_aside(output / "left_out.jsonl", "\n".join(lines) + "\n")
+    write_aside(output / "search.md", table(content))
+    if (figure := pareto(content)) is not None:
+        write_aside(output / "pareto.png", figure.light)
+    write_aside(output / "best.yaml", _best(config, output, best))
+    write_aside(output / FILE_NAME, json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def _rank(one: Result) -> tuple[bool, bool, float, str]:
+    """Distilled ones first, by their loss; then the others by theirs; those outside a budget last."""
+    outside, undistilled = one.state == "outside", one.distilled_loss is None
+    loss = one.loss if undistilled else one.distilled_loss
+    return outside, undistilled, float("inf") if loss is None else loss, one.name
+
+
+def _front(results: list[Result], cost: str) -> dict[str, list[str]]:
+    """Names of the candidates that none other beats in cost and loss: before and after the distillation."""
+    found = {}
+    for loss in ("loss", "distilled_loss"):
+        known = [one for one in results if one.state != "outside" and getattr(one, loss) is not None]
+        front = pareto_front([(getattr(one, cost), getattr(one, loss)) for one in known])
+        if known:
+            found[loss] = [known[position].name for position in front]
+    return found
+
+
+def _best(config: SearchConfig, output: Path, best: Result) -> str:
+    """A configuration of ``minitron prune`` for the best shape."""
+    target = {name: size for name, size in best.sizes._asdict().items() if size is not None}
+    settings: dict[str, Any] = {
+        "model": config.model,
+        "scores": config.scores,
+        "output": str(output.with_name(f"{output.name}-{best.name}")),
+        "method": config.method,
+        "depth": vars(config.depth),
+        "depth_scores": config.depth_scores,
+        "target": target,
+    }
+    head = f"# The best shape of {output}.\n#   minitron prune {output / 'best.yaml'}\n"
+    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

@@ -162,7 +162,8 @@ def write_nemo1(
     twice for a moment; memory holds one layer and one embedding.
 
     Raises:
-        CheckpointError: if there is no tokenizer (NeMo 1 cannot restore without one) or it does not fit.
+        CheckpointError: if there is no tokenizer (NeMo 1 cannot restore without one) or it does not fit, or if NeMo 1
+            cannot hold the family.
     """
     from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
 
@@ -173,14 +174,14 @@ def write_nemo1(
         )
     shape = checkpoint.shape
     check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
-    files.mkdir(parents=True)
     rows = padded(shape.vocab_size, vocab_multiple)
+    fixed = None if token_count(checkpoint.tokenizer) == shape.vocab_size else rows
+    config = to_nemo1(shape, checkpoint.architecture, dtype=dtype, multiple=vocab_multiple, rows=fixed)
+    files.mkdir(parents=True)
     write_torch_dist(
         checkpoint, files / WEIGHTS, prefix="model.", dtype=dtype, vocab_rows=rows, common=COMMON, progress=progress
     )
     copy_tokenizer(checkpoint.tokenizer, files / TOKENIZER)
-    fixed = None if token_count(checkpoint.tokenizer) == shape.vocab_size else rows
-    config = to_nemo1(shape, checkpoint.architecture, dtype=dtype, multiple=vocab_multiple, rows=fixed)
     (files / CONFIG).write_text(config, encoding="utf-8")
     write_record(checkpoint, files, dtype=dtype, form="nemo")
     with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as tar:

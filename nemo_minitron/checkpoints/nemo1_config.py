@@ -15,11 +15,8 @@ TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.Megat
 
 REQUIRED: dict[str, Any] = {
     "mcore_gpt": True,
-    "normalization": "rmsnorm",
     "bias": False,
-    "qkv_bias": False,
     "position_embedding_type": "rope",
-    "rotary_percentage": 1.0,
     "rotary_interleaved": False,
     "apply_embedding_scaling": False,
     "seq_len_interpolation_factor": None,
@@ -28,7 +25,15 @@ REQUIRED: dict[str, Any] = {
     "qk_layernorm": False,
     "window_size": None,
 }
-"""What makes a NeMo 1 GPT model a Llama model. Keys that a file leaves out take :data:`DEFAULTS`."""
+"""What every family here needs of a NeMo 1 GPT model. Keys that a file leaves out take :data:`DEFAULTS`."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"normalization": "rmsnorm", "qkv_bias": False, "activation": "fast-swiglu", "rotary_percentage": 1.0},
+    "qwen2": {"normalization": "rmsnorm", "qkv_bias": True, "activation": "fast-swiglu", "rotary_percentage": 1.0},
+    "nemotron": {"normalization": "layernorm1p", "qkv_bias": False, "activation": "squared-relu"},
+}
+"""What each family needs beside. NeMo 1 builds its layers without QK norms, and gives the experts of a mixture no width
+(``megatron_gpt_model.get_specs`` and ``build_transformer_config``), so the others cannot be there."""
 
 DEFAULTS: dict[str, Any] = {
     "mcore_gpt": False,
@@ -59,7 +64,8 @@ DEFAULTS: dict[str, Any] = {
 }
 """What NeMo's ``MegatronGPTModel`` takes for keys that are not there."""
 
-ACTIVATIONS = ("fast-swiglu", "swiglu")
+SAME = {"swiglu": "fast-swiglu"}
+"""Other names of an activation."""
 
 
 def from_nemo1(
@@ -82,11 +88,19 @@ def from_nemo1(
         for key, value in REQUIRED.items()
         if config[key] != value
     ]
-    if config["activation"] not in ACTIVATIONS:
-        found.append(f"activation={config['activation']!r} is not supported (needed: {' or '.join(ACTIVATIONS)})")
-    if found:
+    config["activation"] = SAME.get(config["activation"], config["activation"])
+    unlike = {
+        family: [
+            f"{key}={config[key]!r} is not supported (needed: {value!r})"
+            for key, value in needs.items()
+            if config[key] != value
+        ]
+        for family, needs in FAMILIES.items()
+    }
+    family = min(unlike, key=lambda name: len(unlike[name]))
+    if found := found + unlike[family]:
         target = str(config.get("target", "unknown")).rsplit(".", 1)[-1]
-        raise CheckpointError(f"{source}: {target} is not a Llama model: " + "; ".join(found))
+        raise CheckpointError(f"{source}: {target} is not a {family} model: " + "; ".join(found))
     special = special_ids(tokenizer) if tokenizer is not None else {}
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -111,9 +125,10 @@ def from_nemo1(
             "original_max_position_embeddings": config["old_context_len"],
         }
         architecture = Architecture(
-            family="llama",
+            family=family,
             norm_epsilon=float(config["layernorm_epsilon"]),
             rotary_base=float(config["rotary_base"]),
+            rotary_percent=float(config["rotary_percentage"]),
             rotary_scaling=scaling if config["scale_positional_embedding"] else None,
             max_position_embeddings=config["encoder_seq_length"],
             bos_token_id=special.get("bos_token_id"),
@@ -138,10 +153,18 @@ def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multi
         dtype: of the tensors; float32 gives ``precision: 32``, the others their mixed precision.
         multiple: what the vocabulary is padded to (times TP).
         rows: fixed vocabulary rows, or None where the tokenizer gives the vocabulary.
+
+    Raises:
+        CheckpointError: for a family that NeMo 1 cannot hold.
     """
     import yaml
 
-    base = architecture.rotary_base
+    if architecture.family not in FAMILIES:
+        raise CheckpointError(
+            f"a .nemo cannot hold a {architecture.family} model (NeMo 1 holds {', '.join(FAMILIES)}); write the nemo2 "
+            "or the hf format"
+        )
+    base, needs = architecture.rotary_base, FAMILIES[architecture.family]
     config: dict[str, Any] = {
         "target": TARGET,
         "mcore_gpt": True,
@@ -165,16 +188,14 @@ def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multi
         "pre_process": True,
         "post_process": True,
         "share_embeddings_and_output_weights": shape.tied_embeddings,
-        "normalization": "rmsnorm",
         "layernorm_epsilon": architecture.norm_epsilon,
         "persist_layer_norm": False,
         "position_embedding_type": "rope",
-        "rotary_percentage": 1.0,
+        "rotary_percentage": architecture.rotary_percent,
         "rotary_interleaved": False,
         "rotary_base": int(base) if float(base).is_integer() else base,
-        "activation": "fast-swiglu",
         "bias": False,
-        "qkv_bias": False,
+        **needs,
         "transformer_block_type": "pre_ln",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

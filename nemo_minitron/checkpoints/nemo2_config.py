@@ -30,12 +30,14 @@ class NeMoFamily:
         module: below ``nemo.collections.llm.gpt.model``.
         config, model: classes in it that are written.
         reads: beginnings of the names of configuration classes that may be of this family.
+        rotary_percent: what the configuration takes where a file is silent.
     """
 
     module: str
     config: str
     model: str
     reads: tuple[str, ...]
+    rotary_percent: float = 1.0
 
 
 NEMO_FAMILIES: dict[str, NeMoFamily] = {
@@ -47,7 +49,9 @@ NEMO_FAMILIES: dict[str, NeMoFamily] = {
     ),
     "qwen2": NeMoFamily("qwen2", "Qwen2Config", "Qwen2Model", ("Qwen2Config", "Qwen25Config", "GPTConfig")),
     "qwen3": NeMoFamily("qwen3", "Qwen3Config", "Qwen3Model", ("Qwen3Config", "GPTConfig")),
-    "nemotron": NeMoFamily("nemotron", "NemotronConfig", "NemotronModel", ("Nemotron", "GPTConfig")),
+    "nemotron": NeMoFamily(
+        "nemotron", "NemotronConfig", "NemotronModel", ("Nemotron", "GPTConfig"), rotary_percent=0.5
+    ),
     "mixtral": NeMoFamily("mixtral", "MixtralConfig", "MixtralModel", ("MixtralConfig", "GPTConfig")),
 }
 
@@ -221,7 +225,7 @@ def from_nemo2(
             family=family,
             norm_epsilon=config["layernorm_epsilon"],
             rotary_base=float(config["rotary_base"]),
-            rotary_percent=float(config["rotary_percent"]),
+            rotary_percent=float(config.get("rotary_percent", NEMO_FAMILIES[family].rotary_percent)),
             rotary_scaling=_rotary_scaling(config),
             # the classes of some families have both, and their importers set only one
             max_position_embeddings=config.get("max_position_embeddings") or config["seq_length"],

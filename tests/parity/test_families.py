@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from support.checkpoints import hf_logits
+from support.checkpoints import hf_logits, load_with_megatron
 from support.families import SIZES, family_model, some_units
-from support.pruning import live, logits, one_process, tokens
+from support.pruning import DictWeights, live, logits, one_process, tokens
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
 from nemo_minitron.pruning import DepthPrune, WidthPrune, prune_weights
 
 IDS = tokens(2, 11, vocab=SIZES["vocab_size"])
@@ -79,6 +82,114 @@ def test_every_axis_pruned_at_once(family, models, groups, tmp_path):
     assert close(logits([pruned], IDS), expected)
     assert torch.equal(logits([pruned], IDS), logits([built], IDS))
     assert open_checkpoint(tmp_path / "pruned").shape == kept.target(checkpoint.shape)
+
+
+def test_units_that_do_nothing_can_go(family, models, groups):
+    """Every unit that goes is made to do nothing first: neurons, heads, groups and layers write zeros, hidden channels
+    are never written, an expert is never chosen. The logits must stay, and the killing must show (`close` is false)."""
+    checkpoint = open_checkpoint(models(family))
+    shape, table = checkpoint.shape, checkpoint.family
+    kept = some_units(shape)
+    # a layer norm's mean is of all channels: there the channels are only put into another order
+    hidden = (0, *kept.hidden[1:]) if table.normalization == "RMSNorm" else tuple(reversed(range(shape.hidden_size)))
+    kept = dataclasses.replace(kept, hidden=hidden)
+    tensors = {name: checkpoint.weights.tensor(name).clone() for name in checkpoint.weights.names()}
+    kill(tensors, checkpoint, kept)
+    dead = dataclasses.replace(checkpoint, weights=DictWeights(tensors))
+    pruned = prune_weights(dead, kept)
+    expected = logits(live(dead, groups), IDS)
+    if table.normalization == "RMSNorm":
+        # exact where w' = w sqrt(H/H') and eps' = eps H/H': see docs/pruning.md
+        ratio = shape.hidden_size / len(hidden)
+        left = {name: pruned.weights.tensor(name) for name in pruned.weights.names()}
+        left = {k: v * ratio**0.5 if v.shape == (len(hidden),) and "norm" in k else v for k, v in left.items()}
+        architecture = dataclasses.replace(
+            checkpoint.architecture, norm_epsilon=checkpoint.architecture.norm_epsilon * ratio
+        )
+        pruned = dataclasses.replace(pruned, weights=DictWeights(left), architecture=architecture)
+    (found,) = live(pruned, groups)
+    for layer in found.decoder.layers if table.qk_layernorm else ():
+        layer.self_attention.q_layernorm.eps = layer.self_attention.k_layernorm.eps = 1e-6  # not of the hidden width
+    assert close(logits([found], IDS), expected)
+    assert not close(logits(live(checkpoint, groups), IDS), expected, 1e-2)
+
+
+def kill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, kept: axes.KeptUnits) -> None:
+    shape, table = checkpoint.shape, checkpoint.family
+    hidden = complement(kept.hidden, shape.hidden_size)
+    position = {layer: index for index, layer in enumerate(kept.layers)}
+    for name, row, layer in axes.parameters(table, shape):
+        writes_hidden = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        if "word_embeddings" in name:
+            tensors[name][:, hidden] = 0
+        elif writes_hidden and layer not in position:
+            tensors[name].zero_()
+        elif writes_hidden:
+            expert = row.expert
+            if expert is not None and expert not in kept.experts[position[layer]]:
+                continue
+            place = None if expert is None else kept.experts[position[layer]].index(expert)
+            rows = axes.axis_rows(row.axes[1], shape, kept, position[layer], place)
+            tensors[name][:, complement(rows.tolist(), tensors[name].shape[1])] = 0
+            tensors[name][hidden] = 0
+    if table.expert:
+        # channel 0 is positive for every token, and each expert that goes has a router that detests it
+        tensors["embedding.word_embeddings.weight"][:, 0] = 3.0
+        for name in tensors:
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                tensors[name][0] = 0
+                tensors[name][hidden] = 0
+            elif name.endswith("pre_mlp_layernorm.weight"):
+                tensors[name][0] = 1
+        for layer, index in position.items():
+            gone = complement(kept.experts[index], shape.num_moe_experts)
+            router = tensors[f"decoder.layers.{layer}.mlp.router.weight"]
+            router[gone] = 0
+            router[gone, 0] = -100
+
+
+def complement(rows: Any, size: int) -> list[int]:
+    return sorted(set(range(size)) - set(rows))
+
+
+def test_megatrons_own_distributed_checkpoints(family, models, groups, tmp_path):
+    """Megatron loads the tensors that we write, and we read those that Megatron writes."""
+    from megatron.core import dist_checkpointing
+
+    from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+    from nemo_minitron.runtime.model import build_model
+
+    source = open_checkpoint(models(family))
+    write_torch_dist(source, tmp_path / "ours", prefix="module.", dtype="float32", vocab_rows=256, common={})
+    (chunk,) = build_model(source.shape, source.architecture, groups)
+    load_with_megatron(tmp_path / "ours", [chunk])
+    expected = hf_logits(models(family), IDS)
+    assert close(logits([chunk], IDS), expected)
+
+    (tmp_path / "theirs").mkdir()
+    dist_checkpointing.save(chunk.sharded_state_dict(prefix="module."), str(tmp_path / "theirs"))
+    for folder in ("ours", "theirs"):
+        weights = TorchDistWeights(TorchDist(tmp_path / folder), source.shape, family, "module.")
+        weights.check()
+        for name in source.weights.names():
+            assert torch.equal(weights.tensor(name), source.weights.tensor(name)), (folder, name)
+
+
+@pytest.mark.slow
+def test_nemo2_configurations(family, models, tmp_path):
+    """Written, and read without our own record; NeMo's class says the same as the importer of NeMo would."""
+    source = open_checkpoint(models(family))
+    written = write_checkpoint(source, tmp_path / "nemo2", "nemo2")
+    assert (written.shape, written.architecture) == (source.shape, source.architecture)
+    (tmp_path / "nemo2" / "minitron.json").unlink()
+    read = open_checkpoint(tmp_path / "nemo2")
+    assert read.shape == source.shape.replace(vocab_size=256)  # no tokenizer: the padded rows
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    assert read.architecture == dataclasses.replace(source.architecture, **ids)
+    config = yaml.safe_load((tmp_path / "nemo2" / "context" / "model.yaml").read_text())
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "nemotron": "Nemotron", "mixtral": "Mixtral"}[family]
+    assert config["_target_"].endswith(f".{name}Model")
+    assert config["config"]["_target_"].endswith(f".{name}Config")
 
 
 def sizes(chunk: Any) -> dict[str, dict[str, Any]]:

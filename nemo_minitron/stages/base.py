@@ -269,9 +269,13 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
     settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
     if "data" in settings:
         settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}
-    for name in config.INPUTS:
-        value = settings[name]
-        settings[name] = sorted(value) if isinstance(value, dict) else value is not None
+    for path in config.INPUTS:
+        *sections, name = path.split(".")
+        section = settings
+        for part in sections:
+            section = section[part]
+        value = section[name]
+        section[name] = sorted(value) if isinstance(value, dict) else value is not None
     return settings
 
 

@@ -181,7 +181,7 @@ def test_scores_of_another_model():
 
 def test_no_scores_and_unknown_method():
     with pytest.raises(ConfigError, match="needs the scores"):
-        choose_units(None, SHAPE, SHAPE)
+        choose_units(None, SHAPE, SHAPE.replace(hidden_size=8))
     with pytest.raises(ConfigError, match="method='magic'"):
         choose_units(None, SHAPE, SHAPE, method="magic")
 

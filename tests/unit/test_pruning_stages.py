@@ -84,7 +84,8 @@ def test_other_estimators_and_criteria_prune_too(home, tmp_path):
     kept = {}
     for name in ("many", "many/criteria/l2-max", "many/criteria/variance-mean", "taylor", "magnitude"):
         output = tmp_path / "pruned" / name.replace("/", "-")
-        prune.run(prune_config(home, output, scores=str(tmp_path / name)))
+        method = name if name in ("taylor", "magnitude") else "activation"
+        prune.run(prune_config(home, output, scores=str(tmp_path / name), method=method))
         kept[name] = load_kept(output / "kept.json")[0]
     assert len({units.ffn for units in kept.values()}) == 5
     expected = prune.run(prune_config(home, tmp_path / "expected"))

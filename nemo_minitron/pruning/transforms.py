@@ -93,8 +93,8 @@ class WidthPrune:
     """Remove the neurons, heads, query groups, hidden channels and vocabulary rows that are not kept.
 
     Each rank keeps an equal share of what stays. Rows whose new tensor-parallel rank is another are sent there, and
-    nothing else is. Parameters go one by one: memory beyond the model is the pruned shard of one parameter and two
-    messages of :data:`~nemo_minitron.pruning.row_moves.MESSAGE_BYTES`.
+    nothing else is. Parameters go one by one: memory beyond the model is two copies of one parameter's shard (one cut
+    in its first dimension, one in both) and two messages of :data:`~nemo_minitron.pruning.row_moves.MESSAGE_BYTES`.
 
     The model's layers must be the kept layers: with ``kept.layers`` a part of them, apply :class:`DepthPrune` first.
 

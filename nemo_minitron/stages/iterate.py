@@ -45,6 +45,8 @@ def plan(config: IterateConfig) -> StagePlan:
         notes=data.notes,
         faults=[*data.faults, *format_faults(config.output, config.format)],
     )
+    if done := len(list(_rounds_folder(config).glob("round-*.json"))):
+        found.notes.append(f"goes on after round {done} of {config.rounds}, if model, text and settings are the same")
     if shape is None:
         return found
     try:
@@ -57,9 +59,6 @@ def plan(config: IterateConfig) -> StagePlan:
     found.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
     passes = 2 if config.estimator == "taylor" else 1
     found.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
-    done = len(list(_rounds_folder(config).glob("round-*.json")))
-    if done:
-        found.notes.append(f"{done} of {len(shapes)} rounds are done already")
     return found
 
 

@@ -197,6 +197,10 @@ class DepthConfig(StageConfig):
     reuse_prefix: bool = True
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def inputs(self) -> dict[str, str]:
+        """The model, and the task where it is a file."""
+        return {**super().inputs(), **({} if self.task.path is None else {"task": self.task.path})}
+
     def faults(self) -> list[str]:
         """Nothing to measure, lengths below 1, a criterion without its task."""
         found = [

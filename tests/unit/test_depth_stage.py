@@ -165,6 +165,8 @@ def test_the_plan(home, tmp_path):
     assert not found.faults
     assert found.costs["candidates"] == "5"
     assert {item.what for item in found.reads} == {"model", "text 'text'", "task"}
+    assert settings.inputs() == {"model": settings.model, "task": str(home / "task.jsonl")}
+    assert dataclasses.replace(settings, task=Task(builtin="next_verse")).inputs() == {"model": settings.model}
     Journal.beside(tmp_path / "scores").write_text('{}\n{"layers": [], "loss": 1}\n{"layers": [0], "loss": 1}\n')
     assert depth.plan(settings).costs["candidates"] == "5, 1 measured already"
     without = dataclasses.replace(settings, reuse_prefix=False)

@@ -125,7 +125,10 @@ class DistillationModel(LlamaModel):
         return self._teacher[0]
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """Build this rank's part of the student and fill it; with the first chunk, the teacher too."""
+        """Build this rank's part of the student and fill it; with the last chunk, the teacher too.
+
+        Not earlier: tied embeddings are reduced while models are built, which the stages must do in one order.
+        """
         if hasattr(self, "module"):
             return
         super().configure_model(vp_stage=vp_stage)
@@ -136,7 +139,7 @@ class DistillationModel(LlamaModel):
             shapes = self._student_checkpoint.shape, self._teacher_checkpoint.shape
             plan = Plan.of(self._intermediate, self._layer_maps, *shapes, groups)
             self.losses = StudentLosses(plan, self.module, groups, self.balance)
-        if not self._teacher:
+        if (vp_stage or 0) + 1 == (self._layout.virtual_pipeline or 1):
             dtype = torch.bfloat16 if self.config.bf16 else torch.float32
             teacher = Teacher.load(self._teacher_checkpoint, groups, dtype=dtype)
             if plan is not None:

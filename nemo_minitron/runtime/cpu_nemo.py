@@ -99,6 +99,11 @@ def _local_spec(original: Any) -> Callable[..., Any]:
     return get_specs
 
 
+def _uncompiled(original: Any) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(original, "_torchdynamo_orig_callable", original)
+    return function
+
+
 def _listify_model(original: Any) -> Callable[[Any], list[Any]]:
     def listify_model(model: Any) -> list[Any]:
         return model if isinstance(model, list) else [model]
@@ -200,6 +205,13 @@ PATCHES: tuple[Patch, ...] = (
         _local_spec,
         "builds every known layer specification, Transformer Engine's among them, before it picks one; here the plain "
         "GPT layer is Megatron-core's local one and the others are left to upstream",
+    ),
+    Patch(
+        "nemo.collections.nlp.parts.utils_funcs",
+        "squared_relu",
+        _uncompiled,
+        "torch.compile'd when it is imported; dynamo cannot trace the function mode that rewrites device='cuda' "
+        "(Nemotron's activation)",
     ),
     Patch(
         f"{_COMMON}.utils",

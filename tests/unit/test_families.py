@@ -1,0 +1,129 @@
+"""What the families refuse: configurations that mean another model, units that are not there, formats that cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.checkpoints import tiny_tokenizer
+from support.families import CLASSES, OWN, SIZES, family_model, some_units
+
+from nemo_minitron import axes
+from nemo_minitron.axes import KeptUnits
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.hf_config import from_hf, to_hf
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.shape import Architecture, ModelShape
+
+MIXTURE = ModelShape(
+    num_layers=3,
+    hidden_size=48,
+    ffn_hidden_size=24,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=12,
+    vocab_size=131,
+    num_moe_experts=4,
+)
+DENSE = MIXTURE.replace(num_moe_experts=None)
+
+
+def config(family: str, **changes: Any) -> dict[str, Any]:
+    return {"architectures": [f"{CLASSES[family]}ForCausalLM"], **SIZES, **OWN[family], **changes}
+
+
+@pytest.mark.parametrize("family", list(axes.FAMILIES))
+def test_configurations_come_back(family, tmp_path):
+    shape, architecture = from_hf(config(family), tmp_path)
+    assert architecture.family == family
+    assert from_hf(to_hf(shape, architecture, dtype="float32"), tmp_path) == (shape, architecture)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window=16"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported in this family"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported; a qwen3 model needs False"),
+        ("nemotron", {"hidden_act": "gelu", "mlp_bias": True}, "hidden_act='gelu'.*mlp_bias=True"),
+        ("nemotron", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling=.* is not supported"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_moe_experts=4: each token goes to 5 experts"),
+        ("mixtral", {"num_local_experts": 0}, "num_moe_experts=0: must be a whole number"),
+    ],
+)
+def test_configurations_of_another_model(family, changes, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        from_hf(config(family, **changes), tmp_path / "config.json")
+
+
+def test_biases_that_the_family_does_not_have(tmp_path):
+    """A Qwen2 model that calls itself Llama."""
+    path = family_model("qwen2", tmp_path)
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(CheckpointError, match="9 tensors have no place in a llama model.*k_proj.bias"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_a_nemo_file_cannot_hold_them(family, tmp_path):
+    source = open_checkpoint(tiny_tokenizer(family_model(family, tmp_path / "hf")))
+    with pytest.raises(CheckpointError, match=f"cannot hold a {family} model .*; write the nemo2 or the hf format"):
+        write_checkpoint(source, tmp_path / "model.nemo", "nemo")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_constants_that_contradict_the_sizes():
+    router = Architecture(family="mixtral", moe_router_topk=2)
+    assert router.faults(MIXTURE) == []
+    assert "needs both" in router.faults(DENSE)[0]
+    assert "needs both" in Architecture().faults(MIXTURE)[0]
+    assert "keep as many" in router.faults(MIXTURE.replace(num_moe_experts=1))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": None, "expert_ffn": None}, "experts: is needed for a model of 4 experts"),
+        ({"experts": ((0, 1, 2), (0, 1, 4))}, r"layer \d experts: an index lies outside 0..3"),
+        ({"experts": ((0, 1, 2), (0, 1))}, "expert_ffn: one row of neurons is needed for each kept expert"),
+        ({"experts": ((0, 1, 2),)}, "experts: 1 layers of indices for 2 kept layers"),
+        ({"expert_ffn": (((0, 1),) * 3, ((0, 1), (0, 1), (0, 30)))}, "expert 2 ffn: an index lies outside 0..23"),
+        ({"expert_ffn": (((0, 1),) * 3, ((0, 1), (0, 1), (0,)))}, r"ffn: layers keep different numbers \(\[1, 2\]\)"),
+        ({"ffn": ((1,), ())}, "ffn: must be empty"),
+        ({"vocab": (3, 2)}, "vocab: must ascend"),
+        ({"vocab": (3, 131)}, "vocab: an index lies outside 0..130"),
+    ],
+)
+def test_units_that_are_not_there(changes, message):
+    fine = dataclasses.replace(some_units(MIXTURE), experts=((0, 1, 2), (0, 1, 2)))
+    assert fine.faults(MIXTURE) == []
+    found = dataclasses.replace(fine, **changes).faults(MIXTURE)
+    with pytest.raises(ShapeError, match=message):
+        raise ShapeError(found)
+
+
+def test_dense_models_have_no_experts():
+    assert KeptUnits.everything(MIXTURE).faults(DENSE)[0] == "experts: is not for a model of None experts"
+    assert KeptUnits.everything(MIXTURE).target(MIXTURE) == MIXTURE
+    assert KeptUnits.everything(DENSE).target(DENSE) == DENSE
+
+
+def test_where_a_pruned_parameter_comes_from():
+    kept = dataclasses.replace(some_units(MIXTURE), layers=(0, 2), experts=((0, 1, 2), (1, 2, 3)))
+    expert = "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc1.weight"
+    assert kept.source(expert.format(1, 0)) == expert.format(2, 1)
+    assert kept.source("decoder.layers.1.mlp.router.weight") == "decoder.layers.2.mlp.router.weight"
+    assert kept.source("output_layer.weight") == "output_layer.weight"
+
+
+def test_experts_that_live_pruning_cannot_reach():
+    from nemo_minitron.pruning.live import keep_experts
+
+    grouped = SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace(), ep_group=SimpleNamespace(size=lambda: 2)))
+    with pytest.raises(ShapeError, match="SimpleNamespace over 2 expert-parallel ranks"):
+        keep_experts(grouped, (0,))

@@ -1,4 +1,4 @@
-"""What scoring costs beside one plain forward pass, on SmolLM2-135M-Instruct and real text.
+"""What scoring and pruning cost beside one plain forward pass, on SmolLM2-135M-Instruct and real text.
 
     python benchmarks/prune.py [--quick] [--cache-dir DIR]
 
@@ -10,7 +10,10 @@ last line is JSON:
 - ``score_forward_ratio``: time of scoring by activations, one criterion, to the plain forward pass;
 - ``score_memory_ratio``: the same of peak memory;
 - ``score_state_bytes``: statistics that scoring holds, whatever the number of tokens, and ``units``, which they are of;
-- ``criteria_forward_ratio`` (25 criteria in one pass) and ``taylor_forward_ratio``, unless ``--quick``.
+- ``criteria_forward_ratio`` (25 criteria in one pass) and ``taylor_forward_ratio``, unless ``--quick``;
+- ``prune_forward_ratio``: pruning every axis from a checkpoint on disk into a checkpoint on disk (Hugging Face, fp32),
+  and ``prune_live_forward_ratio``: the transforms on the live model, unless ``--quick``; each with its
+  ``_memory_ratio`` and ``_model_ratio``, the peak against the bytes of the unpruned model.
 """
 
 from __future__ import annotations
@@ -32,13 +35,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from nemo_minitron.checkpoints import Checkpoint, load_into
+from nemo_minitron.axes import parameter_count
+from nemo_minitron.checkpoints import Checkpoint, load_into, write_checkpoint
 from nemo_minitron.checkpoints.gguf import convert_gguf
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member
 from nemo_minitron.importance import AGGREGATIONS, Criterion, score_criteria
 from nemo_minitron.importance.hooks import ActivationRecorder
+from nemo_minitron.pruning import DepthPrune, WidthPrune, choose_units, prune_weights, target_shape
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
 from nemo_minitron.runtime.model import build_model
@@ -77,19 +82,25 @@ def plain_forward(chunks: list[Any], blocks: torch.Tensor) -> None:
         )
 
 
+def cost(way: Callable[[], Any]) -> tuple[float, int]:
+    """CPU seconds, and peak bytes above what the process held before."""
+    gc.collect()
+    _LIBC.malloc_trim(0)  # or what one way has freed hides what the next one takes
+    Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM
+    held, started = resident("VmRSS"), time.process_time()
+    way()
+    return time.process_time() - started, resident("VmHWM") - held
+
+
 def take_turns(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, dict[str, list[float]]]:
     """CPU seconds and peak bytes of each way in each turn; a first turn warms up and is left out."""
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bytes": []} for name in ways}
     for turn in range(turns + 1):
         for name, way in ways.items():
-            gc.collect()
-            _LIBC.malloc_trim(0)  # or what one way has freed hides what the next one takes
-            Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM
-            held, started = resident("VmRSS"), time.process_time()
-            way()
+            seconds, peak = cost(way)
             if turn:
-                found[name]["seconds"].append(time.process_time() - started)
-                found[name]["bytes"].append(resident("VmHWM") - held)
+                found[name]["seconds"].append(seconds)
+                found[name]["bytes"].append(peak)
     return found
 
 
@@ -124,7 +135,11 @@ def measure_scoring(checkpoint: Checkpoint, groups: Groups, blocks: torch.Tensor
         ways["taylor"] = score([("sum", "l2")], "taylor")
     found = take_turns(ways, turns)
     forward = found.pop("forward")
-    result: dict[str, Any] = {"forward_seconds": min(forward["seconds"]), "tokens": len(blocks) * SEQUENCE}
+    result: dict[str, Any] = {
+        "forward_seconds": min(forward["seconds"]),
+        "forward_bytes": max(forward["bytes"]),
+        "tokens": len(blocks) * SEQUENCE,
+    }
     for name, taken in found.items():
         turns_ratio = [one / other for one, other in zip(taken["seconds"], forward["seconds"], strict=True)]
         result[f"{name}_forward_ratio"] = round(min(taken["seconds"]) / min(forward["seconds"]), 3)
@@ -133,6 +148,32 @@ def measure_scoring(checkpoint: Checkpoint, groups: Groups, blocks: torch.Tensor
     result["score_state_bytes"], result["units"] = state(chunks, groups, blocks[:MICRO_BATCH, :9])
     if state(chunks, groups, blocks[:MICRO_BATCH, :65])[0] != result["score_state_bytes"]:
         raise SystemExit("the statistics grow with the tokens")
+    return result
+
+
+def measure_pruning(checkpoint: Checkpoint, groups: Groups, scratch: Path, forward: dict[str, Any]) -> Any:
+    """The same shape offline and live, by random units, since choosing is no cost. The smaller of two times each."""
+    target = target_shape(
+        checkpoint.shape,
+        {"num_layers": 26, "hidden_size": 512, "ffn_hidden_size": 1024, "num_query_groups": 2},
+    )
+    kept = choose_units(None, checkpoint.shape, target, method="random")
+
+    def offline(turn: int) -> tuple[float, int]:
+        return cost(lambda: write_checkpoint(prune_weights(checkpoint, kept), scratch / f"pruned-{turn}", "hf"))
+
+    def live(turn: int) -> tuple[float, int]:
+        (chunk,) = build_model(checkpoint.shape, checkpoint.architecture, groups)
+        load_into([chunk], checkpoint, groups)
+        return cost(lambda: WidthPrune(kept)(DepthPrune(kept)(chunk)))
+
+    model_bytes = 4 * parameter_count(checkpoint.family, checkpoint.shape)
+    result = {"pruned_parameters": parameter_count(checkpoint.family, target)}
+    for name, way in (("prune", offline), ("prune_live", live)):
+        seconds, peaks = zip(*(way(turn) for turn in range(2)), strict=True)
+        result[f"{name}_forward_ratio"] = round(min(seconds) / forward["forward_seconds"], 3)
+        result[f"{name}_memory_ratio"] = round(max(peaks) / forward["forward_bytes"], 3)
+        result[f"{name}_model_ratio"] = round(max(peaks) / model_bytes, 3)
     return result
 
 
@@ -161,6 +202,8 @@ def main() -> None:
             vocab_size=checkpoint.shape.vocab_size,
         )
         found = measure_scoring(checkpoint, groups, blocks, 3 if arguments.quick else 5, arguments.quick)
+        if not arguments.quick:
+            found |= measure_pruning(checkpoint, groups, Path(scratch), found)
     for name, value in found.items():
         print(f"{name:32} {value}")
     print(json.dumps({"benchmark": "prune", **found}))

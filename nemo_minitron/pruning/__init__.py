@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_minitron.pruning.choose import choose_units, target_shape
     from nemo_minitron.pruning.kept import load_kept, save_kept
+    from nemo_minitron.pruning.merging import merge_pruned_heads
     from nemo_minitron.pruning.nemo import PruneTransform
+    from nemo_minitron.pruning.rounds import intermediate_shapes
     from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
     from nemo_minitron.pruning.weights import prune_weights
 
@@ -23,7 +25,9 @@ __all__ = [
     "PruneTransform",
     "WidthPrune",
     "choose_units",
+    "intermediate_shapes",
     "load_kept",
+    "merge_pruned_heads",
     "prune_weights",
     "save_kept",
     "target_shape",
@@ -34,7 +38,9 @@ _HOME = {
     "PruneTransform": "nemo",
     "WidthPrune": "transforms",
     "choose_units": "choose",
+    "intermediate_shapes": "rounds",
     "load_kept": "kept",
+    "merge_pruned_heads": "merging",
     "prune_weights": "weights",
     "save_kept": "kept",
     "target_shape": "choose",

@@ -74,8 +74,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
         MinitronError: for a checkpoint or scores that cannot be used, or a target that cannot be reached.
     """
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-    from nemo_minitron.pruning import prune_weights, save_kept, target_shape
-    from nemo_minitron.pruning.merging import merge_pruned_heads
+    from nemo_minitron.pruning import merge_pruned_heads, prune_weights, save_kept, target_shape
 
     checkpoint = open_checkpoint(config.model)
     target = target_shape(checkpoint.shape, _sizes(config), layers_to_drop=config.layers_to_drop)
@@ -222,13 +221,15 @@ def read_scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
 
 def _lineage(config: PruneConfig, scores: Scores | None) -> dict[str, Any]:
     """How the units were chosen, for ``minitron.json``."""
+    vocabulary = {} if config.vocabulary.size is None else {"vocabulary": dataclasses.asdict(config.vocabulary)}
     if config.method == "random":
-        return {"method": config.method, "seed": config.runtime.seed}
+        drop = {} if config.layers_to_drop is None else {"depth": {"layers_to_drop": config.layers_to_drop}}
+        return {"method": config.method, "seed": config.runtime.seed} | drop | vocabulary
     depth = {"criterion": config.depth.criterion, "form": config.depth.form, "scores": config.depth_scores}
     found: dict[str, Any] = {
         "method": config.method,
         "depth": {"layers_to_drop": config.layers_to_drop} if config.layers_to_drop is not None else depth,
-    }
+    } | vocabulary
     if scores is not None:
         aggregation = {"sequence": scores.sequence, "batch": scores.batch}
         found |= {"merge_pruned_heads": config.merge_pruned_heads}

@@ -99,6 +99,26 @@ def test_the_highest_scores_stay(pair, seed):
             assert best(within, [head - group * q for head in heads])
 
 
+def test_experts_and_in_each_its_neurons_by_score():
+    shape = SHAPE.replace(num_moe_experts=5, ffn_hidden_size=6, num_layers=2)
+    scores = random_scores(shape)
+    generator = torch.Generator().manual_seed(2)
+    scores.ffn, scores.experts = torch.rand(2, 5, 6, generator=generator), torch.rand(2, 5, generator=generator)
+    target = shape.replace(num_moe_experts=3, ffn_hidden_size=2)
+    kept = choose_units(scores, shape, target)
+    assert (kept.faults(shape), kept.target(shape), kept.ffn) == ([], target, ((), ()))
+    for layer in (0, 1):
+        assert kept.experts[layer] == tuple(sorted(scores.experts[layer].topk(3).indices.tolist()))
+        for expert, neurons in zip(kept.experts[layer], kept.expert_ffn[layer], strict=True):
+            assert neurons == tuple(sorted(scores.ffn[layer, expert].topk(2).indices.tolist()))
+    assert choose_units(None, shape, target, method="random", seed=1).target(shape) == target
+    scores.ffn[1, 4, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="layer 1 expert 4 ffn: the score of unit 3 is nan"):
+        choose_units(scores, shape, shape.replace(ffn_hidden_size=2))
+    with pytest.raises(ShapeError, match="num_moe_experts=6: the model has only 5"):
+        choose_units(scores, shape, shape.replace(num_moe_experts=6))
+
+
 def test_equal_scores_keep_the_lower_index():
     scores = random_scores(SHAPE)
     scores.hidden = torch.ones(SHAPE.hidden_size)

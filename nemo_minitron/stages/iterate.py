@@ -88,7 +88,7 @@ def run(config: IterateConfig) -> dict[str, Any]:
         config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
     )
     shapes = _shapes(config, shape)
-    journal = _Rounds(_rounds_folder(config), _subject(config, fingerprint(checkpoint), blocks), groups)
+    journal = _Rounds(_rounds_folder(config), _subject(config, fingerprint(checkpoint), blocks, shapes), groups)
     kept, done = journal.resume(shape)
     for number, target in enumerate(shapes[done:], done + 1):
         now = checkpoint if kept is None else prune_weights(checkpoint, kept)
@@ -177,17 +177,14 @@ def _rounds_folder(config: IterateConfig) -> Path:
     return output.with_name(f".{output.name}.rounds")
 
 
-def _subject(config: IterateConfig, weights: str, blocks: torch.Tensor) -> str:
-    """What the rounds are rounds of: any of it changed, they are not gone on with."""
+def _subject(config: IterateConfig, weights: str, blocks: torch.Tensor, shapes: list[ModelShape]) -> str:
+    """What the rounds are rounds of: any of it changed, they are not gone on with. The layout is no part of it."""
     settings = {
         "weights": weights,
         "tokens": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
         "estimator": config.estimator,
         "aggregation": vars(config.aggregation),
-        "target": config.target.given(),
-        "rounds": config.rounds,
-        "spacing": config.spacing,
-        "layout": [config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline],
+        "shapes": [one.to_dict() for one in shapes],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -52,7 +52,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.vocabulary import write_frequencies
+    from nemo_minitron.checkpoints.vocabulary import tokenizer_fingerprint, write_frequencies
     from nemo_minitron.data import build_blocks
 
     checkpoint = open_checkpoint(config.model)
@@ -60,6 +60,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"{config.model}: carries no tokenizer to count with; import the model with its tokenizer"
         )
+    tokenizer_fingerprint(checkpoint.tokenizer)  # refuses at once what could not be trimmed afterwards
     size = checkpoint.shape.vocab_size
     blocks = build_blocks(
         config.data, checkpoint.tokenizer, config.split, blocks=config.blocks, vocab_size=checkpoint.shape.vocab_size

@@ -1,7 +1,7 @@
 """Training a student on its teacher's logits, and on states inside it. See ``docs/distillation.md``.
 
 ``losses`` and ``intermediate`` hold the formulae as the papers write them, ``vocabulary_parallel`` those of logits that
-tensor parallelism has split, ``attach`` those of states on any pipeline stage, ``layers`` which layer learns from which,
-``balance`` their weights, ``teacher`` the frozen model, ``module`` NeMo's module around the student, ``recipe`` the
-training itself. Nothing heavy is imported until one of them is.
+tensor parallelism has split, ``attach`` those of states on any pipeline stage, ``layers`` which layer learns from
+which, ``balance`` their weights, ``teacher`` the frozen model, ``module`` NeMo's module around the student, ``recipe``
+the training itself. Nothing heavy is imported until one of them is.
 """

@@ -73,7 +73,31 @@ def gradients_case(models: str, layouts: dict[str, list[dict[str, Any]]]) -> lis
     return found
 
 
-def step(models: Path, case: str, groups: Any) -> dict[str, Any]:
+def alone_case(models: str) -> dict[str, Any]:
+    """Each case in one process, and what cannot be trained on."""
+    from nemo_minitron.errors import MinitronError
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+
+    groups = initialize(ParallelLayout())
+    found: dict[str, Any] = {case: step(Path(models), case, groups) for case in CASES}
+    for name, fault in (("poisoned", poison), ("recomputed", recompute)):
+        try:
+            step(Path(models), "thin", groups, fault)
+        except MinitronError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def poison(chunk: Any) -> None:
+    with torch.no_grad():
+        chunk.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = float("nan")
+
+
+def recompute(chunk: Any) -> None:
+    chunk.config.recompute_granularity = "full"
+
+
+def step(models: Path, case: str, groups: Any, fault: Any = None) -> dict[str, Any]:
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -105,6 +129,8 @@ def step(models: Path, case: str, groups: Any) -> dict[str, Any]:
     balance.alpha = ALPHA
     chunks = build_model(student.shape, student.architecture, groups)
     load_into(chunks, student, groups)
+    if fault is not None:
+        fault(chunks[0])
     losses = {id(chunk): StudentLosses(plan, chunk, groups, balance) for chunk in chunks}
     for chunk in chunks:
         chunk.config.calculate_per_token_loss = True
@@ -167,16 +193,17 @@ def step(models: Path, case: str, groups: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each case in one process."""
-    out = run_distributed(
-        gradients_case,
-        1,
-        tmp_path_factory.mktemp("one"),
-        timeout=120,
-        models=str(models),
-        layouts={c: [{}] for c in CASES},
-    )
-    return dict(zip(CASES, out[0], strict=True))
+    """What one process finds."""
+    out: dict[str, Any] = run_distributed(
+        alone_case, 1, tmp_path_factory.mktemp("one"), timeout=180, models=str(models)
+    )[0]
+    return out
+
+
+@pytest.mark.slow
+def test_what_cannot_be_trained_on_is_refused(alone: dict[str, Any]) -> None:
+    assert alone["poisoned"].startswith("NonFiniteError: the hidden loss of layer 1 is nan; nothing was updated.")
+    assert alone["recomputed"].startswith("ConfigError: recompute_granularity=full: intermediate losses are taken in")
 
 
 @pytest.mark.slow

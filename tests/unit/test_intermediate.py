@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_minitron.axes import KeptUnits
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.record import write_record
 from nemo_minitron.config import IntermediateConfig, ParallelConfig, load
 from nemo_minitron.distillation.intermediate import attention_relations, hidden_cosine, hidden_mse
 from nemo_minitron.distillation.layers import layer_maps, layer_ranks, proportional
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.pruning.kept import save_kept
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.stages.distill import plan
 
 SHAPE = ModelShape(8, 48, 64, 6, 2, 16, 100)
 
@@ -128,6 +134,28 @@ def test_settings_that_cannot_be(line: str, fault: str, tmp_path: Path) -> None:
         load("distill", file)
     assert fault in str(caught.value)
     assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("cut_from_it", [True, False])
+def test_a_plan_tells_the_layers_and_knows_what_the_student_kept(cut_from_it: bool, tmp_path: Path) -> None:
+    five = SHAPE.replace(num_layers=5)
+    for name, shape in (("s", five), ("t", SHAPE)):
+        (tmp_path / name).mkdir()
+        made = Checkpoint(shape, Architecture(), None, None, tmp_path / name, "hf")  # type: ignore[arg-type]
+        write_record(made, tmp_path / name, dtype="float32", form="hf")
+    source = SHAPE if cut_from_it else SHAPE.replace(hidden_size=64)
+    kept = KeptUnits.everything(source)
+    fields = {n: getattr(kept, n)[:5] for n in ("ffn", "groups", "heads")}
+    save_kept(dataclasses.replace(kept, layers=(0, 2, 4, 5, 7), **fields), source, tmp_path / "s/kept.json")
+    file = tmp_path / "distill.yaml"
+    file.write_text(
+        REST.replace("student: s", f"student: {tmp_path}/s").replace("teacher: t", f"teacher: {tmp_path}/t")
+    )
+    found = plan(load("distill", file, ["intermediate.hidden=mse"]))
+    pairs = "0-0, 1-2, 2-4, 3-5, 4-7" if cut_from_it else "0-1, 1-2, 2-4, 3-5, 4-7"
+    assert f"hidden loss of the layers (student-teacher) {pairs}" in found.notes
+    found = plan(load("distill", file, ["intermediate={hidden: mse, layers: {5: 0}}"]))
+    assert "intermediate.layers: the student has no layer 5; its layers are 0 to 4" in found.faults
 
 
 def test_layers_can_be_given_in_the_file_and_on_the_command_line(tmp_path: Path) -> None:

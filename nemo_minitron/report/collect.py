@@ -162,7 +162,7 @@ def collect(directory: str | Path) -> Run:
         reader = {"score": _scores, "distill": _curve, "evaluate": _evaluation}.get(stage.stage)
         if reader is not None:
             reader(stage, run)
-        if stage.stage in ("import", "prune", "distill"):
+        if stage.stage in ("import", "prune", "iterate", "distill"):
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():
@@ -220,7 +220,7 @@ def _stage_of(path: str, run: Run) -> StageRun | None:
 def _role(stage: StageRun) -> str:
     if stage.stage == "prune":
         return "random" if stage.config.get("method") == "random" else "pruned"
-    return {"import": "teacher", "distill": "distilled", "export": "distilled"}.get(stage.stage, "other")
+    return {"import": "teacher", "iterate": "pruned", "distill": "distilled", "export": "distilled"}.get(stage.stage, "other")
 
 
 def _model(stage: StageRun, run: Run) -> None:

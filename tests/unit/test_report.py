@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.run_dir import LOSSES, STUDENT, write_model, write_run, write_scores, write_stage
+from support.run_dir import LOSSES, STUDENT, write_kept, write_model, write_run, write_scores, write_stage
 
 from nemo_minitron.config import ReportConfig
 from nemo_minitron.errors import ConfigError, DataError
@@ -123,6 +123,14 @@ def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     assert run.remarks == []
     recovery = tables.recoveries(run, run.evaluations[0][1])
     assert [(r.model, r.student, r.teacher) for r in recovery] == [("distilled", "pruned", "teacher")]
+
+
+def test_what_was_pruned_in_rounds_is_pruned(tmp_path: Path) -> None:
+    iterated = write_stage(tmp_path, "iterated", "iterate", seconds=90, minute=3, rounds=4)
+    write_model(iterated, STUDENT)
+    write_kept(iterated)
+    (model,) = collect(tmp_path).models
+    assert (model.role, len(model.kept["layers"])) == ("pruned", 28)
 
 
 def test_the_run_may_have_moved(whole: Path, tmp_path: Path) -> None:

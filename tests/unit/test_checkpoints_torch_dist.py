@@ -318,8 +318,8 @@ def test_a_foreign_nemo_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "u" / "minitron.json").unlink()
     config = tmp_path / "u" / "model_config.yaml"
     text = config.read_text()
-    config.write_text(text.replace("fast-swiglu", "squared-relu").replace("rmsnorm", "layernorm1p"))
-    with pytest.raises(CheckpointError, match=r"normalization='layernorm1p'.*activation='squared-relu'"):
+    config.write_text(text.replace("fast-swiglu", "gelu").replace("rmsnorm", "layernorm"))
+    with pytest.raises(CheckpointError, match=r"normalization='layernorm'.*activation='gelu'"):
         open_checkpoint(tmp_path / "u")
     config.write_text("!!python/object/apply:os.mkdir ['executed']")
     with pytest.raises(CheckpointError, match="cannot be read as plain YAML"):

@@ -105,7 +105,7 @@ def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
         "head_dim": 4,
         "vocab_size": 10,
     }
-    (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape}))
+    (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape, "architecture": {"family": "llama"}}))
     plan = evaluate.plan(config)
     assert [item.what for item in plan.reads] == ["model 'a'", "text 'prose'", "text 'verse'"]
     assert plan.costs["held-out tokens"] == "160 in 10 blocks, for each model"
@@ -114,6 +114,6 @@ def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
     assert any("package 'nope' carries no text" in fault for fault in plan.faults)
     config.parallel = ParallelConfig(pipeline=3, virtual_pipeline=2)
     shape["num_layers"] = 5
-    (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape}))
+    (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape, "architecture": {"family": "llama"}}))
     assert any("num_layers=5 cannot fill 6 stages" in fault for fault in evaluate.plan(config).faults)
     assert any("num_query_groups=1 cannot be split over parallel.tensor=4" in fault for fault in plan.faults)

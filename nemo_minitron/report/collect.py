@@ -220,7 +220,9 @@ def _stage_of(path: str, run: Run) -> StageRun | None:
 def _role(stage: StageRun) -> str:
     if stage.stage == "prune":
         return "random" if stage.config.get("method") == "random" else "pruned"
-    return {"import": "teacher", "iterate": "pruned", "distill": "distilled", "export": "distilled"}.get(stage.stage, "other")
+    return {"import": "teacher", "iterate": "pruned", "distill": "distilled", "export": "distilled"}.get(
+        stage.stage, "other"
+    )
 
 
 def _model(stage: StageRun, run: Run) -> None:

@@ -1,8 +1,8 @@
-"""Latency of shapes, measured on the running device with random weights, and an additive model fitted to a few of them.
+"""Latency of shapes, measured on the running device with random weights, and an additive model fitted to a few.
 
-A prefill runs a batch of whole sequences and fills the cache of keys and values; a decoding step adds one token to each.
-Both are of one process, as Megatron runs them; a serving engine has other kernels, so ratios carry over better than
-times do.
+A prefill runs a batch of whole sequences and fills the cache of keys and values; a decoding step adds one token to
+each. Both are of one process, as Megatron runs them; a serving engine has other kernels, so ratios carry over better
+than times do.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Timer:
 class LatencyCost:
     """Latency as a sum of what it is made of, each part's price fitted to measurements and none below zero.
 
-    Parts: the process itself, the layers, their attention's and their MLPs' weights, attention scores, the output layer.
-    So it never falls when a size grows, as a :data:`~nemo_minitron.search.space.Cost` must not.
+    Parts: the process itself, the layers, their attention's and their MLPs' weights, attention scores, the output
+    layer. So it never falls when a size grows, as a :data:`~nemo_minitron.search.space.Cost` must not.
 
     Args:
         table: of the family.

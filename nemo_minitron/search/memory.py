@@ -1,8 +1,8 @@
 """How many bytes the fullest rank of a layout needs, before anything is built.
 
-For one rank with tensor parallel ``t``, ``b`` sequences of ``s`` tokens in a micro-batch, and sizes named as in the axes
-table (``H`` hidden, ``A`` heads, ``G`` groups, ``d`` channels of a head, ``F`` MLP width, ``V`` vocabulary padded to a
-multiple of ``128 t``):
+For one rank with tensor parallel ``t``, ``b`` sequences of ``s`` tokens in a micro-batch, and sizes named as in the
+axes table (``H`` hidden, ``A`` heads, ``G`` groups, ``d`` channels of a head, ``F`` MLP width, ``V`` vocabulary padded
+to a multiple of ``128 t``):
 
 - weights: every parameter of the stage, what tensor parallelism cuts divided by ``t``. The last of several stages holds
   a copy of tied embeddings.
@@ -13,14 +13,14 @@ multiple of ``128 t``):
 - activations (training): what the forward pass keeps for the backward pass, below, times the micro-batches that the
   one-forward-one-backward schedule has under way in the stage (``stages - stage``; Narayanan et al., arXiv 2104.04473).
 
-Numbers kept for a token and layer, with Megatron's plain layers (``fused=False``), as counted from torch's saved tensors:
-each RMSNorm ``3H + 1`` (input, normalised, output) or LayerNorm ``2H + 2``; attention ``(4A/t)d + (A/t)s`` (query, keys
-and values repeated for each head, probabilities, output) and the rotary tables; a gated MLP ``4F/t``, one without a gate
-``2F/t``; an expert's token ``H + 5F/t`` and ``H + 3F/t``. With fused kernels (Transformer Engine and flash attention) a
-norm keeps ``2H``, attention ``(2A + 2G)d/t`` without probabilities, a gated MLP ``3F/t``; this form follows the same
-count and Korthikanti et al. (arXiv 2205.05198), and was not measured. Sequence parallelism divides the norms' share by
-``t``. With ``recompute`` a layer keeps its input ``H`` alone, and one layer at a time is whole. The last stage adds the
-final norm and the logits, once as they are and once in fp32 where that is another dtype.
+Numbers kept for a token and layer, with Megatron's plain layers (``fused=False``), as counted from torch's saved
+tensors: each RMSNorm ``3H + 1`` (input, normalised, output) or LayerNorm ``2H + 2``; attention ``(4A/t)d + (A/t)s``
+(query, keys and values repeated for each head, probabilities, output) and the rotary tables; a gated MLP ``4F/t``, one
+without a gate ``2F/t``; an expert's token ``H + 5F/t`` and ``H + 3F/t``. With fused kernels (Transformer Engine and
+flash attention) a norm keeps ``2H``, attention ``(2A + 2G)d/t`` without probabilities, a gated MLP ``3F/t``; this form
+follows the same count and Korthikanti et al. (arXiv 2205.05198), and was not measured. Sequence parallelism divides the
+norms' share by ``t``. With ``recompute`` a layer keeps its input ``H`` alone, and one layer at a time is whole. The
+last stage adds the final norm and the logits, once as they are and once in fp32 where that is another dtype.
 
 Not counted: what a library allocates for itself, communication buffers, fragmentation, and in inference the few tensors
 of the layer at work. A distillation holds the teacher's weights besides.

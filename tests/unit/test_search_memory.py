@@ -1,0 +1,105 @@
+"""The memory model against what Megatron and torch allocate, for every family, and its monotony."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.pruning import one_process
+
+from nemo_minitron import axes
+from nemo_minitron.runtime.model import build_model
+from nemo_minitron.search import MemoryCost, Sizes, Workload
+from nemo_minitron.shape import Architecture, ModelShape
+
+SHAPE = ModelShape(3, 48, 80, 8, 4, 12, 250)
+CONSTANTS = {"nemotron": {"rotary_percent": 0.5}, "mixtral": {"moe_router_topk": 2}}
+BATCH, LENGTH = 2, 40
+
+
+def of_family(name: str) -> tuple[ModelShape, Architecture]:
+    shape = SHAPE.replace(num_moe_experts=4) if name == "mixtral" else SHAPE
+    return shape, Architecture(family=name, max_position_embeddings=64, **CONSTANTS.get(name, {}))
+
+
+def saved_bytes(model: torch.nn.Module) -> int:
+    """Bytes that the forward pass and the loss keep for the backward pass, without parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, 250, (BATCH, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def test_against_what_is_allocated():
+    """Weights and cache to the byte, activations within 10 %."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    with one_process() as groups:
+        for name in axes.FAMILIES:
+            shape, architecture = of_family(name)
+            topk, rotary = architecture.moe_router_topk, architecture.rotary_percent
+            (model,) = build_model(shape, architecture, groups, initialize=True)
+            weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+
+            def cost(**how: object) -> MemoryCost:
+                work = Workload(batch_size=BATCH, sequence_length=LENGTH, bytes=4, fused=False, **how)  # type: ignore[arg-type]
+                return MemoryCost(axes.family(name), shape, work, topk=topk, rotary=rotary)  # noqa: B023
+
+            inference = cost().fullest(Sizes.of(shape))
+            context = StaticInferenceContext(BATCH, LENGTH)
+            with torch.no_grad():
+                model(torch.zeros(BATCH, LENGTH, dtype=torch.int64), None, None, inference_context=context)
+            cached = sum(part.nbytes for pair in context.key_value_memory_dict.values() for part in pair)
+            assert (inference.weights, inference.cache) == (weights, cached), name
+
+            training = cost(training=True).fullest(Sizes.of(shape))
+            assert (training.weights, training.gradients, training.optimizer) == (weights, weights, 2 * weights)
+            assert training.activations == pytest.approx(saved_bytes(model), rel=0.1), name
+            model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
+            model.config.recompute_num_layers = 1
+            outside = saved_bytes(model)  # without the one layer that the backward pass computes again
+            again = cost(training=True, recompute=True)
+            one = again._layer(Sizes.of(shape)) * BATCH * LENGTH * 4 - shape.hidden_size * BATCH * LENGTH * 4
+            assert again.fullest(Sizes.of(shape)).activations - one == pytest.approx(outside, rel=0.1), name
+
+
+def test_layouts():
+    """Weights of all ranks are those of the model, and copies; more ranks need less each."""
+    for name in axes.FAMILIES:
+        shape, _ = of_family(name)
+        shape = shape.replace(vocab_size=256, tied_embeddings=True)
+        sizes, table = Sizes.of(shape), axes.family(name)
+        whole = axes.parameter_count(table, shape) * 2
+        assert MemoryCost(table, shape, Workload()).fullest(sizes).weights == whole
+        stages = MemoryCost(table, shape, Workload(pipeline=2)).ranks(sizes)
+        assert sum(rank.weights for rank in stages) == whole + 2 * 256 * 48  # the copy of the tied embedding
+        virtual = MemoryCost(table, shape.replace(num_layers=4), Workload(pipeline=2, virtual_pipeline=2))
+        assert virtual.ranks(sizes._replace(num_layers=4))[0].cache == 2 * 2 * 2 * 512 * 4 * 12
+        split = MemoryCost(table, shape, Workload(tensor=2)).fullest(sizes)
+        assert whole / 2 < split.weights < 0.6 * whole
+        full, shared = (
+            MemoryCost(table, shape, Workload(training=True, tensor=2, data=data, sequence_parallel=True), topk=2)
+            for data in (1, 4)
+        )
+        assert shared.fullest(sizes).optimizer == full.fullest(sizes).optimizer / 4
+        assert shared.fullest(sizes).activations == full.fullest(sizes).activations
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_never_falls_when_a_size_grows(training):
+    shape, _ = of_family("mixtral")
+    work = Workload(training=training, tensor=2, pipeline=2, recompute=training)
+    cost = MemoryCost(axes.family("mixtral"), shape, work, topk=2)
+    smallest = Sizes(16, 2, 2, 2, 2, 8)
+    for name in Sizes._fields:
+        costs = [cost(smallest._replace(**{name: getattr(smallest, name) + more})) for more in range(12)]
+        assert costs == sorted(costs)
+        assert costs[0] < costs[-1]

@@ -1,8 +1,8 @@
-"""NeMo 2's Llama module, trained on a teacher's logits, and states inside it, instead of labels.
+"""NeMo 2's GPT module, trained on a teacher's logits, and states inside it, instead of labels.
 
-:class:`DistillationModel` is a ``LlamaModel`` to NeMo in every way: its checkpoints name ``LlamaModel`` as their class,
-so a checkpoint of a distillation opens with plain NeMo. The teacher lives beside it, outside the module tree: no
-optimizer, no DDP and no checkpoint ever sees it.
+:class:`DistillationModel` is a plain model of its family to NeMo in every way: its checkpoints name ``LlamaModel``,
+``Qwen2Model``, ... as their class, so a checkpoint of a distillation opens with plain NeMo. The teacher lives beside
+it, outside the module tree: no optimizer, no DDP and no checkpoint ever sees it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import fiddle as fdl
 import lightning.pytorch as pl
 import torch
-from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction, MegatronStep
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.live import load_into
+from nemo_minitron.checkpoints.nemo2_config import model_class
 from nemo_minitron.config import IntermediateConfig, LossConfig
 from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
 from nemo_minitron.distillation.balance import Balance
@@ -38,7 +39,7 @@ HIDDEN = "teacher_hidden"
 STATES = "teacher_states"
 
 
-class DistillationModel(LlamaModel):
+class DistillationModel(GPTModel):
     """The student, with its teacher.
 
     Args:
@@ -66,7 +67,7 @@ class DistillationModel(LlamaModel):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: GPTConfig,
         student: Checkpoint,
         teacher: Checkpoint,
         layout: ParallelLayout,
@@ -92,15 +93,15 @@ class DistillationModel(LlamaModel):
         self._teacher: list[Teacher] = []
         self._root: list[DistillationModel] = [self]
 
-    def io_init(self, **kwargs: Any) -> fdl.Config[LlamaModel]:
+    def io_init(self, **kwargs: Any) -> fdl.Config[GPTModel]:
         """What NeMo writes into the context of a checkpoint: the student as the plain model that it is."""
         plain = {name: value for name, value in kwargs.items() if name in ("config", "optim", "tokenizer")}
-        return fdl.Config(LlamaModel, **plain)
+        return fdl.Config(model_class(kwargs["student"].architecture.family), **plain)
 
     def reinit(self) -> DistillationModel:
         """A further chunk of the student, which shares teacher and balance: NeMo asks for one a virtual stage.
 
-        Without this method NeMo would build what the context names, a plain ``LlamaModel``.
+        Without this method NeMo would build what the context names, a plain model.
         """
         chunk = DistillationModel(
             self.config, self._student_checkpoint, self._teacher_checkpoint, self._layout, self._loss

@@ -161,7 +161,7 @@ def distill(
             intermediate losses.
 
     Returns:
-        The last checkpoint, a NeMo 2 directory of a plain ``LlamaModel``.
+        The last checkpoint, a NeMo 2 directory of a plain model of its family.
 
     Raises:
         MinitronError: see :func:`check_pair`; NonFiniteError if the loss is not finite.

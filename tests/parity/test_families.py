@@ -15,7 +15,7 @@ from support.families import SIZES, family_model, some_units
 from support.pruning import DictWeights, live, logits, one_process, tokens
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
 from nemo_minitron.pruning import DepthPrune, WidthPrune, prune_weights
 
@@ -177,10 +177,12 @@ def test_megatrons_own_distributed_checkpoints(family, models, groups, tmp_path)
 
 @pytest.mark.slow
 def test_nemo2_configurations(family, models, tmp_path):
-    """Written, and read without our own record; NeMo's class says the same as the importer of NeMo would."""
+    """NeMo's own class of the family is written, and named by distillations too; our record is not needed."""
     source = open_checkpoint(models(family))
     written = write_checkpoint(source, tmp_path / "nemo2", "nemo2")
     assert (written.shape, written.architecture) == (source.shape, source.architecture)
+    if family == "mixtral":  # farthest from Llama, so NeMo itself opens this one
+        assert verify(source, written).relative < 1e-4
     (tmp_path / "nemo2" / "minitron.json").unlink()
     read = open_checkpoint(tmp_path / "nemo2")
     assert read.shape == source.shape.replace(vocab_size=256)  # no tokenizer: the padded rows
@@ -190,6 +192,14 @@ def test_nemo2_configurations(family, models, tmp_path):
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "nemotron": "Nemotron", "mixtral": "Mixtral"}[family]
     assert config["_target_"].endswith(f".{name}Model")
     assert config["config"]["_target_"].endswith(f".{name}Config")
+
+    from nemo_minitron.checkpoints.nemo2_config import nemo_config
+    from nemo_minitron.distillation.module import DistillationModel
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    made = nemo_config(source.shape, source.architecture, dtype="float32", multiple=128, rows=256)
+    model = DistillationModel(made, source, source, ParallelLayout())
+    assert model.__io__.__fn_or_cls__.__name__ == f"{name}Model"
 
 
 def sizes(chunk: Any) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime.patching import Patch
 
 __all__ = ["PATCHES"]
@@ -107,7 +108,10 @@ def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
         norm = original(cls, plain, *args, **kwargs)
         if config.layernorm_zero_centered_gamma:
             if not isinstance(norm, torch.nn.LayerNorm):
-                raise NotImplementedError(f"{type(norm).__name__} with layernorm_zero_centered_gamma")
+                raise ShapeError(
+                    f"normalization={config.normalization} with layernorm_zero_centered_gamma=True: without CUDA only "
+                    "LayerNorm can have it; set it to False, or run where Transformer Engine is"
+                )
             norm = _ZeroCenteredLayerNorm(norm.normalized_shape, eps=norm.eps)
         if config.sequence_parallel:
             for parameter in norm.parameters():

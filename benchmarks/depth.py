@@ -5,12 +5,12 @@
 For each of three disjoint draws of calibration text (technical prose, Bible, plays), the model is measured without each
 layer and without each block of 4, 6, 10 and 12 neighbouring layers, and scored by block influence. Every way of
 choosing then drops that many of the 30 layers, and what is left is measured, untrained, on held-out text and on the
-questions of `next_verse`. Layers are masked throughout; nothing is pruned on disk. One process, one thread, about an
-hour with the defaults. With ``--output``, results are kept in that file as they come, and a run that was stopped, or is
-to measure more, goes on from it. The last line is JSON:
+questions of `next_verse`. Layers are masked throughout; nothing is pruned on disk. One process, one thread, about half
+an hour with the defaults. With ``--output``, results are kept in that file as they come, and a run that was stopped, or
+is to measure more, goes on from it. The last line is JSON:
 
 - ``layers_run_ratio``: layers run for all candidates with shared beginnings, to those without;
-- ``seconds_per_candidate``;
+- ``seconds_per_candidate``, null with ``--output``, which may have found some of them measured;
 - ``heldout``: by number of layers left and way of choosing, the held-out loss of each draw, and ``accuracy`` likewise
   (null without ``--questions``); ``dropped`` says which layers.
 """
@@ -162,13 +162,16 @@ class Bench:
         single = any(way == ("loss", "lowest") for way in ways.values())
         started = time.monotonic()
         costs = [self.costs(draw, lengths, single) for draw in range(self.draws)]
+        seconds = time.monotonic() - started
         known = [one for part in rounds(count, single=single, block_lengths=lengths) for one in part]
         result: dict[str, Any] = {
             "calibration_tokens": self.samples * SEQUENCE,
             "held_out_tokens": self.held_out[:, 1:].numel(),
             "candidates": len(known) - 1,
             "layers_run_ratio": round(layers_run(count, known) / sum(count - len(one) for one in known), 3),
-            "seconds_per_candidate": round((time.monotonic() - started) / (len(known) * self.draws), 3),
+            "seconds_per_candidate": None
+            if self.kept.path is not None
+            else round(seconds / len(known) / self.draws, 3),
             "unpruned": self.measure([]),
             "heldout": {},
             "accuracy": {},
@@ -220,8 +223,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for results, and to go on from")
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--questions", type=int, default=0, help="questions of next_verse")
-    parser.add_argument("--samples", type=int, default=16, help=f"blocks of {SEQUENCE} calibration tokens of a draw")
-    parser.add_argument("--held-out", type=int, default=32, help=f"blocks of {SEQUENCE} held-out tokens")
+    parser.add_argument("--samples", type=int, default=4, help=f"blocks of {SEQUENCE} calibration tokens of a draw")
+    parser.add_argument("--held-out", type=int, default=16, help=f"blocks of {SEQUENCE} held-out tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if cpu.needed("auto"):

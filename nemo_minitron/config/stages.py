@@ -287,8 +287,8 @@ class PruneConfig(StageConfig):
                 "target: nothing is to be pruned; give at least one size of the target, layers_to_drop or "
                 "vocabulary.size"
             )
-        if self.merge_pruned_heads and self.scores is None:
-            found.append("merge_pruned_heads: needs scores, which say how important the heads are")
+        if self.merge_pruned_heads and (self.scores is None or self.method == "random"):
+            found.append("merge_pruned_heads: needs scores, and a method that goes by them, to know which heads matter")
         measured = self.depth.criterion in ("loss", "task")
         if measured and self.depth_scores is None:
             found.append(

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from support.pruning import SHAPE, DictWeights, random_checkpoint
+from support.pruning import SHAPE, DictWeights, live, one_process, random_checkpoint
 
 from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import NonFiniteError, ShapeError
-from nemo_minitron.pruning import prune_weights
-from nemo_minitron.pruning.merging import head_pairs, merge_pruned_heads
+from nemo_minitron.pruning import WidthPrune, merge_pruned_heads, prune_weights
+from nemo_minitron.pruning.merging import head_pairs
 
 QKV = "decoder.layers.{}.self_attention.linear_qkv.{}"
 
@@ -114,6 +114,17 @@ def test_biases_are_merged_too_and_the_dtype_stays():
     assert merged.weights.tensor(name).dtype is torch.bfloat16
     torch.testing.assert_close(after[::2], 2 * before[::2] - before[1::2], rtol=1e-2, atol=1e-2)
     assert torch.equal(after[1::2], before[1::2])
+
+
+def test_a_live_model_of_merged_heads_is_pruned_like_any_other():
+    checkpoint, importance = random_checkpoint(), torch.arange(32.0).reshape(4, 8) % 5
+    kept = units(SHAPE, ((1,), (2,), (4,), (7,)))
+    merged = merge_pruned_heads(checkpoint, kept, importance)
+    with one_process() as groups:
+        pruned, offline = live(merged, groups), live(prune_weights(merged, kept), groups)
+        WidthPrune(kept)(pruned[0])
+        for ours, theirs in zip(pruned[0].parameters(), offline[0].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_scores_that_do_not_fit_are_refused():

@@ -118,6 +118,23 @@ def test_keeping_everything_changes_no_logit(home, tmp_path):
     assert torch.equal(hf_logits(tmp_path / "same", tokens()), hf_logits(home / "model", tokens()))
 
 
+def test_pruned_heads_are_merged_where_asked(home, tmp_path):
+    target = TargetConfig(num_attention_heads=4)
+    for name, merge in (("plain", False), ("merged", True)):
+        prune.run(prune_config(home, tmp_path / name, target=target, merge_pruned_heads=merge))
+    plain, merged = (open_checkpoint(tmp_path / name) for name in ("plain", "merged"))
+    assert (plain.lineage["merge_pruned_heads"], merged.lineage["merge_pruned_heads"]) == (False, True)
+    different = [
+        name
+        for name in plain.weights.names()
+        if not torch.equal(plain.weights.tensor(name), merged.weights.tensor(name))
+    ]
+    assert different == [f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(3)]
+    for change in ({"method": "random"}, {"scores": None}):
+        faults = prune_config(home, tmp_path / "none", merge_pruned_heads=True, **change).faults()
+        assert any("merge_pruned_heads: needs scores" in fault for fault in faults)
+
+
 def test_random_is_of_the_same_shape_and_other_units(home, tmp_path):
     scored = prune.run(prune_config(home, tmp_path / "scored"))
     random = prune.run(prune_config(home, tmp_path / "random", method="random", scores=None))

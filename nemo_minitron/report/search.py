@@ -22,6 +22,8 @@ _SCALES = {
 def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells, the best candidate first; a column stands where any candidate has its value."""
     columns: list[tuple[str, Any]] = [("candidate", lambda one: one["name"])]
+    ranked = [one for one in search["candidates"] if one["loss"] is not None and one["state"] != "outside"]
+    before = {one["name"]: number for number, one in enumerate(sorted(ranked, key=lambda one: one["loss"]), 1)}
     columns += [("parameters", lambda one: f"{one['parameters'] / 1e6:.1f} M")]
     for key, heading, form in (
         ("memory", "memory", lambda value: f"{value / 2**30:.3f} GiB"),
@@ -37,8 +39,6 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns.append(
         ("rank before", lambda one: str(before[one["name"]]) if one["name"] in before else one["outside"] or "")
     )
-    ranked = [one for one in search["candidates"] if one["loss"] is not None and one["state"] != "outside"]
-    before = {one["name"]: number for number, one in enumerate(sorted(ranked, key=lambda one: one["loss"]), 1)}
     return [heading for heading, _ in columns], [[cell(one) for _, cell in columns] for one in search["candidates"]]
 
 

@@ -271,16 +271,16 @@ class SearchSpace:
     def _prefixes(self, budgets: Sequence[Budget]) -> Iterator[Sizes]:
         """All sizes but the MLP's width (here its smallest), without those that no width brings into budget."""
         names = Sizes._fields[:-1]
-        least = Sizes(*(self.values[name][0] for name in Sizes._fields))
-        most = Sizes(*(self.values[name][-1] for name in Sizes._fields))
+        least = Sizes._make(self.values[name][0] for name in Sizes._fields)
+        most = Sizes._make(self.values[name][-1] for name in Sizes._fields)
 
         def walk(depth: int, prefix: tuple[int | None, ...]) -> Iterator[Sizes]:
             if depth == len(names):
-                yield Sizes(*prefix, self._widths()[0])  # type: ignore[arg-type]
+                yield Sizes._make((*prefix, self._widths()[0]))
                 return
             for value in self._allowed(names[depth], prefix):
                 here = (*prefix, value)
-                low, high = Sizes(*here, *least[depth + 1 :]), Sizes(*here, *most[depth + 1 :])  # type: ignore[arg-type]
+                low, high = (Sizes._make((*here, *rest[depth + 1 :])) for rest in (least, most))
                 if any(budget.cost(low) > budget.high for budget in budgets):
                     break  # the values ascend
                 if not any(budget.cost(high) < budget.low for budget in budgets):

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from nemo_minitron.axes import Family, family
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = [
     "PlannedPath",
@@ -35,6 +35,7 @@ __all__ = [
     "config_hash",
     "human_bytes",
     "human_count",
+    "peek_architecture",
     "peek_family",
     "peek_shape",
     "read_record",
@@ -144,6 +145,15 @@ def peek_family(checkpoint: str | Path) -> Family:
     if found is None:
         raise CheckpointError(f"{checkpoint}: has no minitron.json; open the checkpoint to know its family")
     return found
+
+
+def peek_architecture(checkpoint: str | Path) -> Architecture | None:
+    """The constants that a checkpoint's ``minitron.json`` states, or None where there is none yet.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    return _peek(checkpoint, lambda content: Architecture(**content["architecture"]))
 
 
 def _peek(checkpoint: str | Path, read: Callable[[Any], T]) -> T | None:

@@ -21,11 +21,14 @@ from nemo_minitron.runtime.launch import launch
 from nemo_minitron.search import (
     Budget,
     Journal,
+    LatencyCost,
+    MemoryCost,
     ParameterCost,
     Result,
     SearchSpace,
     ShapeSet,
     Sizes,
+    Workload,
     axis_values,
     spread,
 )
@@ -35,8 +38,10 @@ from nemo_minitron.stages.base import (
     StagePlan,
     check_output,
     hashed_settings,
+    human_bytes,
     human_count,
     parents,
+    peek_architecture,
     peek_family,
     peek_shape,
 )
@@ -52,6 +57,8 @@ __all__ = ["plan", "run"]
 
 logger = logging.getLogger(__name__)
 
+#: Shapes that are timed to fit the latency of all others.
+PROBES = 8
 #: Settings that say which candidates there are, not what is found out about one.
 _NOT_SUBJECT = {"space", "max_candidates", "best", "save_student", "student_layout", "measure_latency", "parallel"}
 
@@ -81,7 +88,7 @@ def plan(config: SearchConfig) -> StagePlan:
     layout = config.parallel
     found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
     try:
-        costs = Costs(config, shape, peek_family(config.model))
+        costs = Costs(config, shape, peek_family(config.model), **_peek_constants(config.model))
         shapes = costs.space().fitting(costs.budgets())
         chosen = [shapes.sizes(position) for position in spread(shapes, config.max_candidates)]
     except MinitronError as error:
@@ -124,12 +131,17 @@ def run(config: SearchConfig) -> dict[str, Any]:
     started = time.monotonic()
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.shape
-    costs = Costs(config, shape, checkpoint.family, experts=checkpoint.architecture.moe_router_topk or 1)
+    constants = checkpoint.architecture
+    costs = Costs(config, shape, checkpoint.family, topk=constants.moe_router_topk, rotary=constants.rotary_percent)
+    # An empty space is told before anything is written or run.
     shapes = costs.space().fitting(costs.budgets())
-    chosen = spread(shapes, config.max_candidates)
     output = _prepared(config)
     journal = Journal(output / "candidates.jsonl", _subject(config))
     known = journal.read()
+    if config.budget.latency_ms is not None:
+        shapes = costs.space().fitting(costs.budgets(_fitted_latency(config, output, journal, costs, shapes)))
+        known = journal.read()
+    chosen = spread(shapes, config.max_candidates)
     names = {shapes.sizes(position).name: shapes.sizes(position) for position in chosen}
     resumed = sum("loss" in known.get(name, {}) for name in names)
     logger.info("%s shapes within the budget, %d to rank", f"{len(shapes):,}", len(names))
@@ -158,12 +170,35 @@ class Costs:
     Args:
         config: of the search.
         shape, table: of the unpruned model.
-        experts: least number of experts.
+        topk: experts that a token is sent to, of a mixture; no shape has fewer.
+        rotary: part of a head's channels that RoPE turns.
     """
 
-    def __init__(self, config: SearchConfig, shape: ModelShape, table: axes.Family, *, experts: int = 1) -> None:
-        self.config, self.shape, self.experts = config, shape, experts
+    def __init__(
+        self,
+        config: SearchConfig,
+        shape: ModelShape,
+        table: axes.Family,
+        *,
+        topk: int | None = None,
+        rotary: float = 1.0,
+    ) -> None:
+        self.config, self.shape, self.table, self.topk = config, shape, table, topk
         self.parameters = ParameterCost(table, shape)
+        budget, layout = config.budget, config.student_layout
+        work = Workload(
+            training=budget.memory_of == "training",
+            batch_size=budget.batch_size,
+            sequence_length=budget.sequence_length,
+            bytes=2 if budget.dtype == "bfloat16" else 4,
+            recompute=budget.recompute,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            data=layout.data,
+            virtual_pipeline=layout.virtual_pipeline,
+            sequence_parallel=layout.sequence_parallel,
+        )
+        self.memory = MemoryCost(table, shape, work, topk=topk, rotary=rotary)
 
     def space(self) -> SearchSpace:
         """The candidates of each axis.
@@ -188,11 +223,11 @@ class Costs:
             values,
             tensor=layout.tensor,
             pipeline=layout.pipeline * (layout.virtual_pipeline or 1),
-            experts=self.experts,
+            experts=self.topk or 1,
         )
 
-    def budgets(self) -> list[Budget]:
-        """Those that need no measurement."""
+    def budgets(self, latency: LatencyCost | None = None) -> list[Budget]:
+        """Those of parameters and memory, and where it is known, of fitted latency (with room for the fit's error)."""
         budget, found = self.config.budget, []
         wanted = budget.parameters
         if budget.share is not None:
@@ -207,7 +242,45 @@ class Costs:
                     human_count,
                 )
             )
+        floor = budget.floor if wanted is None else 0.0
+        if budget.memory_gib is not None:
+            high = budget.memory_gib * 2**30
+            found.append(Budget("memory_gib", floor * high, high, self.memory, human_bytes))
+        if budget.latency_ms is not None and latency is not None:
+            high = budget.latency_ms / 1000
+            room = min(latency.error, 0.5)
+            found.append(
+                Budget(
+                    "latency_ms", floor * high * (1 - room), high * (1 + room), latency, lambda s: f"{1000 * s:.1f} ms"
+                )
+            )
         return found
+
+
+def _peek_constants(model: str) -> dict[str, Any]:
+    """What the costs need of a checkpoint's constants, from its record alone."""
+    found = peek_architecture(model)
+    return {} if found is None else {"topk": found.moe_router_topk, "rotary": found.rotary_percent}
+
+
+def _fitted_latency(
+    config: SearchConfig, output: Path, journal: Journal, costs: Costs, shapes: ShapeSet
+) -> LatencyCost:
+    """Latency of every shape, fitted to the unpruned model's and to that of a few shapes spread over all."""
+    probes = [shapes.sizes(position) for position in spread(shapes, PROBES)]
+    known = journal.read()
+    missing = [sizes for sizes in probes if "prefill" not in known.get(sizes.name, {})]
+    if missing:
+        _rank(config, output, Work(missing, timed_only=True))
+        known = journal.read()
+    what = config.budget.latency_of
+    measured = [(sizes, known[sizes.name][what]) for sizes in probes]
+    # The unpruned model was timed in turn with each of them.
+    ratios = [known[sizes.name][what] / known[sizes.name][f"{what}_ratio"] for sizes in probes]
+    measured.append((Sizes.of(costs.shape), sorted(ratios)[len(ratios) // 2]))
+    fitted = LatencyCost(costs.table, costs.shape, measured, topk=costs.topk)
+    logger.info("latency fitted to %d shapes, largest error %.1f %%", len(measured), 100 * fitted.error)
+    return fitted
 
 
 def _subject(config: SearchConfig) -> dict[str, Any]:
@@ -297,10 +370,15 @@ def _results(
 ) -> list[Result]:
     """What is known of each candidate of this search."""
     fields = {one.name for one in dataclasses.fields(Result)} - {"sizes", "parameters", "memory", "outside"}
-    found = []
+    budget, found = config.budget, []
     for name, sizes in names.items():
         values = {key: value for key, value in known.get(name, {}).items() if key in fields}
-        found.append(Result(sizes, costs.parameters(sizes), **values))
+        measured, outside = values.get(budget.latency_of), None
+        if budget.latency_ms is not None and measured is not None and 1000 * measured > budget.latency_ms:
+            outside = f"{budget.latency_of} {1000 * measured:.1f} ms"
+        found.append(
+            Result(sizes, costs.parameters(sizes), memory=round(costs.memory(sizes)), outside=outside, **values)
+        )
     return found
 
 

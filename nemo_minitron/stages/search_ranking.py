@@ -42,15 +42,19 @@ class Work:
     Attributes:
         candidates: to measure.
         distilled: of a single candidate, its distilled checkpoint; then that is measured.
+        timed_only: measure latency alone.
     """
 
     candidates: list[Sizes]
     distilled: str | None = None
+    timed_only: bool = False
 
     @property
     def name(self) -> str:
         """Of its log folder."""
-        return "ranking" if self.distilled is None else f"distilled-{self.candidates[0].name}"
+        if self.distilled is not None:
+            return f"distilled-{self.candidates[0].name}"
+        return "latency" if self.timed_only else "ranking"
 
     def save(self, config: SearchConfig, folder: Path) -> None:
         """Write it where its ranks look for it, with the search's configuration."""
@@ -62,7 +66,8 @@ class Work:
     def load(cls, folder: Path) -> Work:
         """Read what :meth:`save` wrote."""
         content = json.loads((folder / _FILE).read_text())
-        return cls([Sizes(*sizes) for sizes in content["candidates"]], content["distilled"])
+        content["candidates"] = [Sizes(*sizes) for sizes in content["candidates"]]
+        return cls(**content)
 
 
 def run(config: SearchConfig) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
         if groups.is_main:
             journal.append(work.candidates[0].name, distilled_loss=values["loss"])
         return {"candidates": 1}
-    ranking = _Ranking(config, checkpoint, blocks, groups, journal)
+    ranking = _Ranking(config, checkpoint, blocks, groups, journal, timed_only=work.timed_only)
     with progress_bar("ranking", len(work.candidates) + 1, shown=groups.is_main) as advance:
         ranking.measure(BASE, Sizes.of(checkpoint.shape))
         advance(1)
@@ -104,10 +109,31 @@ def run(config: SearchConfig) -> dict[str, Any]:
 
 class _Ranking:
     def __init__(
-        self, config: SearchConfig, checkpoint: Checkpoint, blocks: torch.Tensor, groups: Groups, journal: Journal
+        self,
+        config: SearchConfig,
+        checkpoint: Checkpoint,
+        blocks: torch.Tensor,
+        groups: Groups,
+        journal: Journal,
+        *,
+        timed_only: bool,
     ) -> None:
+        import torch
+
+        from nemo_minitron.search import Timer
         from nemo_minitron.stages.prune import read_scores
 
+        self.timed_only = timed_only
+        self.timer: Timer | None = None
+        if config.timed:
+            self.timer = Timer(
+                checkpoint.shape,
+                checkpoint.architecture,
+                groups,
+                batch_size=config.budget.batch_size,
+                sequence_length=config.budget.sequence_length,
+                dtype=getattr(torch, config.runtime.dtype),
+            )
         self.config, self.checkpoint, self.blocks, self.groups = config, checkpoint, blocks, groups
         self.journal = journal
         self.known = _lines(journal.path)
@@ -115,14 +141,21 @@ class _Ranking:
         self.scores = read_scores(self.choice, checkpoint)
 
     def measure(self, name: str, sizes: Sizes) -> None:
-        """The loss of a candidate, unless the journal has it."""
+        """The loss of a candidate, and its latency where that is asked for, unless the journal has them."""
         from nemo_minitron.pruning import prune_weights
         from nemo_minitron.stages.prune import kept_units
 
         known = self.known.get(name, {})
         target = self.checkpoint.shape.replace(**sizes._asdict())
         values: dict[str, Any] = {}
-        if "loss" not in known:
+        if "prefill" not in known and self.timer is not None:
+            ours, unpruned = self.timer.measure(target)
+            values |= {"prefill": ours.prefill, "decode": ours.decode}
+            values |= {
+                "prefill_ratio": ours.prefill / unpruned.prefill,
+                "decode_ratio": ours.decode / unpruned.decode,
+            }
+        if "loss" not in known and not self.timed_only:
             pruned = self.checkpoint
             if target != self.checkpoint.shape:
                 pruned = prune_weights(self.checkpoint, kept_units(self.choice, self.checkpoint, target, self.scores))

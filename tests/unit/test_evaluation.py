@@ -111,8 +111,8 @@ def test_sequence_parallel_needs_a_multiple() -> None:
 
 
 def test_padding_rows_do_not_count() -> None:
-    from nemo_minitron.runtime.forward import mask_padding
     from nemo_minitron.runtime import cpu, groups
+    from nemo_minitron.runtime.forward import mask_padding
 
     cpu.activate()
     try:

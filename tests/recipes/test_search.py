@@ -1,0 +1,182 @@
+"""``minitron search`` from a model to the best shape, stopped on the way and gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.checkpoints import tiny_checkpoint
+from support.pruning import one_process
+from support.text import write_jsonl
+
+from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.config import STAGES, ScoreConfig, SearchConfig, load
+from nemo_minitron.errors import ConfigError, MinitronError, ShapeError
+from nemo_minitron.stages import score, search, search_ranking
+
+SIZES = {"num_hidden_layers": 3, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in the working format, text for it, and its scores."""
+    from nemo_minitron.checkpoints import write_checkpoint
+
+    home = tmp_path_factory.mktemp("search")
+    write_checkpoint(open_checkpoint(tiny_checkpoint(home / "hf", **SIZES)), home / "model", "nemo2")
+    words = torch.randint(0, 125, (120, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    write_jsonl(home / "text.jsonl", [" ".join(f"w{number}" for number in row) for row in words])
+    settings = yaml.safe_load(SETTINGS.format(home=home))
+    (home / "score.yaml").write_text(
+        yaml.safe_dump({key: settings[key] for key in ("model", "data", "samples")} | {"output": str(home / "scores")})
+    )
+    scoring = load("score", home / "score.yaml", [])
+    assert isinstance(scoring, ScoreConfig)
+    with one_process():
+        score.run(scoring)
+    return home
+
+
+SETTINGS = """
+model: {home}/model
+scores: {home}/scores
+output: {home}/out
+space:
+  num_layers: {{min: 2}}
+  ffn_hidden_size: {{min: 16, multiple: 16}}
+budget: {{share: 0.85, tolerance: 0.2}}
+max_candidates: 3
+samples: 4
+micro_batch_size: 2
+best: 2
+distill: {{steps: 2, global_batch_size: 2, warmup_steps: 0}}
+data:
+  sources: [{{name: text, path: {home}/text.jsonl}}]
+  sequence_length: 16
+  calibration_fraction: 0.3
+  held_out_fraction: 0.2
+  cache_dir: {home}/cache
+runtime: {{threads: 1}}
+"""
+
+
+def config(home: Path, output: str, *overrides: str) -> SearchConfig:
+    path = home / "search.yaml"
+    path.write_text(SETTINGS.format(home=home))
+    found = load("search", path, [f"output={home / output}", *overrides])
+    assert isinstance(found, SearchConfig)
+    return found
+
+
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Rankings run in this process instead of one of their own; each is noted."""
+    ran: list[str] = []
+
+    def launch(module: str, arguments: list[str], *, folder: Path, **_: Any) -> None:
+        assert arguments == ["search", "search_ranking"]
+        ran.append(folder.name)
+        monkeypatch.setattr(search_ranking, "job_folder", lambda: folder)
+        settings = load("search", folder / "config.yaml", [])
+        assert isinstance(settings, SearchConfig)
+        with one_process():
+            search_ranking.run(settings)
+
+    monkeypatch.setattr(search, "launch", launch)
+    return ran
+
+
+def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | None = None) -> list[str]:
+    """Pruning and distilling that hand the teacher on, or fail at the given call."""
+    import shutil
+
+    calls: list[str] = []
+
+    def run_stage(stage: Any, on_output: Any = None) -> dict[str, Any]:
+        if fail_at is not None and len(calls) == fail_at:
+            raise MinitronError("stopped")
+        calls.append(f"{stage.STAGE} {Path(stage.output).parent.name}")
+        target = Path(stage.output) / ("model" if stage.STAGE == "distill" else "")
+        shutil.copytree(home / "model", target, dirs_exist_ok=True)
+        return {}
+
+    monkeypatch.setattr(search, "run_stage", run_stage)
+    return calls
+
+
+def test_a_stopped_search_goes_on_candidate_by_candidate(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = here(monkeypatch)
+    calls = fake_stages(monkeypatch, home, fail_at=3)
+    with pytest.raises(MinitronError, match="stopped"):
+        search.run(config(home, "stopped"))
+    first = list(calls)
+    assert len(first) == 3 and ran[0] == "ranking" and ran[1].startswith("distilled-")
+    journal = (home / "stopped/candidates.jsonl").read_text()
+    with (home / "stopped/candidates.jsonl").open("a") as stream:
+        stream.write('{"name": "l2-h48')  # what a kill may leave
+
+    calls = fake_stages(monkeypatch, home)
+    metrics = search.run(config(home, "stopped"))
+    assert metrics["candidates"] == metrics["resumed"] == metrics["ranked"] == 3 and metrics["distilled"] == 2
+    assert [name for name in ran if name == "ranking"] == ["ranking"], "the ranking is not repeated"
+    assert not set(calls) & set(first[:2]), "a finished candidate is not distilled again"
+    assert (home / "stopped/candidates.jsonl").read_text().startswith(journal)
+    found = json.loads((home / "stopped/search.json").read_text())
+    assert {one["state"] for one in found["candidates"]} == {"ranked", "distilled"}
+    best = yaml.safe_load((home / "stopped/best.yaml").read_text())["target"]
+    assert best["num_layers"] in (2, 3)
+    assert "kept" not in best
+    assert (home / "stopped/search.md").stat().st_size > 200
+    assert (home / "stopped/pareto.png").stat().st_size > 5000
+
+    with pytest.raises(ConfigError, match="made with other settings"):
+        search.run(config(home, "stopped", "samples=3"))
+
+
+def test_memory_and_latency_are_budgets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = here(monkeypatch)
+    fake_stages(monkeypatch, home)
+    timed = config(
+        home, "latency", "budget.share=null", "budget.latency_ms=1000000", "budget.floor=0", "best=0",
+        "budget.sequence_length=16",
+    )  # fmt: skip
+    search.run(timed)
+    assert ran[0] == "latency" and ran[1] == "ranking"
+    found = json.loads((home / "latency/search.json").read_text())
+    assert all(one["prefill"] > 0 and one["decode"] > 0 and one["memory"] > 0 for one in found["candidates"])
+    with pytest.raises((MinitronError, ShapeError), match="latency_ms"):
+        search.run(config(home, "fast", "budget.share=null", "budget.latency_ms=0.0001", "best=0"))
+
+    sizes = [one["memory"] for one in found["candidates"]]
+    limit = (min(sizes) + max(sizes)) / 2 / 2**30
+    small = config(
+        home, "memory", "budget.share=null", f"budget.memory_gib={limit}", "budget.floor=0", "best=0",
+        "budget.sequence_length=16",
+    )  # fmt: skip
+    search.run(small)
+    found = json.loads((home / "memory/search.json").read_text())
+    assert found["candidates"] and all(one["memory"] <= limit * 2**30 for one in found["candidates"])
+
+
+@pytest.mark.slow
+def test_search_end_to_end(home: Path) -> None:
+    """Everything in processes of its own, as the command runs it."""
+    metrics = search.run(config(home, "whole", "max_candidates=2", "best=1", "save_student=true"))
+    assert metrics["distilled"] == 1
+    assert metrics["distilled_loss"] > 0
+    found = json.loads((home / "whole/search.json").read_text())
+    best = next(one for one in found["candidates"] if one["name"] == found["best"])
+    student = open_checkpoint(home / "whole/candidates" / found["best"] / "distilled/model")
+    assert student.shape.ffn_hidden_size == best["sizes"]["ffn_hidden_size"]
+
+
+def test_the_plan_counts_and_refuses(home: Path) -> None:
+    plan = search.plan(config(home, "plan"))
+    assert not plan.faults
+    assert "within the budget" in plan.costs["shapes"]
+    empty = search.plan(config(home, "plan", "budget.share=0.01"))
+    assert any("parameters" in fault for fault in empty.faults)
+    assert "search" in STAGES

@@ -165,7 +165,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     A SHA-256, in hexadecimal and cut to 32 digits, over the shape, all normalisation weights and the last layer's
     matrices, as float32: the same for every format and parallel layout of the same weights, different after training.
     """
-    digest = hashlib.sha256(json.dumps(checkpoint.shape.to_dict(), sort_keys=True).encode())
+    # Sizes that a model does not have are left out, so that a size which only other families have changes nothing.
+    sizes = {name: size for name, size in checkpoint.shape.to_dict().items() if size is not None}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
     for name, row, layer in parameters(checkpoint.family, checkpoint.shape):
         if len(row.axes) == 1 or layer == checkpoint.shape.num_layers - 1:
             digest.update(name.encode())

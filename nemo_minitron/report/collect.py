@@ -100,7 +100,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ScoreSet:
-    """Scores of one ``score`` stage: arrays ``ffn [L, F], heads [L, A], groups [L, G], hidden [H], layers [L]``."""
+    """Scores of one ``score`` stage: arrays ``ffn [L, F]`` or ``[L, E, F]``, ``heads [L, A]``, ..."""
 
     name: str
     arrays: dict[str, np.ndarray]

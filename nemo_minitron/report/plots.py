@@ -180,11 +180,22 @@ def training(run: Run, curve: Curve) -> Figure | None:
     )
 
 
+_LAYER_SCORES = {
+    "activation": (
+        "Block influence",
+        "1 − cosine of a layer's input and output: how much it changes the residual stream.",
+    ),
+    "taylor": ("First-order Taylor", "The loss's gradient times what a layer adds to the residual stream."),
+    "magnitude": ("Magnitude", "L2 norm of a layer's weights."),
+}
+
+
 def layers(scores: ScoreSet, run: Run) -> Figure | None:
-    """Block influence of each layer; layers that the scored pruning dropped are pale."""
+    """Each layer's score; layers that the scored pruning dropped are pale."""
     if "layers" not in scores.arrays:
         return None
     values = scores.arrays["layers"]
+    what, meaning = _LAYER_SCORES[scores.info.get("estimator", "activation")]
     dropped = set() if run.kept is None else set(range(len(values))) - set(run.kept["layers"])
 
     def draw(canvas: Canvas, theme: Theme) -> None:
@@ -195,7 +206,7 @@ def layers(scores: ScoreSet, run: Run) -> Figure | None:
                 layer, value, color=theme.colour("random" if gone else "teacher"), width=0.78, alpha=0.55 if gone else 1
             )
         axes.set_xlabel("layer")
-        axes.set_ylabel("block influence")
+        axes.set_ylabel(what.lower())
         axes.set_xlim(-0.7, len(values) - 0.3)
         axes.locator_params(axis="x", integer=True)
         clean(axes, theme, grid="y")
@@ -206,16 +217,18 @@ def layers(scores: ScoreSet, run: Run) -> Figure | None:
         f"layers-{scores.name}",
         draw,
         (6.0, 2.5),
-        alt=f"Block influence by layer; lowest: layers {', '.join(map(str, order[:3]))}.",
-        caption=f"1 − cosine of a layer's input and output: how much it changes the residual stream.{note}",
+        alt=f"{what} by layer; lowest: layers {', '.join(map(str, order[:3]))}.",
+        caption=f"{meaning}{note}",
     )
 
 
 def neurons(scores: ScoreSet, run: Run) -> Figure | None:
-    """FFN scores: layers down, neurons from highest to lowest across."""
+    """FFN scores: layers (of a mixture: experts, layer by layer) down, neurons from highest to lowest across."""
     if "ffn" not in scores.arrays:
         return None
-    ordered = -np.sort(-scores.arrays["ffn"], axis=1)
+    values = scores.arrays["ffn"]
+    ordered = -np.sort(-values.reshape(-1, values.shape[-1]), axis=1)
+    rows = "layer" if values.ndim == 2 else "expert, layer by layer"
     sizes = {model.shape.ffn_hidden_size for model in run.models if model.role == "pruned"}
     kept = sizes.pop() if len(sizes) == 1 else None
 
@@ -228,7 +241,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
                 f"{kept:,} kept", (kept, 0), (-6, -6), textcoords="offset points", ha="right", va="top", color="white"
             )
         axes.set_xlabel("neurons, by falling score")
-        axes.set_ylabel("layer")
+        axes.set_ylabel(rows)
         _bar(canvas, image, axes, theme)
         clean(axes, theme, grid=None)
 
@@ -236,7 +249,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
         f"neurons-{scores.name}",
         draw,
         (6.0, 3.2),
-        alt=f"Heat map of the scores of {ordered.shape[1]} FFN neurons in each of {ordered.shape[0]} layers.",
+        alt=f"Heat map of the scores of {ordered.shape[1]} FFN neurons in each {rows} ({ordered.shape[0]} rows).",
         caption="FFN neurons. Colour: log₁₀ of the score. Right of the dashed line a pruned layer loses its neurons.",
     )
 

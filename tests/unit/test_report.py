@@ -240,3 +240,18 @@ def test_durations(seconds: float, text: str) -> None:
 def test_sizes_and_counts() -> None:
     assert [tables.size(n) for n in (None, 12, 1536, 5 * 2**30)] == ["–", "12 B", "1.5 KiB", "5.00 GiB"]
     assert [tables.count(n) for n in (999, 134_515_008, 7e12)] == ["999", "134.5 M", "7.0 T"]
+
+
+def test_scores_of_a_mixture_and_of_other_estimators_are_drawn(tmp_path: Path) -> None:
+    """Neurons of experts have a dimension more, and layers are not always scored by block influence."""
+    import numpy as np
+
+    from nemo_minitron.report import plots
+    from nemo_minitron.report.collect import ScoreSet
+
+    run = collect(write_run(tmp_path / "run"))
+    arrays = {"ffn": np.random.default_rng(0).random((3, 4, 10)), "layers": np.array([0.1, 0.3, 0.2])}
+    scores = ScoreSet("mixture", arrays, {"estimator": "taylor"})
+    neurons, layers = plots.neurons(scores, run), plots.layers(scores, run)
+    assert neurons is not None and "(12 rows)" in neurons.alt
+    assert layers is not None and layers.alt.startswith("First-order Taylor")

@@ -235,7 +235,7 @@ def main() -> None:
         bench = Bench(checkpoint, groups, arguments)
         if arguments.quick:
             ways = {name: way for name, way in WAYS.items() if way != ("loss", "lowest")}
-            found = bench.compare([14], ways)
+            found = bench.compare([10], ways)
         else:
             found = bench.compare([26, 24, 20, 18], WAYS)
     for depth, by_way in found["heldout"].items():

@@ -30,5 +30,11 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout,
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
         faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
+    if student.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
+        # megatron.core.transformer.moe.moe_layer raises so, in training alone
+        faults.append(
+            "student: Megatron trains a mixture of experts under tensor parallelism with sequence parallelism only; set "
+            "parallel.sequence_parallel=true, or parallel.tensor=1"
+        )
     if faults:
         raise ShapeError(faults)

@@ -55,3 +55,10 @@ def test_every_fault_of_the_layout_is_named() -> None:
     assert "it fits parallel.tensor in [1, 3, 7, 9, 21, 63]" in text
     assert "student: num_layers=1 cannot fill 4 stages (parallel.pipeline, times virtual_pipeline)" in text
     assert "teacher: num_layers=3 cannot fill 4 stages" in text
+
+
+def test_a_mixture_under_tensor_parallelism_wants_sequence_parallelism() -> None:
+    pair = model("s", num_moe_experts=4), model("t", num_moe_experts=4)
+    with pytest.raises(ShapeError, match=r"set parallel\.sequence_parallel=true"):
+        check_pair(*pair, ParallelLayout(tensor=2), 8)
+    check_pair(*pair, ParallelLayout(tensor=2, sequence_parallel=True), 8)

@@ -33,8 +33,8 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout,
     if student.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
         # megatron.core.transformer.moe.moe_layer raises so, in training alone
         faults.append(
-            "student: Megatron trains a mixture of experts under tensor parallelism with sequence parallelism only; set "
-            "parallel.sequence_parallel=true, or parallel.tensor=1"
+            "student: Megatron trains a mixture of experts under tensor parallelism only with sequence "
+            "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
         )
     if faults:
         raise ShapeError(faults)

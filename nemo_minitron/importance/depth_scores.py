@@ -12,6 +12,8 @@ from typing import Any
 
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, ShapeError
 from nemo_minitron.importance.candidates import Candidate
+from nemo_minitron.importance.subject import check_subject
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["FILE_NAME", "DepthScores", "Journal", "Measurement"]
@@ -95,14 +97,12 @@ class DepthScores:
             ShapeError: if the sizes differ.
             CheckpointError: if the weights differ.
         """
-        ours, theirs = self.shape.to_dict(), shape.to_dict()
-        if faults := [f"{k}: {ours[k]} in {where}, {theirs[k]} in the model" for k in ours if ours[k] != theirs[k]]:
-            raise ShapeError([f"{fault}; run `minitron depth` on this model first" for fault in faults])
-        if None not in (self.fingerprint, model_fingerprint) and self.fingerprint != model_fingerprint:
-            raise CheckpointError(
-                f"{where}: made from other weights (fingerprint {self.fingerprint}) than the model's "
-                f"({model_fingerprint}); run `minitron depth` on this model first"
-            )
+        check_subject(
+            (self.shape, self.fingerprint),
+            (shape, model_fingerprint),
+            where=where,
+            remedy="run `minitron depth` on this model first",
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write :data:`FILE_NAME` into a directory, whole or not at all."""
@@ -120,12 +120,7 @@ class DepthScores:
                 {"layers": layers, **_values(one)} for layers, one in sorted(self.measured.items()) if layers
             ],
         }
-        aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
-        try:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        replace_file(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> DepthScores:
@@ -215,9 +210,7 @@ class Journal:
                 whole.append(line)
         if whole != lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_name(f"{self.path.name}.partial.{os.getpid()}")
-            aside.write_bytes(b"\n".join(whole) + b"\n")
-            aside.replace(self.path)
+            replace_file(self.path, b"\n".join(whole) + b"\n")
         elif self.path.stat().st_size != sum(len(line) + 1 for line in lines):
             os.truncate(self.path, sum(len(line) + 1 for line in lines))
         self.resumed = len(found.keys() - {()})

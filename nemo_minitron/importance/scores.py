@@ -15,6 +15,7 @@ from nemo_minitron.axes import parameters
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
+from nemo_minitron.importance.subject import check_subject
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["Scores", "fingerprint", "save_criteria"]
@@ -85,14 +86,9 @@ class Scores:
             ShapeError: if the sizes differ.
             CheckpointError: if the weights differ.
         """
-        ours, theirs = self.shape.to_dict(), shape.to_dict()
-        if faults := [f"{k}: {ours[k]} in {where}, {theirs[k]} in the model" for k in ours if ours[k] != theirs[k]]:
-            raise ShapeError([f"{fault}; score this model first" for fault in faults])
-        if None not in (self.fingerprint, model_fingerprint) and self.fingerprint != model_fingerprint:
-            raise CheckpointError(
-                f"{where}: made from other weights (fingerprint {self.fingerprint}) than the model's "
-                f"({model_fingerprint}); score this model first"
-            )
+        check_subject(
+            (self.shape, self.fingerprint), (shape, model_fingerprint), where=where, remedy="score this model first"
+        )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the directory ``path`` with ``scores.safetensors`` and ``scores.json``: whole, or not at all.

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["FILE_NAME", "load_kept", "read_kept", "save_kept"]
@@ -37,12 +38,7 @@ def save_kept(kept: KeptUnits, shape: ModelShape, path: str | Path) -> None:
             "vocab": kept.vocab,
         },
     }
-    aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(path, json.dumps(content) + "\n")
 
 
 def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:

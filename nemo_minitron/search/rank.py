@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.search.space import Sizes
 
-__all__ = ["FILE_NAME", "Journal", "Result", "kendall_tau", "pareto_front", "read_search", "write_aside"]
+__all__ = ["FILE_NAME", "Journal", "Result", "kendall_tau", "pareto_front", "read_search"]
 
 FILE_NAME = "search.json"
 FORMAT_VERSION = 1
@@ -125,17 +126,7 @@ class Journal:
 
     def _write(self, lines: Sequence[bytes]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(self.path, b"\n".join(lines) + b"\n")
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        replace_file(self.path, b"\n".join(lines) + b"\n")
 
 
 def _differences(before: bytes, now: str) -> str:

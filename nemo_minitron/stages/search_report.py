@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from nemo_minitron.config import SearchConfig
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.search import Result, Sizes, kendall_tau, pareto_front
-from nemo_minitron.search.rank import FILE_NAME, FORMAT_VERSION, write_aside
+from nemo_minitron.search.rank import FILE_NAME, FORMAT_VERSION
 
 __all__ = ["write_results"]
 
@@ -62,12 +63,12 @@ def write_results(
     }
     if left_out:
         lines = [json.dumps({"name": sizes.name, **sizes._asdict()}) for sizes in left_out]
-        write_aside(output / "left_out.jsonl", "\n".join(lines) + "\n")
-    write_aside(output / "search.md", table(content))
+        replace_file(output / "left_out.jsonl", "\n".join(lines) + "\n")
+    replace_file(output / "search.md", table(content))
     if (figure := pareto(content)) is not None:
-        write_aside(output / "pareto.png", figure.light)
-    write_aside(output / "best.yaml", _best(config, output, best))
-    write_aside(output / FILE_NAME, json.dumps(content, indent=2) + "\n")
+        replace_file(output / "pareto.png", figure.light)
+    replace_file(output / "best.yaml", _best(config, output, best))
+    replace_file(output / FILE_NAME, json.dumps(content, indent=2) + "\n")
     return content
 
 

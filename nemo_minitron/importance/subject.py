@@ -1,0 +1,32 @@
+"""Whether scores are those of a given model."""
+
+from __future__ import annotations
+
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["check_subject"]
+
+
+def check_subject(
+    scored: tuple[ModelShape, str | None], model: tuple[ModelShape, str | None], *, where: str, remedy: str
+) -> None:
+    """Make sure that scores were made from a given model.
+
+    Args:
+        scored, model: shape and fingerprint of the model that was scored, and of the one that is meant; a fingerprint
+            that is None leaves the weights unchecked.
+        where: what the error calls the scores.
+        remedy: how to come by the right ones.
+
+    Raises:
+        ShapeError: if the sizes differ.
+        CheckpointError: if the weights differ.
+    """
+    ours, theirs = scored[0].to_dict(), model[0].to_dict()
+    if faults := [f"{k}: {ours[k]} in {where}, {theirs[k]} in the model" for k in ours if ours[k] != theirs[k]]:
+        raise ShapeError([f"{fault}; {remedy}" for fault in faults])
+    if None not in (scored[1], model[1]) and scored[1] != model[1]:
+        raise CheckpointError(
+            f"{where}: made from other weights (fingerprint {scored[1]}) than the model's ({model[1]}); {remedy}"
+        )

@@ -75,6 +75,20 @@ class ParallelConfig:
         """Number of processes."""
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, virtual ones counted."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def sequence_faults(self, length: int) -> list[str]:
+        """Why sequences of ``data.sequence_length`` cannot be sharded over the tensor-parallel ranks."""
+        if not self.sequence_parallel or length % self.tensor == 0:
+            return []
+        return [
+            f"data.sequence_length={length}: cannot be split over parallel.tensor={self.tensor}; set a multiple of it, "
+            "or parallel.sequence_parallel=false"
+        ]
+
     def faults(self) -> list[str]:
         """Sizes below 1 and options that need a size above 1."""
         found = positive(self, "tensor", "pipeline", "data", "virtual_pipeline")

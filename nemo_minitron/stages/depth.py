@@ -55,16 +55,11 @@ def plan(config: DepthConfig) -> StagePlan:
         found.reads.append(PlannedPath(config.task.path, "task"))
     if config.task.given is not None:
         found.notes.append("FLOPs are those of the loss; the task adds its own, by the tokens of its choices")
-    if config.data.sequence_length % layout.tensor and layout.sequence_parallel:
-        found.faults.append(
-            f"data.sequence_length={config.data.sequence_length}: cannot be split over "
-            f"parallel.tensor={layout.tensor}; set a multiple of it, or parallel.sequence_parallel=false"
-        )
+    found.faults += layout.sequence_faults(config.data.sequence_length)
     if shape is None:
         return found
     faults = depth_faults(shape.num_layers, config.block_lengths, config.greedy)
-    stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    found.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=stages)
+    found.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     found.costs.update(model_costs(config.model, config.runtime.dtype))
     if faults:
         return found

@@ -53,7 +53,7 @@ def plan(config: DistillConfig) -> StagePlan:
     for name, shape in shapes.items():
         if shape is None:
             continue
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
         found.faults += [f"{name}: {fault}" for fault in faults]
         counts[name] = axes.parameter_count(peek_family(getattr(config, name)), shape)
     if (ours := shapes["student"]) is not None and (theirs := shapes["teacher"]) is not None:

@@ -53,7 +53,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
     found.reads += [PlannedPath(path, what) for path, what in data.files]
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]

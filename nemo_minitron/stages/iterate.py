@@ -126,7 +126,7 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
         config.rounds,
         spacing=config.spacing,
         tensor=layout.tensor,
-        pipeline=layout.pipeline * (layout.virtual_pipeline or 1),
+        pipeline=layout.stages,
     )
 
 

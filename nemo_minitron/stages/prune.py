@@ -118,7 +118,7 @@ def _sizes(config: PruneConfig) -> dict[str, int]:
 
 def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:
     layout = config.student_layout
-    faults = target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline * (layout.virtual_pipeline or 1))
+    faults = target.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     return [f"student_layout: {fault}" for fault in faults]
 
 

@@ -47,14 +47,9 @@ def plan(config: ScoreConfig) -> StagePlan:
     found.costs["calibration"] = f"{tokens:,} tokens in {config.samples:,} samples"
     found.notes += data.notes
     found.faults += data.faults
-    if config.data.sequence_length % layout.tensor and layout.sequence_parallel:
-        found.faults.append(
-            f"data.sequence_length={config.data.sequence_length}: cannot be split over "
-            f"parallel.tensor={layout.tensor}; set a multiple of it, or parallel.sequence_parallel=false"
-        )
+    found.faults += layout.sequence_faults(config.data.sequence_length)
     if shape is not None:
-        stages = layout.pipeline * (layout.virtual_pipeline or 1)
-        found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=stages)
+        found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
         found.costs.update(model_costs(config.model, config.runtime.dtype))
         count = axes.parameter_count(peek_family(config.model), shape)
         size = 2 if config.runtime.dtype == "bfloat16" else 4

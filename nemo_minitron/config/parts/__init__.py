@@ -1,0 +1,59 @@
+"""The parts that several stages share: layout, process, text, and the small groups of options.
+
+A field without a default (``MISSING``) must be given. ``faults()`` reports what a dataclass's own fields can show to be
+wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs.
+"""
+
+from nemo_minitron.config.parts.checks import (
+    AGGREGATIONS,
+    BALANCES,
+    DEPTH_CRITERIA,
+    DEPTH_FORMS,
+    DTYPES,
+    FORMATS,
+    LATENCIES,
+    LOGIT_LOSSES,
+    MEMORY_USES,
+    STATE_LOSSES,
+    choice,
+    not_negative,
+    one_of,
+    positive,
+)
+from nemo_minitron.config.parts.losses import IntermediateConfig, LossConfig
+from nemo_minitron.config.parts.process import ParallelConfig, RuntimeConfig
+from nemo_minitron.config.parts.pruning import AggregationConfig, DepthChoiceConfig, TargetConfig, VocabularyConfig
+from nemo_minitron.config.parts.search import AxisConfig, BudgetConfig, ShortDistillConfig, SpaceConfig
+from nemo_minitron.config.parts.text import DataConfig, SourceConfig, TaskConfig
+
+__all__ = [
+    "AGGREGATIONS",
+    "AggregationConfig",
+    "AxisConfig",
+    "BALANCES",
+    "BudgetConfig",
+    "DEPTH_CRITERIA",
+    "DEPTH_FORMS",
+    "DTYPES",
+    "DataConfig",
+    "DepthChoiceConfig",
+    "FORMATS",
+    "IntermediateConfig",
+    "LATENCIES",
+    "LOGIT_LOSSES",
+    "LossConfig",
+    "MEMORY_USES",
+    "ParallelConfig",
+    "RuntimeConfig",
+    "STATE_LOSSES",
+    "ShortDistillConfig",
+    "SourceConfig",
+    "SpaceConfig",
+    "TargetConfig",
+    "TaskConfig",
+    "VocabularyConfig",
+    "choice",
+    "not_negative",
+    "one_of",
+    "positive",
+]

@@ -1,0 +1,44 @@
+"""The checks that ``faults()`` methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
+FORMATS = ("nemo2", "nemo", "hf")
+DTYPES = ("float32", "bfloat16")
+DEPTH_CRITERIA = ("block_influence", "loss", "task")
+DEPTH_FORMS = ("lowest", "contiguous", "greedy")
+LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
+STATE_LOSSES = ("mse", "cosine")
+BALANCES = ("fixed", "dynamic")
+MEMORY_USES = ("inference", "training")
+LATENCIES = ("prefill", "decode")
+
+
+def positive(config: Any, *names: str) -> list[str]:
+    """Faults of the named fields that are given and not above zero."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and value <= 0]
+
+
+def not_negative(config: Any, *names: str) -> list[str]:
+    """Faults of the named fields that are given and below zero."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [f"{name}={value}: must be 0 or more" for name, value in values if value is not None and value < 0]
+
+
+def choice(config: Any, name: str, choices: Iterable[str]) -> list[str]:
+    """The fault of a field that is given and none of ``choices``."""
+    value = getattr(config, name)
+    return [] if value is None or value in choices else [f"{name}={value}: must be one of {', '.join(choices)}"]
+
+
+def one_of(config: Any, *names: str) -> list[str]:
+    """The fault of alternatives of which not exactly one is given."""
+    given = [name for name in names if getattr(config, name) is not None]
+    if len(given) == 1:
+        return []
+    state = f"{' and '.join(given)} are both given" if given else "none is given"
+    return [f"{names[0]}: give exactly one of {', '.join(names)} ({state})"]

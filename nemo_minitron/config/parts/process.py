@@ -1,0 +1,84 @@
+"""The process and how a model is laid over several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
+
+
+@dataclass
+class ParallelConfig:
+    """How a model is laid over processes. ``tensor * pipeline * data`` processes are started.
+
+    Attributes:
+        tensor: tensor_model_parallel_size.
+        pipeline: pipeline_model_parallel_size.
+        data: data-parallel replicas.
+        virtual_pipeline: virtual_pipeline_model_parallel_size, or null for none.
+        sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, virtual ones counted."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def sequence_faults(self, length: int) -> list[str]:
+        """Why sequences of ``data.sequence_length`` cannot be sharded over the tensor-parallel ranks."""
+        if not self.sequence_parallel or length % self.tensor == 0:
+            return []
+        return [
+            f"data.sequence_length={length}: cannot be split over parallel.tensor={self.tensor}; set a multiple of it, "
+            "or parallel.sequence_parallel=false"
+        ]
+
+    def faults(self) -> list[str]:
+        """Sizes below 1 and options that need a size above 1."""
+        found = positive(self, "tensor", "pipeline", "data", "virtual_pipeline")
+        if not found and self.virtual_pipeline is not None and self.pipeline == 1:
+            found.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
+        if not found and self.sequence_parallel and self.tensor == 1:
+            found.append("sequence_parallel=true: needs parallel.tensor above 1; set it to false")
+        return found
+
+
+@dataclass
+class RuntimeConfig:
+    """The process itself.
+
+    Attributes:
+        device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" insist.
+        seed: of every random generator.
+        threads: torch threads of one process; null shares the machine's cores among the processes.
+        timeout_minutes: a stage that runs longer is stopped; null for no limit.
+        collective_timeout_minutes: a rank that waits longer for the others gives up.
+        dtype: of weights and activations in scoring and evaluation, "float32" or "bfloat16".
+    """
+
+    device: str = "auto"
+    seed: int = 1234
+    threads: int | None = None
+    timeout_minutes: float | None = None
+    collective_timeout_minutes: float = 10.0
+    dtype: str = "float32"
+
+    def faults(self) -> list[str]:
+        """Unknown choices and limits that leave nothing."""
+        return [
+            *choice(self, "device", ("auto", "cpu", "cuda")),
+            *choice(self, "dtype", DTYPES),
+            *not_negative(self, "seed"),
+            *positive(self, "threads", "timeout_minutes", "collective_timeout_minutes"),
+        ]

@@ -1,0 +1,94 @@
+"""What is scored and what is pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemo_minitron.config.parts.checks import AGGREGATIONS, DEPTH_CRITERIA, DEPTH_FORMS, choice, positive
+
+
+@dataclass
+class AggregationConfig:
+    """How activations become one score per unit: "mean", "l1", "l2", "variance" or "max".
+
+    Attributes:
+        sequence: over the tokens of a sample; null is the mean (of the Taylor estimator, the sum it always takes).
+        batch: over the samples.
+    """
+
+    sequence: str | None = None
+    batch: str = "l2"
+
+    def faults(self) -> list[str]:
+        """Unknown choices."""
+        return [*choice(self, "sequence", AGGREGATIONS), *choice(self, "batch", AGGREGATIONS)]
+
+
+@dataclass
+class TargetConfig:
+    """Sizes of the pruned model; null keeps the model's own."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    num_moe_experts: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """The sizes that are asked for."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def faults(self) -> list[str]:
+        """Sizes below 1 and heads that do not fill their groups."""
+        found = positive(self, *(f.name for f in dataclasses.fields(self)))
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if not found and heads is not None and groups is not None and heads % groups:
+            found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
+        return found
+
+
+@dataclass
+class VocabularyConfig:
+    """A smaller vocabulary: the most frequent tokens, and what they and any text need.
+
+    Attributes:
+        size: tokens to keep; null keeps all.
+        frequencies: what ``minitron tokens`` wrote, or a file with one ``id<TAB>count`` a line.
+    """
+
+    size: int | None = None
+    frequencies: str | None = None
+
+    def faults(self) -> list[str]:
+        """One without the other."""
+        found = positive(self, "size")
+        if (self.size is None) != (self.frequencies is None):
+            missing = "size" if self.size is None else "frequencies"
+            found.append(f"{missing}: a vocabulary is trimmed to a size by frequencies; give both or none")
+        return found
+
+
+@dataclass
+class DepthChoiceConfig:
+    """How the layers to drop are chosen.
+
+    Attributes:
+        criterion: "block_influence" (of the scores), or "loss" or "task" (of ``depth_scores``).
+        form: "lowest", those that cost least alone; "contiguous", the run of neighbours that costs least as one;
+            "greedy", the cheapest one by one, each measured after those before it are gone.
+    """
+
+    criterion: str = "block_influence"
+    form: str = "lowest"
+
+    def faults(self) -> list[str]:
+        """Unknown choices, influence chosen greedily."""
+        found = [
+            *choice(self, "criterion", DEPTH_CRITERIA),
+            *choice(self, "form", DEPTH_FORMS),
+        ]
+        if self.criterion == "block_influence" and self.form == "greedy":
+            found.append("form=greedy: block influence is measured once; choose lowest, or criterion=loss")
+        return found

@@ -1,0 +1,137 @@
+"""The space, the budget and the short distillation of a search."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.parts.checks import DTYPES, LATENCIES, MEMORY_USES, choice, positive
+from nemo_minitron.config.parts.losses import LossConfig
+
+
+@dataclass
+class AxisConfig:
+    """Candidates of one size of a searched shape; an axis that gives neither ``min`` nor ``values`` stays as it is.
+
+    Attributes:
+        min, max: smallest and largest; without ``max``, up to the model's own size.
+        multiple: all of them are multiples of this.
+        values: instead, the candidates themselves.
+    """
+
+    min: int | None = None
+    max: int | None = None
+    multiple: int = 1
+    values: list[int] | None = None
+
+    def faults(self) -> list[str]:
+        """Sizes below 1, contradictions."""
+        found = positive(self, "min", "max", "multiple")
+        if self.values is not None:
+            found += [f"values: {value} must be above 0" for value in self.values if value <= 0]
+            if not self.values:
+                found.append("values: is empty; leave it null to keep the model's own size")
+            if (self.min, self.max, self.multiple) != (None, None, 1):
+                found.append("values: names the candidates already; leave min, max and multiple out")
+        elif self.min is None and (self.max is not None or self.multiple != 1):
+            found.append("min: is needed with max or multiple; or give values")
+        elif self.min is not None and self.max is not None and self.min > self.max:
+            found.append(f"min={self.min}: lies above max={self.max}")
+        return found
+
+
+@dataclass
+class SpaceConfig:
+    """The sizes that a search may change. Where groups change and heads are not named, each group keeps its heads."""
+
+    num_layers: AxisConfig = field(default_factory=AxisConfig)
+    hidden_size: AxisConfig = field(default_factory=AxisConfig)
+    ffn_hidden_size: AxisConfig = field(default_factory=AxisConfig)
+    num_attention_heads: AxisConfig = field(default_factory=AxisConfig)
+    num_query_groups: AxisConfig = field(default_factory=AxisConfig)
+    num_moe_experts: AxisConfig = field(default_factory=AxisConfig)
+
+    def given(self) -> dict[str, AxisConfig]:
+        """The axes that are searched."""
+        axes = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return {name: axis for name, axis in axes.items() if axis != AxisConfig()}
+
+    def faults(self) -> list[str]:
+        """Nothing to search."""
+        if self.given():
+            return []
+        return ["num_layers: no axis is searched; give at least one axis {min, multiple} or {values}"]
+
+
+@dataclass
+class BudgetConfig:
+    """What a searched shape may cost; every budget that is given holds.
+
+    Attributes:
+        parameters: number of parameters, within ``tolerance``.
+        share: instead, share of the model's own number.
+        tolerance: of ``parameters`` or ``share``: 0.05 allows 5 % to either side.
+        memory_gib: GiB of the fullest rank of ``student_layout``, by the memory model.
+        memory_of: "inference" (weights and the cache of keys and values) or "training" (weights, gradients, Adam,
+            activations).
+        latency_ms: milliseconds on the running device, measured.
+        latency_of: "prefill" (a whole batch of sequences) or "decode" (one further token of each).
+        floor: without ``parameters`` and ``share``, shapes that use less than this share of the memory or latency are
+            left out.
+        batch_size, sequence_length: of the workload that memory and latency are of.
+        dtype: of weights and cache in the memory model; latency is measured in ``runtime.dtype``.
+        recompute: of "training": activations within a layer are computed again in the backward pass.
+    """
+
+    parameters: float | None = None
+    share: float | None = None
+    tolerance: float = 0.05
+    memory_gib: float | None = None
+    memory_of: str = "inference"
+    latency_ms: float | None = None
+    latency_of: str = "prefill"
+    floor: float = 0.8
+    batch_size: int = 1
+    sequence_length: int = 512
+    dtype: str = "bfloat16"
+    recompute: bool = False
+
+    def faults(self) -> list[str]:
+        """No budget, two of the same kind, values out of range."""
+        found = [
+            *positive(self, "parameters", "share", "memory_gib", "latency_ms", "batch_size", "sequence_length"),
+            *choice(self, "memory_of", MEMORY_USES),
+            *choice(self, "latency_of", LATENCIES),
+            *choice(self, "dtype", DTYPES),
+            *(f"{name}={getattr(self, name)}: must lie in [0, 1)" for name in ("tolerance", "floor")
+              if not 0 <= getattr(self, name) < 1),
+        ]  # fmt: skip
+        if self.share is not None and self.share > 1:
+            found.append(f"share={self.share}: pruning does not grow a model; give at most 1")
+        if self.parameters is not None and self.share is not None:
+            found.append("parameters: give one of parameters and share, not both")
+        if all(value is None for value in (self.parameters, self.share, self.memory_gib, self.latency_ms)):
+            found.append("parameters: no budget is given; set parameters, share, memory_gib or latency_ms")
+        return found
+
+
+@dataclass
+class ShortDistillConfig:
+    """The short distillation that ranks the best shapes of a search; its data are the search's.
+
+    Attributes:
+        steps, micro_batch_size, global_batch_size, lr, min_lr, warmup_steps, loss, precision: as in ``distill``.
+    """
+
+    steps: int = 300
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 10
+    loss: LossConfig = field(default_factory=LossConfig)
+    precision: str = "32"
+
+    def faults(self) -> list[str]:
+        """Left to the distillation's own configuration, which the search makes of it."""
+        return []

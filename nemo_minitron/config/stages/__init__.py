@@ -1,0 +1,52 @@
+"""One dataclass per stage, and the pipeline of them.
+
+Whether paths exist is not checked here but by a stage's plan, since in a pipeline an earlier stage writes them.
+"""
+
+from __future__ import annotations
+
+from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.checkpoints import ExportConfig, ImportConfig
+from nemo_minitron.config.stages.distillation import DistillConfig
+from nemo_minitron.config.stages.evaluation import EvaluateConfig, ReportConfig
+from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, TokensConfig
+from nemo_minitron.config.stages.pipeline import PipelineConfig
+from nemo_minitron.config.stages.pruning import PRUNE_METHODS, IterateConfig, PruneConfig
+from nemo_minitron.config.stages.search import SearchConfig
+
+#: The configuration of each stage, in the order of a typical pipeline.
+STAGES: dict[str, type[StageConfig]] = {
+    config.STAGE: config
+    for config in (
+        ImportConfig,
+        ScoreConfig,
+        DepthConfig,
+        TokensConfig,
+        PruneConfig,
+        IterateConfig,
+        SearchConfig,
+        DistillConfig,
+        ExportConfig,
+        EvaluateConfig,
+        ReportConfig,
+    )
+}
+
+
+__all__ = [
+    "DepthConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "ImportConfig",
+    "IterateConfig",
+    "PRUNE_METHODS",
+    "PipelineConfig",
+    "PruneConfig",
+    "ReportConfig",
+    "STAGES",
+    "ScoreConfig",
+    "SearchConfig",
+    "StageConfig",
+    "TokensConfig",
+]

@@ -1,0 +1,52 @@
+"""What every stage has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import ParallelConfig, RuntimeConfig
+
+
+@dataclass
+class StageConfig:
+    """What every stage has.
+
+    Attributes:
+        name: how records and reports call this run of the stage; empty takes the stage's own name.
+        output: directory (or ``.nemo`` file) that the stage writes.
+        overwrite: replace an output that is already there.
+        runtime: the process.
+    """
+
+    STAGE: ClassVar[str] = ""
+    #: Fields that name something another stage may have written.
+    INPUTS: ClassVar[tuple[str, ...]] = ()
+
+    name: str = ""
+    output: str = MISSING
+    overwrite: bool = False
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """The processes that the stage runs in; one, unless the stage has a ``parallel`` field."""
+        return getattr(self, "parallel", None) or ParallelConfig()
+
+    def inputs(self) -> dict[str, str]:
+        """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""
+        found: dict[str, str] = {}
+        for name in self.INPUTS:
+            value = attrgetter(name)(self)
+            if isinstance(value, dict):
+                found.update({f"{name}.{key}": path for key, path in value.items()})
+            elif value is not None:
+                found[name] = value
+        return found
+
+    def faults(self) -> list[str]:
+        """What the stage's own fields show to be wrong."""
+        return []

@@ -1,0 +1,68 @@
+"""Stages that take a model over or hand it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import DTYPES, FORMATS, choice, one_of
+from nemo_minitron.config.stages.base import StageConfig
+
+
+@dataclass
+class ImportConfig(StageConfig):
+    """Take a model over into the suite's working format.
+
+    Attributes:
+        source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
+        package: instead of ``source``, a model that a Python package carries, by its name in the data room's table.
+        format: what to write: "nemo2", "nemo" or "hf".
+        dtype: of the written weights; null keeps the stored one.
+        verify: reload the result and compare logits with the source's.
+        cache_dir: where a fetched package is kept.
+    """
+
+    STAGE: ClassVar[str] = "import"
+    INPUTS: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str | None = None
+    package: str | None = None
+    format: str = "nemo2"
+    dtype: str | None = None
+    verify: bool = True
+    cache_dir: str = ".cache/minitron"
+
+    def faults(self) -> list[str]:
+        """Not exactly one origin, unknown choices."""
+        return [*one_of(self, "source", "package"), *choice(self, "format", FORMATS), *choice(self, "dtype", DTYPES)]
+
+
+@dataclass
+class ExportConfig(StageConfig):
+    """Write a model for others: ``output/hf``, ``output/nemo2``, ``output/model.nemo``.
+
+    Attributes:
+        model: checkpoint to export.
+        formats: any of "hf", "nemo2", "nemo".
+        dtype: of the written weights; null keeps the stored one.
+        verify: reload each result with the other side's own loader and compare logits.
+    """
+
+    STAGE: ClassVar[str] = "export"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    formats: list[str] = field(default_factory=lambda: ["hf"])
+    dtype: str | None = None
+    verify: bool = True
+
+    def faults(self) -> list[str]:
+        """Unknown or no formats."""
+        found = [
+            f"formats: {name!r} must be one of {', '.join(FORMATS)}" for name in self.formats if name not in FORMATS
+        ]
+        if not self.formats:
+            found.append(f"formats: none is given; list any of {', '.join(FORMATS)}")
+        return [*found, *choice(self, "dtype", DTYPES)]

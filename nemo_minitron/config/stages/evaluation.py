@@ -1,0 +1,72 @@
+"""Stages that tell how good a model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import DataConfig, ParallelConfig, positive
+from nemo_minitron.config.stages.base import StageConfig
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """Held-out loss and sample generations of several models on the same tokens.
+
+    Attributes:
+        models: path of each model by the name that the report shows.
+        baseline: name of the model that the others are compared with; null takes the first.
+        data: text whose held-out split is used.
+        tokens: held-out tokens to score, rounded down to whole blocks.
+        micro_batch_size: blocks of one forward pass.
+        prompts: each is answered by every model, greedily, through the chat template where there is one.
+        max_new_tokens: longest answer.
+        parallel: layout of each model.
+    """
+
+    STAGE: ClassVar[str] = "evaluate"
+    INPUTS: ClassVar[tuple[str, ...]] = ("models",)
+
+    models: dict[str, str] = field(default_factory=dict)
+    baseline: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    tokens: int = 65536
+    micro_batch_size: int = 1
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 48
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """No models, an unknown baseline, less than one block."""
+        found = positive(self, "tokens", "micro_batch_size", "max_new_tokens")
+        if not self.models:
+            found.append("models: none is given; map at least one name to a path")
+        if self.baseline is not None and self.baseline not in self.models:
+            found.append(f"baseline={self.baseline}: is none of the models ({', '.join(self.models)})")
+        if 0 < self.tokens < self.data.sequence_length:
+            found.append(
+                f"tokens={self.tokens}: less than one block of data.sequence_length={self.data.sequence_length}"
+            )
+        return found
+
+
+@dataclass
+class ReportConfig(StageConfig):
+    """Write ``index.html`` and ``report.md`` from the records that a run directory holds.
+
+    Attributes:
+        run: directory with the stages' outputs.
+        output: where to write; ``run`` + "/report" unless given.
+        overwrite: on, since a report can always be made again from the records.
+        title: heading of the report; empty takes the directory's name.
+    """
+
+    STAGE: ClassVar[str] = "report"
+    INPUTS: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str = MISSING
+    output: str = "${run}/report"
+    overwrite: bool = True
+    title: str = ""

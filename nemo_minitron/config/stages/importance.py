@@ -1,0 +1,154 @@
+"""Stages that measure a model for pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import (
+    AggregationConfig,
+    DataConfig,
+    ParallelConfig,
+    TaskConfig,
+    choice,
+    not_negative,
+    positive,
+)
+from nemo_minitron.config.stages.base import StageConfig
+
+
+@dataclass
+class ScoreConfig(StageConfig):
+    """Score every unit of a model over calibration data (Minitron, arXiv 2407.14679, section 2.2).
+
+    Attributes:
+        model: checkpoint to score.
+        estimator: "activation" (forward passes alone), "taylor" (gradient x activation) or "magnitude" (of the weights:
+            in one process, without data).
+        data: calibration text.
+        samples: blocks of ``data.sequence_length`` tokens to run.
+        micro_batch_size: blocks of one forward pass.
+        aggregation: over sequence and batch.
+        also: further aggregations, scored in the same pass; each becomes a score directory of its own inside the
+            output, ``criteria/<sequence>-<batch>``.
+        parallel: layout of the model.
+    """
+
+    STAGE: ClassVar[str] = "score"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    estimator: str = "activation"
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 1024
+    micro_batch_size: int = 1
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    also: list[AggregationConfig] = field(default_factory=list)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """Magnitudes are read from the checkpoint, in one process."""
+        return ParallelConfig() if self.estimator == "magnitude" else self.parallel
+
+    def criteria(self) -> list[tuple[str, str]]:
+        """Pairs of aggregations over sequence and batch, that of ``aggregation`` first."""
+        own = {"taylor": "sum", "magnitude": "none"}.get(self.estimator, "mean")
+        return [(one.sequence or own, one.batch) for one in (self.aggregation, *self.also)]
+
+    def faults(self) -> list[str]:
+        """Nothing to run, unknown estimators, aggregations that the estimator does not have."""
+        found = [
+            *choice(self, "estimator", ("activation", "taylor", "magnitude")),
+            *positive(self, "samples", "micro_batch_size"),
+        ]
+        given = {one.sequence for one in (self.aggregation, *self.also)} - {None}
+        if self.estimator == "taylor" and given:
+            found.append(f"aggregation.sequence={given.pop()}: estimator=taylor sums over the sequence; leave it null")
+        if self.estimator == "magnitude" and self.also:
+            found.append("also: estimator=magnitude has nothing to aggregate; leave it out")
+        pairs = self.criteria()
+        if len(set(pairs)) != len(pairs):
+            found.append("also: a pair of aggregations is given twice")
+        return found
+
+
+@dataclass
+class DepthConfig(StageConfig):
+    """Measure a model without some of its layers: the loss, and the accuracy on a task (arXiv 2407.14679, 2408.11796).
+
+    A run that is stopped goes on where it stood when the stage is started again.
+
+    Attributes:
+        model: checkpoint to measure.
+        data: calibration text.
+        samples: blocks of ``data.sequence_length`` tokens to run for each candidate.
+        micro_batch_size: blocks of one forward pass.
+        single: measure without each layer alone.
+        block_lengths: measure without each run of so many neighbouring layers.
+        greedy: drop up to so many layers one by one, measuring all others again after each; 0 for not at all.
+        greedy_by: criterion of ``greedy``, "loss" or "task".
+        task: measured besides the loss.
+        reuse_prefix: keep the hidden states at which a candidate parts from the one before it, which saves half of the
+            layers' work and takes memory on the host.
+        parallel: layout of the model.
+    """
+
+    STAGE: ClassVar[str] = "depth"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 128
+    micro_batch_size: int = 1
+    single: bool = True
+    block_lengths: list[int] = field(default_factory=list)
+    greedy: int = 0
+    greedy_by: str = "loss"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    reuse_prefix: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def inputs(self) -> dict[str, str]:
+        """The model, and the task where it is a file."""
+        return {**super().inputs(), **({} if self.task.path is None else {"task": self.task.path})}
+
+    def faults(self) -> list[str]:
+        """Nothing to measure, lengths below 1, a criterion without its task."""
+        found = [
+            *positive(self, "samples", "micro_batch_size"),
+            *not_negative(self, "greedy"),
+            *choice(self, "greedy_by", ("loss", "task")),
+            *(f"block_lengths: {length} must be above 0" for length in self.block_lengths if length <= 0),
+        ]
+        if not self.single and not self.block_lengths and not self.greedy:
+            found.append("single: nothing is to be measured; set single=true, block_lengths or greedy")
+        if self.greedy and self.greedy_by == "task" and self.task.given is None:
+            found.append("greedy_by=task: there is no task; set task.path or task.builtin")
+        return found
+
+
+@dataclass
+class TokensConfig(StageConfig):
+    """Count the tokens of a text, for trimming a model's vocabulary.
+
+    Attributes:
+        model: checkpoint whose tokenizer is used.
+        data: text.
+        split: of the text, "train", "calibration" or "held_out".
+        blocks: blocks of ``data.sequence_length`` tokens to count; null counts the whole split.
+    """
+
+    STAGE: ClassVar[str] = "tokens"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str = "train"
+    blocks: int | None = None
+
+    def faults(self) -> list[str]:
+        """Unknown splits, nothing to count."""
+        return [*choice(self, "split", ("train", "calibration", "held_out")), *positive(self, "blocks")]

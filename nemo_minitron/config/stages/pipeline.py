@@ -1,0 +1,33 @@
+"""The pipeline of stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class PipelineConfig:
+    """Stages one after the other, each in its own processes.
+
+    ``${...}`` interpolation reaches the whole file: ``model: ${output}/teacher``.
+
+    Attributes:
+        name: how the run is called.
+        output: directory of the run; a stage without ``output`` writes to ``output/<its name>``.
+        vars: values of the file's own, for interpolation.
+        defaults: keys handed to every stage that has them (``runtime``, ``data``, ...), its own keys winning.
+        stages: each ``{stage: distill, name: ..., <the stage's keys>}``; the name is the stage's own unless given.
+    """
+
+    name: str = "pipeline"
+    output: str = MISSING
+    vars: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def faults(self) -> list[str]:
+        """No stages."""
+        return [] if self.stages else ["stages: none is given"]

@@ -1,0 +1,145 @@
+"""Stages that prune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import (
+    FORMATS,
+    AggregationConfig,
+    DataConfig,
+    DepthChoiceConfig,
+    ParallelConfig,
+    TargetConfig,
+    VocabularyConfig,
+    choice,
+    positive,
+)
+from nemo_minitron.config.stages.base import StageConfig
+
+PRUNE_METHODS = ("activation", "taylor", "magnitude", "random")
+
+
+@dataclass
+class PruneConfig(StageConfig):
+    """Remove the units that matter least.
+
+    Attributes:
+        model: checkpoint to prune.
+        scores: directory that ``score`` wrote; needed unless the method is "random", or nothing but layers and tokens
+            goes and ``layers_to_drop`` or ``depth_scores`` say which layers.
+        method: "activation", "taylor" or "magnitude" keep the highest scores of that estimator, "random" draws the kept
+            units (a baseline).
+        target: sizes of the pruned model.
+        vocabulary: a smaller vocabulary, which the tokenizer follows.
+        merge_pruned_heads: add what tells pruned heads from kept ones to those (arXiv 2407.14679, section 2.3).
+        student_layout: layout that the pruned model is meant for; a target that it cannot split is refused.
+        depth: how the layers to drop are chosen, by scores.
+        depth_scores: directory that ``depth`` wrote; needed by ``depth.criterion`` "loss" and "task".
+        layers_to_drop: layers to remove whatever their scores (0-based); their number then fixes ``num_layers``.
+        format: what to write: "nemo2", "nemo" or "hf".
+    """
+
+    STAGE: ClassVar[str] = "prune"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
+
+    model: str = MISSING
+    scores: str | None = None
+    method: str = "activation"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    merge_pruned_heads: bool = False
+    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
+    depth: DepthChoiceConfig = field(default_factory=DepthChoiceConfig)
+    depth_scores: str | None = None
+    layers_to_drop: list[int] | None = None
+    format: str = "nemo2"
+
+    def faults(self) -> list[str]:
+        """Missing scores, nothing to prune, contradictory depths."""
+        found = [*choice(self, "method", PRUNE_METHODS), *choice(self, "format", FORMATS)]
+        narrower = self.target.given().keys() - {"num_layers"}
+        named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
+        if self.method != "random" and self.scores is None and (narrower or not named):
+            found.append(f"scores: method={self.method} needs the directory that `minitron score` wrote")
+        if not self.target.given() and not self.layers_to_drop and self.vocabulary.size is None:
+            found.append(
+                "target: nothing is to be pruned; give at least one size of the target, layers_to_drop or "
+                "vocabulary.size"
+            )
+        if self.merge_pruned_heads and (self.scores is None or self.method == "random"):
+            found.append("merge_pruned_heads: needs scores, and a method that goes by them, to know which heads matter")
+        measured = self.depth.criterion in ("loss", "task")
+        if measured and self.depth_scores is None:
+            found.append(
+                f"depth_scores: criterion={self.depth.criterion} needs the directory that `minitron depth` wrote"
+            )
+        if self.depth_scores is not None and not measured:
+            found.append(
+                "depth_scores: is read by depth.criterion=loss or task alone; set one of them or leave it null"
+            )
+        if self.depth != DepthChoiceConfig() and self.method == "random":
+            found.append("depth: method=random draws the layers; leave depth out")
+        if self.depth != DepthChoiceConfig() and self.layers_to_drop is not None:
+            found.append("layers_to_drop: names the layers already; leave depth out")
+        if self.layers_to_drop is not None:
+            found += [
+                f"layers_to_drop: {n} is not a layer number (they count from 0)" for n in self.layers_to_drop if n < 0
+            ]
+            if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
+                found.append(f"layers_to_drop={self.layers_to_drop}: a layer is named twice")
+            if self.layers_to_drop and self.target.num_layers is not None:
+                found.append("layers_to_drop: already fixes the depth; leave target.num_layers null")
+        return found
+
+
+@dataclass
+class IterateConfig(StageConfig):
+    """Prune in rounds, scoring what is left before each: score, prune, score, prune.
+
+    A run that is stopped goes on after its last finished round.
+
+    Attributes:
+        model: checkpoint to prune.
+        target: sizes of the pruned model.
+        rounds: how many.
+        spacing: of the shapes in between, "geometric" (equal ratios) or "linear" (equal steps).
+        estimator, data, samples, micro_batch_size, aggregation, parallel: of the scores, as in ``score``; "activation"
+            or "taylor".
+        format: what to write: "nemo2", "nemo" or "hf".
+    """
+
+    STAGE: ClassVar[str] = "iterate"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = MISSING
+    target: TargetConfig = field(default_factory=TargetConfig)
+    rounds: int = 4
+    spacing: str = "geometric"
+    estimator: str = "activation"
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 1024
+    micro_batch_size: int = 1
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    format: str = "nemo2"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """Nothing to prune, unknown choices."""
+        found = [
+            *positive(self, "rounds", "samples", "micro_batch_size"),
+            *choice(self, "spacing", ("geometric", "linear")),
+            *choice(self, "estimator", ("activation", "taylor")),
+            *choice(self, "format", FORMATS),
+        ]
+        if not self.target.given():
+            found.append("target: nothing is to be pruned; give at least one size of the target")
+        if self.estimator == "taylor" and self.aggregation.sequence is not None:
+            found.append(
+                f"aggregation.sequence={self.aggregation.sequence}: estimator=taylor sums over the sequence; leave it "
+                "null"
+            )
+        return found

@@ -1,0 +1,118 @@
+"""The stage that searches a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import (
+    BudgetConfig,
+    DataConfig,
+    DepthChoiceConfig,
+    ParallelConfig,
+    ShortDistillConfig,
+    SpaceConfig,
+    TargetConfig,
+    choice,
+    not_negative,
+    positive,
+)
+from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.distillation import DistillConfig
+from nemo_minitron.config.stages.pruning import PRUNE_METHODS, PruneConfig
+
+
+@dataclass
+class SearchConfig(StageConfig):
+    """Search the shapes within a budget for the one that loses least (arXiv 2407.14679, section 4).
+
+    All are ranked by the loss of the pruned, untrained model; the best ones again after a short distillation. A run
+    that is stopped goes on where it stood, and no finished candidate is done again.
+
+    Attributes:
+        model: checkpoint to prune.
+        scores: directory that ``score`` wrote.
+        method, depth, depth_scores: how units and layers are chosen, as in ``prune``.
+        space: which sizes are candidates.
+        budget: what a shape may cost.
+        student_layout: layout that every shape must fit, and that the memory is of.
+        max_candidates: no more shapes are ranked; of more, some that are spread over all of them.
+        data: text; losses are of its calibration split, the distillation trains on its train split.
+        samples: calibration blocks of ``data.sequence_length`` tokens for each loss.
+        micro_batch_size: blocks of one forward pass.
+        measure_latency: time each candidate, without a budget of latency too.
+        best: candidates that are distilled; 0 for none.
+        distill: the short distillation.
+        save_student: keep the best distilled student.
+        resume: go on from what ``output`` holds.
+        parallel: layout of the models in ranking and distillation.
+    """
+
+    STAGE: ClassVar[str] = "search"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
+
+    model: str = MISSING
+    scores: str = MISSING
+    method: str = "activation"
+    depth: DepthChoiceConfig = field(default_factory=DepthChoiceConfig)
+    depth_scores: str | None = None
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
+    max_candidates: int = 32
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 32
+    micro_batch_size: int = 1
+    measure_latency: bool = False
+    best: int = 3
+    distill: ShortDistillConfig = field(default_factory=ShortDistillConfig)
+    save_student: bool = False
+    resume: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """One process leads; it starts the others when they are needed."""
+        return ParallelConfig()
+
+    @property
+    def timed(self) -> bool:
+        """Whether latency is measured."""
+        return self.measure_latency or self.budget.latency_ms is not None
+
+    def pruning(self, output: str, target: TargetConfig) -> PruneConfig:
+        """The stage that prunes to one of the shapes."""
+        return PruneConfig(
+            output=output, runtime=self.runtime, model=self.model, scores=self.scores, method=self.method,
+            target=target, depth=self.depth, depth_scores=self.depth_scores,
+        )  # fmt: skip
+
+    def distillation(self, output: str, student: str) -> DistillConfig:
+        """The stage that distils one of the students; it validates at its start and its end."""
+        short = {one.name: getattr(self.distill, one.name) for one in fields(self.distill)}
+        return DistillConfig(
+            output=output, runtime=self.runtime, student=student, teacher=self.model, data=self.data,
+            parallel=self.parallel, validate_every=self.distill.steps, validation_batches=1,
+            save_every=max(1, min(100, self.distill.steps)), **short,
+        )  # fmt: skip
+
+    def faults(self) -> list[str]:
+        """Nothing to rank, and what pruning and distilling would refuse."""
+        found = [
+            *positive(self, "max_candidates", "samples", "micro_batch_size"),
+            *not_negative(self, "best"),
+            *choice(self, "method", PRUNE_METHODS[:3]),
+        ]
+        if self.best > self.max_candidates > 0:
+            found.append(f"best={self.best}: lies above max_candidates={self.max_candidates}")
+        if self.save_student and self.best == 0:
+            found.append("save_student=true: no student is distilled with best=0")
+        some = TargetConfig(num_layers=1)
+        found += self.pruning("", some).faults()
+        if self.best:
+            found += [f"distill.{fault}" for fault in self.distillation("", "").faults()]
+        if self.timed and self.parallel.world_size > 1:
+            found.append("measure_latency: candidates are timed in one process; set parallel to 1 x 1 x 1")
+        return found

@@ -1,0 +1,1 @@
+"""Text from a live Megatron model: sampling, key-value cache, any layout."""

@@ -46,6 +46,7 @@ class PackageSource:
         sha256: of the archive.
         members: patterns (:mod:`fnmatch`) of the files we read, below the archive's top directory for a source archive.
         license: of the data, as the package or its origin states it.
+        backend: the module that a source archive names as its build backend; the stand-in takes its place.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PackageSource:
     sha256: str
     members: tuple[str, ...]
     license: str
+    backend: str = "setuptools.build_meta"
 
 
 PACKAGES: dict[str, PackageSource] = {
@@ -91,6 +93,18 @@ PACKAGES: dict[str, PackageSource] = {
                 "miltondata/texts/paradise_regained_gut.txt",
             ),
             license="public domain (Project Gutenberg texts)",
+        ),
+        *(
+            PackageSource(
+                name=f"llamafactory-{name}",
+                requirement="llamafactory==0.9.5",
+                filename="llamafactory-0.9.5.tar.gz",
+                sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+                members=(member,),
+                license="Apache-2.0",
+                backend="hatchling.build",
+            )
+            for name, member in (("sft", "data/alpaca_en_demo.json"), ("dpo", "data/dpo_en_demo.json"))
         ),
     )
 }
@@ -207,10 +221,11 @@ def _download(source: PackageSource, into: Path, archive: Path) -> Path:
     ]
     environment = dict(os.environ)
     if not source.filename.endswith(".whl"):
-        backend = into / "backend" / "setuptools"
+        package, _, module = source.backend.rpartition(".")
+        backend = into / "backend" / package
         backend.mkdir(parents=True)
         (backend / "__init__.py").touch()
-        shutil.copyfile(Path(__file__).with_name("inert_backend.py"), backend / "build_meta.py")
+        shutil.copyfile(Path(__file__).with_name("inert_backend.py"), backend / f"{module}.py")
         # --use-pep517 keeps older pips from running `setup.py egg_info`; no isolation, or the real setuptools comes in.
         command += ["--no-binary", ":all:", "--use-pep517", "--no-build-isolation"]
         environment["PYTHONPATH"] = str(backend.parent)

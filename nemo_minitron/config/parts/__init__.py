@@ -4,6 +4,7 @@ A field without a default (``MISSING``) must be given. ``faults()`` reports what
 wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs.
 """
 
+from nemo_minitron.config.parts.chat import CHAT_TEMPLATES, ChatDataConfig
 from nemo_minitron.config.parts.checks import (
     AGGREGATIONS,
     BALANCES,
@@ -32,6 +33,8 @@ __all__ = [
     "AxisConfig",
     "BALANCES",
     "BudgetConfig",
+    "CHAT_TEMPLATES",
+    "ChatDataConfig",
     "DEPTH_CRITERIA",
     "DEPTH_FORMS",
     "DTYPES",

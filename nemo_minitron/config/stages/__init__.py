@@ -5,9 +5,10 @@ Whether paths exist is not checked here but by a stage's plan, since in a pipeli
 
 from __future__ import annotations
 
+from nemo_minitron.config.stages.alignment import AlignConfig, DpoConfig, SftConfig
 from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.stages.checkpoints import ExportConfig, ImportConfig
-from nemo_minitron.config.stages.distillation import DistillConfig
+from nemo_minitron.config.stages.distillation import CorrectConfig, DistillConfig
 from nemo_minitron.config.stages.evaluation import EvaluateConfig, ReportConfig
 from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, TokensConfig
 from nemo_minitron.config.stages.pipeline import PipelineConfig
@@ -25,7 +26,10 @@ STAGES: dict[str, type[StageConfig]] = {
         PruneConfig,
         IterateConfig,
         SearchConfig,
+        CorrectConfig,
         DistillConfig,
+        SftConfig,
+        DpoConfig,
         ExportConfig,
         EvaluateConfig,
         ReportConfig,
@@ -34,8 +38,11 @@ STAGES: dict[str, type[StageConfig]] = {
 
 
 __all__ = [
+    "AlignConfig",
+    "CorrectConfig",
     "DepthConfig",
     "DistillConfig",
+    "DpoConfig",
     "EvaluateConfig",
     "ExportConfig",
     "ImportConfig",
@@ -47,6 +54,7 @@ __all__ = [
     "STAGES",
     "ScoreConfig",
     "SearchConfig",
+    "SftConfig",
     "StageConfig",
     "TokensConfig",
 ]

@@ -1,0 +1,51 @@
+"""Conversations to train on, and how they become tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
+
+CHAT_TEMPLATES = ("own", "chatml", "llama3", "nemotron")
+
+
+@dataclass
+class ChatDataConfig:
+    """Conversations or preference pairs, split into training and held-out ones.
+
+    Attributes:
+        path: JSONL file.
+        package: instead, a source that an installable package carries, by its name in the data room's table.
+        validation: JSONL file of the held-out ones; null sets ``held_out_fraction`` of the others aside.
+        held_out_fraction: share that is set aside.
+        template: "chatml", "llama3", "nemotron", or "own": the tokenizer's.
+        labelled: put the attribute values of the last answer before it (SteerLM); they are not trained on.
+        max_length: tokens of one conversation.
+        long: what becomes of a conversation with more tokens: "refuse" names them all, "drop" leaves them out.
+        seed: of the split.
+        cache_dir: where fetched sources are kept.
+    """
+
+    path: str | None = None
+    package: str | None = None
+    validation: str | None = None
+    held_out_fraction: float = 0.1
+    template: str = "own"
+    labelled: bool = False
+    max_length: int = 1024
+    long: str = "refuse"
+    seed: int = 1234
+    cache_dir: str = ".cache/minitron"
+
+    def faults(self) -> list[str]:
+        """Not exactly one origin, a split that leaves nothing."""
+        found = [
+            *one_of(self, "path", "package"),
+            *choice(self, "template", CHAT_TEMPLATES),
+            *choice(self, "long", ("refuse", "drop")),
+            *positive(self, "max_length"),
+            *not_negative(self, "seed"),
+        ]
+        if self.validation is None and not 0 < self.held_out_fraction < 1:
+            found.append(f"held_out_fraction={self.held_out_fraction}: must lie between 0 and 1")
+        return found

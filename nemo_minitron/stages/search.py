@@ -191,7 +191,7 @@ class Costs:
             batch_size=budget.batch_size,
             sequence_length=budget.sequence_length,
             bytes=2 if budget.dtype == "bfloat16" else 4,
-            recompute=budget.recompute,
+            recompute="full" if budget.recompute else "none",
             tensor=layout.tensor,
             pipeline=layout.pipeline,
             data=layout.data,

@@ -1,4 +1,4 @@
-"""How many bytes the fullest rank of a layout needs, before anything is built.
+"""How many bytes each rank of a layout needs, before anything is built.
 
 For one rank with tensor parallel ``t``, ``b`` sequences of ``s`` tokens in a micro-batch, and sizes named as in the
 axes table (``H`` hidden, ``A`` heads, ``G`` groups, ``d`` channels of a head, ``F`` MLP width, ``V`` vocabulary padded
@@ -12,6 +12,8 @@ to a multiple of ``128 t``):
   Megatron's distributed optimizer does.
 - activations (training): what the forward pass keeps for the backward pass, below, times the micro-batches that the
   one-forward-one-backward schedule has under way in the stage (``stages - stage``; Narayanan et al., arXiv 2104.04473).
+- teacher (distillation): its weights on the same rank, and on the last stage one ``[s, b, H]`` for each micro-batch of
+  a step, which waits for the student there.
 
 Numbers kept for a token and layer, with Megatron's plain layers (``fused=False``), as counted from torch's saved
 tensors: each RMSNorm ``3H + 1`` (input, normalised, output) or LayerNorm ``2H + 2``; attention ``(4A/t)d + (A/t)s``
@@ -19,25 +21,52 @@ tensors: each RMSNorm ``3H + 1`` (input, normalised, output) or LayerNorm ``2H +
 without a gate ``2F/t``; an expert's token ``H + 5F/t`` and ``H + 3F/t``. With fused kernels (Transformer Engine and
 flash attention) a norm keeps ``2H``, attention ``(2A + 2G)d/t`` without probabilities, a gated MLP ``3F/t``; this form
 follows the same count and Korthikanti et al. (arXiv 2205.05198), and was not measured. Sequence parallelism divides the
-norms' share by ``t``. With ``recompute`` a layer keeps its input ``H`` alone, and one layer at a time is whole. The
-last stage adds the final norm and the logits, once as they are and once in fp32 where that is another dtype.
+norms' share by ``t``.
+
+Recomputation, as Megatron's ``recompute_granularity``: "selective" computes the core of the attention again, so the
+plain layers keep ``(2A + 2G)d/t`` of it as the fused ones always do (which gain nothing); "full" keeps a layer's input
+``H`` alone, and one layer at a time is whole.
+
+The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
+dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers.
 
 Not counted: what a library allocates for itself, communication buffers, fragmentation, and in inference the few tensors
-of the layer at work. A distillation holds the teacher's weights besides.
+of the layer at work.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from nemo_minitron import axes
-from nemo_minitron.search.space import Sizes
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["MemoryCost", "MemoryUse", "Workload"]
+__all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload", "padded_vocabulary"]
 
+#: Megatron's ``recompute_granularity``, by what it keeps: everything, all but the attention's core, layers' inputs.
+RECOMPUTE = ("none", "selective", "full")
 _PADDING = 128  # rows of a vocabulary, times the tensor-parallel size: Megatron's default
+#: Working buffers of the vocabulary-parallel losses on CUDA (:mod:`nemo_minitron.distillation.vocabulary_parallel`).
+_LOSS_BUFFERS = 4 * 32 * 2**20
+
+
+class SizesLike(Protocol):
+    """The sizes of a shape that memory depends on: a :class:`~nemo_minitron.shape.ModelShape`, or a candidate."""
+
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def num_query_groups(self) -> int: ...  # noqa: D102
+    @property
+    def num_attention_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_moe_experts(self) -> int | None: ...  # noqa: D102
+    @property
+    def num_layers(self) -> int: ...  # noqa: D102
+    @property
+    def ffn_hidden_size(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -49,24 +78,26 @@ class Workload:
         batch_size: sequences of a micro-batch (training), or held in the cache (inference).
         sequence_length: tokens of each.
         bytes: of a weight: 2 or 4.
-        recompute: activations within a layer are computed again in the backward pass.
+        recompute: of :data:`RECOMPUTE`: what the backward pass computes again.
         fused: kernels as on CUDA; False: Megatron's plain layers, as on CPU.
         tensor, pipeline, data: parallel sizes.
         virtual_pipeline: model chunks of a stage, or None for one.
         sequence_parallel: norms and residuals are split over the tensor group.
+        micro_batches: of a step, on one data-parallel rank; what waits of a teacher is of all of them.
     """
 
     training: bool = False
     batch_size: int = 1
     sequence_length: int = 512
     bytes: int = 2
-    recompute: bool = False
+    recompute: str = "none"
     fused: bool = True
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,15 +109,22 @@ class MemoryUse:
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
         """All parts."""
-        return self.weights + self.cache + self.gradients + self.optimizer + self.activations
+        return self.weights + self.cache + self.gradients + self.optimizer + self.activations + self.teacher
+
+
+def padded_vocabulary(vocab_size: int, tensor: int) -> int:
+    """Rows of an embedding split ``tensor`` ways: the next multiple of ``128 * tensor``, as Megatron pads it."""
+    step = _PADDING * tensor
+    return -(-vocab_size // step) * step
 
 
 class MemoryCost:
-    """Bytes of the fullest rank; a :data:`~nemo_minitron.search.space.Cost` that never falls when a size grows.
+    """Bytes of the fullest rank, which never fall when a size grows (a cost of :mod:`nemo_minitron.search.space`).
 
     Args:
         table: of the family.
@@ -94,6 +132,7 @@ class MemoryCost:
         work: what the memory is of.
         topk: experts of each token, of a mixture.
         rotary: part of a head's channels that RoPE turns.
+        teacher: family and shape of the model that the training distils; None without one.
     """
 
     def __init__(
@@ -104,20 +143,23 @@ class MemoryCost:
         *,
         topk: int | None = None,
         rotary: float = 1.0,
+        teacher: tuple[axes.Family, ModelShape] | None = None,
     ) -> None:
         self.table, self.shape, self.work, self.topk = table, shape, work, topk or 0
         self.rotary = round(shape.head_dim * rotary)
+        self.distilled = teacher is not None
+        self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
         self._kept: dict[tuple[int, int | None], tuple[float, float, float, float, float, float]] = {}
 
-    def __call__(self, sizes: Sizes) -> float:
+    def __call__(self, sizes: SizesLike) -> float:
         """Bytes in all."""
         return max(rank.total for rank in self.ranks(sizes))
 
-    def fullest(self, sizes: Sizes) -> MemoryUse:
+    def fullest(self, sizes: SizesLike) -> MemoryUse:
         """The parts of the fullest rank."""
         return max(self.ranks(sizes), key=lambda rank: rank.total)
 
-    def ranks(self, sizes: Sizes) -> list[MemoryUse]:
+    def ranks(self, sizes: SizesLike) -> list[MemoryUse]:
         """One rank of each pipeline stage, in order."""
         work = self.work
         chunks = work.virtual_pipeline or 1
@@ -127,7 +169,23 @@ class MemoryCost:
             for stage in range(work.pipeline)
         ]
 
-    def _rank(self, sizes: Sizes, stage: int, chunks: list[int]) -> MemoryUse:
+    def _teacher_bytes(self, table: axes.Family, shape: ModelShape) -> list[float]:
+        """Of each pipeline stage: weights, and what waits for the student."""
+        work = self.work
+        inference = Workload(
+            batch_size=0,
+            bytes=work.bytes,
+            tensor=work.tensor,
+            pipeline=work.pipeline,
+            virtual_pipeline=work.virtual_pipeline,
+        )
+        stages = [rank.weights for rank in MemoryCost(table, shape, inference).ranks(shape)]
+        split = work.tensor if work.sequence_parallel else 1
+        tokens = work.batch_size * work.sequence_length * work.micro_batches
+        stages[-1] += tokens * shape.hidden_size / split * work.bytes
+        return stages
+
+    def _rank(self, sizes: SizesLike, stage: int, chunks: list[int]) -> MemoryUse:
         work, layers = self.work, sum(chunks)
         first, last, constant, by_group, by_head, by_width = self._coefficients(sizes)
         layer = (
@@ -144,14 +202,18 @@ class MemoryCost:
         if not work.training:
             cached = 2 * layers * tokens * sizes.num_query_groups / work.tensor * self.shape.head_dim
             return MemoryUse(weights * work.bytes, cached * work.bytes)
+        activations = self._activations(sizes, stage, chunks) * tokens
+        if self.distilled and work.fused and stage == work.pipeline - 1:
+            activations += _LOSS_BUFFERS
         return MemoryUse(
             weights * work.bytes,
             gradients=weights * 4,
             optimizer=weights * (8 if work.bytes == 4 else 12) / work.data,
-            activations=self._activations(sizes, stage, chunks) * tokens,
+            activations=activations,
+            teacher=self._teacher[stage],
         )
 
-    def _activations(self, sizes: Sizes, stage: int, chunks: list[int]) -> float:
+    def _activations(self, sizes: SizesLike, stage: int, chunks: list[int]) -> float:
         """Bytes kept for each token of a micro-batch."""
         work, layers = self.work, sum(chunks)
         split = work.tensor if work.sequence_parallel else 1
@@ -161,29 +223,34 @@ class MemoryCost:
         under_way = work.pipeline - stage
         if count > 1:
             under_way = 2 * (work.pipeline - stage - 1) + (count - 1) * work.pipeline + 1
-        kept = layers / count * under_way * (sizes.hidden_size / split if work.recompute else layer)
-        if work.recompute and layers:
+        full = work.recompute == "full"
+        kept = layers / count * under_way * (sizes.hidden_size / split if full else layer)
+        if full and layers:
             kept += layer - sizes.hidden_size / split
         kept *= work.bytes
         if stage == work.pipeline - 1:
-            logits = self._vocabulary() / work.tensor
-            kept += norm * work.bytes + logits * (work.bytes if work.bytes == 4 else work.bytes + 4)
+            logits = padded_vocabulary(self.shape.vocab_size, work.tensor) / work.tensor
+            if self.distilled:
+                kept += logits * 2 * work.bytes
+            else:
+                kept += logits * (work.bytes if work.bytes == 4 else work.bytes + 4)
+            kept += norm * work.bytes
         if stage == 0:
             kept += 16 * under_way / count  # token and position ids, 8 bytes each
         return kept
 
-    def _norm(self, sizes: Sizes) -> float:
+    def _norm(self, sizes: SizesLike) -> float:
         """Numbers that a norm keeps for a token."""
         split = self.work.tensor if self.work.sequence_parallel else 1
         if self.table.normalization == "LayerNorm" or self.work.fused:
             return (2 * sizes.hidden_size + 2) / split
         return (3 * sizes.hidden_size + 1) / split
 
-    def _layer(self, sizes: Sizes) -> float:
+    def _layer(self, sizes: SizesLike) -> float:
         """Numbers that a layer keeps for a token."""
         work, d = self.work, self.shape.head_dim
         heads, groups = sizes.num_attention_heads / work.tensor, sizes.num_query_groups / work.tensor
-        if work.fused:
+        if work.fused or work.recompute == "selective":
             attention = (2 * heads + 2 * groups) * d
         else:
             attention = 4 * heads * d + heads * work.sequence_length + 4 * self.rotary / work.batch_size
@@ -200,11 +267,7 @@ class MemoryCost:
             mlp = (4 if self.table.gated else 2) * width
         return 2 * self._norm(sizes) + attention + mlp
 
-    def _vocabulary(self) -> int:
-        step = _PADDING * self.work.tensor
-        return -(-self.shape.vocab_size // step) * step
-
-    def _coefficients(self, sizes: Sizes) -> tuple[float, float, float, float, float, float]:
+    def _coefficients(self, sizes: SizesLike) -> tuple[float, float, float, float, float, float]:
         """Weights of a rank: before the layers, after them, and of a layer: constant, a group, a head, a neuron."""
         key = sizes.hidden_size, sizes.num_moe_experts
         if key not in self._kept:
@@ -221,9 +284,16 @@ class MemoryCost:
             self._kept[key] = (first, last, one - by_group - 2 * by_head - by_width, by_group, by_head, by_width)
         return self._kept[key]
 
-    def _shape(self, sizes: Sizes, groups: int, heads: int, width: int) -> ModelShape:
-        given = Sizes(sizes.hidden_size, groups, heads, sizes.num_moe_experts, 1, width)
-        return self.shape.replace(**given._asdict(), vocab_size=self._vocabulary())
+    def _shape(self, sizes: SizesLike, groups: int, heads: int, width: int) -> ModelShape:
+        return self.shape.replace(
+            num_layers=1,
+            hidden_size=sizes.hidden_size,
+            ffn_hidden_size=width,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            num_moe_experts=sizes.num_moe_experts,
+            vocab_size=padded_vocabulary(self.shape.vocab_size, self.work.tensor),
+        )
 
     def _size(self, row: axes.Parameter, shape: ModelShape) -> float:
         """Numbers of a parameter on one rank."""

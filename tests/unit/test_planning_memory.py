@@ -66,7 +66,7 @@ def test_against_what_is_allocated():
             model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
             model.config.recompute_num_layers = 1
             outside = saved_bytes(model)  # without the one layer that the backward pass computes again
-            again = cost(training=True, recompute=True)
+            again = cost(training=True, recompute="full")
             one = again._layer(Sizes.of(shape)) * BATCH * LENGTH * 4 - shape.hidden_size * BATCH * LENGTH * 4
             assert again.fullest(Sizes.of(shape)).activations - one == pytest.approx(outside, rel=0.1), name
 
@@ -96,7 +96,7 @@ def test_layouts():
 @pytest.mark.parametrize("training", [False, True])
 def test_never_falls_when_a_size_grows(training):
     shape, _ = of_family("mixtral")
-    work = Workload(training=training, tensor=2, pipeline=2, recompute=training)
+    work = Workload(training=training, tensor=2, pipeline=2, recompute="full" if training else "none")
     cost = MemoryCost(axes.family("mixtral"), shape, work, topk=2)
     smallest = Sizes(16, 2, 2, 2, 2, 8)
     for name in Sizes._fields:

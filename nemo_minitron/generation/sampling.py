@@ -1,0 +1,121 @@
+"""Choosing the next token: greedy, or drawn from the tempered and truncated distribution.
+
+A draw depends on the seed, the number of the request and the number of the token alone: not on which requests share a
+batch, nor on how many processes the model is laid over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_minitron.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Sampling", "choose", "draws"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: longest answer, its end token included.
+        greedy: take the likeliest token; the settings below have no effect then.
+        temperature: the logits are divided by it.
+        top_k: draw from the k likeliest tokens only; None from all.
+        top_p: draw from the likeliest tokens that together hold this much of the probability (Holtzman et al., 2020),
+            after ``top_k``.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: for values that leave nothing to draw from; all of them at once.
+    """
+
+    max_new_tokens: int = 256
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"sampling.{name}={getattr(self, name)}: must be above 0"
+            for name in ("max_new_tokens", "temperature", "top_k")
+            if getattr(self, name) is not None and not getattr(self, name) > 0
+        ]
+        if not 0 < self.top_p <= 1:
+            faults.append(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            faults.append(f"sampling.seed={self.seed}: must lie between 0 and 2**63 - 1")
+        if faults:
+            raise ConfigError(faults)
+
+
+def draws(sampling: Sampling, request: int) -> torch.Tensor:
+    """``[max_new_tokens]`` float64 numbers in [0, 1): those of one request, from a counter-based generator (Philox).
+
+    Args:
+        sampling: its seed and length are used.
+        request: number of the request, 0 or more.
+    """
+    import numpy as np
+    import torch
+
+    generator = np.random.Generator(np.random.Philox(key=np.array([sampling.seed, request], dtype=np.uint64)))
+    return torch.from_numpy(generator.random(sampling.max_new_tokens))
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each row and the model's log-probability of it.
+
+    In float64, so that the layout's rounding of the logits seldom moves a draw to the next token. Of equal logits the
+    lower id comes first, in the greedy choice, in ``top_k`` and in ``top_p``. Otherwise the tokens that stay are those
+    of transformers' ``TemperatureLogitsWarper``, ``TopKLogitsWarper`` and ``TopPLogitsWarper`` in this order.
+
+    Args:
+        logits: ``[b, V]`` over the true vocabulary, whole on this rank.
+        sampling: how.
+        drawn: ``[b]`` float64 numbers in [0, 1), one a row; the token is where the cumulated probability passes it.
+
+    Returns:
+        ``[b]`` int64 ids and ``[b]`` float64 log-probabilities under the model itself, that is before temperature and
+        truncation.
+    """
+    import torch
+
+    logits = logits.double()
+    if sampling.greedy:
+        token = _first(logits == logits.amax(dim=-1, keepdim=True))
+    elif sampling.top_k is None and sampling.top_p == 1:
+        token = _draw((logits / sampling.temperature).softmax(dim=-1), drawn)
+    else:
+        # A stable sort keeps equal logits in the order of their ids.
+        ordered, ids = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k is not None:
+            ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
+        probabilities = ordered.softmax(dim=-1)
+        # A token goes when those before it hold enough already; so the first always stays.
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+        token = ids.gather(-1, _draw(probabilities, drawn)[:, None]).squeeze(-1)
+    chosen = logits.gather(-1, token[:, None]).squeeze(-1)
+    return token, chosen - torch.logsumexp(logits, dim=-1)
+
+
+def _draw(weights: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """``[b, n]`` weights, ``[b]`` numbers in [0, 1) -> ``[b]`` positions, by inversion of the cumulated weights."""
+    cumulated = weights.cumsum(dim=-1)
+    return _first(cumulated > drawn.to(weights.device)[:, None] * cumulated[:, -1:])
+
+
+def _first(found: torch.Tensor) -> torch.Tensor:
+    """``[b, n]`` bool -> ``[b]`` position of the first True; 0 where a row has none (its logits are NaN)."""
+    import torch
+
+    positions = torch.arange(found.shape[-1], device=found.device)
+    first = positions.where(found, found.shape[-1]).amin(dim=-1)
+    return first.where(first < found.shape[-1], 0)

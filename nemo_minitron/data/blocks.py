@@ -9,6 +9,7 @@ block are ``block[:-1]`` and ``block[1:]``; blocks do not overlap.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -36,22 +37,126 @@ _FORMAT = 1  # of a cached file; raise it when the same configuration would give
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks and where they come from.
+    """Token blocks, which documents they hold, which labels count, and where they come from.
+
+    ``len()`` is the number of blocks; an index (int, slice or tensor) gives those blocks, as ``Blocks``.
 
     Attributes:
-        tokens: ``[n, sequence_length + 1]`` int64.
+        tokens: ``[n, s + 1]`` int64; input and label of a block are ``[:-1]`` and ``[1:]``.
         domain: ``[n]`` int64, index into ``domains``.
         domains: names of the sources.
+        segments: ``[n, s + 1]`` int32, number of a token's document within the block, -1 for what fills the block up;
+            None where each block is one text.
+        loss_mask: ``[n, s]`` bool, labels (tokens 1 to s) that are to be learned; None for all.
     """
 
     tokens: torch.Tensor
     domain: torch.Tensor
     domains: tuple[str, ...]
+    segments: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
 
-    def by_domain(self) -> dict[str, torch.Tensor]:
-        """``[n_d, sequence_length + 1]`` for each source that has blocks."""
-        found = {name: self.tokens[self.domain == index] for index, name in enumerate(self.domains)}
-        return {name: tokens for name, tokens in found.items() if len(tokens)}
+    @classmethod
+    def of(cls, blocks: torch.Tensor | Blocks) -> Blocks:
+        """Plain ``[n, s + 1]`` tokens as blocks of one text each; blocks as they are."""
+        import torch
+
+        if isinstance(blocks, Blocks):
+            return blocks
+        return cls(blocks, torch.zeros(len(blocks), dtype=torch.int64), ("",))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Blocks of several, one after the other. They have one length; domains of one name are one."""
+        import torch
+
+        names = tuple(dict.fromkeys(name for part in parts for name in part.domains))
+        domain = [torch.tensor([names.index(name) for name in part.domains])[part.domain] for part in parts]
+        segments = loss_mask = None
+        if any(part.segments is not None for part in parts):
+            whole = [torch.zeros_like(p.tokens, dtype=torch.int32) if p.segments is None else p.segments for p in parts]
+            segments = torch.cat(whole)
+        if any(part.loss_mask is not None for part in parts):
+            every = [
+                torch.ones_like(p.tokens[:, 1:], dtype=torch.bool) if p.loss_mask is None else p.loss_mask
+                for p in parts
+            ]
+            loss_mask = torch.cat(every)
+        return cls(torch.cat([part.tokens for part in parts]), torch.cat(domain), names, segments, loss_mask)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int | slice | torch.Tensor) -> Blocks:
+        if isinstance(index, int):
+            index = slice(index, index + 1 or None)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[index],
+            domain=self.domain[index],
+            segments=None if self.segments is None else self.segments[index],
+            loss_mask=None if self.loss_mask is None else self.loss_mask[index],
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[n, s + 1]``."""
+        return self.tokens.shape
+
+    @property
+    def sequence_length(self) -> int:
+        """Inputs, and labels, of a block."""
+        return self.tokens.shape[1] - 1
+
+    def counted(self) -> torch.Tensor | None:
+        """``[n, s]`` bool, the labels that count: those to be learned, of the document of their input. None for all."""
+        from nemo_minitron.runtime.masks import counted_labels
+
+        if self.segments is None:
+            return self.loss_mask
+        within = counted_labels(self.segments)
+        return within if self.loss_mask is None else within & self.loss_mask
+
+    @property
+    def labels(self) -> int:
+        """How many labels count."""
+        counted = self.counted()
+        return len(self) * self.sequence_length if counted is None else int(counted.sum())
+
+    def text(self) -> torch.Tensor:
+        """``[m]`` int64: the tokens of all inputs, without what fills blocks up."""
+        inputs = self.tokens[:, :-1]
+        return inputs.flatten() if self.segments is None else inputs[self.segments[:, :-1] >= 0]
+
+    def content(self) -> str:
+        """sha256 over tokens, segments and loss mask."""
+        digest = hashlib.sha256()
+        for name in ("tokens", "segments", "loss_mask"):
+            if (tensor := getattr(self, name)) is not None:
+                digest.update(b"" if name == "tokens" else name.encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_labels(self, what: str) -> None:
+        """Refuse blocks that hold no label that counts: their loss would be nought by nought.
+
+        Raises:
+            DataError: naming how many and the first.
+        """
+        counted = self.counted()
+        if counted is None:
+            return
+        empty = (~counted.any(dim=1)).nonzero().flatten()
+        if len(empty):
+            raise DataError(
+                f"{what}: {len(empty)} of {len(self)} blocks (the first is block {int(empty[0])}) have no label that "
+                "counts, all their tokens are masked; leave them out, or check the answers in the data"
+            )
+
+    def by_domain(self) -> dict[str, Blocks]:
+        """The blocks of each source that has any."""
+        found = {name: self[self.domain == index] for index, name in enumerate(self.domains)}
+        return {name: blocks for name, blocks in found.items() if len(blocks)}
 
 
 def build_blocks(
@@ -61,7 +166,7 @@ def build_blocks(
     *,
     blocks: int | None = None,
     vocab_size: int | None = None,
-) -> torch.Tensor:
+) -> Blocks:
     """Token blocks of one split, in the shuffled order of ``config.seed``.
 
     Args:
@@ -73,12 +178,12 @@ def build_blocks(
         vocab_size: rows of the model's embedding, to check the ids against; None does not check.
 
     Returns:
-        ``[n, sequence_length + 1]`` int64.
+        Blocks of ``[n, sequence_length + 1]`` tokens.
 
     Raises:
         DataError: for unreadable sources, too little text, or a tokenizer that does not fit.
     """
-    return _build(config, tokenizer_dir, split, blocks, vocab_size).tokens
+    return _build(config, tokenizer_dir, split, blocks, vocab_size)
 
 
 def build_domain_blocks(
@@ -88,7 +193,7 @@ def build_domain_blocks(
     *,
     blocks: int | None = None,
     vocab_size: int | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Blocks]:
     """The blocks of :func:`build_blocks`, by the name of their source."""
     return _build(config, tokenizer_dir, split, blocks, vocab_size).by_domain()
 

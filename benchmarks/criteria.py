@@ -54,9 +54,9 @@ class Bench:
         data = texts(quick=self.quick, sequence_length=SEQUENCE, cache_dir=arguments.cache_dir)
         samples, held_out = (2, 2) if self.quick else (arguments.samples, arguments.held_out)
         options = {"vocab_size": self.shape.vocab_size}
-        calibration = build_blocks(data, checkpoint.tokenizer, "calibration", blocks=samples * DRAWS, **options)
+        calibration = build_blocks(data, checkpoint.tokenizer, "calibration", blocks=samples * DRAWS, **options).tokens
         self.calibration = calibration.split(samples)
-        self.held_out = build_blocks(data, checkpoint.tokenizer, "held_out", blocks=held_out, **options)
+        self.held_out = build_blocks(data, checkpoint.tokenizer, "held_out", blocks=held_out, **options).tokens
 
     def live(self, checkpoint: Checkpoint) -> list[Any]:
         """A model with the checkpoint's weights."""

@@ -69,9 +69,9 @@ class Bench:
         options = {"vocab_size": self.shape.vocab_size}
         calibration = build_blocks(
             data, checkpoint.tokenizer, "calibration", blocks=self.samples * self.draws, **options
-        )
+        ).tokens
         self.calibration = calibration.split(self.samples)
-        self.held_out = build_blocks(data, checkpoint.tokenizer, "held_out", blocks=held_out, **options)
+        self.held_out = build_blocks(data, checkpoint.tokenizer, "held_out", blocks=held_out, **options).tokens
         self.task: EncodedTask | None = None
         self.questions = arguments.questions
         if arguments.questions:

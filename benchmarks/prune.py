@@ -200,7 +200,7 @@ def main() -> None:
             "calibration",
             blocks=4 if arguments.quick else 8,
             vocab_size=checkpoint.shape.vocab_size,
-        )
+        ).tokens
         found = measure_scoring(checkpoint, groups, blocks, 3 if arguments.quick else 5, arguments.quick)
         if not arguments.quick:
             found |= measure_pruning(checkpoint, groups, Path(scratch), found)

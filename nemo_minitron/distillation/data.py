@@ -10,30 +10,41 @@ from nemo.lightning.data import WrappedDataLoader
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
 
+from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.masks import attention_mask, document_positions
 
 __all__ = ["BlockDataModule", "BlockDataset"]
 
 
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
-    """``[n, s + 1]`` token blocks as next-token samples, repeated to ``length`` samples.
+    """Token blocks as next-token samples, repeated to ``length`` samples.
+
+    A sample is a dict of ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` (``[s]``) and ``attention_mask``
+    (``[1, s, s]`` bool, True where attention is not allowed, as Megatron's own attention takes it). Where blocks hold
+    several documents, attention and positions stay within each, and a label that begins another one does not count.
+    Memory: masks are made sample by sample.
 
     Args:
-        blocks: int64 tokens.
+        blocks: ``[n, s + 1]`` int64 tokens, or blocks that say which documents they hold and which labels count.
         length: samples in all; None takes each block once.
         seed: of the order of each further pass over the blocks.
+
+    Raises:
+        DataError: for no blocks, or one in which no label counts.
     """
 
-    def __init__(self, blocks: torch.Tensor, length: int | None = None, *, seed: int = 0) -> None:
+    def __init__(self, blocks: torch.Tensor | Blocks, length: int | None = None, *, seed: int = 0) -> None:
         if len(blocks) == 0:
             raise DataError("there is no token block to train on; give more text or shorter sequences")
-        self.blocks = blocks
+        self.blocks = Blocks.of(blocks)
+        self.blocks.check_labels("the training data")
         self.length = length or len(blocks)
         self.seed = seed
-        sequence = blocks.shape[1] - 1
-        self._positions = torch.arange(sequence)
-        # True where attention is not allowed, as Megatron's own attention takes it.
-        self._mask = torch.ones(1, sequence, sequence, dtype=torch.bool).triu(diagonal=1)
+        self._counted = self.blocks.counted()
+        self._positions = torch.arange(self.blocks.sequence_length)
+        self._mask = attention_mask(torch.zeros_like(self._positions))
+        self._ones = torch.ones(self.blocks.sequence_length)
         self._order: tuple[int, torch.Tensor] = (0, torch.arange(len(blocks)))
 
     def __len__(self) -> int:
@@ -46,13 +57,16 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
             generator = torch.Generator().manual_seed(self.seed + epoch)
             order = torch.randperm(len(self.blocks), generator=generator) if epoch else torch.arange(len(self.blocks))
             self._order = (epoch, order)
-        block = self.blocks[self._order[1][place]]
+        row = int(self._order[1][place])
+        tokens, segments = self.blocks.tokens[row], None
+        if self.blocks.segments is not None:
+            segments = self.blocks.segments[row, :-1]
         return {
-            "tokens": block[:-1],
-            "labels": block[1:],
-            "loss_mask": torch.ones(len(block) - 1),
-            "position_ids": self._positions,
-            "attention_mask": self._mask,
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": self._ones if self._counted is None else self._counted[row].float(),
+            "position_ids": self._positions if segments is None else document_positions(segments),
+            "attention_mask": self._mask if segments is None else attention_mask(segments),
         }
 
 
@@ -60,7 +74,7 @@ class BlockDataModule(pl.LightningDataModule):
     """Training and validation blocks for NeMo's trainer.
 
     Args:
-        train, validation: ``[n, s + 1]`` token blocks.
+        train, validation: ``[n, s + 1]`` token blocks, or blocks that say which documents they hold.
         steps: optimizer steps of the whole training.
         micro_batch_size, global_batch_size: in blocks.
         seed: of the order of repeated passes.
@@ -68,8 +82,8 @@ class BlockDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: torch.Tensor,
-        validation: torch.Tensor,
+        train: torch.Tensor | Blocks,
+        validation: torch.Tensor | Blocks,
         *,
         steps: int,
         micro_batch_size: int,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import DataError, NonFiniteError
 from nemo_minitron.runtime.forward import block_losses
 from nemo_minitron.runtime.groups import Groups
@@ -70,7 +71,7 @@ class HeldOutLoss:
 def held_out_loss(
     chunks: list[GPTModel],
     groups: Groups,
-    blocks: torch.Tensor | Mapping[str, torch.Tensor],
+    blocks: torch.Tensor | Blocks | Mapping[str, torch.Tensor] | Mapping[str, Blocks],
     micro_batch_size: int,
     *,
     vocab_size: int,
@@ -85,7 +86,8 @@ def held_out_loss(
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
         groups: of this process; data-parallel ranks share the blocks out.
-        blocks: ``[n, s + 1]`` int64, the same on every rank, or such tensors by domain.
+        blocks: ``[n, s + 1]`` int64, the same on every rank, or such by domain. Where they say which documents they hold
+            and which labels count, attention stays within each document and the loss is over those labels.
         micro_batch_size: blocks of one forward pass.
         vocab_size: true vocabulary; logits beyond it are padding.
         progress: called with the number of blocks done since its last call.
@@ -94,30 +96,52 @@ def held_out_loss(
         The loss over all blocks, and by domain where ``blocks`` is a mapping.
 
     Raises:
-        DataError: for no blocks.
+        DataError: for no blocks, or one in which no label counts.
         ShapeError: if sequence parallelism does not divide the sequence.
         NonFiniteError: if any block's loss is NaN or infinite.
     """
-    domains = dict(blocks) if isinstance(blocks, Mapping) else {"": blocks}
-    if not domains or any(len(tensor) == 0 for tensor in domains.values()):
-        empty = [name for name, tensor in domains.items() if len(tensor) == 0]
+    given = blocks if isinstance(blocks, Mapping) else {"": blocks}
+    domains = {name: Blocks.of(part) for name, part in given.items()}
+    if not domains or any(len(part) == 0 for part in domains.values()):
+        empty = [name for name, part in domains.items() if len(part) == 0]
         raise DataError(f"held-out loss needs at least one block{f' of {empty[0]!r}' if empty else ''}; none was given")
-    tokens = torch.cat(list(domains.values()))
-    length = tokens.shape[1] - 1
-    means = block_losses(chunks, groups, tokens, micro_batch_size, vocab_size=vocab_size, progress=progress)
+    for name, part in domains.items():
+        part.check_labels(f"held-out data {name!r}" if name else "held-out data")
+    whole = Blocks.cat(list(domains.values()))
+    counted = whole.counted()
+    means = block_losses(
+        chunks,
+        groups,
+        whole.tokens,
+        micro_batch_size,
+        vocab_size=vocab_size,
+        counted=counted,
+        segments=whole.segments,
+        progress=progress,
+    )
     if not bool(torch.isfinite(means).all()):
         bad = int((~torch.isfinite(means)).sum())
         raise NonFiniteError(
             f"the held-out loss of {bad} of {len(means)} blocks is NaN or infinite; check the checkpoint's weights, "
             "or evaluate in runtime.dtype=float32"
         )
-    parts = means.split([len(tensor) for tensor in domains.values()])
-    by_domain = {name: _mean(part, length) for name, part in zip(domains, parts, strict=True)}
-    return HeldOutLoss(_mean(means, length), by_domain if isinstance(blocks, Mapping) else {})
+    counts = torch.full((len(whole),), whole.sequence_length) if counted is None else counted.sum(dim=1)
+    sizes = [len(part) for part in domains.values()]
+    by_domain = {
+        name: _mean(*part) for name, *part in zip(domains, means.split(sizes), counts.split(sizes), strict=True)
+    }
+    return HeldOutLoss(_mean(means, counts), by_domain if isinstance(blocks, Mapping) else {})
 
 
-def _mean(means: torch.Tensor, length: int) -> MeanLoss:
-    """``[n]`` float64 block means of ``length`` tokens each -> their mean."""
-    n = len(means)
-    error = float(means.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
-    return MeanLoss(float(means.mean()), error, n * length, n)
+def _mean(means: torch.Tensor, counts: torch.Tensor) -> MeanLoss:
+    """``[n]`` float64 block means over ``[n]`` tokens each -> their mean over tokens.
+
+    The standard error is that of a ratio of sums over blocks; of blocks of one length that of their mean.
+    """
+    n, tokens = len(means), int(counts.sum())
+    if bool((counts == counts[0]).all()):
+        error = float(means.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
+        return MeanLoss(float(means.mean()), error, tokens, n)
+    mean = float((means * counts).sum()) / tokens
+    spread = float(((means - mean) * counts).square().sum())
+    return MeanLoss(mean, math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else math.nan, tokens, n)

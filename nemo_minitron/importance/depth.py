@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from nemo_minitron.importance.candidates import Candidate, depth_faults, diverge, greedy_round, rounds
 from nemo_minitron.importance.depth_scores import DepthScores, Journal, Measurement
@@ -34,7 +35,7 @@ __all__ = ["layer_importance", "task_accuracy"]
 
 def layer_importance(
     chunks: list[GPTModel],
-    blocks: torch.Tensor,
+    blocks: torch.Tensor | Blocks,
     groups: Groups,
     *,
     shape: ModelShape,
@@ -61,7 +62,8 @@ def layer_importance(
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
-        blocks: ``[n, s + 1]`` int64 calibration tokens, the same on every rank.
+        blocks: ``[n, s + 1]`` int64 calibration tokens, the same on every rank. Where they say which documents they
+            hold and which labels count, attention stays within each document and the loss is over those labels.
         groups: of this process.
         shape: of the whole model.
         micro_batch_size: blocks, or choices of the task, of one forward pass.
@@ -78,16 +80,21 @@ def layer_importance(
         progress: called with 1 for each candidate (those of the journal at once), the whole model not counted.
 
     Raises:
-        DataError: for no calibration blocks.
+        DataError: for no calibration blocks, or one in which no label counts.
         ShapeError: for blocks that are longer than the model or leave no layer, or a sequence that sequence parallelism
             does not divide.
         ConfigError: for nothing to measure, or a criterion that is not.
         NonFiniteError: if a loss is NaN or infinite, naming the layers that were left out.
     """
-    if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
+    if len(blocks.shape) != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise DataError(
             f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
         )
+    blocks = Blocks.of(blocks)
+    blocks.check_labels("calibration data")
+    counted = blocks.counted()
+    weights = torch.ones(len(blocks)) if counted is None else counted.sum(dim=1)
+    shares = weights.double() / weights.sum()
     _check(shape, single=single, block_lengths=block_lengths, greedy=greedy, greedy_by=greedy_by, task=task)
     measured = _shared(journal.read() if journal is not None and dist.get_rank() == 0 else {}, chunks)
     if progress is not None and (already := len(measured.keys() - {()})):
@@ -101,9 +108,17 @@ def layer_importance(
         split = diverge(layers, following) if reuse_prefix and following is not None else None
         keep = split if split is not None and (start is None or split >= start.layer) else None
         with left_out(chunks, layers, start=start, keep=keep) as prefix:
-            losses = block_losses(chunks, groups, blocks, micro_batch_size, vocab_size=shape.vocab_size)
+            losses = block_losses(
+                chunks,
+                groups,
+                blocks.tokens,
+                micro_batch_size,
+                vocab_size=shape.vocab_size,
+                counted=counted,
+                segments=blocks.segments,
+            )
             accuracy = None if task is None else task_accuracy(chunks, groups, task, micro_batch_size, shape.vocab_size)
-        loss = float(losses.mean())
+        loss = float(losses.mean() if counted is None else (losses * shares).sum())
         if not bool(torch.isfinite(losses).all()) or (accuracy is not None and accuracy != accuracy):
             raise NonFiniteError(
                 f"the loss {'of the whole model' if not layers else f'without {_name(layers)}'} is NaN or infinite; "
@@ -125,7 +140,7 @@ def layer_importance(
             measured=dict(measured),
             shape=shape,
             samples=len(blocks),
-            tokens=blocks[:, 1:].numel(),
+            tokens=blocks.labels,
             task=None if task is None else task_name,
             questions=None if task is None else len(task.answers),
             fingerprint=fingerprint,

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import ConfigError, DataError, ShapeError
 from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion
 from nemo_minitron.importance.hooks import ActivationRecorder, Key, Recorder
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.importance.taylor import TaylorRecorder, differentiable, sample_losses
+from nemo_minitron.runtime.forward import document_inputs
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.masks import FILLING, documents_masked
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ ESTIMATORS: dict[str, type[Recorder]] = {one.estimator: one for one in (Activati
 
 def score_model(
     chunks: list[GPTModel],
-    blocks: torch.Tensor,
+    blocks: torch.Tensor | Blocks,
     groups: Groups,
     *,
     shape: ModelShape,
@@ -66,7 +69,7 @@ def score_model(
 
 def score_criteria(
     chunks: list[GPTModel],
-    blocks: torch.Tensor,
+    blocks: torch.Tensor | Blocks,
     groups: Groups,
     *,
     criteria: Sequence[tuple[str, str]],
@@ -99,7 +102,8 @@ def score_criteria(
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
         blocks: ``[n, s + 1]`` int64 tokens, the same on every rank; data-parallel ranks share them out. The last token
-            of a block is only a label.
+            of a block is only a label. Where blocks say which documents they hold, attention stays within each. All
+            tokens count as activations; in the loss of "taylor", the labels that count.
         groups: of this process.
         criteria: pairs of aggregations over sequence and batch, by their names in
             :data:`~nemo_minitron.importance.aggregation.AGGREGATIONS`; for "taylor" the first is "sum".
@@ -113,7 +117,7 @@ def score_criteria(
         Scores for each criterion, in order.
 
     Raises:
-        DataError: for no calibration blocks.
+        DataError: for no calibration blocks, blocks that are filled up, or one in which no label counts.
         ShapeError: if sequence parallelism does not divide the sequence, or a layer cannot be scored.
         NonFiniteError: if an activation or gradient is NaN or infinite, naming layer and module.
         ConfigError: for an estimator or aggregation that is not known, or no criteria.
@@ -124,11 +128,17 @@ def score_criteria(
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(ESTIMATORS)}")
     recorder = ESTIMATORS[estimator](chunks, groups, pairs)
-    if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
+    if len(blocks.shape) != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise DataError(
             f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
         )
-    length = blocks.shape[1] - 1
+    blocks = Blocks.of(blocks)
+    blocks.check_labels("calibration data")
+    if blocks.segments is not None and bool((blocks.segments[:, :-1] == FILLING).any()):
+        raise DataError(
+            "calibration blocks are filled up, and what fills them would count as text; pack them with packing=stream"
+        )
+    length = blocks.sequence_length
     if groups.layout.sequence_parallel and length % groups.layout.tensor:
         raise ShapeError(
             f"a sequence of {length} tokens cannot be split over parallel.tensor={groups.layout.tensor}; set "
@@ -139,6 +149,7 @@ def score_criteria(
         stack.enter_context(differentiable(chunks) if gradients else torch.no_grad())
         stack.enter_context(_prepared(chunks, logits=gradients))
         stack.enter_context(recorder.attached())
+        stack.enter_context(documents_masked(chunks, blocks.segments is not None))
         _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress)
     found = collect(recorder, shape, samples=len(blocks), tokens=length * len(blocks), fingerprint=fingerprint)
     return [found[pair] for pair in pairs]
@@ -161,7 +172,7 @@ def _prepared(chunks: list[GPTModel], *, logits: bool) -> Iterator[None]:
 
 def _run(
     recorder: Recorder,
-    blocks: torch.Tensor,
+    blocks: Blocks,
     micro_batch_size: int,
     vocab_size: int,
     progress: Callable[[int], None] | None,
@@ -185,34 +196,35 @@ def _run(
 
 def _run_schedule(
     recorder: Recorder,
-    blocks: torch.Tensor,
+    blocks: Blocks,
     passes: int,
     micro_batch_size: int,
     vocab_size: int,
-    filler: torch.Tensor,
+    filler: Blocks,
 ) -> None:
     """``[n, s + 1]`` blocks in ``passes`` micro-batches; samples beyond ``n`` are ``filler`` and do not count."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     chunks, gradients = recorder.chunks, isinstance(recorder, TaylorRecorder)
     missing = passes * micro_batch_size - len(blocks)
-    filled = torch.cat([blocks, filler.expand(missing, -1)])
+    filled = Blocks.cat([blocks, *[filler] * missing])
     rows = [min(max(len(blocks) - i * micro_batch_size, 0), micro_batch_size) for i in range(passes)]
-    batches = list(zip(filled.split(micro_batch_size), rows, strict=True))
+    starts = range(0, len(filled), micro_batch_size)
+    batches = [(filled[start : start + micro_batch_size], count) for start, count in zip(starts, rows, strict=True)]
     width = blocks.shape[1]
 
-    def forward_step(iterator: Iterator[tuple[torch.Tensor, int]], model: GPTModel) -> tuple[torch.Tensor, Any]:
+    def forward_step(iterator: Iterator[tuple[Blocks, int]], model: GPTModel) -> tuple[torch.Tensor, Any]:
         batch, recorder.rows = next(iterator)
-        batch = batch.to(next(model.parameters()).device)
-        inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:]
-        positions = torch.arange(width - 1, device=inputs.device).expand_as(inputs)
+        tokens, counted = batch.tokens.to(next(model.parameters()).device), batch.counted()
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:]
+        positions, mask = document_inputs(inputs, None if batch.segments is None else batch.segments[:, :-1])
+        counted = None if counted is None else counted.to(inputs.device)
 
         def loss(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
             # Each sample's own mean, added up: a sample's gradient depends on no other. The schedule divides.
-            return sample_losses(logits, labels, vocab_size, recorder.groups).sum() * passes, {}
+            return sample_losses(logits, labels, vocab_size, recorder.groups, counted).sum() * passes, {}
 
-        # No mask: Megatron's attention is causal of itself.
-        return model(inputs, positions, None), loss if gradients else _nothing
+        return model(inputs, positions, mask), loss if gradients else _nothing
 
     # Each chunk of an interleaved pipeline reads the micro-batches for itself.
     iterators = [iter(batches) for _ in chunks]

@@ -148,21 +148,33 @@ def _require_gradient(module: Any, args: Any, output: torch.Tensor) -> torch.Ten
     return output.requires_grad_()
 
 
-def sample_losses(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, groups: Groups) -> torch.Tensor:
+def sample_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    groups: Groups,
+    counted: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``[b, s, V/tp]`` logits of this tensor-parallel rank and ``[b, s]`` labels -> ``[b]`` mean cross-entropies.
 
-    The softmax is over the true vocabulary: Megatron's padding rows take no part. In the logits' precision, fp32 at
-    least. Memory: one tensor of the logits' size, which holds the gradient.
+    The mean is over the labels that are ``counted`` (``[b, s]`` bool; None: all). The softmax is over the true
+    vocabulary: Megatron's padding rows take no part. In the logits' precision, fp32 at least. Memory: one tensor of the
+    logits' size, which holds the gradient.
     """
     first = groups.tp_rank * logits.shape[-1]
-    return _CrossEntropy.apply(logits, labels - first, max(0, vocab_size - first), groups)
+    if counted is None:
+        counted = torch.ones_like(labels, dtype=torch.bool)
+    shares = counted.T.double() / counted.sum(dim=1)  # [s, b], of each token in its sample's mean
+    return _CrossEntropy.apply(logits, labels - first, max(0, vocab_size - first), shares, groups)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean over tokens of ``log sum_v exp(z_v) - z_label``; its gradient is ``(softmax - one-hot) / s``."""
+    """Sum over tokens of ``share * (log sum_v exp(z_v) - z_label)``; its gradient is ``(softmax - one-hot) * share``."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, valid: int, groups: Groups) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, valid: int, shares: torch.Tensor, groups: Groups
+    ) -> torch.Tensor:
         # [s, b, V/tp] in memory, as Megatron's output layer makes the logits: its backward pass multiplies a transposed
         # gradient batch by batch, at many times the cost.
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -181,12 +193,13 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=groups.tp)
         gradient /= total[..., None]
         gradient.scatter_add_(-1, index, -mine.to(gradient.dtype)[..., None])
-        gradient /= len(gradient)
+        shares = shares.to(wide)
+        gradient *= shares[..., None]
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
-        return (total.log() - label_logits).mean(0)
+        return ((total.log() - label_logits) * shares).sum(0)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_outputs[0][:, None]).to(ctx.dtype).transpose(0, 1), None, None, None
+        return (gradient * grad_outputs[0][:, None]).to(ctx.dtype).transpose(0, 1), None, None, None, None

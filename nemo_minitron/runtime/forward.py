@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.masks import attention_mask, document_positions, documents_masked
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["block_losses", "evaluating", "mask_padding"]
+__all__ = ["block_losses", "document_inputs", "evaluating", "mask_padding"]
 
 _PASSES_PER_REPORT = 8  # micro-batches between two calls of `progress`
 
@@ -48,6 +49,7 @@ def block_losses(
     *,
     vocab_size: int,
     counted: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Mean next-token cross-entropy of each block. To be called on every rank; every rank gets all of them.
@@ -65,6 +67,9 @@ def block_losses(
         vocab_size: true vocabulary; logits beyond it are padding.
         counted: ``[n, s]`` bool, the labels (tokens 1 to s of a block) that count, at least one a block; None counts
             all.
+        segments: ``[n, s + 1]``, the documents of the tokens (:mod:`nemo_minitron.runtime.masks`): attention stays within
+            each, at the cost of a mask ``[micro_batch_size, 1, s, s]``. Which labels count is told by ``counted`` alone.
+            None where each block is one text.
         progress: called with the number of blocks done since its last call.
 
     Returns:
@@ -90,12 +95,13 @@ def block_losses(
 
     losses = torch.zeros(per_rank, dtype=torch.float64)
     step = unit * _PASSES_PER_REPORT
-    with evaluating(chunks):
+    with evaluating(chunks), documents_masked(chunks, segments is not None):
         for start in range(0, per_rank, step):
             part = mine[start : start + step]
-            batches = list(
-                zip(blocks[part].split(micro_batch_size), counted[part].split(micro_batch_size), strict=True)
-            )
+            batches = [
+                (blocks[some], counted[some], None if segments is None else segments[some, :-1])
+                for some in part.split(micro_batch_size)
+            ]
             found = _run_schedule(chunks, batches, vocab_size)
             if groups.is_last_stage:
                 losses[start : start + len(part)] = torch.cat(found).cpu()
@@ -111,22 +117,22 @@ def block_losses(
 
 
 def _run_schedule(
-    chunks: list[GPTModel], batches: list[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
+    chunks: list[GPTModel], batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], vocab_size: int
 ) -> list[torch.Tensor]:
-    """Micro-batches ``([b, s + 1], [b, s])`` -> ``[b]`` mean losses of each; empty except on the last stage."""
+    """Micro-batches of tokens ``[b, s + 1]``, counted labels and segments (or None) ``[b, s]`` -> ``[b]`` mean losses of each; empty except on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     rows, width = batches[0][0].shape
 
     def forward_step(
-        iterator: Iterator[tuple[torch.Tensor, torch.Tensor]], model: GPTModel
+        iterator: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], model: GPTModel
     ) -> tuple[torch.Tensor, Any]:
         device = next(model.parameters()).device
-        batch, counted = (tensor.to(device) for tensor in next(iterator))
+        tokens, counts, segments = next(iterator)
+        batch, counted = tokens.to(device), counts.to(device)
         inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        positions = torch.arange(width - 1, device=device).expand_as(inputs)
-        # No mask: Megatron's attention is causal of itself.
-        return model(inputs, positions, None), partial(
+        positions, mask = document_inputs(inputs, segments)
+        return model(inputs, positions, mask), partial(
             _mean_losses, labels=labels, counted=counted, vocab_size=vocab_size
         )
 
@@ -142,6 +148,17 @@ def _run_schedule(
         forward_only=True,
         collect_non_loss_data=True,
     )
+
+
+def document_inputs(inputs: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Positions and attention mask of a micro-batch ``[b, s]``, on its device.
+
+    No mask without segments: Megatron's attention is causal of itself.
+    """
+    if segments is None:
+        return torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs), None
+    segments = segments.to(inputs.device)
+    return document_positions(segments), attention_mask(segments)
 
 
 def _mean_losses(

@@ -26,10 +26,9 @@ from nemo_minitron.stages.base import (
 from nemo_minitron.stages.conversion import model_costs
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_minitron.axes import Family
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
     from nemo_minitron.data.tasks import EncodedTask, Question
 
 __all__ = ["plan", "run"]
@@ -192,12 +191,12 @@ def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], 
     )
 
 
-def _subject(config: DepthConfig, weights: str, blocks: torch.Tensor, questions: list[Question]) -> dict[str, Any]:
+def _subject(config: DepthConfig, weights: str, blocks: Blocks, questions: list[Question]) -> dict[str, Any]:
     """What each result depends on, so that a journal of something else is not taken up. Not the parallel layout."""
     task = json.dumps([[one.prompt, one.choices, one.answer] for one in questions])
     return {
         "fingerprint": weights,
-        "blocks": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:32],
+        "blocks": blocks.content()[:32],
         "task": hashlib.sha256(task.encode()).hexdigest()[:32] if questions else None,
         "dtype": config.runtime.dtype,
     }

@@ -24,9 +24,8 @@ from nemo_minitron.stages.base import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["FILE_NAME", "plan", "run"]
@@ -89,10 +88,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     for name, checkpoint in checkpoints.items():
         models[name] = _evaluate(config, groups, name, checkpoint, blocks)
         gc.collect()  # Megatron's modules hold cycles: without this the next model stands beside this one.
-    count = sum(len(part) for part in blocks.values())
     result = {
-        "tokens": count * config.data.sequence_length,
-        "blocks": count,
+        "tokens": sum(part.labels for part in blocks.values()),
+        "blocks": sum(len(part) for part in blocks.values()),
         "sequence_length": config.data.sequence_length,
         "baseline": baseline,
         "models": models,
@@ -103,7 +101,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, torch.Tensor]:
+def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, Blocks]:
     """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer, which must fit every model."""
     from nemo_minitron.data import build_domain_blocks
 
@@ -124,7 +122,7 @@ def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseli
 
 
 def _evaluate(
-    config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, torch.Tensor]
+    config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, Blocks]
 ) -> dict[str, Any]:
     """One model: build, load, measure, generate."""
     import torch

@@ -19,10 +19,9 @@ from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
 from nemo_minitron.stages.prune import kept_path
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_minitron.axes import KeptUnits
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
     from nemo_minitron.runtime.groups import Groups
     from nemo_minitron.shape import ModelShape
 
@@ -130,7 +129,7 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
     )
 
 
-def _score(config: IterateConfig, checkpoint: Checkpoint, blocks: torch.Tensor, groups: Groups, label: str) -> Any:
+def _score(config: IterateConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups, label: str) -> Any:
     import torch
 
     from nemo_minitron.checkpoints import load_into
@@ -177,11 +176,11 @@ def _rounds_folder(config: IterateConfig) -> Path:
     return output.with_name(f".{output.name}.rounds")
 
 
-def _subject(config: IterateConfig, weights: str, blocks: torch.Tensor, shapes: list[ModelShape]) -> str:
+def _subject(config: IterateConfig, weights: str, blocks: Blocks, shapes: list[ModelShape]) -> str:
     """What the rounds are rounds of: any of it changed, they are not gone on with. The layout is no part of it."""
     settings = {
         "weights": weights,
-        "tokens": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
+        "tokens": blocks.content(),
         "estimator": config.estimator,
         "aggregation": vars(config.aggregation),
         "shapes": [one.to_dict() for one in shapes],

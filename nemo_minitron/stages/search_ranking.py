@@ -22,9 +22,8 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.search import Journal, Sizes
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["BASE", "Work", "run"]
@@ -112,7 +111,7 @@ class _Ranking:
         self,
         config: SearchConfig,
         checkpoint: Checkpoint,
-        blocks: torch.Tensor,
+        blocks: Blocks,
         groups: Groups,
         journal: Journal,
         *,
@@ -178,7 +177,7 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: torch.Tensor, groups: Groups) -> dict[str, Any]:
+def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups) -> dict[str, Any]:
     """Calibration loss of a checkpoint, loaded for it."""
     import torch
 

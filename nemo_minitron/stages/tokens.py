@@ -66,7 +66,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
         config.data, checkpoint.tokenizer, config.split, blocks=config.blocks, vocab_size=checkpoint.shape.vocab_size
     )
     # The last token of a block is the next one's first.
-    counts = torch.bincount(blocks[:, :-1].flatten(), minlength=size)
+    counts = torch.bincount(blocks.text(), minlength=size)
     total = int(counts.sum())
     with stage_output(config.output, config.overwrite) as output:
         sources = ", ".join(source.name for source in config.data.sources)

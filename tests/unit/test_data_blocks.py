@@ -39,7 +39,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 def test_blocks_are_the_documents_joined_by_eos(config: DataConfig, tokenizer: Path) -> None:
     config.sources = config.sources[:1]
-    blocks = build_blocks(config, tokenizer, "train")
+    blocks = build_blocks(config, tokenizer, "train").tokens
     assert blocks.dtype == torch.int64
     assert blocks.shape[1] == 17
     documents = split_documents(read_source(config.sources[0], config.cache_dir), config)["train"]
@@ -81,7 +81,9 @@ def test_a_giant_document_does_not_take_over_a_split() -> None:
 def test_text_in_two_sources_is_on_one_side_only(config: DataConfig, tokenizer: Path, tmp_path: Path) -> None:
     same = sentences(60, 20, seed=1)
     config.sources[1].path = str(write_jsonl(tmp_path / "both.jsonl", same + sentences(40, 20, seed=9)))
-    rows = {split: {tuple(block.tolist()) for block in build_blocks(config, tokenizer, split)} for split in SPLITS}
+    rows = {
+        split: {tuple(block.tolist()) for block in build_blocks(config, tokenizer, split).tokens} for split in SPLITS
+    }
     windows = {split: {row[i : i + 6] for row in rows[split] for i in range(12)} for split in SPLITS}
     assert not windows["train"] & windows["held_out"]
     assert not windows["train"] & windows["calibration"]
@@ -116,7 +118,7 @@ def test_more_than_there_is_names_the_count(config: DataConfig, tokenizer: Path)
 
 
 def test_same_seed_same_blocks_other_seed_others(config: DataConfig, tokenizer: Path, tmp_path: Path) -> None:
-    first = build_blocks(config, tokenizer, "train", blocks=20)
+    first = build_blocks(config, tokenizer, "train", blocks=20).tokens
     torch.manual_seed(99)
     torch.rand(10)
     again = build_blocks(
@@ -124,18 +126,18 @@ def test_same_seed_same_blocks_other_seed_others(config: DataConfig, tokenizer: 
         tokenizer,
         "train",
         blocks=20,
-    )
+    ).tokens
     assert torch.equal(first, again)
     assert not torch.equal(
         first,
-        build_blocks(dataclasses.replace(config, seed=7), tokenizer, "train", blocks=20),
+        build_blocks(dataclasses.replace(config, seed=7), tokenizer, "train", blocks=20).tokens,
     )
 
 
 def test_cache_is_used_and_follows_the_content(
     config: DataConfig, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = build_blocks(config, tokenizer, "train", blocks=20)
+    first = build_blocks(config, tokenizer, "train", blocks=20).tokens
     files = list(Path(config.cache_dir, "blocks").iterdir())
     assert len(files) == 1
 
@@ -144,11 +146,11 @@ def test_cache_is_used_and_follows_the_content(
 
     with monkeypatch.context() as patch:
         patch.setattr("nemo_minitron.data.blocks._tokenise", fail)
-        assert torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20))
+        assert torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20).tokens)
     files[0].write_bytes(files[0].read_bytes()[:-10])  # A damaged file is made anew.
-    assert torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20))
+    assert torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20).tokens)
     write_jsonl(tmp_path / "first.jsonl", sentences(60, 20, seed=77))
-    assert not torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20))
+    assert not torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20).tokens)
 
 
 def test_nothing_is_left_aside_when_writing_fails(

@@ -48,6 +48,7 @@ _HELP = {
     "search": "Search the shapes within a budget for the one that loses least.",
     "prune": "Remove the units that matter least, down to a target shape.",
     "correct": "Train a model on text by the language-model loss: a teacher before it teaches.",
+    "cache": "Keep a teacher's logits on disk, for trainings without it.",
     "distill": "Train a student on its teacher's logits.",
     "sft": "Train a model on the answers of conversations.",
     "dpo": "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO.",

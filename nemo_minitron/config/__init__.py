@@ -5,7 +5,8 @@
 that a configuration error answers at once.
 """
 
-from nemo_minitron.config.load import find_config, load, load_pipeline, shipped_configs
+from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.load import find_config, load, load_cluster, load_pipeline, shipped_clusters, shipped_configs
 from nemo_minitron.config.parts import (
     AggregationConfig,
     AxisConfig,
@@ -26,6 +27,7 @@ from nemo_minitron.config.parts import (
 )
 from nemo_minitron.config.stages import (
     STAGES,
+    CacheConfig,
     AlignConfig,
     CorrectConfig,
     DepthConfig,
@@ -51,6 +53,8 @@ __all__ = [
     "AlignConfig",
     "AxisConfig",
     "BudgetConfig",
+    "CacheConfig",
+    "ClusterConfig",
     "ChatDataConfig",
     "CorrectConfig",
     "DataConfig",
@@ -82,6 +86,8 @@ __all__ = [
     "VocabularyConfig",
     "find_config",
     "load",
+    "load_cluster",
     "load_pipeline",
+    "shipped_clusters",
     "shipped_configs",
 ]

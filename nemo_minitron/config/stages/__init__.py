@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from nemo_minitron.config.stages.alignment import AlignConfig, DpoConfig, SftConfig
 from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.cache import CacheConfig
 from nemo_minitron.config.stages.checkpoints import ExportConfig, ImportConfig
 from nemo_minitron.config.stages.distillation import CorrectConfig, DistillConfig
 from nemo_minitron.config.stages.evaluation import EvaluateConfig, ReportConfig
@@ -27,6 +28,7 @@ STAGES: dict[str, type[StageConfig]] = {
         IterateConfig,
         SearchConfig,
         CorrectConfig,
+        CacheConfig,
         DistillConfig,
         SftConfig,
         DpoConfig,
@@ -39,6 +41,7 @@ STAGES: dict[str, type[StageConfig]] = {
 
 __all__ = [
     "AlignConfig",
+    "CacheConfig",
     "CorrectConfig",
     "DepthConfig",
     "DistillConfig",

@@ -1,0 +1,42 @@
+"""What a model computes, as a short hash: the same for the same weights in any format and at any path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_minitron import axes
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints.base import Checkpoint
+
+__all__ = ["model_fingerprint"]
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> str:
+    """Of the sizes, the constants that the forward pass depends on, every vector and the matrices of the outer layers.
+
+    Training and pruning change all of these; reading them alone keeps it to seconds for a model of any depth. Values
+    count in the dtype that they are stored in: a model that was cast computes other logits.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        CheckpointError: if a tensor cannot be read.
+    """
+    digest = hashlib.sha256()
+    constants = checkpoint.architecture.to_dict()
+    for told_by_others in ("dtype", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        constants.pop(told_by_others, None)
+    digest.update(json.dumps([checkpoint.shape.to_dict(), constants], sort_keys=True, default=str).encode())
+    outer = {0, checkpoint.shape.num_layers - 1}
+    for name, row, layer in axes.parameters(checkpoint.family, checkpoint.shape):
+        if len(row.axes) == 1 or layer in outer:
+            tensor = checkpoint.weights.tensor(name).contiguous()
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

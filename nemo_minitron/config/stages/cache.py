@@ -1,0 +1,62 @@
+"""Keeping a teacher's logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import DataConfig, ParallelConfig, choice, positive
+from nemo_minitron.config.stages.base import StageConfig
+
+CACHE_VALUES = ("float32", "bfloat16", "int8")
+
+
+@dataclass
+class CacheConfig(StageConfig):
+    """Write a teacher's logits of the very blocks that a training asks for.
+
+    ``data``, ``steps``, ``global_batch_size`` and ``validation_batches`` say which; with those of ``minitron distill``
+    it is what that trains and validates on.
+
+    Attributes:
+        teacher: checkpoint.
+        data: training text; its held-out split validates.
+        steps, global_batch_size, validation_batches: of the training.
+        k: tokens kept of each position; null keeps all.
+        values: "bfloat16", "int8" (one byte, in 255 steps between a position's largest and smallest) or "float32".
+        micro_batch_size: blocks of one forward pass on one data-parallel rank.
+        samples_per_shard: blocks of one file; a kill costs what was not yet written.
+        resume: keep what is there and write what is missing.
+        parallel: layout of the teacher.
+    """
+
+    STAGE: ClassVar[str] = "cache"
+    INPUTS: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 300
+    global_batch_size: int = 8
+    validation_batches: int = 8
+    k: int | None = 64
+    values: str = "bfloat16"
+    micro_batch_size: int = 1
+    samples_per_shard: int = 64
+    resume: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def tokens(self) -> int:
+        """Positions cached."""
+        return (self.steps + self.validation_batches) * self.global_batch_size * self.data.sequence_length
+
+    def faults(self) -> list[str]:
+        """Ranges and unknown choices."""
+        return [
+            *positive(
+                self, "steps", "global_batch_size", "validation_batches", "k", "micro_batch_size", "samples_per_shard"
+            ),
+            *choice(self, "values", CACHE_VALUES),
+        ]

@@ -1,0 +1,176 @@
+"""``minitron cache``: write a teacher's logits of the blocks that a distillation trains and validates on.
+
+Output: the cache itself (:mod:`nemo_minitron.distillation.cache`). It is filled in place, shard by shard, so that a
+stopped job goes on; which samples are there is seen from the shards, never from the record.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config import CacheConfig
+from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.stages.base import (
+    MARKER,
+    PlannedPath,
+    StagePlan,
+    check_output,
+    human_bytes,
+    human_count,
+    peek_family,
+    peek_shape,
+)
+from nemo_minitron.stages.training import training_blocks
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.distillation.cache import Manifest
+
+__all__ = ["plan", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: CacheConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    from nemo_minitron.data.inputs import data_inputs
+
+    data = data_inputs(config.data)
+    found = StagePlan(
+        "cache",
+        reads=[PlannedPath(config.teacher, "teacher"), *(PlannedPath(path, what) for path, what in data.files)],
+        writes=[PlannedPath(config.output, "logit cache")],
+        costs={"tokens": human_count(config.tokens)},
+        notes=data.notes,
+        faults=data.faults,
+    )
+    shape = peek_shape(config.teacher)
+    if shape is None:
+        return found
+    layout = config.parallel
+    found.faults += [f"teacher: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
+    if config.k is not None and config.k >= shape.vocab_size:
+        found.faults.append(_too_many(config.k, shape.vocab_size))
+    parameters = axes.parameter_count(peek_family(config.teacher), shape)
+    found.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(2 * parameters * config.tokens)}
+    width = {"float32": 4, "bfloat16": 2, "int8": 1}[config.values]
+    per_token = (
+        shape.vocab_size * width if config.k is None else config.k * (width + (3 if shape.vocab_size > 65536 else 2))
+    )
+    found.costs["size on disk"] = f"{human_bytes(per_token * config.tokens)}, {human_bytes(per_token)} a token"
+    return found
+
+
+def _too_many(k: int, vocab_size: int) -> str:
+    return f"k={k}: the vocabulary has {vocab_size} tokens; set k=null to keep all"
+
+
+def run(config: CacheConfig) -> dict[str, Any]:
+    """Fill the cache. Every rank runs this.
+
+    Returns:
+        ``samples`` that the training asks for, ``written`` by this run, ``tokens``, ``bytes_per_token`` as lying on the
+        disk, ``tokens_per_second``.
+
+    Raises:
+        MinitronError: for a teacher, data or layout that do not fit each other, or an output that holds another cache.
+    """
+    import torch
+
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.data.blocks import Blocks
+    from nemo_minitron.distillation.cache import LogitCache
+    from nemo_minitron.distillation.cache_filling import fill_cache, open_for_writing
+    from nemo_minitron.distillation.documents import block_starts
+    from nemo_minitron.distillation.pair import check_model
+    from nemo_minitron.distillation.teacher import Teacher
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+
+    checkpoint = open_checkpoint(config.teacher)
+    layout = ParallelLayout(**vars(config.parallel))
+    check_model(checkpoint, layout, config.data.sequence_length)
+    manifest = _manifest(config, checkpoint)
+    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    if groups.is_main:
+        _prepare(config, manifest)
+    cache = open_for_writing(Path(config.output), is_main=groups.is_main)
+    tokens, starts = block_starts(Blocks.cat([Blocks.of(part) for part in training_blocks(config, checkpoint)]))
+    teacher = Teacher.load(checkpoint, groups, dtype=getattr(torch, config.runtime.dtype))
+    started = time.monotonic()
+    with progress_bar("caching", len(tokens), completed=min(len(cache), len(tokens)), shown=groups.is_main) as advance:
+        written = fill_cache(
+            teacher,
+            groups,
+            cache,
+            tokens,
+            starts,
+            micro_batch_size=config.micro_batch_size,
+            samples_per_shard=config.samples_per_shard,
+            progress=advance,
+        )
+    seconds = time.monotonic() - started
+    if not groups.is_main:
+        return {}
+    cache = LogitCache(Path(config.output))
+    per_token = cache.bytes_on_disk / (len(cache) * manifest.sequence_length)
+    logger.info("%d samples, %d of them new, %.1f bytes a token", len(cache), written, per_token)
+    return {
+        "samples": len(tokens),
+        "written": written,
+        "tokens": tokens.numel(),
+        "bytes_per_token": round(per_token, 2),
+        "tokens_per_second": round(written * manifest.sequence_length / seconds, 1),
+    }
+
+
+def _manifest(config: CacheConfig, teacher: Checkpoint) -> Manifest:
+    from nemo_minitron.checkpoints.fingerprint import model_fingerprint
+    from nemo_minitron.checkpoints.vocabulary import tokenizer_fingerprint
+    from nemo_minitron.distillation.cache import Manifest
+
+    if teacher.tokenizer is None:
+        raise CheckpointError(f"{config.teacher}: carries no tokenizer to cut text with; import it with its tokenizer")
+    if config.k is not None and config.k >= teacher.shape.vocab_size:
+        raise ConfigError(_too_many(config.k, teacher.shape.vocab_size))
+    return Manifest(
+        teacher=model_fingerprint(teacher),
+        tokenizer=tokenizer_fingerprint(teacher.tokenizer),
+        vocab_size=teacher.shape.vocab_size,
+        sequence_length=config.data.sequence_length,
+        k=config.k,
+        values=config.values,
+        dtype=config.runtime.dtype,
+    )
+
+
+def _prepare(config: CacheConfig, manifest: Manifest) -> None:
+    """Clear away what may be replaced, and refuse what may not.
+
+    Raises:
+        ConfigError: for an output that holds a cache of something else, or anything but a cache.
+    """
+    from nemo_minitron.distillation.cache import Manifest
+
+    output = Path(config.output)
+    if config.overwrite:
+        check_output(output, True)
+        shutil.rmtree(output, ignore_errors=True)
+    found = Manifest.read(output)
+    if found is None:
+        check_output(output, False)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / MARKER).touch()
+        manifest.write(output)
+    elif differences := manifest.differences(found):
+        raise ConfigError(
+            [f"{output} holds a cache with {difference}" for difference in found.differences(manifest)]
+            + [f"{len(differences)} settings differ: give another output, or --overwrite"]
+        )
+    elif not config.resume:
+        raise ConfigError(f"{output} exists and resume=false; set resume=true to add to it, or --overwrite")

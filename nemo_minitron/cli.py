@@ -49,6 +49,7 @@ _HELP = {
     "prune": "Remove the units that matter least, down to a target shape.",
     "correct": "Train a model on text by the language-model loss: a teacher before it teaches.",
     "cache": "Keep a teacher's logits on disk, for trainings without it.",
+    "generate": "Answer prompts with a model: for distillation on its answers, or to try it.",
     "distill": "Train a student on its teacher's logits.",
     "sft": "Train a model on the answers of conversations.",
     "dpo": "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO.",

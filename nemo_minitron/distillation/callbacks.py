@@ -24,10 +24,12 @@ class StepMetrics(pl.Callback):
     The last pipeline stage knows the loss, so its first rank writes. After a resume, lines of steps that are trained
     again are dropped first.
 
-    Training lines: ``step`` (1-based), ``tokens`` (in all), ``kl``, ``lr`` (of this step), ``grad_norm``,
+    Training lines: ``step`` (1-based), ``tokens`` (in all), the values of the loss (of a distillation ``kl``, and
+    ``lm_loss`` where labels take part; otherwise ``lm_loss``), ``lr`` (of this step), ``grad_norm``,
     ``tokens_per_second``, ``seconds`` (since the start of this process's training). Validation lines: ``split`` =
-    "validation", ``step``, ``tokens``, ``kl``, ``lm_loss``. With intermediate losses both have the value of each, times
-    its own weight (``hidden``, ``embedding``, ``attention``), and ``alpha``, the weight of their sum in that step.
+    "validation", ``step``, ``tokens``, of a distillation ``kl``, and ``lm_loss``. With intermediate losses both have
+    the value of each, times its own weight (``hidden``, ``embedding``, ``attention``), and ``alpha``, the weight of
+    their sum in that step.
     """
 
     def __init__(self, path: Path, *, tokens_per_step: int, every: int = 1) -> None:
@@ -37,7 +39,8 @@ class StepMetrics(pl.Callback):
         self._file: IO[str] | None = None
         self._started = self._last = 0.0
         self._validation: list[dict[str, float]] = []
-        self._kl = self._lr = 0.0
+        self._values: dict[str, float] = {}
+        self._lr = 0.0
 
     def _writes(self, module: Any) -> bool:
         groups: Groups = module.groups
@@ -61,9 +64,11 @@ class StepMetrics(pl.Callback):
 
     def on_megatron_reduce_microbatches_end(self, step: MegatronStep, loss_reduction: Any, reduced: Any) -> None:
         """Called on the last stage with the reduced loss of a step."""
-        self._kl = float(reduced)
+        values: dict[str, float] = loss_reduction.values
         if step.forward_only:
-            self._validation.append({"kl": self._kl, "lm_loss": loss_reduction.lm_loss, **_parts(step.pl_module)})
+            self._validation.append({**values, **_parts(step.pl_module)})
+        else:
+            self._values = values
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """One line, with the step that has just updated the weights."""
@@ -76,7 +81,7 @@ class StepMetrics(pl.Callback):
         self._write(
             step=step,
             tokens=step * self.tokens_per_step,
-            kl=self._kl,
+            **self._values,
             lr=self._lr,
             grad_norm=float(logged["grad_norm"]) if "grad_norm" in logged else None,
             tokens_per_second=self.tokens_per_step / seconds,
@@ -111,7 +116,8 @@ class StepMetrics(pl.Callback):
 class ProgressBar(pl.Callback):
     """Loss and throughput on rank 0. (NeMo's own printer enters a collective on rank 0 alone.)"""
 
-    def __init__(self, steps: int, *, tokens_per_step: int) -> None:
+    def __init__(self, title: str, steps: int, *, tokens_per_step: int) -> None:
+        self.title = title
         self.steps = steps
         self.tokens_per_step = tokens_per_step
         self._stack = ExitStack()
@@ -122,7 +128,7 @@ class ProgressBar(pl.Callback):
         """Show the bar."""
         self._last = time.monotonic()
         self._advance = self._stack.enter_context(
-            progress_bar("distilling", self.steps, completed=trainer.global_step, shown=trainer.is_global_zero)
+            progress_bar(self.title, self.steps, completed=trainer.global_step, shown=trainer.is_global_zero)
         )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -130,8 +136,8 @@ class ProgressBar(pl.Callback):
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         if self._advance is not None:
-            kl = trainer.callback_metrics.get("reduced_train_loss")
-            loss = f"KL {float(kl):.3f}, " if kl is not None else ""
+            found = trainer.callback_metrics.get("reduced_train_loss")
+            loss = f"loss {float(found):.3f}, " if found is not None else ""
             self._advance(1, f"{loss}{self.tokens_per_step / seconds:,.0f} tokens/s")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

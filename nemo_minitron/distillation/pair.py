@@ -1,4 +1,7 @@
-"""Whether two models can be teacher and student. Answers before NeMo, which takes ten seconds, is imported."""
+"""Whether a model can be trained, and two can be teacher and student.
+
+Answers before NeMo, which takes ten seconds, is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["check_pair"]
+__all__ = ["check_model", "check_pair"]
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
@@ -23,17 +26,31 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout,
             f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one "
             "tokenizer"
         )
+    _check({"student": student, "teacher": teacher}, layout, sequence_length, trained="student")
+
+
+def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
+    """Whether a model can be trained by itself under this layout.
+
+    Raises:
+        DataError: if the sequences are longer than its context.
+        ShapeError: if the layout cannot split it.
+    """
+    _check({"model": model}, layout, sequence_length, trained="model")
+
+
+def _check(models: dict[str, Checkpoint], layout: ParallelLayout, sequence_length: int, *, trained: str) -> None:
     faults = []
-    for name, checkpoint in (("student", student), ("teacher", teacher)):
+    for name, checkpoint in models.items():
         longest = checkpoint.architecture.max_position_embeddings
         if sequence_length > longest:
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
         faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
-    if student.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
+    if models[trained].shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
         # megatron.core.transformer.moe.moe_layer raises so, in training alone
         faults.append(
-            "student: Megatron trains a mixture of experts under tensor parallelism only with sequence "
+            f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "
             "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
         )
     if faults:

@@ -145,11 +145,9 @@ def blocks() -> torch.Tensor:
 
 
 def schedule(**changes: Any) -> Any:
-    from nemo_minitron.config import IntermediateConfig
     from nemo_minitron.distillation.recipe import Schedule
 
     values = {
-        "intermediate": IntermediateConfig(**INTERMEDIATE),
         "steps": STEPS, "micro_batch_size": 1, "global_batch_size": BATCH, "lr": 1e-3, "min_lr": 1e-4,
         "warmup_steps": 2, "validate_every": 5, "validation_batches": 2, "save_every": 4,
     }  # fmt: skip
@@ -161,6 +159,7 @@ def distil_case(models: str, out: str, layout: dict[str, Any], die_at: int | Non
     import lightning.pytorch as pl
 
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import IntermediateConfig
     from nemo_minitron.distillation import callbacks
     from nemo_minitron.distillation.recipe import distill
     from nemo_minitron.runtime.groups import ParallelLayout
@@ -181,6 +180,7 @@ def distil_case(models: str, out: str, layout: dict[str, Any], die_at: int | Non
         layout=ParallelLayout(**layout),
         schedule=schedule(),
         directory=Path(out),
+        intermediate=IntermediateConfig(**INTERMEDIATE),
     )
 
 

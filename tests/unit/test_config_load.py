@@ -186,7 +186,7 @@ def test_ranges_and_contradictions(write, stage, text, fault):
         ("loss: {kind: mse}", "kind=mse: must be one of forward_kl, reverse_kl"),
         ("loss: {beta: 1}", "beta=1.0: must lie between 0 and 1"),
         ("loss: {k: 0}", "k=0: must be above 0"),
-        ("loss: {label_weight: 1}", "label_weight=1.0: must lie in [0, 1)"),
+        ("loss: {label_weight: 1.5}", "label_weight=1.5: must lie in [0, 1], 1 being the language-model loss alone"),
     ],
 )
 def test_distillation_settings(write, line, fault):

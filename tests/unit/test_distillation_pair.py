@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.distillation.pair import check_pair
+from nemo_minitron.distillation.pair import check_model, check_pair
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape
@@ -62,3 +62,13 @@ def test_a_mixture_under_tensor_parallelism_wants_sequence_parallelism() -> None
     with pytest.raises(ShapeError, match=r"set parallel\.sequence_parallel=true"):
         check_pair(*pair, ParallelLayout(tensor=2), 8)
     check_pair(*pair, ParallelLayout(tensor=2, sequence_parallel=True), 8)
+
+
+def test_a_model_by_itself_is_checked_in_the_same_way() -> None:
+    check_model(model("m"), ParallelLayout(tensor=2, pipeline=3), 64)
+    with pytest.raises(DataError, match=r"sequence_length=65: the model reads 64 tokens at most"):
+        check_model(model("m"), ParallelLayout(), 65)
+    with pytest.raises(ShapeError, match=r"model: num_layers=6 cannot fill 7 stages"):
+        check_model(model("m"), ParallelLayout(pipeline=7), 8)
+    with pytest.raises(ShapeError, match=r"set parallel\.sequence_parallel=true"):
+        check_model(model("m", num_moe_experts=4), ParallelLayout(tensor=2), 8)

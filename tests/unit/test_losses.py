@@ -210,7 +210,7 @@ def test_ignored_labels_are_finite_and_leave_a_plain_softmax(group: dist.Process
         ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
         ({"beta": 1.0}, "beta=1.0: must lie between"),
         ({"k": 0}, "k=0: must be above 0"),
-        ({"label_weight": 1.0}, "label_weight=1.0"),
+        ({"label_weight": 1.5}, "label_weight=1.5"),
         ({"label_weight": 0.5}, "label_weight=0.5: needs labels"),
     ],
 )

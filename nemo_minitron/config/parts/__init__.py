@@ -21,6 +21,8 @@ from nemo_minitron.config.parts.checks import (
     one_of,
     positive,
 )
+from nemo_minitron.config.parts.cluster import ClusterConfig
+from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
 from nemo_minitron.config.parts.losses import IntermediateConfig, LossConfig
 from nemo_minitron.config.parts.process import ParallelConfig, RuntimeConfig
 from nemo_minitron.config.parts.pruning import AggregationConfig, DepthChoiceConfig, TargetConfig, VocabularyConfig
@@ -35,6 +37,7 @@ __all__ = [
     "BudgetConfig",
     "CHAT_TEMPLATES",
     "ChatDataConfig",
+    "ClusterConfig",
     "DEPTH_CRITERIA",
     "DEPTH_FORMS",
     "DTYPES",
@@ -47,8 +50,10 @@ __all__ = [
     "LossConfig",
     "MEMORY_USES",
     "ParallelConfig",
+    "PromptsConfig",
     "RuntimeConfig",
     "STATE_LOSSES",
+    "SamplingConfig",
     "ShortDistillConfig",
     "SourceConfig",
     "SpaceConfig",

@@ -17,7 +17,8 @@ class LossConfig:
         temperature: T of both distributions; the divergence comes times T squared.
         beta: weight of the teacher in "jensen_shannon".
         k: tokens that "top_k" keeps.
-        label_weight: share ``w`` of the labels' cross-entropy (at temperature 1): ``(1 - w) divergence + w CE``.
+        label_weight: share ``w`` of the labels' cross-entropy (at temperature 1): ``(1 - w) divergence + w CE``; 1 is
+            the language-model loss alone, for which no teacher is needed.
     """
 
     kind: str = "forward_kl"
@@ -31,8 +32,8 @@ class LossConfig:
         found = [*choice(self, "kind", LOGIT_LOSSES), *positive(self, "temperature", "k")]
         if not 0 < self.beta < 1:
             found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
-        if not 0 <= self.label_weight < 1:
-            found.append(f"label_weight={self.label_weight}: must lie in [0, 1); with 1 there is no distillation")
+        if not 0 <= self.label_weight <= 1:
+            found.append(f"label_weight={self.label_weight}: must lie in [0, 1], 1 being the language-model loss alone")
         return found
 
 

@@ -11,6 +11,7 @@ from nemo_minitron.config.stages.cache import CacheConfig
 from nemo_minitron.config.stages.checkpoints import ExportConfig, ImportConfig
 from nemo_minitron.config.stages.distillation import CorrectConfig, DistillConfig
 from nemo_minitron.config.stages.evaluation import EvaluateConfig, ReportConfig
+from nemo_minitron.config.stages.generation import GenerateConfig
 from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, TokensConfig
 from nemo_minitron.config.stages.pipeline import PipelineConfig
 from nemo_minitron.config.stages.pruning import PRUNE_METHODS, IterateConfig, PruneConfig
@@ -29,6 +30,7 @@ STAGES: dict[str, type[StageConfig]] = {
         SearchConfig,
         CorrectConfig,
         CacheConfig,
+        GenerateConfig,
         DistillConfig,
         SftConfig,
         DpoConfig,
@@ -48,6 +50,7 @@ __all__ = [
     "DpoConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "GenerateConfig",
     "ImportConfig",
     "IterateConfig",
     "PRUNE_METHODS",

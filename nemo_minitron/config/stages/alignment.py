@@ -165,9 +165,7 @@ class DpoConfig(AlignConfig):
         if self.preference_loss_weight == 0 and self.sft_loss_weight == 0:
             found.append("preference_loss_weight and sft_loss_weight are both 0: no loss is left")
         if self.chosen_reward < self.rejected_reward:
-            found.append(
-                f"chosen_reward={self.chosen_reward}: lies below rejected_reward={self.rejected_reward}"
-            )
+            found.append(f"chosen_reward={self.chosen_reward}: lies below rejected_reward={self.rejected_reward}")
         if self.rounds_data and len(self.rounds_data) != self.rounds:
             found.append(f"rounds_data: names {len(self.rounds_data)} files for rounds={self.rounds}")
         return found

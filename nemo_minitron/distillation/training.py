@@ -1,0 +1,247 @@
+"""A NeMo 2 training on token blocks, put together from NeMo's own parts: what distillation and correction share.
+
+:func:`trainer_of` and :func:`optimizer_of` are what a NeMo recipe would return; :func:`train` runs them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.nemo2_config import nemo_config
+from nemo_minitron.data.blocks import Blocks
+from nemo_minitron.distillation.callbacks import ProgressBar, StepMetrics
+from nemo_minitron.distillation.data import BlockDataModule
+from nemo_minitron.distillation.language_model import LanguageModel
+from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["Schedule", "optimizer_of", "train", "trained_config", "trainer_of"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and how often.
+
+    Attributes:
+        steps: optimizer steps.
+        micro_batch_size, global_batch_size: in sequences.
+        lr, min_lr, warmup_steps: linear warm-up, then cosine to ``min_lr`` at ``steps``.
+        weight_decay, beta1, beta2: AdamW.
+        clip_grad: largest gradient norm; 0 does not clip.
+        max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
+        validate_every, validation_batches: steps between validations; global batches of each.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of metrics.
+        precision: "32" or "bf16-mixed".
+        seed: of the order of repeated passes over the data.
+    """
+
+    steps: int
+    micro_batch_size: int
+    global_batch_size: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+    max_minutes: float | None = None
+    validate_every: int = 50
+    validation_batches: int = 8
+    save_every: int = 100
+    log_every: int = 1
+    precision: str = "32"
+    seed: int = 0
+
+
+def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
+    """AdamW with Megatron's distributed optimizer, warm-up and cosine decay."""
+    return nl.MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=schedule.lr,
+            min_lr=schedule.min_lr,
+            weight_decay=schedule.weight_decay,
+            adam_beta1=schedule.beta1,
+            adam_beta2=schedule.beta2,
+            adam_eps=1e-8,
+            clip_grad=schedule.clip_grad,
+            bf16=schedule.precision.startswith("bf16"),
+            use_distributed_optimizer=True,
+        ),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=schedule.steps, warmup_steps=schedule.warmup_steps, constant_steps=0, min_lr=schedule.min_lr
+        ),
+    )
+
+
+def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) -> nl.Trainer:
+    """NeMo's trainer of a model under a layout: NCCL and CUDA where there are devices, gloo and CPU elsewhere."""
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if schedule.precision.startswith("bf16") else torch.float32
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        process_group_backend="nccl" if cuda else "gloo",
+        ddp=DistributedDataParallelConfig(check_for_nan_in_grad=True, use_distributed_optimizer=True),
+        gradient_as_bucket_view=True,
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+    )
+    devices = torch.cuda.device_count() if cuda else layout.world_size
+    per_node = min(devices, layout.world_size)
+    return nl.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=per_node,
+        num_nodes=layout.world_size // per_node,
+        max_steps=schedule.steps,
+        max_time=_days_hours_minutes_seconds(schedule.max_minutes) if schedule.max_minutes else None,
+        strategy=strategy,
+        plugins=nl.MegatronMixedPrecision(precision=schedule.precision),
+        val_check_interval=min(schedule.validate_every, schedule.steps),
+        # Lightning counts micro-batches here.
+        limit_val_batches=schedule.validation_batches
+        * (schedule.global_batch_size // (schedule.micro_batch_size * layout.data)),
+        num_sanity_val_steps=0,
+        log_every_n_steps=schedule.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def trained_config(initial: Checkpoint, layout: ParallelLayout, schedule: Schedule) -> GPTConfig:
+    """NeMo's configuration of a model that is trained under a layout.
+
+    Its vocabulary has as many rows as :func:`nemo_minitron.runtime.model.build_model` gives it.
+    """
+    config: GPTConfig = nemo_config(
+        initial.shape,
+        initial.architecture,
+        dtype="bfloat16" if schedule.precision.startswith("bf16") else "float32",
+        multiple=128,
+        rows=padded_vocab(initial.shape.vocab_size, tensor=layout.tensor),
+    )
+    if layout.virtual_pipeline is not None:
+        # As in :func:`nemo_minitron.runtime.model.transformer_config`, where the reasons stand.
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        config.deallocate_pipeline_outputs = torch.cuda.is_available()
+    return config
+
+
+def train(
+    model: LanguageModel,
+    initial: Checkpoint,
+    train_blocks: torch.Tensor | Blocks,
+    validation_blocks: torch.Tensor | Blocks,
+    *,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    directory: Path,
+    resume: bool = True,
+    callbacks: Sequence[pl.Callback] = (),
+    title: str = "training",
+) -> Path:
+    """Train a model with NeMo's ``llm.train``. Every rank calls it.
+
+    Args:
+        model: with its loss, configured by :func:`trained_config`.
+        initial: its weights to start from.
+        train_blocks, validation_blocks: ``[n, s + 1]`` token blocks, or blocks that say which documents they hold; the
+            same on every rank.
+        layout: of the model.
+        schedule: hyper-parameters.
+        directory: gets ``checkpoints/``, ``tensorboard/`` and ``metrics.jsonl``.
+        resume: go on from the last whole checkpoint in ``directory``.
+        callbacks: what the loss needs, before those of this function.
+        title: of the progress bar.
+
+    Returns:
+        The last checkpoint, a NeMo 2 directory of a plain model of its family.
+
+    Raises:
+        NonFiniteError: if the loss is not finite.
+    """
+    tokens_per_step = schedule.global_batch_size * Blocks.of(train_blocks).sequence_length
+    data = BlockDataModule(
+        train_blocks,
+        validation_blocks,
+        steps=schedule.steps,
+        micro_batch_size=schedule.micro_batch_size,
+        global_batch_size=schedule.global_batch_size,
+        seed=schedule.seed,
+    )
+    trainer = trainer_of(initial.shape, layout, schedule)
+    # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.
+    trainer.callbacks += [
+        *callbacks,
+        StepMetrics(directory / "metrics.jsonl", tokens_per_step=tokens_per_step, every=schedule.log_every),
+        ProgressBar(title, schedule.steps, tokens_per_step=tokens_per_step),
+    ]
+    checkpointing = ModelCheckpoint(
+        dirpath=str(directory / "checkpoints"),
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        monitor=None,
+        save_last=True,
+        save_top_k=0,  # the last one alone: it holds the optimizer too
+        every_n_train_steps=schedule.save_every,
+        save_optim_on_train_end=True,
+    )
+    log = nl.NeMoLogger(
+        log_dir=str(directory),
+        name="log",
+        use_datetime_version=False,
+        ckpt=checkpointing,
+        tensorboard=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
+        update_logger_directory=False,
+    )
+    checkpoints = directory / "checkpoints"
+    _remove_unfinished(checkpoints)
+    llm.train(
+        model,
+        data,
+        trainer,
+        log=log,
+        resume=nl.AutoResume(
+            resume_if_exists=resume, resume_ignore_no_checkpoint=True, resume_from_directory=str(checkpoints)
+        ),
+    )
+    return Path(checkpointing.last_model_path.removesuffix(".ckpt"))
+
+
+def _days_hours_minutes_seconds(minutes: float) -> str:
+    """Lightning's text form: NeMo tries to wrap the class of each argument and cannot wrap ``timedelta``."""
+    seconds = max(1, round(minutes * 60))
+    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    """Remove what a killed run left half-written (NeMo marks it), so that the resume finds only whole checkpoints.
+
+    Every rank looks, and whichever comes first removes: nothing else touches the directory before training starts.
+    """
+    for marker in checkpoints.glob("*" + ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX):
+        shutil.rmtree(str(marker).removesuffix(ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX), ignore_errors=True)
+        marker.unlink(missing_ok=True)

@@ -1,0 +1,59 @@
+"""``minitron correct``: train a model on text by the language-model loss, with NeMo 2.
+
+A teacher that is corrected so on the distillation data knows their distribution before it teaches on them
+(arXiv 2408.11796, section 2). The output is that of ``minitron distill``; ``model/`` is the corrected model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import CorrectConfig
+from nemo_minitron.stages.base import StagePlan
+from nemo_minitron.stages.training import plan_training, save_model, schedule_of, summary, training_blocks
+
+__all__ = ["plan", "run"]
+
+
+def plan(config: CorrectConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    return plan_training(config, config.inputs(), "model", "corrected model")
+
+
+def run(config: CorrectConfig) -> dict[str, Any]:
+    """Train. Every rank runs this; rank 0 writes the corrected model.
+
+    Returns:
+        See :func:`~nemo_minitron.stages.training.summary`.
+
+    Raises:
+        MinitronError: for a model, data or a layout that do not fit each other, or a loss that is not finite.
+    """
+    import torch
+
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.distillation.pair import check_model
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    model = open_checkpoint(config.model)
+    layout = ParallelLayout(**vars(config.parallel))
+    check_model(model, layout, config.data.sequence_length)
+    train, validation = training_blocks(config, model)
+
+    from nemo_minitron.distillation.recipe import correct
+
+    last = correct(
+        model,
+        train,
+        validation,
+        layout=layout,
+        schedule=schedule_of(config),
+        directory=Path(config.output),
+        resume=config.resume,
+    )
+    if torch.distributed.get_rank() != 0:
+        return {}
+    lineage = {"corrected": {"model": config.model, "tokens": config.tokens, "steps": config.steps}}
+    save_model(config, model, last, lineage)
+    return summary(Path(config.output) / "metrics.jsonl")

@@ -1,0 +1,139 @@
+"""What the stages that train share: their plan, their blocks, the model they leave and the figures of their record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.config.stages.distillation import TrainingConfig
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.distillation.training import Schedule
+
+__all__ = ["plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
+
+
+def plan_training(config: TrainingConfig, models: dict[str, str], trained: str, written: str) -> StagePlan:
+    """What a training would read, write and cost.
+
+    Args:
+        config: of the stage.
+        models: role -> checkpoint of each model that is read.
+        trained: the role that is trained; the others only run forward.
+        written: what the trained model is called.
+    """
+    from nemo_minitron.data.inputs import data_inputs
+
+    data = data_inputs(config.data)
+    layout = config.parallel
+    output = Path(config.output)
+    found = StagePlan(
+        config.STAGE,
+        reads=[PlannedPath(path, role) for role, path in models.items()],
+        writes=[
+            PlannedPath(str(output / "model"), f"{written} (NeMo 2)"),
+            PlannedPath(str(output / "checkpoints"), "training state"),
+            PlannedPath(str(output / "metrics.jsonl"), "metrics of each step"),
+        ],
+        costs={"tokens": f"{human_count(config.tokens)} in {config.steps} steps"},
+        notes=data.notes,
+        faults=data.faults,
+    )
+    found.reads += [PlannedPath(path, what) for path, what in data.files]
+    counts = {}
+    for role, path in models.items():
+        shape = peek_shape(path)
+        if shape is None:
+            continue
+        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        found.faults += [f"{role}: {fault}" for fault in faults]
+        counts[role] = axes.parameter_count(peek_family(path), shape)
+    if len(counts) == len(models):
+        ours, others = counts[trained], sum(count for role, count in counts.items() if role != trained)
+        found.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
+        # Six operations a weight and token to train, two to run.
+        found.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)
+        bf16 = config.precision.startswith("bf16")
+        # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
+        # weights.
+        state = (2 + 4 + 12 / layout.data) if bf16 else (4 + 4 + 8 / layout.data)
+        rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
+        found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
+    return found
+
+
+def schedule_of(config: TrainingConfig) -> Schedule:
+    """The hyper-parameters of a stage."""
+    from nemo_minitron.distillation.training import Schedule
+
+    names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
+    return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
+
+
+def training_blocks(config: TrainingConfig, reader: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation blocks; one rank of a machine prepares them, the others find them in the cache.
+
+    Args:
+        config: of the stage.
+        reader: the model whose tokenizer and vocabulary count.
+    """
+    from filelock import FileLock
+
+    from nemo_minitron.data import build_blocks
+
+    wanted = {
+        "train": config.steps * config.global_batch_size,
+        "held_out": config.validation_batches * config.global_batch_size,
+    }
+    cache = Path(config.data.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".distill.lock"):
+        train, validation = (
+            build_blocks(config.data, reader.tokenizer, split, blocks=blocks, vocab_size=reader.shape.vocab_size)
+            for split, blocks in wanted.items()
+        )
+    return train, validation
+
+
+def save_model(config: TrainingConfig, initial: Checkpoint, trained: Path, lineage: dict[str, Any]) -> None:
+    """From NeMo's training checkpoint to a plain one: weights alone, tokenizer and lineage beside them.
+
+    Args:
+        config: of the stage; the model lies at ``model`` in its output.
+        initial: what the training started from.
+        trained: NeMo's checkpoint.
+        lineage: of this training, added to that of ``initial``.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+    from nemo_minitron.checkpoints.record import write_record
+
+    write_record(initial, trained, dtype="float32", form="nemo2")
+    model = dataclasses.replace(
+        open_checkpoint(trained), tokenizer=initial.tokenizer, lineage={**initial.lineage, **lineage}
+    )
+    write_checkpoint(model, Path(config.output) / "model", "nemo2", dtype=initial.architecture.dtype, overwrite=True)
+
+
+def summary(metrics: Path) -> dict[str, Any]:
+    """The figures of a training: ``steps, tokens, tokens_per_second`` (median), and, as far as measured, ``first_`` and
+    ``last_`` of ``kl``, ``lm_loss``, ``validation_kl`` and ``validation_lm_loss``.
+    """
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line for line in lines if "split" not in line]
+    validations = [line for line in lines if line.get("split") == "validation"]
+    found: dict[str, Any] = {
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "tokens_per_second": sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2],
+    }
+    for prefix, measured in (("", steps), ("validation_", validations)):
+        for which, line in zip(("first", "last"), (measured[0], measured[-1]) if measured else (), strict=False):
+            found |= {f"{which}_{prefix}{key}": line[key] for key in ("kl", "lm_loss") if key in line}
+    return found

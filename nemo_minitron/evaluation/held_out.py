@@ -86,8 +86,8 @@ def held_out_loss(
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
         groups: of this process; data-parallel ranks share the blocks out.
-        blocks: ``[n, s + 1]`` int64, the same on every rank, or such by domain. Where they say which documents they hold
-            and which labels count, attention stays within each document and the loss is over those labels.
+        blocks: ``[n, s + 1]`` int64, the same on every rank, or such by domain. Where they say which documents they
+            hold and which labels count, attention stays within each document and the loss is over those labels.
         micro_batch_size: blocks of one forward pass.
         vocab_size: true vocabulary; logits beyond it are padding.
         progress: called with the number of blocks done since its last call.

@@ -169,7 +169,10 @@ def sample_losses(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over tokens of ``share * (log sum_v exp(z_v) - z_label)``; its gradient is ``(softmax - one-hot) * share``."""
+    """Sum over tokens of ``share * (log sum_v exp(z_v) - z_label)``.
+
+    Its gradient is ``(softmax - one-hot) * share``.
+    """
 
     @staticmethod
     def forward(

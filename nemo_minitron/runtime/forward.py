@@ -67,9 +67,9 @@ def block_losses(
         vocab_size: true vocabulary; logits beyond it are padding.
         counted: ``[n, s]`` bool, the labels (tokens 1 to s of a block) that count, at least one a block; None counts
             all.
-        segments: ``[n, s + 1]``, the documents of the tokens (:mod:`nemo_minitron.runtime.masks`): attention stays within
-            each, at the cost of a mask ``[micro_batch_size, 1, s, s]``. Which labels count is told by ``counted`` alone.
-            None where each block is one text.
+        segments: ``[n, s + 1]``, the documents of the tokens (:mod:`nemo_minitron.runtime.masks`): attention stays
+            within each, at the cost of a mask ``[micro_batch_size, 1, s, s]``. Which labels count is told by
+            ``counted`` alone. None where each block is one text.
         progress: called with the number of blocks done since its last call.
 
     Returns:
@@ -119,7 +119,13 @@ def block_losses(
 def _run_schedule(
     chunks: list[GPTModel], batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], vocab_size: int
 ) -> list[torch.Tensor]:
-    """Micro-batches of tokens ``[b, s + 1]``, counted labels and segments (or None) ``[b, s]`` -> ``[b]`` mean losses of each; empty except on the last stage."""
+    """Mean losses ``[b]`` of each micro-batch; an empty list except on the last stage.
+
+    Args:
+        chunks: of this rank.
+        batches: tokens ``[b, s + 1]``, counted labels ``[b, s]`` and segments ``[b, s]`` or None.
+        vocab_size: true vocabulary.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     rows, width = batches[0][0].shape

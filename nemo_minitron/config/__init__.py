@@ -5,8 +5,7 @@
 that a configuration error answers at once.
 """
 
-from nemo_minitron.config.cluster import ClusterConfig
-from nemo_minitron.config.load import find_config, load, load_cluster, load_pipeline, shipped_clusters, shipped_configs
+from nemo_minitron.config.load import find_config, load, load_pipeline, load_slurm, shipped_configs, shipped_slurm
 from nemo_minitron.config.parts import (
     AggregationConfig,
     AxisConfig,
@@ -27,10 +26,11 @@ from nemo_minitron.config.parts import (
     TaskConfig,
     VocabularyConfig,
 )
+from nemo_minitron.config.slurm import SlurmConfig
 from nemo_minitron.config.stages import (
     STAGES,
-    CacheConfig,
     AlignConfig,
+    CacheConfig,
     CorrectConfig,
     DepthConfig,
     DistillConfig,
@@ -57,7 +57,7 @@ __all__ = [
     "AxisConfig",
     "BudgetConfig",
     "CacheConfig",
-    "ClusterConfig",
+    "SlurmConfig",
     "ChatDataConfig",
     "CorrectConfig",
     "DataConfig",
@@ -92,8 +92,8 @@ __all__ = [
     "VocabularyConfig",
     "find_config",
     "load",
-    "load_cluster",
+    "load_slurm",
     "load_pipeline",
-    "shipped_clusters",
+    "shipped_slurm",
     "shipped_configs",
 ]

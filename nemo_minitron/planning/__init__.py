@@ -1,8 +1,34 @@
 """What a training costs before it runs: memory, traffic, arithmetic, and which layout of a cluster is best.
 
-Importing it imports no torch.
+:mod:`~nemo_minitron.planning.recipe` finds the shipped recipes, :mod:`~nemo_minitron.planning.layouts` weighs their
+layouts on a cluster. Importing it imports no torch.
 """
 
-from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload
+from nemo_minitron.planning.cluster import Accelerator, accelerator
+from nemo_minitron.planning.layouts import LayoutCost, best_layout, layout_cost, layout_costs, layout_faults
+from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload, padded_vocabulary
+from nemo_minitron.planning.model import Model, stage_parameters
+from nemo_minitron.planning.recipe import Recipe, load_recipe, recipe_names
+from nemo_minitron.planning.training import ForwardFlops, Training
 
-__all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "Workload"]
+__all__ = [
+    "RECOMPUTE",
+    "Accelerator",
+    "ForwardFlops",
+    "LayoutCost",
+    "MemoryCost",
+    "MemoryUse",
+    "Model",
+    "Recipe",
+    "Training",
+    "Workload",
+    "accelerator",
+    "best_layout",
+    "layout_cost",
+    "layout_costs",
+    "layout_faults",
+    "load_recipe",
+    "padded_vocabulary",
+    "recipe_names",
+    "stage_parameters",
+]

@@ -4,6 +4,7 @@ A field without a default (``MISSING``) must be given. ``faults()`` reports what
 wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs.
 """
 
+from nemo_minitron.config.parts.attributes import ATTRIBUTE_SCHEMAS, AttributesConfig
 from nemo_minitron.config.parts.chat import CHAT_TEMPLATES, ChatDataConfig
 from nemo_minitron.config.parts.checks import (
     AGGREGATIONS,
@@ -36,6 +37,8 @@ __all__ = [
     "BALANCES",
     "BudgetConfig",
     "CHAT_TEMPLATES",
+    "ATTRIBUTE_SCHEMAS",
+    "AttributesConfig",
     "ChatDataConfig",
     "ClusterConfig",
     "DEPTH_CRITERIA",

@@ -1,0 +1,91 @@
+"""A model as a plan knows it: sizes and constants, no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from nemo_minitron import axes
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.planning.memory import padded_vocabulary
+from nemo_minitron.shape import Architecture, ModelShape
+
+__all__ = ["Model", "stage_parameters"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before there is one.
+
+    Attributes:
+        shape: its sizes.
+        architecture: its constants.
+    """
+
+    shape: ModelShape
+    architecture: Architecture = field(default_factory=Architecture)
+
+    @property
+    def table(self) -> axes.Family:
+        """Its family's parameters."""
+        return axes.family(self.architecture.family)
+
+    @property
+    def parameters(self) -> int:
+        """Exact number of parameters, tied embeddings counted once."""
+        return axes.parameter_count(self.table, self.shape)
+
+    def parts(self) -> dict[str, int]:
+        """Number of parameters of embedding, attention, MLP, norms and output layer; parts without any are left out."""
+        found = dict.fromkeys(("embedding", "attention", "MLP", "norms", "output layer"), 0)
+        for name, row, _ in axes.parameters(self.table, self.shape):
+            found[_part(name, self.table)] += math.prod(axes.tensor_shape(row, self.shape))
+        return {part: count for part, count in found.items() if count}
+
+
+def _part(name: str, table: axes.Family) -> str:
+    if "norm" in name:
+        return "norms"
+    if name == table.output:
+        return "output layer"
+    if name in table.first:
+        return "embedding"
+    return "attention" if "self_attention" in name else "MLP"
+
+
+def stage_parameters(
+    model: Model, *, tensor: int, pipeline: int = 1, virtual_pipeline: int | None = None
+) -> list[dict[str, tuple[int, ...]]]:
+    """The parameters that each rank of a layout holds.
+
+    Args:
+        model: whose.
+        tensor, pipeline, virtual_pipeline: parallel sizes.
+
+    Returns:
+        For each pipeline stage, canonical name to local shape, the same on all its tensor-parallel ranks; vocabularies
+        with Megatron's padding. Where embeddings are tied, the last of several stages holds a copy under the name of
+        the output layer.
+
+    Raises:
+        ShapeError: if the layout cannot split the model.
+    """
+    chunks = virtual_pipeline or 1
+    if faults := model.shape.layout_faults(tensor=tensor, pipeline=pipeline * chunks):
+        raise ShapeError(faults)
+    padded = model.shape.replace(vocab_size=padded_vocabulary(model.shape.vocab_size, tensor))
+    sizes = padded.stage_sizes(pipeline * chunks)
+    # layers go virtual stage by virtual stage, pipeline rank by pipeline rank within one
+    rank_of_layer = [run % pipeline for run, size in enumerate(sizes) for _ in range(size)]
+    ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(pipeline)]
+
+    def local(row: axes.Parameter) -> tuple[int, ...]:
+        shape = axes.tensor_shape(row, padded)
+        return tuple(size // tensor if dim == row.tensor_parallel_dim else size for dim, size in enumerate(shape))
+
+    for name, row, layer in axes.parameters(model.table, padded):
+        rank = rank_of_layer[layer] if layer is not None else 0 if name in model.table.first else pipeline - 1
+        ranks[rank][name] = local(row)
+    if padded.tied_embeddings and pipeline > 1:
+        ranks[-1][model.table.output] = local(model.table.last[model.table.output])
+    return ranks

@@ -1,0 +1,145 @@
+"""What the published models have in common: correct the teacher, score, prune, distil on its logits, export.
+
+The papers name neither their text, which is NVIDIA's own, nor their parallel layouts: ``data`` and ``layout`` are
+settings here, with defaults that ``minitron plan`` finds to fit DGX H100 nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_minitron.config import (
+    CorrectConfig,
+    DataConfig,
+    DistillConfig,
+    ExportConfig,
+    ImportConfig,
+    ParallelConfig,
+    PruneConfig,
+    RuntimeConfig,
+    ScoreConfig,
+    SourceConfig,
+    TargetConfig,
+)
+
+#: arXiv 2407.14679, section 4: samples for the importance of units.
+CALIBRATION_SAMPLES = 1024
+#: No stage is stopped for its time: Slurm does that.
+RUNTIME = RuntimeConfig(dtype="bfloat16", collective_timeout_minutes=30.0)
+
+
+def steps_for(tokens: float, batch: int, sequence_length: int) -> int:
+    """Optimizer steps that see a number of tokens."""
+    return round(tokens / (batch * sequence_length))
+
+
+def text(sequence_length: int, path: str = "data/*.jsonl") -> DataConfig:
+    """The corpus to distil on: JSONL with a ``text`` key."""
+    return DataConfig(
+        sources=[SourceConfig("corpus", path=path)], sequence_length=sequence_length, held_out_fraction=0.01
+    )
+
+
+def imported(source: str, output: str) -> ImportConfig:
+    """Take a Hugging Face directory, or a ``.nemo`` file, over."""
+    return ImportConfig(name="teacher", output=f"{output}/teacher", source=source, dtype="bfloat16", runtime=RUNTIME)
+
+
+def corrected(output: str, data: DataConfig, layout: ParallelConfig, *, batch: int, lr: float) -> CorrectConfig:
+    """Teacher correction, arXiv 2408.11796, section 2: about 100 B tokens, 120 steps of warm-up, a fifth of the peak
+    learning rate of the teacher's own training. Batch and smallest learning rate were the teacher's too, which are not
+    published for all: these are the distillation's batch and a tenth of ``lr``."""
+    return CorrectConfig(
+        name="corrected",
+        output=f"{output}/corrected",
+        model=f"{output}/teacher",
+        data=data,
+        steps=steps_for(100e9, batch, data.sequence_length),
+        global_batch_size=batch,
+        lr=lr,
+        min_lr=lr / 10,
+        warmup_steps=120,
+        validate_every=1000,
+        save_every=1000,
+        precision="bf16-mixed",
+        parallel=layout,
+        runtime=RUNTIME,
+    )
+
+
+def scored(output: str, model: str, data: DataConfig, layout: ParallelConfig, name: str = "scores") -> ScoreConfig:
+    """Importance by forward passes: mean over the sequence, L2 over the samples."""
+    return ScoreConfig(
+        name=name,
+        output=f"{output}/{name}",
+        model=model,
+        data=data,
+        samples=CALIBRATION_SAMPLES,
+        parallel=layout,
+        runtime=RUNTIME,
+    )
+
+
+def pruned(
+    output: str,
+    model: str,
+    layout: ParallelConfig,
+    *,
+    target: TargetConfig | None = None,
+    layers_to_drop: Sequence[int] | None = None,
+    scores: str | None = None,
+    name: str = "pruned",
+) -> PruneConfig:
+    """One shot to the published shape."""
+    return PruneConfig(
+        name=name,
+        output=f"{output}/{name}",
+        model=model,
+        scores=scores,
+        target=target or TargetConfig(),
+        layers_to_drop=None if layers_to_drop is None else list(layers_to_drop),
+        student_layout=layout,
+        runtime=RUNTIME,
+    )
+
+
+def distilled(
+    output: str,
+    data: DataConfig,
+    layout: ParallelConfig,
+    *,
+    teacher: str,
+    tokens: float,
+    batch: int,
+    lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    student: str = "pruned",
+    name: str = "distilled",
+) -> DistillConfig:
+    """Forward KL on the logits alone, at temperature 1."""
+    return DistillConfig(
+        name=name,
+        output=f"{output}/{name}",
+        student=f"{output}/{student}",
+        teacher=teacher,
+        data=data,
+        steps=steps_for(tokens, batch, data.sequence_length),
+        global_batch_size=batch,
+        lr=lr,
+        min_lr=min_lr,
+        warmup_steps=warmup_steps,
+        validate_every=1000,
+        save_every=1000,
+        precision="bf16-mixed",
+        parallel=layout,
+        runtime=RUNTIME,
+    )
+
+
+def exported(output: str, model: str = "distilled") -> ExportConfig:
+    """The student for transformers and for NeMo 2."""
+    return ExportConfig(
+        name="export", output=f"{output}/export", model=f"{output}/{model}/model", formats=["hf", "nemo2"],
+        runtime=RUNTIME,
+    )  # fmt: skip

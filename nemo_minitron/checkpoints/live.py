@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.runtime.groups import Groups
 
-__all__ = ["canonical_parameters", "load_into"]
+__all__ = ["canonical_parameters", "load_into", "output_weight"]
 
 _LOCAL_SPELLING = {
     # Megatron's local layer spec keeps the norms outside the linears that follow them
@@ -47,7 +47,9 @@ def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parame
             yield name, parameter
 
 
-def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups) -> None:
+def load_into(
+    chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups, *, skip: Sequence[str] = ()
+) -> None:
     """Fill this rank's chunks with its shard of ``checkpoint``, in the chunks' own dtype.
 
     Each tensor is read whole and cut by :func:`nemo_minitron.axes.shard_rows`, so a rank holds one global tensor beside
@@ -57,6 +59,7 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
         chunks: plain Megatron ``GPTModel``s of this rank (one, or one for each virtual pipeline stage).
         checkpoint: what to load; its shape must be the model's.
         groups: of this process; the tensor-parallel group is used.
+        skip: parameters whose names begin with one of these are left as they are (a head that the checkpoint has not).
 
     Raises:
         CheckpointError: if the model has a parameter that the checkpoint does not, or one of another shape.
@@ -67,6 +70,8 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
     rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)
     for chunk in chunks:
         for name, parameter in canonical_parameters(chunk):
+            if name.startswith(tuple(skip)):
+                continue
             source = embedding if shape.tied_embeddings and name == table.output else name
             if source not in rows:
                 raise CheckpointError(
@@ -84,6 +89,24 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
                 )
             with torch.no_grad():
                 parameter.copy_(tensor)
+
+
+def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
+    """This tensor-parallel rank's rows of the output layer (of tied embeddings, of the embedding), with padding rows.
+
+    Returns:
+        ``[V/tp, H]`` in the stored dtype, the vocabulary padded as :func:`nemo_minitron.runtime.model.build_model` does.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    from nemo_minitron.runtime.model import padded_vocab
+
+    table, shape = checkpoint.family, checkpoint.shape
+    rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)
+    name = next(iter(table.first)) if shape.tied_embeddings else table.output
+    local = padded_vocab(shape.vocab_size, tensor=world) // world
+    return _shard(checkpoint.weights.tensor(name), axes.Axis.VOCAB, 0, rank=rank, world=world, local=local)
 
 
 def _shard(tensor: torch.Tensor, axis: axes.Axis, dim: int, *, rank: int, world: int, local: int) -> torch.Tensor:

@@ -122,6 +122,6 @@ def _encoded(logits: torch.Tensor, groups: Groups, manifest: Manifest, *, keep: 
 def _check(values: torch.Tensor, manifest: Manifest) -> None:
     if values.isnan().any():
         raise NonFiniteError(
-            "the teacher's logits are not finite; nothing of this micro-batch was cached. Look for damaged weights with "
-            "`minitron evaluate`"
+            "the teacher's logits are not finite; nothing of this micro-batch was cached. Look for damaged weights "
+            "with `minitron evaluate`"
         )

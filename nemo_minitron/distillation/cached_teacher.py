@@ -37,8 +37,8 @@ def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
         )
     if loss.temperature != manifest.temperature:
         faults.append(
-            f"loss.temperature={loss.temperature}: the mass that the cache's {manifest.k} tokens leave over is known at "
-            f"temperature {manifest.temperature:g} alone; {remedy}"
+            f"loss.temperature={loss.temperature}: the mass that the cache's {manifest.k} tokens leave over is known "
+            f"at temperature {manifest.temperature:g} alone; {remedy}"
         )
     if loss.kind == "top_k" and loss.k > manifest.k:
         faults.append(f"loss.k={loss.k}: the cache has {manifest.k} tokens; ask for no more, or {remedy}")

@@ -1,4 +1,4 @@
-"""The frozen teacher, in the student's ranks and layout.
+"""What a teacher is to a training, and the nearest one: the frozen model in the student's ranks and layout.
 
 It runs before the student, as a forward-only pass of Megatron's own schedule over the same micro-batches, so it needs
 nothing from the student's pipeline: no activations ride along, the depths of the two may differ, and tensor
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.masks import documents_masked
 from nemo_minitron.runtime.model import build_model
 
 if TYPE_CHECKING:
@@ -23,8 +24,35 @@ if TYPE_CHECKING:
 
     from nemo_minitron.checkpoints.base import Checkpoint
     from nemo_minitron.distillation.attach import TeacherStates
+    from nemo_minitron.distillation.divergences import TopTokens
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "TeacherSource"]
+
+
+class TeacherSource(Protocol):
+    """Where a training gets its teacher's logits from: a model near or far (:mod:`placement`), or a cache.
+
+    Attributes:
+        states: of the states inside the teacher; None where they are not to be had.
+    """
+
+    states: TeacherStates | None
+
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
+        """Prepare the micro-batches of a step; every rank calls it.
+
+        Returns:
+            On the last pipeline stage what is kept of each until its loss is taken, elsewhere an empty list.
+        """
+        ...
+
+    def logits(self, kept: Any) -> torch.Tensor | TopTokens:
+        """What the loss of a micro-batch takes, on the last pipeline stage: ``[s, b, V/tp]``, or likeliest tokens."""
+        ...
+
+    def close(self) -> None:
+        """The training is over."""
+        ...
 
 
 class Teacher:
@@ -66,8 +94,14 @@ class Teacher:
         load_into(chunks, checkpoint, groups)
         return cls(chunks, groups)
 
+    def drop_output_layer(self) -> None:
+        """Free its memory, where another applies it to the hidden states."""
+        if self._last is not None:
+            self._output_weight = None
+            self._last.output_layer = None
+
     @torch.no_grad()
-    def hidden_states(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """Run the micro-batches.
 
         Args:
@@ -91,7 +125,9 @@ class Teacher:
             return output, lambda hidden, non_loss_data=False: hidden
 
         micro_batch, sequence = batches[0]["tokens"].shape
-        with self.states.recorded() if self.states is not None else nullcontext():
+        packed = any((batch["position_ids"][..., 1:] == 0).any() for batch in batches)
+        recorded = self.states.recorded() if self.states is not None else nullcontext()
+        with recorded, documents_masked(self.chunks, masked=packed):
             outputs: list[torch.Tensor] = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
@@ -118,3 +154,6 @@ class Teacher:
         logits: torch.Tensor
         logits, _ = self._last.output_layer(hidden, weight=self._output_weight)
         return logits
+
+    def close(self) -> None:
+        """Nothing to end."""

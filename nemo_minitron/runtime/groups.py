@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["Groups", "ParallelLayout", "current", "current_groups", "destroy", "initialize"]
+__all__ = ["Groups", "ParallelLayout", "SecondLayout", "current", "current_groups", "destroy", "initialize"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class ParallelLayout:
     def stages(self) -> int:
         """Runs of layers that the model is cut into."""
         return self.pipeline * (self.virtual_pipeline or 1)
+
+    def rank(self, *, tensor: int, data: int, pipeline: int) -> int:
+        """Global rank of a place, in the order of Megatron's groups (``tp-cp-ep-dp-pp``)."""
+        return tensor + self.tensor * (data + self.data * pipeline)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,72 @@ def current_groups() -> Groups:
             virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         )
     )
+
+
+class SecondLayout:
+    """Groups of a second layout over the same processes, for another model than the one Megatron's state is of.
+
+    Algorithms of this suite take groups as arguments, but Megatron's modules and schedules read the globals of
+    ``megatron.core.parallel_state``. Its own ``initialize_model_parallel`` makes the second set, in globals that are
+    emptied for it; within :meth:`active` they stand in the first set's place. Both are whole sets of process groups, so
+    no collective of one is ever taken for one of the other.
+
+    Every process of the world makes it, and enters :meth:`active`, at the same point of the program.
+
+    Args:
+        layout: must fill the world.
+
+    Attributes:
+        groups: of this process in the second layout.
+
+    Raises:
+        ConfigError: if the layout and the number of processes differ.
+    """
+
+    def __init__(self, layout: ParallelLayout, *, timeout_minutes: float = 30.0) -> None:
+        from megatron.core import parallel_state
+
+        if (world := dist.get_world_size()) != layout.world_size:
+            raise ConfigError(
+                f"a second layout of {layout.world_size} processes ({layout}) cannot lie over the {world} that run"
+            )
+        outer = _megatron_state()
+        try:
+            _set_megatron_state(dict.fromkeys(outer))
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+                distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            )
+            self.groups = current(layout)
+            self._state = _megatron_state()
+        finally:
+            _set_megatron_state(outer)
+
+    @contextmanager
+    def active(self) -> Iterator[Groups]:
+        """Within the block, Megatron's globals are those of the second layout."""
+        outer = _megatron_state()
+        _set_megatron_state(self._state)
+        try:
+            yield self.groups
+        finally:
+            self._state = _megatron_state()
+            _set_megatron_state(outer)
+
+
+def _megatron_state() -> dict[str, Any]:
+    """The globals of ``megatron.core.parallel_state`` by name: those in capitals with an underscore before them."""
+    from megatron.core import parallel_state
+
+    return {name: value for name, value in vars(parallel_state).items() if re.fullmatch(r"_[A-Z][A-Z_]*", name)}
+
+
+def _set_megatron_state(state: dict[str, Any]) -> None:
+    from megatron.core import parallel_state
+
+    vars(parallel_state).update(state)
 
 
 def destroy() -> None:

@@ -140,7 +140,7 @@ def step(models: Path, case: str, groups: Any, fault: Any = None) -> dict[str, A
     frozen = Teacher.load(teacher, groups)
     frozen.states = TeacherStates(plan, frozen.chunks, groups)
     mine = [batch for index, batch in enumerate(batches()) if index % groups.layout.data == groups.dp_rank]
-    hidden = frozen.hidden_states(mine)
+    hidden = frozen.run(mine)
     states = frozen.states.exchanged(len(mine), 1, SEQUENCE)
     items = [
         {**batch, "states": s, "hidden": h}

@@ -1,0 +1,178 @@
+"""Preference optimization with NeMo-Aligner's ``MegatronGPTDPOModel`` and ``DPOTrainer``: DPO, IPO, RPO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+from nemo_aligner.algorithms.dpo import DPOTrainer, dpo_custom_collate
+from nemo_aligner.data.nlp.builders import identity_collate
+from nemo_aligner.models.nlp.gpt.megatron_gpt_dpo_model import MegatronGPTDPOModel
+from nemo_aligner.utils.utils import configure_batch_sizes, retrieve_model_state_dict_in_cpu
+
+from nemo_minitron.alignment.metrics import FiniteLoss
+from nemo_minitron.alignment.pairs import Pair, Pairs, preference_statistics
+from nemo_minitron.alignment.session import Session, fill, last_checkpoint, open_session
+from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.groups import ParallelLayout
+
+__all__ = ["DpoModel", "Preferences", "train_dpo"]
+
+STATISTICS = "preferences.json"
+"""What held-out pairs said before and after; its presence says that the training is done."""
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The loss, in Aligner's terms.
+
+    Attributes:
+        loss: "dpo", "ipo", "rpo_sq", "rpo_bwd_kl" or "rpo_fwd_kl".
+        beta: ``ref_policy_kl_penalty``.
+        reward_scale: ``gt_reward_scale``.
+        preference_loss_weight, sft_loss_weight: of the preference loss and the chosen answer's negative
+            log-likelihood.
+        preference_average_log_probs, sft_average_log_probs: divide log-probabilities by the answer's length.
+    """
+
+    loss: str = "dpo"
+    beta: float = 0.1
+    reward_scale: float = 1.0
+    preference_loss_weight: float = 1.0
+    sft_loss_weight: float = 0.0
+    preference_average_log_probs: bool = False
+    sft_average_log_probs: bool = False
+
+    def settings(self, micro_batch_size: int) -> dict[str, Any]:
+        """Aligner's ``model.dpo``."""
+        found = asdict(self)
+        return {
+            "preference_loss": found.pop("loss"),
+            "ref_policy_kl_penalty": found.pop("beta"),
+            "gt_reward_scale": found.pop("reward_scale"),
+            "log_prob_forward_micro_batch_size": micro_batch_size,
+            **found,
+        }
+
+
+class DpoModel(FiniteLoss, MegatronGPTDPOModel):
+    """Aligner's, which stops at a loss that is not finite and may validate on batches of another size."""
+
+    def prepare_for_validation_step(self) -> None:
+        """As ``GPTSFTModel`` does."""
+        super().prepare_for_validation_step()
+        self._configure(self.cfg.data.validation_ds)
+
+    def finish_validation_step(self) -> None:
+        """Back to the batches of training."""
+        super().finish_validation_step()
+        self._configure(self.cfg.data.train_ds)
+
+    def _configure(self, batches: Any) -> None:
+        configure_batch_sizes(
+            mbs=batches.micro_batch_size,
+            gbs=batches.global_batch_size,
+            dp=parallel_state.get_data_parallel_world_size(),
+        )
+
+
+def train_dpo(
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    train: Sequence[Pair],
+    held_out: Sequence[Pair],
+    preferences: Preferences,
+    *,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    directory: Path,
+    max_length: int,
+    resume: bool = True,
+    label: str = "preferences",
+) -> tuple[Path, dict[str, Any]]:
+    """Train a policy to prefer the chosen answers. Every rank calls it, with the same pairs.
+
+    Args:
+        checkpoint: the policy to start from.
+        reference: the policy it is held to; of the same sizes. Its weights stay on the CPU, and change places with
+            the policy's for a forward pass before each step (Aligner's way).
+        train, held_out: pairs.
+        preferences: the loss.
+        layout: of the model.
+        schedule: hyper-parameters.
+        directory: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and, at the end, ``preferences.json``.
+        max_length: of a conversation's inputs, in tokens.
+        resume: go on from the last checkpoint in ``directory``.
+        label: of the progress bar.
+
+    Returns:
+        ``(last training checkpoint, {"before": ..., "after": ...})``: what
+        :func:`~nemo_minitron.alignment.pairs.preference_statistics` says of the held-out pairs.
+
+    Raises:
+        MinitronError: see :func:`~nemo_minitron.alignment.session.open_session`; NonFiniteError for the loss.
+    """
+    session = open_session(
+        DpoModel,
+        checkpoint,
+        layout=layout,
+        schedule=schedule,
+        kind="dpo",
+        directory=directory,
+        samples=len(train),
+        held_out=len(held_out),
+        max_length=max_length,
+        resume=resume,
+        model={"dpo": preferences.settings(schedule.micro_batch_size)},
+    )
+    model = session.model
+    if reference is not checkpoint:
+        fill(model, reference, session.groups)
+    model.ref_policy_state_dict = retrieve_model_state_dict_in_cpu(
+        model, megatron_amp_O2=session.config.model.megatron_amp_O2
+    )
+    if reference is not checkpoint:
+        fill(model, checkpoint, session.groups)
+    # Padding has no label, so any token will do.
+    collate = partial(dpo_custom_collate, eos_id=0)
+    validation = session.loader(Pairs(held_out), identity_collate, training=False)
+    loader = session.loader(Pairs(train), identity_collate, training=True)
+    with session.training(
+        DPOTrainer, loader, validation, label=label, max_minutes=schedule.max_minutes, collate_fn=collate
+    ) as trainer:
+        multiple = trainer.pad_seq_length_to_mult
+        measure = partial(
+            preference_statistics,
+            model,
+            collate=partial(collate, pad_length_to_multiple_of=multiple),
+            groups=session.groups,
+            beta=preferences.beta,
+        )
+        before = _before(session, lambda: measure(batches=validation))
+        trainer.fit()
+        statistics = {"before": before, "after": measure(batches=validation)}
+    if session.groups.is_main:
+        replace_file(directory / STATISTICS, json.dumps(statistics, indent=2) + "\n")
+    return last_checkpoint(directory), statistics
+
+
+def _before(session: Session, measure: Any) -> dict[str, float]:
+    """What the pairs said before the first step; a resumed training finds it in its file."""
+    path = session.directory / "before.json"
+    if session.state is not None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is gone, which the training that is resumed wrote; set resume=false")
+        found: dict[str, float] = json.loads(path.read_text())
+        return found
+    before: dict[str, float] = measure()
+    if session.groups.is_main:
+        replace_file(path, json.dumps(before) + "\n")
+    return before

@@ -1,0 +1,138 @@
+"""The weights of a training with Aligner as plain checkpoints, with the chat template that they were trained with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.record import Record
+from nemo_minitron.checkpoints.tokenizer import copy_tokenizer
+from nemo_minitron.checkpoints.torch_dist import TorchDist, checkpoint_of
+from nemo_minitron.data.templates import Template
+from nemo_minitron.errors import CheckpointError
+
+__all__ = ["NAMES", "save_trained", "templated_tokenizer", "trained_checkpoint"]
+
+NAMES = {"nemo2": "model", "hf": "hf", "nemo": "model.nemo"}
+"""What each format is called below a stage's output."""
+
+logger = logging.getLogger(__name__)
+
+
+def templated_tokenizer(source: Path, template: Template, directory: Path) -> Path:
+    """A copy of a tokenizer that carries a chat template and ends its answers as the template does.
+
+    ``apply_chat_template`` of ``transformers`` then gives the tokens that the model was trained on, and generation
+    stops where an answer ended.
+
+    Args:
+        source: directory of the tokenizer.
+        template: what was trained with.
+        directory: of the copy; emptied first.
+
+    Raises:
+        CheckpointError: if the tokenizer's configuration cannot be read.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    copy_tokenizer(source, directory)
+    path = directory / "tokenizer_config.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source / path.name} cannot be read ({error}); restore the file") from error
+    content["chat_template"] = template.jinja
+    if template.ends:
+        content["eos_token"] = template.ends[0]
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for other in ("chat_template.jinja", "chat_template.json"):  # they would win over the configuration
+        (directory / other).unlink(missing_ok=True)
+    special = directory / "special_tokens_map.json"
+    if template.ends and special.is_file():
+        tokens = json.loads(special.read_text(encoding="utf-8")) | {"eos_token": template.ends[0]}
+        special.write_text(json.dumps(tokens, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return directory
+
+
+def trained_checkpoint(
+    source: Checkpoint, last: Path, *, tokenizer: Path | None, lineage: dict[str, Any]
+) -> Checkpoint:
+    """The model in a training checkpoint of NeMo 1, optimizer state passed over.
+
+    Args:
+        source: what the training started from: its sizes and constants.
+        last: the distributed checkpoint.
+        tokenizer: that goes with the model.
+        lineage: added to the source's.
+
+    Raises:
+        CheckpointError: if it does not hold such a model.
+    """
+    from nemo_minitron.checkpoints.tokenizer import special_ids
+
+    architecture = source.architecture
+    if tokenizer is not None:
+        architecture = dataclasses.replace(
+            architecture, **{name: number for name, number in special_ids(tokenizer).items() if name == "eos_token_id"}
+        )
+    record = Record(source.shape, architecture, {**source.lineage, **lineage})
+    return checkpoint_of(
+        TorchDist(last),
+        record,
+        lambda rows: (source.shape, architecture),
+        tokenizer=tokenizer,
+        path=last,
+        form="nemo",
+    )
+
+
+def save_trained(
+    source: Checkpoint,
+    last: Path,
+    output: Path,
+    *,
+    template: Template | None,
+    lineage: dict[str, Any],
+    formats: list[str],
+    check: bool = True,
+) -> dict[str, Any]:
+    """Write ``model`` (NeMo 2) and what else is asked for below ``output``. One rank calls it.
+
+    Args:
+        source: what the training started from.
+        last: its last training checkpoint.
+        output: of the stage.
+        template: of the conversations that it was trained on; None keeps the tokenizer as it is.
+        lineage: what was done, for ``minitron.json``.
+        formats: besides NeMo 2: "hf", "nemo".
+        check: load each of these by its own side's loader and compare its logits with the NeMo 2 model's.
+
+    Returns:
+        For each format ``path`` and ``max_difference`` of the logits (None for NeMo 2 itself, or unchecked).
+
+    Raises:
+        CheckpointError: if a result computes something else.
+    """
+    tokenizer = source.tokenizer
+    if tokenizer is not None and template is not None:
+        tokenizer = templated_tokenizer(tokenizer, template, output / "tokenizer")
+    trained = trained_checkpoint(source, last, tokenizer=tokenizer, lineage=lineage)
+    dtype = source.architecture.dtype
+    found: dict[str, Any] = {}
+    model = trained
+    for form in dict.fromkeys(["nemo2", *formats]):
+        path = output / NAMES[form]
+        written = write_checkpoint(model, path, form, dtype=dtype, overwrite=True)
+        difference = None
+        if form == "nemo2":
+            model = open_checkpoint(path)
+        elif check:
+            difference = verify(model, written).max_difference
+        found[form] = {"path": str(path), "max_difference": difference}
+        logger.info("wrote %s", path)
+    return found

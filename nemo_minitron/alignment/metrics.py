@@ -1,0 +1,107 @@
+"""What a training with Aligner tells: one JSON object a step, TensorBoard, a progress bar; and when it must stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from nemo_minitron.errors import NonFiniteError
+from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.progress import Advance, progress_bar
+
+__all__ = ["FiniteLoss", "MetricsLog", "read_metrics"]
+
+
+class FiniteLoss:
+    """Mixed into one of Aligner's models: a loss that is not finite ends the training before the optimizer steps.
+
+    Aligner sends the loss to every rank, so all of them stop.
+    """
+
+    def get_loss_and_metrics(self, batch: Any, forward_only: bool) -> tuple[float, dict[str, Any]]:
+        """As the model's own.
+
+        Raises:
+            NonFiniteError: before the optimizer uses the gradients.
+        """
+        loss, metrics = super().get_loss_and_metrics(batch, forward_only)  # type: ignore[misc]
+        if not math.isfinite(loss):
+            what = "validation" if forward_only else "training"
+            raise NonFiniteError(
+                f"the {what} loss is {loss}; the weights are those of the step before. Lower lr, or look for broken "
+                "samples in data"
+            )
+        return loss, metrics
+
+
+class MetricsLog:
+    """The logger that Aligner's trainers are given. Rank 0 writes.
+
+    ``metrics.jsonl`` has a line a step, with ``step`` (1-based), ``samples`` (in all), ``seconds`` (since the start of
+    this process's training) and what Aligner's model and trainer tell (``loss``, ``lr``, ``step_time``, ...); and a
+    line a validation, with ``split`` = "validation". After a resume, lines of steps that are trained again go first.
+
+    Args:
+        directory: gets ``metrics.jsonl`` and ``tensorboard/``.
+        label: of the progress bar.
+        steps: in all.
+        done: steps of the checkpoint that is resumed.
+        writes: whether this rank does.
+    """
+
+    def __init__(self, directory: Path, *, label: str, steps: int, done: int, writes: bool) -> None:
+        self._stack = ExitStack()
+        self._file: IO[str] | None = None
+        self._board: TensorBoardLogger | None = None
+        self._started = time.monotonic()
+        if writes:
+            path = directory / "metrics.jsonl"
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_metrics(path) if line["step"] <= done] if done else []
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = self._stack.enter_context(path.open("a", buffering=1))
+            self._board = TensorBoardLogger(save_dir=str(directory), name="tensorboard", version="")
+        self._advance: Advance = self._stack.enter_context(progress_bar(label, steps, completed=done, shown=writes))
+
+    def log_metrics(self, metrics: dict[str, Any], step: int, prefix: str = "") -> None:
+        """Called by Aligner's trainers: with ``prefix`` "train/" and the number of steps before, or "val/"."""
+        values = {name: float(value) for name, value in metrics.items()}
+        training = prefix == "train/"
+        if training:
+            step += 1
+            self._advance(1, f"loss {values['loss']:.4f}")
+        if self._file is None:
+            return
+        line: dict[str, Any] = {"step": step} if training else {"split": "validation", "step": step}
+        if "consumed_samples" in values:
+            line["samples"] = int(values.pop("consumed_samples"))
+        self._file.write(json.dumps({**line, **values, "seconds": time.monotonic() - self._started}) + "\n")
+        if self._board is not None:
+            self._board.log_metrics({prefix + name: value for name, value in values.items()}, step)
+
+    def finalize(self) -> None:
+        """Called by Aligner's trainers when the last step is done."""
+
+    def close(self) -> None:
+        """Take the bar away and close the files; also after an error."""
+        if self._board is not None:
+            self._board.finalize("success")
+        self._stack.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
+    found = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return found

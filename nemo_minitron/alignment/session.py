@@ -1,0 +1,265 @@
+"""One training with NeMo-Aligner: model and trainer from a checkpoint of ours, put together as its own scripts do.
+
+Aligner's scripts restore a ``.nemo``. Here the model is built from the checkpoint's sizes and filled by
+:func:`nemo_minitron.checkpoints.load_into`, each rank with its own shard: no copy of the model is written, and any
+checkpoint of this suite will do.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.exp_manager import exp_manager
+from nemo_aligner.data.nlp.builders import build_dataloader
+from nemo_aligner.utils import train_script_utils as script
+from nemo_aligner.utils.distributed import Timer
+from omegaconf import DictConfig
+
+from nemo_minitron.alignment.metrics import MetricsLog
+from nemo_minitron.alignment.settings import Schedule, aligner_settings, check_model
+from nemo_minitron.checkpoints import load_into
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
+
+__all__ = ["Session", "fill", "last_checkpoint", "open_session"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """Aligner's model, ready to be trained.
+
+    Attributes:
+        model: of the class that was asked for, filled.
+        trainer: Lightning's; Aligner uses its strategy and checkpoints.
+        config: Aligner's whole configuration.
+        kind: key of the trainer's part of it.
+        groups: process groups of this rank.
+        state: ``step``, ``consumed_samples`` and ``epoch`` of the checkpoint that is resumed, or None.
+        steps: optimizer steps in all.
+        directory: of checkpoints and metrics.
+    """
+
+    model: Any
+    trainer: Trainer
+    config: DictConfig
+    kind: str
+    groups: Groups
+    state: dict[str, Any] | None
+    steps: int
+    directory: Path
+
+    def loader(self, dataset: Any, collate: Callable[[list[Any]], Any], *, training: bool) -> Any:
+        """Aligner's data loader of global batches: this data-parallel rank's part of each.
+
+        Training samples come in another order in each pass, from where the resumed checkpoint was; those of a
+        validation in their own. A last batch that is not full is left out.
+        """
+        model = self.config.model
+        return build_dataloader(
+            cfg=self.config,
+            dataset=dataset,
+            consumed_samples=self.state["consumed_samples"] if training and self.state else 0,
+            mbs=model.micro_batch_size,
+            gbs=model.global_batch_size if training else model.data.validation_ds.global_batch_size,
+            collate_fn=collate,
+            use_random_sampler=training,
+        )
+
+    def start(self, loader: Any) -> tuple[Any, Any]:
+        """Optimizer and scheduler of the model, with the state of the resumed checkpoint. Call it once.
+
+        Returns:
+            ``(optimizer, scheduler)``.
+        """
+        script.init_using_ptl(self.trainer, self.model, loader, loader.dataset)
+        optimizer, scheduler = script.extract_optimizer_scheduler_from_ptl_model(self.model)
+        return optimizer, scheduler
+
+    @contextmanager
+    def training(
+        self,
+        trainer_class: Callable[..., Any],
+        loader: Any,
+        validation: Any,
+        *,
+        label: str,
+        max_minutes: float | None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """One of Aligner's trainers, made and resumed; call its ``fit`` in the block.
+
+        Args:
+            trainer_class: ``SupervisedTrainer``, ``DPOTrainer``, ...
+            loader, validation: from :meth:`loader`.
+            label: of the progress bar.
+            max_minutes: Aligner stops after them, with a checkpoint.
+            options: of the class, beside what all have.
+        """
+        optimizer, scheduler = self.start(loader)
+        done = self.state["step"] if self.state else 0
+        log = MetricsLog(self.directory, label=label, steps=self.steps, done=done, writes=self.groups.is_main)
+        made = trainer_class(
+            cfg=self.config.trainer[self.kind],
+            model=self.model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            train_dataloader=loader,
+            val_dataloader=validation,
+            test_dataloader=None,
+            logger=log,
+            ckpt_callback=script.add_custom_checkpoint_callback(self.trainer, self.model),
+            run_timer=Timer(_days_hours_minutes_seconds(max_minutes) if max_minutes else None),
+            **options,
+        )
+        if self.state is not None:
+            made.load_state_dict(self.state)
+        try:
+            yield made
+        finally:
+            log.close()
+
+
+def last_checkpoint(directory: Path) -> Path:
+    """The training checkpoint with the most steps below ``directory``: distributed, with optimizer state.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    found = [path for path in (directory / "checkpoints").glob("*-last") if path.is_dir()]
+    if not found:
+        raise CheckpointError(f"{directory}/checkpoints holds no checkpoint; the training saved none")
+    return max(found, key=_steps_of)
+
+
+def open_session(
+    model_class: Callable[..., Any],
+    checkpoint: Checkpoint,
+    *,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    kind: str,
+    directory: Path,
+    samples: int,
+    held_out: int,
+    max_length: int,
+    resume: bool = True,
+    model: dict[str, Any] | None = None,
+    skip: Sequence[str] = (),
+) -> Session:
+    """Build and fill one of Aligner's models. Every rank calls it.
+
+    Args:
+        model_class: ``GPTSFTModel``, ``MegatronGPTDPOModel``, ...
+        checkpoint: initial weights and tokenizer.
+        layout: of the model; must fill the world.
+        schedule: hyper-parameters.
+        kind: Aligner's name of the trainer's settings ("sft", "dpo", ...).
+        directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+        samples, held_out: of training and validation data.
+        max_length: of a sample, in tokens.
+        resume: go on from the last whole checkpoint in ``directory``; otherwise what is there is removed.
+        model: what the algorithm adds to the model's settings.
+        skip: parameters whose names begin with one of these keep their initial values (the head of a reward model).
+
+    Raises:
+        MinitronError: see :func:`~nemo_minitron.alignment.settings.check_model`; a DataError for too few samples.
+    """
+    check_model(checkpoint, layout, max_length=max_length)
+    steps = schedule.total_steps(samples)
+    config = aligner_settings(
+        checkpoint,
+        layout,
+        schedule,
+        kind=kind,
+        steps=steps,
+        samples=samples,
+        held_out=held_out,
+        max_length=max_length,
+        directory=directory,
+        resume=resume,
+        model=model or {},
+    )
+    _clear(directory / "checkpoints", everything=not resume)
+    trainer = script.resolve_and_create_trainer(config, kind)
+    exp_manager(trainer, config.exp_manager)
+    made = model_class(config.model, trainer)
+    state = script.retrieve_custom_trainer_state_dict(trainer)
+    script.init_distributed(trainer, made, config.model.transformer_engine)
+    groups = current(layout)
+    fill(made, checkpoint, groups, skip=skip)
+    _mask_padding(made, checkpoint.shape.vocab_size, groups)
+    if state is not None:
+        logger.info("goes on after step %d of %d", state["step"], steps)
+    return Session(made, trainer, config, kind, groups, state, steps, directory)
+
+
+def fill(model: Any, checkpoint: Checkpoint, groups: Groups, *, skip: Sequence[str] = ()) -> None:
+    """Put a checkpoint's weights into one of Aligner's models, whatever wraps it. Every rank reads its own shard."""
+    load_into(_chunks(model), checkpoint, groups, skip=skip)
+
+
+def _chunks(model: Any) -> list[Any]:
+    """The Megatron ``GPTModel``s of this rank."""
+    return list(model.get_model_module_list())
+
+
+def _mask_padding(model: Any, vocab_size: int, groups: Groups) -> None:
+    """Keep the padding rows of the vocabulary out of every softmax.
+
+    They are there only where the tensor-parallel ranks do not divide the vocabulary; their zero logits would take
+    probability from the others, and make the loss depend on the layout.
+    """
+    if vocab_size % groups.layout.tensor == 0:
+        return
+
+    def hook(layer: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        real = vocab_size - groups.tp_rank * logits.shape[-1]
+        if real >= logits.shape[-1]:
+            return output
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+        return logits.masked_fill(padding, -1e4), bias
+
+    for chunk in _chunks(model):
+        if chunk.post_process:
+            chunk.output_layer.register_forward_hook(hook)
+
+
+def _clear(checkpoints: Path, *, everything: bool) -> None:
+    """Remove what a killed run left half-written (NeMo marks it) and did not come to remove, or all of it.
+
+    NeMo saves a checkpoint and then removes the one before; if it finds two, it resumes none. Every rank looks, and
+    whichever comes first removes: nothing else touches the directory before training starts.
+    """
+    if everything:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    for marker in checkpoints.glob("*" + NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX):
+        whole = str(marker).removesuffix(NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
+        shutil.rmtree(whole, ignore_errors=True)
+        marker.unlink(missing_ok=True)
+    for older in sorted(checkpoints.glob("*-last"), key=_steps_of)[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def _steps_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    found = re.search(r"step=(\d+)", checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def _days_hours_minutes_seconds(minutes: float) -> str:
+    seconds = max(1, round(minutes * 60))
+    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"

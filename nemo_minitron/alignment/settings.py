@@ -1,0 +1,275 @@
+"""NeMo-Aligner's configuration from ours: complete, so that none of its defaults at call sites decides anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.nemo1_config import FAMILIES, to_nemo1
+from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
+from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["Schedule", "aligner_settings", "check_model", "vocabulary_rows"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and how often.
+
+    Attributes:
+        epochs: passes over the data.
+        steps: optimizer steps, or None for those of ``epochs``.
+        micro_batch_size, global_batch_size: in samples.
+        lr, min_lr, warmup_steps: linear warm-up, then cosine to ``min_lr`` at the last step.
+        weight_decay, beta1, beta2: AdamW.
+        clip_grad: largest gradient norm; 0 does not clip.
+        max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
+        validate_every, save_every: steps; the second a multiple of the first.
+        validation_batches: global batches of a validation; None for all.
+        precision: "32" or "bf16-mixed".
+        seed: of the order of the samples.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    lr: float = 1e-5
+    min_lr: float = 1e-6
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_grad: float = 1.0
+    max_minutes: float | None = None
+    validate_every: int = 50
+    save_every: int = 50
+    validation_batches: int | None = None
+    precision: str = "32"
+    seed: int = 1234
+
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of a training on so many samples; a last batch that is not full is left out, as Aligner does.
+
+        Raises:
+            DataError: if they do not fill one global batch, or the warm-up leaves nothing of the steps.
+        """
+        per_epoch = samples // self.global_batch_size
+        if not per_epoch:
+            raise DataError(
+                f"{samples} training samples do not fill one global batch of {self.global_batch_size}; give more data "
+                "or lower global_batch_size"
+            )
+        steps = self.steps or per_epoch * self.epochs
+        if 0 < steps <= self.warmup_steps:
+            raise DataError(
+                f"warmup_steps={self.warmup_steps} leaves nothing of the {steps} steps that {samples} samples make; "
+                "lower it or give more data"
+            )
+        return steps
+
+    def validation_batch(self, samples: int, data_parallel: int) -> int:
+        """Size of a global batch of validation: no more than the training's, and leaving out as few samples as can be.
+
+        Raises:
+            DataError: if they do not fill one micro-batch on each data-parallel rank.
+        """
+        unit = self.micro_batch_size * data_parallel
+        sizes = range(unit, min(self.global_batch_size, samples) + 1, unit)
+        if not sizes:
+            raise DataError(
+                f"{samples} held-out samples do not fill one micro-batch of {self.micro_batch_size} on {data_parallel} "
+                "data-parallel ranks; set more aside (data.held_out_fraction) or lower micro_batch_size"
+            )
+        return max(sizes, key=lambda size: (samples // size * size, size))
+
+
+def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: int) -> None:
+    """Refuse what NeMo 1, on which Aligner's models are built, cannot hold or split.
+
+    Raises:
+        CheckpointError: for another family, or without a tokenizer.
+        ShapeError: for sizes that the layout does not divide.
+        ConfigError: for samples longer than the model's context.
+    """
+    family, shape = checkpoint.architecture.family, checkpoint.shape
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{checkpoint.path}: NeMo-Aligner trains {', '.join(FAMILIES)} models, this is a {family} model"
+        )
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(f"{checkpoint.path} carries no tokenizer; put its files beside the weights")
+    faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    if not faults:
+        faults = _pipeline_faults(shape, layout)
+    if faults:
+        raise ShapeError(faults)
+    context = checkpoint.architecture.max_position_embeddings
+    if max_length > context:
+        raise ConfigError(
+            f"data.max_length={max_length}: {checkpoint.path} has a context of {context} tokens; lower it"
+        )
+
+
+def vocabulary_rows(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding: the vocabulary, and what it takes to divide it among the tensor-parallel ranks."""
+    return -(-vocab_size // tensor) * tensor
+
+
+def aligner_settings(
+    checkpoint: Checkpoint,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    *,
+    kind: str,
+    steps: int,
+    samples: int,
+    held_out: int,
+    max_length: int,
+    directory: Path,
+    resume: bool,
+    model: dict[str, Any],
+) -> DictConfig:
+    """What Aligner's scripts read from Hydra: ``trainer``, ``exp_manager`` and ``model``.
+
+    Args:
+        checkpoint: the model to train.
+        layout: of the model.
+        schedule: hyper-parameters.
+        kind: key of Aligner's own trainer settings below ``trainer`` ("sft", "dpo").
+        steps: optimizer steps in all.
+        samples, held_out: of training and validation data.
+        max_length: of a sample, in tokens.
+        directory: gets ``checkpoints/`` and NeMo's logs.
+        resume: go on from the last checkpoint there.
+        model: what an algorithm adds to the model's settings.
+
+    Raises:
+        DataError: if the held-out samples do not fill one micro-batch on each data-parallel rank.
+    """
+    import torch
+    import yaml
+    from omegaconf import OmegaConf
+
+    cuda = torch.cuda.is_available()
+    bf16 = schedule.precision.startswith("bf16")
+    per_node = min(torch.cuda.device_count() if cuda else layout.world_size, layout.world_size)
+    batches = {"micro_batch_size": schedule.micro_batch_size, "global_batch_size": schedule.global_batch_size}
+    validation = schedule.validation_batch(held_out, layout.data)
+    settings = yaml.safe_load(
+        to_nemo1(
+            checkpoint.shape,
+            checkpoint.architecture,
+            dtype="bfloat16" if bf16 else "float32",
+            multiple=1,
+            rows=vocabulary_rows(checkpoint.shape.vocab_size, layout.tensor),
+        )
+    )
+    settings |= {
+        **batches,
+        "encoder_seq_length": max_length,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "sequence_parallel": layout.sequence_parallel,
+        **_uneven_pipeline(checkpoint.shape, layout),
+        "transformer_engine": cuda,
+        "megatron_amp_O2": cuda and bf16,
+        "seed": schedule.seed,
+        "get_attention_mask_from_fusion": True,
+        "data": {
+            "num_workers": 0,
+            "train_ds": dict(batches),
+            "validation_ds": batches | {"global_batch_size": validation},
+        },
+        "optim": {
+            "name": "mcore_distributed_optim",
+            "lr": schedule.lr,
+            "weight_decay": schedule.weight_decay,
+            "betas": [schedule.beta1, schedule.beta2],
+            "overlap_grad_sync": False,
+            "overlap_param_sync": False,
+            "sched": {
+                "name": "CosineAnnealing",
+                "warmup_steps": schedule.warmup_steps,
+                "constant_steps": 0,
+                "min_lr": schedule.min_lr,
+                "max_steps": steps,
+            },
+        },
+        "peft": {"peft_scheme": "none", "restore_from_path": None},
+        **model,
+    }
+    settings["tokenizer"]["type"] = str(checkpoint.tokenizer)
+    per_epoch = samples // schedule.global_batch_size
+    own = {
+        "max_epochs": -(-steps // per_epoch),
+        "max_steps": steps,
+        "val_check_interval": schedule.validate_every,
+        "save_interval": schedule.save_every,
+        "limit_train_batches": 1.0,
+        "limit_val_batches": 1.0 if schedule.validation_batches is None else schedule.validation_batches,
+        "gradient_clip_val": schedule.clip_grad,
+    }
+    return OmegaConf.create(
+        {
+            "trainer": {
+                "devices": per_node,
+                "num_nodes": layout.world_size // per_node,
+                "accelerator": "gpu" if cuda else "cpu",
+                "precision": schedule.precision if bf16 else 32,
+                "logger": False,
+                "enable_checkpointing": False,
+                "use_distributed_sampler": False,
+                "max_epochs": -1,
+                "max_steps": -1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "gradient_clip_val": schedule.clip_grad,  # the optimizer clips by itself and reads it here
+                kind: own,
+            },
+            "exp_manager": {
+                "explicit_log_dir": str(directory),
+                "create_tensorboard_logger": False,
+                "create_checkpoint_callback": True,
+                "resume_if_exists": resume,
+                "resume_ignore_no_checkpoint": True,
+                "log_tflops_per_sec_per_gpu": False,
+                "checkpoint_callback_params": {
+                    "monitor": "step",  # of what Aligner's trainers tell; the latest is the best
+                    "mode": "max",
+                    "save_top_k": 0,
+                    "save_last": True,
+                    "save_nemo_on_train_end": False,
+                    "save_best_model": False,
+                    "filename": kind + "--{step}-{consumed_samples}-{epoch}",
+                },
+            },
+            "model": settings,
+        }
+    )
+
+
+def _uneven_pipeline(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
+    """How NeMo 1 is told of stages that differ: the first or the last may have a size of its own."""
+    sizes = shape.stage_sizes(layout.pipeline)
+    if len(set(sizes)) == 1:
+        return {}
+    if len(set(sizes[1:])) == 1:
+        return {"num_layers_in_first_pipeline_stage": sizes[0]}
+    return {"num_layers_in_last_pipeline_stage": sizes[-1]}
+
+
+def _pipeline_faults(shape: ModelShape, layout: ParallelLayout) -> list[str]:
+    sizes = shape.stage_sizes(layout.pipeline)
+    if len(set(sizes[1:])) <= 1 or len(set(sizes[:-1])) <= 1:
+        return []
+    return [
+        f"parallel.pipeline={layout.pipeline}: {shape.num_layers} layers make stages of {sizes}; NeMo-Aligner takes "
+        "one stage that differs, the first or the last"
+    ]

@@ -1,0 +1,82 @@
+"""Supervised fine-tuning with NeMo-Aligner's ``GPTSFTModel`` and ``SupervisedTrainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
+
+from nemo_minitron.alignment.batches import Sample, Samples, collate
+from nemo_minitron.alignment.metrics import FiniteLoss
+from nemo_minitron.alignment.session import last_checkpoint, open_session
+from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.runtime.groups import ParallelLayout
+
+__all__ = ["SftModel", "train_sft"]
+
+
+class SftModel(FiniteLoss, GPTSFTModel):
+    """Aligner's, which stops at a loss that is not finite."""
+
+
+def train_sft(
+    checkpoint: Checkpoint,
+    train: Sequence[Sample],
+    held_out: Sequence[Sample],
+    *,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    directory: Path,
+    max_length: int,
+    resume: bool = True,
+) -> Path:
+    """Fine-tune on the trained tokens of ``train``. Every rank calls it, with the same samples.
+
+    The loss is Aligner's: the mean cross-entropy over the trained tokens of a micro-batch, and the mean over the
+    micro-batches of all data-parallel ranks. (So a token counts for more where its micro-batch has fewer.)
+
+    Args:
+        checkpoint: initial weights and tokenizer.
+        train, held_out: samples; where any holds several conversations, attention is masked between them.
+        layout: of the model.
+        schedule: hyper-parameters.
+        directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+        max_length: of a sample's inputs, in tokens.
+        resume: go on from the last checkpoint in ``directory``.
+
+    Returns:
+        The last training checkpoint.
+
+    Raises:
+        MinitronError: see :func:`~nemo_minitron.alignment.session.open_session`; NonFiniteError for the loss.
+    """
+    packed = any(len(sample.lengths) > 1 for sample in (*train, *held_out))
+    session = open_session(
+        SftModel,
+        checkpoint,
+        layout=layout,
+        schedule=schedule,
+        kind="sft",
+        directory=directory,
+        samples=len(train),
+        held_out=len(held_out),
+        max_length=max_length,
+        resume=resume,
+        model={"get_attention_mask_from_fusion": not packed},
+    )
+    batch = collate(8 * (layout.tensor if layout.sequence_parallel else 1), masked=packed)
+    loader = session.loader(Samples(train), batch, training=True)
+    validation = session.loader(Samples(held_out), batch, training=False)
+    with session.training(
+        SupervisedTrainer,
+        loader,
+        validation,
+        label="fine-tuning",
+        max_minutes=schedule.max_minutes,
+        run_init_validation=session.state is None,
+    ) as trainer:
+        trainer.fit()
+    return last_checkpoint(directory)

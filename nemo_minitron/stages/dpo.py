@@ -1,0 +1,143 @@
+"""``minitron dpo``: train a model to prefer chosen over rejected answers, with NeMo-Aligner; in one or more rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.config import DpoConfig
+from nemo_minitron.data.preferences import PREFERENCE_PACKAGES, Preference
+from nemo_minitron.stages.base import PlannedPath, StagePlan
+from nemo_minitron.stages.chats import align_plan, load_preferences, schedule_of, shorter, tokens_of
+
+if TYPE_CHECKING:
+    from nemo_minitron.alignment.pairs import Pair
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data.templates import Template
+
+__all__ = ["plan", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: DpoConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    found = align_plan(config, PREFERENCE_PACKAGES, copies=2)
+    found.reads += [PlannedPath(path, f"pairs of round {number}") for number, path in enumerate(config.rounds_data, 1)]
+    if config.reference not in ("round", "first"):
+        found.reads.append(PlannedPath(config.reference, "reference policy"))
+    found.notes.append(f"loss {config.loss}, {config.rounds} round{'s' if config.rounds > 1 else ''}")
+    return found
+
+
+def run(config: DpoConfig) -> dict[str, Any]:
+    """Train in rounds. Every rank runs this; rank 0 writes the model.
+
+    Round ``n`` leaves its training state and metrics in ``round-n``; a round that is done is not run again by a resume.
+
+    Returns:
+        ``pairs, held_out, rounds, formats``; for each round ``before`` and ``after``: what the held-out pairs say.
+
+    Raises:
+        MinitronError: for data, a template, a model or a layout that do not fit each other, or a loss that is not
+            finite.
+    """
+    import torch
+
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    first = open_checkpoint(config.model)
+    data = [_pairs(config, first, path) for path in config.rounds_data or [None]]
+    data = data * config.rounds if len(data) == 1 else data
+
+    from nemo_minitron.alignment.dpo import STATISTICS, Preferences, train_dpo
+    from nemo_minitron.alignment.export import save_trained, trained_checkpoint
+    from nemo_minitron.alignment.session import last_checkpoint
+
+    output = Path(config.output)
+    fixed = {"round": None, "first": first}.get(config.reference) if config.reference in ("round", "first") else (
+        open_checkpoint(config.reference)
+    )  # fmt: skip
+    names = [field.name for field in dataclasses.fields(Preferences)]
+    # Every rank looks before any of them trains.
+    finished = [(output / f"round-{number}" / STATISTICS).is_file() and config.resume for number in _rounds(config)]
+    policy, last, rounds = first, Path(), []
+    for number, done, (train, held_out, template) in zip(_rounds(config), finished, data, strict=True):
+        directory = output / f"round-{number}"
+        if done:
+            last, statistics = last_checkpoint(directory), json.loads((directory / STATISTICS).read_text())
+        else:
+            last, statistics = train_dpo(
+                policy,
+                fixed or policy,
+                train,
+                held_out,
+                Preferences(**{name: getattr(config, name) for name in names}),
+                layout=ParallelLayout(**vars(config.parallel)),
+                schedule=schedule_of(config),
+                directory=directory,
+                max_length=config.data.max_length,
+                resume=config.resume,
+                label=f"round {number} of {config.rounds}" if config.rounds > 1 else config.loss,
+            )
+        rounds.append(statistics)
+        logger.info("round %d: %s", number, _told(statistics))
+        policy = trained_checkpoint(first, last, tokenizer=first.tokenizer, lineage={})
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        summary = {
+            "pairs": [len(train) for train, _, _ in data],
+            "held_out": [len(held_out) for _, held_out, _ in data],
+            "rounds": rounds,
+        }
+        formats = save_trained(
+            first,
+            last,
+            output,
+            template=template,
+            lineage={"dpo": {"model": config.model, "template": template.name, "loss": config.loss, **summary}},
+            formats=config.formats,
+            check=config.verify,
+        )
+        return {**summary, "formats": formats}
+    return {}
+
+
+def _rounds(config: DpoConfig) -> range:
+    return range(1, config.rounds + 1)
+
+
+def _told(statistics: dict[str, dict[str, float]]) -> str:
+    before, after = statistics["before"], statistics["after"]
+    return (
+        f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}, margin {before['margin']:.3f} -> "
+        f"{after['margin']:.3f} on {after['pairs']:.0f} held-out pairs"
+    )
+
+
+def _pairs(config: DpoConfig, checkpoint: Checkpoint, path: str | None) -> tuple[list[Pair], list[Pair], Template]:
+    train, held_out = load_preferences(config.data, path)
+    (train_pairs, template), (held_out_pairs, _) = (_tokenized(config, checkpoint, part) for part in (train, held_out))
+    return train_pairs, held_out_pairs, template
+
+
+def _tokenized(config: DpoConfig, checkpoint: Checkpoint, preferences: list[Preference]) -> tuple[list[Pair], Template]:
+    from nemo_minitron.alignment.pairs import Pair
+
+    chats = [preference.chats() for preference in preferences]
+    chosen, template = tokens_of([one for one, _ in chats], checkpoint, config.data, last_answer_only=True)
+    rejected, _ = tokens_of([other for _, other in chats], checkpoint, config.data, last_answer_only=True)
+    pairs = [
+        Pair(
+            good,
+            bad,
+            config.chosen_reward if preference.chosen_reward is None else preference.chosen_reward,
+            config.rejected_reward if preference.rejected_reward is None else preference.rejected_reward,
+        )
+        for good, bad, preference in zip(chosen, rejected, preferences, strict=True)
+    ]
+    lengths = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
+    return shorter(pairs, lengths, [preference.where for preference in preferences], config.data), template

@@ -5,11 +5,21 @@
 that a configuration error answers at once.
 """
 
-from nemo_minitron.config.load import find_config, load, load_pipeline, load_slurm, shipped_configs, shipped_slurm
+from nemo_minitron.config.load import (
+    find_config,
+    load,
+    load_part,
+    load_pipeline,
+    load_slurm,
+    shipped_configs,
+    shipped_slurm,
+)
 from nemo_minitron.config.parts import (
     AggregationConfig,
     AxisConfig,
     BudgetConfig,
+    ClusterConfig,
+    AttributesConfig,
     ChatDataConfig,
     DataConfig,
     DepthChoiceConfig,
@@ -56,8 +66,10 @@ __all__ = [
     "AlignConfig",
     "AxisConfig",
     "BudgetConfig",
+    "ClusterConfig",
     "CacheConfig",
     "SlurmConfig",
+    "AttributesConfig",
     "ChatDataConfig",
     "CorrectConfig",
     "DataConfig",
@@ -92,6 +104,7 @@ __all__ = [
     "VocabularyConfig",
     "find_config",
     "load",
+    "load_part",
     "load_slurm",
     "load_pipeline",
     "shipped_slurm",

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +24,9 @@ from nemo_minitron.config.slurm import SlurmConfig
 from nemo_minitron.config.stages import STAGES, PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["find_config", "load", "load_slurm", "load_pipeline", "shipped_slurm", "shipped_configs"]
+__all__ = ["find_config", "load", "load_part", "load_slurm", "load_pipeline", "shipped_slurm", "shipped_configs"]
+
+Part = TypeVar("Part")
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
 _WORDS = {
@@ -102,6 +104,22 @@ def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageCo
     return config
 
 
+def load_part(part: type[Part], overrides: Sequence[str]) -> Part:
+    """One part of a configuration, such as a :class:`~nemo_minitron.config.parts.ClusterConfig`, from overrides alone.
+
+    Args:
+        part: dataclass of :mod:`nemo_minitron.config.parts`.
+        overrides: ``key=value`` items; values are YAML.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    file = _File(None, overrides)
+    found: Part = _Reader(file).read(part, file.values, ())
+    file.raise_faults()
+    return found
+
+
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineConfig, list[StageConfig]]:
     """A pipeline and its stages' configurations, interpolations resolved and defaults merged in.
 
@@ -174,33 +192,33 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 class _File:
     """A YAML file with overrides applied: plain values, the line of each key, and the faults found so far."""
 
-    def __init__(self, path: str | Path, overrides: Sequence[str], by_name: bool = False) -> None:
-        self.path = find_config(path)
+    def __init__(self, path: str | Path | None, overrides: Sequence[str], by_name: bool = False) -> None:
+        self.path = None if path is None else find_config(path)
         self.faults: list[str] = []
         self.lines: dict[tuple[str | int, ...], int] = {}
         self.overridden: set[tuple[str | int, ...]] = set()
-        raw = self._parse()
+        raw = OmegaConf.create({}) if self.path is None else self._parse(self.path)
         for override in overrides:
             self._override(raw, override, by_name)
         self.values: dict[str, Any] = OmegaConf.to_container(raw)  # type: ignore[assignment]
 
-    def _parse(self) -> DictConfig:
+    def _parse(self, path: Path) -> DictConfig:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
             if tree is not None and not isinstance(tree, yaml.MappingNode):
-                raise ConfigError("the file must be a mapping of settings (`key: value` lines)", source=str(self.path))
+                raise ConfigError("the file must be a mapping of settings (`key: value` lines)", source=str(path))
             if tree is not None:
                 self._note_lines(tree, ())
             config = OmegaConf.create(text) if tree is not None else OmegaConf.create({})
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read: {error}", source=str(self.path)) from error
+            raise ConfigError(f"cannot be read: {error}", source=str(path)) from error
         except yaml.MarkedYAMLError as error:
             line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise ConfigError(f"{line}not valid YAML: {error.problem}", source=str(self.path)) from error
+            raise ConfigError(f"{line}not valid YAML: {error.problem}", source=str(path)) from error
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"not valid YAML: {reason}", source=str(self.path)) from error
+            raise ConfigError(f"not valid YAML: {reason}", source=str(path)) from error
         return config  # type: ignore[return-value]
 
     def _note_lines(self, node: yaml.Node, path: tuple[str | int, ...]) -> None:
@@ -276,7 +294,7 @@ class _File:
     def raise_faults(self) -> None:
         """Raise what was found, if anything was."""
         if self.faults:
-            raise ConfigError(self.faults, source=str(self.path))
+            raise ConfigError(self.faults, source="command line" if self.path is None else str(self.path))
 
 
 def _stage_names(raw: DictConfig) -> list[str]:

@@ -35,7 +35,16 @@ import psutil
 from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
 
-__all__ = ["RankResult", "StageCrashError", "attach", "launch", "save_result"]
+__all__ = [
+    "RankResult",
+    "StageCrashError",
+    "attach",
+    "clear_folder",
+    "launch",
+    "read_results",
+    "save_result",
+    "verdict",
+]
 
 FOLDER_VARIABLE = "MINITRON_JOB_FOLDER"
 LAUNCHER_VARIABLE = "MINITRON_LAUNCHER"
@@ -80,7 +89,8 @@ def attach(folder: Path) -> int:
         The rank, from the environment that torchrun sets.
     """
     rank = int(os.environ.get("RANK", "0"))
-    end_with_launcher()
+    if LAUNCHER_VARIABLE in os.environ:  # a cluster's launcher ends its processes itself
+        end_with_launcher()
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -163,7 +173,7 @@ def launch(
         StageCrashError: if a rank crashed, or ended without a result.
     """
     folder = folder.absolute()
-    _prepare(folder)
+    clear_folder(folder)
     threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
     command = [sys.executable, "-m", module, *args]
     if world_size > 1:
@@ -192,7 +202,7 @@ def launch(
             f"stopped after {timeout_minutes:g} minutes (runtime.timeout_minutes); raise the limit or set it to null. "
             f"Logs: {folder}"
         )
-    return _verdict(folder, world_size, process.returncode)
+    return verdict(folder, world_size, process.returncode)
 
 
 def job_folder() -> Path:
@@ -200,7 +210,7 @@ def job_folder() -> Path:
     return Path(os.environ[FOLDER_VARIABLE])
 
 
-def _prepare(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Remove what an earlier job left; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("rank-*.log", "rank-*.json", "rank-*.partial", "launcher.log"):
@@ -291,8 +301,17 @@ def read_results(folder: Path) -> list[RankResult]:
     return sorted(found, key=lambda result: result.rank)
 
 
-def _verdict(folder: Path, world_size: int, code: int) -> list[RankResult]:
-    """The results if all ranks are done, else the one failure that explains the others."""
+def verdict(folder: Path, world_size: int, code: int) -> list[RankResult]:
+    """The results if all ranks are done, else the one failure that explains the others.
+
+    Args:
+        folder: the job's.
+        world_size: number of ranks.
+        code: exit code of the launcher, for a rank that left no result.
+
+    Raises:
+        MinitronError, StageCrashError: as :func:`launch`.
+    """
     results = read_results(folder)
     failed = sorted((r for r in results if r.status != "done"), key=lambda r: (r.status != "refused", r.time))
     if failed and failed[0].status == "refused":

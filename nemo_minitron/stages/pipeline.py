@@ -27,7 +27,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.base import config_hash, hashed_settings, human_bytes, parents, read_record
 from nemo_minitron.stages.execute import job_folder_of, run_stage
 
-__all__ = ["run_pipeline", "show_status", "stage_state"]
+__all__ = ["ready", "run_pipeline", "show_status", "stage_state", "write_manifest"]
 
 _LINE_ENDS = re.compile(rb"[\r\n]+")
 _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -53,22 +53,17 @@ def run_pipeline(
     folder = Path(pipeline.output)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        _write_manifest(folder, pipeline, stages)
+        write_manifest(folder, pipeline, stages)
         records, skipped = [], set()
         for number, config in enumerate(stages, 1):
             line = _Line(console, f"[{number}/{len(stages)}] {config.name}")
-            state, reasons = stage_state(config)
-            if state == "done":
+            todo = ready(config, overwrite)
+            if todo is None:
                 record = read_record(config.output)
                 skipped.add(config.name)
                 line.close("dim", "done before")
             else:
-                if state == "changed" and not (overwrite or config.overwrite):
-                    raise ConfigError(
-                        f"stage {config.name}: {config.output} was made with other settings ({'; '.join(reasons)}); "
-                        "pass --overwrite to make it again, or choose another output"
-                    )
-                record = _run(config, state, line)
+                record = _run(todo, line)
             records.append(record or {})
         _show_summary(console, stages, records, skipped)
     return records
@@ -96,6 +91,32 @@ def stage_state(config: StageConfig) -> tuple[str, list[str]]:
         if before is None or before["hash"] != parent["hash"]:
             reasons.append(f"{name}: {parent['path']} has changed")
     return "changed", reasons or ["the stage itself"]
+
+
+def ready(config: StageConfig, overwrite: bool) -> StageConfig | None:
+    """What is to be run of a stage, as it is now.
+
+    Args:
+        config: of the stage.
+        overwrite: make it again if it was done with other settings or inputs.
+
+    Returns:
+        The configuration to run it with, or None if it is done.
+
+    Raises:
+        ConfigError: if it was done with other settings or inputs, and nobody said ``overwrite``.
+    """
+    state, reasons = stage_state(config)
+    if state == "done":
+        return None
+    if state == "changed" and not (overwrite or config.overwrite):
+        raise ConfigError(
+            f"stage {config.name}: {config.output} was made with other settings ({'; '.join(reasons)}); "
+            "pass --overwrite to make it again, or choose another output"
+        )
+    if state == "changed" or (state == "unfinished" and not getattr(config, "resume", False)):
+        return dataclasses.replace(config, overwrite=True)
+    return config
 
 
 def show_status(folder: Path, console: Console) -> None:
@@ -129,7 +150,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageConfig]) -> None:
+def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageConfig]) -> None:
     """``pipeline.json``: the stages in order and where each writes; reports and ``minitron status`` read it."""
     manifest = {
         "name": pipeline.name,
@@ -141,10 +162,8 @@ def _write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageCo
     aside.replace(folder / "pipeline.json")
 
 
-def _run(config: StageConfig, state: str, line: _Line) -> dict[str, Any]:
+def _run(config: StageConfig, line: _Line) -> dict[str, Any]:
     """Run one stage under its line; a failure carries the stage's name."""
-    if state == "changed" or (state == "unfinished" and not getattr(config, "resume", False)):
-        config = dataclasses.replace(config, overwrite=True)
     try:
         with line:
             record = run_stage(config, line.output)

@@ -1,0 +1,129 @@
+"""``python -m nemo_minitron.stages.rank FOLDER``: one process of a stage that a cluster's own launcher starts.
+
+``srun`` starts a process for each rank, on any number of nodes, in containers or not. Slurm says which rank it is; the
+rest is as under :func:`~nemo_minitron.stages.execute.run_stage`: the folder holds ``config.yaml``, the ranks leave
+their logs and results in it, and rank 0 writes the record when all results are there. The folder must be visible on all
+nodes. A job that runs again, because Slurm or the user queued it again, goes on where the stage stood.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from nemo_minitron.config import StageConfig, load
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, read_results, verdict
+from nemo_minitron.stages.base import write_record
+from nemo_minitron.stages.pipeline import ready
+
+__all__ = ["main"]
+
+#: Seconds that rank 0 waits for the results of the others once it has its own.
+PATIENCE = 120.0
+#: Slurm's variables that would make the libraries below see a cluster of their own.
+_HIDDEN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE")
+
+
+def main(folder: Path) -> int:
+    """Run one rank.
+
+    Returns:
+        0 done (or done before), 2 refused, 1 crashed, or what the worker returns.
+    """
+    from nemo_minitron.stages.worker import main as work
+
+    job = json.loads((folder / "job.json").read_text())
+    config = load(job["stage"], folder / "config.yaml")
+    attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    rank, world = _translate(folder)
+    if world != config.layout.world_size:
+        print(
+            f"minitron: the layout of {config.name} needs {config.layout.world_size} processes, Slurm started {world}",
+            file=sys.stderr,
+        )
+        return 2
+    if rank == 0:
+        state = _prepare(config, folder, job["overwrite"])
+        (folder / f"ready-{attempt}").write_text(state)
+    else:
+        state = _wait_for(folder / f"ready-{attempt}")
+    if state != "run":
+        print(f"minitron: {config.name}: {state}", file=sys.stderr if state.startswith("refused") else sys.stdout)
+        return 2 if state.startswith("refused") else 0
+    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    code = work(job["stage"])
+    if code or rank:
+        return code
+    return _record(config, folder, world, started, clock)
+
+
+def _translate(folder: Path) -> tuple[int, int]:
+    """From Slurm's environment to torchrun's, which every stage reads: ``(rank, world)``."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    env = os.environ
+    rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
+    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(world), env["SLURM_LOCALID"]
+    env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    # Jobs that share a node must not meet.
+    env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env["TORCHELASTIC_RUN_ID"] = env["SLURM_JOB_ID"]
+    env[FOLDER_VARIABLE] = str(folder)
+    for name in _HIDDEN:
+        env.pop(name, None)
+    return rank, world
+
+
+def _prepare(config: StageConfig, folder: Path, overwrite: bool) -> str:
+    """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
+    try:
+        found = ready(config, overwrite)
+    except MinitronError as error:
+        return f"refused: {error}"
+    if found is None:
+        return "done before"
+    clear_folder(folder)
+    return "run"
+
+
+def _wait_for(path: Path, patience: float = 600.0) -> str:
+    """The content of a file that rank 0 writes."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if path.exists() and (text := path.read_text()):
+            return text
+        time.sleep(0.2)
+    return f"refused: rank 0 did not write {path}; is the folder shared by all nodes?"
+
+
+def _record(config: StageConfig, folder: Path, world: int, started: str, clock: float) -> int:
+    """Rank 0, at the end: wait for the others' results and declare the output whole."""
+    deadline = time.monotonic() + PATIENCE
+    while len(read_results(folder)) < world and time.monotonic() < deadline:
+        time.sleep(0.2)
+    try:
+        results = verdict(folder, world, 1)
+    except Exception as error:
+        print(f"minitron: {error}", file=sys.stderr)
+        return 2 if isinstance(error, MinitronError) else 1
+    write_record(
+        config.output,
+        config.STAGE,
+        config,
+        metrics=results[0].metrics,
+        seconds=time.monotonic() - clock,
+        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        started=started,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Text sources: files of the user (text, JSONL, Parquet) and texts that packages carry, all as :class:`Document`.
+"""Text sources: files of the user, Hugging Face datasets and texts that packages carry, all as :class:`Document`.
 
 A document is the unit of the split: no text is ever on two sides of it. Plain text has no documents of its own, so a
 text file is cut at blank lines into sections of about :data:`SECTION_CHARACTERS`.
@@ -9,182 +9,130 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from nemo_minitron.config import SourceConfig
 from nemo_minitron.data import packages, prose
+from nemo_minitron.data.readers import (
+    READERS,
+    SECTION_CHARACTERS,
+    Document,
+    dataset_rows,
+    lines_of,
+    open_dataset,
+    reader_of,
+    sections,
+)
 from nemo_minitron.errors import DataError
 
 __all__ = [
     "PACKAGE_TEXTS",
     "SECTION_CHARACTERS",
     "Document",
+    "dataset_files",
+    "iter_documents",
     "read_source",
     "source_files",
 ]
 
-SECTION_CHARACTERS = 8192
-
-
-class Document(NamedTuple):
-    """One text.
-
-    Attributes:
-        title: where it is from, for messages.
-        text: the text, stripped, not empty.
-    """
-
-    title: str
-    text: str
-
 
 def read_source(source: SourceConfig, cache_dir: str | Path) -> list[Document]:
-    """All documents of a source, in the source's order, no text twice.
+    """All documents of a source of text, in memory: :func:`iter_documents`."""
+    return list(iter_documents(source, cache_dir))
 
-    Holds the whole text in memory, up to ``source.max_characters`` (the last document is kept whole).
+
+def iter_documents(source: SourceConfig, cache_dir: str | Path) -> Iterator[Document]:
+    """The documents of a source of text, in the source's order, no text twice.
+
+    Memory: a document, and 16 bytes of each that was read (to know it again).
 
     Args:
-        source: where the text comes from.
+        source: where the text comes from: a path, package or dataset. It ends with the document that reaches
+            ``source.max_characters``, which is kept whole.
         cache_dir: where fetched packages and harvested docstrings are kept.
 
     Raises:
         DataError: for a missing, malformed or empty source; the message names file and line.
     """
-    documents = _package_documents(source.package, Path(cache_dir)) if source.package else _file_documents(source)
-    found: list[Document] = []
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     characters = 0
-    for title, text in documents:
+    for title, text in _documents(source, Path(cache_dir)):
         text = text.strip()
-        if not text or text in seen:
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if not text or digest in seen:
             continue
-        seen.add(text)
-        found.append(Document(title, text))
+        seen.add(digest)
+        yield Document(title, text)
         characters += len(text)
         if source.max_characters is not None and characters >= source.max_characters:
             break
-    if not found:
-        raise DataError(
-            f"source {source.name!r} ({source.path or source.package}) holds no text; point it at a file with some"
+    if not seen:
+        raise DataError(f"source {source.name!r} ({source.origin}) holds no text; point it at a file with some")
+
+
+def _documents(source: SourceConfig, cache_dir: Path) -> Iterator[Document]:
+    if source.package is not None:
+        yield from _package_documents(source.package, cache_dir)
+    elif source.dataset is not None:
+        files = dataset_files(source)
+        yield from dataset_rows(
+            source.dataset, open_dataset(source.dataset, source.dataset_split, files), source.text_key
         )
-    return found
+    else:
+        yield from _file_documents(source)
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files that ``source.path`` names, sorted.
+    """The files that ``source.path`` (or ``chat``) names, sorted.
 
     Raises:
         DataError: if there are none.
     """
-    assert source.path is not None
-    # Path.glob refuses absolute patterns.
-    matches = (Path(match) for match in glob.glob(source.path, recursive=True))  # noqa: PTH207
-    found = sorted(path for path in matches if path.is_file())
+    pattern = source.path or source.chat
+    assert pattern is not None
+    found = [path for path in _matches(pattern) if path.is_file()]
     if not found:
-        raise DataError(f"source {source.name!r}: no file matches {source.path}; correct the path")
+        raise DataError(f"source {source.name!r}: no file matches {pattern}; correct the path")
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+def dataset_files(source: SourceConfig) -> list[Path]:
+    """The directory or files that ``source.dataset`` names; none where it must be a name on the hub.
+
+    Raises:
+        DataError: for what looks like a path and is none.
+    """
+    assert source.dataset is not None
+    found = _matches(source.dataset)
+    if not found and (
+        source.dataset.startswith((".", "/", "~")) or source.dataset.count("/") > 1 or "*" in source.dataset
+    ):
+        raise DataError(f"source {source.name!r}: dataset {source.dataset} does not exist; correct the path")
+    return found
+
+
+def _matches(pattern: str) -> list[Path]:
+    # Path.glob refuses absolute patterns.
+    return sorted(Path(match) for match in glob.glob(pattern, recursive=True))  # noqa: PTH207
 
 
 def _file_documents(source: SourceConfig) -> Iterator[Document]:
-    readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-        ".txt": _plain,
-        ".text": _plain,
-        ".md": _plain,
-        ".jsonl": _jsonl,
-        ".parquet": _parquet,
-    }
     for path in source_files(source):
-        reader = readers.get(path.suffix.lower())
+        reader = reader_of(path)
         if reader is None:
             raise DataError(
-                f"source {source.name!r}: {path} is none of {', '.join(readers)}; convert it to one of them"
+                f"source {source.name!r}: {path} is none of {', '.join(READERS)}; convert it to one of them"
             )
         try:
             yield from reader(path, source.text_key)
         except OSError as error:
             raise DataError(f"source {source.name!r}: {path} cannot be read ({error.strerror or error})") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their number from 1, without the line end."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield (
-                    number,
-                    line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"),
-                )
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from None
-
-
-def _plain(path: Path, _: str) -> Iterator[Document]:
-    yield from sections(str(path), (line for _, line in _lines(path)))
-
-
-def sections(title: str, lines: Iterable[str]) -> Iterator[Document]:
-    """Cut plain text at the first blank line past :data:`SECTION_CHARACTERS`."""
-    kept: list[str] = []
-    characters = number = 0
-    for line in lines:
-        if not line.strip() and characters >= SECTION_CHARACTERS:
-            number += 1
-            yield Document(f"{title}, section {number}", "\n".join(kept))
-            kept, characters = [], 0
-        kept.append(line)
-        characters += len(line) + 1
-    yield Document(f"{title}, section {number + 1}", "\n".join(kept))
-
-
-def _jsonl(path: Path, key: str) -> Iterator[Document]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); correct or remove the line"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where}: a JSON object is needed, not {type(record).__name__}; correct or remove the line"
-            )
-        if not isinstance(record.get(key), str):
-            state = f"text_key={key!r} is no string" if key in record else f"no key {key!r}"
-            raise DataError(f"{where}: {state}; the line has {', '.join(sorted(record)) or 'no keys'}; set text_key")
-        yield Document(where, record[key])
-
-
-def _parquet(path: Path, key: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                raise DataError(
-                    f"{path}: no column {key!r}; the file has {', '.join(file.schema_arrow.names)}; set text_key"
-                )
-            row = 0
-            for batch in file.iter_batches(columns=[key]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    if not isinstance(value, str):
-                        raise DataError(f"{path}, row {row}: column {key!r} holds {value!r}, not text; set text_key")
-                    yield Document(f"{path}, row {row}", value)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it anew") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- packages
@@ -236,7 +184,7 @@ def _harvest(kind: str, documents: Callable[[], Iterator[tuple[str, str]]]) -> C
                 aside.replace(cached)
             finally:
                 aside.unlink(missing_ok=True)
-        for _, line in _lines(cached):
+        for _, line in lines_of(cached):
             yield Document(**json.loads(line))
 
     return read

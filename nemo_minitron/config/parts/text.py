@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts.checks import not_negative, one_of, positive
+from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
+
+DOCUMENTS = ("join", "mask")
+PACKINGS = ("stream", "best_fit")
+ORIGINS = ("path", "package", "dataset", "megatron", "chat")
 
 
 @dataclass
 class SourceConfig:
-    """One source of text.
+    """One source of text; exactly one of path, package, dataset, megatron and chat says where it is.
 
     Attributes:
         name: how reports call it; each source is a domain of the evaluation.
-        path: text, JSONL or Parquet file, or a glob of them.
+        path: text, JSONL (``.gz`` and ``.zst`` too) or Parquet file, or a glob of them.
         package: a source that an installable package carries, by its name in the data room's table.
-        text_key: JSONL key or Parquet column that holds the text.
+        dataset: of Hugging Face ``datasets``: a directory that ``save_to_disk`` wrote, ``.arrow`` files (a glob), or a
+            name on the hub. No code of a dataset runs.
+        dataset_split: of a dataset with several, such as "train"; always needed for a name on the hub.
+        megatron: prefix of a Megatron ``.bin`` and ``.idx`` pair, whose documents are token ids already.
+        chat: JSONL file of conversations; only the answers are learned.
+        template: chat template, "own" for the one that the tokenizer carries.
+        text_key: JSONL key, or column of a Parquet file or dataset, that holds the text.
         weight: share of this source in the mixture, relative to the others.
         max_characters: read no more than this.
     """
@@ -25,13 +36,30 @@ class SourceConfig:
     name: str = MISSING
     path: str | None = None
     package: str | None = None
+    dataset: str | None = None
+    dataset_split: str | None = None
+    megatron: str | None = None
+    chat: str | None = None
+    template: str = "own"
     text_key: str = "text"
     weight: float = 1.0
     max_characters: int | None = None
 
+    @property
+    def origin(self) -> str | None:
+        """What it reads, for messages."""
+        return self.path or self.package or self.dataset or self.megatron or self.chat
+
     def faults(self) -> list[str]:
-        """Not exactly one origin, or nothing to read."""
-        return [*one_of(self, "path", "package"), *positive(self, "weight", "max_characters")]
+        """Not exactly one origin, options that it does not take, or nothing to read."""
+        found = [*one_of(self, *ORIGINS), *positive(self, "weight", "max_characters")]
+        if self.dataset_split is not None and self.dataset is None:
+            found.append(f"dataset_split={self.dataset_split}: only a dataset has splits")
+        if self.template != "own" and self.chat is None:
+            found.append(f"template={self.template}: only chat takes a template")
+        if self.max_characters is not None and self.megatron is not None:
+            found.append(f"max_characters={self.max_characters}: megatron files hold tokens; lower its weight instead")
+        return found
 
 
 @dataclass
@@ -40,26 +68,54 @@ class DataConfig:
 
     Attributes:
         sources: where the text comes from.
+        blend: Megatron's way to name sources, weight and ``.bin``/``.idx`` prefix in turn: ``[30, a, 70, b]``; a prefix
+            alone is the only one.
         sequence_length: tokens of one block (its last label needs one more).
+        documents: "join": attention reaches across the documents of a block; "mask": it stays within each, and so do
+            the labels.
+        packing: "stream": documents one after the other, cut where a block ends; "best_fit": documents stay whole as
+            far as they fit into a block, and blocks are filled up (for documents=mask).
         calibration_fraction: share of the documents set aside for scoring.
         held_out_fraction: share of the documents set aside for evaluation and validation.
         seed: of the split and of the order.
-        cache_dir: where fetched sources and token blocks are kept.
+        cache_dir: where fetched sources, tokens and token blocks are kept.
+        workers: processes that tokenise; null for as many as there are cores, where there is enough text for them.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
+    blend: list[str] = field(default_factory=list)
     sequence_length: int = 512
+    documents: str = "join"
+    packing: str = "stream"
     calibration_fraction: float = 0.05
     held_out_fraction: float = 0.05
     seed: int = 1234
     cache_dir: str = ".cache/minitron"
+    workers: int | None = None
+
+    def all_sources(self) -> list[SourceConfig]:
+        """``sources``, and those of ``blend``, which are called by the last part of their prefix."""
+        prefixes = self.blend[1::2] if len(self.blend) > 1 else self.blend
+        weights = [float(weight) for weight in self.blend[::2]] if len(self.blend) > 1 else [1.0] * len(prefixes)
+        ends = [PurePath(prefix).name for prefix in prefixes]
+        taken = [*ends, *(source.name for source in self.sources)]
+        return self.sources + [
+            SourceConfig(name=end if taken.count(end) == 1 else prefix, megatron=prefix, weight=weight)
+            for end, prefix, weight in zip(ends, prefixes, weights, strict=True)
+        ]
 
     def faults(self) -> list[str]:
         """No or doubled sources, splits that leave nothing to train on."""
-        found = [*positive(self, "sequence_length"), *not_negative(self, "seed")]
-        if not self.sources:
+        found = [*positive(self, "sequence_length", "workers"), *not_negative(self, "seed")]
+        found += [*choice(self, "documents", DOCUMENTS), *choice(self, "packing", PACKINGS)]
+        if self.packing == "best_fit" and self.documents == "join":
+            found.append("packing=best_fit: keeps documents whole, so it needs documents=mask")
+        if not self.sources and not self.blend:
             found.append("sources: none is given; list at least one {name, path} or {name, package}")
-        names = [source.name for source in self.sources]
+        blend_faults = self._blend_faults()
+        sources = self.sources if blend_faults else self.all_sources()
+        names = [source.name for source in sources]
+        found += blend_faults
         found += [
             f"sources: the name {name!r} is given twice" for name in sorted({n for n in names if names.count(n) > 1})
         ]
@@ -69,6 +125,22 @@ class DataConfig:
         if not outside and self.calibration_fraction + self.held_out_fraction >= 1:
             found.append("calibration_fraction + held_out_fraction must stay below 1: nothing is left to train on")
         return found
+
+    def _blend_faults(self) -> list[str]:
+        if len(self.blend) == 1:
+            return []
+        if len(self.blend) % 2:
+            return [f"blend={self.blend}: give weight and prefix in turn, as in [30, a, 70, b]"]
+        return [
+            f"blend={self.blend}: {weight!r} is no weight above 0" for weight in self.blend[::2] if not _above_0(weight)
+        ]
+
+
+def _above_0(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 @dataclass

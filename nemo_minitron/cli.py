@@ -53,6 +53,10 @@ _HELP = {
     "distill": "Train a student on its teacher's logits.",
     "sft": "Train a model on the answers of conversations.",
     "dpo": "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO.",
+    "reward": "Train a model that predicts the attribute values of answers.",
+    "label": "Predict the attribute values of answers, for conversations without them.",
+    "steerlm": "SteerLM: attribute model, labels, fine-tuning on answers given their attributes.",
+    "reinforce": "REINFORCE: train a model on answers of its own, by their rewards.",
     "evaluate": "Held-out loss and sample answers of several models.",
     "export": "Write a model as Hugging Face, NeMo 2 or .nemo, and check it.",
     "report": "Write index.html and report.md of a run.",
@@ -69,18 +73,60 @@ def _stage_command(stage: str) -> None:
 
 
 for _stage in _HELP:
-    _stage_command(_stage)
+    if _stage != "generate":
+        _stage_command(_stage)
+
+
+@app.command("generate", help=_HELP["generate"])
+def generate(
+    config: Config,
+    overrides: Overrides = None,
+    attributes: Annotated[
+        str | None,
+        typer.Option(
+            "--attributes",
+            metavar="NAME=VALUE,...",
+            help="Values that the answers shall have: verbosity=1,complexity=2.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Answer prompts."""
+    with _exit_codes():
+        settings = list(overrides or [])
+        if attributes is not None:
+            from nemo_minitron.data.attributes import parse_attribute_string
+
+            values = parse_attribute_string(attributes)
+            settings.append("attributes={" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}")
+        _run_stage("generate", config, settings, dry_run, overwrite)
 
 
 @app.command("run", help="Run a pipeline of stages; what is done already is kept.")
-def run(config: Config, overrides: Overrides = None, dry_run: DryRun = False, overwrite: Overwrite = False) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Submit the stages as Slurm jobs; with --dry-run, print their scripts."),
+    ] = None,
+) -> None:
     """Run a pipeline."""
     with _exit_codes():
-        from nemo_minitron.config import load_pipeline
+        from nemo_minitron.config import load_pipeline, load_slurm
 
         pipeline, stages = load_pipeline(config, overrides or [])
+        cluster = load_slurm(slurm) if slurm is not None else None
         from rich.console import Console
 
+        if cluster is not None:
+            from nemo_minitron.stages.submit import submit
+
+            submit(pipeline, stages, cluster, overwrite=overwrite, dry_run=dry_run, console=Console())
+            return
         if dry_run:
             from nemo_minitron.stages.plan import show_plans
 

@@ -161,6 +161,12 @@ class Architecture:
     moe_router_topk: int | None = None
     moe_aux_loss_coeff: float = 0.0
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """``eos_token_id`` as a list, empty for none."""
+        ids = self.eos_token_id
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
     def faults(self, shape: ModelShape) -> list[str]:
         """Why a model of ``shape`` cannot have these constants; empty if it can."""
         experts, topk = shape.num_moe_experts, self.moe_router_topk

@@ -12,8 +12,8 @@ class PromptsConfig:
     """What a model is asked.
 
     Attributes:
-        path: JSONL or JSON file of conversations, whose last answers, if they have any, are left out; or a ``.txt`` file
-            with a question a line.
+        path: JSONL or JSON file of conversations, whose last answers, if they have any, are left out; or a ``.txt``
+            file with a question a line.
         package: instead, conversations that an installable package carries, by its name in the data room's table.
         texts: instead, the questions themselves.
         limit: take no more than the first so many.

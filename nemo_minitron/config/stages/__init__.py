@@ -16,6 +16,7 @@ from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, Tok
 from nemo_minitron.config.stages.pipeline import PipelineConfig
 from nemo_minitron.config.stages.pruning import PRUNE_METHODS, IterateConfig, PruneConfig
 from nemo_minitron.config.stages.search import SearchConfig
+from nemo_minitron.config.stages.steering import LabelConfig, ReinforceConfig, RewardConfig, SteerlmConfig
 
 #: The configuration of each stage, in the order of a typical pipeline.
 STAGES: dict[str, type[StageConfig]] = {
@@ -34,6 +35,10 @@ STAGES: dict[str, type[StageConfig]] = {
         DistillConfig,
         SftConfig,
         DpoConfig,
+        RewardConfig,
+        LabelConfig,
+        SteerlmConfig,
+        ReinforceConfig,
         ExportConfig,
         EvaluateConfig,
         ReportConfig,
@@ -42,6 +47,10 @@ STAGES: dict[str, type[StageConfig]] = {
 
 
 __all__ = [
+    "LabelConfig",
+    "ReinforceConfig",
+    "RewardConfig",
+    "SteerlmConfig",
     "AlignConfig",
     "CacheConfig",
     "CorrectConfig",

@@ -1,0 +1,235 @@
+"""Stages around attribute values of answers: a model that predicts them, labels, SteerLM, and REINFORCE on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import AttributesConfig, ChatDataConfig, ParallelConfig, choice, not_negative, positive
+from nemo_minitron.config.stages.alignment import AlignConfig, SftConfig
+from nemo_minitron.config.stages.base import StageConfig
+
+REWARD_RULES = ("short", "long", "ends")
+
+
+@dataclass
+class RewardConfig(AlignConfig):
+    """Train a model that predicts attribute values (NeMo-Aligner's ``MegatronGPTRegressionRewardModel``).
+
+    Attributes:
+        data: conversations with the values of their last answers, or preference pairs whose values are derived.
+        pairs: ``data.path`` holds preference pairs; a package says so itself.
+        attributes: which there are.
+    """
+
+    STAGE: ClassVar[str] = "reward"
+
+    pairs: bool = False
+    attributes: AttributesConfig = field(default_factory=AttributesConfig)
+
+    def faults(self) -> list[str]:
+        """The base's, and pairs that nothing labels."""
+        found = super().faults()
+        if self.pairs and not self.attributes.derive:
+            found.append("pairs=true: the values of a pair's answers are derived; set attributes.derive=true")
+        if self.formats:
+            found.append("formats: a reward model is kept as NeMo 2 with its head beside it; leave formats empty")
+        return found
+
+
+@dataclass
+class LabelConfig(StageConfig):
+    """Predict the attribute values of answers and write them into the conversations.
+
+    Attributes:
+        reward: output of ``minitron reward``.
+        data: conversations; their template is the reward model's.
+        micro_batch_size: conversations of one forward pass.
+        batch: conversations between two saves; a killed stage goes on after the last of them.
+        resume: go on with what an earlier run of the stage labelled.
+        parallel: layout of the reward model.
+    """
+
+    STAGE: ClassVar[str] = "label"
+    INPUTS: ClassVar[tuple[str, ...]] = ("reward", "data.path")
+
+    reward: str = MISSING
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    micro_batch_size: int = 4
+    batch: int = 64
+    resume: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def faults(self) -> list[str]:
+        """Sizes below 1."""
+        return positive(self, "micro_batch_size", "batch")
+
+
+@dataclass
+class RewardTrainingConfig:
+    """The training of the attribute model within ``minitron steerlm``; what is not named here is the stage's.
+
+    Attributes:
+        model: checkpoint to start from; null takes the stage's ``model``.
+        data: labelled conversations or pairs; null takes the stage's ``data``.
+        pairs, epochs, steps, micro_batch_size, global_batch_size, lr, min_lr, warmup_steps, validate_every, save_every:
+            as in ``minitron reward``.
+    """
+
+    model: str | None = None
+    data: ChatDataConfig | None = None
+    pairs: bool = False
+    epochs: int = 1
+    steps: int | None = None
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    lr: float = 1e-5
+    min_lr: float = 1e-6
+    warmup_steps: int = 10
+    validate_every: int = 50
+    save_every: int = 50
+
+
+@dataclass
+class SteerlmConfig(AlignConfig):
+    """SteerLM (arXiv 2310.05344): attribute model, labels, then fine-tuning on answers given their attributes.
+
+    The three are stages of their own (``reward``, ``label``, ``sft``) below ``output``; this one leads them.
+
+    Attributes:
+        data: conversations to fine-tune on.
+        attributes: which there are.
+        attribute_model: output of ``minitron reward``; null trains one by ``reward``.
+        reward: of that training.
+        relabel: predict the values of conversations that carry some already.
+    """
+
+    STAGE: ClassVar[str] = "steerlm"
+    INPUTS: ClassVar[tuple[str, ...]] = (
+        "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.data.path",
+        "reward.data.validation",
+    )  # fmt: skip
+
+    attributes: AttributesConfig = field(default_factory=AttributesConfig)
+    attribute_model: str | None = None
+    reward: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
+    relabel: bool = True
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """One process leads; it starts the stages."""
+        return ParallelConfig()
+
+    def inputs(self) -> dict[str, str]:
+        """The base's; a reward data section that is null has no paths."""
+        own = self if self.reward.data else dataclasses.replace(
+            self, reward=dataclasses.replace(self.reward, data=ChatDataConfig())
+        )  # fmt: skip
+        return super(SteerlmConfig, own).inputs()
+
+    def reward_stage(self) -> RewardConfig:
+        """The training of the attribute model."""
+        names = {one.name for one in dataclasses.fields(RewardTrainingConfig)} - {"model", "data"}
+        base = {one.name: getattr(self, one.name) for one in dataclasses.fields(AlignConfig)}
+        base |= {name: getattr(self.reward, name) for name in names}
+        base |= {
+            "name": "", "output": f"{self.output}/attribute_model", "formats": [], "overwrite": False,
+            "model": self.reward.model or self.model, "data": self.reward.data or self.data,
+        }  # fmt: skip
+        return RewardConfig(**base, attributes=self.attributes)
+
+    def label_stage(self) -> LabelConfig:
+        """The labelling of ``data``."""
+        return LabelConfig(
+            output=f"{self.output}/labels", runtime=self.runtime, data=self.data, parallel=self.parallel,
+            reward=self.attribute_model or f"{self.output}/attribute_model",
+        )  # fmt: skip
+
+    def sft_stage(self) -> SftConfig:
+        """The fine-tuning on the labelled conversations."""
+        base = {one.name: getattr(self, one.name) for one in dataclasses.fields(AlignConfig)}
+        data = dataclasses.replace(
+            self.data, path=f"{self.output}/labels/labelled.jsonl", package=None, validation=None, labelled=True
+        )
+        return SftConfig(**base | {"name": "", "output": f"{self.output}/sft", "overwrite": False, "data": data})
+
+    def faults(self) -> list[str]:
+        """What its stages would refuse."""
+        found = super().faults()
+        if self.attribute_model is None:
+            known = set(found)
+            found += [f"reward: {fault}" for fault in self.reward_stage().faults() if fault not in known]
+        return found
+
+
+@dataclass
+class ReinforceConfig(AlignConfig):
+    """REINFORCE with leave-one-out baselines (arXiv 2402.14740), as NeMo-Aligner's ``ReinforceTrainer`` runs it.
+
+    Attributes:
+        data: conversations whose last answers, if they have any, are left out: the prompts.
+        reward: output of ``minitron reward``; its predicted values, weighted, are the reward.
+        weights: of the attributes (a missing one is 0); empty takes the mean of all.
+        rule: instead of ``reward``: "short" or "long" answers (their words against ``max_new_tokens``), or "ends" (1
+            where the answer ends by itself).
+        samples_per_prompt: answers to each prompt; the baseline of one is the mean reward of the others.
+        prompts_per_step: prompts of one step; ``global_batch_size`` must divide their answers.
+        validation_prompts: held-out prompts, answered once each at every validation; a multiple of ``micro_batch_size``.
+        kl_penalty: weight of the divergence from the initial policy in the reward.
+        max_new_tokens: longest answer.
+        temperature, top_k, top_p: of the answers.
+        generation_batch: answers generated at once.
+    """
+
+    STAGE: ClassVar[str] = "reinforce"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation", "reward")
+
+    lr: float = 1e-6
+    min_lr: float = 1e-7
+    reward: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    rule: str | None = None
+    samples_per_prompt: int = 4
+    prompts_per_step: int = 8
+    validation_prompts: int = 16
+    kl_penalty: float = 0.01
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    generation_batch: int = 16
+
+    def faults(self) -> list[str]:
+        """The base's, no reward or two, batches that do not divide."""
+        found = [
+            *super().faults(),
+            *choice(self, "rule", REWARD_RULES),
+            *positive(
+                self, "prompts_per_step", "validation_prompts", "max_new_tokens", "temperature", "top_k", "top_p",
+                "generation_batch",
+            ),
+            *not_negative(self, "kl_penalty"),
+        ]  # fmt: skip
+        if (self.reward is None) == (self.rule is None):
+            found.append("reward: give exactly one of reward and rule")
+        if self.weights and self.reward is None:
+            found.append("weights: are of the attributes that reward predicts; rule has none")
+        if self.samples_per_prompt < 2:
+            found.append(f"samples_per_prompt={self.samples_per_prompt}: the baseline needs at least 2")
+        answers = self.prompts_per_step * self.samples_per_prompt
+        if self.global_batch_size > 0 and answers % self.global_batch_size:
+            found.append(
+                f"global_batch_size={self.global_batch_size}: does not divide the {answers} answers of a step "
+                "(prompts_per_step * samples_per_prompt)"
+            )
+        for name in ("prompts_per_step", "validation_prompts"):
+            if self.parallel.data > 0 and getattr(self, name) % self.parallel.data:
+                found.append(f"{name}={getattr(self, name)}: is not a multiple of parallel.data={self.parallel.data}")
+        if self.max_new_tokens >= self.data.max_length:
+            found.append(
+                f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt in data.max_length={self.data.max_length}"
+            )
+        return found

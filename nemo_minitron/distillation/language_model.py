@@ -29,6 +29,7 @@ __all__ = ["LM_LOSS", "LanguageModel", "LanguageModelLoss", "TokenLoss", "plain_
 
 LM_LOSS = "lm_loss"
 """Cross-entropy with the labels, nats a token, by its name in the metrics."""
+_TOKENS = "tokens"
 
 
 def plain_context(initial: Checkpoint, arguments: dict[str, Any]) -> fdl.Config[GPTModel]:
@@ -152,7 +153,6 @@ class TokenLoss(MegatronLossReduction):
         object.__setattr__(self, "_model", model)
         self.validation = validation
         self.values: dict[str, float] = {}
-        self._names: list[str] = []
 
     def measure(self, batch: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of each token that is trained on, ``[s, b]``, and what is reported, by name, the main value first.
@@ -182,16 +182,17 @@ class TokenLoss(MegatronLossReduction):
                 "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
             )
         self._model.balance.add_logits(loss, tokens)
-        self._names = list(measured)
-        report = torch.stack([*((values * mask).sum() for values in measured.values()), tokens])
-        return loss, tokens.to(torch.int), {"sums": report.detach()}
+        report = {name: (values * mask).sum().detach() for name, values in measured.items()}
+        return loss, tokens.to(torch.int), {**report, _TOKENS: tokens}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Mean of the main value a token over all micro-batches and data-parallel ranks, on the last stage."""
-        sums = torch.stack([report["sums"] for report in losses_reduced_per_micro_batch]).sum(0)
+        # The names come from the reports: of a virtual pipeline, another chunk's loss may have measured.
+        reports = losses_reduced_per_micro_batch
+        sums = torch.stack([torch.stack(list(report.values())) for report in reports]).sum(0)
         torch.distributed.all_reduce(sums, group=self._model.groups.dp)
         means = sums[:-1] / sums[-1]
-        self.values = dict(zip(self._names, means.tolist(), strict=True))
+        self.values = dict(zip((name for name in reports[0] if name != _TOKENS), means.tolist(), strict=True))
         return means[0]
 
 

@@ -33,9 +33,8 @@ class AttributesConfig:
             found.append("names: schema=own needs the names of its attributes")
         if self.schema != "own" and self.names:
             found.append(f"names: schema={self.schema} has its own; set schema=own or leave them out")
-        found += [
-            f"names: {name!r} is given twice" for name in sorted({n for n in self.names if self.names.count(n) > 1})
-        ]
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        found += [f"names: {name!r} is given twice" for name in twice]
         found += [
             f"names: {name!r} must be letters, digits and underscores" for name in self.names if not name.isidentifier()
         ]

@@ -177,7 +177,7 @@ class ReinforceConfig(AlignConfig):
             where the answer ends by itself).
         samples_per_prompt: answers to each prompt; the baseline of one is the mean reward of the others.
         prompts_per_step: prompts of one step; ``global_batch_size`` must divide their answers.
-        validation_prompts: held-out prompts, answered once each at every validation; a multiple of ``micro_batch_size``.
+        validation_prompts: held-out prompts, answered once each at every validation.
         kl_penalty: weight of the divergence from the initial policy in the reward.
         max_new_tokens: longest answer.
         temperature, top_k, top_p: of the answers.
@@ -230,6 +230,7 @@ class ReinforceConfig(AlignConfig):
                 found.append(f"{name}={getattr(self, name)}: is not a multiple of parallel.data={self.parallel.data}")
         if self.max_new_tokens >= self.data.max_length:
             found.append(
-                f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt in data.max_length={self.data.max_length}"
+                f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt in "
+                f"data.max_length={self.data.max_length}"
             )
         return found

@@ -137,6 +137,34 @@ def run(
         run_pipeline(pipeline, stages, overwrite=overwrite, console=Console())
 
 
+@app.command("plan", help="Say what a recipe's trainings would cost on a cluster, before anything runs.")
+def plan(
+    subject: Annotated[
+        str, typer.Argument(metavar="RECIPE|CONFIG", help="Name of a shipped recipe, a pipeline, or a training's YAML.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings that win over the file, and the cluster's: cluster.gpu=h100 cluster.gpus=64 cluster.mfu=0.4",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layouts too.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the recipe as a pipeline for `minitron run`.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Layouts to show of each training.")] = 10,
+) -> None:
+    """Plan trainings."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from nemo_minitron.stages.costs import show_plan
+
+        show_plan(subject, overrides or [], Console(), plot=plot, save=save, rows=rows)
+
+
 @app.command("status", help="Show how far the pipeline in a directory is.")
 def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
     """Show a pipeline's state."""

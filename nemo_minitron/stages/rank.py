@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, read_results, verdict
+from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import write_record
 from nemo_minitron.stages.pipeline import ready
 
@@ -86,6 +86,7 @@ def _prepare(config: StageConfig, folder: Path, overwrite: bool) -> str:
     try:
         found = ready(config, overwrite)
     except MinitronError as error:
+        save_result(folder, failure(0, error))
         return f"refused: {error}"
     if found is None:
         return "done before"

@@ -1,0 +1,257 @@
+"""``minitron run PIPELINE --slurm FILE``: the pipeline as a nemo_run experiment on a Slurm cluster.
+
+Each stage that is not done is one job: nemo_run writes its script and submits it; ``srun`` starts its ranks
+(:mod:`nemo_minitron.stages.rank`). A job starts when those whose outputs it reads have ended well, so that independent
+stages run side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from rich.console import Console
+
+from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.stages.base import PlannedPath
+from nemo_minitron.stages.execute import job_folder_of
+from nemo_minitron.stages.pipeline import ready, write_manifest
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+__all__ = ["Job", "jobs_of", "submit"]
+
+#: Stands in for srun in a script. Without Pyxis, the two container options that nemo_run always passes
+#: are left out. What a stage refuses, it would refuse again: such a job is not queued again.
+_SRUN = """srun() {{
+    local kept=() code
+    while (($#)); do
+        case "$1" in
+            {dropped}) shift 2 ;;
+            *) kept+=("$1"); shift ;;
+        esac
+    done
+    command srun "${{kept[@]}}"
+    code=$?
+    if grep -qs '"status": "refused"' {folder}/rank-*.json; then TORCHX_MAX_RETRIES=0; fi
+    return $code
+}}"""
+_PYXIS = "--container-mounts | --container-workdir"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A stage to be submitted.
+
+    Attributes:
+        config: of the stage.
+        overwrite: make it again if its output is of other settings.
+        after: names of the stages whose outputs it reads and that are submitted too.
+    """
+
+    config: StageConfig
+    overwrite: bool
+    after: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where its configuration, logs and results lie."""
+        return job_folder_of(self.config)
+
+
+def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: bool) -> list[Job]:
+    """The stages that are not done, and what each waits for.
+
+    Raises:
+        ConfigError: for layouts that do not fill nodes, settings of stages that are not there, and as
+            :func:`~nemo_minitron.stages.pipeline.ready`.
+    """
+    names = [config.name for config in stages]
+    faults = [fault for config in stages for fault in slurm.layout_faults(config.name, config.layout)]
+    faults += [f"stage_time.{n}: no stage is called so; they are {', '.join(names)}" for n in slurm.stage_time
+               if n not in names]  # fmt: skip
+    if faults:
+        raise ConfigError(faults)
+    found: list[Job] = []
+    for config in stages:
+        after = tuple(
+            job.config.name
+            for job in found
+            if any(PlannedPath(path, "").comes_from({job.config.output}) for path in config.inputs().values())
+        )
+        # What an earlier job makes anew, this one has to make anew too.
+        if after or ready(config, overwrite) is not None:
+            found.append(Job(config, overwrite or config.overwrite, after))
+    return found
+
+
+def submit(
+    pipeline: PipelineConfig,
+    stages: Sequence[StageConfig],
+    slurm: SlurmConfig,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    console: Console,
+) -> dict[str, str]:
+    """Submit what is not done, or print the scripts.
+
+    Args:
+        pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
+        slurm: where the jobs run.
+        overwrite: make stages again that were done with other settings.
+        dry_run: print the scripts and leave nothing behind.
+        console: to print on.
+
+    Returns:
+        The Slurm job of each submitted stage, by name; under ``dry_run`` its script.
+
+    Raises:
+        ConfigError: see :func:`jobs_of`.
+        MinitronError: if Slurm refuses a job.
+    """
+    jobs = jobs_of(stages, slurm, overwrite=overwrite)
+    if not jobs:
+        console.print("every stage is done: there is nothing to submit")
+        return {}
+    home = Path(slurm.job_dir or Path(pipeline.output).absolute() / "jobs")
+    if dry_run:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as aside:
+            scripts = _scripts(pipeline.name, jobs, slurm, home, Path(aside))
+        for job in jobs:
+            console.rule(job.config.name)
+            console.print(scripts[job.config.name], markup=False, highlight=False, soft_wrap=True)
+        return scripts
+    Path(pipeline.output).mkdir(parents=True, exist_ok=True)
+    write_manifest(Path(pipeline.output), pipeline, list(stages))
+    for job in jobs:
+        _write(job)
+    submitted = _submit(pipeline.name, jobs, slurm, home)
+    for job in jobs:
+        waits = f", after {', '.join(job.after)}" if job.after else ""
+        console.print(f"{job.config.name}: job {submitted[job.config.name]}{waits}", markup=False, highlight=False)
+    console.print(f"minitron status {pipeline.output} tells how far they are", markup=False, highlight=False)
+    return submitted
+
+
+def _write(job: Job) -> None:
+    """What the ranks read."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_dump(dataclasses.asdict(job.config), sort_keys=False, allow_unicode=True)
+    (job.folder / "config.yaml").write_text(settings, encoding="utf-8")
+    (job.folder / "job.json").write_text(json.dumps({"stage": job.config.STAGE, "overwrite": job.overwrite}) + "\n")
+
+
+def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
+    """nemo_run's description of one job."""
+    import nemo_run as run
+
+    world = job.config.layout.world_size
+    tunnel: run.LocalTunnel | run.SSHTunnel = run.LocalTunnel(job_dir=str(home))
+    if slurm.host is not None:
+        tunnel = run.SSHTunnel(host=slurm.host, user=str(slurm.user), job_dir=str(home), identity=slurm.identity)
+    dropped = _PYXIS if slurm.container_image is None else "--none"
+    setup = [*slurm.setup, _SRUN.format(dropped=dropped, folder=shlex.quote(str(job.folder)))]
+    tasks = min(world, slurm.per_node)
+    env = {**slurm.env, "OMP_NUM_THREADS": str(job.config.runtime.threads or slurm.cpus_per_task or 1)}
+    env |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return run.SlurmExecutor(
+        account=slurm.account,
+        partition=slurm.partition,
+        job_name_prefix="minitron-",
+        time=slurm.stage_time.get(job.config.name, slurm.time),
+        nodes=slurm.nodes(job.config.layout),
+        ntasks_per_node=tasks,
+        cpus_per_task=slurm.cpus_per_task,
+        gpus_per_node=(slurm.gpus_per_node if slurm.exclusive else tasks) if slurm.gpus_per_node else None,
+        qos=slurm.qos,
+        constraint=slurm.constraint,
+        mem=slurm.mem,
+        exclusive=True if slurm.exclusive else None,
+        signal=slurm.signal,
+        container_image=slurm.container_image,
+        container_mounts=list(slurm.container_mounts),
+        additional_parameters=dict(slurm.extra) or None,
+        env_vars=env,
+        setup_lines="\n".join(setup),
+        retries=slurm.retries,
+        tunnel=tunnel,
+        packager=run.Packager(),
+    )
+
+
+@contextlib.contextmanager
+def _experiment(name: str, home: Path) -> Iterator[run.Experiment]:
+    """An experiment of nemo_run, whose records stay in the run, and which prints nothing."""
+    os.environ["NEMORUN_HOME"] = str(home / "nemo_run")  # read when nemo_run is imported
+    import nemo_run as run
+
+    run.config.set_nemorun_home(str(home / "nemo_run"))
+    quiet, title = io.StringIO(), re.sub(r"[^\w.-]", "-", name) or "pipeline"
+    with (
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+        run.Experiment(title, log_level="ERROR") as experiment,
+    ):
+        yield experiment
+
+
+def _script(job: Job, slurm: SlurmConfig) -> run.Script:
+    import nemo_run as run
+
+    return run.Script(
+        path="nemo_minitron.stages.rank", m=True, entrypoint=slurm.python, args=[str(job.folder.absolute())]
+    )
+
+
+def _scripts(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, aside: Path) -> dict[str, str]:
+    """The sbatch script of each job; what it waits for stands in it as ``<name of the stage>``."""
+    found: dict[str, str] = {}
+    with _experiment(name, aside) as experiment:
+        for job in jobs:
+            executor = _executor(job, slurm, home)
+            executor.dependencies = [f"stage://of/<{other}>/0" for other in job.after]
+            experiment.add(_script(job, slurm), executor=executor, name=job.config.name, tail_logs=False)
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        for job, task in zip(jobs, experiment.jobs, strict=True):
+            path = Path(experiment._exp_dir) / f"{task.executor.job_name}_sbatch.sh"
+            found[job.config.name] = path.read_text().replace(str(aside / "nemo_run"), str(home / "nemo_run"))
+    return found
+
+
+def _submit(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path) -> dict[str, str]:
+    """Submit all jobs, those that wait after those they wait for."""
+    from invoke.exceptions import UnexpectedExit
+
+    try:
+        with _experiment(name, home) as experiment:
+            ids: dict[str, str] = {}
+            for job in jobs:
+                ids[job.config.name] = experiment.add(
+                    _script(job, slurm),
+                    executor=_executor(job, slurm, home),
+                    name=job.config.name,
+                    tail_logs=False,
+                    dependencies=[ids[other] for other in job.after] or None,
+                )
+            experiment.run(detach=True)
+            handles = {job.config.name: task.handle for job, task in zip(jobs, experiment.jobs, strict=True)}
+    except UnexpectedExit as error:
+        raise MinitronError(f"Slurm refused a job: {error.result.stderr.strip() or error}") from error
+    missing = [stage for stage, handle in handles.items() if not handle]
+    if missing:
+        raise MinitronError(f"nemo_run submitted no job for {', '.join(missing)}; its records are in {home}")
+    return {stage: handle.rpartition("/")[2] for stage, handle in handles.items()}

@@ -6,10 +6,11 @@ Winogrande least. Training: the paper's table 4.
 
 from __future__ import annotations
 
-from nemo_minitron.config import DataConfig, ParallelConfig
-from nemo_minitron.planning import Recipe
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import LLAMA_31_8B
+
+from nemo_minitron.config import DataConfig, ParallelConfig
+from nemo_minitron.planning import Recipe
 
 NAME = "llama-31-minitron-4b-depth"
 #: Counted from 0.

@@ -6,10 +6,11 @@ Shape: arXiv 2408.11796, table 3, and the model card of ``nvidia/Llama-3.1-Minit
 
 from __future__ import annotations
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
-from nemo_minitron.planning import Recipe
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import LLAMA_31_8B
+
+from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
+from nemo_minitron.planning import Recipe
 
 NAME = "llama-31-minitron-4b-width"
 TARGET = TargetConfig(hidden_size=3072, ffn_hidden_size=9216)

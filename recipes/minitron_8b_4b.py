@@ -10,10 +10,11 @@ steps are 1.8 B tokens). The teacher's own text is at hand, so it is not correct
 
 from __future__ import annotations
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
-from nemo_minitron.planning import Recipe
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import NEMOTRON_4_15B
+
+from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
+from nemo_minitron.planning import Recipe
 
 NAME = "minitron-8b-4b"
 TARGET_8B = TargetConfig(hidden_size=4096, ffn_hidden_size=16384)

@@ -6,10 +6,11 @@ Shape: arXiv 2408.11796, table 3, and the model card of ``nvidia/Mistral-NeMo-Mi
 
 from __future__ import annotations
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
-from nemo_minitron.planning import Recipe
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import MISTRAL_NEMO_12B
+
+from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
+from nemo_minitron.planning import Recipe
 
 NAME = "mistral-nemo-minitron-8b"
 TARGET = TargetConfig(hidden_size=4096, ffn_hidden_size=11520)

@@ -48,7 +48,8 @@ def imported(source: str, output: str) -> ImportConfig:
 def corrected(output: str, data: DataConfig, layout: ParallelConfig, *, batch: int, lr: float) -> CorrectConfig:
     """Teacher correction, arXiv 2408.11796, section 2: about 100 B tokens, 120 steps of warm-up, a fifth of the peak
     learning rate of the teacher's own training. Batch and smallest learning rate were the teacher's too, which are not
-    published for all: these are the distillation's batch and a tenth of ``lr``."""
+    published for all: these are the distillation's batch and a tenth of ``lr``.
+    """
     return CorrectConfig(
         name="corrected",
         output=f"{output}/corrected",

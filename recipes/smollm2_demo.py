@@ -5,6 +5,8 @@ Its teacher and its text come as Python packages, so that everything that the la
 
 from __future__ import annotations
 
+from nemo_minitron.recipes.teachers import SMOLLM2_135M
+
 from nemo_minitron.config import (
     DataConfig,
     DistillConfig,
@@ -17,7 +19,6 @@ from nemo_minitron.config import (
     TargetConfig,
 )
 from nemo_minitron.planning import Recipe
-from nemo_minitron.recipes.teachers import SMOLLM2_135M
 
 NAME = "smollm2-demo"
 TARGET = TargetConfig(num_layers=28, ffn_hidden_size=832)

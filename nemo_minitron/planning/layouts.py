@@ -40,10 +40,8 @@ class LayoutCost:
         recompute: what the backward pass computes again.
         ranks: memory of one rank of each pipeline stage.
         fits: the fullest rank stays within what may be filled.
-        tensor_bytes, pipeline_bytes, data_bytes: sent by the busiest rank in a step.
-        bubble: idle share of a step's arithmetic time.
-        compute_seconds: of a step, bubble included.
-        step_seconds: of a step, traffic included.
+        sent: bytes that the busiest rank sends in a step, by the group it sends them to.
+        seconds: of a step, by what they go into: "arithmetic", "bubble", "tensor", "pipeline", "data".
         gpu_hours: of the whole training.
         mfu: model FLOPs of the training over the peak of all GPUs for that time.
     """
@@ -52,12 +50,8 @@ class LayoutCost:
     recompute: str
     ranks: list[MemoryUse]
     fits: bool
-    tensor_bytes: float
-    pipeline_bytes: float
-    data_bytes: float
-    bubble: float
-    compute_seconds: float
-    step_seconds: float
+    sent: dict[str, float]
+    seconds: dict[str, float]
     gpu_hours: float
     mfu: float
 
@@ -65,6 +59,16 @@ class LayoutCost:
     def fullest(self) -> MemoryUse:
         """Memory of the fullest rank."""
         return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of a step's arithmetic time."""
+        return self.seconds["bubble"] / (self.seconds["bubble"] + self.seconds["arithmetic"])
 
 
 def layout_faults(training: Training, layout: ParallelConfig) -> list[str]:
@@ -93,34 +97,31 @@ def layout_cost(training: Training, layout: ParallelConfig, recompute: str, clus
     gpu, per_node = accelerator(cluster), cluster.gpus_per_node
     micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
     ranks = _memory(training, layout, recompute, micro_batches)
-    chunks = layout.virtual_pipeline or 1
 
     # TF32 has half of bf16's rate.
     rate = gpu.flops * cluster.mfu * (1.0 if training.bytes == 2 else 0.5)
     busy = micro_batches * _stage_flops(training, layout, recompute) / rate
-    bubble = (layout.pipeline - 1) / (micro_batches * chunks)
-    compute = busy * (1 + bubble)
-    tensor = micro_batches * _tensor_bytes(training, layout, recompute)
-    pipeline = micro_batches * _pipeline_bytes(training, layout)
     weights = max(rank.weights for rank in ranks) / training.bytes
-    data = weights * (4 + training.bytes) * (layout.data - 1) / layout.data
-    step = (
-        compute
-        + tensor / gpu.tensor_bandwidth(layout, per_node)
-        + pipeline / gpu.pipeline_bandwidth(layout, per_node)
-        + data / gpu.data_bandwidth(layout, per_node)
-    )
+    sent = {
+        "tensor": micro_batches * _tensor_bytes(training, layout, recompute),
+        "pipeline": micro_batches * _pipeline_bytes(training, layout),
+        "data": weights * (4 + training.bytes) * (layout.data - 1) / layout.data,
+    }
+    seconds = {
+        "arithmetic": busy,
+        "bubble": busy * (layout.pipeline - 1) / (micro_batches * (layout.virtual_pipeline or 1)),
+        "tensor": sent["tensor"] / gpu.tensor_bandwidth(layout, per_node),
+        "pipeline": sent["pipeline"] / gpu.pipeline_bandwidth(layout, per_node),
+        "data": sent["data"] / gpu.data_bandwidth(layout, per_node),
+    }
+    step = sum(seconds.values())
     return LayoutCost(
         layout=layout,
         recompute=recompute,
         ranks=ranks,
         fits=max(rank.total for rank in ranks) <= cluster.usable * gpu.memory,
-        tensor_bytes=tensor,
-        pipeline_bytes=pipeline,
-        data_bytes=data,
-        bubble=bubble / (1 + bubble),
-        compute_seconds=compute,
-        step_seconds=step,
+        sent=sent,
+        seconds=seconds,
         gpu_hours=step * training.steps * layout.world_size / 3600,
         mfu=training.flops_per_step / (step * layout.world_size * gpu.flops),
     )
@@ -149,7 +150,8 @@ def layout_costs(training: Training, cluster: ClusterConfig) -> list[LayoutCost]
 
 def best_layout(costs: list[LayoutCost]) -> LayoutCost | None:
     """The one that fits and takes the least time; of equals, that with the fewest tensor-parallel and then pipeline
-    ranks. None if none fits."""
+    ranks. None if none fits.
+    """
     return min((cost for cost in costs if cost.fits), key=_order, default=None)
 
 

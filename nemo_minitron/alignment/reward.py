@@ -17,7 +17,7 @@ from omegaconf import open_dict
 from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss
-from nemo_minitron.alignment.session import Session, open_session
+from nemo_minitron.alignment.session import Session, last_checkpoint, open_session
 from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.torch_dist import TorchDist
@@ -162,7 +162,7 @@ def train_reward(
         run_init_validation=session.state is None,
     ) as trainer:
         trainer.fit()
-    return session.last_checkpoint()
+    return last_checkpoint(directory)
 
 
 def _settings(attributes: int, schedule: Schedule) -> dict[str, Any]:

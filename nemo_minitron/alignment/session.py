@@ -7,6 +7,7 @@ checkpoint of this suite will do.
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from nemo_aligner.data.nlp.builders import build_dataloader
@@ -126,9 +128,12 @@ class Session:
         )
         if self.state is not None:
             made.load_state_dict(self.state)
+        # Aligner's DPO collects garbage after each step; of what the imports left there is none, but it takes seconds.
+        gc.freeze()
         try:
             yield made
         finally:
+            gc.unfreeze()
             log.close()
 
 
@@ -193,6 +198,7 @@ def open_session(
         model=model or {},
     )
     _clear(directory / "checkpoints", everything=not resume)
+    destroy_num_microbatches_calculator()  # of an earlier session of this process
     trainer = script.resolve_and_create_trainer(config, kind)
     exp_manager(trainer, config.exp_manager)
     made = model_class(config.model, trainer)

@@ -178,7 +178,7 @@ def tokens_of(
 
 
 def shorter(items: Sequence[Any], lengths: Sequence[int], where: Sequence[str], data: ChatDataConfig) -> list[Any]:
-    """The items of at most ``data.max_length`` inputs; longer ones are refused, or left out where ``data.long`` says so.
+    """The items of at most ``data.max_length`` inputs; longer ones are refused, or left out (``data.long``).
 
     Args:
         items: any.

@@ -66,7 +66,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
     # Every rank looks before any of them trains.
     finished = [(output / f"round-{number}" / STATISTICS).is_file() and config.resume for number in _rounds(config)]
     policy, last, rounds = first, Path(), []
-    for number, done, (train, held_out, template) in zip(_rounds(config), finished, data, strict=True):
+    for number, done, (train, held_out, _) in zip(_rounds(config), finished, data, strict=True):
         directory = output / f"round-{number}"
         if done:
             last, statistics = last_checkpoint(directory), json.loads((directory / STATISTICS).read_text())
@@ -97,8 +97,8 @@ def run(config: DpoConfig) -> dict[str, Any]:
             first,
             last,
             output,
-            template=template,
-            lineage={"dpo": {"model": config.model, "template": template.name, "loss": config.loss, **summary}},
+            template=data[0][2],
+            lineage={"dpo": {"model": config.model, "template": data[0][2].name, "loss": config.loss, **summary}},
             formats=config.formats,
             check=config.verify,
         )

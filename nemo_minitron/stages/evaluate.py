@@ -153,7 +153,6 @@ def _evaluate(
     elif config.prompts:
         from nemo_minitron.data import load_tokenizer
 
-        ends = checkpoint.architecture.eos_token_id
         answers = generate_megatron(
             chunks,
             groups,
@@ -161,7 +160,7 @@ def _evaluate(
             config.prompts,
             max_new_tokens=config.max_new_tokens,
             vocab_size=shape.vocab_size,
-            end_tokens=ends if isinstance(ends, list) else [] if ends is None else [ends],
+            end_tokens=checkpoint.architecture.end_tokens,
         )
     if groups.is_main:
         logger.info(

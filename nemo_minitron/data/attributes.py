@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from nemo_minitron.data.chat import Chat, bad_lines
 from nemo_minitron.errors import DataError
@@ -38,6 +38,10 @@ class AttributeSchema:
     name: str
     names: tuple[str, ...]
     highest: int
+
+    def restricted(self, names: Collection[str]) -> AttributeSchema:
+        """The same without the attributes that are not among ``names``."""
+        return replace(self, names=tuple(name for name in self.names if name in names))
 
     def faults(self, attributes: Mapping[str, int]) -> list[str]:
         """Unknown names and values out of range."""

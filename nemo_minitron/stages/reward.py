@@ -56,8 +56,9 @@ def run(config: RewardConfig) -> dict[str, Any]:
     from nemo_minitron.runtime.groups import ParallelLayout, current
 
     source = open_checkpoint(config.model)
-    schema = schema_of(config.attributes)
     data = labelled_chats(config.data, config.attributes, pairs=config.pairs)
+    # What no answer has a value of cannot be learnt: the model leaves it out.
+    schema = schema_of(config.attributes).restricted({name for chat in data.train for name in chat.attributes})
     train, _, template = _samples(config, source, schema, data.train)
     held_out, numbers, _ = _samples(config, source, schema, data.held_out)
     layout = ParallelLayout(**vars(config.parallel))

@@ -74,13 +74,15 @@ class RewardTrainingConfig:
 
     Attributes:
         model: checkpoint to start from; null takes the stage's ``model``.
-        data: labelled conversations or pairs; null takes the stage's ``data``.
+        path, package: labelled conversations or pairs; the stage's ``data`` without either. Template, lengths and split
+            are those of ``data``.
         pairs, epochs, steps, micro_batch_size, global_batch_size, lr, min_lr, warmup_steps, validate_every, save_every:
             as in ``minitron reward``.
     """
 
     model: str | None = None
-    data: ChatDataConfig | None = None
+    path: str | None = None
+    package: str | None = None
     pairs: bool = False
     epochs: int = 1
     steps: int | None = None
@@ -91,6 +93,12 @@ class RewardTrainingConfig:
     warmup_steps: int = 10
     validate_every: int = 50
     save_every: int = 50
+
+    def faults(self) -> list[str]:
+        """Two origins; the rest is left to the configuration of the stage, which is made of it."""
+        if self.path is not None and self.package is not None:
+            return ["path: give one of path and package, not both"]
+        return []
 
 
 @dataclass
@@ -104,40 +112,33 @@ class SteerlmConfig(AlignConfig):
         attributes: which there are.
         attribute_model: output of ``minitron reward``; null trains one by ``reward``.
         reward: of that training.
-        relabel: predict the values of conversations that carry some already.
     """
 
     STAGE: ClassVar[str] = "steerlm"
     INPUTS: ClassVar[tuple[str, ...]] = (
-        "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.data.path",
-        "reward.data.validation",
+        "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.path",
     )  # fmt: skip
 
     attributes: AttributesConfig = field(default_factory=AttributesConfig)
     attribute_model: str | None = None
     reward: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
-    relabel: bool = True
 
     @property
     def layout(self) -> ParallelConfig:
         """One process leads; it starts the stages."""
         return ParallelConfig()
 
-    def inputs(self) -> dict[str, str]:
-        """The base's; a reward data section that is null has no paths."""
-        own = self if self.reward.data else dataclasses.replace(
-            self, reward=dataclasses.replace(self.reward, data=ChatDataConfig())
-        )  # fmt: skip
-        return super(SteerlmConfig, own).inputs()
-
     def reward_stage(self) -> RewardConfig:
         """The training of the attribute model."""
-        names = {one.name for one in dataclasses.fields(RewardTrainingConfig)} - {"model", "data"}
+        names = {one.name for one in dataclasses.fields(RewardTrainingConfig)} - {"model", "path", "package"}
+        data = self.data
+        if self.reward.path or self.reward.package:
+            data = dataclasses.replace(data, path=self.reward.path, package=self.reward.package, validation=None)
         base = {one.name: getattr(self, one.name) for one in dataclasses.fields(AlignConfig)}
         base |= {name: getattr(self.reward, name) for name in names}
         base |= {
             "name": "", "output": f"{self.output}/attribute_model", "formats": [], "overwrite": False,
-            "model": self.reward.model or self.model, "data": self.reward.data or self.data,
+            "model": self.reward.model or self.model, "data": data,
         }  # fmt: skip
         return RewardConfig(**base, attributes=self.attributes)
 

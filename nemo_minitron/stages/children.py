@@ -1,0 +1,39 @@
+"""Stages that a leading stage starts, each in processes of its own."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.stages.base import check_output, read_record
+from nemo_minitron.stages.execute import run_stage
+from nemo_minitron.stages.pipeline import ready
+
+__all__ = ["run_child"]
+
+
+def run_child(stage: StageConfig) -> dict[str, Any]:
+    """Run a stage unless it is done; one that was done with other settings is made again.
+
+    Returns:
+        Its record.
+
+    Raises:
+        MinitronError: what the stage refused.
+    """
+    todo = ready(stage, overwrite=True)
+    if todo is None:
+        record = read_record(stage.output)
+        assert record is not None  # that is what "done" means
+        return record
+    if todo.overwrite and Path(todo.output).exists():
+        shutil.rmtree(check_output(todo.output, overwrite=True))
+    return run_stage(todo, _show)
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()

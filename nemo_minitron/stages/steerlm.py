@@ -1,0 +1,58 @@
+"""``minitron steerlm``: the method in one stage, as its paper runs it (arXiv 2310.05344).
+
+One process leads: attribute model (``reward``), labels (``label``), fine-tuning on answers given their attributes
+(``sft``). Each is a stage of its own below the output, with its record; what is done is kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import SteerlmConfig
+from nemo_minitron.data.chat import CHAT_PACKAGES
+from nemo_minitron.stages.base import PlannedPath, StagePlan
+from nemo_minitron.stages.chats import align_plan
+
+__all__ = ["plan", "run"]
+
+
+def plan(config: SteerlmConfig) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    from nemo_minitron.stages import reward
+
+    found = align_plan(config, CHAT_PACKAGES)
+    output = Path(config.output)
+    found.writes = [
+        PlannedPath(str(output / "attribute_model"), "attribute model"),
+        PlannedPath(str(output / "labels" / "labelled.jsonl"), "labelled conversations"),
+        PlannedPath(str(output / "sft" / "model"), "model that follows attributes (NeMo 2)"),
+    ]
+    if config.attribute_model is not None:
+        found.writes.pop(0)
+        found.reads.append(PlannedPath(config.attribute_model, "attribute model"))
+        return found
+    of_reward = reward.plan(config.reward_stage())
+    found.reads += [item for item in of_reward.reads if item not in found.reads]
+    found.faults += [f"reward: {fault}" for fault in of_reward.faults if fault not in found.faults]
+    found.notes += [note for note in of_reward.notes if note not in found.notes]
+    return found
+
+
+def run(config: SteerlmConfig) -> dict[str, Any]:
+    """Lead the three stages.
+
+    Returns:
+        ``reward`` (null where the attribute model was given), ``labels`` and ``sft``: the metrics of each.
+
+    Raises:
+        MinitronError: what one of them refused.
+    """
+    from nemo_minitron.stages.children import run_child
+    from nemo_minitron.stages.steering import own_output
+
+    own_output(config, config.resume)
+    reward = None if config.attribute_model else run_child(config.reward_stage())["metrics"]
+    labels = run_child(config.label_stage())["metrics"]
+    sft = run_child(config.sft_stage())["metrics"]
+    return {"reward": reward, "labels": labels, "sft": sft}

@@ -21,7 +21,9 @@ from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
 from nemo_minitron.distillation.balance import Balance
 from nemo_minitron.distillation.language_model import LM_LOSS, LanguageModel, TokenLoss
 from nemo_minitron.distillation.layers import layer_maps
-from nemo_minitron.distillation.teacher import Teacher
+from nemo_minitron.distillation.placement import TeacherPlacement
+from nemo_minitron.distillation.sources import loss_of, open_teacher
+from nemo_minitron.distillation.teacher import Teacher, TeacherSource
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -43,54 +45,70 @@ class DistillationModel(LanguageModel):
     Args:
         config: NeMo's configuration of the student; see :class:`LanguageModel`.
         student: initial weights.
-        teacher: the model to learn from; same vocabulary.
-        layout: parallel layout of both.
+        teacher: the model to learn from; same vocabulary. None where a cache takes its place.
+        layout: parallel layout, of the teacher too where it has none of its own.
         loss: of a token's logits.
         intermediate: losses of the states inside the models; None for none.
         kept_layers: of a student that was cut from the teacher, the layers that it kept (see
             :func:`~nemo_minitron.distillation.layers.layer_maps`).
+        placement: where the teacher runs; intermediate losses need it in the student's ranks and layout.
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
     Attributes:
         balance: the values of all losses, and the weight of the intermediate ones.
 
     Raises:
-        ConfigError: for intermediate losses that the models do not fit.
+        ConfigError: for intermediate losses that the models do not fit, or a loss that a cache does not hold.
     """
+
+    VALIDATED = (KL, LM_LOSS)
 
     def __init__(
         self,
         config: GPTConfig,
         student: Checkpoint,
-        teacher: Checkpoint,
+        teacher: Checkpoint | None,
         layout: ParallelLayout,
         loss: LossConfig | None = None,
         intermediate: IntermediateConfig | None = None,
         kept_layers: Sequence[int] | None = None,
+        placement: TeacherPlacement | None = None,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
         super().__init__(config, student, layout, optim=optim, tokenizer=tokenizer)
         self._teacher_checkpoint = teacher
-        self._loss = loss or LossConfig()
+        self._placement = placement or TeacherPlacement()
+        self._loss = loss_of(self._placement, loss or LossConfig())
         self._intermediate = intermediate or IntermediateConfig()
         self._layer_maps = layer_maps(
-            self._intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept_layers
+            self._intermediate,
+            student.shape,
+            student.shape if teacher is None else teacher.shape,
+            tensor=layout.tensor,
+            kept_layers=kept_layers,
         )
         self.balance = Balance(list(self._intermediate.weights()), dynamic=self._intermediate.balance == "dynamic")
         self.losses: StudentLosses | None = None
         # In a list, because a module assigned to an attribute would become a part of the student.
-        self._teacher: list[Teacher] = []
+        self._teacher: list[TeacherSource] = []
 
     def reinit(self) -> DistillationModel:
         """A further chunk of the student, which shares teacher and balance."""
-        chunk = DistillationModel(self.config, self._initial, self._teacher_checkpoint, self._layout, self._loss)
+        chunk = DistillationModel(
+            self.config,
+            self._initial,
+            self._teacher_checkpoint,
+            self._layout,
+            self._loss,
+            placement=self._placement,
+        )
         chunk._intermediate, chunk._layer_maps, chunk.balance = self._intermediate, self._layer_maps, self.balance
         chunk._teacher, chunk._root = self._teacher, self._root
         return chunk
 
     @property
-    def teacher(self) -> Teacher:
+    def teacher(self) -> TeacherSource:
         """The teacher; there once the model is configured."""
         return self._teacher[0]
 
@@ -101,13 +119,15 @@ class DistillationModel(LanguageModel):
         super().configure_model(vp_stage=vp_stage)
         groups, plan = self.groups, None
         if self._intermediate.weights():
+            assert self._teacher_checkpoint is not None, "intermediate losses are of a model"
             shapes = self._initial.shape, self._teacher_checkpoint.shape
             plan = Plan.of(self._intermediate, self._layer_maps, *shapes, groups)
             self.losses = StudentLosses(plan, self.module, groups, self.balance)
         if (vp_stage or 0) + 1 == (self._layout.virtual_pipeline or 1):
             dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-            teacher = Teacher.load(self._teacher_checkpoint, groups, dtype=dtype)
+            teacher = open_teacher(self._placement, self._teacher_checkpoint, groups, dtype=dtype, loss=self._loss)
             if plan is not None:
+                assert isinstance(teacher, Teacher), "the configuration was checked"
                 teacher.states = TeacherStates(plan, teacher.chunks, groups)
             self._teacher.append(teacher)
 

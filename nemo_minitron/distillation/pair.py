@@ -12,8 +12,16 @@ from nemo_minitron.runtime.groups import ParallelLayout
 __all__ = ["check_model", "check_pair"]
 
 
-def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
-    """Whether the student can learn from the teacher under this layout.
+def check_pair(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    layout: ParallelLayout,
+    sequence_length: int,
+    *,
+    teacher_layout: ParallelLayout | None = None,
+) -> None:
+    """Whether the student can learn from the teacher under this layout; ``teacher_layout`` where the teacher has its
+    own.
 
     Raises:
         CheckpointError: if their vocabularies differ.
@@ -26,7 +34,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, layout: ParallelLayout,
             f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one "
             "tokenizer"
         )
-    _check({"student": student, "teacher": teacher}, layout, sequence_length, trained="student")
+    _check({"student": (student, layout), "teacher": (teacher, teacher_layout or layout)}, sequence_length)
 
 
 def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
@@ -36,18 +44,20 @@ def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int)
         DataError: if the sequences are longer than its context.
         ShapeError: if the layout cannot split it.
     """
-    _check({"model": model}, layout, sequence_length, trained="model")
+    _check({"model": (model, layout)}, sequence_length)
 
 
-def _check(models: dict[str, Checkpoint], layout: ParallelLayout, sequence_length: int, *, trained: str) -> None:
+def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length: int) -> None:
+    """Faults of each model, and of the first, which is trained, those of training."""
     faults = []
-    for name, checkpoint in models.items():
+    for name, (checkpoint, layout) in models.items():
         longest = checkpoint.architecture.max_position_embeddings
         if sequence_length > longest:
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
         faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
-    if models[trained].shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
+    trained, (checkpoint, layout) = next(iter(models.items()))
+    if checkpoint.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
         # megatron.core.transformer.moe.moe_layer raises so, in training alone
         faults.append(
             f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "

@@ -124,9 +124,7 @@ class Transfer:
         for replica in range(self.teacher.data):
             for number in self.replica(replica, count):
                 for piece in pieces:
-                    source = self.teacher.rank(
-                        tensor=piece.sender, data=replica, pipeline=self.teacher.pipeline - 1
-                    )
+                    source = self.teacher.rank(tensor=piece.sender, data=replica, pipeline=self.teacher.pipeline - 1)
                     target = self.student.rank(
                         tensor=piece.receiver, data=number // micro_batches, pipeline=self.student.pipeline - 1
                     )

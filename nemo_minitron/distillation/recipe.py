@@ -16,15 +16,16 @@ from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.language_model import LanguageModel
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.pair import check_model, check_pair
-from nemo_minitron.distillation.training import Schedule, optimizer_of, train, trained_config
+from nemo_minitron.distillation.placement import TeacherPlacement
+from nemo_minitron.distillation.training import Schedule, Trained, optimizer_of, train, trained_config
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["Schedule", "correct", "distill"]
+__all__ = ["Schedule", "Trained", "correct", "distill"]
 
 
 def distill(
     student: Checkpoint,
-    teacher: Checkpoint,
+    teacher: Checkpoint | None,
     train_blocks: torch.Tensor | Blocks,
     validation_blocks: torch.Tensor | Blocks,
     *,
@@ -35,30 +36,35 @@ def distill(
     intermediate: IntermediateConfig | None = None,
     resume: bool = True,
     kept_layers: Sequence[int] | None = None,
-) -> Path:
-    """Train the student on the teacher. Every rank calls it.
+    placement: TeacherPlacement | None = None,
+) -> Trained:
+    """Train the student on the teacher. Every rank of the student calls it.
 
     Args:
         student: initial weights.
-        teacher: what to learn from.
+        teacher: what to learn from; None where a cache takes its place.
         train_blocks, validation_blocks: ``[n, s + 1]`` token blocks, or blocks that say which documents they hold; the
             same on every rank.
-        layout: of both models.
+        layout: of the student, and of the teacher where it has none of its own.
         schedule: hyper-parameters.
-        directory: gets ``checkpoints/``, ``tensorboard/`` and ``metrics.jsonl``.
+        directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
         loss: of a token's logits; None for forward KL at temperature 1.
         intermediate: losses of the states inside the models; None for none.
         resume: go on from the last whole checkpoint in ``directory``.
         kept_layers: of a student that was cut from this teacher, the layers that it kept: the automatic map of the
             intermediate losses.
-
-    Returns:
-        The last checkpoint, a NeMo 2 directory of a plain model of its family.
+        placement: where the teacher runs, or its cache; None for the student's ranks and layout. Ranks of its own run
+            :func:`~nemo_minitron.distillation.teacher_ranks.serve_teacher` meanwhile.
 
     Raises:
-        MinitronError: see :func:`check_pair`; NonFiniteError if the loss is not finite.
+        MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.train`.
     """
-    check_pair(student, teacher, layout, Blocks.of(train_blocks).sequence_length)
+    placement = placement or TeacherPlacement()
+    length = Blocks.of(train_blocks).sequence_length
+    if teacher is None:
+        check_model(student, layout, length)
+    else:
+        check_pair(student, teacher, layout, length, teacher_layout=placement.layout)
     model = DistillationModel(
         trained_config(student, layout, schedule),
         student,
@@ -67,9 +73,10 @@ def distill(
         loss,
         intermediate,
         kept_layers,
+        placement,
         optim=optimizer_of(schedule),
     )
-    return train(
+    trained = train(
         model,
         student,
         train_blocks,
@@ -79,8 +86,11 @@ def distill(
         directory=directory,
         resume=resume,
         callbacks=[TeacherFirst(model)],
+        forward=[] if teacher is None else [teacher],
         title="distilling",
     )
+    model.teacher.close()
+    return trained
 
 
 def correct(
@@ -92,7 +102,7 @@ def correct(
     schedule: Schedule,
     directory: Path,
     resume: bool = True,
-) -> Path:
+) -> Trained:
     """Train a model on the labels of the data, by the vocabulary-parallel cross-entropy. Every rank calls it.
 
     Of a teacher this is the correction of arXiv 2408.11796, section 2; of a student the language-model loss alone.
@@ -101,11 +111,8 @@ def correct(
         initial: weights to start from.
         train_blocks, validation_blocks, layout, schedule, directory, resume: as for :func:`distill`.
 
-    Returns:
-        The last checkpoint, a NeMo 2 directory of a plain model of its family.
-
     Raises:
-        MinitronError: see :func:`check_model`; NonFiniteError if the loss is not finite.
+        MinitronError: see :func:`check_model` and :func:`~nemo_minitron.distillation.training.train`.
     """
     check_model(initial, layout, Blocks.of(train_blocks).sequence_length)
     model = LanguageModel(trained_config(initial, layout, schedule), initial, layout, optim=optimizer_of(schedule))

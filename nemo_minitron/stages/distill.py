@@ -4,6 +4,7 @@ Output::
 
     model/           the distilled model, a plain NeMo 2 checkpoint
     checkpoints/     NeMo's training state, to go on from
+    best/            weights of the best validation, with keep_best
     metrics.jsonl    a line a step and a line a validation
     tensorboard/     the same, as NeMo logs it
 """
@@ -12,27 +13,43 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.distillation.layers import layer_maps
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.pruning.kept import load_kept
 from nemo_minitron.shape import ModelShape
-from nemo_minitron.stages.base import StagePlan, peek_shape
+from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape
 from nemo_minitron.stages.prune import kept_path
 from nemo_minitron.stages.training import plan_training, save_model, schedule_of, summary, training_blocks
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
+    from nemo_minitron.distillation.placement import TeacherPlacement
+    from nemo_minitron.runtime.groups import ParallelLayout
 
 __all__ = ["plan", "run"]
 
 
 def plan(config: DistillConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = plan_training(config, config.inputs(), "student", "distilled model")
+    paths = config.inputs()
+    cache = paths.pop("teacher_cache", None)
+    if cache is not None:
+        paths.pop("teacher", None)  # compared, not run
+    layouts = {} if config.teacher_placement == "shared" else {"teacher": config.teacher_parallel}
+    found = plan_training(config, paths, "student", "distilled model", layouts)
     if not config.taught:
         found.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
         return found
-    shapes = {role: peek_shape(path) for role, path in config.inputs().items()}
+    if cache is not None:
+        found.reads.append(PlannedPath(cache, "logit cache"))
+        return found
+    if config.teacher_placement == "own_ranks":
+        found.notes.append(f"the teacher has {config.teacher_parallel.world_size} processes of its own")
+    shapes = {role: peek_shape(path) for role, path in paths.items()}
     if (ours := shapes["student"]) is not None and (theirs := shapes["teacher"]) is not None:
         _plan_intermediate(config, found, ours, theirs)
     return found
@@ -70,10 +87,10 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """Distil. Every rank runs this; rank 0 writes the distilled model.
 
     Returns:
-        See :func:`~nemo_minitron.stages.training.summary`.
+        See :func:`~nemo_minitron.stages.training.summary`; nothing on ranks of the teacher's own.
 
     Raises:
-        MinitronError: for models, data or a layout that do not fit each other, or a loss that is not finite.
+        MinitronError: for models, a cache, data or a layout that do not fit each other, or a loss that is not finite.
     """
     import torch
 
@@ -81,7 +98,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     from nemo_minitron.distillation.pair import check_model, check_pair
     from nemo_minitron.runtime.groups import ParallelLayout
 
-    student = open_checkpoint(config.student)
+    student, teacher = open_checkpoint(config.student), None
     layout = ParallelLayout(**vars(config.parallel))
     training: dict[str, Any] = {"layout": layout, "directory": Path(config.output), "resume": config.resume}
     if not config.taught:
@@ -90,18 +107,26 @@ def run(config: DistillConfig) -> dict[str, Any]:
 
         from nemo_minitron.distillation.recipe import correct
 
-        last = correct(student, train, validation, schedule=schedule_of(config), **training)
+        trained = correct(student, train, validation, schedule=schedule_of(config), **training)
     else:
-        assert config.teacher is not None  # the configuration was checked
-        teacher = open_checkpoint(config.teacher)
-        check_pair(student, teacher, layout, config.data.sequence_length)
-        kept = _kept_layers(config, student.shape, teacher.shape)
-        layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
-        train, validation = training_blocks(config, teacher)
+        kept, placement = None, _placement(config)
+        if placement.cache is not None:
+            check_model(student, layout, config.data.sequence_length)
+            train, validation = training_blocks(config, student)
+            _check_cache(config, placement.cache, student, {"training": train, "validation": validation})
+        else:
+            assert config.teacher is not None  # the configuration was checked
+            teacher = open_checkpoint(config.teacher)
+            check_pair(student, teacher, layout, config.data.sequence_length, teacher_layout=placement.layout)
+            kept = _kept_layers(config, student.shape, teacher.shape)
+            layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
+            if _served(config, teacher, layout, placement):
+                return {}
+            train, validation = training_blocks(config, teacher)
 
         from nemo_minitron.distillation.recipe import distill
 
-        last = distill(
+        trained = distill(
             student,
             teacher,
             train,
@@ -110,6 +135,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
             loss=config.loss,
             intermediate=config.intermediate,
             kept_layers=kept,
+            placement=placement,
             **training,
         )
     if torch.distributed.get_rank() != 0:
@@ -120,9 +146,70 @@ def run(config: DistillConfig) -> dict[str, Any]:
             "teacher": config.teacher if config.taught else None,
             "tokens": config.tokens,
             "steps": config.steps,
+            "teacher_cache": config.teacher_cache if config.taught else None,
             "loss": dataclasses.asdict(config.loss),
             "intermediate": dataclasses.asdict(config.intermediate),
         }
     }
-    save_model(config, student, last, lineage)
+    save_model(config, student, trained, lineage)
     return summary(Path(config.output) / "metrics.jsonl")
+
+
+def _placement(config: DistillConfig) -> TeacherPlacement:
+    from nemo_minitron.distillation.placement import TeacherPlacement
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    return TeacherPlacement(
+        config.teacher_placement,
+        None if config.teacher_placement == "shared" else ParallelLayout(**vars(config.teacher_parallel)),
+        None if config.teacher_cache is None else Path(config.teacher_cache),
+        timeout_minutes=max(60.0, config.runtime.collective_timeout_minutes),
+    )
+
+
+def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, placement: TeacherPlacement) -> bool:
+    """Whether this process is a rank of the teacher's own, which has served by now until the training was over."""
+    import torch
+
+    if placement.kind != "own_ranks":
+        return False
+    from nemo_minitron.distillation.teacher_ranks import becomes_teacher, serve_teacher
+
+    assert placement.layout is not None
+    if not becomes_teacher(layout, placement.layout):
+        return False
+    serve_teacher(
+        teacher,
+        layout,
+        placement.layout,
+        dtype=torch.bfloat16 if config.precision.startswith("bf16") else torch.float32,
+        timeout_minutes=placement.timeout_minutes,
+        seed=config.runtime.seed,
+    )
+    return True
+
+
+def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks: dict[str, Blocks]) -> None:
+    """Whether a cache is of this student's tokens, of the teacher that is named, if one is, and of these blocks.
+
+    Raises:
+        DataError: with all that differs, or how many samples it lacks.
+        ConfigError: for a loss that it does not hold.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.fingerprint import model_fingerprint
+    from nemo_minitron.checkpoints.vocabulary import tokenizer_fingerprint
+    from nemo_minitron.distillation.cache import LogitCache, sample_keys
+    from nemo_minitron.distillation.cached_teacher import cached_loss
+    from nemo_minitron.distillation.documents import block_starts
+
+    found = LogitCache(cache)
+    found.check(
+        vocab_size=student.shape.vocab_size,
+        sequence_length=config.data.sequence_length,
+        tokenizer=None if student.tokenizer is None else tokenizer_fingerprint(student.tokenizer),
+        teacher=None if config.teacher is None else model_fingerprint(open_checkpoint(config.teacher)),
+    )
+    cached_loss(config.loss, found.manifest)
+    for split, part in blocks.items():
+        found.require(sample_keys(*block_starts(part)), what=f"the {split} blocks")

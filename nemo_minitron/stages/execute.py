@@ -51,7 +51,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     results = launch(
         "nemo_minitron.stages.worker",
         [stage],
-        world_size=config.layout.world_size,
+        world_size=config.processes,
         folder=folder,
         threads=config.runtime.threads,
         timeout_minutes=config.runtime.timeout_minutes,

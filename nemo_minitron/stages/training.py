@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.config import ParallelConfig
 from nemo_minitron.config.stages.distillation import TrainingConfig
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.distillation.training import Schedule
+    from nemo_minitron.distillation.training import Schedule, Trained
 
 __all__ = ["plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
 
 
-def plan_training(config: TrainingConfig, models: dict[str, str], trained: str, written: str) -> StagePlan:
+def plan_training(
+    config: TrainingConfig,
+    models: dict[str, str],
+    trained: str,
+    written: str,
+    layouts: dict[str, ParallelConfig] | None = None,
+) -> StagePlan:
     """What a training would read, write and cost.
 
     Args:
@@ -28,6 +36,7 @@ def plan_training(config: TrainingConfig, models: dict[str, str], trained: str, 
         models: role -> checkpoint of each model that is read.
         trained: the role that is trained; the others only run forward.
         written: what the trained model is called.
+        layouts: of roles whose models are not laid out as the trained one is.
     """
     from nemo_minitron.data.inputs import data_inputs
 
@@ -52,7 +61,8 @@ def plan_training(config: TrainingConfig, models: dict[str, str], trained: str, 
         shape = peek_shape(path)
         if shape is None:
             continue
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        own = (layouts or {}).get(role, layout)
+        faults = shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
         found.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):
@@ -102,21 +112,27 @@ def training_blocks(config: TrainingConfig, reader: Checkpoint) -> tuple[torch.T
     return train, validation
 
 
-def save_model(config: TrainingConfig, initial: Checkpoint, trained: Path, lineage: dict[str, Any]) -> None:
+def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, lineage: dict[str, Any]) -> None:
     """From NeMo's training checkpoint to a plain one: weights alone, tokenizer and lineage beside them.
 
     Args:
         config: of the stage; the model lies at ``model`` in its output.
         initial: what the training started from.
-        trained: NeMo's checkpoint.
+        trained: what the training left; ``config.result`` says which of it.
         lineage: of this training, added to that of ``initial``.
     """
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
     from nemo_minitron.checkpoints.record import write_record
 
-    write_record(initial, trained, dtype="float32", form="nemo2")
+    chosen = trained.best if config.result == "best" else trained.last
+    if chosen is None:
+        raise MinitronError(
+            "result=best: no validation took place, so there is no best checkpoint; lower validate_every, or set "
+            "result=last"
+        )
+    write_record(initial, chosen, dtype="float32", form="nemo2")
     model = dataclasses.replace(
-        open_checkpoint(trained), tokenizer=initial.tokenizer, lineage={**initial.lineage, **lineage}
+        open_checkpoint(chosen), tokenizer=initial.tokenizer, lineage={**initial.lineage, **lineage}
     )
     write_checkpoint(model, Path(config.output) / "model", "nemo2", dtype=initial.architecture.dtype, overwrite=True)
 

@@ -36,6 +36,11 @@ class StageConfig:
         """The processes that the stage runs in; one, unless the stage has a ``parallel`` field."""
         return getattr(self, "parallel", None) or ParallelConfig()
 
+    @property
+    def processes(self) -> int:
+        """How many are started."""
+        return self.layout.world_size
+
     def inputs(self) -> dict[str, str]:
         """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""
         found: dict[str, str] = {}

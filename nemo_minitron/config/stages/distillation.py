@@ -8,6 +8,7 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
+    TEACHER_PLACEMENTS,
     DataConfig,
     IntermediateConfig,
     LossConfig,
@@ -33,6 +34,9 @@ class TrainingConfig(StageConfig):
         max_minutes: stop in good order when this time is used up; null for no limit.
         validate_every, validation_batches: steps between validations, global batches of each.
         log_every, save_every: steps between metrics and between checkpoints.
+        keep_best: beside the last checkpoint, keep the weights of the validation with the lowest "kl" or "lm_loss";
+            null keeps none.
+        result: which of them becomes the stage's model, "last" or "best".
         resume: go on from the last checkpoint in ``output``.
         precision: "32" or "bf16-mixed".
         parallel: layout of the models.
@@ -54,9 +58,16 @@ class TrainingConfig(StageConfig):
     validation_batches: int = 8
     log_every: int = 1
     save_every: int = 100
+    keep_best: str | None = None
+    result: str = "last"
     resume: bool = True
     precision: str = "32"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """What a validation measures."""
+        return ("lm_loss",)
 
     @property
     def tokens(self) -> int:
@@ -72,8 +83,12 @@ class TrainingConfig(StageConfig):
             ),
             *not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
             *choice(self, "precision", ("32", "bf16-mixed")),
+            *choice(self, "keep_best", self.validated),
+            *choice(self, "result", ("last", "best")),
             *(f"{b}: must lie in [0, 1)" for b in ("beta1", "beta2") if not 0 <= getattr(self, b) < 1),
         ]  # fmt: skip
+        if self.result == "best" and self.keep_best is None:
+            found.append(f"result=best: none is kept; set keep_best to one of {', '.join(self.validated)}")
         if self.min_lr > self.lr:
             found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
         if self.warmup_steps > 0 and self.warmup_steps >= self.steps > 0:
@@ -118,16 +133,24 @@ class DistillConfig(TrainingConfig):
     Attributes:
         student: checkpoint.
         teacher: checkpoint; may be null where nothing is learnt from it (``loss.label_weight=1`` and no intermediate
-            losses), and is not read then.
+            losses), and is not read then, or with a cache.
+        teacher_cache: output of ``minitron cache``, whose logits take the teacher's place; a teacher that is named too
+            is only compared with the one that was cached.
+        teacher_placement: "shared" (the student's ranks and layout), "own_layout" (the same ranks, laid out by
+            ``teacher_parallel``) or "own_ranks" (``teacher_parallel`` further processes).
+        teacher_parallel: layout of a teacher that has its own.
         loss: of a token's logits.
         intermediate: losses of the states inside the models; none by default.
     """
 
     STAGE: ClassVar[str] = "distill"
-    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher")
+    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
 
     student: str = MISSING
     teacher: str | None = MISSING
+    teacher_cache: str | None = None
+    teacher_placement: str = "shared"
+    teacher_parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 
@@ -136,17 +159,57 @@ class DistillConfig(TrainingConfig):
         """Whether anything is learnt from the teacher."""
         return self.loss.label_weight < 1 or bool(self.intermediate.weights())
 
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """The divergence, if there is a teacher, and the loss of the labels."""
+        return ("kl", "lm_loss") if self.taught else ("lm_loss",)
+
+    @property
+    def processes(self) -> int:
+        """With those of a teacher on ranks of its own."""
+        apart = self.taught and self.teacher_placement == "own_ranks"
+        return self.parallel.world_size + (self.teacher_parallel.world_size if apart else 0)
+
     def inputs(self) -> dict[str, str]:
-        """The teacher counts only where it is read."""
+        """The teacher, or its cache, counts only where it is read."""
         found = super().inputs()
-        return found if self.taught else {name: path for name, path in found.items() if name != "teacher"}
+        return found if self.taught else {name: path for name, path in found.items() if not name.startswith("teacher")}
 
     def faults(self) -> list[str]:
-        """Those of every training, and a teacher that is lacking."""
-        found = super().faults()
-        if self.teacher is None and self.taught:
+        """Those of every training, a teacher that is lacking, and one that cannot be where it is put."""
+        found = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
+        if self.teacher is None and self.teacher_cache is None and self.taught:
             found.append(
-                "teacher=null: there is something to learn from it; name a checkpoint, or train on the labels alone "
-                "with loss.label_weight=1 and no intermediate losses"
+                "teacher=null: there is something to learn from it; name a checkpoint or a teacher_cache, or train on "
+                "the labels alone with loss.label_weight=1 and no intermediate losses"
+            )
+        return found + self._placement_faults()
+
+    def _placement_faults(self) -> list[str]:
+        own, placement, found = self.teacher_parallel, self.teacher_placement, []
+        where = f"teacher_placement={placement}"
+        if self.teacher_cache is not None:
+            where = f"teacher_cache={self.teacher_cache}"
+            if placement != "shared" or own != ParallelConfig():
+                found.append(f"{where}: is read by the student's ranks; leave out teacher_placement, teacher_parallel")
+        elif placement == "shared" and own != ParallelConfig():
+            found.append(f"{where}: has the student's layout; leave out teacher_parallel, or give the teacher its own")
+        elif placement != "shared":
+            if own.virtual_pipeline is not None:
+                found.append(
+                    f"teacher_parallel.virtual_pipeline={own.virtual_pipeline}: a teacher only runs forward, where "
+                    "virtual stages gain nothing; set it to null"
+                )
+            if placement == "own_layout" and own.world_size != self.parallel.world_size:
+                found.append(
+                    f"{where}: teacher_parallel makes {own.world_size} ranks of the {self.parallel.world_size} that "
+                    "parallel makes; they must be as many"
+                )
+            length = self.data.sequence_length
+            found += [fault.replace("parallel.", "teacher_parallel.") for fault in own.sequence_faults(length)]
+        if self.intermediate.weights() and (self.teacher_cache is not None or placement != "shared"):
+            found.append(
+                f"{where}: intermediate losses need the teacher's states in the student's ranks and layout; use "
+                "teacher_placement=shared without a cache, or no intermediate losses"
             )
         return found

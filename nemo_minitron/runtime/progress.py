@@ -25,7 +25,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress_bar(what: str, total: int, *, completed: int = 0, shown: bool = True) -> Iterator[Advance]:
+def progress_bar(what: str, total: int | None, *, completed: int = 0, shown: bool = True) -> Iterator[Advance]:
     """Show how far ``what`` is.
 
     The processes of a stage write to files; the launcher says through rich's ``TTY_COMPATIBLE`` whether those are shown
@@ -33,7 +33,7 @@ def progress_bar(what: str, total: int, *, completed: int = 0, shown: bool = Tru
 
     Args:
         what: description.
-        total: units in all.
+        total: units in all; None where nobody knows.
         completed: units that an earlier process did.
         shown: false on ranks that do not print.
 
@@ -72,7 +72,7 @@ def progress_bar(what: str, total: int, *, completed: int = 0, shown: bool = Tru
 class _Lines:
     """A log line at most every :data:`LINE_SECONDS`."""
 
-    def __init__(self, what: str, total: int, completed: int) -> None:
+    def __init__(self, what: str, total: int | None, completed: int) -> None:
         self.what, self.total, self.done = what, total, completed
         self.last = time.monotonic()
 
@@ -80,4 +80,5 @@ class _Lines:
         self.done += count
         if (now := time.monotonic()) - self.last >= LINE_SECONDS:
             self.last = now
-            logger.info("%s: %d of %d%s", self.what, self.done, self.total, f", {status}" if status else "")
+            of = "" if self.total is None else f" of {self.total}"
+            logger.info("%s: %d%s%s", self.what, self.done, of, f", {status}" if status else "")

@@ -69,7 +69,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
     counts = torch.bincount(blocks.text(), minlength=size)
     total = int(counts.sum())
     with stage_output(config.output, config.overwrite) as output:
-        sources = ", ".join(source.name for source in config.data.sources)
+        sources = ", ".join(source.name for source in config.data.all_sources())
         write_frequencies(
             counts.tolist(),
             output / FILE_NAME,

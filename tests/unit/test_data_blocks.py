@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.text import sentences, write_jsonl, write_tokenizer
 
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import SPLITS, Document, build_blocks, build_domain_blocks, read_source
-from nemo_minitron.data.blocks import split_documents
+from nemo_minitron.data.splits import DocumentTable, deal, order_key
 from nemo_minitron.errors import DataError
+
+
+def split_documents(documents: list[Document], config: DataConfig) -> dict[str, list[Document]]:
+    """The documents themselves, as they are dealt by what the table says of them."""
+    sizes = np.array([len(document.text) for document in documents])
+    keys = b"".join(order_key(config.seed, document.text) for document in documents)
+    table = DocumentTable(sizes, sizes, np.frombuffer(keys, np.uint8).reshape(-1, 32))
+    return {split: [documents[number] for number in numbers] for split, numbers in deal(table, config).items()}
 
 
 @pytest.fixture
@@ -134,35 +143,88 @@ def test_same_seed_same_blocks_other_seed_others(config: DataConfig, tokenizer: 
     )
 
 
+def kept(config: DataConfig, kind: str) -> list[Path]:
+    return sorted(path for path in Path(config.cache_dir, kind).iterdir() if path.suffix != ".lock")
+
+
 def test_cache_is_used_and_follows_the_content(
     config: DataConfig, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = build_blocks(config, tokenizer, "train", blocks=20).tokens
-    files = list(Path(config.cache_dir, "blocks").iterdir())
-    assert len(files) == 1
+    first = build_blocks(config, tokenizer, "train", blocks=20).tokens.clone()
+    made: list[str] = []
+    from nemo_minitron.data import streams
 
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("tokenised again")
+    make = streams._make
+    monkeypatch.setattr(streams, "_make", lambda source, *rest: (made.append(source.name), make(source, *rest)))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("nemo_minitron.data.blocks._tokenise", fail)
-        assert torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20).tokens)
-    files[0].write_bytes(files[0].read_bytes()[:-10])  # A damaged file is made anew.
-    assert torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20).tokens)
+    def again(**changes: object) -> torch.Tensor:
+        made.clear()
+        return build_blocks(dataclasses.replace(config, **changes), tokenizer, "train", blocks=20).tokens.clone()
+
+    assert torch.equal(first, again())
+    # No setting of the mixture makes a source be tokenised again; another seed does, and another text.
+    weighted = [dataclasses.replace(config.sources[0], weight=5.0), config.sources[1]]
+    for changes in (
+        {"sequence_length": 8},
+        {"sources": weighted},
+        {"sources": config.sources[::-1]},
+        {"documents": "mask", "packing": "best_fit"},
+        {"held_out_fraction": 0.1},
+    ):
+        again(**changes)
+        assert made == []
+    again(seed=5)
+    assert made == ["first", "second"]
+    (blocks,) = [
+        path for path in kept(config, "blocks") if torch.equal(torch.from_numpy(np.load(path / "tokens.npy")), first)
+    ]
+    # Damaged files are made anew: of blocks, and of tokens, cut off or changed.
+    file = blocks / "tokens.npy"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert torch.equal(first, again())
+    assert made == []
+    for damage in (lambda data: data[:-4], lambda data: data[:40] + b"\1" + data[41:]):
+        for folder in kept(config, "tokens"):
+            (folder / "tokens.bin").write_bytes(damage((folder / "tokens.bin").read_bytes()))
+        file.unlink()
+        assert torch.equal(first, again())
+        assert made == ["first", "second"]
+    for folder in kept(config, "tokens"):
+        (folder / "documents.safetensors").write_bytes(b"")
+    file.unlink()
+    assert torch.equal(first, again())
     write_jsonl(tmp_path / "first.jsonl", sentences(60, 20, seed=77))
-    assert not torch.equal(first, build_blocks(config, tokenizer, "train", blocks=20).tokens)
+    assert not torch.equal(first, again())
+    assert made == ["first"]
 
 
-def test_nothing_is_left_aside_when_writing_fails(
+def test_any_number_of_workers_gives_the_same(config: DataConfig, tokenizer: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "first.jsonl", sentences(700, 20, seed=1))  # three batches
+    alone = build_blocks(config, tokenizer, "train", blocks=200)
+    for workers in (1, 2):
+        other = dataclasses.replace(config, cache_dir=str(tmp_path / f"cache{workers}"), workers=workers)
+        assert build_blocks(other, tokenizer, "train", blocks=200).content() == alone.content()
+
+
+def test_nothing_is_left_when_writing_fails(
     config: DataConfig, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        build_blocks(config, tokenizer, "train", blocks=4)
-    assert list(Path(config.cache_dir, "blocks").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            build_blocks(config, tokenizer, "train", blocks=4)
+    assert kept(config, "tokens") == kept(config, "blocks") == []
+    # What a killed process left aside is cleared away by the next.
+    build_blocks(config, tokenizer, "train", blocks=4)
+    (tokens, *_), (blocks,) = kept(config, "tokens"), kept(config, "blocks")
+    for folder in (tokens, blocks):
+        folder.rename(folder.with_name(f".{folder.name}.partial.1"))
+    build_blocks(config, tokenizer, "train", blocks=4)
+    for kind in ("tokens", "blocks"):
+        assert not [path for path in kept(config, kind) if ".partial." in path.name]
 
 
 def test_empty_calibration_split(config: DataConfig, tokenizer: Path, tmp_path: Path) -> None:

@@ -1,0 +1,293 @@
+"""Making token blocks from the tokens of the sources, and keeping them: ``cache_dir/blocks/<split>-<hash>``.
+
+Memory: the table of a source's documents. Tokens are read from, and blocks written to, memory-mapped files; the blocks
+that are given are such a mapping.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nemo_minitron.config import DataConfig, SourceConfig
+from nemo_minitron.config.parts.text import ORIGINS
+from nemo_minitron.data.blocks import Blocks
+from nemo_minitron.data.packing import Packing, best_fit, stream
+from nemo_minitron.data.splits import deal, seen_in
+from nemo_minitron.data.streams import TokenStream, source_state, token_stream
+from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
+from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.masks import FILLING
+
+__all__ = ["cached_blocks"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2  # of a kept directory; raise it when the same configuration would give other tokens
+#: Files of a kept directory: dtype, and what is added to the sequence length in their rows.
+_ARRAYS = {"tokens": (np.int64, 1), "domain": (np.int64, None), "segments": (np.int32, 1), "loss_mask": (np.bool_, 0)}
+_CONTENT = "content.json"  # names of domains and arrays
+_HELD_ROWS = 1024  # of blocks looked at together
+
+
+def cached_blocks(
+    config: DataConfig, tokenizer_dir: str | Path | None, split: str, blocks: int | None, vocab_size: int | None
+) -> Blocks:
+    """The blocks of a split: from the cache, or made now, by one process at a time.
+
+    Arguments as of :func:`~nemo_minitron.data.blocks.build_blocks`, checked.
+    """
+    tokenizer = load_tokenizer(tokenizer_dir)  # Before the cache: a missing tokenizer is an error at once.
+    folder = _folder(config, Path(str(tokenizer_dir)), split, blocks)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        found = _read(folder)
+        if found is None:
+            packed = [_Packed(source, token_stream(source, config, tokenizer)) for source in config.all_sources()]
+            _make(config, packed, split, blocks, tokenizer.eos_token_id, folder)
+            found = _read(folder)
+    if found is None:
+        raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
+    _check_ids(found, str(tokenizer_dir), vocab_size)
+    return found
+
+
+def _check_ids(found: Blocks, tokenizer_dir: str, vocab_size: int | None) -> None:
+    """Every id has an embedding."""
+    highest, lowest, domain = -1, 0, 0
+    for part in found.tokens.split(_HELD_ROWS):
+        highest, lowest = max(highest, int(part.max())), min(lowest, int(part.min()))
+    if lowest >= 0 and (vocab_size is None or highest < vocab_size):
+        return
+    bad = lowest if lowest < 0 else highest
+    domain = int(found.domain[(found.tokens == bad).any(dim=1)][0])
+    raise DataError(
+        f"source {found.domains[domain]!r} with the tokenizer {tokenizer_dir}: gives the id {bad}, the model's "
+        f"vocabulary only has {vocab_size} entries; use the tokenizer that belongs to the model"
+    )
+
+
+@dataclass
+class _Packed:
+    """A source, its tokens, and how they fill blocks.
+
+    Attributes:
+        tokens: of the split, without regard to blocks.
+        packing: blocks of the split in which a label counts, in the order in which they are taken.
+        dropped: blocks in which none does.
+    """
+
+    source: SourceConfig
+    stream: TokenStream
+    tokens: int = 0
+    packing: Packing | None = None
+    dropped: int = 0
+
+    @property
+    def available(self) -> int:
+        return 0 if self.packing is None else len(self.packing)
+
+    def pack(self, documents: np.ndarray, config: DataConfig, split: str) -> None:
+        """Pack the documents of a split, by their numbers in the source."""
+        size = config.sequence_length + 1
+        lengths = self.stream.table.lengths[documents]
+        self.tokens = int(lengths.sum())
+        # Scores average over all positions of a block, where filling would count.
+        fits = config.packing == "best_fit" and split != "calibration"
+        packing = best_fit(lengths, size) if fits else stream(lengths, size)
+        packing = Packing(documents[packing.document], packing.start, packing.length, packing.first, size)
+        counts = packing.labels() > 0 if config.documents == "mask" else np.ones(len(packing), dtype=bool)
+        if self.stream.answers is not None:
+            counts &= self._learned(packing, masked=config.documents == "mask")
+        kept = np.nonzero(counts)[0]
+        if fits:  # the longest documents come first: whoever takes some blocks is to get all kinds
+            kept = np.random.default_rng([config.seed, len(kept)]).permutation(kept)
+        self.packing, self.dropped = packing.take(kept), len(packing) - len(kept)
+        if self.dropped:
+            logger.warning(
+                "source %r: %d of %d blocks of the %s split hold no label that counts, and are left out",
+                self.source.name, self.dropped, len(packing), split,
+            )  # fmt: skip
+
+    def _learned(self, packing: Packing, *, masked: bool) -> np.ndarray:
+        """``[n]`` bool: blocks with a label that is learned."""
+        found = np.zeros(len(packing), dtype=bool)
+        for block in range(len(packing)):
+            for piece in range(packing.first[block], packing.first[block + 1]):
+                start, length = packing.start[piece], packing.length[piece]
+                learned = self.stream.answers(packing.document[piece], start, start + length)
+                # the first token of a document, or of the block, is no label
+                skip = masked or piece == packing.first[block]
+                found[block] |= bool(learned[int(skip) :].any())
+        return found
+
+    def fill(self, block: int, row: dict[str, np.ndarray], end: int) -> None:
+        """Write a block into the rows of the arrays that there are."""
+        packing = self.packing
+        assert packing is not None
+        at = 0
+        for number, piece in enumerate(range(packing.first[block], packing.first[block + 1])):
+            document, start, length = (int(x[piece]) for x in (packing.document, packing.start, packing.length))
+            row["tokens"][at : at + length] = self.stream.tokens(document, start, start + length)
+            if "segments" in row:
+                row["segments"][at : at + length] = number
+            if "loss_mask" in row and self.stream.answers is not None:
+                learned = self.stream.answers(document, start, start + length)
+                row["loss_mask"][max(at - 1, 0) : at + length - 1] = learned[1 if at == 0 else 0 :]
+            elif "loss_mask" in row:
+                row["loss_mask"][max(at - 1, 0) : at + length - 1] = True
+            at += length
+        row["tokens"][at:] = end
+        if "segments" in row:
+            row["segments"][at:] = FILLING
+        if "loss_mask" in row:
+            row["loss_mask"][max(at - 1, 0) :] = False
+
+
+def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | None, end: int, folder: Path) -> None:
+    import torch
+
+    taken: list[np.ndarray] = []
+    for one in packed:
+        table = one.stream.table
+        new = ~seen_in(table.keys, taken)
+        taken.append(table.keys)
+        numbers = np.nonzero(new)[0]
+        dealt = deal(type(table)(*(column[numbers] for column in table)), config)
+        one.pack(numbers[dealt[split]], config, split)
+        _check_enough(one, config, split)
+    counts = _quotas([one.source.weight for one in packed], [one.available for one in packed], blocks)
+    length = config.sequence_length
+    if blocks is not None and sum(counts) < blocks:
+        raise DataError(
+            f"{blocks} blocks of the {split} split were asked for, the sources hold {sum(counts)} of {length + 1} "
+            "tokens; ask for fewer, add text, or lower sequence_length"
+        )
+    domain = np.repeat(np.arange(len(counts)), counts)
+    place = np.concatenate([np.arange(count) for count in counts])
+    # Not the global generator: the order must not depend on what ran before.
+    order = torch.randperm(len(domain), generator=torch.Generator().manual_seed(config.seed)).numpy()
+
+    wanted = ["tokens", "domain", *(["segments"] if config.documents == "mask" else [])]
+    wanted += ["loss_mask"] if any(one.stream.answers is not None for one in packed) else []
+    for left in folder.parent.glob(f".{folder.name}.partial.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
+    aside.mkdir()
+    try:
+        arrays = {}
+        for name in wanted:
+            dtype, more = _ARRAYS[name]
+            shape = (len(order),) if more is None else (len(order), length + more)
+            arrays[name] = np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
+        arrays["domain"][:] = domain[order]
+        for row, block in enumerate(order):
+            rows = {name: array[row] for name, array in arrays.items() if array.ndim == 2}
+            packed[domain[block]].fill(int(place[block]), rows, end)
+        for array in arrays.values():
+            array.flush()
+        del arrays
+        content = {"domains": [one.source.name for one in packed], "arrays": wanted}
+        (aside / _CONTENT).write_text(json.dumps(content), encoding="utf-8")
+        aside.replace(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if config.packing == "best_fit" and split != "calibration":
+        share = 1 - sum(one.packing.tokens for one in packed if one.packing) / max(
+            1, sum(one.available for one in packed) * (length + 1)
+        )
+        logger.info("%s split: %.1f %% of the blocks is filling", split, 100 * share)
+
+
+def _check_enough(one: _Packed, config: DataConfig, split: str) -> None:
+    """Refuse a source that has no block.
+
+    Raises:
+        DataError: saying what to change.
+    """
+    if one.available:
+        return
+    name, length = one.source.name, config.sequence_length + 1
+    if one.dropped:
+        raise DataError(
+            f"source {name!r}: none of the {one.dropped} blocks of its {split} split holds a label that counts, all "
+            "tokens are masked; raise sequence_length, so that answers and their questions share a block, or check "
+            "the answers"
+        )
+    raise DataError(
+        f"source {name!r}: its {split} split has {one.tokens} tokens, less than one block of "
+        f"sequence_length + 1 = {length}; give it more text"
+        + (f", a larger {split}_fraction" if split != "train" else "")
+        + " or a smaller sequence_length"
+    )
+
+
+def _quotas(weights: list[float], available: list[int], blocks: int | None) -> list[int]:
+    """How many blocks each source gives."""
+    if blocks is None:
+        total = sum(weights)
+        whole = min(has * total / weight for weight, has in zip(weights, available, strict=True))
+        return [max(1, min(has, round(whole * w / total))) for w, has in zip(weights, available, strict=True)]
+    counts = [0] * len(weights)
+    active = list(range(len(weights)))
+    while active and (missing := blocks - sum(counts)):
+        total = sum(weights[i] for i in active)
+        exact = {i: missing * weights[i] / total for i in active}
+        share = {i: math.floor(exact[i]) for i in active}
+        # Largest remainders first; equal ones in the order of the sources.
+        for i in sorted(active, key=lambda i: share[i] - exact[i])[: missing - sum(share.values())]:
+            share[i] += 1
+        asked = {i: counts[i] + share[i] for i in active}
+        for i in active:
+            counts[i] = min(asked[i], available[i])
+        active = [i for i in active if asked[i] <= available[i]]
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def _folder(config: DataConfig, tokenizer_dir: Path, split: str, blocks: int | None) -> Path:
+    """A name that changes with everything that the blocks depend on."""
+    apart = ("sources", "blend", "cache_dir", "workers")
+    settings = {field: value for field, value in asdict(config).items() if field not in apart}
+    origins = [
+        [
+            *(getattr(s, name) for name in ("name", "package", "text_key", "weight", "max_characters", "template")),
+            [getattr(s, origin) is not None for origin in ORIGINS],
+            source_state(s),
+        ]
+        for s in config.all_sources()
+    ]
+    key = [_FORMAT, settings, origins, tokenizer_files_digest(tokenizer_dir), split, blocks]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return Path(config.cache_dir) / "blocks" / f"{split}-{digest}"
+
+
+def _read(folder: Path) -> Blocks | None:
+    """A kept directory; None where there is none, or a damaged one, which is removed."""
+    import torch
+
+    if not folder.is_dir():
+        return None
+    try:
+        content = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
+        # Copy on write: whoever changes a block changes no file.
+        found = {
+            name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))
+            for name in content["arrays"]
+        }
+        return Blocks(domains=tuple(content["domains"]), **found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: is damaged (%s); it is made anew", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None

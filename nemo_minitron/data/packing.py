@@ -1,0 +1,119 @@
+"""How documents of given lengths fill blocks of one length. Arithmetic alone: no token is looked at.
+
+A block is a run of pieces, each a part of one document, in order; what they leave is filling at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Packing", "best_fit", "stream"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which part of which document stands where.
+
+    Attributes:
+        document, start, length: ``[p]`` int64 of each piece: its document, and the tokens ``start`` to
+            ``start + length`` of it; at least one.
+        first: ``[n + 1]`` int64: the pieces of block ``i`` are ``first[i]`` to ``first[i + 1]``.
+        size: tokens of a block.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    first: np.ndarray
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all blocks, without filling."""
+        return int(self.length.sum())
+
+    def labels(self) -> np.ndarray:
+        """``[n]`` int64: labels of a block whose input is of the same document, one fewer than tokens in each piece."""
+        total = np.concatenate([[0], np.cumsum(self.length - 1)])
+        return total[self.first[1:]] - total[self.first[:-1]]
+
+    def take(self, blocks: np.ndarray) -> Packing:
+        """These blocks, in this order."""
+        counts = self.first[blocks + 1] - self.first[blocks]
+        first = np.concatenate([[0], np.cumsum(counts)])
+        pieces = np.repeat(self.first[blocks] - first[:-1], counts) + np.arange(first[-1])
+        return Packing(self.document[pieces], self.start[pieces], self.length[pieces], first, self.size)
+
+
+def stream(lengths: np.ndarray, size: int) -> Packing:
+    """Documents one after the other, cut wherever a block ends. The tail that fills no block is dropped.
+
+    Every other token is in exactly one block, in order; no block has filling.
+
+    Args:
+        lengths: ``[d]`` tokens of each document, above 0.
+        size: tokens of a block.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins = ends - lengths
+    blocks = int(ends[-1]) // size if len(ends) else 0
+    cuts = np.arange(blocks + 1, dtype=np.int64) * size
+    edges = np.union1d(begins, cuts)
+    edges = edges[edges <= blocks * size]
+    start = edges[:-1]
+    document = np.searchsorted(ends, start, side="right")
+    return Packing(
+        document=document.astype(np.int64),
+        start=start - begins[document] if len(start) else start,
+        length=np.diff(edges),
+        first=np.searchsorted(start, cuts) if blocks else np.zeros(1, dtype=np.int64),
+        size=size,
+    )
+
+
+def best_fit(lengths: np.ndarray, size: int) -> Packing:
+    """Documents whole, each into the block that it leaves the least room in, the longest first.
+
+    Best-fit decreasing, as arXiv 2404.10830 (section 3) packs pre-training text: a document is cut only where it is
+    longer than a block, into blocks of its own and a rest that is packed like the others. Every token is in exactly one
+    block. Time ``O(d size / 64)``: the free room of all blocks is one bit set.
+
+    Args:
+        lengths: ``[d]`` tokens of each document, above 0.
+        size: tokens of a block.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    whole = lengths // size
+    cut = np.repeat(np.arange(len(lengths)), whole)
+    nth = np.arange(len(cut)) - np.repeat(np.cumsum(whole) - whole, whole)
+    rest = np.nonzero(lengths % size)[0]
+    rest = rest[np.argsort(-(lengths[rest] % size), kind="stable")]
+    document = np.concatenate([cut, rest])
+    start = np.concatenate([nth * size, whole[rest] * size])
+    length = np.concatenate([np.full(len(cut), size, dtype=np.int64), lengths[rest] % size])
+
+    block = np.arange(len(document))
+    blocks = len(cut)
+    free: list[list[int]] = [[] for _ in range(size)]  # blocks by the room that they have left
+    rooms = 0  # bit r: there is a block with r left
+    for place, needed in enumerate(length[len(cut) :].tolist(), len(cut)):
+        fitting = rooms >> needed
+        if fitting:
+            room = needed + (fitting & -fitting).bit_length() - 1
+            mine = free[room].pop()
+            if not free[room]:
+                rooms ^= 1 << room
+        else:
+            room, mine, blocks = size, blocks, blocks + 1
+        block[place] = mine
+        if room > needed:
+            free[room - needed].append(mine)
+            rooms |= 1 << (room - needed)
+    order = np.argsort(block, kind="stable")
+    first = np.searchsorted(block[order], np.arange(blocks + 1))
+    return Packing(document[order], start[order], length[order], first, size)

@@ -1,0 +1,78 @@
+"""Which document is on which side: train, calibration or held-out."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from nemo_minitron.config import DataConfig
+
+__all__ = ["SPLITS", "DocumentTable", "deal", "order_key", "seen_in"]
+
+SPLITS = ("train", "calibration", "held_out")
+
+
+class DocumentTable(NamedTuple):
+    """What is known of the documents of a source without their tokens.
+
+    Attributes:
+        lengths: ``[d]`` int64, tokens, EOS among them.
+        sizes: ``[d]`` int64, what the shares of the splits are of: characters, or tokens where there is no text.
+        keys: ``[d, 32]`` uint8, :func:`order_key` of each.
+    """
+
+    lengths: np.ndarray
+    sizes: np.ndarray
+    keys: np.ndarray
+
+
+def order_key(seed: int, text: str) -> bytes:
+    """The place of a document in the order that the splits are dealt in, whatever file it stands in."""
+    return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def deal(table: DocumentTable, config: DataConfig) -> dict[str, np.ndarray]:
+    """Deal one source's documents to the splits: their numbers, in order. Every document goes to exactly one.
+
+    A split's share is of the characters, and is overshot by one document at most. A document longer than a whole
+    split's share goes to training, so that few long documents do not upset the shares; a split that would stay
+    empty gets the shortest document of the split that has most.
+    """
+    columns = table.keys.view(">u8")
+    order = np.lexsort(tuple(columns[:, place] for place in (3, 2, 1, 0)))
+    total = int(table.sizes.sum())
+    shares = {"held_out": config.held_out_fraction * total, "calibration": config.calibration_fraction * total}
+    places = np.full(len(order), SPLITS.index("train"))
+    filled = dict.fromkeys(shares, 0)
+    for at, document in enumerate(order):
+        if all(filled[split] >= share for split, share in shares.items()):
+            break
+        size = int(table.sizes[document])
+        for split, share in shares.items():
+            if filled[split] < share and size <= share:
+                places[at] = SPLITS.index(split)
+                filled[split] += size
+                break
+    found = {split: order[places == number] for number, split in enumerate(SPLITS)}
+    for split in (*shares, "train"):
+        donor = max(SPLITS, key=lambda name: len(found[name]))
+        if not len(found[split]) and len(found[donor]) > 1:
+            shortest = int(np.argmin(table.sizes[found[donor]]))
+            found[split] = found[donor][shortest : shortest + 1]
+            found[donor] = np.delete(found[donor], shortest)
+    return found
+
+
+def seen_in(keys: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """``[d]`` bool: documents whose ``[d, 32]`` key is among those of other sources."""
+    found = np.zeros(len(keys), dtype=bool)
+    for other in others:
+        near = np.nonzero(np.isin(keys[:, :8].copy().view("u8")[:, 0], other[:, :8].copy().view("u8")[:, 0]))[0]
+        if len(near):  # nearly always the very same: look at the whole key
+            mine = keys[near].copy().view("u8")[:, 0]
+            rows = np.nonzero(np.isin(other[:, :8].copy().view("u8")[:, 0], mine))[0]
+            known = {other[row].tobytes() for row in rows}
+            found[near] |= np.array([keys[row].tobytes() in known for row in near])
+    return found

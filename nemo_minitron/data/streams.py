@@ -1,0 +1,271 @@
+"""The tokens of each source, made once and kept: ``cache_dir/tokens/<hash>``, memory-mapped.
+
+What is kept does not depend on sequence length, weight, splits or the other sources, so that none of these makes a
+source be tokenised again. A directory holds ``tokens.bin`` (int32, document after document in the source's order),
+``answers.bin`` (of conversations, a byte a token) and ``documents.safetensors`` (lengths, sizes, order). It is written
+aside and renamed; one that is damaged is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from filelock import FileLock
+
+from nemo_minitron.config import DataConfig, SourceConfig
+from nemo_minitron.data import packages, prose
+from nemo_minitron.data.encoding import Encoder, encode_all
+from nemo_minitron.data.indexed import IndexedStream, pair
+from nemo_minitron.data.readers import open_dataset
+from nemo_minitron.data.sources import PACKAGE_TEXTS, dataset_files, iter_documents, source_files
+from nemo_minitron.data.splits import DocumentTable, order_key
+from nemo_minitron.data.tokenizer import tokenizer_files_digest
+from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_minitron.data.chat import Chat
+
+__all__ = ["TokenStream", "source_state", "token_stream"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # of a kept directory; raise it when the same source would give other tokens
+_CHECKED_BYTES = 1 << 30
+"""Checksums are of files up to this size; larger ones are held to their size alone."""
+
+
+class TokenStream(Protocol):
+    """The documents of one source as tokens.
+
+    Attributes:
+        table: lengths, sizes and order of the documents.
+        answers: like ``tokens``, bool: which of them are learned; None where all are.
+    """
+
+    table: DocumentTable
+    answers: Any
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """``[stop - start]`` ids of a document."""
+        ...
+
+
+def token_stream(source: SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    """The tokens of a source: from the cache, or made now, by one process at a time.
+
+    Args:
+        source: of ``config``.
+        config: its seed, cache and workers.
+        tokenizer: as :func:`~nemo_minitron.data.tokenizer.load_tokenizer` gives it.
+
+    Raises:
+        DataError: for a source that cannot be read, or a tokenizer that cannot close documents.
+    """
+    encoder = Encoder.of(tokenizer, template=source.template if source.chat is not None else None)
+    if source.megatron is not None:
+        return IndexedStream(source.megatron, end=encoder.end, seed=config.seed)
+    key = json.dumps(
+        [
+            _FORMAT,
+            source_state(source),
+            source.text_key,
+            source.max_characters,
+            encoder.template,
+            config.seed,
+            tokenizer_files_digest(tokenizer.name_or_path),
+        ]
+    )
+    folder = Path(config.cache_dir) / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        found = _Kept.open(folder)
+        if found is None:
+            _make(source, config, encoder, folder)
+            found = _Kept.open(folder)
+    if found is None:
+        raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
+    return found
+
+
+class _Kept:
+    """A directory of the cache."""
+
+    def __init__(self, table: DocumentTable, tokens: np.ndarray, answers: np.ndarray | None) -> None:
+        self.table = table
+        self._tokens, self._answers = tokens, answers
+        self._begins = np.concatenate([[0], np.cumsum(table.lengths)])
+        self.answers = None if answers is None else self._learned
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """``[stop - start]`` int32."""
+        begin = self._begins[document]
+        return self._tokens[begin + start : begin + stop]
+
+    def _learned(self, document: int, start: int, stop: int) -> np.ndarray:
+        assert self._answers is not None
+        begin = self._begins[document]
+        return self._answers[begin + start : begin + stop].astype(bool)
+
+    @classmethod
+    def open(cls, folder: Path) -> _Kept | None:
+        """None where there is none, or a damaged one, which is removed."""
+        if not folder.is_dir():
+            return None
+        try:
+            return cls._open(folder)
+        except Exception as error:  # safetensors has errors of its own, which are no OSError
+            logger.warning("%s: is damaged (%s); its source is tokenised again", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+
+    @classmethod
+    def _open(cls, folder: Path) -> _Kept:
+        from safetensors import safe_open
+
+        with safe_open(folder / "documents.safetensors", framework="np") as file:
+            sums = json.loads(file.metadata()["checksums"])
+            table = DocumentTable(*(file.get_tensor(name) for name in DocumentTable._fields))
+        found = {}
+        for name, dtype in (("tokens.bin", np.int32), ("answers.bin", np.uint8)):
+            if name in sums:
+                found[name] = np.memmap(folder / name, dtype, "r")
+                if len(found[name]) != int(table.lengths.sum()):
+                    raise ValueError(f"{name} holds {len(found[name])} tokens of {int(table.lengths.sum())}")
+                if found[name].nbytes <= _CHECKED_BYTES and zlib.crc32(found[name]) != sums[name]:  # type: ignore[arg-type]
+                    raise ValueError(f"{name} has another checksum")
+        return cls(table, found["tokens.bin"], found.get("answers.bin"))
+
+
+class _Writer:
+    """A file of numbers and its running checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self.checksum = 0
+
+    def add(self, numbers: np.ndarray) -> None:
+        content = np.ascontiguousarray(numbers).tobytes()
+        self.checksum = zlib.crc32(content, self.checksum)
+        self._file.write(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Path) -> None:
+    """Tokenise a source. The caller holds the lock, so what other processes left aside is theirs no more."""
+    from safetensors.numpy import save_file
+
+    for left in folder.parent.glob(f".{folder.name}.partial.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
+    aside.mkdir()
+    lengths, sizes, keys = [], [], []
+    tokens, answers = _Writer(aside / "tokens.bin"), _Writer(aside / "answers.bin")
+    try:
+        documents = _documents(source, config)
+        with progress_bar(f"tokenising {source.name}", None) as advance:
+            count = 0
+            for (key, size), encoded in encode_all(encoder, documents, config.workers):
+                lengths.append(len(encoded.ids))
+                sizes.append(size)
+                keys.append(key)
+                tokens.add(encoded.ids)
+                if encoded.answers is not None:
+                    answers.add(encoded.answers)
+                count += len(encoded.ids)
+                advance(1, f"{count:,} tokens")
+        for writer in (tokens, answers):
+            writer.close()
+        checksums = {"tokens.bin": tokens.checksum}
+        if encoder.template is not None:
+            checksums["answers.bin"] = answers.checksum
+        else:
+            (aside / "answers.bin").unlink()
+        table = DocumentTable(
+            np.array(lengths, dtype=np.int64),
+            np.array(sizes, dtype=np.int64),
+            np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), 32),
+        )
+        save_file(table._asdict(), aside / "documents.safetensors", metadata={"checksums": json.dumps(checksums)})
+        aside.replace(folder)
+    finally:
+        for writer in (tokens, answers):
+            writer.close()
+        shutil.rmtree(aside, ignore_errors=True)
+    logger.info("source %r: %d documents, %s tokens", source.name, len(lengths), f"{sum(lengths):,}")
+
+
+def _documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[tuple[bytes, int], Any, int]]:
+    """``((order key, size), document, characters)``."""
+    if source.chat is None:
+        for document in iter_documents(source, config.cache_dir):
+            size = len(document.text)
+            yield (order_key(config.seed, document.text), size), document.text, size
+        return
+    seen: set[bytes] = set()
+    characters = 0
+    for chat in _chats(source):
+        text = json.dumps(chat.record())
+        size = sum(len(message.content) for message in chat.messages)
+        if (key := order_key(config.seed, text)) in seen:
+            continue
+        seen.add(key)
+        yield (key, size), chat, size
+        characters += size
+        if source.max_characters is not None and characters >= source.max_characters:
+            break
+
+
+def _chats(source: SourceConfig) -> Iterator[Chat]:
+    from nemo_minitron.data.chat import read_chats
+
+    for path in source_files(source):
+        yield from read_chats(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def source_state(source: SourceConfig) -> object:
+    """What a source's documents depend on, as JSON values.
+
+    Raises:
+        DataError: for files that are not there.
+    """
+    if source.package in packages.PACKAGES:
+        return packages.PACKAGES[source.package].sha256
+    if source.package is not None:
+        if source.package not in PACKAGE_TEXTS:
+            return source.package  # An unknown one: reading it says so.
+        return [prose.RULES, prose.versions(source.package)]
+    if source.megatron is not None:
+        files = list(pair(source.megatron))
+    elif source.dataset is not None:
+        named = dataset_files(source)
+        files = [file for one in named for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
+        if not named:  # on the hub: its fingerprint follows the revision
+            dataset = open_dataset(source.dataset, source.dataset_split, [])
+            return [source.dataset, source.dataset_split, dataset._fingerprint]
+    else:
+        files = source_files(source)
+    digest = hashlib.sha256(json.dumps(source.dataset_split).encode() if source.dataset_split else b"")
+    for path in files:
+        if path.is_file():
+            digest.update(f"{path.suffix}:{path.stat().st_size}:".encode())
+            with path.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()

@@ -226,9 +226,16 @@ class ReinforceConfig(AlignConfig):
                 f"global_batch_size={self.global_batch_size}: does not divide the {answers} answers of a step "
                 "(prompts_per_step * samples_per_prompt)"
             )
-        for name in ("prompts_per_step", "validation_prompts"):
-            if self.parallel.data > 0 and getattr(self, name) % self.parallel.data:
-                found.append(f"{name}={getattr(self, name)}: is not a multiple of parallel.data={self.parallel.data}")
+        if self.parallel.data != 1:
+            found.append(
+                f"parallel.data={self.parallel.data}: NeMo-Aligner's ReinforceTrainer trains every replica on all "
+                "answers of a step; set it to 1"
+            )
+        if self.micro_batch_size > 0 and self.validation_prompts % self.micro_batch_size:
+            found.append(
+                f"validation_prompts={self.validation_prompts}: is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
         if self.max_new_tokens >= self.data.max_length:
             found.append(
                 f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt in "

@@ -1,0 +1,373 @@
+"""REINFORCE with NeMo-Aligner's ``ReinforceTrainer`` and actor; answers come from the Megatron model itself.
+
+Aligner's actor generates by TensorRT-LLM, or by NeMo 1's text generation, which has no batches of prompts of different
+lengths under a cache. Here it generates by :mod:`nemo_minitron.generation`. Loss, baseline and divergence are
+Aligner's: the loss of a token is ``-logprob * (reward - kl_penalty * KL - baseline)``, the KL is the mean over the
+answer of ``|logprob - initial logprob|`` and the baseline of an answer the mean reward of the others to its prompt (arXiv
+2402.14740), answers that did not end left out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from nemo_aligner.algorithms.reinforce import ReinforceTrainer
+from nemo_aligner.data.nlp.builders import build_dataloader
+from nemo_aligner.utils import train_script_utils as script
+from nemo_aligner.utils.batch_iterators import DefaultBatchIterator
+from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.server_utils import FutureResult
+from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
+from torch.utils.data import Dataset
+
+from nemo_minitron.alignment.metrics import FiniteLoss, MetricsLog
+from nemo_minitron.alignment.session import Session, last_checkpoint, open_session
+from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.generation import Answer, Sampling, generate_tokens
+from nemo_minitron.runtime.groups import Groups, ParallelLayout
+from nemo_minitron.runtime.tensorrt_llm import optional
+
+with optional():
+    from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
+
+__all__ = ["Prompt", "ReinforceActor", "Rewards", "Rollouts", "train_reinforce"]
+
+#: From the prompts of a batch and the answers to them, the reward of each. Called on every rank.
+Rewards = Callable[[list[int], list[Answer]], list[float]]
+
+
+class Prompt(NamedTuple):
+    """One prompt.
+
+    Attributes:
+        number: its place in the data, which :data:`Rewards` are told.
+        ids: ``[n]`` tokens, up to where the assistant answers.
+    """
+
+    number: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How answers are made and paid.
+
+    Attributes:
+        sampling: of an answer.
+        ends: ids that end one.
+        vocab_size: true vocabulary.
+        prompts_per_step, samples_per_prompt: of a step.
+        validation_prompts: answered at a validation.
+        kl_penalty: weight of the divergence from the initial policy.
+        batch_size: answers generated at once.
+    """
+
+    sampling: Sampling
+    ends: tuple[int, ...]
+    vocab_size: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    validation_prompts: int
+    kl_penalty: float
+    batch_size: int
+
+    def settings(self, schedule: Schedule) -> dict[str, Any]:
+        """Aligner's ``model.reinforce``. It reads lengths and sampling, and this actor passes them over."""
+        return {
+            "length_params": {"max_length": self.sampling.max_new_tokens, "min_length": 1},
+            "sampling_params": {"end_strings": []},
+            "forward_micro_batch_size": schedule.micro_batch_size,
+            "offload_adam_states": False,
+        }
+
+
+class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignore[misc]
+    """Aligner's actor; :meth:`prepare` it before it answers."""
+
+    def prepare(self, rollouts: Rollouts, groups: Groups) -> None:
+        """Tell how answers are made.
+
+        Args:
+            rollouts: of the training.
+            groups: of this rank.
+        """
+        self._rollouts = rollouts
+        # Aligner switches sequence parallelism off while the model answers.
+        self._groups = replace(groups, layout=replace(groups.layout, sequence_parallel=False))
+        self._request = 0
+        self.answers: list[Answer] = []
+
+    def start_at(self, request: int) -> None:
+        """Number of the next answer's draws: those of a step depend on the step alone, also after a resume."""
+        self._request = request
+
+    @torch.no_grad()
+    def infer(self, inference_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Answer prompts.
+
+        Args:
+            inference_batch: ``text`` ``[b, s]``, filled up at the end, and ``length``, ``number`` ``[b]``.
+
+        Returns:
+            ``response_tokens`` ``[b, s]``: prompt, answer, filling; ``response_lengths`` (of both), ``prompt_lengths``,
+            ``number`` and ``is_end`` (the answer ended by itself) ``[b]``.
+        """
+        rollouts, lengths = self._rollouts, inference_batch["length"].tolist()
+        rows = [row[:length] for row, length in zip(inference_batch["text"].tolist(), lengths, strict=True)]
+        requests = range(self._request, self._request + len(rows))
+        self._request += len(rows)
+        self.answers = generate_tokens(
+            list(self.get_model_module_list()),
+            self._groups,
+            rows,
+            sampling=rollouts.sampling,
+            ends=rollouts.ends,
+            vocab_size=rollouts.vocab_size,
+            requests=requests,
+            batch_size=rollouts.batch_size,
+        )
+        texts = [row + answer.tokens for row, answer in zip(rows, self.answers, strict=True)]
+        device = next(self.parameters()).device
+        tokens = torch.full((len(texts), max(map(len, texts))), int(self.tokenizer.eos_id), device=device)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text)] = torch.tensor(text, device=device)
+        return {
+            "response_tokens": tokens,
+            "response_lengths": torch.tensor([len(text) for text in texts], device=device),
+            "prompt_lengths": inference_batch["length"].to(device),
+            "number": inference_batch["number"].to(device),
+            "is_end": torch.tensor([answer.finish == "stop" for answer in self.answers], device=device),
+        }
+
+
+class _Trainer(ReinforceTrainer):  # type: ignore[misc]
+    """Aligner's, which tells its actor from which draw on a step or a validation answers."""
+
+    def _run_inference(self, dataloader_builder: Any, consumed_samples: int, is_validation: bool) -> Any:
+        rollouts = self.model._rollouts
+        per_step = rollouts.prompts_per_step * rollouts.samples_per_prompt
+        # Validations have the same draws each time, beyond those of any step.
+        self.model.start_at(2**40 if is_validation else self.step * per_step)
+        return super()._run_inference(dataloader_builder, consumed_samples, is_validation)
+
+
+class _Prompts(Dataset[Prompt]):
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+
+def _collate(batch: list[Prompt], *, width: int) -> dict[str, torch.Tensor]:
+    """Of one width: Aligner tells the answers to one prompt by their rows, which it pads anew."""
+    text = torch.zeros(len(batch), width, dtype=torch.int64)
+    for row, prompt in enumerate(batch):
+        text[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+    numbers = torch.tensor([prompt.number for prompt in batch])
+    return {"text": text, "length": torch.tensor([len(prompt.ids) for prompt in batch]), "number": numbers}
+
+
+class _Given(FutureResult):  # type: ignore[misc]
+    def __init__(self, rewards: torch.Tensor) -> None:
+        self.rewards = rewards
+
+    def result(self) -> torch.Tensor:
+        return self.rewards
+
+
+class _Rewarding:
+    """What Aligner's trainer takes for a client of a reward model's server."""
+
+    def __init__(self, model: ReinforceActor, rewards: Rewards) -> None:
+        self.model, self.rewards = model, rewards
+
+    def infer_rm(self, rollout_batch: dict[str, torch.Tensor]) -> _Given:
+        """Rewards ``[b, 1]`` of the answers that the actor gave last."""
+        numbers = rollout_batch["number"].tolist()
+        values = self.rewards(numbers, self.model.answers)
+        return _Given(torch.tensor(values, device=rollout_batch["number"].device)[:, None])
+
+
+class _Log:
+    """Aligner's several lines of a step as one line of ours."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self.log = log
+        self.step: dict[str, float] = {}
+        self.losses: list[float] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int, prefix: str) -> None:
+        """Gather what a step tells; its timers come last."""
+        if prefix == "train_rollouts/":
+            self.step = {_NAMES.get(name, name): float(value) for name, value in metrics.items()}
+            self.losses = []
+        elif prefix == "train_optim/":
+            self.losses.append(float(metrics["loss"]))
+            self.step["lr"] = float(metrics["lr"])
+        elif prefix == "timers/":
+            seconds = {f"{name}_seconds": float(metrics[name]) for name in ("rollout_time", "train_time")}
+            self.step["loss"] = sum(self.losses) / len(self.losses)
+            self.log.log_metrics({**self.step, **seconds}, step, "train/")
+        elif prefix == "val_rollouts/":
+            self.log.log_metrics({_NAMES.get(name, name): value for name, value in metrics.items()}, step, "val/")
+
+    def log_table(self, key: str, dataframe: Any, step: int) -> None:
+        """Samples of answers: left to a stage's own generations."""
+
+    def finalize(self) -> None:
+        """The last step is done."""
+
+
+_NAMES = {"rewards": "reward", "init_policy_kl": "kl", "fraction_of_samples_properly_ended": "ended"}
+
+
+def train_reinforce(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    rewards: Rewards,
+    rollouts: Rollouts,
+    *,
+    layout: ParallelLayout,
+    schedule: Schedule,
+    directory: Path,
+    max_length: int,
+    resume: bool = True,
+    prepare: Callable[[Groups], None] | None = None,
+) -> Path:
+    """Train. Every rank calls it, with the same prompts.
+
+    ``metrics.jsonl`` has of each step ``reward``, ``rewards_with_kl``, ``kl``, ``ended`` (share of the answers),
+    ``generation_length``, ``loss`` and ``lr``.
+
+    Args:
+        checkpoint: the policy to start from, which is also the one that the divergence is measured from. Its weights
+            stay on the CPU beside those that are trained.
+        prompts, held_out: prompts; the first ``validation_prompts`` of the second are answered at validations.
+        rewards: of answers.
+        rollouts: how answers are made.
+        layout: of the model; data-parallel size 1 (Aligner's trainer gives each replica all the answers of a step).
+        schedule: hyper-parameters; ``steps`` are those of answering, each of which takes ``prompts_per_step *
+            samples_per_prompt / global_batch_size`` steps of the optimizer. ``epochs`` is not used.
+        directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+        max_length: of prompt and answer, in tokens.
+        resume: go on from the last checkpoint in ``directory``.
+        prepare: called once the process groups are there, before anything is answered.
+
+    Returns:
+        The last training checkpoint.
+
+    Raises:
+        MinitronError: see :func:`~nemo_minitron.alignment.session.open_session`.
+    """
+    per_step = rollouts.prompts_per_step * rollouts.samples_per_prompt
+    steps = schedule.steps or max(1, len(prompts) // rollouts.prompts_per_step)
+    updates = steps * per_step // schedule.global_batch_size
+    session = open_session(
+        ReinforceActor,
+        checkpoint,
+        layout=layout,
+        schedule=replace(schedule, steps=updates),
+        kind="reinforce",
+        directory=directory,
+        samples=max(len(prompts), schedule.global_batch_size),
+        held_out=schedule.global_batch_size,  # its validations have batches of their own
+        max_length=max_length,
+        resume=resume,
+        model={"reinforce": rollouts.settings(schedule)},
+    )
+    session.model.prepare(rollouts, session.groups)
+    session.model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(session.model, megatron_amp_O2=False)
+    if prepare is not None:
+        prepare(session.groups)
+    width = max(len(prompt.ids) for prompt in (*prompts, *held_out))
+    collate = partial(_collate, width=width)
+    own = session.config.trainer.reinforce
+    own.update(
+        {
+            "max_steps": steps,
+            "max_epochs": math.ceil(steps / (len(prompts) // rollouts.prompts_per_step)),
+            "initial_policy_kl_penalty": rollouts.kl_penalty,
+            "use_absolute_kl": True,
+            "rollout_batch_seq_length": None,
+            "num_rollouts_per_prompt": rollouts.samples_per_prompt,
+            "model_gbs": schedule.global_batch_size,
+        }
+    )
+    loaders = [
+        partial(
+            build_dataloader,
+            cfg=session.config,
+            dataset=_Prompts(part),
+            mbs=count,
+            gbs=count,
+            collate_fn=collate,
+            load_gbs=False,
+            use_random_sampler=training,
+        )
+        for part, count, training in (
+            (prompts, rollouts.prompts_per_step, True),
+            (held_out[: rollouts.validation_prompts], rollouts.validation_prompts, False),
+        )
+    ]
+    _fit(session, loaders, collate, rewards, steps=steps, updates=updates, schedule=schedule)
+    return last_checkpoint(directory)
+
+
+def _fit(
+    session: Session,
+    loaders: list[Any],
+    collate: Any,
+    rewards: Rewards,
+    *,
+    steps: int,
+    updates: int,
+    schedule: Schedule,
+) -> None:
+    from nemo_minitron.alignment.session import _days_hours_minutes_seconds
+
+    optimizer, scheduler = session.start(loaders[0](consumed_samples=0))
+    log = MetricsLog(
+        session.directory,
+        label="REINFORCE",
+        steps=steps,
+        done=session.state["step"] if session.state else 0,
+        writes=session.groups.is_main,
+    )
+    trainer = _Trainer(
+        cfg=session.config.trainer.reinforce,
+        model=session.model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_dataloader_builder=loaders[0],
+        val_dataloader_builder=loaders[1],
+        collate_fn=collate,
+        rm=_Rewarding(session.model, rewards),
+        batch_iterator_cls=DefaultBatchIterator,
+        logger=_Log(log),
+        ckpt_callback=script.add_custom_checkpoint_callback(session.trainer, session.model),
+        run_timer=Timer(_days_hours_minutes_seconds(schedule.max_minutes) if schedule.max_minutes else None),
+    )
+    if session.state is not None:
+        # Aligner's scripts read its numbers from the checkpoint's name, which has three of the four.
+        done = session.state["step"] * (updates // steps)
+        trainer.load_state_dict({**session.state, "reinforce_optimization_step": done})
+    try:
+        if session.state is None:  # what the initial policy gets
+            metrics = trainer.run_validation()
+            metrics.pop("table")
+            trainer.logger.log_metrics(metrics, 0, "val_rollouts/")
+        trainer.fit()
+    finally:
+        log.close()

@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch import Trainer
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
-from nemo.utils.exp_manager import exp_manager
 from nemo_aligner.data.nlp.builders import build_dataloader
 from nemo_aligner.utils import train_script_utils as script
 from nemo_aligner.utils.distributed import Timer
@@ -193,14 +192,12 @@ def open_session(
         samples=samples,
         held_out=held_out,
         max_length=max_length,
-        directory=directory,
-        resume=resume,
         model=model or {},
     )
     _clear(directory / "checkpoints", everything=not resume)
     destroy_num_microbatches_calculator()  # of an earlier session of this process
     trainer = script.resolve_and_create_trainer(config, kind)
-    exp_manager(trainer, config.exp_manager)
+    _add_checkpoints(trainer, directory / "checkpoints")
     made = model_class(config.model, trainer)
     state = script.retrieve_custom_trainer_state_dict(trainer)
     script.init_distributed(trainer, made, config.model.transformer_engine)
@@ -210,6 +207,36 @@ def open_session(
     if state is not None:
         logger.info("goes on after step %d of %d", state["step"], steps)
     return Session(made, trainer, config, kind, groups, state, steps, directory)
+
+
+class _Checkpoints(NeMoModelCheckpoint):
+    """NeMo's callback, of which Aligner's trainers use the saving alone."""
+
+    CHECKPOINT_NAME_LAST = "step={step}-last"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            dirpath=str(directory),
+            filename="step={step}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            save_top_k=0,  # the last one alone: it holds the optimizer too
+            save_last=True,
+            save_nemo_on_train_end=False,
+            save_best_model=False,
+        )
+
+
+def _add_checkpoints(trainer: Trainer, directory: Path) -> None:
+    """Save into ``directory``, and go on from what is there.
+
+    NeMo's ``exp_manager`` would do that too, and on a resume move all other files of the output away.
+    """
+    callback = _Checkpoints(directory)
+    found = sorted(directory.glob("*-last"), key=_steps_of)
+    if found:
+        trainer.ckpt_path = callback.last_model_path = str(found[-1])
+    trainer.callbacks.append(callback)
 
 
 def fill(model: Any, checkpoint: Checkpoint, groups: Groups, *, skip: Sequence[str] = ()) -> None:
@@ -247,8 +274,8 @@ def _mask_padding(model: Any, vocab_size: int, groups: Groups) -> None:
 def _clear(checkpoints: Path, *, everything: bool) -> None:
     """Remove what a killed run left half-written (NeMo marks it) and did not come to remove, or all of it.
 
-    NeMo saves a checkpoint and then removes the one before; if it finds two, it resumes none. Every rank looks, and
-    whichever comes first removes: nothing else touches the directory before training starts.
+    NeMo saves a checkpoint and then removes the one before. Every rank looks, and whichever comes first removes:
+    nothing else touches the directory before training starts.
     """
     if everything:
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
@@ -132,8 +131,6 @@ def aligner_settings(
     samples: int,
     held_out: int,
     max_length: int,
-    directory: Path,
-    resume: bool,
     model: dict[str, Any],
 ) -> DictConfig:
     """What Aligner's scripts read from Hydra: ``trainer``, ``exp_manager`` and ``model``.
@@ -146,8 +143,6 @@ def aligner_settings(
         steps: optimizer steps in all.
         samples, held_out: of training and validation data.
         max_length: of a sample, in tokens.
-        directory: gets ``checkpoints/`` and NeMo's logs.
-        resume: go on from the last checkpoint there.
         model: what an algorithm adds to the model's settings.
 
     Raises:
@@ -234,21 +229,9 @@ def aligner_settings(
                 kind: own,
             },
             "exp_manager": {
-                "explicit_log_dir": str(directory),
-                "create_tensorboard_logger": False,
-                "create_checkpoint_callback": True,
-                "resume_if_exists": resume,
-                "resume_ignore_no_checkpoint": True,
+                "create_checkpoint_callback": False,
                 "log_tflops_per_sec_per_gpu": False,
-                "checkpoint_callback_params": {
-                    "monitor": "step",  # of what Aligner's trainers tell; the latest is the best
-                    "mode": "max",
-                    "save_top_k": 0,
-                    "save_last": True,
-                    "save_nemo_on_train_end": False,
-                    "save_best_model": False,
-                    "filename": kind + "--{step}-{consumed_samples}-{epoch}",
-                },
+                "checkpoint_callback_params": {"async_save": False},
             },
             "model": settings,
         }

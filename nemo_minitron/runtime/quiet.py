@@ -90,6 +90,18 @@ WARNINGS: tuple[KnownWarning, ...] = (
         r"torch\.utils\.data",
         "NeMo-Aligner always asks for pinned memory",
     ),
+    KnownWarning(
+        r"The `srun` command is available on your system but is not used",
+        UserWarning,
+        r"lightning\.fabric\.plugins\.environments\.slurm",
+        "the processes are torchrun's",
+    ),
+    KnownWarning(
+        r"The lr scheduler dict contains the key\(s\) \['monitor', 'reduce_on_plateau'\]",
+        UserWarning,
+        r"lightning\.pytorch\.core\.optimizer",
+        "NeMo-Aligner steps the scheduler by hand",
+    ),
 )
 
 RECORDS: tuple[KnownRecord, ...] = (
@@ -105,6 +117,11 @@ RECORDS: tuple[KnownRecord, ...] = (
         "NeMo 1 says so of each of the fifty newer fields of Megatron's configuration",
     ),
     KnownRecord(
+        "nemo_logger",
+        r"`<class '[\w.]*MegatronPretrainingRandomBatchSampler'>` is experimental",
+        "NeMo-Aligner's sampler of every training",
+    ),
+    KnownRecord(
         "megatron.core.optimizer.distrib_optimizer",
         r"DistributedOptimizer\.sharded_state_dict parameter `sharding_type` is deprecated",
         "NeMo's way to call it",
@@ -118,7 +135,12 @@ RECORDS: tuple[KnownRecord, ...] = (
 )
 
 #: Loggers that set their level to INFO while they are imported.
-CHATTY = ("nemo_logger",)
+CHATTY = (
+    "nemo_logger",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
+    "pytorch_lightning.utilities.rank_zero",
+)
 
 
 class _Known(logging.Filter):

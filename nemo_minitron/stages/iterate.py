@@ -84,7 +84,12 @@ def run(config: IterateConfig) -> dict[str, Any]:
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.shape
     blocks = build_blocks(
-        config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
+        config.data,
+        checkpoint.tokenizer,
+        "calibration",
+        blocks=config.samples,
+        vocab_size=shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
     )
     shapes = _shapes(config, shape)
     journal = _Rounds(_rounds_folder(config), _subject(config, fingerprint(checkpoint), blocks, shapes), groups)

@@ -108,7 +108,12 @@ def _by_passes(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores
     groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
     shape = checkpoint.shape
     blocks = build_blocks(
-        config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=shape.vocab_size
+        config.data,
+        checkpoint.tokenizer,
+        "calibration",
+        blocks=config.samples,
+        vocab_size=shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
     )
     chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
     load_into(chunks, checkpoint, groups)

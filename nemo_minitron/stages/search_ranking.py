@@ -87,7 +87,12 @@ def run(config: SearchConfig) -> dict[str, Any]:
     groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
     checkpoint = open_checkpoint(config.model)
     blocks = build_blocks(
-        config.data, checkpoint.tokenizer, "calibration", blocks=config.samples, vocab_size=checkpoint.shape.vocab_size
+        config.data,
+        checkpoint.tokenizer,
+        "calibration",
+        blocks=config.samples,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
     )
     # The leader has read and checked the journal; here it is only added to.
     journal = Journal(Path(config.output) / "candidates.jsonl", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.distillation.training import Schedule, Trained
+    from nemo_minitron.data import Blocks
+    from nemo_minitron.distillation.outputs import Trained
+    from nemo_minitron.distillation.training import Schedule
 
-__all__ = ["plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
+__all__ = ["is_main", "plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
 
 
 def plan_training(
@@ -87,29 +88,29 @@ def schedule_of(config: TrainingConfig) -> Schedule:
     return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
 
 
-def training_blocks(config: TrainingConfig, reader: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation blocks; one rank of a machine prepares them, the others find them in the cache.
+def training_blocks(config: TrainingConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
+    """Training and validation blocks; one rank prepares them, the others find them in the cache.
 
     Args:
         config: of the stage.
         reader: the model whose tokenizer and vocabulary count.
     """
-    from filelock import FileLock
-
     from nemo_minitron.data import build_blocks
 
     wanted = {
         "train": config.steps * config.global_batch_size,
         "held_out": config.validation_batches * config.global_batch_size,
     }
-    cache = Path(config.data.cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".distill.lock"):
-        train, validation = (
-            build_blocks(config.data, reader.tokenizer, split, blocks=blocks, vocab_size=reader.shape.vocab_size)
-            for split, blocks in wanted.items()
-        )
+    train, validation = (
+        build_blocks(config.data, reader.tokenizer, split, blocks=blocks, vocab_size=reader.shape.vocab_size)
+        for split, blocks in wanted.items()
+    )
     return train, validation
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes; also where there was nothing left to train, and no group was made."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, lineage: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_minitron.data.packing import Packing, best_fit, stream
@@ -23,6 +23,7 @@ def tokens(packing: Packing) -> list[tuple[int, int]]:
     return [(d, place) for block in pieces(packing) for d, start, n in block for place in range(start, start + n)]
 
 
+@settings(deadline=None)
 @given(LENGTHS, SIZES)
 def test_stream_keeps_all_but_the_tail_in_order(lengths: np.ndarray, size: int) -> None:
     packing = stream(lengths, size)
@@ -32,6 +33,7 @@ def test_stream_keeps_all_but_the_tail_in_order(lengths: np.ndarray, size: int) 
     assert len(packing) == len(everything) // size
 
 
+@settings(deadline=None)
 @given(LENGTHS, SIZES)
 def test_best_fit_keeps_everything_and_cuts_no_document_without_need(lengths: np.ndarray, size: int) -> None:
     packing = best_fit(lengths, size)
@@ -46,6 +48,7 @@ def test_best_fit_keeps_everything_and_cuts_no_document_without_need(lengths: np
     assert len(filled) < 2 or filled[0] + filled[1] > size
 
 
+@settings(deadline=None)
 @given(LENGTHS, SIZES, st.randoms(use_true_random=False))
 def test_labels_and_choices_of_blocks(lengths: np.ndarray, size: int, random: object) -> None:
     for packing in (stream(lengths, size), best_fit(lengths, size)):

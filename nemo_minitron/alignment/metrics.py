@@ -56,6 +56,7 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, *, label: str, steps: int, done: int, writes: bool) -> None:
+        self.directory = directory
         self._stack = ExitStack()
         self._file: IO[str] | None = None
         self._board: TensorBoardLogger | None = None

@@ -6,6 +6,7 @@ Answers before NeMo, which takes ten seconds, is imported.
 from __future__ import annotations
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.tokenizer import check_same_tokenizer
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -24,7 +25,7 @@ def check_pair(
     own.
 
     Raises:
-        CheckpointError: if their vocabularies differ.
+        CheckpointError: if their vocabularies or tokenizers differ.
         DataError: if the sequences are longer than either model's context.
         ShapeError: if the layout cannot split either.
     """
@@ -34,6 +35,7 @@ def check_pair(
             f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one "
             "tokenizer"
         )
+    check_same_tokenizer({"student": student.tokenizer, "teacher": teacher.tokenizer})
     _check({"student": (student, layout), "teacher": (teacher, teacher_layout or layout)}, sequence_length)
 
 

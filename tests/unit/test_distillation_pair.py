@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +75,41 @@ def test_a_model_by_itself_is_checked_in_the_same_way() -> None:
         check_model(model("m"), ParallelLayout(pipeline=7), 8)
     with pytest.raises(ShapeError, match=r"set parallel\.sequence_parallel=true"):
         check_model(model("m", num_moe_experts=4), ParallelLayout(tensor=2), 8)
+
+
+def test_tokenizers_must_agree(tmp_path: Path) -> None:
+    """Of one size, and yet other tokens; written in another way, and yet the same."""
+    content = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "ba": 3}, "merges": ["a b", "b a"]},
+        "added_tokens": [{"id": 4, "content": "<eos>", "special": True}, {"id": 5, "content": "<pad>"}],
+    }
+    config = {"eos_token": "<eos>", "pad_token": "<pad>"}
+
+    def written(name: str, change: Any = None, **options: Any) -> Path:
+        changed = copy.deepcopy(content)
+        if change is not None:
+            change(changed)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(changed))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config | options))
+        return tmp_path / name
+
+    def pair(other: Path) -> None:
+        student = dataclasses.replace(model("s"), tokenizer=written(other.name + "-student"))
+        check_pair(student, dataclasses.replace(model("t"), tokenizer=other), ParallelLayout(), 8)
+
+    pair(written("same"))
+    pair(written("newer", lambda x: x["model"].update(merges=[["a", "b"], ["b", "a"]])))
+    pair(written("fills otherwise", pad_token="<eos>"))
+    check_pair(dataclasses.replace(model("s"), tokenizer=written("alone")), model("t"), ParallelLayout(), 8)
+    swapped = written("swapped", lambda x: x["model"]["vocab"].update(ab=3, ba=2))
+    with pytest.raises(CheckpointError, match=r"2 tokens differ \('ab' has id 2 and id 3\).*do not mean the same"):
+        pair(swapped)
+    with pytest.raises(
+        CheckpointError, match=r"student \(.*\) and teacher \(.*merges differ \('a b' has order 0 and order 1"
+    ):
+        pair(written("order", lambda x: x["model"].update(merges=["b a", "a b"])))
+    with pytest.raises(CheckpointError, match=r"special tokens differ \('eos_token_id' has id 4 and id 5\)"):
+        pair(written("ends", eos_token="<pad>"))
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        pair(written("damaged", lambda x: x.pop("model")))

@@ -97,6 +97,8 @@ def run(config: CacheConfig) -> dict[str, Any]:
     check_model(checkpoint, layout, config.data.sequence_length)
     manifest = _manifest(config, checkpoint)
     groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    _check_output(config, manifest)
+    torch.distributed.barrier()
     if groups.is_main:
         _prepare(config, manifest)
     cache = open_for_writing(Path(config.output), is_main=groups.is_main)
@@ -149,8 +151,8 @@ def _manifest(config: CacheConfig, teacher: Checkpoint) -> Manifest:
     )
 
 
-def _prepare(config: CacheConfig, manifest: Manifest) -> None:
-    """Clear away what may be replaced, and refuse what may not.
+def _check_output(config: CacheConfig, manifest: Manifest) -> None:
+    """Whether the output may be written to, or added to.
 
     Raises:
         ConfigError: for an output that holds a cache of something else, or anything but a cache.
@@ -160,17 +162,27 @@ def _prepare(config: CacheConfig, manifest: Manifest) -> None:
     output = Path(config.output)
     if config.overwrite:
         check_output(output, True)
-        shutil.rmtree(output, ignore_errors=True)
+        return
     found = Manifest.read(output)
     if found is None:
         check_output(output, False)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / MARKER).touch()
-        manifest.write(output)
-    elif differences := manifest.differences(found):
+    elif differences := found.differences(manifest):
         raise ConfigError(
-            [f"{output} holds a cache with {difference}" for difference in found.differences(manifest)]
-            + [f"{len(differences)} settings differ: give another output, or --overwrite"]
+            [f"{output} holds a cache with {difference}" for difference in differences]
+            + ["write this one to another output, or replace it with --overwrite"]
         )
     elif not config.resume:
         raise ConfigError(f"{output} exists and resume=false; set resume=true to add to it, or --overwrite")
+
+
+def _prepare(config: CacheConfig, manifest: Manifest) -> None:
+    """Remove what is to be overwritten; make the directory of a cache that is not there yet. One rank calls it."""
+    from nemo_minitron.distillation.cache import MANIFEST
+
+    output = Path(config.output)
+    if config.overwrite:
+        shutil.rmtree(output, ignore_errors=True)
+    if not (output / MANIFEST).is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / MARKER).touch()
+        manifest.write(output)

@@ -119,7 +119,7 @@ def test_a_cache_of_something_else_is_refused(made: tuple[CacheConfig, list[dict
              "teacher_parallel": ParallelConfig(tensor=2)},
             "makes 2 ranks of the 1",
         ),
-        ({"teacher_cache": None, "teacher": "t", "teacher_parallel": ParallelConfig(tensor=2)}, "leave out teacher_par"),
+        ({"teacher_cache": None, "teacher": "t", "teacher_parallel": ParallelConfig(tensor=2)}, "leave out teacher"),
         (
             {"teacher_cache": None, "teacher": "t", "teacher_placement": "own_ranks",
              "teacher_parallel": ParallelConfig(pipeline=2, virtual_pipeline=2)},

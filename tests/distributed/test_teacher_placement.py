@@ -37,7 +37,8 @@ def train(
     from nemo_minitron.runtime.groups import initialize
 
     destroy_num_microbatches_calculator()
-    initialize(layout)
+    if placed.get("kind") != "own_ranks":
+        initialize(layout)
     distill(
         open_checkpoint(Path(models) / "student"),
         None if teacher is None else open_checkpoint(Path(models) / teacher),
@@ -135,6 +136,19 @@ def placements_case(models: str, out: str) -> None:
         )
 
 
+def own_ranks_case(models: str, out: str) -> int:
+    """On four ranks: two of the student, then two of the teacher; returns the steps that this rank has served."""
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.distillation.teacher_ranks import becomes_teacher, serve_teacher
+
+    student, teacher = layouts()["tp"], layouts()["pp"]
+    if not becomes_teacher(student, teacher):
+        train(models, Path(out) / "tp on ranks", student, kind="own_ranks", layout=teacher)
+        return 0
+    checkpoint = open_checkpoint(Path(models) / "teacher")
+    return serve_teacher(checkpoint, student, teacher, dtype=torch.float32, timeout_minutes=5)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -149,12 +163,24 @@ def curve(directory: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in ("kl", "lm_loss", "grad_norm") if key in line} for line in lines]
 
 
+def assert_same(run: Path, expected: Path, **tolerance: float) -> None:
+    """KL and gradient norm of every step, KL and language-model loss of every validation."""
+    found, reference = curve(run), curve(expected)
+    assert len(found) == len(reference) == STEPS + 2
+    for ours, theirs in zip(found, reference, strict=True):
+        assert ours == pytest.approx(theirs, **tolerance), run.name
+
+
 @pytest.mark.slow
 def test_every_placement_gives_the_same_training(models: Path, tmp_path: Path) -> None:
-    run_distributed(placements_case, 2, tmp_path, timeout=300, models=str(models), out=str(tmp_path / "runs"))
-    for run in sorted((tmp_path / "runs").glob("* on *")):
-        expected = curve(run.with_name(run.name.split()[0]))
-        found = curve(run)
-        assert len(found) == len(expected) == STEPS + 2
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5), run.name
+    """Against a teacher in the student's ranks and layout; caches within the rounding of what they keep."""
+    runs = tmp_path / "runs"
+    run_distributed(placements_case, 2, tmp_path, timeout=280, models=str(models), out=str(runs))
+    for run in ("tp on pp", "pp on tp", "dp on tp", "sp on dp"):
+        assert_same(runs / run, runs / run.split()[0], rel=1e-5)
+    assert_same(runs / "pp from all", runs / "pp", rel=1e-5)
+    assert_same(runs / "tp from all bf16", runs / "tp", rel=2e-3)
+    assert_same(runs / "tp, top from top", runs / "tp, top", rel=1e-5)
+    assert_same(runs / "tp, top from top int8", runs / "tp, top", rel=1e-2)
+    run_distributed(own_ranks_case, 4, tmp_path, timeout=280, models=str(models), out=str(runs))
+    assert_same(runs / "tp on ranks", runs / "tp", rel=1e-5)

@@ -17,15 +17,16 @@ to a multiple of ``128 t``):
 
 Numbers kept for a token and layer, with Megatron's plain layers (``fused=False``), as counted from torch's saved
 tensors: each RMSNorm ``3H + 1`` (input, normalised, output) or LayerNorm ``2H + 2``; attention ``(4A/t)d + (A/t)s``
-(query, keys and values repeated for each head, probabilities, output) and the rotary tables; a gated MLP ``4F/t``, one
-without a gate ``2F/t``; an expert's token ``H + 5F/t`` and ``H + 3F/t``. With fused kernels (Transformer Engine and
-flash attention) a norm keeps ``2H``, attention ``(2A + 2G)d/t`` without probabilities, a gated MLP ``3F/t``; this form
-follows the same count and Korthikanti et al. (arXiv 2205.05198), and was not measured. Sequence parallelism divides the
-norms' share by ``t``.
+(query, keys and values repeated for each head, probabilities, output; in bf16 the probabilities in fp32 besides) and
+the rotary tables; a gated MLP ``4F/t``, one without a gate ``2F/t``; an expert's token ``H + 5F/t`` and ``H + 3F/t``.
+With fused kernels (Transformer Engine and flash attention) a norm keeps ``2H``, a gated MLP ``3F/t``, attention
+``(3A + 3G)d/t`` without probabilities: query, key, output, and the matrix of all three that the values are a view of.
+This form follows the same count and Korthikanti et al. (arXiv 2205.05198), and was not measured. Sequence parallelism
+divides the norms' share by ``t``.
 
 Recomputation, as Megatron's ``recompute_granularity``: "selective" computes the core of the attention again, so the
-plain layers keep ``(2A + 2G)d/t`` of it as the fused ones always do (which gain nothing); "full" keeps a layer's input
-``H`` alone, and one layer at a time is whole.
+plain layers keep ``(3A + 3G)d/t`` of it, as the fused ones always do (which gain nothing), and one layer's core at a
+time is whole; "full" keeps a layer's input ``H`` alone, and one layer at a time is whole.
 
 The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
 dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers.
@@ -227,6 +228,9 @@ class MemoryCost:
         kept = layers / count * under_way * (sizes.hidden_size / split if full else layer)
         if full and layers:
             kept += layer - sizes.hidden_size / split
+        if work.recompute == "selective" and layers and not work.fused:
+            heads = sizes.num_attention_heads / work.tensor
+            kept += heads * (2 * self.shape.head_dim + self._probabilities())
         kept *= work.bytes
         if stage == work.pipeline - 1:
             logits = padded_vocabulary(self.shape.vocab_size, work.tensor) / work.tensor
@@ -246,17 +250,22 @@ class MemoryCost:
             return (2 * sizes.hidden_size + 2) / split
         return (3 * sizes.hidden_size + 1) / split
 
+    def _probabilities(self) -> float:
+        """Numbers that a head keeps of a token's attention to all others: in bf16 the softmax works in fp32."""
+        return self.work.sequence_length * (1 if self.work.bytes == 4 else 3)
+
     def _layer(self, sizes: SizesLike) -> float:
         """Numbers that a layer keeps for a token."""
         work, d = self.work, self.shape.head_dim
         heads, groups = sizes.num_attention_heads / work.tensor, sizes.num_query_groups / work.tensor
-        if work.fused or work.recompute == "selective":
-            attention = (2 * heads + 2 * groups) * d
+        whole = work.fused or work.recompute == "selective"  # the matrix of queries, keys and values stays
+        if whole:
+            attention = (3 * heads + 3 * groups) * d
         else:
-            attention = 4 * heads * d + heads * work.sequence_length + 4 * self.rotary / work.batch_size
+            attention = 4 * heads * d + heads * self._probabilities() + 4 * self.rotary / work.batch_size
         if self.table.qk_layernorm:
             # the inputs (the queries' and the whole matrix that keys are a part of), normalised again, and the scales
-            attention += (3 * heads + 3 * groups) * d + heads + groups
+            attention += (2 * heads + groups if whole else 3 * heads + 3 * groups) * d + heads + groups
         width = sizes.ffn_hidden_size / work.tensor
         if sizes.num_moe_experts is not None:
             token = sizes.hidden_size + (5 if self.table.gated else 3) * width

@@ -103,3 +103,26 @@ def test_never_falls_when_a_size_grows(training):
         costs = [cost(smallest._replace(**{name: getattr(smallest, name) + more})) for more in range(12)]
         assert costs == sorted(costs)
         assert costs[0] < costs[-1]
+
+
+def test_a_teacher_and_recomputation_of_a_layout():
+    """Each rank has its share of the teacher; only the last stage keeps what waits for the student."""
+    shape, _ = of_family("llama")
+    table, sizes = axes.family("llama"), Sizes.of(shape)
+    teacher = shape.replace(num_layers=6, hidden_size=96, vocab_size=256)
+    work = Workload(training=True, batch_size=2, sequence_length=40, pipeline=2, micro_batches=5)
+    cost = MemoryCost(table, shape, work, teacher=(table, teacher))
+    first, last = cost.ranks(sizes)
+    held = 5 * 2 * 40 * 96 * 2
+    assert first.teacher + last.teacher == axes.parameter_count(table, teacher) * 2 + held
+    alone = MemoryCost(table, shape, work).ranks(sizes)
+    assert [rank.teacher for rank in alone] == [0, 0]
+    assert [rank.weights for rank in alone] == [first.weights, last.weights]
+
+    def activations(**how: object) -> float:
+        return MemoryCost(table, shape, Workload(training=True, **how)).fullest(sizes).activations  # type: ignore[arg-type]
+
+    assert activations(recompute="full") < activations(recompute="selective") == activations()
+    plain = [activations(recompute=recompute, fused=False) for recompute in ("none", "selective", "full")]
+    assert plain == sorted(plain, reverse=True)
+    assert plain[0] > plain[1]

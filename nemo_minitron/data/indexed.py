@@ -71,6 +71,8 @@ def check_pair(prefix: str) -> str:
             f"{binary}: holds {size} bytes, its index tells of {int(lengths.astype(np.int64).sum()) * width}; one of "
             "them is cut off or of another corpus, make both anew"
         )
+    if not size:
+        raise DataError(f"megatron {prefix}: holds no tokens; give a corpus that does")
     if documents < 1 or starts[0] != 0 or starts[-1] != sequences or (np.diff(starts) < 0).any():
         raise DataError(f"{index}: its documents do not cover its {sequences} sequences; make it anew")
     return dtype
@@ -104,8 +106,6 @@ class IndexedStream:
         self._begins = np.concatenate([[0], np.cumsum(lengths)])  # of sequences, in tokens
         sizes = self._begins[starts[1:]] - self._begins[starts[:-1]]
         self._numbers = np.nonzero(sizes)[0]  # of the documents that hold something
-        if not len(self._numbers):
-            raise DataError(f"megatron {prefix}: holds no tokens; give a corpus that does")
         self._first, self._past = starts[:-1][self._numbers], starts[1:][self._numbers]
         self._sizes, self._end = sizes[self._numbers], end
         # the last token of each document: the end of its last sequence that is not empty

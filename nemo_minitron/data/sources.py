@@ -64,7 +64,10 @@ def iter_documents(source: SourceConfig, cache_dir: str | Path) -> Iterator[Docu
     characters = 0
     for title, text in _documents(source, Path(cache_dir)):
         text = text.strip()
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        try:
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        except UnicodeEncodeError as error:  # JSON can spell half a character
+            raise DataError(f"{title}: is no text ({error.reason}); correct or remove it") from None
         if not text or digest in seen:
             continue
         seen.add(digest)

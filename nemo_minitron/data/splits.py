@@ -30,7 +30,7 @@ class DocumentTable(NamedTuple):
 
 def order_key(seed: int, text: str) -> bytes:
     """The place of a document in the order that the splits are dealt in, whatever file it stands in."""
-    return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
 
 def deal(table: DocumentTable, config: DataConfig) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow
@@ -10,6 +11,7 @@ import pytest
 
 from nemo_minitron.config import SourceConfig
 from nemo_minitron.data import prose, read_source
+from nemo_minitron.data.sources import iter_documents
 from nemo_minitron.errors import DataError
 
 
@@ -40,6 +42,7 @@ def test_jsonl(tmp_path: Path) -> None:
             r"a.jsonl, line 2: no key 'text'; the line has body; set text_key",
         ),
         ('{"text": 5}', r"a.jsonl, line 2: text_key='text' is no string"),
+        ('{"text": "a \\ud800"}', r"a.jsonl, line 2: is no text \(surrogates not allowed\)"),
     ],
 )
 def test_malformed_jsonl_names_the_line(tmp_path: Path, line: str, message: str) -> None:
@@ -65,6 +68,74 @@ def test_parquet(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read_source(source(path), tmp_path)
+
+
+@pytest.mark.parametrize(("end", "compression"), [(".gz", "gzip"), (".zst", "zstd")])
+def test_compressed_lines(tmp_path: Path, end: str, compression: str) -> None:
+    path = tmp_path / f"a.jsonl{end}"
+    lines = "".join(json.dumps({"text": f"text {n} {n * 7919}"}) + "\n" for n in range(5000))
+    with pyarrow.output_stream(str(path), compression=compression) as stream:
+        stream.write(lines.encode())
+    assert len(texts(source(path), tmp_path)) == 5000
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"a.jsonl.*(is damaged or cut off|cannot be read)"):
+        read_source(source(path), tmp_path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"a.jsonl.*(is damaged or cut off|cannot be read)"):
+        read_source(source(path), tmp_path)
+
+
+def test_parquet_is_streamed(tmp_path: Path) -> None:
+    """Row groups one after the other: what is read first does not wait for the rest."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"text {n}" for n in range(4000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=500)
+    documents = iter_documents(source(path), tmp_path)
+    assert next(documents).text == "text 0"
+    # A page of a late row group is damaged: that is met when it is read, with the file's name.
+    data = bytearray(path.read_bytes())
+    place = pyarrow.parquet.ParquetFile(path).metadata.row_group(7).column(0).data_page_offset
+    data[place : place + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    documents = iter_documents(source(path), tmp_path)
+    assert [next(documents).text for _ in range(500)][-1] == "text 499"
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(documents)
+
+
+def test_huggingface_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"body": ["one", "two", "one"], "n": [1, 2, 3]})
+    rows.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
+
+    def read(path: Path, **settings: object) -> list[str]:
+        return texts(SourceConfig(name="mine", dataset=str(path), **settings), tmp_path)
+
+    assert read(tmp_path / "plain", text_key="body") == ["one", "two"]
+    assert read(tmp_path / "splits", text_key="body", dataset_split="test") == ["one"]
+    assert read(tmp_path / "plain" / "*.arrow", text_key="body") == ["one", "two"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("x")
+    for path, settings, message in (
+        (tmp_path / "plain", {}, r"no column 'text'; it has body, n; set text_key"),
+        (tmp_path / "plain", {"text_key": "n"}, r"row 1: column 'n' holds 1, not text"),
+        (tmp_path / "splits", {"text_key": "body"}, r"it has several splits; set dataset_split to one of train, test"),
+        (tmp_path / "splits", {"dataset_split": "dev"}, r"it has no split 'dev'; set dataset_split to one of train"),
+        (tmp_path / "empty", {}, r"cannot be opened \(FileNotFoundError.*give a directory that save_to_disk wrote"),
+        (tmp_path / "a.txt", {}, r"a.txt is neither a directory that save_to_disk wrote nor an .arrow file"),
+        (tmp_path / "nowhere", {}, r"dataset .*nowhere does not exist; correct the path"),
+        (Path("nowhere"), {}, r"there is no such directory or file; correct the path, or set dataset_split"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(path, **settings)
+    (arrow,) = (tmp_path / "plain").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(tmp_path / "plain", text_key="body")
+    assert SourceConfig(name="x", path="a", dataset="b").faults()
+    assert len(SourceConfig(name="x", path="a", dataset_split="b", template="chatml").faults()) == 2
 
 
 def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The command line: ``minitron <stage> CONFIG [key=value ...] [--dry-run] [--overwrite]``.
 
-Exit codes: 0 done, 2 for what the user can put right (the message alone), 1 for anything else (with a traceback), 130
-interrupted. Only the standard library, typer and what :mod:`nemo_minitron.config` needs are imported before a stage
-starts, so that ``--help`` and configuration errors answer at once.
+Exit codes: 0 done, 2 for what the user can put right (the message alone), 75 stopped by a signal that asked for it (the
+same command goes on), 1 for anything else (with a traceback), 130 interrupted. Only the standard library, typer and
+what :mod:`nemo_minitron.config` needs are imported before a stage starts, so that ``--help`` and configuration errors
+answer at once.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def _exit_codes() -> Iterator[None]:
         yield
     except MinitronError as error:
         typer.echo(f"minitron: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("minitron: interrupted", err=True)
         raise typer.Exit(130) from None

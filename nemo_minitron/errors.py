@@ -1,12 +1,14 @@
 """The error tree. Every error that a user can cause is a :class:`MinitronError`.
 
 A message names the bad value, where it came from and the remedy. The command line prints the message alone
-(no traceback) and exits with 2; anything outside the tree is a fault of ours, shown with its traceback, exit code 1.
+(no traceback) and exits with 2, after a signal that asked for an end with 75; anything outside the tree is a fault of
+ours, shown with its traceback, exit code 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +17,7 @@ __all__ = [
     "MinitronError",
     "MissingDependency",
     "NonFiniteError",
+    "PreemptedError",
     "ShapeError",
     "faults_message",
 ]
@@ -22,6 +25,9 @@ __all__ = [
 
 class MinitronError(Exception):
     """Root of the tree: something the user can put right."""
+
+    #: Of a process that ends by it.
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(MinitronError):
@@ -51,6 +57,15 @@ class DataError(MinitronError):
 
 class NonFiniteError(MinitronError):
     """An activation, score or loss became NaN or infinite."""
+
+
+class PreemptedError(MinitronError):
+    """A signal asked for an end. The same command, given again, goes on or starts anew; the message says which.
+
+    Exit code 75 is ``EX_TEMPFAIL`` of ``sysexits.h``: try again later.
+    """
+
+    exit_code = 75
 
 
 class MissingDependency(MinitronError):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 import lightning.pytorch as pl
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.lightning import _strategy_lib
 from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_minitron.distillation.balance import LOGITS
+from nemo_minitron.distillation.guards import largest
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.progress import Advance, progress_bar
 
-__all__ = ["ProgressBar", "StepMetrics"]
+__all__ = ["VALIDATION", "ExactPosition", "ProgressBar", "StepMetrics"]
+
+VALIDATION = "val_"
+"""Before the name of a validation's value in NeMo's own metrics."""
 
 
 class StepMetrics(pl.Callback):
@@ -26,14 +34,17 @@ class StepMetrics(pl.Callback):
 
     Training lines: ``step`` (1-based), ``tokens`` (in all), the values of the loss (of a distillation ``kl``, and
     ``lm_loss`` where labels take part; otherwise ``lm_loss``), ``lr`` (of this step), ``grad_norm``,
-    ``tokens_per_second``, ``seconds`` (since the start of this process's training). Validation lines: ``split`` =
+    ``tokens_per_second``, ``tflops`` (model FLOPs a second and rank, in 1e12; none are counted for what is computed
+    again), ``memory`` (largest of any rank so far: on CUDA allocated bytes, otherwise resident ones), ``seconds``
+    (since the start of this process's training). Validation lines: ``split`` =
     "validation", ``step``, ``tokens``, of a distillation ``kl``, and ``lm_loss``. With intermediate losses both have
     the value of each, times its own weight (``hidden``, ``embedding``, ``attention``), and ``alpha``, the weight of
     their sum in that step.
     """
 
-    def __init__(self, path: Path, *, tokens_per_step: int, every: int = 1) -> None:
+    def __init__(self, path: Path, *, tokens_per_step: int, flops_per_step: float, every: int = 1) -> None:
         self.path = path
+        self.flops_per_step = flops_per_step
         self.tokens_per_step = tokens_per_step
         self.every = every
         self._file: IO[str] | None = None
@@ -52,7 +63,8 @@ class StepMetrics(pl.Callback):
         if not self._writes(pl_module):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(self.path) if line["step"] <= trainer.global_step]
+        # A validation that is due now is made again.
+        kept = [line for line in _lines(self.path) if line["step"] + ("split" in line) <= trainer.global_step]
         aside = self.path.with_suffix(".partial")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(self.path)
@@ -70,12 +82,15 @@ class StepMetrics(pl.Callback):
         else:
             self._values = values
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """One line, with the step that has just updated the weights."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         step = trainer.global_step
-        if self._file is None or step % self.every:
+        if step % self.every:
+            return
+        memory = largest(_peak_memory(), pl_module.groups)
+        if self._file is None:
             return
         logged = trainer.callback_metrics
         self._write(
@@ -85,9 +100,20 @@ class StepMetrics(pl.Callback):
             lr=self._lr,
             grad_norm=float(logged["grad_norm"]) if "grad_norm" in logged else None,
             tokens_per_second=self.tokens_per_step / seconds,
+            tflops=self.flops_per_step / seconds / trainer.world_size / 1e12,
+            memory=int(memory),
             seconds=now - self._started,
             **_parts(pl_module),
         )
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Hands the means to NeMo's loggers and checkpoints, on every rank, as ``val_kl`` and ``val_lm_loss``."""
+        for name in pl_module.VALIDATED:
+            mean = sum(found[name] for found in self._validation) / max(1, len(self._validation))
+            value = torch.tensor(mean, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
+            # The last stage knows it.
+            _strategy_lib._sync_from_last_pipeline_stage(value, broadcast=True)
+            pl_module.log(VALIDATION + name, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One line with the means over the validation's steps."""
@@ -111,6 +137,29 @@ class StepMetrics(pl.Callback):
     def _write(self, **values: Any) -> None:
         assert self._file is not None
         self._file.write(json.dumps(values) + "\n")
+
+
+class ExactPosition(pl.Callback):
+    """Sets Lightning's counters right when a training goes on, so that validations fall on the same steps.
+
+    Checkpoints are saved in hooks that Lightning calls before it counts the batch as completed: it would go on one
+    batch behind. And it would take the last validation before the checkpoint for one of the step that is due, if the
+    training was killed before that began. A validation that is due at the checkpoint's step is made (again).
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The checkpoint has been restored. A batch is a step: micro-batches are NeMo's."""
+        step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
+        if step == 0:
+            return
+        for counts in (loop.batch_progress.current, loop.batch_progress.total):
+            counts.ready = counts.started = counts.processed = counts.completed = step
+        # The fetcher counts micro-batches, the loop adds a batch for each step: the last one would go unnoticed.
+        trainer.fit_loop._data_fetcher.fetched += step * (get_num_microbatches() - 1)
+        if step % trainer.val_check_batch == 0:
+            loop.skip_val_on_restart = False  # NeMo's loop would take it for done
+            loop.val_loop.batch_progress.reset()
+            loop.val_loop.restarting = False
 
 
 class ProgressBar(pl.Callback):
@@ -144,6 +193,13 @@ class ProgressBar(pl.Callback):
         """Take it away, also after an error."""
         self._stack.close()
         self._advance = None
+
+
+def _peak_memory() -> int:
+    """Of this process: bytes that it held at most, on its device where that is CUDA."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _parts(module: Any) -> dict[str, float]:

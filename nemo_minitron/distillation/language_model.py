@@ -52,6 +52,9 @@ class LanguageModel(GPTModel):
         balance: the values of the losses inside a model, where there are any.
     """
 
+    VALIDATED: ClassVar[tuple[str, ...]] = (LM_LOSS,)
+    """What a validation measures."""
+
     _training_loss_reduction: TokenLoss | None
     _validation_loss_reduction: TokenLoss | None
 

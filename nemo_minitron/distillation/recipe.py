@@ -15,9 +15,10 @@ from nemo_minitron.config import IntermediateConfig, LossConfig
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.language_model import LanguageModel
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
+from nemo_minitron.distillation.outputs import Trained, finished
 from nemo_minitron.distillation.pair import check_model, check_pair
 from nemo_minitron.distillation.placement import TeacherPlacement
-from nemo_minitron.distillation.training import Schedule, Trained, optimizer_of, train, trained_config
+from nemo_minitron.distillation.training import Schedule, optimizer_of, train, trained_config
 from nemo_minitron.runtime.groups import ParallelLayout
 
 __all__ = ["Schedule", "Trained", "correct", "distill"]
@@ -50,7 +51,7 @@ def distill(
         directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
         loss: of a token's logits; None for forward KL at temperature 1.
         intermediate: losses of the states inside the models; None for none.
-        resume: go on from the last whole checkpoint in ``directory``.
+        resume: go on from the last whole checkpoint in ``directory``; there is nothing to do if it is of the last step.
         kept_layers: of a student that was cut from this teacher, the layers that it kept: the automatic map of the
             intermediate losses.
         placement: where the teacher runs, or its cache; None for the student's ranks and layout. Ranks of its own run
@@ -59,6 +60,8 @@ def distill(
     Raises:
         MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.train`.
     """
+    if resume and (done := finished(directory, schedule.steps)):
+        return done
     placement = placement or TeacherPlacement()
     length = Blocks.of(train_blocks).sequence_length
     if teacher is None:
@@ -114,6 +117,8 @@ def correct(
     Raises:
         MinitronError: see :func:`check_model` and :func:`~nemo_minitron.distillation.training.train`.
     """
+    if resume and (done := finished(directory, schedule.steps)):
+        return done
     check_model(initial, layout, Blocks.of(train_blocks).sequence_length)
     model = LanguageModel(trained_config(initial, layout, schedule), initial, layout, optim=optimizer_of(schedule))
     return train(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,19 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.nemo2_config import nemo_config
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.distillation.callbacks import ProgressBar, StepMetrics
+from nemo_minitron.distillation.callbacks import VALIDATION, ExactPosition, ProgressBar, StepMetrics
 from nemo_minitron.distillation.data import BlockDataModule
+from nemo_minitron.distillation.guards import FiniteGradients, Preemption
+from nemo_minitron.distillation.keeping import BestCheckpoint, LastCheckpoint
 from nemo_minitron.distillation.language_model import LanguageModel
+from nemo_minitron.distillation.outputs import Trained, remove_unfinished
+from nemo_minitron.planning.model import Model
+from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
 from nemo_minitron.shape import ModelShape
@@ -50,6 +53,7 @@ class Schedule:
         log_every: steps between lines of metrics.
         precision: "32" or "bf16-mixed".
         seed: of the order of repeated passes over the data.
+        keep_best: also keep the weights of the validation with the lowest "kl" or "lm_loss"; None keeps none.
     """
 
     steps: int
@@ -69,6 +73,7 @@ class Schedule:
     log_every: int = 1
     precision: str = "32"
     seed: int = 0
+    keep_best: str | None = None
 
 
 def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
@@ -104,7 +109,7 @@ def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) ->
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         process_group_backend="nccl" if cuda else "gloo",
-        ddp=DistributedDataParallelConfig(check_for_nan_in_grad=True, use_distributed_optimizer=True),
+        ddp=DistributedDataParallelConfig(check_for_nan_in_grad=False, use_distributed_optimizer=True),
         gradient_as_bucket_view=True,
         ckpt_async_save=False,
         replace_progress_bar=False,
@@ -117,6 +122,7 @@ def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) ->
         num_nodes=layout.world_size // per_node,
         max_steps=schedule.steps,
         max_time=_days_hours_minutes_seconds(schedule.max_minutes) if schedule.max_minutes else None,
+        # FiniteGradients looks at the gradients instead, and tells every rank
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision=schedule.precision),
         val_check_interval=min(schedule.validate_every, schedule.steps),
@@ -161,8 +167,9 @@ def train(
     directory: Path,
     resume: bool = True,
     callbacks: Sequence[pl.Callback] = (),
+    forward: Sequence[Checkpoint] = (),
     title: str = "training",
-) -> Path:
+) -> Trained:
     """Train a model with NeMo's ``llm.train``. Every rank calls it.
 
     Args:
@@ -172,18 +179,20 @@ def train(
             same on every rank.
         layout: of the model.
         schedule: hyper-parameters.
-        directory: gets ``checkpoints/``, ``tensorboard/`` and ``metrics.jsonl``.
+        directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
         resume: go on from the last whole checkpoint in ``directory``.
         callbacks: what the loss needs, before those of this function.
+        forward: further models that run forward on the tokens of each step, for the count of FLOPs.
         title: of the progress bar.
 
-    Returns:
-        The last checkpoint, a NeMo 2 directory of a plain model of its family.
-
     Raises:
-        NonFiniteError: if the loss is not finite.
+        NonFiniteError: if the loss or a gradient is not finite; before the weights change.
+        PreemptedError: after SIGTERM or SIGUSR1, once the step has ended and the training state is saved.
     """
-    tokens_per_step = schedule.global_batch_size * Blocks.of(train_blocks).sequence_length
+    length = Blocks.of(train_blocks).sequence_length
+    tokens_per_step = schedule.global_batch_size * length
+    # A backward pass is two forward ones.
+    passes = 3 * _forward_flops(initial, length) + sum(_forward_flops(model, length) for model in forward)
     data = BlockDataModule(
         train_blocks,
         validation_blocks,
@@ -194,31 +203,35 @@ def train(
     )
     trainer = trainer_of(initial.shape, layout, schedule)
     # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.
-    trainer.callbacks += [
+    # Before NeMo's checkpoints: what a checkpoint has behind it shall be written when it is saved.
+    trainer.callbacks[:0] = [
         *callbacks,
-        StepMetrics(directory / "metrics.jsonl", tokens_per_step=tokens_per_step, every=schedule.log_every),
+        ExactPosition(),
+        FiniteGradients(),
+        StepMetrics(
+            directory / "metrics.jsonl",
+            tokens_per_step=tokens_per_step,
+            flops_per_step=passes * tokens_per_step,
+            every=schedule.log_every,
+        ),
         ProgressBar(title, schedule.steps, tokens_per_step=tokens_per_step),
+        Preemption(),
     ]
-    checkpointing = ModelCheckpoint(
-        dirpath=str(directory / "checkpoints"),
-        filename="step={step}",
-        auto_insert_metric_name=False,
-        monitor=None,
-        save_last=True,
-        save_top_k=0,  # the last one alone: it holds the optimizer too
-        every_n_train_steps=schedule.save_every,
-        save_optim_on_train_end=True,
-    )
+    last, best = LastCheckpoint(directory / "checkpoints", every=schedule.save_every), None
+    if schedule.keep_best is not None:
+        best = BestCheckpoint(directory / "best", VALIDATION + schedule.keep_best)
+        trainer.callbacks.append(best)
     log = nl.NeMoLogger(
         log_dir=str(directory),
         name="log",
         use_datetime_version=False,
-        ckpt=checkpointing,
+        ckpt=last,
         tensorboard=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
         update_logger_directory=False,
     )
     checkpoints = directory / "checkpoints"
-    _remove_unfinished(checkpoints)
+    remove_unfinished(checkpoints)
+    remove_unfinished(directory / "best")
     llm.train(
         model,
         data,
@@ -228,20 +241,21 @@ def train(
             resume_if_exists=resume, resume_ignore_no_checkpoint=True, resume_from_directory=str(checkpoints)
         ),
     )
-    return Path(checkpointing.last_model_path.removesuffix(".ckpt"))
+    kept = best.best_model_path if best is not None else ""
+    return Trained(_directory(last.last_model_path), _directory(kept) if kept else None)
+
+
+def _forward_flops(model: Checkpoint, sequence_length: int) -> float:
+    """Operations of a forward pass for one token."""
+    return ForwardFlops.of(Model(model.shape, model.architecture), sequence_length).total
+
+
+def _directory(checkpoint: str) -> Path:
+    """NeMo's checkpoints are directories; Lightning's names for them are of files."""
+    return Path(checkpoint.removesuffix(".ckpt"))
 
 
 def _days_hours_minutes_seconds(minutes: float) -> str:
     """Lightning's text form: NeMo tries to wrap the class of each argument and cannot wrap ``timedelta``."""
     seconds = max(1, round(minutes * 60))
     return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def _remove_unfinished(checkpoints: Path) -> None:
-    """Remove what a killed run left half-written (NeMo marks it), so that the resume finds only whole checkpoints.
-
-    Every rank looks, and whichever comes first removes: nothing else touches the directory before training starts.
-    """
-    for marker in checkpoints.glob("*" + ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX):
-        shutil.rmtree(str(marker).removesuffix(ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX), ignore_errors=True)
-        marker.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ import psutil
 
 from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
 __all__ = [
     "RankResult",
@@ -46,7 +47,6 @@ __all__ = [
     "verdict",
 ]
 
-FOLDER_VARIABLE = "MINITRON_JOB_FOLDER"
 LAUNCHER_VARIABLE = "MINITRON_LAUNCHER"
 #: Seconds that the other ranks get to end by themselves once one has failed.
 GRACE = 10.0
@@ -170,6 +170,7 @@ def launch(
 
     Raises:
         MinitronError: (the class that the rank raised) if a rank refused the job, or on a timeout.
+        PreemptedError: after SIGTERM or SIGUSR1, which ranks that can stop in good order are told of.
         StageCrashError: if a rank crashed, or ended without a result.
     """
     folder = folder.absolute()
@@ -192,7 +193,8 @@ def launch(
         limit = None if timeout_minutes is None else started + 60 * timeout_minutes
         timed_out = False
         try:
-            timed_out = _wait(process, folder, limit, world_size, tail)
+            with Relay(folder) as relay:
+                timed_out = _wait(process, folder, limit, world_size, tail, relay)
         finally:
             if process.poll() is None:
                 _end(process)
@@ -213,7 +215,7 @@ def job_folder() -> Path:
 def clear_folder(folder: Path) -> None:
     """Remove what an earlier job left; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("rank-*.log", "rank-*.json", "rank-*.partial", "launcher.log"):
+    for pattern in ("rank-*.log", "rank-*.json", "rank-*.partial", "rank-*.stoppable", "launcher.log"):
         for stale in folder.glob(pattern):
             stale.unlink()
     shutil.rmtree(folder / "nemo_run", ignore_errors=True)
@@ -234,6 +236,7 @@ def _environment(folder: Path, threads: int) -> dict[str, str]:
         "PATH": os.pathsep.join([interpreter, os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # NeMo-Aligner's bars, among others: stages show their own
         "LOGLEVEL": "WARNING",  # torchrun's
     }
     if sys.stderr.isatty() and sys.stdout.isatty():  # rank 0 writes to a file that is shown on this terminal
@@ -259,12 +262,15 @@ class _Tail:
             self.on_output(data)
 
 
-def _wait(process: subprocess.Popen[bytes], folder: Path, limit: float | None, world_size: int, tail: _Tail) -> bool:
+def _wait(
+    process: subprocess.Popen[bytes], folder: Path, limit: float | None, world_size: int, tail: _Tail, relay: Relay
+) -> bool:
     """Wait for the process or for what ends it: the time limit (True), a failed rank or a finished job that lingers."""
     deadline = None
     while process.poll() is None:
         time.sleep(POLL)
         tail.step()
+        relay.step()
         now = time.monotonic()
         if limit is not None and now > limit:
             return True

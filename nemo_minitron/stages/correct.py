@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import CorrectConfig
+from nemo_minitron.distillation.outputs import finished
 from nemo_minitron.stages.base import StagePlan
-from nemo_minitron.stages.training import plan_training, save_model, schedule_of, summary, training_blocks
+from nemo_minitron.stages.training import is_main, plan_training, save_model, schedule_of, summary, training_blocks
 
 __all__ = ["plan", "run"]
 
@@ -30,8 +31,6 @@ def run(config: CorrectConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for a model, data or a layout that do not fit each other, or a loss that is not finite.
     """
-    import torch
-
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.pair import check_model
     from nemo_minitron.runtime.groups import ParallelLayout
@@ -39,21 +38,19 @@ def run(config: CorrectConfig) -> dict[str, Any]:
     model = open_checkpoint(config.model)
     layout = ParallelLayout(**vars(config.parallel))
     check_model(model, layout, config.data.sequence_length)
-    train, validation = training_blocks(config, model)
+    output = Path(config.output)
+    trained = finished(output, config.steps) if config.resume else None
+    if trained is None:
+        train, validation = training_blocks(config, model)
 
-    from nemo_minitron.distillation.recipe import correct
+        from nemo_minitron.distillation.recipe import correct
 
-    last = correct(
-        model,
-        train,
-        validation,
-        layout=layout,
-        schedule=schedule_of(config),
-        directory=Path(config.output),
-        resume=config.resume,
-    )
-    if torch.distributed.get_rank() != 0:
+        schedule = schedule_of(config)
+        trained = correct(
+            model, train, validation, layout=layout, schedule=schedule, directory=output, resume=config.resume
+        )
+    if not is_main():
         return {}
     lineage = {"corrected": {"model": config.model, "tokens": config.tokens, "steps": config.steps}}
-    save_model(config, model, last, lineage)
-    return summary(Path(config.output) / "metrics.jsonl")
+    save_model(config, model, trained, lineage)
+    return summary(output / "metrics.jsonl")

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.distillation.layers import layer_maps
+from nemo_minitron.distillation.outputs import finished
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.pruning.kept import load_kept
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape
 from nemo_minitron.stages.prune import kept_path
-from nemo_minitron.stages.training import plan_training, save_model, schedule_of, summary, training_blocks
+from nemo_minitron.stages.training import is_main, plan_training, save_model, schedule_of, summary, training_blocks
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
+    from nemo_minitron.distillation.outputs import Trained
     from nemo_minitron.distillation.placement import TeacherPlacement
     from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -92,53 +94,13 @@ def run(config: DistillConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for models, a cache, data or a layout that do not fit each other, or a loss that is not finite.
     """
-    import torch
-
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.pair import check_model, check_pair
-    from nemo_minitron.runtime.groups import ParallelLayout
 
-    student, teacher = open_checkpoint(config.student), None
-    layout = ParallelLayout(**vars(config.parallel))
-    training: dict[str, Any] = {"layout": layout, "directory": Path(config.output), "resume": config.resume}
-    if not config.taught:
-        check_model(student, layout, config.data.sequence_length)
-        train, validation = training_blocks(config, student)
-
-        from nemo_minitron.distillation.recipe import correct
-
-        trained = correct(student, train, validation, schedule=schedule_of(config), **training)
-    else:
-        kept, placement = None, _placement(config)
-        if placement.cache is not None:
-            check_model(student, layout, config.data.sequence_length)
-            train, validation = training_blocks(config, student)
-            _check_cache(config, placement.cache, student, {"training": train, "validation": validation})
-        else:
-            assert config.teacher is not None  # the configuration was checked
-            teacher = open_checkpoint(config.teacher)
-            check_pair(student, teacher, layout, config.data.sequence_length, teacher_layout=placement.layout)
-            kept = _kept_layers(config, student.shape, teacher.shape)
-            layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
-            if _served(config, teacher, layout, placement):
-                return {}
-            train, validation = training_blocks(config, teacher)
-
-        from nemo_minitron.distillation.recipe import distill
-
-        trained = distill(
-            student,
-            teacher,
-            train,
-            validation,
-            schedule=schedule_of(config),
-            loss=config.loss,
-            intermediate=config.intermediate,
-            kept_layers=kept,
-            placement=placement,
-            **training,
-        )
-    if torch.distributed.get_rank() != 0:
+    student, output = open_checkpoint(config.student), Path(config.output)
+    # Killed after its last step, a training has only its model to write.
+    trained = finished(output, config.steps) if config.resume else None
+    trained = trained or _train(config, student)
+    if trained is None or not is_main():
         return {}
     lineage = {
         "distilled": {
@@ -152,7 +114,54 @@ def run(config: DistillConfig) -> dict[str, Any]:
         }
     }
     save_model(config, student, trained, lineage)
-    return summary(Path(config.output) / "metrics.jsonl")
+    return summary(output / "metrics.jsonl")
+
+
+def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
+    """Train, or on a rank of the teacher's own, for which None comes back, serve until the training is over."""
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.distillation.pair import check_model, check_pair
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    teacher = None
+    layout = ParallelLayout(**vars(config.parallel))
+    training: dict[str, Any] = {"layout": layout, "directory": Path(config.output), "resume": config.resume}
+    if not config.taught:
+        check_model(student, layout, config.data.sequence_length)
+        train, validation = training_blocks(config, student)
+
+        from nemo_minitron.distillation.recipe import correct
+
+        return correct(student, train, validation, schedule=schedule_of(config), **training)
+    kept, placement = None, _placement(config)
+    if placement.cache is not None:
+        check_model(student, layout, config.data.sequence_length)
+        train, validation = training_blocks(config, student)
+        _check_cache(config, placement.cache, student, {"training": train, "validation": validation})
+    else:
+        assert config.teacher is not None  # the configuration was checked
+        teacher = open_checkpoint(config.teacher)
+        check_pair(student, teacher, layout, config.data.sequence_length, teacher_layout=placement.layout)
+        kept = _kept_layers(config, student.shape, teacher.shape)
+        layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
+        if _served(config, teacher, layout, placement):
+            return None
+        train, validation = training_blocks(config, teacher)
+
+    from nemo_minitron.distillation.recipe import distill
+
+    return distill(
+        student,
+        teacher,
+        train,
+        validation,
+        schedule=schedule_of(config),
+        loss=config.loss,
+        intermediate=config.intermediate,
+        kept_layers=kept,
+        placement=placement,
+        **training,
+    )
 
 
 def _placement(config: DistillConfig) -> TeacherPlacement:

@@ -78,22 +78,23 @@ def main(stage: str, part: str | None = None) -> int:
     """Run one rank of a stage, or of the part of it that a module of its own runs on several ranks.
 
     Returns:
-        0 done, 2 refused (a user's error), 1 crashed. The result file says more.
+        0 done, the error's own if refused (2; 75 if preempted), 1 crashed. The result file says more.
     """
     folder = job_folder()
     rank = attach(folder)
     logger = log.configure()
     started = time.monotonic()
+    code = 0
     try:
         metrics = execute(stage, folder, part)
         result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
     except (Exception, SystemExit) as error:
         result = failure(rank, error)
+        code = error.exit_code if isinstance(error, MinitronError) else 1
         logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
     result.peak_rss_bytes = peak_rss_bytes()
     save_result(folder, result)
-    code = {"done": 0, "refused": 2}.get(result.status, 1)
     if code:
         # An ordinary exit would wait for threads and for process groups whose other members do not come.
         sys.stdout.flush()

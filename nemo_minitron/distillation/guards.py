@@ -1,0 +1,85 @@
+"""What ends a training before it does harm, or before the machine is taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.distillation.keeping import LastCheckpoint
+from nemo_minitron.errors import NonFiniteError, PreemptedError
+from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.stopping import StopRequest
+
+__all__ = ["FiniteGradients", "Preemption", "largest"]
+
+
+def largest(value: float, groups: Groups) -> float:
+    """The largest value among all ranks of a training, which all call it: two all-reduces of one number."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    for group in (groups.model, groups.dp):
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return found.item()
+
+
+class FiniteGradients(pl.Callback):
+    """Stops before the optimizer steps on a gradient that is not finite, on every rank with the same message.
+
+    Cost a step: one pass over this rank's gradient buffers, and :func:`largest`.
+    """
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """The gradients are complete: the schedule has reduced them over the data-parallel ranks.
+
+        Raises:
+            NonFiniteError: nothing was updated.
+        """
+        chunks: Any = trainer.strategy.model
+        norms = [
+            torch.linalg.vector_norm(buffer.grad_data)
+            for chunk in chunks
+            for buffer in (*chunk.module.buffers, *chunk.module.expert_parallel_buffers)
+        ]
+        broken = not bool(torch.isfinite(torch.stack(norms)).all())
+        if largest(float(broken), pl_module.groups):
+            raise NonFiniteError(
+                f"a gradient of step {trainer.global_step} is not finite; nothing was updated. "
+                "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
+            )
+
+
+class Preemption(pl.Callback):
+    """On SIGTERM or SIGUSR1, to any rank: ends the step that runs, saves, and ends the training on all ranks.
+
+    Cost a step: :func:`largest`.
+    """
+
+    def __init__(self) -> None:
+        self._request = StopRequest()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on there is something to save."""
+        self._request.__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """The step has ended.
+
+        Raises:
+            PreemptedError: once the training state is saved.
+        """
+        over = trainer.global_step >= trainer.max_steps  # and saved anyway
+        if over or not largest(float(self._request.came or 0), pl_module.groups):
+            return
+        next(one for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)).save(trainer)
+        raise PreemptedError(
+            f"stopped by a signal after step {trainer.global_step} of {trainer.max_steps}: its state is saved. "
+            "The same command goes on from there"
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Signals act as before, also after an error."""
+        self._request.__exit__(None, None, None)

@@ -19,6 +19,7 @@ from nemo_minitron.distillation.outputs import Trained, finished
 from nemo_minitron.distillation.pair import check_model, check_pair
 from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.training import Schedule, optimizer_of, train, trained_config
+from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime.groups import ParallelLayout
 
 __all__ = ["Schedule", "Trained", "correct", "distill"]
@@ -79,19 +80,23 @@ def distill(
         placement,
         optim=optimizer_of(schedule),
     )
-    trained = train(
-        model,
-        student,
-        train_blocks,
-        validation_blocks,
-        layout=layout,
-        schedule=schedule,
-        directory=directory,
-        resume=resume,
-        callbacks=[TeacherFirst(model)],
-        forward=[] if teacher is None else [teacher],
-        title="distilling",
-    )
+    try:
+        trained = train(
+            model,
+            student,
+            train_blocks,
+            validation_blocks,
+            layout=layout,
+            schedule=schedule,
+            directory=directory,
+            resume=resume,
+            callbacks=[TeacherFirst(model)],
+            forward=[] if teacher is None else [teacher],
+            title="distilling",
+        )
+    except PreemptedError:
+        model.teacher.close()  # all ranks stop at one step; ranks of the teacher's own are to end as well
+        raise
     model.teacher.close()
     return trained
 

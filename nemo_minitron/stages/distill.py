@@ -182,11 +182,14 @@ def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, 
 
     if placement.kind != "own_ranks":
         return False
+    from nemo_minitron.distillation.outputs import finished
     from nemo_minitron.distillation.teacher_ranks import becomes_teacher, serve_teacher
 
     assert placement.layout is not None
     if not becomes_teacher(layout, placement.layout):
         return False
+    if config.resume and finished(Path(config.output), config.steps):
+        return True  # the student's ranks have nothing to ask for
     serve_teacher(
         teacher,
         layout,

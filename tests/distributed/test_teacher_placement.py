@@ -26,7 +26,7 @@ def packed_blocks() -> Any:
 
 
 def train(
-    models: str, out: Path, layout: Any, *, loss: Any = None, teacher: str | None = "teacher", **placed: Any
+    models: str, out: Path, student: Any, *, loss: Any = None, teacher: str | None = "teacher", **placed: Any
 ) -> None:
     """Distil for some steps. NeMo takes groups that are there, so trainings may follow each other in one process."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -38,13 +38,13 @@ def train(
 
     destroy_num_microbatches_calculator()
     if placed.get("kind") != "own_ranks":
-        initialize(layout)
+        initialize(student)
     distill(
         open_checkpoint(Path(models) / "student"),
         None if teacher is None else open_checkpoint(Path(models) / teacher),
         packed_blocks(),
         packed_blocks()[:BATCH],
-        layout=layout,
+        layout=student,
         schedule=Schedule(
             steps=STEPS, micro_batch_size=1, global_batch_size=BATCH, lr=1e-3, min_lr=1e-4, warmup_steps=2,
             validate_every=3, validation_batches=1, save_every=100,

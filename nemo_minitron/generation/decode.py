@@ -28,7 +28,7 @@ class Answer:
     Attributes:
         tokens: ids without the prompt; an end token is the last of them.
         logprobs: log-probability of each under the model itself, before temperature and truncation.
-        finish: "stop" after an end token, "length" where the answer or the context was full.
+        finish: "stop" after an end token or where ``stop`` said so, "length" where the answer or the context was full.
     """
 
     tokens: list[int]
@@ -48,6 +48,7 @@ def generate_tokens(
     max_length: int | None = None,
     requests: Sequence[int] | None = None,
     batch_size: int = 8,
+    stop: Callable[[list[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answer prompts of any lengths. To be called on every rank; every rank gets all answers.
@@ -75,6 +76,7 @@ def generate_tokens(
         max_length: longest text, prompt and answer together; None for no limit.
         requests: number of each prompt's request, from which its draws follow; None takes 0, 1, 2 ...
         batch_size: prompts of one forward pass on one data-parallel replica.
+        stop: called with an answer's tokens so far, after each, on every rank alike; true ends the answer.
         progress: called with the number of prompts answered since its last call.
 
     Raises:
@@ -89,7 +91,7 @@ def generate_tokens(
     ]
     # Neighbours in length share a batch, and every replica gets its share of the long ones.
     mine = sorted(texts, key=lambda text: (len(text.ids), text.number))[groups.dp_rank :: groups.layout.data]
-    decoder = _Decoder(chunks, groups, sampling, frozenset(ends), vocab_size)
+    decoder = _Decoder(chunks, groups, sampling, frozenset(ends), vocab_size, stop)
     with evaluating(chunks):
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
@@ -139,14 +141,10 @@ class _Text:
             self.limit = min(self.limit, self.max_length - len(self.prompt))
         self.drawn = [0.0] * self.limit if self.sampling.greedy else draws(self.sampling, self.request).tolist()
 
-    def extend(self, token: int, logprob: float, ends: frozenset[int]) -> None:
+    def extend(self, token: int, logprob: float) -> None:
         self.ids.append(token)
         self.answer.append(token)
         self.logprobs.append(logprob)
-        if token in ends:
-            self.finish = "stop"
-        elif len(self.answer) == self.limit:
-            self.finish = "length"
 
 
 @dataclass
@@ -158,6 +156,7 @@ class _Decoder:
     sampling: Sampling
     ends: frozenset[int]
     vocab_size: int
+    stop: Callable[[list[int]], bool] | None
 
     def __post_init__(self) -> None:
         self.device = next(self.chunks[0].parameters()).device
@@ -209,7 +208,11 @@ class _Decoder:
 
     def _extend(self, texts: list[_Text], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         for text, token, logprob in zip(texts, tokens.tolist(), logprobs.tolist(), strict=True):
-            text.extend(int(token), logprob, self.ends)
+            text.extend(int(token), logprob)
+            if token in self.ends or (self.stop is not None and self.stop(text.answer)):
+                text.finish = "stop"
+            elif len(text.answer) == text.limit:
+                text.finish = "length"
 
     def _next(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import EvaluateConfig
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, MissingDependency
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import (
     PlannedPath,
@@ -24,6 +24,8 @@ from nemo_minitron.stages.base import (
 )
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
     from nemo_minitron.runtime.groups import Groups
@@ -50,6 +52,11 @@ def plan(config: EvaluateConfig) -> StagePlan:
         faults=data.faults,
     )
     found.reads += [PlannedPath(path, what) for path, what in data.files]
+    if config.harness.include_path is not None:
+        found.reads.append(PlannedPath(config.harness.include_path, "tasks"))
+    if config.harness.tasks:
+        found.costs["benchmarks"] = ", ".join(config.harness.tasks)
+        found.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
         faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
@@ -71,7 +78,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         Its content: ``tokens, blocks, sequence_length, baseline, models``; each model has ``loss, perplexity,
-        standard_error, domains, parameters, shape, format, generations, generated_by, seconds``.
+        standard_error, domains, parameters, shape, format, generations, generated_by, seconds``, and ``harness`` (by
+        task) where benchmarks were asked for.
 
     Raises:
         MinitronError: for a checkpoint or text that cannot be used.
@@ -118,6 +126,7 @@ def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseli
         "held_out",
         blocks=config.tokens // config.data.sequence_length,
         vocab_size=vocabulary,
+        max_length=min(checkpoint.architecture.max_position_embeddings for checkpoint in checkpoints.values()),
     )
 
 
@@ -141,6 +150,7 @@ def _evaluate(
             chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
         )
     measured = time.monotonic() - started
+    benchmarks = {"harness": _benchmarks(config, groups, name, checkpoint, chunks)} if config.harness.tasks else {}
     by_transformers = checkpoint.format == "hf"
     answers = []
     if config.prompts and by_transformers:
@@ -169,6 +179,7 @@ def _evaluate(
         )  # fmt: skip
     return {
         **loss.to_dict(),
+        **benchmarks,
         "parameters": axes.parameter_count(checkpoint.family, shape),
         "shape": shape.to_dict(),
         "path": str(checkpoint.path),
@@ -177,3 +188,44 @@ def _evaluate(
         "generated_by": "transformers" if by_transformers else "megatron-core",
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _benchmarks(
+    config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, chunks: list[GPTModel]
+) -> dict[str, Any]:
+    """Results of lm-evaluation-harness by task."""
+    from nemo_minitron.data import load_tokenizer
+
+    try:
+        from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise MissingDependency(
+            "harness.tasks: lm-evaluation-harness is not installed; run `pip install lm-eval`, or leave harness out"
+        ) from error
+    harness = config.harness
+    model = MegatronLM(
+        chunks,
+        groups,
+        load_tokenizer(checkpoint.tokenizer),
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
+        end_tokens=checkpoint.architecture.end_tokens,
+        batch_size=harness.batch_size,
+        seed=config.runtime.seed,
+    )
+    found = run_tasks(
+        model,
+        harness.tasks,
+        include_path=harness.include_path,
+        num_fewshot=harness.num_fewshot,
+        limit=harness.limit,
+        chat_template=harness.chat_template,
+        seed=config.runtime.seed,
+    )
+    if groups.is_main:
+        for task, result in found.items():
+            values = ", ".join(f"{metric} {value:.4g}" for metric, value in result["metrics"].items())
+            logger.info("%s: %s: %s", name, task, values)
+    return found

@@ -24,6 +24,7 @@ from nemo_minitron.config.parts.checks import (
     positive,
 )
 from nemo_minitron.config.parts.cluster import ClusterConfig
+from nemo_minitron.config.parts.evaluation import HarnessConfig
 from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
 from nemo_minitron.config.parts.losses import IntermediateConfig, LossConfig
 from nemo_minitron.config.parts.process import ParallelConfig, RuntimeConfig
@@ -48,6 +49,7 @@ __all__ = [
     "DataConfig",
     "DepthChoiceConfig",
     "FORMATS",
+    "HarnessConfig",
     "IntermediateConfig",
     "LATENCIES",
     "LOGIT_LOSSES",

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DataConfig, ParallelConfig, positive
+from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelConfig, positive
 from nemo_minitron.config.stages.base import StageConfig
 
 
@@ -23,11 +23,12 @@ class EvaluateConfig(StageConfig):
         micro_batch_size: blocks of one forward pass.
         prompts: each is answered by every model, greedily, through the chat template where there is one.
         max_new_tokens: longest answer.
+        harness: benchmarks of lm-evaluation-harness.
         parallel: layout of each model.
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    INPUTS: ClassVar[tuple[str, ...]] = ("models",)
+    INPUTS: ClassVar[tuple[str, ...]] = ("models", "harness.include_path")
 
     models: dict[str, str] = field(default_factory=dict)
     baseline: str | None = None
@@ -36,6 +37,7 @@ class EvaluateConfig(StageConfig):
     micro_batch_size: int = 1
     prompts: list[str] = field(default_factory=list)
     max_new_tokens: int = 48
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def faults(self) -> list[str]:

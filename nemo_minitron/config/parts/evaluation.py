@@ -1,0 +1,37 @@
+"""Benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.parts.checks import not_negative, positive
+
+
+@dataclass
+class HarnessConfig:
+    """Tasks of lm-evaluation-harness; none unless some are named.
+
+    Attributes:
+        tasks: names of its tasks and groups of tasks ("hellaswag", "mmlu").
+        include_path: directory with tasks of your own, in the harness's YAML form; Python files that they name run.
+        num_fewshot: examples in the context; null takes each task's own number.
+        limit: documents of each task; null takes all.
+        batch_size: texts of one forward pass.
+        chat_template: put the prompts through the tokenizer's chat template.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    chat_template: bool = False
+
+    def faults(self) -> list[str]:
+        """Ranges, tasks given twice, a directory without tasks to take from it."""
+        found = [*positive(self, "limit", "batch_size"), *not_negative(self, "num_fewshot")]
+        if twice := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
+            found.append(f"tasks: {', '.join(twice)} is given twice")
+        if self.include_path is not None and not self.tasks:
+            found.append(f"include_path={self.include_path}: no tasks are named; list those to run")
+        return found

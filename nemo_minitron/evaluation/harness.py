@@ -1,0 +1,261 @@
+"""Tasks of lm-evaluation-harness on a live Megatron model, under any layout.
+
+Every rank runs the harness over all requests in the same order; the model inside is the parallel one, and what it
+answers is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from nemo_minitron.errors import DataError
+from nemo_minitron.evaluation.continuations import continuation_scores
+from nemo_minitron.generation import Sampling, generate_tokens
+from nemo_minitron.runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from megatron.core.models.gpt import GPTModel
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["MegatronLM", "run_tasks"]
+
+DEFAULT_NEW_TOKENS = 256  # of tasks that name no limit, as in the harness's own models
+BOOTSTRAPS = 1000  # resamples for standard errors that have no formula (perplexities)
+_TAIL = 16  # tokens of an answer that are looked at for a stop text, besides those of the text itself
+
+
+class MegatronLM(TemplateLM):
+    """The harness's model, over a live Megatron one. Tokens, contexts and stops are those of its ``HFLM``.
+
+    ``rank`` is 0 and ``world_size`` 1 on every process, whatever the layout: the harness shares nothing out itself.
+
+    Args:
+        chunks: this rank's part of the model, with weights loaded.
+        groups: of this process.
+        tokenizer: of the model.
+        vocab_size: true vocabulary.
+        max_length: the model's context.
+        end_tokens: ids that end an answer, beside the tokenizer's EOS.
+        batch_size: texts of one forward pass.
+        seed: of sampled answers.
+    """
+
+    def __init__(
+        self,
+        chunks: list[GPTModel],
+        groups: Groups,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vocab_size: int,
+        max_length: int,
+        end_tokens: Sequence[int] = (),
+        batch_size: int = 8,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{tokenizer.name_or_path}: the tokenizer names no end-of-text token, which tasks need")
+        self.chunks, self.groups, self.tokenizer = chunks, groups, tokenizer
+        self.vocab_size, self.max_length, self.batch_size, self.seed = vocab_size, max_length, batch_size, seed
+        self.ends = tuple(dict.fromkeys([tokenizer.eos_token_id, *end_tokens]))
+        self._device = next(chunks[0].parameters()).device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's EOS."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: BOS where there is one."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's request caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the tokenizer's template."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a BOS that the text begins with already is not put there again."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        return self._scores([(context, continuation) for _, context, continuation in requests])
+
+    def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        with progress_bar("likelihoods", len(pairs), shown=self.groups.is_main) as advance:
+            return continuation_scores(
+                self.chunks,
+                self.groups,
+                pairs,
+                vocab_size=self.vocab_size,
+                max_length=self.max_length,
+                batch_size=self.batch_size,
+                progress=advance,
+            )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the context that do not overlap in what they predict."""
+        pairs: list[tuple[list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            before = len(pairs)
+            pairs += [make_disjoint_window(window) for window in windows]
+            counts.append(len(pairs) - before)
+        scores = iter(self._scores(pairs))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to a stop text, greedy unless the task samples. A stop text is cut off, EOS with it."""
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            kinds[json.dumps(request.args[1], sort_keys=True)].append(number)
+        found = [""] * len(requests)
+        with progress_bar("answers", len(requests), shown=self.groups.is_main) as advance:
+            for kind, numbers in kinds.items():
+                texts = [requests[number].args[0] for number in numbers]
+                answers = self._answers(texts, numbers, json.loads(kind), advance)
+                for number, answer in zip(numbers, answers, strict=True):
+                    found[number] = answer
+        return found
+
+    def _answers(self, texts: list[str], numbers: list[int], kind: dict[str, Any], progress: Any) -> list[str]:
+        settings = normalize_gen_kwargs(kind, DEFAULT_NEW_TOKENS)
+        until, new = [text for text in settings["until"] if text], settings["max_gen_toks"]
+        if new >= self.max_length:
+            raise DataError(f"a task asks for {new} new tokens of a model with a context of {self.max_length}")
+        sampled = {name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings}
+        greedy = not settings["do_sample"]
+        sampling = Sampling(max_new_tokens=new, greedy=greedy, seed=self.seed, **({} if greedy else sampled))
+        longest = max((len(self.tokenizer.encode(text, add_special_tokens=False)) for text in until), default=0)
+
+        def stop(answer: list[int]) -> bool:
+            tail = self.tokenizer.decode(answer[-(longest + _TAIL) :])
+            return any(text in tail for text in until)
+
+        answers = generate_tokens(
+            self.chunks,
+            self.groups,
+            [self.tok_encode(text)[-(self.max_length - new) :] for text in texts],
+            sampling=sampling,
+            ends=self.ends,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            requests=numbers,
+            batch_size=self.batch_size,
+            stop=stop if until else None,
+            progress=progress,
+        )
+        found = []
+        for answer in answers:
+            tokens = answer.tokens[:-1] if answer.tokens[-1] in self.ends else answer.tokens
+            text = self.tokenizer.decode(tokens)
+            found.append(text[: min([len(text), *(text.find(one) for one in until if one in text)])])
+        return found
+
+
+def run_tasks(
+    model: MegatronLM,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    seed: int = 1234,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate on tasks of the harness. To be called on every rank; rank 0 gets the results, others nothing.
+
+    Args:
+        model: wraps the live model.
+        tasks: names of tasks or groups.
+        include_path: directory with tasks of the user's own, in the harness's YAML form. The Python files that those
+            name run.
+        num_fewshot: examples in the context; None takes each task's own number.
+        limit: documents of each task; None takes all.
+        chat_template: put the prompts through the tokenizer's chat template.
+        seed: of the choice of examples.
+
+    Returns:
+        By task ``{"metrics": {"acc": 0.31, "acc_stderr": 0.01, ...}, "samples": documents, "num_fewshot": ...,
+        "version": ...}``. A metric of another filter than "none" is called ``metric,filter``.
+
+    Raises:
+        DataError: for unknown tasks, and for data that cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's switch: its bootstrap shall not fork a process with groups
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise DataError(
+            f"harness.tasks: {', '.join(unknown)}: lm-evaluation-harness has no such task; `lm_eval ls tasks` lists "
+            "them, and harness.include_path adds your own"
+        )
+    if chat_template and not model.tokenizer.chat_template:
+        raise DataError("harness.chat_template=true: the tokenizer carries no chat template; set it to false")
+    try:
+        found = simple_evaluate(
+            model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=chat_template,
+            task_manager=manager,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ValueError) as error:  # what `datasets` raises for data that are not there
+        raise DataError(f"harness.tasks={', '.join(tasks)}: {type(error).__name__}: {error}") from error
+    if found is None or not model.groups.is_main:  # the harness computes metrics on the first process of a machine
+        return {}
+    return {
+        name: {
+            "metrics": {key.removesuffix(",none"): value for key, value in values.items() if _is_metric(key, value)},
+            "samples": found["n-samples"][name]["effective"] if name in found["n-samples"] else None,
+            "num_fewshot": found["n-shot"].get(name),
+            "version": found["versions"].get(name),
+        }
+        for name, values in found["results"].items()
+    }
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    """``metric,filter`` of a number; an error without a formula is "N/A"."""
+    return "," in key and isinstance(value, int | float)

@@ -131,8 +131,8 @@ def layout_costs(training: Training, cluster: ClusterConfig) -> list[LayoutCost]
     """Every layout of a cluster's GPUs that can run a training, by time of a step.
 
     Tensor parallelism stays within a node; sequence parallelism comes with it. Each layout is there once, with the
-    least recomputation that makes it fit, or with all if none does. The layout that the training asks for is there as
-    it asks for it, if it has as many processes.
+    least recomputation that makes it fit, or with all if none does. The layout that the training asks for, if it has
+    as many processes, is there as it asks for it, too.
     """
     own = training.layout
     gpus = cluster.gpus or own.world_size
@@ -144,7 +144,9 @@ def layout_costs(training: Training, cluster: ClusterConfig) -> list[LayoutCost]
             continue
         # Selective recomputation saves nothing where the kernels of the attention are fused.
         costs = [layout_cost(training, layout, recompute, cluster) for recompute in ("none", "full")]
-        found.append(next((cost for cost in costs if cost.fits), costs[-1]))
+        chosen = next((cost for cost in costs if cost.fits), costs[-1])
+        if chosen not in found:
+            found.append(chosen)
     return sorted(found, key=_order)
 
 

@@ -128,11 +128,12 @@ def read_subject(name: str, overrides: Sequence[str]) -> Subject:
     if "stages" in (keys := _keys(path)):
         pipeline, stages = load_pipeline(path, overrides)
         return Subject(pipeline.name, stages)
-    fitting = [kind for kind, cls in STAGES.items() if _is_training(cls) and keys <= set(cls.__dataclass_fields__)]
+    trainings = {kind: cls for kind, cls in STAGES.items() if _is_training(cls)}
+    fitting = [kind for kind, cls in trainings.items() if {"data"} <= keys <= set(cls.__dataclass_fields__)]
     if not fitting:
         raise ConfigError(
             f"{name}: is neither a pipeline nor a training; plan a recipe ({', '.join(recipe_names())}), a file with "
-            f"`stages`, or a configuration of {', '.join(kind for kind, cls in STAGES.items() if _is_training(cls))}"
+            f"`stages`, or a configuration of {', '.join(trainings)}"
         )
     return Subject(path.stem, [load(fitting[0], path, overrides)])
 

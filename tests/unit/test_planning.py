@@ -1,0 +1,266 @@
+"""Arithmetic, traffic and layouts of a training, against sums done by hand; the plan's command and its faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nemo_minitron import axes
+from nemo_minitron.config import ClusterConfig, ParallelConfig, load_pipeline
+from nemo_minitron.errors import ConfigError, ShapeError
+from nemo_minitron.planning import (
+    ForwardFlops,
+    Model,
+    Training,
+    best_layout,
+    layout_cost,
+    layout_costs,
+    layout_faults,
+    load_recipe,
+    recipe_names,
+    stage_parameters,
+)
+from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.stages.costs import read_cluster, read_subject, show_plan, trainings_of, write_pipeline
+
+STUDENT = Model(ModelShape(8, 512, 1024, 8, 4, 64, 1000))
+TEACHER = Model(ModelShape(10, 768, 2048, 8, 4, 64, 1000))
+CLUSTER = ClusterConfig()
+
+
+def training(**changes: object) -> Training:
+    base = Training("t", STUDENT, TEACHER, 10, 64, 2, 128, ParallelConfig(2, 1, 4, sequence_parallel=True))
+    return dataclasses.replace(base, **changes)
+
+
+def show(name: str, overrides: list[str], **how: object) -> str:
+    out = io.StringIO()
+    options = {"plot": None, "save": None, "rows": 5} | how
+    show_plan(name, overrides, Console(file=out, width=80), **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def test_parts_are_the_whole():
+    for name in axes.FAMILIES:
+        topk = 2 if name == "mixtral" else None
+        for tied in (False, True):
+            shape = STUDENT.shape.replace(tied_embeddings=tied, num_moe_experts=4 if topk else None)
+            model = Model(shape, Architecture(family=name, moe_router_topk=topk))
+            assert sum(model.parts().values()) == model.parameters
+            assert ("output layer" in model.parts()) is not tied
+
+
+def test_forward_flops_count_matrices_and_half_the_square_of_attention():
+    flops = ForwardFlops.of(STUDENT, 128)
+    attention = 512 * 64 * (8 + 2 * 4) + 512 * 64 * 8
+    assert flops.layer == 2 * (attention + 3 * 512 * 1024)
+    assert flops.core == 2 * (2 * 128 * 8 * 64) / 2
+    assert flops.output == 2 * 512 * 1000
+    assert flops.total == 8 * (flops.layer + flops.core) + flops.output
+    expected = (3 * flops.total + ForwardFlops.of(TEACHER, 128).total) * 64 * 128
+    assert training().flops_per_step == expected
+    assert training().flops == 10 * expected
+    experts = Model(STUDENT.shape.replace(num_moe_experts=4), Architecture(family="mixtral", moe_router_topk=2))
+    assert ForwardFlops.of(experts, 128).layer == 2 * (attention + 2 * 3 * 512 * 1024 + 4 * 512)  # 2 of 4, and a router
+
+
+def test_stage_parameters_of_every_rank_are_the_model():
+    """Over all ranks each tensor is there once, cut where tensor parallelism cuts it; tied copies come on top."""
+    for tied in (False, True):
+        model = Model(STUDENT.shape.replace(vocab_size=1024, tied_embeddings=tied))
+        for tensor, pipeline, virtual in ((1, 1, None), (2, 1, None), (4, 3, None), (2, 2, 2)):
+            stages = stage_parameters(model, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
+            names = [name for stage in stages for name in stage]
+            copies = ["output_layer.weight"] if tied and pipeline > 1 else []
+            assert sorted(names) == sorted(
+                [*(name for name, _, _ in axes.parameters(model.table, model.shape)), *copies]
+            )
+            held = sum(
+                math.prod(size) * (tensor if axes.parameter(model.table, name).tensor_parallel_dim is not None else 1)
+                for stage in stages
+                for name, size in stage.items()
+            )
+            assert held == model.parameters + (1024 * 512 if copies else 0)
+    first, second = stage_parameters(model, tensor=1, pipeline=2, virtual_pipeline=2)
+    assert {int(name.split(".")[2]) for name in first if "layers" in name} == {0, 1, 4, 5}
+    assert {int(name.split(".")[2]) for name in second if "layers" in name} == {2, 3, 6, 7}
+    with pytest.raises(ShapeError, match="num_query_groups=4 cannot be split over parallel.tensor=8"):
+        stage_parameters(model, tensor=8)
+
+
+def test_traffic_of_a_step():
+    """Against the sums of the module's text, for two micro-batches of 2 x 128 tokens on a rank."""
+    layout = ParallelConfig(2, 2, 16)
+    cost = layout_cost(training(layout=layout), layout, "none", CLUSTER)
+    tokens, half = 2 * 128 * 2, 0.5  # bytes of a weight times tokens; (t - 1) / t
+    # first stage: 4 student and 5 teacher layers, and the embeddings
+    student, teacher = 512 * tokens, 768 * tokens
+    micro_batch = 2 * half * ((4 * 4 + 1) * student + (5 * 2 + 1) * teacher)
+    assert cost.sent["tensor"] == 2 * micro_batch
+    assert cost.sent["pipeline"] == 2 * (2 * student + teacher)
+    weights = max(
+        sum(math.prod(shape) for shape in stage.values()) for stage in stage_parameters(STUDENT, tensor=2, pipeline=2)
+    )
+    assert cost.sent["data"] == weights * (4 + 2) * 15 / 16
+    assert cost.bubble == pytest.approx((1 / 2) / (1 + 1 / 2))
+    sequence = layout_cost(training(), dataclasses.replace(layout, sequence_parallel=True), "none", CLUSTER)
+    # two all-gathers more a trained layer, each half of an all-reduce; half the message between stages
+    assert sequence.sent["tensor"] - cost.sent["tensor"] == 2 * 2 * half * 4 * student
+    assert sequence.sent["pipeline"] == cost.sent["pipeline"] / 2
+    again = layout_cost(training(), layout, "full", CLUSTER)
+    assert again.sent["tensor"] - cost.sent["tensor"] == 2 * 2 * half * 2 * 4 * student
+    alone = layout_cost(training(), ParallelConfig(), "none", CLUSTER)
+    assert set(alone.sent.values()) == {0.0}
+
+
+def test_time_of_a_step():
+    alone = layout_cost(training(teacher=None), ParallelConfig(), "none", CLUSTER)
+    assert alone.mfu == pytest.approx(CLUSTER.mfu)
+    assert alone.step_seconds == pytest.approx(training(teacher=None).flops_per_step / (989e12 * 0.4))
+    assert alone.gpu_hours == pytest.approx(alone.step_seconds * 10 / 3600)
+    full = layout_cost(training(teacher=None), ParallelConfig(), "full", CLUSTER)
+    output = ForwardFlops.of(STUDENT, 128).output
+    layers = ForwardFlops.of(STUDENT, 128).total - output
+    assert full.step_seconds / alone.step_seconds == pytest.approx(
+        (4 * layers + 3 * output) / (3 * layers + 3 * output)
+    )
+    single = layout_cost(training(teacher=None, bytes=4), ParallelConfig(), "none", CLUSTER)
+    assert single.step_seconds == pytest.approx(2 * alone.step_seconds)
+    # tensor groups beyond a node go over the network
+    layout = ParallelConfig(4, 1, 1)
+    near, far = (layout_cost(training(), layout, "none", ClusterConfig(gpus_per_node=n)) for n in (4, 2))
+    assert far.seconds["tensor"] == pytest.approx(near.seconds["tensor"] * 450 / 50)
+    # a virtual pipeline halves the bubble
+    plain = layout_cost(training(), ParallelConfig(1, 4, 2), "none", CLUSTER)
+    virtual = layout_cost(training(), ParallelConfig(1, 4, 2, virtual_pipeline=2), "none", CLUSTER)
+    assert virtual.seconds["bubble"] == pytest.approx(plain.seconds["bubble"] / 2)
+
+
+def test_the_best_layout_is_the_fastest_that_fits():
+    cluster = ClusterConfig(gpus=8, memory_gib=0.31)
+    costs = layout_costs(training(), cluster)
+    sizes = [(cost.layout.tensor, cost.layout.pipeline, cost.layout.data) for cost in costs]
+    own = (2, 1, 4)  # once as it is, once as it fits
+    assert sorted(sizes) == sorted([*set(sizes), own])
+    # 8 tensor ranks cannot split 4 groups; 8 pipeline stages are too many for nothing here
+    assert set(sizes) == {
+        (1, 1, 8),
+        (1, 2, 4),
+        (1, 4, 2),
+        (1, 8, 1),
+        (2, 1, 4),
+        (2, 2, 2),
+        (2, 4, 1),
+        (4, 1, 2),
+        (4, 2, 1),
+    }
+    assert [cost.step_seconds for cost in costs] == sorted(cost.step_seconds for cost in costs)
+    best = best_layout(costs)
+    assert best is not None
+    assert best.fits
+    assert best.fullest.total <= 0.9 * 0.31 * 2**30
+    assert any(not cost.fits for cost in costs)
+    assert all(cost.step_seconds >= best.step_seconds for cost in costs if cost.fits)
+    for cost in costs:  # recomputation only where it is needed, or where nothing helps
+        without = layout_cost(training(), cost.layout, "none", cluster)
+        assert cost.recompute == ("none" if without.fits or cost == without else "full")
+    assert best_layout(layout_costs(training(), ClusterConfig(gpus=8, memory_gib=0.01))) is None
+    assert layout_costs(training(), ClusterConfig(gpus=11)) == []  # neither 64 sequences nor 8 layers go over 11
+    assert "global_batch_size=64" in layout_faults(training(), ParallelConfig(1, 1, 7))[0]
+
+
+def test_clusters_and_faults(tmp_path):
+    assert read_cluster(["cluster.gpus=64", "steps=3", "cluster.gpu=a100"]) == ClusterConfig("a100", gpus=64)
+    with pytest.raises(ConfigError) as error:
+        read_cluster(["cluster.gpu=h1", "cluster.mfu=2", "cluster.gpuz=3"])
+    assert len(error.value.faults) == 3
+    assert "did you mean gpu?" in str(error.value)
+    with pytest.raises(ConfigError, match="shipped recipes: llama-31-minitron-4b-depth"):
+        read_subject("lama", [])
+    with pytest.raises(ConfigError, match="did you mean smollm2-demo"):
+        load_recipe("smollm-demo")
+    with pytest.raises(ConfigError, match="is neither a pipeline nor a training"):
+        read_subject("export", [])
+    with pytest.raises(ConfigError) as error:
+        trainings_of(read_subject("distill", [f"student={tmp_path}", f"teacher={tmp_path}"]))
+    assert f"{tmp_path}: its sizes are not known before it is there" in error.value.faults[0]
+    with pytest.raises(ConfigError, match="its suffix must be one of"):
+        show("smollm2-demo", [], plot=tmp_path / "plan.txt")
+    with pytest.raises(ConfigError, match=r"no stage is called distil; did you mean distilled"):
+        read_subject("smollm2-demo", ["stages.distil.steps=3"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_a_pipeline(name, tmp_path):
+    """What `--save` writes is read back as the same stages."""
+    recipe = load_recipe(name)
+    pipeline, stages = load_pipeline(write_pipeline(name, tmp_path / "pipeline.yaml"))
+    assert pipeline.output == recipe.output
+    assert stages == recipe.stages
+
+
+def test_tables(tmp_path):
+    text = show("smollm2-demo", ["cluster.gpus=4", "stages.distilled.steps=30"], plot=tmp_path / "plan.png")
+    assert "134,515,008" in text
+    assert "15.4 k in 30 steps of 2 x 256" in text
+    assert "best" in text
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert max(len(line) for line in text.splitlines()) <= 80
+    none = show("minitron-8b-4b", ["cluster.gpus=8", "cluster.memory_gib=8", "cluster.price=2"])
+    assert "none fits: the leanest layout needs" in none
+    assert "too big" in none
+    assert "no layout of 37 GPUs can split" in show("smollm2-demo", ["cluster.gpus=37"]).replace("\n", " ")
+
+
+def test_checkpoints_that_are_there_are_planned_by_their_sizes(tmp_path):
+    """An HF directory, and a NeMo 2 one; a student in a configuration of its own."""
+    from nemo_minitron.checkpoints.hf_config import to_hf
+
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(to_hf(TEACHER.shape, TEACHER.architecture, dtype="float32"))
+    )
+    own = {"shape": STUDENT.shape.to_dict(), "architecture": STUDENT.architecture.to_dict()}
+    (tmp_path / "own" / "minitron.json").write_text(json.dumps(own))
+    settings = [f"student={tmp_path}/own", f"teacher={tmp_path}/hf/", "cluster.gpus=2", "steps=70"]
+    (found,), notes = trainings_of(read_subject("distill", settings))
+    assert (found.student, found.teacher, found.steps, found.bytes, notes) == (STUDENT, TEACHER, 70, 4, [])
+    (alone,), _ = trainings_of(read_subject("correct", [f"model={tmp_path}/own"]))
+    assert (alone.student, alone.teacher) == (STUDENT, None)
+
+
+def test_a_plan_starts_without_the_heavy_stack():
+    """No torch, and in the time that the imports of a configuration take."""
+    code = (
+        "import sys; from rich.console import Console; from nemo_minitron.stages.costs import show_plan\n"
+        "show_plan('mistral-nemo-minitron-8b', [], Console(), plot=None, save=None, rows=3)\n"
+        "heavy = {'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8,414,105,600" in done.stdout
+
+
+def test_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_minitron", "plan", "llama-31-minitron-4b-width", "--save", "p.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Path(tmp_path / "p.yaml").is_file()
+    bad = subprocess.run(
+        [sys.executable, "-m", "nemo_minitron", "plan", "nothing"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert bad.returncode == 2
+    assert "shipped recipes" in bad.stderr

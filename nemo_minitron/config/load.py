@@ -58,8 +58,9 @@ def load_slurm(path: str | Path, overrides: Sequence[str] = ()) -> SlurmConfig:
         ConfigError: with every fault of the file.
     """
     shipped = shipped_slurm()
-    if not Path(path).exists() and str(path) in shipped:
-        path = Path(str(resources.files("nemo_minitron.configs"))) / "slurm" / f"{path}.yaml"
+    stem, parent = Path(path).name.removesuffix(".yaml"), str(Path(path).parent)
+    if not Path(path).exists() and stem in shipped and parent in (".", "slurm", "configs/slurm"):
+        path = Path(str(resources.files("nemo_minitron.configs"))) / "slurm" / f"{stem}.yaml"
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; shipped ones: {', '.join(shipped)}")
     file = _File(path, overrides)

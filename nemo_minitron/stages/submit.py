@@ -160,7 +160,8 @@ def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
     import nemo_run as run
 
     world = job.config.layout.world_size
-    tunnel: run.LocalTunnel | run.SSHTunnel = run.LocalTunnel(job_dir=str(home))
+    # Without a directory of its own, the jobs' is that of nemo_run's records, which lie in ``home``.
+    tunnel: run.LocalTunnel | run.SSHTunnel = run.LocalTunnel(job_dir="")
     if slurm.host is not None:
         tunnel = run.SSHTunnel(host=slurm.host, user=str(slurm.user), job_dir=str(home), identity=slurm.identity)
     dropped = _PYXIS if slurm.container_image is None else "--none"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import STAGES, load, load_pipeline
+from nemo_minitron.config import STAGES, load, load_pipeline, load_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +43,10 @@ def test_command(page: str, line: str) -> None:
     stage, *rest = words
     if stage in ("--help", "--version", "status"):
         return
+    if "--slurm" in rest:
+        at = rest.index("--slurm")
+        load_slurm(rest[at + 1])
+        del rest[at : at + 2]
     settings = [word for word in rest if not word.startswith("--")]
     if stage == "run":
         load_pipeline(settings[0], settings[1:])

@@ -1,0 +1,225 @@
+"""A pipeline on Slurm: the scripts, and a real one-node Slurm where this machine has its daemons."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from support.checkpoints import tiny_checkpoint
+from support.slurm import job_states, missing, slurm
+from support.text import write_jsonl
+
+from nemo_minitron.config import load_pipeline, load_slurm, shipped_slurm
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.stages.base import read_record
+from nemo_minitron.stages.submit import jobs_of, submit
+
+PIPELINE = """
+name: tiny
+output: {home}/run
+defaults:
+  runtime: {{threads: 1}}
+  data:
+    sources: [{{name: text, path: {home}/text.jsonl}}]
+    sequence_length: 16
+    calibration_fraction: 0.3
+    held_out_fraction: 0.2
+    cache_dir: {home}/cache
+stages:
+  - {{stage: import, name: teacher, source: {home}/hf}}
+  - {{stage: score, name: scores, model: "${{output}}/teacher", samples: 4, parallel: {{tensor: 2}}}}
+  - {{stage: prune, name: pruned, model: "${{output}}/teacher", scores: "${{output}}/scores",
+     target: {{ffn_hidden_size: 48}}}}
+  - {{stage: prune, name: random, model: "${{output}}/teacher", method: random, target: {{ffn_hidden_size: 48}}}}
+  - stage: distill
+    name: distilled
+    student: ${{output}}/pruned
+    teacher: ${{output}}/teacher
+    steps: 2
+    global_batch_size: 2
+    warmup_steps: 0
+    validate_every: 2
+    validation_batches: 1
+    parallel: {{tensor: 2}}
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A tiny model and its text. (Not pytest's own directory, whose path is too long for a socket.)"""
+    folder = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))
+    tiny_checkpoint(folder / "hf")
+    words = torch.randint(0, 125, (120, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    write_jsonl(folder / "text.jsonl", [" ".join(f"w{number}" for number in row) for row in words])
+    (folder / "pipeline.yaml").write_text(PIPELINE.format(home=folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_keyboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """nemo_run's shell commands read the keyboard, which pytest forbids."""
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        yield
+
+
+def options(script: str) -> dict[str, str]:
+    """The ``#SBATCH`` lines of a script."""
+    return {name: value.strip("'") for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.M)}
+
+
+def console() -> Console:
+    return Console(quiet=True)
+
+
+def dry(pipeline_file: Path, slurm_file: str | Path, *settings: str, overrides: tuple[str, ...] = ()) -> dict[str, str]:
+    pipeline, stages = load_pipeline(pipeline_file, overrides)
+    found = load_slurm(slurm_file, settings)
+    return submit(pipeline, stages, found, overwrite=False, dry_run=True, console=console())
+
+
+@pytest.mark.slow
+def test_scripts_of_a_dgx_cluster(home: Path) -> None:
+    scripts = dry(
+        home / "pipeline.yaml",
+        "dgx",
+        "stage_time={distilled: '1-00:00:00'}",
+        "extra={reservation: pruning}",
+        overrides=("stages.distilled.parallel={tensor: 8, data: 2}",),
+    )
+    assert list(scripts) == ["teacher", "scores", "pruned", "random", "distilled"]
+    after = {name: options(script).get("dependency", "") for name, script in scripts.items()}
+    assert after == {
+        "teacher": "",
+        "scores": "afterok:<teacher>",
+        "pruned": "afterok:<teacher>:<scores>",
+        "random": "afterok:<teacher>",
+        "distilled": "afterok:<teacher>:<pruned>",
+    }
+    wide, narrow = options(scripts["distilled"]), options(scripts["scores"])
+    assert (wide["nodes"], wide["ntasks-per-node"], wide["gpus-per-node"]) == ("2", "8", "8")
+    assert (narrow["nodes"], narrow["ntasks-per-node"]) == ("1", "2")
+    assert (wide["time"], narrow["time"]) == ("1-00:00:00", "04:00:00")
+    assert wide["account"] == "my_account"
+    assert wide["reservation"] == "pruning"
+    assert wide["signal"] == "USR1@180"
+    assert "exclusive" in wide
+    script = scripts["distilled"]
+    assert "export TORCHX_MAX_RETRIES=3" in script, "requeued"
+    assert "--container-image nemo-minitron.sqsh" in script
+    assert "/lustre:/lustre" in script
+    assert f"python -m nemo_minitron.stages.rank {home}/run/logs/distilled" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert not (home / "run").exists(), "a dry run leaves nothing behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shipped_slurm())
+def test_shipped_settings_and_their_commands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(__file__).resolve().parents[2] / "configs" / "slurm" / f"{name}.yaml"
+    words = re.search(
+        r"^#   minitron run configs/(\S+)\.yaml --slurm configs/slurm/(\S+)\.yaml", path.read_text(), re.M
+    )
+    assert words is not None
+    assert words[2] == name
+    scripts = dry(Path(words[1]), name)
+    assert scripts
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults(home: Path) -> None:
+    def faults(*settings: str) -> str:
+        with pytest.raises(ConfigError) as raised:
+            load_slurm("bare", settings)
+        return str(raised.value)
+
+    (home / "nobody.yaml").write_text("gpus_per_node: 8\n")
+    with pytest.raises(ConfigError, match="account: must be given"):
+        load_slurm(home / "nobody.yaml")
+    assert "time=4 hours: must be [D-]HH:MM:SS" in faults("time=4 hours")
+    assert "container_mounts: there is no container" in faults("container_mounts=[/a:/b]")
+    assert "tasks_per_node: must be given" in faults("tasks_per_node=null")
+    assert "SSH also needs user and job_dir" in faults("host=login")
+    with pytest.raises(ConfigError, match="no such file; shipped ones: bare, dgx"):
+        load_slurm("nowhere.yaml")
+    _, stages = load_pipeline(home / "pipeline.yaml", ["stages.distilled.parallel={tensor: 3}"])
+    with pytest.raises(ConfigError, match="its 3 processes do not fill nodes of 2"):
+        jobs_of(stages, load_slurm("bare"), overwrite=False)
+    with pytest.raises(ConfigError, match="stage_time.disill: no stage is called so"):
+        jobs_of(stages[:1], load_slurm("bare", ["stage_time={disill: '00:10:00'}"]), overwrite=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {', '.join(missing())} missing")
+def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
+    """Submitted by the command line, in order, to the end; nothing is left to submit then; a refusal ends at once."""
+    settings = {"account": "test", "gpus_per_node": 0, "tasks_per_node": 2, "time": "00:20:00", "signal": None,
+                "python": sys.executable, "retries": 2}  # fmt: skip
+    (home / "slurm.yaml").write_text(yaml.safe_dump(settings))
+    command = [
+        sys.executable, "-m", "nemo_minitron", "run", str(home / "pipeline.yaml"), "--slurm", str(home / "slurm.yaml"),
+    ]  # fmt: skip
+    with slurm(home / "slurm") as env:
+
+        def run(*overrides: str) -> str:
+            done = subprocess.run(
+                [*command, *overrides], env=env, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        def wait(limit: float = 240) -> dict[str, str]:
+            deadline = time.monotonic() + limit
+            while any(state in ("PENDING", "RUNNING", "COMPLETING") for state in job_states(env).values()):
+                if time.monotonic() > deadline or "DependencyNeverSatisfied" in queue(env):
+                    break
+                time.sleep(1)
+            return job_states(env)
+
+        told = run()
+        numbers = dict(re.findall(r"^(\w+): job (\d+)", told, re.M))
+        assert list(numbers) == ["teacher", "scores", "pruned", "random", "distilled"]
+        states = wait()
+        logs = "\n".join(p.read_text()[-1500:] for p in (home / "run").rglob("log*.out"))
+        assert set(states.values()) == {"COMPLETED"}, f"{states}\n{logs}"
+
+        records = {name: read_record(home / "run" / name) for name in numbers}
+        assert all(record is not None for record in records.values())
+        assert records["distilled"]["metrics"]["steps"] == 2
+        made = {name: json.dumps(record["started"]) for name, record in records.items() if record}
+        assert made["teacher"] <= made["scores"] <= made["pruned"] <= made["distilled"]
+        assert "every stage is done" in run()
+
+        # A layout that the model does not have: refused by the stage, and not queued again.
+        odd = ("stages.scores.parallel={pipeline: 2, tensor: 1}", "stages.scores.samples=9999",
+               "stages.scores.output=" + str(home / "run" / "more"))  # fmt: skip
+        run(*odd, "stages.pruned.output=" + str(home / "run" / "less"))
+        wait(60)
+        restarts = subprocess.run(
+            ["scontrol", "show", "jobs", "-o"], env=env, capture_output=True, text=True, check=True
+        ).stdout
+        failed = [line for line in restarts.splitlines() if "JobState=FAILED" in line]
+        assert len(failed) == 1
+        assert "Restarts=0" in failed[0]
+        assert read_record(home / "run" / "more") is None
+    report = "\n".join(p.read_text() for p in (home / "run" / "logs" / "more").glob("rank-*.json"))
+    assert '"status": "refused"' in report
+
+
+def queue(env: dict[str, str]) -> str:
+    """What Slurm says that jobs wait for."""
+    return subprocess.run(["squeue", "-h", "-o", "%r"], env=env, capture_output=True, text=True, check=True).stdout

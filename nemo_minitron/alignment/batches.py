@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from nemo_minitron.runtime.masks import FILLING, attention_mask
+
 __all__ = ["Sample", "Samples", "collate", "pack"]
 
 
@@ -95,7 +97,7 @@ def _collate(batch: list[Sample], *, multiple: int, masked: bool) -> dict[str, t
     size = (len(batch), -(-longest // multiple) * multiple)
     tokens, labels, positions = (torch.zeros(size, dtype=torch.long) for _ in range(3))
     loss_mask = torch.zeros(size)
-    segments = torch.full(size, -1)
+    segments = torch.full(size, FILLING)
     for row, sample in enumerate(batch):
         at = first = 0
         for number, length in enumerate(sample.lengths):
@@ -108,7 +110,5 @@ def _collate(batch: list[Sample], *, multiple: int, masked: bool) -> dict[str, t
             at, first = at + length - 1, first + length
     found = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
     if masked:
-        causal = torch.ones(size[1], size[1], dtype=torch.bool).tril()
-        same = segments[:, :, None] == segments[:, None, :]
-        found["attention_mask"] = ~(same & causal)[:, None]
+        found["attention_mask"] = attention_mask(segments)
     return found

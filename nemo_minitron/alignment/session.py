@@ -30,10 +30,11 @@ from nemo_minitron.alignment.metrics import MetricsLog
 from nemo_minitron.alignment.settings import Schedule, aligner_settings, check_model
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
+from nemo_minitron.runtime.stopping import StopRequest
 
-__all__ = ["Session", "fill", "last_checkpoint", "open_session"]
+__all__ = ["Clock", "Session", "fill", "last_checkpoint", "open_session"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ class Session:
         optimizer, scheduler = script.extract_optimizer_scheduler_from_ptl_model(self.model)
         return optimizer, scheduler
 
+    @property
+    def chunks(self) -> list[Any]:
+        """The Megatron ``GPTModel``s of this rank, as they are before :meth:`start` wraps them."""
+        return _chunks(self.model)
+
     @contextmanager
     def training(
         self,
@@ -108,10 +114,14 @@ class Session:
             label: of the progress bar.
             max_minutes: Aligner stops after them, with a checkpoint.
             options: of the class, beside what all have.
+
+        Raises:
+            PreemptedError: after SIGTERM or SIGUSR1 to any rank, once the step has ended and its state is saved.
         """
         optimizer, scheduler = self.start(loader)
         done = self.state["step"] if self.state else 0
         log = MetricsLog(self.directory, label=label, steps=self.steps, done=done, writes=self.groups.is_main)
+        clock = Clock(max_minutes)
         made = trainer_class(
             cfg=self.config.trainer[self.kind],
             model=self.model,
@@ -122,7 +132,7 @@ class Session:
             test_dataloader=None,
             logger=log,
             ckpt_callback=script.add_custom_checkpoint_callback(self.trainer, self.model),
-            run_timer=Timer(_days_hours_minutes_seconds(max_minutes) if max_minutes else None),
+            run_timer=clock,
             **options,
         )
         if self.state is not None:
@@ -130,7 +140,8 @@ class Session:
         # Aligner's DPO collects garbage after each step; of what the imports left there is none, but it takes seconds.
         gc.freeze()
         try:
-            yield made
+            with clock.watch(made, self.steps):
+                yield made
         finally:
             gc.unfreeze()
             log.close()
@@ -293,6 +304,34 @@ def _steps_of(checkpoint: Path) -> int:
     return int(found[1]) if found else -1
 
 
-def _days_hours_minutes_seconds(minutes: float) -> str:
-    seconds = max(1, round(minutes * 60))
-    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+class Clock(Timer):
+    """Aligner asks it after each step whether to end: when the time is over, or a signal has come to any rank."""
+
+    def __init__(self, minutes: float | None) -> None:
+        seconds = None if minutes is None else max(1, round(minutes * 60))
+        super().__init__(None if seconds is None else f"0:0:0:{seconds}")
+        self._request = StopRequest()
+        self._asked = False
+
+    @contextmanager
+    def watch(self, trainer: Any, steps: int) -> Iterator[None]:
+        """Note signals while the block trains.
+
+        Raises:
+            PreemptedError: where one has ended the training before its last step; its state is saved.
+        """
+        with self._request:
+            yield
+        if self._asked and trainer.step < steps:
+            raise PreemptedError(
+                f"stopped by a signal after step {trainer.step} of {steps}: its state is saved. The same command goes "
+                "on from there"
+            )
+
+    def is_finished(self) -> bool:
+        """The same on every rank. Collective."""
+        over = torch.tensor([self.get_time_remaining() <= 0, bool(self._request.came)], dtype=torch.float)
+        over = over.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MAX)
+        self._asked = bool(over[1])
+        return bool(over.any())

@@ -14,6 +14,7 @@ from nemo_minitron.alignment.session import last_checkpoint, open_session
 from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.runtime.masks import documents_masked
 
 __all__ = ["SftModel", "train_sft"]
 
@@ -70,13 +71,16 @@ def train_sft(
     batch = collate(8 * (layout.tensor if layout.sequence_parallel else 1), masked=packed)
     loader = session.loader(Samples(train), batch, training=True)
     validation = session.loader(Samples(held_out), batch, training=False)
-    with session.training(
-        SupervisedTrainer,
-        loader,
-        validation,
-        label="fine-tuning",
-        max_minutes=schedule.max_minutes,
-        run_init_validation=session.state is None,
-    ) as trainer:
+    with (
+        documents_masked(session.chunks, packed),
+        session.training(
+            SupervisedTrainer,
+            loader,
+            validation,
+            label="fine-tuning",
+            max_minutes=schedule.max_minutes,
+            run_init_validation=session.state is None,
+        ) as trainer,
+    ):
         trainer.fit()
     return last_checkpoint(directory)

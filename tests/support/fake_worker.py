@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.errors import ShapeError
+from nemo_minitron.errors import PreemptedError, ShapeError
+from nemo_minitron.runtime.stopping import StopRequest
 from nemo_minitron.stages import worker
 from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
 
@@ -29,6 +30,12 @@ def run(config: StageConfig) -> dict[str, Any]:
         raise RuntimeError("a fault of ours")
     if what.startswith("die") and rank == world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if what.startswith("stoppable"):
+        with StopRequest() as request:
+            (Path(config.output).parent / f"started-{rank}").touch()
+            while request.came is None:
+                time.sleep(0.05)
+        raise PreemptedError(f"stopped by {request.came.name}")
     if what.startswith(("refuse", "crash", "die", "hang")):
         time.sleep(600)  # the peers wait for the one that is gone
     if rank == 0:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from nemo_minitron.config import ExportConfig, ParallelConfig, RuntimeConfig, ScoreConfig, StageConfig
-from nemo_minitron.errors import ConfigError, MinitronError, ShapeError
+from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, ShapeError
 from nemo_minitron.runtime import launch as launching
 from nemo_minitron.runtime.launch import StageCrashError, launch, read_results
 from nemo_minitron.stages import execute
@@ -192,6 +193,47 @@ def test_killing_the_launcher_leaves_no_process(tmp_path, tensor):
     while left_over(folder) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left_over(folder)
+
+
+def signalled(tmp_path: Path, config: StageConfig, order: signal.Signals, ready: int) -> MinitronError:
+    """What the launcher says when a signal reaches it once ``ready`` ranks work."""
+
+    def send() -> None:
+        deadline = time.monotonic() + 60
+        names = "started-*" if config.name.startswith("stoppable") else "logs/out/rank-*.log"
+        while len(list((tmp_path / "run dir").glob(names))) < ready and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(os.getpid(), order)
+
+    before = signal.getsignal(order)
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(PreemptedError) as error:
+        execute.run_stage(config)
+    sender.join()
+    assert signal.getsignal(order) == before
+    assert not left_over(execute.job_folder_of(config))
+    return error.value
+
+
+def test_a_signal_reaches_a_rank_that_can_stop(tmp_path):
+    error = signalled(tmp_path, job(tmp_path, "stoppable"), signal.SIGTERM, 1)
+    assert str(error) == "stopped by SIGUSR1"
+    assert error.exit_code == 75
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_every_rank_that_can_stop(tmp_path):
+    config = job(tmp_path, "stoppable", tensor=2)
+    assert str(signalled(tmp_path, config, signal.SIGUSR1, 2)) == "stopped by SIGUSR1"
+    results = read_results(execute.job_folder_of(config))
+    assert [result.error for result in results] == ["PreemptedError"] * 2
+
+
+def test_a_signal_ends_what_cannot_stop_in_order(tmp_path):
+    error = signalled(tmp_path, job(tmp_path, "hang"), signal.SIGTERM, 1)
+    assert str(error).startswith("SIGTERM came; what was running does not save in the middle of its work")
 
 
 def test_an_earlier_jobs_results_do_not_count(tmp_path):

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-quick test test-fast lint format clean
+.PHONY: help env demo demo-quick demo-align test test-fast lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -26,6 +26,9 @@ demo: env  ## the main job on a real model: import, score, prune, distil, evalua
 
 demo-quick: env  ## the same in a few minutes
 	$(BIN)/minitron run configs/demo-quick.yaml
+
+demo-align: env  ## what `make demo` made, aligned: fine-tuned on answers, then on preferences
+	$(BIN)/minitron run configs/demo-align.yaml
 
 test: env  ## all tests
 	$(BIN)/python -m pytest

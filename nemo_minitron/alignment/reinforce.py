@@ -3,31 +3,29 @@
 Aligner's actor generates by TensorRT-LLM, or by NeMo 1's text generation, which has no batches of prompts of different
 lengths under a cache. Here it generates by :mod:`nemo_minitron.generation`. Loss, baseline and divergence are
 Aligner's: the loss of a token is ``-logprob * (reward - kl_penalty * KL - baseline)``, the KL is the mean over the
-answer of ``|logprob - initial logprob|`` and the baseline of an answer the mean reward of the others to its prompt (arXiv
-2402.14740), answers that did not end left out of it.
+answer of ``|logprob - initial logprob|`` and the baseline of an answer the mean reward of the others to its prompt
+(arXiv 2402.14740), answers that did not end left out of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemo_aligner.algorithms.reinforce import ReinforceTrainer
 from nemo_aligner.data.nlp.builders import build_dataloader
 from nemo_aligner.utils import train_script_utils as script
-from nemo_aligner.utils.batch_iterators import DefaultBatchIterator
-from nemo_aligner.utils.distributed import Timer
 from nemo_aligner.utils.server_utils import FutureResult
 from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss, MetricsLog
-from nemo_minitron.alignment.session import Session, last_checkpoint, open_session
+from nemo_minitron.alignment.session import Clock, Session, last_checkpoint, open_session
 from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.generation import Answer, Sampling, generate_tokens
@@ -35,6 +33,7 @@ from nemo_minitron.runtime.groups import Groups, ParallelLayout
 from nemo_minitron.runtime.tensorrt_llm import optional
 
 with optional():
+    from nemo_aligner.algorithms.reinforce import ReinforceTrainer
     from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
 
 __all__ = ["Prompt", "ReinforceActor", "Rewards", "Rollouts", "train_reinforce"]
@@ -108,6 +107,17 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
         """Number of the next answer's draws: those of a step depend on the step alone, also after a resume."""
         self._request = request
 
+    def get_loss_and_metrics(self, batch: dict[str, torch.Tensor], forward_only: bool) -> tuple[float, dict[str, Any]]:
+        """As Aligner's, whose product of ``[b, s]`` log-probabilities and ``[b]`` rewards is right for one answer at a
+        time only (the micro-batch of its examples): the rewards get their second dimension here.
+
+        Args:
+            batch: what :class:`~nemo_aligner.algorithms.reinforce.ReinforceTrainer` gathers of the answers.
+            forward_only: never here.
+        """
+        batch = {**batch, **{name: batch[name][:, None] for name in ("rewards_with_kl", "baseline")}}
+        return super().get_loss_and_metrics(batch, forward_only)
+
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Answer prompts.
@@ -176,6 +186,20 @@ def _collate(batch: list[Prompt], *, width: int) -> dict[str, torch.Tensor]:
         text[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
     numbers = torch.tensor([prompt.number for prompt in batch])
     return {"text": text, "length": torch.tensor([len(prompt.ids) for prompt in batch]), "number": numbers}
+
+
+@dataclass
+class _Batches:
+    """The batches of a step, one after the other: Aligner's ``DefaultBatchIterator``, whose module needs flask."""
+
+    sampler_iter: Iterator[list[int]]
+    num_microbatches: int
+    dataset: _Prompts
+    collate_fn: Callable[[list[Prompt]], dict[str, torch.Tensor]]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for indices in itertools.islice(self.sampler_iter, self.num_microbatches):
+            yield self.collate_fn([self.dataset[index] for index in indices])
 
 
 class _Given(FutureResult):  # type: ignore[misc]
@@ -285,7 +309,7 @@ def train_reinforce(
         held_out=schedule.global_batch_size,  # its validations have batches of their own
         max_length=max_length,
         resume=resume,
-        model={"reinforce": rollouts.settings(schedule)},
+        model={"reinforce": rollouts.settings(schedule), "activations_checkpoint_layers_per_pipeline": None},
     )
     session.model.prepare(rollouts, session.groups)
     session.model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(session.model, megatron_amp_O2=False)
@@ -335,8 +359,6 @@ def _fit(
     updates: int,
     schedule: Schedule,
 ) -> None:
-    from nemo_minitron.alignment.session import _days_hours_minutes_seconds
-
     optimizer, scheduler = session.start(loaders[0](consumed_samples=0))
     log = MetricsLog(
         session.directory,
@@ -345,6 +367,7 @@ def _fit(
         done=session.state["step"] if session.state else 0,
         writes=session.groups.is_main,
     )
+    clock = Clock(schedule.max_minutes)
     trainer = _Trainer(
         cfg=session.config.trainer.reinforce,
         model=session.model,
@@ -354,10 +377,10 @@ def _fit(
         val_dataloader_builder=loaders[1],
         collate_fn=collate,
         rm=_Rewarding(session.model, rewards),
-        batch_iterator_cls=DefaultBatchIterator,
+        batch_iterator_cls=_Batches,
         logger=_Log(log),
         ckpt_callback=script.add_custom_checkpoint_callback(session.trainer, session.model),
-        run_timer=Timer(_days_hours_minutes_seconds(schedule.max_minutes) if schedule.max_minutes else None),
+        run_timer=clock,
     )
     if session.state is not None:
         # Aligner's scripts read its numbers from the checkpoint's name, which has three of the four.
@@ -366,8 +389,10 @@ def _fit(
     try:
         if session.state is None:  # what the initial policy gets
             metrics = trainer.run_validation()
+            trainer.timer.consume_durations()  # it refuses to measure again what nobody read
             metrics.pop("table")
             trainer.logger.log_metrics(metrics, 0, "val_rollouts/")
-        trainer.fit()
+        with clock.watch(trainer, steps):
+            trainer.fit()
     finally:
         log.close()

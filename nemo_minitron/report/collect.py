@@ -162,7 +162,7 @@ def collect(directory: str | Path) -> Run:
         reader = {"score": _scores, "distill": _curve, "evaluate": _evaluation}.get(stage.stage)
         if reader is not None:
             reader(stage, run)
-        if stage.stage in ("import", "prune", "iterate", "distill"):
+        if stage.stage in ("import", "prune", "iterate", "distill", "sft", "dpo", "reinforce"):
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():

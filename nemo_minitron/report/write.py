@@ -5,17 +5,33 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.report import plots, tables
+from nemo_minitron.report.alignment import alignment_tables
+from nemo_minitron.report.card import card_content
 from nemo_minitron.report.collect import Run, collect
+from nemo_minitron.report.compare import Comparison, compare
+from nemo_minitron.report.diagram import shape_diagram
+from nemo_minitron.report.lineage import lineage_table
 
-__all__ = ["write_report"]
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["write_comparison", "write_report"]
 
 
-def write_report(run_dir: str | Path, output: str | Path, *, title: str = "") -> Run:
-    """Write ``index.html``, ``report.md`` and ``plots/*.png`` into ``output``.
+def write_report(
+    run_dir: str | Path,
+    output: str | Path,
+    *,
+    title: str = "",
+    base_model: str | None = None,
+    license_name: str | None = None,
+) -> Run:
+    """Write ``index.html``, ``report.md``, ``plots/*.png`` and, of a run that made a model, ``model-card.md``.
 
     What the run does not hold is left out; what it holds and cannot be read is named at the end of the report.
 
@@ -23,6 +39,7 @@ def write_report(run_dir: str | Path, output: str | Path, *, title: str = "") ->
         run_dir: directory with the stages' outputs.
         output: an existing directory.
         title: heading; empty takes the run's name.
+        base_model, license_name: for the front matter of the model card, in the Hub's words.
 
     Returns:
         What was found.
@@ -30,10 +47,47 @@ def write_report(run_dir: str | Path, output: str | Path, *, title: str = "") ->
     Raises:
         DataError: if ``run_dir`` holds no finished stage.
     """
-    import jinja2
-
     run = collect(run_dir)
     content = _content(run, title or run.name)
+    environment = _environment()
+    out = Path(output)
+    figures = [figure for section in content["figures"].values() for figure in section]
+    _write(environment, "index.html.j2", content, out / "index.html")
+    _write(environment, "report.md.j2", content, out / "report.md")
+    _write_figures(figures, out)
+    card = card_content(run, title or run.name, base_model=base_model, license_name=license_name)
+    if card is not None:
+        _write(environment, "model-card.md.j2", card, out / "model-card.md")
+    return run
+
+
+def write_comparison(run_dirs: Sequence[str | Path], output: str | Path, *, title: str = "") -> Comparison:
+    """Write ``index.html``, ``report.md`` and ``plots/*.png`` of several runs side by side.
+
+    Args:
+        run_dirs: directories with the stages' outputs, two or more.
+        output: an existing directory.
+        title: heading; empty takes the runs' names.
+
+    Raises:
+        DataError: if one of them holds no finished stage.
+    """
+    found = compare(run_dirs)
+    content = {
+        "title": title or " and ".join(found.labels),
+        "written": _moment(datetime.datetime.now(datetime.UTC)),
+        "found": found,
+    }
+    environment, out = _environment(), Path(output)
+    _write(environment, "compare.html.j2", content, out / "index.html")
+    _write(environment, "compare.md.j2", content, out / "report.md")
+    _write_figures(found.figures, out)
+    return found
+
+
+def _environment() -> jinja2.Environment:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nemo_minitron.report", "templates"),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
@@ -43,17 +97,21 @@ def write_report(run_dir: str | Path, output: str | Path, *, title: str = "") ->
     )
     environment.filters["cell"] = _markdown_cell
     environment.filters["quote"] = _markdown_quote
-    out = Path(output)
-    html = environment.get_template("index.html.j2").render(content)
-    (out / "index.html").write_text(html, encoding="utf-8")
-    markdown = environment.get_template("report.md.j2").render(content)
-    (out / "report.md").write_text(re.sub(r"\n{3,}", "\n\n", markdown), encoding="utf-8")
-    figures = [figure for section in content["figures"].values() for figure in section]
+    return environment
+
+
+def _write(environment: jinja2.Environment, template: str, content: dict[str, Any], path: Path) -> None:
+    text = environment.get_template(template).render(content)
+    if path.suffix == ".md":
+        text = re.sub(r"\n{3,}", "\n\n", text).lstrip()
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_figures(figures: Sequence[plots.Figure], out: Path) -> None:
     if figures:
         (out / "plots").mkdir()
     for figure in figures:
         (out / "plots" / f"{figure.name}.png").write_bytes(figure.light)
-    return run
 
 
 def _content(run: Run, title: str) -> dict[str, Any]:
@@ -63,6 +121,7 @@ def _content(run: Run, title: str) -> dict[str, Any]:
             "name": name,
             "table": tables.loss_table(run, evaluation),
             "recoveries": tables.recoveries(run, evaluation),
+            "benchmarks": tables.benchmark_table(run, evaluation),
             "generations": tables.generations(evaluation),
             "figure": plots.losses(run, evaluation),
         }
@@ -75,6 +134,7 @@ def _content(run: Run, title: str) -> dict[str, Any]:
         if (figure := draw(scores, run)) is not None
     ]
     training = [figure for curve in run.curves if (figure := plots.training(run, curve)) is not None]
+    diagram = shape_diagram(run)
     started = next((stage.record.get("started") for stage in run.stages if stage.record.get("started")), None)
     return {
         "title": title,
@@ -84,8 +144,16 @@ def _content(run: Run, title: str) -> dict[str, Any]:
         "cards": tables.cards(run),
         "boxes": tables.step_boxes(run),
         "shapes": tables.shape_table(run),
+        "diagram": diagram,
+        "lineage": lineage_table(run),
         "evaluations": evaluations,
-        "figures": {"losses": [e["figure"] for e in evaluations], "scores": score_figures, "training": training},
+        "alignment": alignment_tables(run),
+        "figures": {
+            "shapes": [] if diagram is None else [diagram],
+            "losses": [e["figure"] for e in evaluations],
+            "scores": score_figures,
+            "training": training,
+        },
         "stages": tables.stage_table(run),
         "exports": tables.export_table(run),
         "versions": tables.versions(run),

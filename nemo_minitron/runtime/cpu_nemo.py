@@ -130,6 +130,23 @@ def _amp_c(original: Any) -> SimpleNamespace:
     return SimpleNamespace(multi_tensor_l2norm=multi_tensor_l2norm)
 
 
+def _rebalance(original: Any) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    def rebalance_nd_tensor(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        import torch.distributed as dist
+
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, torch.tensor([len(tensor)]), group=group)
+        parts = [int(size) for size in sizes]
+        # gloo adds no truth values
+        numbers = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
+        output = numbers.new_zeros(sum(parts), *tensor.shape[1:])
+        output.split(parts)[dist.get_rank(group)].copy_(numbers)
+        dist.all_reduce(output, group=group)
+        return output.to(tensor.dtype)
+
+    return rebalance_nd_tensor
+
+
 _PARTS = "nemo.collections.nlp.parts.nlp_overrides"
 _GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 _BASE = "nemo.collections.nlp.models.language_modeling.megatron_base_model"
@@ -244,5 +261,12 @@ PATCHES: tuple[Patch, ...] = (
         _amp_c,
         "an extension of Apex; clip_grad_norm_fp32 takes the norm of the gradients from it",
         optional=True,
+    ),
+    Patch(
+        "nemo_aligner.utils.distributed",
+        "rebalance_nd_tensor",
+        _rebalance,
+        "gathers a tensor without dimensions and sums truth values, which NCCL does and gloo refuses "
+        "(ReinforceRolloutBatch.gather_and_balance_globally)",
     ),
 )

@@ -1,0 +1,266 @@
+"""The attribute model, SteerLM 2 and REINFORCE in one process, tensor parallel, pipelined, and after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.chat import byte_tokenizer
+from support.checkpoints import tiny_hf_model
+from support.distributed import run_distributed
+
+STEPS, SAVED, BATCH = 6, 2, 4
+SCHEMA = ("helpfulness", "verbosity")
+
+
+class Killed(Exception):
+    """What stops a training in the middle of a step."""
+
+
+class Dying(list):  # type: ignore[type-arg]
+    """Samples that end the process's training when so many were read."""
+
+    left = 10**9
+
+    def __getitem__(self, index: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().__getitem__(index)
+
+
+def samples(count: int, seed: int) -> list[Any]:
+    """Random tokens of lengths that differ, with values, some of them missing."""
+    from nemo_minitron.alignment.reward import NO_VALUE, ScoredSample
+
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        ids = torch.randint(3, 256, (int(torch.randint(4, 20, (1,), generator=draw)),), generator=draw).tolist()
+        values = torch.randint(0, 5, (2,), generator=draw).float().tolist()
+        found.append(ScoredSample(ids, [NO_VALUE, values[1]] if number % 3 == 0 else values))
+    return found
+
+
+def train(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
+    """Train the attribute model; metrics by step, its head, its predictions by NeMo-Aligner and by ours."""
+    from nemo_minitron.alignment.attribute_model import AttributeModel, AttributeScorer
+    from nemo_minitron.alignment.metrics import read_metrics
+    from nemo_minitron.alignment.reward import read_head, train_reward
+    from nemo_minitron.alignment.settings import Schedule
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.data.attributes import AttributeSchema
+    from nemo_minitron.runtime.groups import ParallelLayout, current
+
+    schema, parallel = AttributeSchema("own", SCHEMA, 4), ParallelLayout(**layout)
+    source, directory = open_checkpoint(model), Path(out) / "reward"
+    data = Dying(samples(32, 1))
+    if dies_after is not None:
+        data.left = dies_after * BATCH
+    schedule = Schedule(
+        steps=STEPS, micro_batch_size=2, global_batch_size=BATCH, lr=1e-2, min_lr=1e-3, warmup_steps=1,
+        validate_every=SAVED, save_every=SAVED,
+    )  # fmt: skip
+    try:
+        last = train_reward(
+            source, data, samples(8, 2), schema=schema, layout=parallel, schedule=schedule, directory=directory,
+            max_length=32,
+        )  # fmt: skip
+    except Killed:
+        return {"killed": True}
+    lines = read_metrics(directory / "metrics.jsonl")
+    weight, bias = read_head(last)
+    groups = current(parallel)
+    trained = AttributeModel(Path(model), schema, "own", False, weight, bias)
+    scores = AttributeScorer(trained, groups).scores([one.ids for one in samples(7, 3)], micro_batch_size=2)
+    return {
+        "loss": {line["step"]: line["loss"] for line in lines if "split" not in line},
+        "validation": {line["step"]: line["loss"] for line in lines if "split" in line},
+        "weight": weight,
+        "bias": bias,
+        "scores": scores,
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny tied Llama with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("steering") / "hf"
+    tiny_hf_model(
+        folder, tied=True, vocab_size=260, num_hidden_layers=2, hidden_size=32, intermediate_size=64,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=256, pad_token_id=None,
+        bos_token_id=None,
+    )  # fmt: skip
+    byte_tokenizer(folder, chat_template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    return str(folder)
+
+
+def gradients(model: str, out: str) -> dict[str, Any]:
+    """Loss and some gradients of one batch by NeMo-Aligner's model as it is set up for training."""
+    from nemo_minitron.alignment.reward import AttributeRewardModel, ScoredSamples, _settings, _start_head, collate
+    from nemo_minitron.alignment.session import open_session
+    from nemo_minitron.alignment.settings import Schedule
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    batch = samples(4, 5)
+    schedule = Schedule(steps=2, micro_batch_size=4, global_batch_size=4, warmup_steps=1)
+    session = open_session(
+        AttributeRewardModel, open_checkpoint(model), layout=ParallelLayout(), schedule=schedule, kind="rm",
+        directory=Path(out), samples=4, held_out=4, max_length=32, model=_settings(2, schedule), skip=("rm_head",),
+    )  # fmt: skip
+    _start_head(session, batch, 7)
+    session.start(session.loader(ScoredSamples(batch), collate, training=True))
+    aligner = session.model
+    aligner.prepare_for_training_step()
+    loss, _ = aligner.get_loss_and_metrics(collate(batch), forward_only=False)
+    aligner.finish_training_step()
+    (chunk,) = aligner.get_model_module_list()
+    named = dict(chunk.named_parameters())
+    wanted = ("rm_head.weight", "rm_head.bias", "embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
+    return {
+        "loss": loss,
+        "head": (named["rm_head.weight"].detach().clone(), named["rm_head.bias"].detach().clone()),
+        "gradients": {name: named[name].main_grad.clone() for name in wanted},
+    }
+
+
+def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
+    """REINFORCE by a rule: a point for an even first token, and a little for a short answer."""
+    from nemo_minitron.alignment.metrics import read_metrics
+    from nemo_minitron.alignment.reinforce import Prompt, Rollouts, train_reinforce
+    from nemo_minitron.alignment.settings import Schedule
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.generation import Sampling
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    seen: list[Any] = []
+
+    def rewards(numbers: list[int], answers: list[Any]) -> list[float]:
+        if dies_after is not None and len(seen) >= dies_after:
+            raise Killed
+        values = [(one.tokens[0] % 2 == 0) + 0.1 / len(one.tokens) for one in answers]
+        seen.append((numbers, [one.tokens for one in answers], [one.finish for one in answers], values))
+        return values
+
+    directory = Path(out) / "reinforce"
+    prompts = [Prompt(number, list(range(130 + number, 133 + number + number % 5))) for number in range(64)]
+    rollouts = Rollouts(
+        Sampling(max_new_tokens=6, seed=3), ends=tuple(range(128)), vocab_size=260, prompts_per_step=8,
+        samples_per_prompt=8, validation_prompts=64, kl_penalty=0.01, batch_size=64,
+    )  # fmt: skip
+    schedule = Schedule(
+        steps=STEPS, micro_batch_size=64, global_batch_size=64, lr=5e-3, min_lr=1e-3, warmup_steps=1,
+        validate_every=SAVED, save_every=SAVED,
+    )  # fmt: skip
+    try:
+        train_reinforce(
+            open_checkpoint(model), prompts, prompts, rewards, rollouts, layout=ParallelLayout(**layout),
+            schedule=schedule, directory=directory, max_length=32,
+        )  # fmt: skip
+    except Killed:
+        return {"killed": True}
+    lines = read_metrics(directory / "metrics.jsonl")
+    names = ("loss", "reward", "rewards_with_kl", "kl", "ended")
+    return {
+        "lines": {line["step"]: {name: line[name] for name in names} for line in lines if "split" not in line},
+        "validation": {line["step"]: line["reward"] for line in lines if "split" in line},
+        "first": seen[1:9],  # after the first validation, one call a sample of each prompt
+        "prompts": [prompt.ids for prompt in prompts],
+    }
+
+
+def everything(model: str, out: str, layout: dict[str, int], dies: bool = False) -> dict[str, Any]:
+    """All trainings, in one process."""
+    return {
+        "reward": train(model, out, layout, SAVED + 1 if dies else None),
+        "reinforce": reinforce(model, out, layout, 1 + 8 * (SAVED + 1) + 1 if dies else None),
+    }
+
+
+def alone(model: str, out: str) -> dict[str, Any]:
+    """All trainings in one process, and the gradients of one batch."""
+    return {"gradients": gradients(model, out + "/reference"), **everything(model, out, {})}
+
+
+@pytest.mark.slow
+def test_in_every_layout_and_across_a_kill(model: str, tmp_path: Path) -> None:
+    (one,) = run_distributed(alone, 1, tmp_path, timeout=240, model=model, out=str(tmp_path / "one"))
+    _check_regression(model, **one["gradients"])
+    _check_reinforce(model, **one["reinforce"])
+    two = {"model": model, "out": str(tmp_path / "two"), "layout": {"tensor": 2}}
+    split = run_distributed(everything, 2, tmp_path, timeout=240, **two)
+    staged = {"model": model, "out": str(tmp_path / "staged"), "layout": {"pipeline": 2}}
+    killed = run_distributed(everything, 2, tmp_path, timeout=240, **staged, dies=True)
+    assert killed == [{"reward": {"killed": True}, "reinforce": {"killed": True}}] * 2
+    resumed = run_distributed(everything, 2, tmp_path, timeout=240, **staged)
+
+    reward, reinforced = one["reward"], one["reinforce"]
+    assert list(reward["loss"]) == list(reinforced["lines"]) == list(range(1, STEPS + 1))
+    for other in (*split, *resumed):
+        for name in ("loss", "validation"):
+            assert other["reward"][name] == pytest.approx(reward[name], abs=1e-4)
+        for name in ("weight", "bias", "scores"):
+            torch.testing.assert_close(other["reward"][name], reward[name], atol=1e-4, rtol=1e-4)
+        assert list(other["reinforce"]["lines"]) == list(reinforced["lines"])
+        for step, line in other["reinforce"]["lines"].items():
+            assert line == pytest.approx(reinforced["lines"][step], abs=1e-4), step
+        assert other["reinforce"]["validation"] == pytest.approx(reinforced["validation"], abs=1e-4)
+
+
+def _check_reinforce(
+    model: str, lines: dict[int, dict[str, float]], validation: dict[int, float], first: list[Any], prompts: list[Any]
+) -> None:
+    """The first step's loss from transformers' log-probabilities; and the reward rises."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model).double().eval()
+    by_prompt: dict[int, list[tuple[list[int], bool, float]]] = {}
+    for numbers, answers, finishes, values in first:
+        for number, answer, finish, value in zip(numbers, answers, finishes, values, strict=True):
+            by_prompt.setdefault(number, []).append((answer, finish == "stop", value))
+    assert [len(group) for group in by_prompt.values()] == [8] * 8
+    terms = []
+    for number, group in by_prompt.items():
+        total, ended = sum(value for _, end, value in group if end), sum(end for _, end, _ in group)
+        for answer, end, value in group:
+            # NeMo-Aligner's leave-one-out baseline: answers that did not end count for nobody's.
+            baseline = value if ended <= 1 else (total - value * end) / (ended - 1)
+            ids = torch.tensor([[*prompts[number], *answer]])
+            logprobs = policy(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            terms += list(-logprobs[len(prompts[number]) - 1 :] * (value - baseline))
+    assert lines[1]["kl"] == pytest.approx(0, abs=1e-5)
+    assert lines[1]["loss"] == pytest.approx(torch.stack(terms).mean().item(), abs=1e-4)
+    assert lines[STEPS]["kl"] > 0.01
+    assert lines[STEPS]["reward"] > lines[1]["reward"] + 0.1
+    assert validation[STEPS] > validation[0]
+
+
+def _check_regression(
+    model: str, loss: float, head: tuple[torch.Tensor, torch.Tensor], gradients: dict[str, torch.Tensor]
+) -> None:
+    """The masked squared error of transformers' last hidden state through the same head, and its gradients."""
+    from transformers import AutoModel
+
+    decoder = AutoModel.from_pretrained(model).double().eval()
+    weight, bias = (part.double().requires_grad_() for part in head)
+    errors = []
+    for one in samples(4, 5):
+        state = decoder(torch.tensor([one.ids])).last_hidden_state[0, -1]
+        wanted = torch.tensor(one.values, dtype=torch.float64)
+        errors += [(value - label) ** 2 for value, label in zip(weight @ state + bias, wanted, strict=True)
+                   if label != -100]  # fmt: skip
+    expected = torch.stack(errors).mean()
+    expected.backward()
+    assert len(errors) == 6, "two of the eight values are missing"
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    reference = {
+        "rm_head.weight": weight.grad,
+        "rm_head.bias": bias.grad,
+        "embedding.word_embeddings.weight": decoder.embed_tokens.weight.grad,
+        "decoder.final_layernorm.weight": decoder.norm.weight.grad,
+    }
+    for name, wanted in reference.items():
+        torch.testing.assert_close(gradients[name].double(), wanted, atol=1e-5, rtol=1e-4, msg=name)

@@ -12,6 +12,7 @@ __all__ = [
     "Card",
     "Recovery",
     "Table",
+    "benchmark_table",
     "cards",
     "count",
     "duration",
@@ -154,6 +155,29 @@ def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
         f"({evaluation['blocks']:,} blocks of {evaluation['sequence_length']:,}), the same for every model"
     )
     return Table(caption, [*headings, *domains], rows, [run.roles.get(name, "other") for name in models])
+
+
+def benchmark_table(run: Run, evaluation: dict[str, Any]) -> Table | None:
+    """Metrics of lm-evaluation-harness, a row a task and metric; None where none were run."""
+    models = {name: model["harness"] for name, model in evaluation["models"].items() if model.get("harness")}
+    rows = []
+    for task in dict.fromkeys(task for results in models.values() for task in results):
+        metrics = [results[task]["metrics"] for results in models.values() if task in results]
+        for metric in dict.fromkeys(name for one in metrics for name in one if "_stderr" not in name):
+            cells = [_metric(results.get(task, {}).get("metrics", {}), metric) for results in models.values()]
+            rows.append([task, metric, *cells])
+    if not rows:
+        return None
+    return Table("lm-evaluation-harness, value ± standard error", ["task", "metric", *models], rows)
+
+
+def _metric(metrics: dict[str, float], name: str) -> str:
+    """``0.313 ± 0.012``; the error's name has ``_stderr`` before the filter."""
+    if name not in metrics:
+        return "–"
+    metric, comma, kind = name.partition(",")
+    error = metrics.get(f"{metric}_stderr{comma}{kind}")
+    return f"{metrics[name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def stage_table(run: Run) -> Table:

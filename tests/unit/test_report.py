@@ -193,6 +193,26 @@ def test_a_distillation_that_made_it_worse_says_so(tmp_path: Path) -> None:
     assert "won back" not in text
 
 
+def test_benchmarks_are_shown_with_their_errors(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5)
+    path = run / "evaluation" / "evaluation.json"
+    content = json.loads(path.read_text())
+    metrics = {"acc": 0.3125, "acc_stderr": 0.0121, "em,strict": 0.25, "em_stderr,strict": 0.02}
+    content["models"]["teacher"]["harness"] = {"arc_easy": {"metrics": metrics, "samples": 9}}
+    content["models"]["distilled"]["harness"] = {"arc_easy": {"metrics": {"acc": 0.25}, "samples": 9}}
+    path.write_text(json.dumps(content))
+    table = tables.benchmark_table(collect(run), content)
+    assert table is not None
+    assert table.headings == ["task", "metric", "teacher", "distilled"]
+    assert table.rows == [
+        ["arc_easy", "acc", "0.3125 ± 0.012", "0.25"],
+        ["arc_easy", "em,strict", "0.25 ± 0.02", "–"],
+    ]
+    report.run(ReportConfig(run=str(run), output=str(run / "report")))
+    assert "0.3125 ± 0.012" in (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "| arc\\_easy | acc | 0.3125 ± 0.012 | 0.25 |" in (run / "report" / "report.md").read_text(encoding="utf-8")
+
+
 def test_scores_of_few_units_and_zeros(tmp_path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file

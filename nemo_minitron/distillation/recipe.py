@@ -18,7 +18,8 @@ from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.outputs import Trained, finished
 from nemo_minitron.distillation.pair import check_model, check_pair
 from nemo_minitron.distillation.placement import TeacherPlacement
-from nemo_minitron.distillation.training import Schedule, optimizer_of, train, trained_config
+from nemo_minitron.distillation.schedule import Schedule
+from nemo_minitron.distillation.training import optimizer_of, train, trained_config
 from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime.groups import ParallelLayout
 

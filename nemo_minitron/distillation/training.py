@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -23,57 +22,19 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.nemo2_config import nemo_config
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.callbacks import VALIDATION, ExactPosition, ProgressBar, StepMetrics
-from nemo_minitron.distillation.data import BlockDataModule
+from nemo_minitron.distillation.data import BlockDataModule, DocumentMasks
 from nemo_minitron.distillation.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.keeping import BestCheckpoint, LastCheckpoint
 from nemo_minitron.distillation.language_model import LanguageModel
 from nemo_minitron.distillation.outputs import Trained, remove_unfinished
+from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["Schedule", "optimizer_of", "train", "trained_config", "trainer_of"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long, how fast and how often.
-
-    Attributes:
-        steps: optimizer steps.
-        micro_batch_size, global_batch_size: in sequences.
-        lr, min_lr, warmup_steps: linear warm-up, then cosine to ``min_lr`` at ``steps``.
-        weight_decay, beta1, beta2: AdamW.
-        clip_grad: largest gradient norm; 0 does not clip.
-        max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
-        validate_every, validation_batches: steps between validations; global batches of each.
-        save_every: steps between checkpoints.
-        log_every: steps between lines of metrics.
-        precision: "32" or "bf16-mixed".
-        seed: of the order of repeated passes over the data.
-        keep_best: also keep the weights of the validation with the lowest "kl" or "lm_loss"; None keeps none.
-    """
-
-    steps: int
-    micro_batch_size: int
-    global_batch_size: int
-    lr: float
-    min_lr: float
-    warmup_steps: int
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_grad: float = 1.0
-    max_minutes: float | None = None
-    validate_every: int = 50
-    validation_batches: int = 8
-    save_every: int = 100
-    log_every: int = 1
-    precision: str = "32"
-    seed: int = 0
-    keep_best: str | None = None
+__all__ = ["optimizer_of", "train", "trained_config", "trainer_of"]
 
 
 def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
@@ -206,6 +167,7 @@ def train(
     # Before NeMo's checkpoints: what a checkpoint has behind it shall be written when it is saved.
     trainer.callbacks[:0] = [
         *callbacks,
+        DocumentMasks(Blocks.of(train_blocks).segments is not None),
         ExactPosition(),
         FiniteGradients(),
         StepMetrics(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
     from nemo_minitron.distillation.outputs import Trained
-    from nemo_minitron.distillation.training import Schedule
+    from nemo_minitron.distillation.schedule import Schedule
 
 __all__ = ["is_main", "plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
 
@@ -82,7 +82,7 @@ def plan_training(
 
 def schedule_of(config: TrainingConfig) -> Schedule:
     """The hyper-parameters of a stage."""
-    from nemo_minitron.distillation.training import Schedule
+    from nemo_minitron.distillation.schedule import Schedule
 
     names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
     return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)

@@ -1,0 +1,179 @@
+"""Distillation as a recipe of nemo_run, in the way of ``nemo.collections.llm.recipes``.
+
+A recipe is data: :func:`distillation_recipe` returns a ``run.Partial`` whose every setting can be changed before an
+executor starts it, here or on a cluster::
+
+    import nemo_run as run
+    from nemo_minitron.recipes.distillation import distillation_recipe
+
+    recipe = distillation_recipe("runs/pruned", "runs/teacher", "data/*.jsonl", "runs/distilled", tensor=2, devices=8)
+    recipe.schedule.lr = 2e-4
+    recipe.loss.kind = "top_k"
+    run.run(recipe, executor=run.LocalExecutor(ntasks_per_node=8, launcher="torchrun"))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nemo_run as run
+
+from nemo_minitron.config import (
+    DataConfig,
+    DistillConfig,
+    IntermediateConfig,
+    LossConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SourceConfig,
+    load,
+)
+from nemo_minitron.distillation.schedule import Schedule
+from nemo_minitron.errors import ConfigError
+
+__all__ = ["distill", "distillation_recipe"]
+
+
+@run.cli.entrypoint(name="distill", namespace="minitron")
+def distill(
+    student: str,
+    teacher: str | None,
+    output: str,
+    data: DataConfig,
+    parallel: ParallelConfig,
+    schedule: Schedule,
+    loss: LossConfig,
+    intermediate: IntermediateConfig,
+    result: str = "last",
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Distil, on every process that an executor started (as torchrun or Slurm do); what ``minitron distill`` runs.
+
+    Args:
+        student, teacher: checkpoints; no teacher where nothing is learnt from one.
+        output: directory; gets ``model/``, ``metrics.jsonl`` and the training state.
+        data: text.
+        parallel: layout of both models; as many processes must run.
+        schedule: hyper-parameters.
+        loss: of the logits.
+        intermediate: losses inside the models.
+        result: "last" or "best" checkpoint as the model; see ``schedule.keep_best``.
+        resume: go on from the last checkpoint in ``output``.
+
+    Returns:
+        The figures of the record, on rank 0.
+
+    Raises:
+        ConfigError: with all that is wrong with the settings.
+        MinitronError: as the stage.
+    """
+    from nemo_minitron.stages import distill as stage
+    from nemo_minitron.stages.base import write_record
+    from nemo_minitron.stages.worker import set_up
+
+    settings = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
+    config = _checked(
+        DistillConfig(
+            student=student,
+            teacher=teacher,
+            output=output,
+            data=data,
+            parallel=parallel,
+            loss=loss,
+            intermediate=intermediate,
+            result=result,
+            resume=resume,
+            runtime=RuntimeConfig(seed=settings.pop("seed")),
+            **settings,
+        )
+    )
+    started = time.monotonic()
+    set_up(config)
+    metrics = stage.run(config)
+    if metrics:
+        write_record(config.output, config.STAGE, config, metrics, time.monotonic() - started)
+    return metrics
+
+
+def _checked(config: DistillConfig) -> DistillConfig:
+    """The configuration, read as the command line reads it: typed, and with every fault in one error."""
+    import yaml
+
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(dataclasses.asdict(config)), encoding="utf-8")
+        try:
+            checked = load(config.STAGE, path)
+        except ConfigError as error:
+            # The lines of a file that nobody wrote say nothing.
+            raise ConfigError([fault.split(": ", 1)[-1] for fault in error.faults], source="recipe") from None
+    assert isinstance(checked, DistillConfig)
+    return checked
+
+
+@run.cli.factory(target=distill, name="distillation")
+def distillation_recipe(
+    student: str,
+    teacher: str | None,
+    text: str,
+    output: str,
+    num_nodes: int = 1,
+    devices: int = 8,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence_length: int = 4096,
+    steps: int = 1000,
+    micro_batch_size: int = 1,
+    global_batch_size: int = 128,
+    precision: str = "bf16-mixed",
+) -> run.Partial[Any]:
+    """The recipe of the Minitron papers: forward KL alone, AdamW, warm-up and cosine decay.
+
+    Args:
+        student, teacher: checkpoints.
+        text: JSONL, Parquet or text files, or a pattern of them.
+        output: directory.
+        num_nodes, devices: processes are their product; those that ``tensor`` and ``pipeline`` leave are data-parallel.
+        tensor, pipeline: parallel sizes of both models.
+        sequence_length, steps, micro_batch_size, global_batch_size: of the training.
+        precision: "bf16-mixed" on GPUs, "32" on a CPU.
+
+    Returns:
+        A partial of :func:`distill`, to be changed and run.
+
+    Raises:
+        ConfigError: if the processes cannot be shared out.
+    """
+    processes, model = num_nodes * devices, tensor * pipeline
+    if processes % model:
+        raise ConfigError(
+            f"num_nodes * devices = {processes}: is not a multiple of tensor * pipeline = {model}; change either"
+        )
+    warmup = min(100, steps // 10)
+    return run.Partial(
+        distill,
+        student=student,
+        teacher=teacher,
+        output=output,
+        data=run.Config(
+            DataConfig, sources=[run.Config(SourceConfig, name="corpus", path=text)], sequence_length=sequence_length
+        ),
+        parallel=run.Config(ParallelConfig, tensor=tensor, pipeline=pipeline, data=processes // model),
+        schedule=run.Config(
+            Schedule,
+            steps=steps,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            lr=1e-4,
+            min_lr=1e-5,
+            warmup_steps=warmup,
+            precision=precision,
+            keep_best="kl",
+        ),
+        loss=run.Config(LossConfig),
+        intermediate=run.Config(IntermediateConfig),
+    )

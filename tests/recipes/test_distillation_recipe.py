@@ -1,0 +1,109 @@
+"""The recipe of nemo_run: data that can be changed, shipped and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fiddle as fdl
+import nemo_run as run
+import pytest
+from nemo_minitron.recipes.distillation import distillation_recipe
+from support.checkpoints import tiny_checkpoint
+
+from nemo_minitron.errors import ConfigError
+
+
+def tiny(folder: Path, **changes: object) -> run.Partial:
+    settings: dict = {
+        "num_nodes": 1, "devices": 2, "pipeline": 2, "sequence_length": 16, "steps": 4, "global_batch_size": 2,
+        "precision": "32",
+    }  # fmt: skip
+    recipe = distillation_recipe(
+        str(folder / "student"), str(folder / "teacher"), str(folder / "text.jsonl"), str(folder / "out"),
+        **{**settings, **changes},
+    )  # fmt: skip
+    recipe.data.cache_dir = str(folder / "cache")
+    recipe.data.held_out_fraction = 0.2
+    recipe.schedule.validate_every = 2
+    recipe.schedule.validation_batches = 1
+    return recipe
+
+
+def test_a_recipe_shares_its_processes_out():
+    recipe = distillation_recipe("s", "t", "x.jsonl", "o", num_nodes=4, devices=8, tensor=4, pipeline=2)
+    assert (recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.data) == (4, 2, 4)
+    with pytest.raises(ConfigError, match=r"num_nodes \* devices = 6: is not a multiple of tensor \* pipeline = 4"):
+        distillation_recipe("s", "t", "x.jsonl", "o", devices=6, tensor=4)
+
+
+def test_a_recipe_is_shipped_as_text(tmp_path):
+    """As nemo_run sends it to a cluster, and as a user reads it."""
+    from nemo_run.core.serialization.yaml import YamlSerializer
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    recipe = tiny(tmp_path)
+    recipe.loss.kind, recipe.loss.k = "top_k", 8
+    recipe.schedule.lr = 3e-4
+    shipped = ZlibJSONSerializer()
+    back = shipped.deserialize(shipped.serialize(recipe))
+    assert back == recipe
+    assert fdl.build(back).keywords["loss"].k == 8
+    text = YamlSerializer().serialize(recipe)
+    assert "_target_: nemo_minitron.recipes.distillation.distill" in text
+    assert "kind: top_k" in text
+
+
+def test_every_fault_of_a_recipe_is_named(tmp_path, monkeypatch):
+    from nemo_minitron.stages import worker
+
+    monkeypatch.setattr(worker, "set_up", lambda config: pytest.fail("it must not start"))
+    recipe = tiny(tmp_path)
+    recipe.schedule.min_lr, recipe.loss.temperature, recipe.data.sequence_length = 1.0, 0.0, "many"
+    with pytest.raises(ConfigError) as error:
+        fdl.build(recipe)()
+    assert str(error.value).startswith("recipe: ")
+    assert "sequence_length" in str(error.value)
+    recipe.data.sequence_length = 16
+    with pytest.raises(ConfigError) as error:
+        fdl.build(recipe)()
+    assert sorted(error.value.faults) == ["loss.temperature=0.0: must be above 0", "min_lr=1.0: lies above lr=0.0001"]
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_under_a_local_executor(tmp_path):
+    """Two processes, a pipeline stage each; through nemo_run's own torchrun launcher."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 16}
+    tiny_checkpoint(tmp_path / "teacher", num_hidden_layers=3, seed=1, **sizes)
+    tiny_checkpoint(tmp_path / "student", num_hidden_layers=2, seed=2, **sizes)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    texts = [" ".join(words[(i * j) % 10] for j in range(1, 30)) + f" {i}" for i in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    (tmp_path / "recipe").write_text(ZlibJSONSerializer().serialize(tiny(tmp_path)))
+    code = (
+        "import sys, nemo_run as run\n"
+        "from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer\n"
+        "recipe = ZlibJSONSerializer().deserialize(open('recipe').read())\n"
+        "executor = run.LocalExecutor(ntasks_per_node=2, launcher='torchrun', env_vars={'OMP_NUM_THREADS': '1'})\n"
+        "run.run(recipe, executor=executor, name='distillation')\n"
+    )
+    # nemo_run looks for torchrun there
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "NEMORUN_HOME": str(tmp_path / "nemo_run"), "PATH": path},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert (tmp_path / "out/record.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "out/record.json").read_text())
+    assert record["metrics"]["steps"] == 4
+    assert {"last_kl", "last_validation_kl", "last_validation_lm_loss"} <= set(record["metrics"])
+    from nemo_minitron.checkpoints import open_checkpoint
+
+    assert open_checkpoint(tmp_path / "out/model").shape.num_layers == 2
+    assert next((tmp_path / "out/best").iterdir()).name.startswith("step=")

@@ -168,7 +168,7 @@ def deliver(
         Of the micro-batches of this rank's replica of the student in order, ``[s (/tp), b, H]`` or
         ``[s, b, V/tp]`` in its layout; empty elsewhere than on its last stage.
     """
-    received: dict[int, torch.Tensor] = {}
+    received = _buffers(transfer, student_rank, micro_batches, micro_batch_size, sequence, like)
     sends, receives, landed = [], [], []
     for number, piece, source, target in transfer.messages(micro_batches, sequence):
         length = piece.stop - piece.start
@@ -177,9 +177,7 @@ def deliver(
             own, _ = transfer.extent(transfer.teacher, piece.sender, sequence)
             part = results[number].narrow(transfer.axis, piece.start - own, length)
         if target == student_rank:
-            first, last = transfer.extent(transfer.student, piece.receiver, sequence)
-            if number not in received:
-                received[number] = _empty(transfer, last - first, micro_batch_size, sequence, like)
+            first, _ = transfer.extent(transfer.student, piece.receiver, sequence)
             place = received[number].narrow(transfer.axis, piece.start - first, length)
             if part is not None:
                 place.copy_(part)
@@ -193,17 +191,23 @@ def deliver(
     for place, buffer in landed:
         if place is not buffer:
             place.copy_(buffer)
-    return [received[number] for number in sorted(received)]
+    return list(received.values())
 
 
-def _empty(transfer: Transfer, length: int, rows: int, sequence: int, like: torch.Tensor) -> torch.Tensor:
-    """What a student's rank receives of a micro-batch; columns of padding are zero."""
-    if transfer.hidden:
-        return like.new_empty(length, rows, transfer.shape.hidden_size)
+def _buffers(
+    transfer: Transfer, student_rank: int | None, micro_batches: int, rows: int, sequence: int, like: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """By number, what a rank of the student is to receive; columns of padding are zero, and no one sends them."""
     layout = transfer.student
-    return like.new_zeros(
-        sequence, rows, padded_vocab(transfer.shape.vocab_size, tensor=layout.tensor) // layout.tensor
-    )
+    if student_rank is None or student_rank < layout.rank(tensor=0, data=0, pipeline=layout.pipeline - 1):
+        return {}
+    if transfer.hidden:
+        first, last = transfer.extent(layout, student_rank % layout.tensor, sequence)
+        sizes = last - first, rows, transfer.shape.hidden_size
+    else:
+        sizes = sequence, rows, padded_vocab(transfer.shape.vocab_size, tensor=layout.tensor) // layout.tensor
+    replica = student_rank // layout.tensor % layout.data
+    return {replica * micro_batches + index: like.new_zeros(sizes) for index in range(micro_batches)}
 
 
 def packed_requests(batches: Sequence[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -62,7 +64,26 @@ def becomes_teacher(student: ParallelLayout, teacher: ParallelLayout) -> bool:
 
 
 def _store(timeout: datetime.timedelta) -> dist.TCPStore:
-    """The launcher's store, or that of the student's first rank, as a further client."""
+    """The launcher's store, or that of the student's first rank, as a further client.
+
+    The student's comes up a minute after these ranks have started, once NeMo is imported. A client that finds no server
+    tries again at ever longer intervals, so look for it first.
+
+    Raises:
+        ConfigError: if it does not come up.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection(address, timeout=10).close()
+            break
+        except OSError as error:
+            if time.monotonic() > limit:
+                raise ConfigError(
+                    f"the student's first rank does not answer at {address[0]}:{address[1]} ({error}); look at its log"
+                ) from error
+            time.sleep(0.2)
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -9,6 +9,7 @@ answer at once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ _HELP = {
     "reward": "Train a model that predicts the attribute values of answers.",
     "label": "Predict the attribute values of answers, for conversations without them.",
     "steerlm": "SteerLM: attribute model, labels, fine-tuning on answers given their attributes.",
+    "steerlm2": "SteerLM 2: draw such a model towards what the attribute model says of its answers.",
     "reinforce": "REINFORCE: train a model on answers of its own, by their rewards.",
     "evaluate": "Held-out loss and sample answers of several models.",
     "export": "Write a model as Hugging Face, NeMo 2 or .nemo, and check it.",
@@ -74,8 +76,33 @@ def _stage_command(stage: str) -> None:
 
 
 for _stage in _HELP:
-    if _stage != "generate":
+    if _stage not in ("generate", "report"):
         _stage_command(_stage)
+
+
+@app.command("report", help=_HELP["report"])
+def report(
+    config: Annotated[str, typer.Argument(metavar="RUN|CONFIG", help="Directory of a run, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|KEY=VALUE]...", help="Further runs to compare it with; settings.", show_default=False
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a report."""
+    with _exit_codes():
+        words = overrides or []
+        if Path(config).is_dir():
+            # Paths go in as YAML text, whatever signs they hold.
+            others = [json.dumps(word) for word in words if "=" not in word]
+            place = f"output={json.dumps(str(Path(config) / ('comparison' if others else 'report')))}"
+            words = [word for word in words if "=" in word]
+            words = [f"run={json.dumps(config)}", f"others=[{', '.join(others)}]", place, *words]
+            config = "report"
+        _run_stage("report", config, words, dry_run, overwrite)
 
 
 @app.command("generate", help=_HELP["generate"])

@@ -61,6 +61,7 @@ from nemo_minitron.config.stages import (
     SearchConfig,
     SftConfig,
     StageConfig,
+    Steerlm2Config,
     SteerlmConfig,
     TokensConfig,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "LabelConfig",
     "ReinforceConfig",
     "RewardConfig",
+    "Steerlm2Config",
     "SteerlmConfig",
     "STAGES",
     "AggregationConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny_hf_model(
         folder, tied=True, vocab_size=260, num_hidden_layers=2, hidden_size=32, intermediate_size=64,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=256, pad_token_id=None,
-        bos_token_id=None,
+        bos_token_id=None, max_position_embeddings=128,
     )  # fmt: skip
     byte_tokenizer(folder, chat_template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
     return str(folder)
@@ -172,17 +173,113 @@ def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | No
     }
 
 
+def responses(count: int, seed: int) -> list[Any]:
+    """Groups of three answers to random prompts."""
+    from nemo_minitron.alignment.steerlm2 import Responses
+
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return list(torch.randint(3, 256, (length,), generator=draw).tolist())
+
+    return [
+        Responses(
+            ids(3, 8),
+            [ids(2, 9) for _ in range(3)],
+            (-20 - 10 * torch.rand(3, generator=draw)).tolist(),
+            (-20 - 10 * torch.rand(3, generator=draw)).tolist(),
+        )
+        for _ in range(count)
+    ]
+
+
+def steerlm2(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
+    """SteerLM 2 on given answers."""
+    from nemo_minitron.alignment.metrics import read_metrics
+    from nemo_minitron.alignment.settings import Schedule
+    from nemo_minitron.alignment.steerlm2 import train_steerlm2
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    schedule = Schedule(
+        steps=3, global_batch_size=4, lr=1e-3, min_lr=1e-4, warmup_steps=1, validate_every=3, save_every=3
+    )
+    train_steerlm2(
+        open_checkpoint(model), 8, 4, lambda chunks, groups: (responses(8, 1), responses(4, 2)),
+        layout=ParallelLayout(**layout), schedule=schedule, directory=Path(out) / "steerlm2", max_length=32,
+    )  # fmt: skip
+    lines = read_metrics(Path(out) / "steerlm2" / "metrics.jsonl")
+    return {
+        part: {line["step"]: {name: line[name] for name in ("loss", "distance")} for line in lines
+               if ("split" in line) is (part == "validation")}
+        for part in ("train", "validation")
+    }  # fmt: skip
+
+
 def everything(model: str, out: str, layout: dict[str, int], dies: bool = False) -> dict[str, Any]:
     """All trainings, in one process."""
     return {
         "reward": train(model, out, layout, SAVED + 1 if dies else None),
+        "steerlm2": None if dies else steerlm2(model, out, layout),
         "reinforce": reinforce(model, out, layout, 1 + 8 * (SAVED + 1) + 1 if dies else None),
     }
 
 
 def alone(model: str, out: str) -> dict[str, Any]:
     """All trainings in one process, and the gradients of one batch."""
-    return {"gradients": gradients(model, out + "/reference"), **everything(model, out, {})}
+    return {
+        "gradients": gradients(model, out + "/reference"),
+        **everything(model, out, {}),
+        "stages": stages(model, Path(out) / "stages"),
+    }
+
+
+def stages(model: str, out: Path) -> dict[str, Any]:
+    """The stages one after the other, each on what the one before left; the metrics of each."""
+    import dataclasses
+
+    from nemo_minitron.config import (
+        ChatDataConfig,
+        LabelConfig,
+        ReinforceConfig,
+        RewardConfig,
+        Steerlm2Config,
+    )
+    from nemo_minitron.stages import label, reinforce, reward, steerlm2
+
+    out.mkdir(parents=True)
+    rows = [
+        {"prompt": f"q{number}", "response": "a b c d e f g h"[: 1 + 2 * (number % 8)],
+         "attributes": {"verbosity": number % 8 // 2}}
+        for number in range(24)
+    ]  # fmt: skip
+    (out / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ChatDataConfig(path=str(out / "chats.jsonl"), template="chatml", max_length=80, held_out_fraction=0.2)
+    common = {
+        "model": model, "steps": 2, "global_batch_size": 4, "warmup_steps": 1, "validate_every": 2, "save_every": 2,
+        "verify": False,
+    }  # fmt: skip
+    found = {}
+    of_reward = RewardConfig(output=str(out / "reward"), data=data, **common)
+    found["reward"] = reward.run(of_reward)
+    of_steerlm2 = Steerlm2Config(
+        output=str(out / "steerlm2"), base=model, attribute_model=of_reward.output, data=data, samples_per_prompt=2,
+        max_new_tokens=6, **common,
+    )  # fmt: skip
+    found["steerlm2"] = steerlm2.run(of_steerlm2)
+    of_reinforce = ReinforceConfig(
+        output=str(out / "reinforce"), reward=of_reward.output, data=data, samples_per_prompt=2, prompts_per_step=2,
+        validation_prompts=2, max_new_tokens=6, **common,
+    )  # fmt: skip
+    found["reinforce"] = reinforce.run(of_reinforce)
+    of_label = LabelConfig(output=str(out / "labels"), reward=of_reward.output, data=data, batch=5)
+    found["label"] = label.run(of_label)
+    labelled = (out / "labels" / "labelled.jsonl").read_text().splitlines()
+    scores = [list(json.loads(line)["predicted"].values()) for line in labelled]
+    found["again"] = label.run(dataclasses.replace(of_label, batch=7))
+    found["predicted"] = scores
+    return found
 
 
 @pytest.mark.slow
@@ -190,11 +287,13 @@ def test_in_every_layout_and_across_a_kill(model: str, tmp_path: Path) -> None:
     (one,) = run_distributed(alone, 1, tmp_path, timeout=240, model=model, out=str(tmp_path / "one"))
     _check_regression(model, **one["gradients"])
     _check_reinforce(model, **one["reinforce"])
+    _check_steerlm2(model, one["steerlm2"])
+    _check_stages(one["stages"], tmp_path / "one" / "stages")
     two = {"model": model, "out": str(tmp_path / "two"), "layout": {"tensor": 2}}
     split = run_distributed(everything, 2, tmp_path, timeout=240, **two)
     staged = {"model": model, "out": str(tmp_path / "staged"), "layout": {"pipeline": 2}}
     killed = run_distributed(everything, 2, tmp_path, timeout=240, **staged, dies=True)
-    assert killed == [{"reward": {"killed": True}, "reinforce": {"killed": True}}] * 2
+    assert killed == [{"reward": {"killed": True}, "steerlm2": None, "reinforce": {"killed": True}}] * 2
     resumed = run_distributed(everything, 2, tmp_path, timeout=240, **staged)
 
     reward, reinforced = one["reward"], one["reinforce"]
@@ -207,6 +306,9 @@ def test_in_every_layout_and_across_a_kill(model: str, tmp_path: Path) -> None:
         assert list(other["reinforce"]["lines"]) == list(reinforced["lines"])
         for step, line in other["reinforce"]["lines"].items():
             assert line == pytest.approx(reinforced["lines"][step], abs=1e-4), step
+        for part, found in one["steerlm2"].items():
+            for step, line in other["steerlm2"][part].items():
+                assert line == pytest.approx(found[step], abs=1e-4), (part, step)
         assert other["reinforce"]["validation"] == pytest.approx(reinforced["validation"], abs=1e-4)
 
 
@@ -234,8 +336,43 @@ def _check_reinforce(
     assert lines[1]["kl"] == pytest.approx(0, abs=1e-5)
     assert lines[1]["loss"] == pytest.approx(torch.stack(terms).mean().item(), abs=1e-4)
     assert lines[STEPS]["kl"] > 0.01
-    assert lines[STEPS]["reward"] > lines[1]["reward"] + 0.1
-    assert validation[STEPS] > validation[0]
+    assert validation[STEPS] > validation[0] + 0.05, "of the same prompts, by the same draws"
+
+
+def _check_stages(found: dict[str, Any], out: Path) -> None:
+    assert found["reward"]["attributes"].keys() == {"verbosity"}, "of the schema, what some answer has a value of"
+    assert found["reward"]["samples"] + found["reward"]["held_out"] == 24
+    assert found["steerlm2"]["steps"] == found["reinforce"]["steps"] == 2
+    assert found["label"]["conversations"] == len(found["predicted"]) == 24
+    assert found["label"] | {"kept": 0} == found["again"] | {"kept": 0}
+    for name in ("reward/model", "steerlm2/model", "reinforce/model"):
+        assert (out / name / "minitron.json").is_file()
+    first = json.loads((out / "labels" / "labelled.jsonl").read_text().splitlines()[0])
+    assert first["attributes"]["verbosity"] == min(4, max(0, round(first["predicted"]["verbosity"])))
+
+
+def _check_steerlm2(model: str, found: dict[str, Any]) -> None:
+    """The first validation's loss and distance by transformers: wanted weights, own weights, likelihoods."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model).double().eval()
+    losses, distances = [], []
+    for group in responses(4, 2):
+        likelihoods = []
+        for answer in group.answers:
+            ids = torch.tensor([[*group.prompt, *answer]])
+            logprobs = policy(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            likelihoods.append(logprobs[len(group.prompt) - 1 :].sum())
+        log_p, log_q = (torch.tensor(one, dtype=torch.float64) for one in (group.log_p, group.log_q))
+        own = (torch.stack(likelihoods).detach() - log_q).softmax(0)
+        wanted = (log_p - log_q).softmax(0)
+        length = sum(map(len, group.answers)) / len(group.answers)
+        losses.append(-((wanted - own) * torch.stack(likelihoods)).sum() / length)
+        distances.append((wanted * (wanted / own).log()).sum())
+    first = found["validation"][0]
+    assert first["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+    assert first["distance"] == pytest.approx(torch.stack(distances).mean().item(), abs=1e-3)
+    assert found["validation"][3]["distance"] < first["distance"]
 
 
 def _check_regression(

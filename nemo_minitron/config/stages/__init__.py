@@ -16,7 +16,13 @@ from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, Tok
 from nemo_minitron.config.stages.pipeline import PipelineConfig
 from nemo_minitron.config.stages.pruning import PRUNE_METHODS, IterateConfig, PruneConfig
 from nemo_minitron.config.stages.search import SearchConfig
-from nemo_minitron.config.stages.steering import LabelConfig, ReinforceConfig, RewardConfig, SteerlmConfig
+from nemo_minitron.config.stages.steering import (
+    LabelConfig,
+    ReinforceConfig,
+    RewardConfig,
+    Steerlm2Config,
+    SteerlmConfig,
+)
 
 #: The configuration of each stage, in the order of a typical pipeline.
 STAGES: dict[str, type[StageConfig]] = {
@@ -38,6 +44,7 @@ STAGES: dict[str, type[StageConfig]] = {
         RewardConfig,
         LabelConfig,
         SteerlmConfig,
+        Steerlm2Config,
         ReinforceConfig,
         ExportConfig,
         EvaluateConfig,
@@ -50,6 +57,7 @@ __all__ = [
     "LabelConfig",
     "ReinforceConfig",
     "RewardConfig",
+    "Steerlm2Config",
     "SteerlmConfig",
     "AlignConfig",
     "CacheConfig",

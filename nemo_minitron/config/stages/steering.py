@@ -167,6 +167,43 @@ class SteerlmConfig(AlignConfig):
 
 
 @dataclass
+class Steerlm2Config(AlignConfig):
+    """SteerLM 2 (HelpSteer 2, arXiv 2406.08673, section 5.3): draw a model that follows attributes towards
+    ``P(y|a,x) ~ P(a|x,y) P(y|x)``, with NeMo-Aligner's ``GPTSteerLMModel``.
+
+    Attributes:
+        model: that SteerLM trained; its own answers are what it learns from.
+        base: the model whose ``P(y|x)`` it is, without attribute values.
+        attribute_model: output of ``minitron reward``: ``P(a|x,y)``.
+        data: conversations with the values that are wanted; their answers are left out.
+        samples_per_prompt: answers to each prompt.
+        deviation: standard deviation of the attribute model's predictions, on the attributes' scale.
+        max_new_tokens: longest answer.
+        generation_batch: answers generated at once.
+        global_batch_size: prompts of one step; ``micro_batch_size`` is not used (one answer at a time).
+    """
+
+    STAGE: ClassVar[str] = "steerlm2"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "base", "attribute_model", "data.path", "data.validation")
+
+    base: str = MISSING
+    attribute_model: str = MISSING
+    lr: float = 1e-6
+    min_lr: float = 1e-7
+    samples_per_prompt: int = 4
+    deviation: float = 0.5
+    max_new_tokens: int = 128
+    generation_batch: int = 16
+
+    def faults(self) -> list[str]:
+        """The base's, no answers to choose from."""
+        found = [*super().faults(), *positive(self, "deviation", "max_new_tokens", "generation_batch")]
+        if self.samples_per_prompt < 2:
+            found.append(f"samples_per_prompt={self.samples_per_prompt}: weights need at least 2 answers")
+        return found
+
+
+@dataclass
 class ReinforceConfig(AlignConfig):
     """REINFORCE with leave-one-out baselines (arXiv 2402.14740), as NeMo-Aligner's ``ReinforceTrainer`` runs it.
 

@@ -1,0 +1,201 @@
+"""``minitron steerlm2``: draw a model that follows attributes towards what the attribute model says of its answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.config import Steerlm2Config
+from nemo_minitron.data.chat import CHAT_PACKAGES, Chat
+from nemo_minitron.errors import DataError
+from nemo_minitron.stages.base import PlannedPath, StagePlan
+from nemo_minitron.stages.chats import align_plan, load_chats, schedule_of, shorter
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.alignment.steerlm2 import Responses
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["plan", "run"]
+
+
+def plan(config: Steerlm2Config) -> StagePlan:
+    """What :func:`run` would read, write and cost."""
+    found = align_plan(config, CHAT_PACKAGES)
+    found.reads += [PlannedPath(config.attribute_model, "attribute model"), PlannedPath(config.base, "base model")]
+    return found
+
+
+def run(config: Steerlm2Config) -> dict[str, Any]:
+    """Train. Every rank runs this; rank 0 writes the model.
+
+    Returns:
+        ``steps``, ``prompts``, ``held_out``, the first and last validation ``distance`` and ``loss``, ``formats``.
+
+    Raises:
+        MinitronError: for data or models that do not fit each other, or a loss that is not finite.
+    """
+    import torch
+
+    from nemo_minitron.alignment.export import save_trained
+    from nemo_minitron.alignment.metrics import read_metrics
+    from nemo_minitron.alignment.steerlm2 import train_steerlm2
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.data.templates import choose_template
+    from nemo_minitron.data.tokenizer import load_tokenizer
+    from nemo_minitron.runtime.groups import ParallelLayout
+
+    source = open_checkpoint(config.model)
+    tokenizer = load_tokenizer(source.tokenizer)
+    template = choose_template(tokenizer, config.data.template)
+    sampler = _Sampler(config, source, tokenizer, template)
+    train, held_out = (sampler.prompts(chats) for chats in load_chats(config.data))
+    output = Path(config.output)
+    last = train_steerlm2(
+        source,
+        len(train),
+        len(held_out),
+        lambda chunks, groups: sampler.answer(chunks, groups, train, held_out),
+        layout=ParallelLayout(**vars(config.parallel)),
+        schedule=schedule_of(config),
+        directory=output,
+        max_length=config.data.max_length,
+        resume=config.resume,
+    )
+    if torch.distributed.get_rank() != 0:
+        return {}
+    lines = read_metrics(output / "metrics.jsonl")
+    validations = [line for line in lines if line.get("split") == "validation"]
+    done = {"steps": max(line["step"] for line in lines), "prompts": len(train), "held_out": len(held_out)}
+    return {
+        **done,
+        **{
+            f"{when}_validation_{name}": line[name]
+            for when, line in (("first", validations[0]), ("last", validations[-1]))
+            for name in ("distance", "loss")
+        },
+        "formats": save_trained(
+            source,
+            last,
+            output,
+            template=template,
+            lineage={"steerlm2": {"model": config.model, "base": config.base, **done}},
+            formats=config.formats,
+            check=config.verify,
+        ),
+    }
+
+
+class _Sampler:
+    """Answers of the model to be trained, and what the other two models say of them."""
+
+    def __init__(self, config: Steerlm2Config, source: Checkpoint, tokenizer: Any, template: Any) -> None:
+        self.config, self.source, self.tokenizer, self.template = config, source, tokenizer, template
+
+    def prompts(self, chats: Sequence[Chat]) -> list[tuple[Chat, list[int]]]:
+        """Conversations whose prompt, with the values that are wanted, leaves room for an answer; and its tokens."""
+        from nemo_minitron.data.chat import bad_lines
+        from nemo_minitron.data.templates import prompt_ids
+
+        if missing := [f"{chat.where.rpartition(', ')[2]}: has no attributes" for chat in chats if not chat.attributes]:
+            raise bad_lines(str(self.config.data.path or self.config.data.package), missing)
+        rows = [(chat, prompt_ids(chat.prompt, self.tokenizer, self.template, chat.attributes)) for chat in chats]
+        lengths = [len(ids) + self.config.max_new_tokens for _, ids in rows]
+        return shorter(rows, lengths, [chat.where for chat in chats], self.config.data)
+
+    def answer(
+        self, chunks: list[Any], groups: Groups, *parts: list[tuple[Chat, list[int]]]
+    ) -> tuple[list[Responses], list[Responses]]:
+        """Groups of answers for each part, the same on every rank."""
+        from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model
+        from nemo_minitron.alignment.steerlm2 import Responses
+        from nemo_minitron.data.templates import choose_template, end_ids, prompt_ids, render
+        from nemo_minitron.data.tokenizer import load_tokenizer
+        from nemo_minitron.generation import Sampling, generate_tokens
+
+        config, count = self.config, self.config.samples_per_prompt
+        asked = [pair for part in parts for pair in part]
+        rows = [ids for _, ids in asked for _ in range(count)]
+        # At temperature 1 and without truncation, so that the log-probabilities are those of what was sampled from.
+        answers = generate_tokens(
+            chunks,
+            groups,
+            rows,
+            sampling=Sampling(max_new_tokens=config.max_new_tokens, seed=config.runtime.seed),
+            ends=end_ids(self.tokenizer, self.template),
+            vocab_size=self.source.shape.vocab_size,
+            batch_size=config.generation_batch,
+        )
+        chats = [chat for chat, _ in asked for _ in range(count)]
+        texts = [str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in answers]
+
+        model = load_attribute_model(config.attribute_model)
+        scorer = AttributeScorer(model, groups)
+        if missing := {name for chat in chats for name in chat.attributes} - set(model.schema.names):
+            raise DataError(
+                f"{config.attribute_model}: does not predict {', '.join(sorted(missing))}, of which the data want values"
+            )
+        reader = load_tokenizer(scorer.checkpoint.tokenizer)
+        template = choose_template(reader, model.template)
+        read = [render(chat.answered(text), reader, template).ids for chat, text in zip(chats, texts, strict=True)]
+        scores = scorer.scores(read, micro_batch_size=config.generation_batch)
+        fits = [
+            _log_fit(dict(zip(model.schema.names, row, strict=True)), chat.attributes, config.deviation)
+            for row, chat in zip(scores.tolist(), chats, strict=True)
+        ]
+        plain = [prompt_ids(chat.prompt, self.tokenizer, self.template) for chat in chats]
+        likelihoods = self._log_likelihoods(groups, plain, [answer.tokens for answer in answers])
+        found = [
+            Responses(
+                ids,
+                [answers[at].tokens for at in here],
+                [sum(answers[at].logprobs) for at in here],
+                [fits[at] + likelihoods[at] for at in here],
+            )
+            for number, (_, ids) in enumerate(asked)
+            for here in [range(number * count, (number + 1) * count)]
+        ]
+        return found[: len(parts[0])], found[len(parts[0]) :]
+
+    def _log_likelihoods(self, groups: Groups, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+        """``log P(y|x)`` of the base model, without attribute values."""
+        import torch
+
+        from nemo_minitron.checkpoints import load_into, open_checkpoint
+        from nemo_minitron.runtime.forward import block_losses
+        from nemo_minitron.runtime.model import build_model
+
+        base = open_checkpoint(self.config.base)
+        if base.shape.vocab_size != self.source.shape.vocab_size:
+            raise DataError(
+                f"base={self.config.base}: has {base.shape.vocab_size} tokens, the model "
+                f"{self.source.shape.vocab_size}; name a base model with the same tokenizer"
+            )
+        chunks = build_model(base.shape, base.architecture, groups)
+        load_into(chunks, base, groups)
+        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        blocks: torch.Tensor = torch.zeros(len(prompts), width, dtype=torch.int64)
+        counted = torch.zeros(len(prompts), width - 1, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            blocks[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+            counted[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+        means = block_losses(
+            chunks,
+            groups,
+            blocks,
+            self.config.generation_batch,
+            vocab_size=base.shape.vocab_size,
+            counted=counted,
+        )
+        return [-float(value) for value in means * counted.sum(dim=1)]
+
+
+def _log_fit(predicted: dict[str, float], wanted: Any, deviation: float) -> float:
+    """``log P(a|x,y)`` but for a constant: the predictions err like a Gaussian of this standard deviation."""
+    if not all(math.isfinite(value) for value in predicted.values()):
+        raise DataError("the attribute model predicts values that are not finite; train it again")
+    return -sum((predicted[name] - value) ** 2 for name, value in wanted.items()) / (2 * deviation**2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +13,9 @@ from torch.utils.data import Dataset
 
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import DataError
-from nemo_minitron.runtime.masks import attention_mask, document_positions
+from nemo_minitron.runtime.masks import attention_mask, document_positions, documents_masked
 
-__all__ = ["BlockDataModule", "BlockDataset"]
+__all__ = ["BlockDataModule", "BlockDataset", "DocumentMasks"]
 
 
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
@@ -124,3 +125,24 @@ class BlockDataModule(pl.LightningDataModule):
         self.data_sampler.prev_consumed_samples = consumed
         self.data_sampler.init_global_step = self.trainer.global_step
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)
+
+
+class DocumentMasks(pl.Callback):
+    """Has Transformer Engine's attention obey the masks of the batches: :func:`~.masks.documents_masked`.
+
+    From the start of a training to its end, where the blocks hold several documents; without Transformer Engine, masks
+    are obeyed anyway.
+    """
+
+    def __init__(self, masked: bool) -> None:
+        self.masked = masked
+        self._stack = ExitStack()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All chunks of this rank are there by now."""
+        chunks = list(trainer.strategy.megatron_parallel)
+        self._stack.enter_context(documents_masked(chunks, self.masked))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self._stack.close()

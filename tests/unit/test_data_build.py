@@ -159,6 +159,7 @@ def corpus(seed: int, count: int = 40) -> list[list[list[int]]]:
     return found
 
 
+@pytest.mark.slow
 def test_megatron_corpora_are_read_and_blended(tmp_path: Path, tokenizer: Path) -> None:
     first, second = corpus(1), corpus(2)
     write_indexed(tmp_path / "first", first)
@@ -193,6 +194,7 @@ def test_megatron_corpora_are_read_and_blended(tmp_path: Path, tokenizer: Path) 
         build_blocks(one, tokenizer, "train", vocab_size=60)
 
 
+@pytest.mark.slow
 def test_damaged_megatron_corpora_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     prefix = write_indexed(tmp_path / "corpus", corpus(3))
     one = config(tmp_path, SourceConfig(name="c", megatron=str(prefix)))

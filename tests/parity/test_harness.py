@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
+from support.text import sentences, write_jsonl
 
 TASKS = {
     "choice": {
@@ -91,39 +93,8 @@ def answers(model: Any) -> dict[str, list[Any]]:
     }
 
 
-def evaluate(path: str, layouts: list[dict[str, Any]], tasks: str, cache: str) -> list[dict[str, Any]]:
-    """On each rank, by layout."""
-    import os
-
-    os.environ.update(HF_DATASETS_CACHE=cache, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    from nemo_minitron.checkpoints import load_into, open_checkpoint
-    from nemo_minitron.data import load_tokenizer
-    from nemo_minitron.errors import DataError
-    from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
-    from nemo_minitron.runtime.model import build_model
-
-    found = []
-    for layout in layouts:
-        groups = initialize(ParallelLayout(**layout))
-        checkpoint = open_checkpoint(path)
-        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
-        load_into(chunks, checkpoint, groups)
-        model = MegatronLM(
-            chunks, groups, load_tokenizer(checkpoint.tokenizer),
-            vocab_size=checkpoint.shape.vocab_size, max_length=64, batch_size=3,
-        )  # fmt: skip
-        found.append({"results": run_tasks(model, list(TASKS), include_path=tasks), **answers(model)})
-        with pytest.raises(DataError, match="nonesuch: lm-evaluation-harness has no such task"):
-            run_tasks(model, ["choice", "nonesuch"], include_path=tasks)
-    return found
-
-
-def reference(path: str, tasks: str, cache: str) -> dict[str, Any]:
-    """The same by the harness's own model."""
-    import os
-
-    os.environ.update(HF_DATASETS_CACHE=cache, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", DISABLE_MULTIPROC="1")
+def reference(path: str, tasks: str) -> dict[str, Any]:
+    """What the harness's own model gets."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -137,31 +108,83 @@ def reference(path: str, tasks: str, cache: str) -> dict[str, Any]:
 
 
 LAYOUTS: list[dict[str, Any]] = [
-    {"tensor": 2, "pipeline": 2},
-    {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
-    {"tensor": 2, "sequence_parallel": True, "data": 2},
+    {"tensor": 2, "sequence_parallel": True},
+    {"pipeline": 2, "virtual_pipeline": 2},
 ]
+
+
+def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
+    """On each rank: the reference (rank 0), results and answers by layout, and the stage's results."""
+    os.environ.update(
+        HF_DATASETS_CACHE=f"{folder}/cache", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", DISABLE_MULTIPROC="1"
+    )
+    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelConfig, SourceConfig
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.model import build_model
+    from nemo_minitron.stages import evaluate as stage
+
+    found: dict[str, Any] = {"layouts": []}
+    for layout in LAYOUTS:
+        groups = initialize(ParallelLayout(**layout))
+        checkpoint = open_checkpoint(path)
+        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
+        load_into(chunks, checkpoint, groups)
+        model = MegatronLM(
+            chunks, groups, load_tokenizer(checkpoint.tokenizer),
+            vocab_size=checkpoint.shape.vocab_size, max_length=64, batch_size=3,
+        )  # fmt: skip
+        found["layouts"].append({"results": run_tasks(model, list(TASKS), include_path=tasks), **answers(model)})
+    with pytest.raises(DataError, match="nonesuch: lm-evaluation-harness has no such task"):
+        run_tasks(model, ["choice", "nonesuch"], include_path=tasks)
+    config = EvaluateConfig(
+        models={"model": path},
+        output=f"{folder}/evaluation",
+        data=DataConfig(
+            sources=[SourceConfig(name="text", path=f"{folder}/text.jsonl")], sequence_length=16,
+            held_out_fraction=0.5, cache_dir=f"{folder}/blocks",
+        ),
+        tokens=64,
+        harness=HarnessConfig(tasks=["choice", "question"], include_path=tasks, batch_size=2),
+        parallel=ParallelConfig(data=2),
+    )  # fmt: skip
+    found["stage"] = stage.run(config)["models"]["model"]["harness"]
+    if os.environ["RANK"] == "0":
+        found["reference"] = reference(path, tasks)
+    return found
+
+
+def same_metrics(results: dict[str, Any], expected: dict[str, Any]) -> None:
+    for task, result in results.items():
+        metrics = {key.removesuffix(",none"): value for key, value in expected[task].items()}
+        assert result["metrics"], task
+        for metric, value in result["metrics"].items():
+            assert value == pytest.approx(metrics[metric], rel=1e-4), (task, metric)
+        assert result["samples"] == 9
 
 
 @pytest.mark.slow
 def test_results_are_those_of_the_harness_with_transformers(tmp_path: Path) -> None:
     path = str(tiny_checkpoint(tmp_path / "model", num_hidden_layers=4))
-    tasks, cache = str(write_tasks(tmp_path / "tasks")), str(tmp_path / "cache")
-    expected = run_distributed(reference, 1, tmp_path, path=path, tasks=tasks, cache=cache)[0]
-    ranks = run_distributed(evaluate, 4, tmp_path, path=path, layouts=LAYOUTS, tasks=tasks, cache=cache)
-    for rank, layouts in enumerate(ranks):
-        for found in layouts:
+    tasks = str(write_tasks(tmp_path / "tasks"))
+    write_jsonl(tmp_path / "text.jsonl", sentences(20, 30, 1))
+    ranks = run_distributed(evaluate, 2, tmp_path, path=path, tasks=tasks, folder=str(tmp_path))
+    expected = ranks[0]["reference"]
+    for rank, result in enumerate(ranks):
+        for found in result["layouts"]:
             assert found["texts"] == expected["texts"]
             assert [greedy for _, greedy in found["scores"]] == [greedy for _, greedy in expected["scores"]]
             for kind in ("scores", "rolling"):
-                mine = torch.tensor([one if kind == "rolling" else one[0] for one in found[kind]])
-                theirs = torch.tensor([one if kind == "rolling" else one[0] for one in expected[kind]])
+                mine, theirs = (
+                    torch.tensor([one if kind == "rolling" else one[0] for one in each[kind]])
+                    for each in (found, expected)
+                )
                 assert torch.allclose(mine, theirs, atol=1e-4, rtol=1e-5), kind
             assert set(found["results"]) == (set() if rank else set(TASKS))
-            for task, result in found["results"].items():
-                metrics = {key.removesuffix(",none"): value for key, value in expected["results"][task].items()}
-                assert result["metrics"], task
-                for metric, value in result["metrics"].items():
-                    assert value == pytest.approx(metrics[metric], rel=1e-4), (task, metric)
-                assert result["samples"] == 9
-        assert rank or found["results"]["choice"]["num_fewshot"] == 1
+            same_metrics(found["results"], expected["results"])
+    assert ranks[0]["layouts"][0]["results"]["choice"]["num_fewshot"] == 1
+    assert set(ranks[0]["stage"]) == {"choice", "question"}
+    same_metrics(ranks[0]["stage"], expected["results"])

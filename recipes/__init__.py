@@ -4,4 +4,4 @@ A file has the function ``recipe(...)``; :func:`nemo_minitron.planning.load_reci
 """
 
 #: Modules here that are no recipes but serve them.
-SHARED = ("distillation", "published", "teachers")
+SHARED = ("alignment", "distillation", "published", "teachers")

@@ -20,6 +20,8 @@ from support.chats import chat_checkpoint, chats, preferences, write_jsonl
 from support.distributed import run_distributed
 
 STEPS, SAVED_AT = 6, 3
+pytestmark = pytest.mark.timeout(900)  # one launch in which a busy machine does all that the tests look at
+
 COMMON: dict[str, Any] = {
     "micro_batch_size": 2, "global_batch_size": 4, "steps": STEPS, "lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2,
     "validate_every": SAVED_AT, "save_every": SAVED_AT, "verify": False,
@@ -200,7 +202,7 @@ def whole(workspace: Path) -> dict[str, Any]:
     """What one process does."""
     jobs = ["sft", "sft-packed", "dpo", *(f"dpo-{loss}" for loss in LOSSES)]
     (found,) = run_distributed(
-        everything, 1, workspace, timeout=300, folder=str(workspace), out=str(workspace / "one"), jobs=jobs
+        everything, 1, workspace, timeout=600, folder=str(workspace), out=str(workspace / "one"), jobs=jobs
     )
     return dict(found)
 
@@ -361,9 +363,10 @@ def test_the_first_dpo_loss_is_ln_2_and_rounds_move_their_reference(workspace: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_layout_and_resume_is_one_training(workspace: Path, whole: dict[str, Any]) -> None:
     """Kills and resumes included, and a resume under another layout: per-step losses to 1e-4."""
-    fixed = {"folder": str(workspace), "timeout": 240}
+    fixed = {"folder": str(workspace), "timeout": 600}
     with pytest.raises(AssertionError, match=r"exit 9"):
         jobs = ["dpo", "sft"]
         run_distributed(

@@ -223,12 +223,13 @@ def open_session(
 class _Checkpoints(NeMoModelCheckpoint):
     """NeMo's callback, of which Aligner's trainers use the saving alone."""
 
-    CHECKPOINT_NAME_LAST = "step={step}-last"
+    # Aligner reads its state from the name.
+    CHECKPOINT_NAME_LAST = "step={step}-consumed_samples={consumed_samples}-epoch={epoch}-last"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(
             dirpath=str(directory),
-            filename="step={step}",
+            filename=self.CHECKPOINT_NAME_LAST.removesuffix("-last"),
             auto_insert_metric_name=False,
             monitor="step",
             save_top_k=0,  # the last one alone: it holds the optimizer too

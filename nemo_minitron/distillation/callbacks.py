@@ -39,7 +39,8 @@ class StepMetrics(pl.Callback):
     (since the start of this process's training). Validation lines: ``split`` =
     "validation", ``step``, ``tokens``, of a distillation ``kl``, and ``lm_loss``. With intermediate losses both have
     the value of each, times its own weight (``hidden``, ``embedding``, ``attention``), and ``alpha``, the weight of
-    their sum in that step.
+    their sum in that step. With a teacher that is corrected meanwhile, training lines have ``teacher_lm_loss``,
+    ``teacher_lr`` and ``teacher_grad_norm``.
     """
 
     def __init__(self, path: Path, *, tokens_per_step: int, flops_per_step: float, every: int = 1) -> None:
@@ -104,6 +105,7 @@ class StepMetrics(pl.Callback):
             memory=int(memory),
             seconds=now - self._started,
             **_parts(pl_module),
+            **pl_module.further,
         )
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

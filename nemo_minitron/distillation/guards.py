@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from nemo_minitron.errors import NonFiniteError, PreemptedError
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.stopping import StopRequest
 
-__all__ = ["FiniteGradients", "Preemption", "largest"]
+__all__ = ["FiniteGradients", "Preemption", "finite_gradients", "largest"]
 
 
 def largest(value: float, groups: Groups) -> float:
@@ -24,6 +25,30 @@ def largest(value: float, groups: Groups) -> float:
         if dist.get_world_size(group) > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return found.item()
+
+
+def finite_gradients(chunks: Sequence[Any], groups: Groups, whose: str) -> None:
+    """Whether all gradients are finite, on every rank; which all call it.
+
+    Args:
+        chunks: this rank's, in Megatron's ``DistributedDataParallel``.
+        groups: of the training.
+        whose: for the message.
+
+    Raises:
+        NonFiniteError: on every rank, if any of them has one that is not.
+    """
+    norms = [
+        torch.linalg.vector_norm(buffer.grad_data)
+        for chunk in chunks
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+    ]
+    broken = not bool(torch.isfinite(torch.stack(norms)).all())
+    if largest(float(broken), groups):
+        raise NonFiniteError(
+            f"a gradient of {whose} is not finite; nothing was updated. "
+            "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
+        )
 
 
 class FiniteGradients(pl.Callback):
@@ -39,17 +64,7 @@ class FiniteGradients(pl.Callback):
             NonFiniteError: nothing was updated.
         """
         chunks: Any = trainer.strategy.model
-        norms = [
-            torch.linalg.vector_norm(buffer.grad_data)
-            for chunk in chunks
-            for buffer in (*chunk.module.buffers, *chunk.module.expert_parallel_buffers)
-        ]
-        broken = not bool(torch.isfinite(torch.stack(norms)).all())
-        if largest(float(broken), pl_module.groups):
-            raise NonFiniteError(
-                f"a gradient of step {trainer.global_step} is not finite; nothing was updated. "
-                "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
-            )
+        finite_gradients([chunk.module for chunk in chunks], pl_module.groups, f"step {trainer.global_step}")
 
 
 class Preemption(pl.Callback):

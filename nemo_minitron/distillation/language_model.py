@@ -50,6 +50,7 @@ class LanguageModel(GPTModel):
 
     Attributes:
         balance: the values of the losses inside a model, where there are any.
+        further: values of the last step besides those of the loss, by their names in the metrics.
     """
 
     VALIDATED: ClassVar[tuple[str, ...]] = (LM_LOSS,)
@@ -71,6 +72,7 @@ class LanguageModel(GPTModel):
         self._initial = initial
         self._layout = layout
         self.balance = Balance([], dynamic=False)
+        self.further: dict[str, float] = {}
         # In a list, because a module assigned to an attribute would become a part of the model.
         self._root: list[LanguageModel] = [self]
 

@@ -6,7 +6,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ class DistillationModel(LanguageModel):
         kept_layers: of a student that was cut from the teacher, the layers that it kept (see
             :func:`~nemo_minitron.distillation.layers.layer_maps`).
         placement: where the teacher runs; intermediate losses need it in the student's ranks and layout.
+        correction: settings of a :class:`~nemo_minitron.distillation.learning_teacher.LearningTeacher`; None for a
+            teacher that stays as it is.
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
     Attributes:
@@ -73,12 +75,14 @@ class DistillationModel(LanguageModel):
         intermediate: IntermediateConfig | None = None,
         kept_layers: Sequence[int] | None = None,
         placement: TeacherPlacement | None = None,
+        correction: Mapping[str, Any] | None = None,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
         super().__init__(config, student, layout, optim=optim, tokenizer=tokenizer)
         self._teacher_checkpoint = teacher
         self._placement = placement or TeacherPlacement()
+        self._correction = correction
         self._loss = loss_of(self._placement, loss or LossConfig())
         self._intermediate = intermediate or IntermediateConfig()
         self._layer_maps = layer_maps(
@@ -102,6 +106,7 @@ class DistillationModel(LanguageModel):
             self._layout,
             self._loss,
             placement=self._placement,
+            correction=self._correction,
         )
         chunk._intermediate, chunk._layer_maps, chunk.balance = self._intermediate, self._layer_maps, self.balance
         chunk._teacher, chunk._root = self._teacher, self._root
@@ -125,9 +130,16 @@ class DistillationModel(LanguageModel):
             self.losses = StudentLosses(plan, self.module, groups, self.balance)
         if (vp_stage or 0) + 1 == (self._layout.virtual_pipeline or 1):
             dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-            teacher = open_teacher(self._placement, self._teacher_checkpoint, groups, dtype=dtype, loss=self._loss)
+            teacher: TeacherSource
+            if self._correction is None:
+                teacher = open_teacher(self._placement, self._teacher_checkpoint, groups, dtype=dtype, loss=self._loss)
+            else:
+                from nemo_minitron.distillation.learning_teacher import LearningTeacher
+
+                assert self._teacher_checkpoint is not None, "the configuration was checked"
+                teacher = LearningTeacher.load(self._teacher_checkpoint, groups, dtype=dtype, **self._correction)
             if plan is not None:
-                assert isinstance(teacher, Teacher), "the configuration was checked"
+                assert isinstance(teacher, Teacher) or self._correction is not None, "the configuration was checked"
                 teacher.states = TeacherStates(plan, teacher.chunks, groups)
             self._teacher.append(teacher)
 

@@ -6,20 +6,23 @@ Both are :func:`~nemo_minitron.distillation.training.train` of a model with its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.config import IntermediateConfig, LossConfig
+from nemo_minitron.config import CorrectionConfig, IntermediateConfig, LossConfig
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.language_model import LanguageModel
+from nemo_minitron.distillation.learning_teacher import CorrectTeacher
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.outputs import Trained, finished
 from nemo_minitron.distillation.pair import check_model, check_pair
 from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.schedule import Schedule
-from nemo_minitron.distillation.training import optimizer_of, train, trained_config
+from nemo_minitron.distillation.training import optimizer_config, optimizer_of, train, trained_config
 from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -40,6 +43,7 @@ def distill(
     resume: bool = True,
     kept_layers: Sequence[int] | None = None,
     placement: TeacherPlacement | None = None,
+    correction: CorrectionConfig | None = None,
 ) -> Trained:
     """Train the student on the teacher. Every rank of the student calls it.
 
@@ -58,6 +62,8 @@ def distill(
             intermediate losses.
         placement: where the teacher runs, or its cache; None for the student's ranks and layout. Ranks of its own run
             :func:`~nemo_minitron.distillation.teacher_ranks.serve_teacher` meanwhile.
+        correction: trains the teacher on the labels meanwhile, if it gives a learning rate; the teacher must be in the
+            student's ranks and layout.
 
     Raises:
         MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.train`.
@@ -70,6 +76,7 @@ def distill(
         check_model(student, layout, length)
     else:
         check_pair(student, teacher, layout, length, teacher_layout=placement.layout)
+    learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
     model = DistillationModel(
         trained_config(student, layout, schedule),
         student,
@@ -79,6 +86,7 @@ def distill(
         intermediate,
         kept_layers,
         placement,
+        learning,
         optim=optimizer_of(schedule),
     )
     try:
@@ -91,8 +99,8 @@ def distill(
             schedule=schedule,
             directory=directory,
             resume=resume,
-            callbacks=[TeacherFirst(model)],
-            forward=[] if teacher is None else [teacher],
+            callbacks=[TeacherFirst(model), *([CorrectTeacher(model)] if learning else [])],
+            forward=[] if teacher is None else [teacher] * (3 if learning else 1),
             title="distilling",
         )
     except PreemptedError:
@@ -100,6 +108,18 @@ def distill(
         raise
     model.teacher.close()
     return trained
+
+
+def _learning(correction: CorrectionConfig, schedule: Schedule) -> dict[str, Any]:
+    """Settings of a :class:`LearningTeacher`."""
+    assert correction.lr is not None
+    own = replace(schedule, lr=correction.lr, min_lr=correction.min_lr)
+    return {
+        "optimizer": optimizer_config(own),
+        "min_lr": own.min_lr,
+        "warmup_steps": own.warmup_steps,
+        "steps": own.steps,
+    }
 
 
 def correct(

@@ -34,24 +34,31 @@ from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["optimizer_of", "train", "trained_config", "trainer_of"]
+__all__ = ["optimizer_config", "optimizer_of", "train", "trained_config", "trainer_of"]
+
+
+def optimizer_config(schedule: Schedule) -> OptimizerConfig:
+    """AdamW with Megatron's distributed optimizer."""
+    bf16 = schedule.precision.startswith("bf16")
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=schedule.lr,
+        min_lr=schedule.min_lr,
+        weight_decay=schedule.weight_decay,
+        adam_beta1=schedule.beta1,
+        adam_beta2=schedule.beta2,
+        adam_eps=1e-8,
+        clip_grad=schedule.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
 
 
 def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
     """AdamW with Megatron's distributed optimizer, warm-up and cosine decay."""
     return nl.MegatronOptimizerModule(
-        config=OptimizerConfig(
-            optimizer="adam",
-            lr=schedule.lr,
-            min_lr=schedule.min_lr,
-            weight_decay=schedule.weight_decay,
-            adam_beta1=schedule.beta1,
-            adam_beta2=schedule.beta2,
-            adam_eps=1e-8,
-            clip_grad=schedule.clip_grad,
-            bf16=schedule.precision.startswith("bf16"),
-            use_distributed_optimizer=True,
-        ),
+        config=optimizer_config(schedule),
         lr_scheduler=CosineAnnealingScheduler(
             max_steps=schedule.steps, warmup_steps=schedule.warmup_steps, constant_steps=0, min_lr=schedule.min_lr
         ),

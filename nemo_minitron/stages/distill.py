@@ -111,6 +111,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
             "teacher_cache": config.teacher_cache if config.taught else None,
             "loss": dataclasses.asdict(config.loss),
             "intermediate": dataclasses.asdict(config.intermediate),
+            "teacher_correction": dataclasses.asdict(config.teacher_correction),
         }
     }
     save_model(config, student, trained, lineage)
@@ -160,6 +161,7 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         intermediate=config.intermediate,
         kept_layers=kept,
         placement=placement,
+        correction=config.teacher_correction,
         **training,
     )
 

@@ -26,7 +26,7 @@ from nemo_minitron.config.parts.checks import (
 from nemo_minitron.config.parts.cluster import ClusterConfig
 from nemo_minitron.config.parts.evaluation import HarnessConfig
 from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
-from nemo_minitron.config.parts.losses import IntermediateConfig, LossConfig
+from nemo_minitron.config.parts.losses import CorrectionConfig, IntermediateConfig, LossConfig
 from nemo_minitron.config.parts.process import ParallelConfig, RuntimeConfig
 from nemo_minitron.config.parts.pruning import AggregationConfig, DepthChoiceConfig, TargetConfig, VocabularyConfig
 from nemo_minitron.config.parts.search import AxisConfig, BudgetConfig, ShortDistillConfig, SpaceConfig
@@ -46,6 +46,7 @@ __all__ = [
     "DEPTH_CRITERIA",
     "DEPTH_FORMS",
     "DTYPES",
+    "CorrectionConfig",
     "DataConfig",
     "DepthChoiceConfig",
     "FORMATS",

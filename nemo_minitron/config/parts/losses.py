@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.parts.checks import BALANCES, LOGIT_LOSSES, STATE_LOSSES, choice, positive
+from nemo_minitron.config.parts.checks import BALANCES, LOGIT_LOSSES, STATE_LOSSES, choice, not_negative, positive
 
 
 @dataclass
@@ -34,6 +34,26 @@ class LossConfig:
             found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
         if not 0 <= self.label_weight <= 1:
             found.append(f"label_weight={self.label_weight}: must lie in [0, 1], 1 being the language-model loss alone")
+        return found
+
+
+@dataclass
+class CorrectionConfig:
+    """Training of the teacher on the labels while it teaches; the other settings are those of the student.
+
+    Attributes:
+        lr: its peak learning rate; null leaves the teacher as it is.
+        min_lr: at the last step.
+    """
+
+    lr: float | None = None
+    min_lr: float = 0.0
+
+    def faults(self) -> list[str]:
+        """A schedule that rises."""
+        found = [*positive(self, "lr"), *not_negative(self, "min_lr")]
+        if self.lr is not None and self.min_lr > self.lr:
+            found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
         return found
 
 

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
     TEACHER_PLACEMENTS,
+    CorrectionConfig,
     DataConfig,
     IntermediateConfig,
     LossConfig,
@@ -141,6 +142,7 @@ class DistillConfig(TrainingConfig):
         teacher_parallel: layout of a teacher that has its own.
         loss: of a token's logits.
         intermediate: losses of the states inside the models; none by default.
+        teacher_correction: train the teacher on the labels meanwhile; off by default.
     """
 
     STAGE: ClassVar[str] = "distill"
@@ -153,6 +155,7 @@ class DistillConfig(TrainingConfig):
     teacher_parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
+    teacher_correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
     @property
     def taught(self) -> bool:
@@ -207,6 +210,14 @@ class DistillConfig(TrainingConfig):
                 )
             length = self.data.sequence_length
             found += [fault.replace("parallel.", "teacher_parallel.") for fault in own.sequence_faults(length)]
+        if self.teacher_correction.lr is not None and (
+            not self.taught or self.teacher_cache is not None or placement != "shared"
+        ):
+            where_not = where if self.taught else "loss.label_weight=1"
+            found.append(
+                f"{where_not}: teacher_correction trains a teacher in the student's ranks and layout; use "
+                "teacher_placement=shared without a cache and something to learn, or teacher_correction.lr=null"
+            )
         if self.intermediate.weights() and (self.teacher_cache is not None or placement != "shared"):
             found.append(
                 f"{where}: intermediate losses need the teacher's states in the student's ranks and layout; use "

@@ -137,7 +137,7 @@ class _Sampler:
         scorer = AttributeScorer(model, groups)
         if missing := {name for chat in chats for name in chat.attributes} - set(model.schema.names):
             raise DataError(
-                f"{config.attribute_model}: does not predict {', '.join(sorted(missing))}, of which the data want values"
+                f"{config.attribute_model}: does not predict {', '.join(sorted(missing))}; the data want values of it"
             )
         reader = load_tokenizer(scorer.checkpoint.tokenizer)
         template = choose_template(reader, model.template)

@@ -111,6 +111,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, Blocks]:
     """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer, which must fit every model."""
+    from nemo_minitron.checkpoints.tokenizer import check_same_tokenizer
     from nemo_minitron.data import build_domain_blocks
 
     vocabulary = checkpoints[baseline].shape.vocab_size
@@ -120,6 +121,7 @@ def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseli
                 f"model {name!r} has a vocabulary of {checkpoint.shape.vocab_size}, {baseline!r} one of {vocabulary}: "
                 "losses over different tokens cannot be compared; evaluate them in separate stages"
             )
+    check_same_tokenizer({f"model {name!r}": checkpoint.tokenizer for name, checkpoint in checkpoints.items()})
     return build_domain_blocks(
         config.data,
         checkpoints[baseline].tokenizer,
@@ -199,7 +201,7 @@ def _benchmarks(
     try:
         from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
+        if str(error.name).partition(".")[0] != "lm_eval":
             raise
         raise MissingDependency(
             "harness.tasks: lm-evaluation-harness is not installed; run `pip install lm-eval`, or leave harness out"

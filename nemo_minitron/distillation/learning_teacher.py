@@ -144,7 +144,7 @@ class LearningTeacher:
         hidden, self._hidden = self._hidden, []
         if self.learns and self.groups.is_last_stage:
             sums = torch.stack(reports).sum(0)
-            dist.all_reduce(sums, group=self.groups.dp)
+            dist.all_reduce(sums, group=self.groups.dp_cp)
             self.lm_loss = (sums[0] / sums[1]).item()
         return hidden
 

@@ -62,6 +62,8 @@ class Groups:
     Attributes:
         layout: the layout they were made for.
         tp, pp, dp: tensor-, pipeline- and data-parallel process groups.
+        dp_cp: data- and context-parallel ranks together: all that see other tokens. Layouts have no context
+            parallelism; under a strategy that brings its own, sums over tokens are still of all of them.
         model: all ranks that hold a part of this replica of the model (tensor x pipeline).
     """
 
@@ -69,6 +71,7 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
     model: dist.ProcessGroup
 
     @property
@@ -155,6 +158,7 @@ def current(layout: ParallelLayout) -> Groups:
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
     )
 

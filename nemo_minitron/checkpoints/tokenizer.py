@@ -139,8 +139,8 @@ def check_same_tokenizer(models: Mapping[str, Path | None]) -> None:
         if faults := [fault for part in expected if (fault := _difference(part, expected[part], found.get(part)))]:
             raise CheckpointError(
                 f"{first} ({reference}) and {name} ({directory}) have different tokenizers: {'; '.join(faults)}. Their "
-                "token ids do not mean the same, so neither can learn from the other's logits; use models with one "
-                "tokenizer"
+                "token ids do not mean the same, so neither their logits nor their losses can be compared; use models "
+                "with one tokenizer"
             )
 
 

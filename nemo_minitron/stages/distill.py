@@ -50,7 +50,8 @@ def plan(config: DistillConfig) -> StagePlan:
         found.reads.append(PlannedPath(cache, "logit cache"))
         return found
     if config.teacher_placement == "own_ranks":
-        found.notes.append(f"the teacher has {config.teacher_parallel.world_size} processes of its own")
+        count = config.teacher_parallel.world_size
+        found.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
     shapes = {role: peek_shape(path) for role, path in paths.items()}
     if (ours := shapes["student"]) is not None and (theirs := shapes["teacher"]) is not None:
         _plan_intermediate(config, found, ours, theirs)

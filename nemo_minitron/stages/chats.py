@@ -64,7 +64,6 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
             PlannedPath(str(output / NAMES[form]), f"aligned model ({form})")
             for form in dict.fromkeys(["nemo2", *config.formats])
         ],
-        costs={"layout": f"TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}"},
     )
     for path, what in ((data.path, "training data"), (data.validation, "held-out data")):
         if path is not None:

@@ -27,7 +27,7 @@ from nemo_aligner.utils.distributed import Timer
 from omegaconf import DictConfig
 
 from nemo_minitron.alignment.metrics import MetricsLog
-from nemo_minitron.alignment.settings import Schedule, aligner_settings, check_model
+from nemo_minitron.alignment.settings import Schedule, aligner_settings, check_model, vocabulary_rows
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, PreemptedError
@@ -264,10 +264,9 @@ def _chunks(model: Any) -> list[Any]:
 def _mask_padding(model: Any, vocab_size: int, groups: Groups) -> None:
     """Keep the padding rows of the vocabulary out of every softmax.
 
-    They are there only where the tensor-parallel ranks do not divide the vocabulary; their zero logits would take
-    probability from the others, and make the loss depend on the layout.
+    Their zero logits would take probability from the others.
     """
-    if vocab_size % groups.layout.tensor == 0:
+    if vocab_size == vocabulary_rows(vocab_size, groups.layout.tensor):
         return
 
     def hook(layer: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +118,13 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
 
 
 def vocabulary_rows(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding: the vocabulary, and what it takes to divide it among the tensor-parallel ranks."""
-    return -(-vocab_size // tensor) * tensor
+    """Rows of the embedding: the vocabulary up to a multiple of 128 that the tensor-parallel ranks divide.
+
+    The same under every usual layout, so that a training can be resumed under another: rows of padding that a
+    checkpoint lacks would get an optimizer state of chance.
+    """
+    multiple = math.lcm(128, tensor)
+    return -(-vocab_size // multiple) * multiple
 
 
 def aligner_settings(

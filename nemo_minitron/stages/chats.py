@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.nemo1_config import FAMILIES
 from nemo_minitron.config import AlignConfig, ChatDataConfig
 from nemo_minitron.data.chat import CHAT_PACKAGES, Chat, read_chats, read_package_chats, split_held_out
 from nemo_minitron.data.packages import PACKAGES
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["align_plan", "load_chats", "load_preferences", "schedule_of", "shorter", "tokens_of"]
 
-#: Families that NeMo 1, and so NeMo-Aligner, holds. (Their table is beside the weights, behind torch.)
-FAMILIES = ("llama", "qwen2", "nemotron")
 _NAMED = 10  # long conversations named in one error
 
 T = TypeVar("T")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,9 @@ def run(config: DpoConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.runtime.groups import ParallelLayout
 
+    if not config.resume:
+        for old in Path(config.output).glob("round-*"):
+            shutil.rmtree(old, ignore_errors=True)
     first = open_checkpoint(config.model)
     data = [_pairs(config, first, path) for path in config.rounds_data or [None]]
     data = data * config.rounds if len(data) == 1 else data
@@ -59,12 +63,13 @@ def run(config: DpoConfig) -> dict[str, Any]:
     from nemo_minitron.alignment.session import last_checkpoint
 
     output = Path(config.output)
-    fixed = {"round": None, "first": first}.get(config.reference) if config.reference in ("round", "first") else (
-        open_checkpoint(config.reference)
-    )  # fmt: skip
+    fixed = None
+    if config.reference != "round":
+        fixed = first if config.reference == "first" else open_checkpoint(config.reference)
     names = [field.name for field in dataclasses.fields(Preferences)]
-    # Every rank looks before any of them trains.
-    finished = [(output / f"round-{number}" / STATISTICS).is_file() and config.resume for number in _rounds(config)]
+    # Every rank looks before any of them trains. A round counts if those before it do.
+    finished = [(output / f"round-{number}" / STATISTICS).is_file() for number in _rounds(config)]
+    finished = [all(finished[:number]) for number in _rounds(config)]
     policy, last, rounds = first, Path(), []
     for number, done, (train, held_out, _) in zip(_rounds(config), finished, data, strict=True):
         directory = output / f"round-{number}"

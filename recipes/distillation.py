@@ -23,6 +23,7 @@ from typing import Any
 import nemo_run as run
 
 from nemo_minitron.config import (
+    CorrectionConfig,
     DataConfig,
     DistillConfig,
     IntermediateConfig,
@@ -48,6 +49,7 @@ def distill(
     schedule: Schedule,
     loss: LossConfig,
     intermediate: IntermediateConfig,
+    teacher_correction: CorrectionConfig,
     result: str = "last",
     resume: bool = True,
 ) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def distill(
         schedule: hyper-parameters.
         loss: of the logits.
         intermediate: losses inside the models.
+        teacher_correction: training of the teacher meanwhile.
         result: "last" or "best" checkpoint as the model; see ``schedule.keep_best``.
         resume: go on from the last checkpoint in ``output``.
 
@@ -85,6 +88,7 @@ def distill(
             parallel=parallel,
             loss=loss,
             intermediate=intermediate,
+            teacher_correction=teacher_correction,
             result=result,
             resume=resume,
             runtime=RuntimeConfig(seed=settings.pop("seed")),
@@ -176,4 +180,5 @@ def distillation_recipe(
         ),
         loss=run.Config(LossConfig),
         intermediate=run.Config(IntermediateConfig),
+        teacher_correction=run.Config(CorrectionConfig),
     )

@@ -15,11 +15,11 @@ def plan(config: ReportConfig) -> StagePlan:
     """What :func:`run` would read and write."""
     names = ("index.html", "report.md")
     # Not among `reads`: in a pipeline that has not run yet, no single stage writes the run's directory.
-    state = "" if Path(config.run).is_dir() else " (not there yet)"
+    runs = [f"{run}{'' if Path(run).is_dir() else ' (not there yet)'}" for run in (config.run, *config.others)]
     return StagePlan(
         "report",
         writes=[PlannedPath(str(Path(config.output) / name), "report") for name in names],
-        notes=[f"reads the records of the stages in {config.run}{state}"],
+        notes=[f"reads the records of the stages in {', '.join(runs)}"],
     )
 
 
@@ -33,8 +33,13 @@ def run(config: ReportConfig) -> dict[str, Any]:
         DataError: if the run directory holds no finished stage.
         ConfigError: if something else than a report is at the output.
     """
-    from nemo_minitron.report import write_report
+    from nemo_minitron.report import write_comparison, write_report
 
     with stage_output(config.output, overwrite=True) as output:
-        found = write_report(config.run, output, title=config.title)
+        if config.others:
+            compared = write_comparison([config.run, *config.others], output, title=config.title)
+            return {"runs": len(compared.runs), "remarks": [r for run in compared.runs for r in run.remarks]}
+        found = write_report(
+            config.run, output, title=config.title, base_model=config.base_model, license_name=config.license
+        )
     return {"stages": len(found.stages), "remarks": found.remarks}

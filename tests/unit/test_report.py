@@ -65,8 +65,8 @@ def test_page_is_self_contained_and_well_formed(whole: Path) -> None:
     text = (whole / "report" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert len(page.images) == 6
-    assert len(page.sources) == 12
+    assert len(page.images) == 7
+    assert len(page.sources) == 14
     for source in page.sources:
         assert source.startswith("data:image/png;base64,")
         assert base64.b64decode(source.partition(",")[2], validate=True).startswith(b"\x89PNG")
@@ -102,7 +102,7 @@ def test_markdown_tables_and_figures(whole: Path) -> None:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(columns) == 1, block
     figures = re.findall(r"\]\((plots/[^)]+)\)", markdown)
-    assert len(figures) == 6
+    assert len(figures) == 7
     assert all((whole / "report" / figure).is_file() for figure in figures)
 
 

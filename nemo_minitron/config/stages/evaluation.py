@@ -60,6 +60,7 @@ class ReportConfig(StageConfig):
 
     Attributes:
         run: directory with the stages' outputs.
+        others: further runs: then they are compared side by side.
         output: where to write; ``run`` + "/report" unless given.
         overwrite: on, since a report can always be made again from the records.
         title: heading of the report; empty takes the directory's name.
@@ -69,6 +70,9 @@ class ReportConfig(StageConfig):
     INPUTS: ClassVar[tuple[str, ...]] = ("run",)
 
     run: str = MISSING
+    others: list[str] = field(default_factory=list)
     output: str = "${run}/report"
     overwrite: bool = True
     title: str = ""
+    base_model: str | None = None
+    license: str | None = None

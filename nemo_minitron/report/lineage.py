@@ -1,0 +1,36 @@
+"""What each stage was made from, as its record says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_minitron.report.collect import Run, StageRun
+from nemo_minitron.report.tables import Table
+
+__all__ = ["lineage_table"]
+
+
+def lineage_table(run: Run) -> Table:
+    """Stage, identity, and the identity of everything that it read.
+
+    An identity is the hash of a stage's settings and of the identities of its inputs: two outputs of one identity were
+    made alike from like things.
+    """
+    rows = []
+    for stage in run.stages:
+        parents = stage.record.get("parents") or {}
+        origins = [f"{field}: {_name(parent['path'], run)} {parent['hash'][:12]}" for field, parent in parents.items()]
+        rows.append([stage.name, stage.stage, str(stage.record.get("hash", ""))[:12], "; ".join(origins) or "–"])
+    return Table("What each stage was made from", ["stage", "kind", "identity", "made from"], rows, ["" for _ in rows])
+
+
+def _name(path: str, run: Run) -> str:
+    """The stage that wrote ``path`` and what of it, or the path's last part."""
+    place = Path(path).absolute()
+    owner: StageRun | None = next(
+        (s for s in run.stages if place.is_relative_to(Path(s.config["output"]).absolute())), None
+    )
+    if owner is None:
+        return place.name
+    rest = place.relative_to(Path(owner.config["output"]).absolute())
+    return owner.name if str(rest) == "." else f"{owner.name}/{rest}"

@@ -27,6 +27,7 @@ from nemo_minitron.data.streams import TokenStream, source_state, token_stream
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.masks import FILLING
+from nemo_minitron.runtime.progress import progress_bar
 
 __all__ = ["cached_blocks"]
 
@@ -190,9 +191,11 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
             shape = (len(order),) if more is None else (len(order), length + more)
             arrays[name] = np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
         arrays["domain"][:] = domain[order]
-        for row, block in enumerate(order):
-            rows = {name: array[row] for name, array in arrays.items() if array.ndim == 2}
-            packed[domain[block]].fill(int(place[block]), rows, end)
+        with progress_bar(f"cutting {split} blocks", len(order)) as advance:
+            for row, block in enumerate(order):
+                rows = {name: array[row] for name, array in arrays.items() if array.ndim == 2}
+                packed[domain[block]].fill(int(place[block]), rows, end)
+                advance(1)
         for array in arrays.values():
             array.flush()
         del arrays
@@ -264,7 +267,7 @@ def _folder(config: DataConfig, tokenizer_dir: Path, split: str, blocks: int | N
         [
             *(getattr(s, name) for name in ("name", "package", "text_key", "weight", "max_characters", "template")),
             [getattr(s, origin) is not None for origin in ORIGINS],
-            source_state(s),
+            source_state(s, config.cache_dir),
         ]
         for s in config.all_sources()
     ]

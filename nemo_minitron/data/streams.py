@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import packages, prose
+from nemo_minitron.data.digests import file_digest
 from nemo_minitron.data.encoding import Encoder, encode_all
 from nemo_minitron.data.indexed import IndexedStream, pair
 from nemo_minitron.data.readers import open_dataset
@@ -79,7 +80,7 @@ def token_stream(source: SourceConfig, config: DataConfig, tokenizer: PreTrained
     key = json.dumps(
         [
             _FORMAT,
-            source_state(source),
+            source_state(source, config.cache_dir),
             source.text_key,
             source.max_characters,
             encoder.template,
@@ -239,7 +240,7 @@ def _chats(source: SourceConfig) -> Iterator[Chat]:
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
-def source_state(source: SourceConfig) -> object:
+def source_state(source: SourceConfig, cache_dir: str | Path) -> object:
     """What a source's documents depend on, as JSON values.
 
     Raises:
@@ -261,11 +262,7 @@ def source_state(source: SourceConfig) -> object:
             return [source.dataset, source.dataset_split, dataset._fingerprint]
     else:
         files = source_files(source)
-    digest = hashlib.sha256(json.dumps(source.dataset_split).encode() if source.dataset_split else b"")
-    for path in files:
-        if path.is_file():
-            digest.update(f"{path.suffix}:{path.stat().st_size}:".encode())
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()
+    return [
+        source.dataset_split,
+        [[path.suffix, file_digest(path, cache_dir)] for path in files if path.is_file()],
+    ]

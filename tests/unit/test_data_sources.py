@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -217,3 +219,26 @@ def test_paragraphs_keep_prose_and_leave_the_rest() -> None:
         "axis : int\n    Axis along which the thing is computed. The default is the last axis,\n    as in NumPy itself."
     )
     assert next(prose.paragraphs(parameter)).startswith("Axis along which")
+
+
+def test_the_digest_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_minitron.data import digests
+
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"x" * 1000)
+    first = digests.file_digest(path, tmp_path)
+    assert first == hashlib.sha256(b"x" * 1000).hexdigest()
+    assert not (tmp_path / "digests.json").exists()
+    monkeypatch.setattr(digests, "KEPT_BYTES", 100)
+    assert digests.file_digest(path, tmp_path) == first
+    assert not (tmp_path / "digests.json").exists()  # it was changed a moment ago
+    os.utime(path, (1, 1))
+    assert digests.file_digest(path, tmp_path) == first
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        assert digests.file_digest(path, tmp_path) == first
+    path.write_bytes(b"y" * 1000)
+    assert digests.file_digest(path, tmp_path) != first
+    os.utime(path, (1, 1))
+    (tmp_path / "digests.json").write_text("[")
+    assert digests.file_digest(path, tmp_path) == hashlib.sha256(b"y" * 1000).hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config import STAGES, load, load_pipeline, load_slurm
+from nemo_minitron.stages.costs import read_cluster, read_subject, trainings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,11 @@ def test_command(page: str, line: str) -> None:
     stage, *rest = words
     if stage in ("--help", "--version", "status"):
         return
+    if stage == "plan":
+        settings = [word for word in rest if "=" in word]
+        assert read_cluster(settings).faults() == []
+        assert trainings_of(read_subject(rest[0], settings))[0]
+        return
     if "--slurm" in rest:
         at = rest.index("--slurm")
         load_slurm(rest[at + 1])
@@ -57,5 +63,5 @@ def test_command(page: str, line: str) -> None:
 
 def test_help_shows_every_stage() -> None:
     done = subprocess.run([sys.executable, "-m", "nemo_minitron", "--help"], capture_output=True, text=True, check=True)
-    for stage in [*STAGES, "run"]:
+    for stage in [*STAGES, "run", "plan"]:
         assert stage in done.stdout

@@ -10,6 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
@@ -23,6 +24,7 @@ from nemo_minitron.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.tasks import TaskManager
     from megatron.core.models.gpt import GPTModel
     from transformers import PreTrainedTokenizerBase
 
@@ -214,12 +216,10 @@ def run_tasks(
         DataError: for unknown tasks, and for data that cannot be had.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's switch: its bootstrap shall not fork a process with groups
-    manager = TaskManager(include_path=include_path)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
+    manager = _manager(include_path, tuple(tasks))
+    if unknown := _unknown(manager, tasks):
         raise DataError(
             f"harness.tasks: {', '.join(unknown)}: lm-evaluation-harness has no such task; `lm_eval ls tasks` lists "
             "them, and harness.include_path adds your own"
@@ -254,6 +254,22 @@ def run_tasks(
         }
         for name, values in found["results"].items()
     }
+
+
+@lru_cache(maxsize=4)
+def _manager(include_path: str | None, tasks: tuple[str, ...]) -> TaskManager:
+    """The index of tasks: the user's alone if they suffice, for the harness reads thousands of files for its own."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if not _unknown(own, tasks):
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _unknown(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
 
 
 def _is_metric(key: str, value: Any) -> bool:

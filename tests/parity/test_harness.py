@@ -101,8 +101,9 @@ def reference(path: str, tasks: str) -> dict[str, Any]:
 
     model = HFLM(pretrained=path, dtype="float32", device="cpu", batch_size=1, max_length=64)
     found = simple_evaluate(
-        model, tasks=list(TASKS), task_manager=TaskManager(include_path=tasks), bootstrap_iters=1000,
-        log_samples=False, random_seed=1234, numpy_random_seed=1234, torch_random_seed=1234, fewshot_random_seed=1234,
+        model, tasks=list(TASKS), task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        bootstrap_iters=1000, log_samples=False, random_seed=1234, numpy_random_seed=1234, torch_random_seed=1234,
+        fewshot_random_seed=1234,
     )  # fmt: skip
     return {"results": found["results"], **answers(model)}
 
@@ -121,7 +122,6 @@ def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
     from nemo_minitron.checkpoints import load_into, open_checkpoint
     from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelConfig, SourceConfig
     from nemo_minitron.data import load_tokenizer
-    from nemo_minitron.errors import DataError
     from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
     from nemo_minitron.runtime.model import build_model
@@ -138,8 +138,6 @@ def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
             vocab_size=checkpoint.shape.vocab_size, max_length=64, batch_size=3,
         )  # fmt: skip
         found["layouts"].append({"results": run_tasks(model, list(TASKS), include_path=tasks), **answers(model)})
-    with pytest.raises(DataError, match="nonesuch: lm-evaluation-harness has no such task"):
-        run_tasks(model, ["choice", "nonesuch"], include_path=tasks)
     config = EvaluateConfig(
         models={"model": path},
         output=f"{folder}/evaluation",
@@ -188,3 +186,21 @@ def test_results_are_those_of_the_harness_with_transformers(tmp_path: Path) -> N
     assert ranks[0]["layouts"][0]["results"]["choice"]["num_fewshot"] == 1
     assert set(ranks[0]["stage"]) == {"choice", "question"}
     same_metrics(ranks[0]["stage"], expected["results"])
+
+
+def test_unknown_tasks_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lm_eval import tasks
+
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.evaluation import harness
+
+    class OwnTasks(tasks.TaskManager):
+        """Without the harness's thousands of files, which are not looked for here."""
+
+        def __init__(self, include_path: str, include_defaults: bool = False) -> None:
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", OwnTasks)
+    folder = str(write_tasks(tmp_path / "tasks"))
+    with pytest.raises(DataError, match="nonesuch, other: lm-evaluation-harness has no such task"):
+        harness.run_tasks(None, ["choice", "nonesuch", "other"], include_path=folder)  # type: ignore[arg-type]

@@ -108,7 +108,8 @@ def test_configurations_are_refused_with_all_their_faults(tmp_path: Path) -> Non
     told = faults("reinforce", "samples_per_prompt: 1\nglobal_batch_size: 3\nmax_new_tokens: 2000\n"
                   "validation_prompts: 3\nmicro_batch_size: 2\nparallel: {data: 2}\nweights: {wit: 1}\n")  # fmt: skip
     for fault in ("give exactly one of reward and rule", "weights: are of the attributes",
-                  "the baseline needs at least 2", "does not divide the 8 answers", "leaves no room for a prompt", "parallel.data=2",
+                  "the baseline needs at least 2", "does not divide the 8 answers", "leaves no room for a prompt",
+                  "parallel.data=2",
                   "validation_prompts=3: is not a multiple"):  # fmt: skip
         assert fault in told, fault
     assert "must be one of short, long, ends" in faults("reinforce", "rule: kind\n")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], di
     """Run stages one after the other in one process; with ``die``, the last is killed in the middle of that step."""
     from nemo_minitron.alignment.metrics import MetricsLog
     from nemo_minitron.config import ChatDataConfig, DpoConfig, ParallelConfig, SftConfig
+    from nemo_minitron.errors import NonFiniteError
     from nemo_minitron.stages import dpo, sft
 
     root = Path(folder)
@@ -67,6 +70,14 @@ def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], di
         common |= {"data": data, "output": f"{out}/{job}"}
         if job == "sft":
             found[job] = sft.run(SftConfig(**common, formats=["hf", "nemo"] if tensor * pipeline == 1 else []))
+        elif job == "sft-stopped":
+            found[job] = stopped_and_resumed(SftConfig(**common))
+        elif job == "sft-broken":
+            broken = SftConfig(**common | {"lr": 1e20, "clip_grad": 0.0, "warmup_steps": 0})
+            try:
+                sft.run(broken)
+            except NonFiniteError as error:
+                found[job] = str(error)
         elif job == "sft-packed":
             found[job] = sft.run(
                 SftConfig(**common | {"micro_batch_size": 1, "steps": 1, "warmup_steps": 0}, pack=True)
@@ -81,6 +92,30 @@ def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], di
             )
             found[job] = dpo.run(config)
     return found
+
+
+def stopped_and_resumed(config: Any) -> str:
+    """A signal comes in the second step; then the same command again. Returns what the first one said."""
+    from nemo_minitron.alignment.metrics import MetricsLog
+    from nemo_minitron.errors import PreemptedError
+    from nemo_minitron.stages import sft
+
+    logged: Callable[..., None] = MetricsLog.log_metrics
+
+    def signalled(self: MetricsLog, metrics: dict[str, Any], step: int, prefix: str = "") -> None:
+        logged(self, metrics, step, prefix)
+        if prefix == "train/" and step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    MetricsLog.log_metrics = signalled  # type: ignore[method-assign]
+    try:
+        sft.run(config)
+    except PreemptedError as error:
+        said = str(error)
+    finally:
+        MetricsLog.log_metrics = logged  # type: ignore[method-assign]
+    sft.run(config)
+    return said
 
 
 def against_aligner(folder: str) -> dict[str, Any]:
@@ -200,7 +235,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> dict[str, Any]:
     """What one process does."""
-    jobs = ["sft", "sft-packed", "dpo", *(f"dpo-{loss}" for loss in LOSSES)]
+    jobs = ["sft", "sft-stopped", "sft-broken", "sft-packed", "dpo", *(f"dpo-{loss}" for loss in LOSSES)]
     (found,) = run_distributed(
         everything, 1, workspace, timeout=600, folder=str(workspace), out=str(workspace / "one"), jobs=jobs
     )
@@ -293,6 +328,16 @@ def test_the_aligned_model_in_every_format_is_the_trained_one(workspace: Path, w
     assert policy.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert opened["hf"].lineage["sft"]["steps"] == STEPS
     assert set(whole["jobs"]["sft"]["formats"]) == {"nemo2", "hf", "nemo"}
+
+
+@pytest.mark.slow
+def test_a_signal_and_a_loss_that_is_not_finite_end_in_good_order(workspace: Path, whole: dict[str, Any]) -> None:
+    assert whole["jobs"]["sft-stopped"].startswith(f"stopped by a signal after step 2 of {STEPS}: its state is saved")
+    for split in ("train", "validation"):
+        ours, expected = (lines(workspace / "one" / job, split) for job in ("sft-stopped", "sft"))
+        assert {step: loss for step, loss in ours.items() if step in expected} == pytest.approx(expected, abs=1e-6)
+    assert re.match(r"the training loss is (nan|inf); the weights are those of", whole["jobs"]["sft-broken"])
+    assert not list((workspace / "one" / "sft-broken" / "checkpoints").glob("*"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -242,3 +243,18 @@ def test_the_digest_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.
     os.utime(path, (1, 1))
     (tmp_path / "digests.json").write_text("[")
     assert digests.file_digest(path, tmp_path) == hashlib.sha256(b"y" * 1000).hexdigest()
+
+
+def test_a_source_is_streamed(tmp_path: Path) -> None:
+    """Twenty megabytes pass through a few hundred kilobytes."""
+    path = tmp_path / "a.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(500):
+            stream.write(json.dumps({"text": f"{number} " + "word " * 8000}) + "\n")
+    tracemalloc.start()
+    try:
+        assert sum(len(document.text) for document in iter_documents(source(path), tmp_path)) > 19_000_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_500_000

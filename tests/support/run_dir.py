@@ -89,7 +89,7 @@ def write_metrics(path: Path, steps: int) -> None:
         rows.append({**row, "tokens_per_second": 240 + 8 * generator.normal(), "seconds": 4.2 * step})
         if step % 25 == 0:
             loss = 3.25 + 1.1 * math.exp(-step / 35)
-            rows.append({"step": step, "split": "validation", "kl": kl + 0.03, "lm_loss": loss})
+            rows.append({"step": step, "tokens": step * 1024, "split": "validation", "kl": kl + 0.03, "lm_loss": loss})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -21,6 +21,7 @@ from nemo_minitron.config import (
     AlignConfig,
     ClusterConfig,
     CorrectConfig,
+    CorrectionConfig,
     DistillConfig,
     ImportConfig,
     IterateConfig,
@@ -169,6 +170,7 @@ def trainings_of(subject: Subject) -> tuple[list[Training], list[str]]:
                 models[_key(config.output)] = _pruned(config, _model(config.model, models))
             elif (training := _training(name, config, models)) is not None:
                 found.append(training)
+                notes += _teacher_notes(name, config)
                 models[_key(f"{config.output}/model")] = training.student
             elif isinstance(config, AlignConfig):
                 notes.append(f"{name}: {config.STAGE} is not planned for")
@@ -191,7 +193,7 @@ def _training(name: str, config: StageConfig, models: dict[str, Model]) -> Train
     teacher = None
     if isinstance(config, DistillConfig):
         student = _model(config.student, models)
-        if config.taught and config.teacher is not None:
+        if config.taught and config.teacher is not None and config.teacher_cache is None:
             teacher = _model(config.teacher, models)
     else:
         student = _model(config.model, models)
@@ -206,6 +208,20 @@ def _training(name: str, config: StageConfig, models: dict[str, Model]) -> Train
         layout=config.parallel,
         bytes=2 if config.precision.startswith("bf16") else 4,
     )
+
+
+def _teacher_notes(name: str, config: StageConfig) -> list[str]:
+    """What the plan of a distillation leaves out."""
+    if not isinstance(config, DistillConfig):
+        return []
+    found = []
+    if config.teacher_cache is not None:
+        found.append(f"{name}: the teacher's logits come from a cache; reading them is not counted")
+    elif config.teacher_placement != "shared":
+        found.append(f"{name}: teacher_placement={config.teacher_placement} is planned as if it were shared")
+    if config.teacher_correction != CorrectionConfig():
+        found.append(f"{name}: the teacher's own training meanwhile is not counted")
+    return found
 
 
 def _length(config: DistillConfig | CorrectConfig | SftConfig) -> int:

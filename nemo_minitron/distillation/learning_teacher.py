@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CorrectTeacher", "LearningTeacher"]
 
-_PREFIX = "teacher_correction."
-"""Of the teacher's tensors in a training checkpoint."""
+_STATE = "teacher_correction"
+"""The teacher's part of a training checkpoint, and with a dot the beginning of its tensors' names."""
 
 
 class LearningTeacher:
@@ -74,7 +74,6 @@ class LearningTeacher:
         self.states: TeacherStates | None = None
         self.learns = False
         self.lm_loss: float | None = None
-        # Without dropout, and with every hook of the pruning criteria off, training mode changes nothing in the pass.
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=optimizer.bf16)
         for chunk in chunks:
             chunk.config.calculate_per_token_loss = True
@@ -83,6 +82,9 @@ class LearningTeacher:
         self.chunks = list(chunks)
         self.wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
         self.optimizer = McoreDistributedOptimizer(get_megatron_optimizer(optimizer, self.wrapped))
+        for group in self.optimizer.param_groups:
+            # Megatron leaves this to its own scheduler: norms and biases are not decayed.
+            group["weight_decay"] *= group["wd_mult"]
         self.scheduler = CosineAnnealing(
             self.optimizer, max_steps=steps, warmup_steps=warmup_steps, constant_steps=0, min_lr=min_lr
         )
@@ -104,7 +106,9 @@ class LearningTeacher:
         """
         from nemo_minitron.checkpoints.live import load_into
 
-        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=dtype)
+        # Megatron says with the initialisation alone which parameters are shards; without it, the norm of the gradient
+        # would count those of the first tensor-parallel rank only.
+        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=dtype, initialize=True)
         load_into(chunks, checkpoint, groups)
         return cls(chunks, groups, vocab_size=checkpoint.shape.vocab_size, **settings)
 
@@ -194,7 +198,7 @@ class LearningTeacher:
             model, is_loading=loading, sharding_type="fully_sharded_model_space"
         )
         found = {"model": model, "optimizer": optimizer}
-        add_prefix_for_sharding(found, _PREFIX)
+        add_prefix_for_sharding(found, f"{_STATE}.")
         return found
 
     def restore(self, weights: Path) -> None:
@@ -207,7 +211,8 @@ class LearningTeacher:
         from megatron.core.dist_checkpointing.core import CheckpointingException
 
         try:
-            state = dist_checkpointing.load({"teacher": self.sharded_state(loading=True)}, str(weights))["teacher"]
+            # What is not sharded comes back by its place in the checkpoint.
+            state = dist_checkpointing.load({_STATE: self.sharded_state(loading=True)}, str(weights))[_STATE]
         except (CheckpointingException, KeyError) as error:
             raise CheckpointError(
                 f"{weights}: holds no state of a teacher that is corrected meanwhile ({error}); it was trained without "
@@ -234,7 +239,7 @@ class CorrectTeacher(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on from a checkpoint."""
-        from nemo.lightning.ckpt_utils import ckpt_to_weights_subdir
+        from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
         if trainer.ckpt_path is not None and trainer.global_step:
             self._teacher.restore(Path(ckpt_to_weights_subdir(trainer.ckpt_path, is_saving=False)))
@@ -267,7 +272,7 @@ class CorrectTeacher(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """NeMo writes what is sharded in it as it writes the student."""
-        checkpoint["teacher_correction"] = self._teacher.sharded_state()
+        checkpoint[_STATE] = self._teacher.sharded_state()
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the learning rate."""

@@ -215,7 +215,11 @@ def write_shard(directory: Path, manifest: Manifest, samples: Sequence[tuple[byt
 
     Returns:
         Its path; its name is a hash of the keys.
+
+    Raises:
+        DataError: if it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     keys = [key for key, _ in samples]
@@ -230,6 +234,11 @@ def write_shard(directory: Path, manifest: Manifest, samples: Sequence[tuple[byt
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}); what was written before is whole. Make room, or see to the "
+            "directory's permissions, and run `minitron cache` again"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     return path

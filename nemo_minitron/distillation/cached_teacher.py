@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from nemo_minitron.distillation.documents import starts_of_positions
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.model import padded_vocab
+
+if TYPE_CHECKING:
+    from nemo_minitron.distillation.attach import TeacherStates
 
 __all__ = ["CachedTeacher", "cached_loss"]
 
@@ -60,7 +64,7 @@ class CachedTeacher:
         loss: as :func:`cached_loss` gives it.
     """
 
-    states = None
+    states: TeacherStates | None = None
 
     def __init__(self, cache: LogitCache, groups: Groups, loss: LossConfig) -> None:
         self.cache, self.groups, self.loss = cache, groups, loss

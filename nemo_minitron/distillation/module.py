@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -23,13 +23,16 @@ from nemo_minitron.distillation.language_model import LM_LOSS, LanguageModel, To
 from nemo_minitron.distillation.layers import layer_maps
 from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.sources import loss_of, open_teacher
-from nemo_minitron.distillation.teacher import Teacher, TeacherSource
+from nemo_minitron.distillation.teacher import TeacherSource
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
 from nemo_minitron.runtime.groups import ParallelLayout
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
     from nemo.lightning.pytorch.optim import OptimizerModule
+
+    from nemo_minitron.distillation.learning_teacher import LearningTeacher
+    from nemo_minitron.distillation.teacher import Teacher
 
 __all__ = ["DistillationLoss", "DistillationModel", "TeacherFirst"]
 
@@ -139,8 +142,8 @@ class DistillationModel(LanguageModel):
                 assert self._teacher_checkpoint is not None, "the configuration was checked"
                 teacher = LearningTeacher.load(self._teacher_checkpoint, groups, dtype=dtype, **self._correction)
             if plan is not None:
-                assert isinstance(teacher, Teacher) or self._correction is not None, "the configuration was checked"
-                teacher.states = TeacherStates(plan, teacher.chunks, groups)
+                near = cast("Teacher | LearningTeacher", teacher)  # the configuration was checked
+                near.states = TeacherStates(plan, near.chunks, groups)
             self._teacher.append(teacher)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:

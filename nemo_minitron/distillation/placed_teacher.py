@@ -21,6 +21,7 @@ from nemo_minitron.runtime.groups import Groups, ParallelLayout, SecondLayout
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
+    from nemo_minitron.distillation.attach import TeacherStates
 
 __all__ = ["OutputLayer", "OwnLayoutTeacher", "run_replica"]
 
@@ -101,7 +102,7 @@ class OwnLayoutTeacher:
         ConfigError: if the layout does not fill the world.
     """
 
-    states = None
+    states: TeacherStates | None = None
 
     def __init__(self, checkpoint: Checkpoint, groups: Groups, layout: ParallelLayout, dtype: torch.dtype) -> None:
         self.groups = groups

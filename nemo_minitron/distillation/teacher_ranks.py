@@ -32,6 +32,7 @@ from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
+    from nemo_minitron.distillation.attach import TeacherStates
 
 __all__ = ["Bridge", "RemoteTeacher", "becomes_teacher", "serve_teacher"]
 
@@ -150,7 +151,7 @@ class RemoteTeacher:
         timeout_minutes: of the bridge.
     """
 
-    states = None
+    states: TeacherStates | None = None
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.config import ParallelConfig
+from nemo_minitron.config import CacheConfig, ParallelConfig
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
@@ -88,7 +88,7 @@ def schedule_of(config: TrainingConfig) -> Schedule:
     return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
 
 
-def training_blocks(config: TrainingConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
+def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
     """Training and validation blocks; one rank prepares them, the others find them in the cache.
 
     Args:

@@ -85,7 +85,9 @@ def test_fewer_tokens_join_the_ghost() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("values", "tolerance"), [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.05)])
+@pytest.mark.parametrize(
+    ("values", "tolerance"), [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.05)]
+)
 def test_a_cache_of_all_tokens_keeps_them_in_order(values: str, tolerance: float) -> None:
     log_p = distribution(40)
     found = decode_logits(encode(manifest(vocab_size=40, values=values, k=None), log_probabilities=log_p))
@@ -211,6 +213,13 @@ def test_a_manifest_that_cannot_be_read(content: str, tmp_path: Path) -> None:
 def test_a_directory_that_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no logit cache"):
         LogitCache(tmp_path)
+
+
+def test_a_shard_that_cannot_be_written(tmp_path: Path) -> None:
+    keys = filled(tmp_path, manifest())
+    sample = LogitCache(tmp_path).read(keys[0])
+    with pytest.raises(DataError, match="cannot be written .*what was written before is whole"):
+        write_shard(tmp_path / "gone", manifest(), [(keys[0], sample)])
 
 
 def test_manifests_tell_what_differs() -> None:

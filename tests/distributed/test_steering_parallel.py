@@ -284,17 +284,17 @@ def stages(model: str, out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_in_every_layout_and_across_a_kill(model: str, tmp_path: Path) -> None:
-    (one,) = run_distributed(alone, 1, tmp_path, timeout=240, model=model, out=str(tmp_path / "one"))
+    (one,) = run_distributed(alone, 1, tmp_path, timeout=900, model=model, out=str(tmp_path / "one"))
     _check_regression(model, **one["gradients"])
     _check_reinforce(model, **one["reinforce"])
     _check_steerlm2(model, one["steerlm2"])
     _check_stages(one["stages"], tmp_path / "one" / "stages")
     two = {"model": model, "out": str(tmp_path / "two"), "layout": {"tensor": 2}}
-    split = run_distributed(everything, 2, tmp_path, timeout=240, **two)
+    split = run_distributed(everything, 2, tmp_path, timeout=900, **two)
     staged = {"model": model, "out": str(tmp_path / "staged"), "layout": {"pipeline": 2}}
-    killed = run_distributed(everything, 2, tmp_path, timeout=240, **staged, dies=True)
+    killed = run_distributed(everything, 2, tmp_path, timeout=900, **staged, dies=True)
     assert killed == [{"reward": {"killed": True}, "steerlm2": None, "reinforce": {"killed": True}}] * 2
-    resumed = run_distributed(everything, 2, tmp_path, timeout=240, **staged)
+    resumed = run_distributed(everything, 2, tmp_path, timeout=900, **staged)
 
     reward, reinforced = one["reward"], one["reinforce"]
     assert list(reward["loss"]) == list(reinforced["lines"]) == list(range(1, STEPS + 1))

@@ -1,0 +1,56 @@
+"""NeMo-Aligner's own unit tests, those in its wheel that no GPU library and no download keeps from running, on gloo."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+FILES = (
+    "utils/tests/distributed_test.py",
+    "utils/tests/ppo_utils_test.py",
+    "utils/tests/text_generation_utils_test.py",
+    "utils/tests/trainer_utils_test.py",
+    "utils/tests/utils_test.py",
+)
+#: The others: ``utils/tests/trt_llm_test.py`` needs TensorRT-LLM; ``data/nlp/tests/cai_utils_test.py`` and
+#: ``data/nlp/tests/datasets_test.py`` import Aligner's ``examples`` and ``data/nlp/scripts``, which the wheel lacks.
+PASSING = 57
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_aligners_own_tests_pass_on_two_processes(tmp_path: Path) -> None:
+    """Tensor- and pipeline-parallel ones with two ranks; each rank runs all of them."""
+    spec = find_spec("nemo_aligner")
+    assert spec is not None and spec.origin is not None
+    package = Path(spec.origin).parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "support.aligner_plugin", "-p", "no:cacheprovider",
+        "-c", os.devnull, "--rootdir", str(tmp_path), *(str(package / name) for name in FILES),
+    ]  # fmt: skip
+    ranks = []
+    for rank in range(2):
+        env = dict(
+            os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS),
+            HF_HUB_OFFLINE="1",
+        )  # fmt: skip
+        log = (tmp_path / f"rank{rank}.log").open("wb")
+        ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
+    codes = [process.wait() for process in ranks]
+    for rank in range(2):
+        text = (tmp_path / f"rank{rank}.log").read_text(errors="replace")
+        assert codes[rank] == 0, text[-8000:]
+        found = re.search(r"(\d+) passed", text)
+        assert found is not None and int(found[1]) == PASSING, text[-500:]

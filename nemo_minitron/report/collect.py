@@ -109,7 +109,7 @@ class ScoreSet:
 
 @dataclass(frozen=True)
 class Curve:
-    """Metrics of one ``distill`` stage, a dictionary a line."""
+    """Metrics of one ``distill`` or ``correct`` stage, a dictionary a line."""
 
     name: str
     train: list[dict[str, Any]]
@@ -159,10 +159,10 @@ def collect(directory: str | Path) -> Run:
     if not run.stages:
         raise DataError(f"{path}: holds no finished stage (no record.json); run the stages first")
     for stage in run.stages:
-        reader = {"score": _scores, "distill": _curve, "evaluate": _evaluation}.get(stage.stage)
+        reader = {"score": _scores, "correct": _curve, "distill": _curve, "evaluate": _evaluation}.get(stage.stage)
         if reader is not None:
             reader(stage, run)
-        if stage.stage in ("import", "prune", "iterate", "distill", "sft", "dpo", "reinforce"):
+        if stage.stage in ("import", "correct", "prune", "iterate", "distill", "sft", "dpo", "reinforce"):
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():

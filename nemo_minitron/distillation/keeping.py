@@ -74,9 +74,10 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what an earlier process kept: its state may be older than its files."""
         assert self.dirpath is not None
-        best, *others = sorted(directories(Path(self.dirpath)), key=value_of) or [None]
-        for path in others:  # killed before it could be removed
+        kept = sorted(directories(Path(self.dirpath)), key=value_of)
+        for path in kept[1:]:  # killed before it could be removed
             self._del_model_without_trainer(str(path))
+        best = kept[0] if kept else None
         self.best_k_models = {} if best is None else {str(best): torch.tensor(value_of(best))}
         self.kth_best_model_path = self.best_model_path = "" if best is None else str(best)
         self.best_model_score = self.kth_value = self.best_k_models.get(self.best_model_path)

@@ -131,7 +131,8 @@ def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, li
             "result=best: no validation took place, so there is no best checkpoint; lower validate_every, or set "
             "result=last"
         )
-    write_record(initial, chosen, dtype="float32", form="nemo2")
+    dtype = "bfloat16" if config.precision.startswith("bf16") else "float32"
+    write_record(initial, chosen, dtype=dtype, form="nemo2")
     model = dataclasses.replace(
         open_checkpoint(chosen), tokenizer=initial.tokenizer, lineage={**initial.lineage, **lineage}
     )

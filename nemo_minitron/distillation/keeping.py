@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class BestCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         kept = sorted(directories(Path(self.dirpath)), key=value_of)
         for path in kept[1:]:  # killed before it could be removed
-            self._del_model_without_trainer(str(path))
+            shutil.rmtree(path, ignore_errors=True)  # by whichever rank comes first
         best = kept[0] if kept else None
         self.best_k_models = {} if best is None else {str(best): torch.tensor(value_of(best))}
         self.kth_best_model_path = self.best_model_path = "" if best is None else str(best)

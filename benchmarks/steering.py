@@ -1,6 +1,6 @@
 """Does a model that SteerLM trained write as much as it is asked to?
 
-    python benchmarks/steering.py --model DIR [--attribute-model] [--quick] [--cache-dir DIR] [--output DIR] [--prompts N]
+    python benchmarks/steering.py --model DIR [--attribute-model] [--quick] [--output DIR] [--prompts N]
 
 The model is fine-tuned on LLaMA-Factory's demonstration conversations that have at most 96 tokens, each answer behind
 its values of verbosity and complexity. These are derived (rank of its length, of its reading grade); with
@@ -109,8 +109,8 @@ def answers(model: str, chats: list[Chat], *, quick: bool) -> dict[int, list[int
         values = {"complexity": 2, "verbosity": verbosity}
         rows = [prompt_ids(chat.prompt, tokenizer, template, values) for chat in chats]
         given = generate_tokens(
-            chunks, groups, rows, sampling=Sampling(max_new_tokens=24 if quick else 160, temperature=0.7, seed=11),
-            ends=end_ids(tokenizer, template), vocab_size=checkpoint.shape.vocab_size, batch_size=16,
+            chunks, groups, rows, sampling=Sampling(max_new_tokens=24 if quick else 80, temperature=0.7, seed=11),
+            ends=end_ids(tokenizer, template), vocab_size=checkpoint.shape.vocab_size, batch_size=64,
         )  # fmt: skip
         texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in given]
         found[verbosity] = [len(text.split()) for text in texts]

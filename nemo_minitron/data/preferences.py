@@ -102,8 +102,8 @@ def parse_preference(record: Any) -> Preference:
     chosen, rejected = (_answer(record[name], name) for name in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
         raise DataError("chosen and rejected are the same")
-    rewards = {name: _reward(record.get(name), name) for name in ("chosen_reward", "rejected_reward")}
-    return Preference(prompt, chosen, rejected, **rewards)
+    first, second = (_reward(record.get(name), name) for name in ("chosen_reward", "rejected_reward"))
+    return Preference(prompt, chosen, rejected, chosen_reward=first, rejected_reward=second)
 
 
 def _answer(value: Any, name: str) -> str:

@@ -6,7 +6,9 @@ settings here, with defaults that ``minitron plan`` finds to fit DGX H100 nodes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import (
     CorrectConfig,
@@ -21,6 +23,11 @@ from nemo_minitron.config import (
     SourceConfig,
     TargetConfig,
 )
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+    from nemo_minitron.planning import Recipe
 
 #: arXiv 2407.14679, section 4: samples for the importance of units.
 CALIBRATION_SAMPLES = 1024
@@ -144,3 +151,44 @@ def exported(output: str, model: str = "distilled") -> ExportConfig:
         name="export", output=f"{output}/export", model=f"{output}/{model}/model", formats=["hf", "nemo2"],
         runtime=RUNTIME,
     )  # fmt: skip
+
+
+def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
+    """The distillations of a recipe for nemo_run, to be changed and given to an executor.
+
+    Returns:
+        By the stage's name, what :func:`nemo_minitron.recipes.distillation.distillation_recipe` returns, with the
+        recipe's settings.
+    """
+    import nemo_run as run
+    from nemo_minitron.recipes.distillation import distill
+
+    from nemo_minitron.distillation.schedule import Schedule
+
+    def deferred(value: Any) -> Any:
+        """Dataclasses as nemo_run's configurations of them."""
+        if isinstance(value, list):
+            return [deferred(item) for item in value]
+        if not dataclasses.is_dataclass(value):
+            return value
+        fields = {field.name: deferred(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return run.Config(type(value), **fields)
+
+    found = {}
+    for stage in recipe.stages:
+        if not isinstance(stage, DistillConfig):
+            continue
+        names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
+        schedule = Schedule(**{name: getattr(stage, name) for name in names}, seed=stage.runtime.seed)
+        parts = ("data", "parallel", "loss", "intermediate", "teacher_correction")
+        found[stage.name] = run.Partial(
+            distill,
+            student=stage.student,
+            teacher=stage.teacher,
+            output=stage.output,
+            schedule=deferred(schedule),
+            result=stage.result,
+            resume=stage.resume,
+            **{part: deferred(getattr(stage, part)) for part in parts},
+        )
+    return found

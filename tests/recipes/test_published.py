@@ -94,6 +94,26 @@ def test_dry_run(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_nemo_run(name):
+    """The partials build what the recipe's stages say, and can be changed."""
+    import fiddle as fdl
+    from nemo_minitron.recipes.published import partials
+
+    recipe = load_recipe(name)
+    stages = {stage.name: stage for stage in recipe.stages if isinstance(stage, DistillConfig)}
+    found = partials(recipe)
+    assert found.keys() == stages.keys()
+    for key, stage in stages.items():
+        partial = found[key]
+        partial.schedule.lr = 1.0
+        built = {part: fdl.build(getattr(partial, part)) for part in ("schedule", "data", "parallel", "loss")}
+        assert built["schedule"].lr == 1.0
+        assert (built["schedule"].steps, built["schedule"].seed) == (stage.steps, stage.runtime.seed)
+        assert (built["data"], built["parallel"], built["loss"]) == (stage.data, stage.parallel, stage.loss)
+        assert (partial.student, partial.teacher, partial.output) == (stage.student, stage.teacher, stage.output)
+
+
 @pytest.mark.slow
 def test_every_rank_on_the_meta_device_and_the_export():
     """Megatron's own models, at the real layout, rank by rank; and transformers' from the exported configuration."""

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-quick demo-align test test-fast lint format clean
+.PHONY: help env demo demo-quick demo-align test test-fast lint docs format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -41,6 +41,9 @@ lint: env  ## style, types, import boundaries
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: env  ## the guides as a site, into build/site
+	$(BIN)/mkdocs build
 
 format: env  ## rewrite to the house style
 	$(BIN)/ruff check --fix .

@@ -71,14 +71,17 @@ class Preemption(pl.Callback):
     """On SIGTERM or SIGUSR1, to any rank: ends the step that runs, saves, and ends the training on all ranks.
 
     Cost a step: :func:`largest`.
+
+    Args:
+        request: notes the signals.
     """
 
-    def __init__(self) -> None:
-        self._request = StopRequest()
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on there is something to save."""
-        self._request.__enter__()
+    def on_train_start(self, *_: Any) -> None:
+        """Lightning's own handler of SIGTERM would end the rank that it reaches, and no other."""
+        self._request.insist()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """The step has ended.
@@ -94,7 +97,3 @@ class Preemption(pl.Callback):
             f"stopped by a signal after step {trainer.global_step} of {trainer.max_steps}: its state is saved. "
             "The same command goes on from there"
         )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Signals act as before, also after an error."""
-        self._request.__exit__(None, None, None)

@@ -32,6 +32,7 @@ from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
+from nemo_minitron.runtime.stopping import StopRequest
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["optimizer_config", "optimizer_of", "train", "trained_config", "trainer_of"]
@@ -184,7 +185,7 @@ def train(
             every=schedule.log_every,
         ),
         ProgressBar(title, schedule.steps, tokens_per_step=tokens_per_step),
-        Preemption(),
+        Preemption(request := StopRequest()),
     ]
     last, best = LastCheckpoint(directory / "checkpoints", every=schedule.save_every), None
     if schedule.keep_best is not None:
@@ -201,15 +202,16 @@ def train(
     checkpoints = directory / "checkpoints"
     remove_unfinished(checkpoints)
     remove_unfinished(directory / "best")
-    llm.train(
-        model,
-        data,
-        trainer,
-        log=log,
-        resume=nl.AutoResume(
-            resume_if_exists=resume, resume_ignore_no_checkpoint=True, resume_from_directory=str(checkpoints)
-        ),
-    )
+    with request:
+        llm.train(
+            model,
+            data,
+            trainer,
+            log=log,
+            resume=nl.AutoResume(
+                resume_if_exists=resume, resume_ignore_no_checkpoint=True, resume_from_directory=str(checkpoints)
+            ),
+        )
     kept = best.best_model_path if best is not None else ""
     return Trained(_directory(last.last_model_path), _directory(kept) if kept else None)
 

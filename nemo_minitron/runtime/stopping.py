@@ -58,6 +58,11 @@ class StopRequest:
                 signal.signal(order, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    def insist(self) -> None:
+        """Take the signals again, after a library has put a handler of its own before this one."""
+        for order in self._before:
+            signal.signal(order, self._note)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = self.came or signal.Signals(number)
 

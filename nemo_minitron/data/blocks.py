@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["SPLITS", "Blocks", "build_blocks", "build_domain_blocks"]
+
+_TOGETHER = 1024  # blocks looked at together
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Blocks:
 
     def __getitem__(self, index: int | slice | torch.Tensor) -> Blocks:
         if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(index)  # which also ends a loop over the blocks
             index = slice(index, index + 1 or None)
         return dataclasses.replace(
             self,
@@ -111,8 +115,9 @@ class Blocks:
     @property
     def labels(self) -> int:
         """How many labels count."""
-        counted = self.counted()
-        return len(self) * self.sequence_length if counted is None else int(counted.sum())
+        if self.segments is None and self.loss_mask is None:
+            return len(self) * self.sequence_length
+        return sum(int(counted.sum()) for _, part in self._parts() if (counted := part.counted()) is not None)
 
     def text(self) -> torch.Tensor:
         """``[m]`` int64: the tokens of all inputs, without what fills blocks up."""
@@ -134,15 +139,21 @@ class Blocks:
         Raises:
             DataError: naming how many and the first.
         """
-        counted = self.counted()
-        if counted is None:
-            return
-        empty = (~counted.any(dim=1)).nonzero().flatten()
-        if len(empty):
+        empty = []
+        for start, part in self._parts():
+            if (counted := part.counted()) is None:
+                return
+            empty += [start + int(row) for row in (~counted.any(dim=1)).nonzero()]
+        if empty:
             raise DataError(
-                f"{what}: {len(empty)} of {len(self)} blocks (the first is block {int(empty[0])}) have no label that "
+                f"{what}: {len(empty)} of {len(self)} blocks (the first is block {empty[0]}) have no label that "
                 "counts, all their tokens are masked; leave them out, or check the answers in the data"
             )
+
+    def _parts(self) -> Iterator[tuple[int, Blocks]]:
+        """Some blocks at a time, with the number of the first: what is on the disk need not all be in memory."""
+        for start in range(0, len(self), _TOGETHER):
+            yield start, self[start : start + _TOGETHER]
 
     def by_domain(self) -> dict[str, Blocks]:
         """The blocks of each source that has any."""

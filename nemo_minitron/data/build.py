@@ -33,11 +33,10 @@ __all__ = ["cached_blocks"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of a kept directory; raise it when the same configuration would give other tokens
+_FORMAT = 3  # of a kept directory; raise it when the same configuration would give other tokens
 #: Files of a kept directory: dtype, and what is added to the sequence length in their rows.
 _ARRAYS = {"tokens": (np.int64, 1), "domain": (np.int64, None), "segments": (np.int32, 1), "loss_mask": (np.bool_, 0)}
-_CONTENT = "content.json"  # names of domains and arrays
-_HELD_ROWS = 1024  # of blocks looked at together
+_CONTENT = "content.json"  # names of domains and arrays, lowest and highest id
 
 
 def cached_blocks(
@@ -58,15 +57,14 @@ def cached_blocks(
             found = _read(folder)
     if found is None:
         raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
-    _check_ids(found, str(tokenizer_dir), vocab_size)
-    return found
+    blocks_found, ids = found
+    _check_ids(blocks_found, ids, str(tokenizer_dir), vocab_size)
+    return blocks_found
 
 
-def _check_ids(found: Blocks, tokenizer_dir: str, vocab_size: int | None) -> None:
-    """Every id has an embedding."""
-    highest, lowest, domain = -1, 0, 0
-    for part in found.tokens.split(_HELD_ROWS):
-        highest, lowest = max(highest, int(part.max())), min(lowest, int(part.min()))
+def _check_ids(found: Blocks, ids: tuple[int, int], tokenizer_dir: str, vocab_size: int | None) -> None:
+    """Every id, from the lowest to the highest, has an embedding."""
+    lowest, highest = ids
     if lowest >= 0 and (vocab_size is None or highest < vocab_size):
         return
     bad = lowest if lowest < 0 else highest
@@ -191,15 +189,17 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
             shape = (len(order),) if more is None else (len(order), length + more)
             arrays[name] = np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
         arrays["domain"][:] = domain[order]
+        lowest, highest = end, end
         with progress_bar(f"cutting {split} blocks", len(order)) as advance:
             for row, block in enumerate(order):
                 rows = {name: array[row] for name, array in arrays.items() if array.ndim == 2}
                 packed[domain[block]].fill(int(place[block]), rows, end)
+                lowest, highest = min(lowest, int(rows["tokens"].min())), max(highest, int(rows["tokens"].max()))
                 advance(1)
         for array in arrays.values():
             array.flush()
         del arrays
-        content = {"domains": [one.source.name for one in packed], "arrays": wanted}
+        content = {"domains": [one.source.name for one in packed], "arrays": wanted, "ids": [lowest, highest]}
         (aside / _CONTENT).write_text(json.dumps(content), encoding="utf-8")
         aside.replace(folder)
     finally:
@@ -276,8 +276,8 @@ def _folder(config: DataConfig, tokenizer_dir: Path, split: str, blocks: int | N
     return Path(config.cache_dir) / "blocks" / f"{split}-{digest}"
 
 
-def _read(folder: Path) -> Blocks | None:
-    """A kept directory; None where there is none, or a damaged one, which is removed."""
+def _read(folder: Path) -> tuple[Blocks, tuple[int, int]] | None:
+    """A kept directory, and its lowest and highest id; None where there is none, or a damaged one, which is removed."""
     import torch
 
     if not folder.is_dir():
@@ -289,7 +289,8 @@ def _read(folder: Path) -> Blocks | None:
             name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))
             for name in content["arrays"]
         }
-        return Blocks(domains=tuple(content["domains"]), **found)
+        lowest, highest = content["ids"]
+        return Blocks(domains=tuple(content["domains"]), **found), (int(lowest), int(highest))
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: is damaged (%s); it is made anew", folder, error)
         shutil.rmtree(folder, ignore_errors=True)

@@ -42,7 +42,6 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         self.blocks.check_labels("the training data")
         self.length = length or len(blocks)
         self.seed = seed
-        self._counted = self.blocks.counted()
         self._positions = torch.arange(self.blocks.sequence_length)
         self._mask = attention_mask(torch.zeros_like(self._positions))
         self._ones = torch.ones(self.blocks.sequence_length)
@@ -58,14 +57,13 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
             generator = torch.Generator().manual_seed(self.seed + epoch)
             order = torch.randperm(len(self.blocks), generator=generator) if epoch else torch.arange(len(self.blocks))
             self._order = (epoch, order)
-        row = int(self._order[1][place])
-        tokens, segments = self.blocks.tokens[row], None
-        if self.blocks.segments is not None:
-            segments = self.blocks.segments[row, :-1]
+        block = self.blocks[int(self._order[1][place])]
+        tokens, counted = block.tokens[0], block.counted()
+        segments = None if block.segments is None else block.segments[0, :-1]
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
-            "loss_mask": self._ones if self._counted is None else self._counted[row].float(),
+            "loss_mask": self._ones if counted is None else counted[0].float(),
             "position_ids": self._positions if segments is None else document_positions(segments),
             "attention_mask": self._mask if segments is None else attention_mask(segments),
         }

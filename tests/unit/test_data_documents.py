@@ -54,6 +54,7 @@ def test_blocks_are_indexed_joined_and_measured() -> None:
     assert [len(whole), whole.sequence_length, len(whole[1]), len(whole[-1:]), len(whole[torch.tensor([1, 0, 1])])] == [
         2, 11, 1, 1, 3,
     ]  # fmt: skip
+    assert [len(one) for one in whole] == [1, 1]
     counted = counted_labels(SEGMENTS) & whole.loss_mask
     assert torch.equal(whole.counted(), counted)
     assert whole.labels == int(counted.sum())

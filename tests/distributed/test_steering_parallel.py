@@ -12,7 +12,7 @@ from support.chat import byte_tokenizer
 from support.checkpoints import tiny_hf_model
 from support.distributed import run_distributed
 
-STEPS, SAVED, BATCH = 6, 2, 4
+STEPS, SAVED, BATCH = 6, 3, 4
 SCHEMA = ("helpfulness", "verbosity")
 
 
@@ -282,34 +282,62 @@ def stages(model: str, out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process does."""
+    folder = tmp_path_factory.mktemp("one")
+    (found,) = run_distributed(alone, 1, folder, timeout=600, model=model, out=str(folder))
+    return {**found, "folder": folder}
+
+
 @pytest.mark.slow
-def test_in_every_layout_and_across_a_kill(model: str, tmp_path: Path) -> None:
-    (one,) = run_distributed(alone, 1, tmp_path, timeout=900, model=model, out=str(tmp_path / "one"))
+@pytest.mark.timeout(700)
+def test_losses_are_those_of_plain_torch(model: str, one: dict[str, Any]) -> None:
     _check_regression(model, **one["gradients"])
     _check_reinforce(model, **one["reinforce"])
     _check_steerlm2(model, one["steerlm2"])
-    _check_stages(one["stages"], tmp_path / "one" / "stages")
-    two = {"model": model, "out": str(tmp_path / "two"), "layout": {"tensor": 2}}
-    split = run_distributed(everything, 2, tmp_path, timeout=900, **two)
-    staged = {"model": model, "out": str(tmp_path / "staged"), "layout": {"pipeline": 2}}
-    killed = run_distributed(everything, 2, tmp_path, timeout=900, **staged, dies=True)
-    assert killed == [{"reward": {"killed": True}, "steerlm2": None, "reinforce": {"killed": True}}] * 2
-    resumed = run_distributed(everything, 2, tmp_path, timeout=900, **staged)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_the_stages_follow_each_other(one: dict[str, Any]) -> None:
+    _check_stages(one["stages"], one["folder"] / "stages")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_tensor_parallel(model: str, one: dict[str, Any], tmp_path: Path) -> None:
+    for other in run_distributed(
+        everything, 2, tmp_path, timeout=600, model=model, out=str(tmp_path), layout={"tensor": 2}
+    ):
+        _check_same(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_pipeline_killed_in_the_middle_and_resumed(model: str, one: dict[str, Any], tmp_path: Path) -> None:
+    staged = {"model": model, "out": str(tmp_path), "layout": {"pipeline": 2}}
+    killed = run_distributed(everything, 2, tmp_path, timeout=600, **staged, dies=True)
+    assert killed == [{"reward": {"killed": True}, "steerlm2": None, "reinforce": {"killed": True}}] * 2
+    for other in run_distributed(everything, 2, tmp_path, timeout=600, **staged):
+        _check_same(one, other)
+
+
+def _check_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Every step of every training."""
     reward, reinforced = one["reward"], one["reinforce"]
     assert list(reward["loss"]) == list(reinforced["lines"]) == list(range(1, STEPS + 1))
-    for other in (*split, *resumed):
-        for name in ("loss", "validation"):
-            assert other["reward"][name] == pytest.approx(reward[name], abs=1e-4)
-        for name in ("weight", "bias", "scores"):
-            torch.testing.assert_close(other["reward"][name], reward[name], atol=1e-4, rtol=1e-4)
-        assert list(other["reinforce"]["lines"]) == list(reinforced["lines"])
-        for step, line in other["reinforce"]["lines"].items():
-            assert line == pytest.approx(reinforced["lines"][step], abs=1e-4), step
-        for part, found in one["steerlm2"].items():
-            for step, line in other["steerlm2"][part].items():
-                assert line == pytest.approx(found[step], abs=1e-4), (part, step)
-        assert other["reinforce"]["validation"] == pytest.approx(reinforced["validation"], abs=1e-4)
+    for name in ("loss", "validation"):
+        assert other["reward"][name] == pytest.approx(reward[name], abs=1e-4)
+    for name in ("weight", "bias", "scores"):
+        torch.testing.assert_close(other["reward"][name], reward[name], atol=1e-4, rtol=1e-4)
+    assert list(other["reinforce"]["lines"]) == list(reinforced["lines"])
+    for step, line in other["reinforce"]["lines"].items():
+        assert line == pytest.approx(reinforced["lines"][step], abs=1e-4), step
+    for part, found in one["steerlm2"].items():
+        for step, line in other["steerlm2"][part].items():
+            assert line == pytest.approx(found[step], abs=1e-4), (part, step)
+    assert other["reinforce"]["validation"] == pytest.approx(reinforced["validation"], abs=1e-4)
 
 
 def _check_reinforce(

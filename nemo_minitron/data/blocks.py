@@ -139,7 +139,7 @@ class Blocks:
         Raises:
             DataError: naming how many and the first.
         """
-        empty = []
+        empty: list[int] = []
         for start, part in self._parts():
             if (counted := part.counted()) is None:
                 return

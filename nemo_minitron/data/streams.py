@@ -173,7 +173,9 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
         shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
     aside.mkdir()
-    lengths, sizes, keys = [], [], []
+    lengths: list[int] = []
+    sizes: list[int] = []
+    keys: list[bytes] = []
     tokens, answers = _Writer(aside / "tokens.bin"), _Writer(aside / "answers.bin")
     try:
         documents = _documents(source, config)

@@ -25,28 +25,35 @@ def packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens, segments.to(torch.int32), learned
 
 
-def distil_case(models: str, out: str) -> None:
-    """Two steps of one batch each, and a validation on all blocks."""
-    from nemo_minitron.checkpoints import open_checkpoint
+def distil_case(models: str, out: str) -> float:
+    """Two steps of one batch each, and a validation on all blocks; then the student's held-out loss."""
+    from nemo_minitron.checkpoints import load_into, open_checkpoint
     from nemo_minitron.data import Blocks
     from nemo_minitron.distillation.recipe import distill
     from nemo_minitron.distillation.training import Schedule
-    from nemo_minitron.runtime.groups import ParallelLayout
+    from nemo_minitron.evaluation import held_out_loss
+    from nemo_minitron.runtime.groups import ParallelLayout, current
+    from nemo_minitron.runtime.model import build_model
 
     tokens, segments, learned = packed()
     blocks = Blocks(tokens, torch.zeros(4, dtype=torch.int64), ("text",), segments, learned)
+    student, layout = open_checkpoint(Path(models) / "student"), ParallelLayout(pipeline=2)
     distill(
-        open_checkpoint(Path(models) / "student"),
+        student,
         open_checkpoint(Path(models) / "teacher"),
         blocks,
         blocks,
-        layout=ParallelLayout(pipeline=2),
+        layout=layout,
         schedule=Schedule(
             steps=2, micro_batch_size=1, global_batch_size=BATCH, lr=0.0, min_lr=0.0, warmup_steps=0,
             validate_every=2, validation_batches=2, save_every=2,
         ),
         directory=Path(out),
     )  # fmt: skip
+    groups = current(layout)
+    chunks = build_model(student.shape, student.architecture, groups)
+    load_into(chunks, student, groups)
+    return held_out_loss(chunks, groups, blocks, 2, vocab_size=student.shape.vocab_size).overall.loss
 
 
 @pytest.mark.slow
@@ -55,7 +62,7 @@ def test_a_packed_block_teaches_what_its_documents_teach_alone(tmp_path: Path) -
 
     for seed, which in enumerate(("teacher", "student")):
         tiny_checkpoint(tmp_path / which, num_hidden_layers=2, seed=seed)
-    run_distributed(distil_case, 2, tmp_path, models=str(tmp_path), out=str(tmp_path / "out"))
+    held_out = run_distributed(distil_case, 2, tmp_path, models=str(tmp_path), out=str(tmp_path / "out"))
     measured = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in measured if "split" not in line]
     (validation,) = [line for line in measured if line.get("split") == "validation"]
@@ -76,6 +83,7 @@ def test_a_packed_block_teaches_what_its_documents_teach_alone(tmp_path: Path) -
     batches = [slice(0, BATCH), slice(BATCH, 2 * BATCH)]
     for mine, line in zip(batches, steps, strict=True):
         assert line["kl"] == pytest.approx(float(kl[mine][counts[mine]].mean()), rel=2e-5)
+    assert held_out == pytest.approx([float(lm[counts].mean())] * 2, rel=2e-5)
     for name, values in (("kl", kl), ("lm_loss", lm)):
         by_token = float(values[counts].mean())
         by_batch = sum(float(values[mine][counts[mine]].mean()) for mine in batches) / 2

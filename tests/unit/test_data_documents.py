@@ -72,6 +72,7 @@ def test_blocks_are_indexed_joined_and_measured() -> None:
     assert len(contents) == 5
 
 
+@pytest.mark.slow  # imports NeMo
 def test_a_block_without_a_label_is_refused() -> None:
     from nemo_minitron.distillation.data import BlockDataset
 
@@ -83,6 +84,7 @@ def test_a_block_without_a_label_is_refused() -> None:
         blocks(torch.arange(12, dtype=torch.int32).expand(2, 12)).check_labels("data")
 
 
+@pytest.mark.slow
 def test_samples_of_packed_blocks() -> None:
     from nemo_minitron.distillation.data import BlockDataset
 

@@ -76,7 +76,7 @@ def load_recipe(name: str) -> Recipe:
 
 def _settings(config: Any) -> dict[str, Any]:
     """Fields of a configuration that differ from their defaults, nested ones likewise."""
-    found = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default

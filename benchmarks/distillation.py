@@ -3,11 +3,11 @@
     python benchmarks/distillation.py [--quick] [--only NAME ...] [--output DIR] [--plot FILE]
 
 Each seed is a draw of its own: of the text's split, its order and the calibration. Two students have equal parameters
-(within 0.3 %): ``wide`` keeps all 30 layers and half the neurons, ``deep`` 18 whole layers. The arms: forward KL, reverse
-KL, the top 64 tokens with one ghost token, the language-model loss alone, and forward KL on a teacher corrected on the
-same text first (``corrected``); ``depth`` is forward KL of the deep student. The work is a pipeline of the suite's own
-stages under ``--output``: a run that was stopped goes on where it was, and ``--only`` runs some of the stages. The last
-line is JSON: by arm, for each seed, ``[tokens, loss]`` of each validation.
+(within 0.3 %): ``wide`` keeps all 30 layers and half the neurons, ``deep`` 18 whole layers. The arms: forward KL, its
+reverse, the top 64 tokens with one ghost token, the language-model loss alone, and forward KL on a teacher corrected
+on the same text first (``corrected``); ``depth`` is forward KL of the deep student. The work is a pipeline of the
+suite's own stages under ``--output``: a run that was stopped goes on where it was, and ``--only`` runs some of the
+stages. The last line is JSON: by arm, for each seed, ``[tokens, loss]`` of each validation.
 """
 
 from __future__ import annotations

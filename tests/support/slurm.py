@@ -111,7 +111,12 @@ def slurm(home: Path, patience: float = 30.0) -> Iterator[dict[str, str]]:
             time.sleep(0.5)
             found = subprocess.run(["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True, check=False)
             state = found.stdout.strip()
-        yield env
+        try:
+            yield env
+        finally:  # jobs outlive the daemons
+            kill = ["scancel", "--full", "--signal=KILL", "--user", str(os.getuid())]
+            subprocess.run(kill, env=env, capture_output=True, check=False)
+            time.sleep(1)
     finally:
         for process in reversed(started):
             process.terminate()

@@ -55,6 +55,8 @@ def train(
     Returns:
         The error, or "".
     """
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.config import CorrectionConfig, IntermediateConfig
     from nemo_minitron.distillation import callbacks
@@ -71,6 +73,7 @@ def train(
         "schedule": Schedule(**{**settings, **schedule}),
         "directory": Path(out),
     }
+    unset_num_microbatches_calculator()  # of an earlier training in this process
     student, teacher = open_checkpoint(Path(models) / "student"), open_checkpoint(Path(models) / "teacher")
     data = blocks(count), blocks(count)[:4]
     advance = callbacks.ProgressBar.on_train_batch_end

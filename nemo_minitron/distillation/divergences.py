@@ -1,9 +1,11 @@
 """What a loss does with one chunk of tokens whose vocabulary is split over a group: its value and its gradient.
 
 The chunk loop and autograd are :mod:`nemo_minitron.distillation.vocabulary_parallel`'s; here is the arithmetic. Every
-function takes the logits of this rank's columns, divided by the temperature, in a buffer of its own that it may
-overwrite, and returns the loss of each token and the derivative by the student's (divided) logits. The derivatives are
-written out, because autograd through a collective either keeps every intermediate or counts the loss once per rank.
+function takes the logits of this rank's columns, divided by the temperature, which it only reads (they may be views of
+the model's own, in its dtype), and returns the loss of each token and the derivative by the student's (divided) logits,
+in float32 or wider. The derivatives are written out, because autograd through a collective either keeps every
+intermediate or counts the loss once per rank. The time goes into passes over memory: the first one subtracts the
+maximum on the way into a buffer, and all others write in place.
 
 Notation: ``p``, ``q`` are the teacher's and the student's probabilities; ``S`` is a sum over the whole vocabulary.
 """
@@ -25,6 +27,7 @@ __all__ = [
     "reverse_kl",
     "top_k_kl",
     "top_k_of",
+    "wide",
 ]
 
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
@@ -53,9 +56,9 @@ class Columns:
     def maximum(self, *rows: torch.Tensor) -> torch.Tensor:
         """``[n, v]`` each -> ``[len(rows), n]``: largest value over the vocabulary, by one all-reduce."""
         if self.valid:
-            local = torch.stack([row.amax(-1) for row in rows])
+            local = torch.stack([row.amax(-1).to(wide(row)) for row in rows])
         else:
-            local = rows[0].new_full((len(rows), len(rows[0])), float("-inf"))
+            local = rows[0].new_full((len(rows), len(rows[0])), float("-inf"), dtype=wide(rows[0]))
         if dist.get_world_size(self.group) > 1:
             dist.all_reduce(local, op=dist.ReduceOp.MAX, group=self.group)
         return local
@@ -89,21 +92,26 @@ class TopTokens:
     log_rest: torch.Tensor
 
 
+def wide(logits: torch.Tensor) -> torch.dtype:
+    """What sums are taken in: float32 for anything narrower."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def forward_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
     """``S p (log p - log q)``; derivative ``q - p``."""
-    _shift(p, q, columns)
+    p, q = _shifted(p, q, columns)
     difference = p - q
     p.exp_()
     q.exp_()
     sum_p, sum_q, cross = columns.total(p.sum(-1), q.sum(-1), torch.linalg.vecdot(p, difference))
     # log p is the shifted logit minus log sum_p
     loss = cross / sum_p - sum_p.log() + sum_q.log()
-    return loss, q.div_(sum_q[:, None]).sub_(p.div_(sum_p[:, None]))
+    return loss, q.div_(sum_q[:, None]).addcmul_(p, sum_p.reciprocal().neg_()[:, None])
 
 
 def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
     """``S q (log q - log p)``; derivative ``q (log q - log p - loss)``."""
-    _shift(p, q, columns)
+    p, q = _shifted(p, q, columns)
     difference = q - p
     p.exp_()
     q.exp_()
@@ -120,7 +128,7 @@ def jensen_shannon(p: torch.Tensor, q: torch.Tensor, columns: Columns, *, beta: 
     The derivative by ``q`` itself is ``(1 - b) log q/m``: what ``m`` adds to it sums to a constant, which the softmax
     takes away.
     """
-    _shift(p, q, columns)
+    p, q = _shifted(p, q, columns)
     log_sums = columns.total(p.exp().sum(-1), q.exp().sum(-1)).log_()
     p.sub_(log_sums[0][:, None])
     q.sub_(log_sums[1][:, None])
@@ -134,10 +142,11 @@ def jensen_shannon(p: torch.Tensor, q: torch.Tensor, columns: Columns, *, beta: 
 
 
 def top_k_of(p: torch.Tensor, columns: Columns, *, k: int) -> TopTokens:
-    """The ``k`` likeliest tokens of a teacher (overwrites ``p``); ``k`` is less than the true vocabulary.
+    """The ``k`` likeliest tokens of a teacher; ``k`` is less than the true vocabulary.
 
     Communication: ``2 k`` numbers a token from every rank, beside one maximum and one sum.
     """
+    p = p.to(wide(p), copy=True)
     # Every rank offers k; one that has fewer fills up with offers that lose.
     offered = min(k, columns.valid)
     values = p.new_full((len(p), k), float("-inf"))
@@ -162,6 +171,7 @@ def top_k_kl(top: TopTokens, q: torch.Tensor, columns: Columns) -> LossAndGradie
 
     Elsewhere it is ``(q_ghost - p_ghost)``, shared out by the student's probabilities among the other tokens.
     """
+    q = q.to(wide(q), copy=True)
     mine, local = columns.here(top.tokens)
     at_top = torch.where(mine, q.gather(-1, local), 0.0) if columns.valid else q.new_zeros(mine.shape)
     shift = _shift_rest(q, top.tokens, columns)
@@ -182,7 +192,7 @@ def top_k_kl(top: TopTokens, q: torch.Tensor, columns: Columns) -> LossAndGradie
 
 def cross_entropy(labels: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
     """``-log q(label)``; derivative ``q - [label]``."""
-    q.sub_(columns.maximum(q)[0][:, None])
+    q = q - columns.maximum(q)[0][:, None]
     mine, local = columns.here(labels[:, None])
     at_label = torch.where(mine, q.gather(-1, local), 0.0)[:, 0] if columns.valid else q.new_zeros(len(q))
     total, logit = columns.total(q.exp_().sum(-1), at_label)
@@ -192,11 +202,10 @@ def cross_entropy(labels: torch.Tensor, q: torch.Tensor, columns: Columns) -> Lo
     return total.log() - logit, gradient
 
 
-def _shift(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> None:
-    """Subtract each row's maximum over the vocabulary, in place."""
+def _shifted(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Less each row's maximum over the vocabulary, in wide buffers of their own."""
     maxima = columns.maximum(p, q)
-    p.sub_(maxima[0][:, None])
-    q.sub_(maxima[1][:, None])
+    return p - maxima[0][:, None], q - maxima[1][:, None]
 
 
 def _shift_rest(values: torch.Tensor, top: torch.Tensor, columns: Columns) -> torch.Tensor:

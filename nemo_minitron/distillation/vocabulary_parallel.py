@@ -147,7 +147,7 @@ def vocabulary_parallel_top_k(
     columns = Columns.of(teacher.shape[-1], vocab_size, group)
     flat = teacher.reshape(-1, teacher.shape[-1])
     found = [
-        divergences.top_k_of(_scaled(flat, chunk, columns, temperature), columns, k=k)
+        divergences.top_k_of(_divided(flat[chunk, : columns.valid], temperature), columns, k=k)
         for chunk in _chunks(flat, columns)
     ]
     return TopTokens(
@@ -158,7 +158,7 @@ def vocabulary_parallel_top_k(
 
 
 Kernel = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""``(chunk of tokens, [n, valid] logits of the student, to be overwritten) -> [n] losses, [n, valid] gradient``"""
+"""``(chunk of tokens, [n, valid] logits of the student, only read) -> [n] losses, [n, valid] gradient``"""
 
 
 def _divergence(
@@ -175,7 +175,7 @@ def _divergence(
 
         def top(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
-            value, gradient = divergences.top_k_kl(part, q if t == 1 else q.div_(t), columns)
+            value, gradient = divergences.top_k_kl(part, _divided(q, t), columns)
             return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
         return top
@@ -187,8 +187,7 @@ def _divergence(
     p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
 
     def full(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        p = _scaled(p_logits, chunk, columns, t)
-        q = q if t == 1 else q.div_(t)
+        p, q = _divided(p_logits[chunk, : columns.valid], t), _divided(q, t)
         if loss.kind == "reverse_kl":
             value, gradient = divergences.reverse_kl(p, q, columns)
         elif loss.kind == "jensen_shannon":
@@ -221,11 +220,11 @@ class _Chunked(torch.autograd.Function):
             gradient = logits
         elif ctx.needs_input_grad[0]:
             gradient = torch.empty_like(logits)
-        parts = torch.empty(len(kernels), len(logits), dtype=_wide(student), device=student.device)
+        parts = torch.empty(len(kernels), len(logits), dtype=divergences.wide(student), device=student.device)
         for chunk in _chunks(logits, columns):
             summed = None
             for index, (kernel, weight) in enumerate(zip(kernels, weights, strict=True)):
-                parts[index, chunk], one = kernel(chunk, _scaled(logits, chunk, columns, 1.0))
+                parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid])
                 if weight:
                     one = one if weight == 1 else one.mul_(weight)
                     summed = one if summed is None else summed.add_(one)
@@ -244,21 +243,15 @@ class _Chunked(torch.autograd.Function):
         return gradient.mul_(grad_outputs[0][..., None].to(gradient.dtype)), None, None, None, None
 
 
-def _wide(logits: torch.Tensor) -> torch.dtype:
-    """What sums are taken in: float32 for anything narrower."""
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
 def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
     """``[tokens, V/tp]`` in runs of tokens, as many on every rank of the group: each has the same number of columns."""
     budget = CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"]
     if not logits.is_cuda and dist.get_world_size(columns.group) == 1:
         budget //= 4
-    size = max(1, budget // (max(logits.shape[-1], 1) * _wide(logits).itemsize))
+    size = max(1, budget // (max(logits.shape[-1], 1) * divergences.wide(logits).itemsize))
     return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
 
 
-def _scaled(logits: torch.Tensor, chunk: slice, columns: Columns, temperature: float) -> torch.Tensor:
-    """A chunk's valid columns in a wide buffer of its own, divided by the temperature."""
-    copy = logits[chunk, : columns.valid].to(_wide(logits), copy=True)
-    return copy if temperature == 1 else copy.div_(temperature)
+def _divided(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits at a temperature: in a wide buffer of their own, or as they are."""
+    return logits if temperature == 1 else logits.to(divergences.wide(logits)) / temperature

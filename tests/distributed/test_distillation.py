@@ -269,9 +269,9 @@ def intermediate_losses(
 
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2},
+    {"tensor": 2, "sequence_parallel": True},
     {"pipeline": 2},
     {"data": 2},
-    {"tensor": 2, "sequence_parallel": True},
     {"pipeline": 2, "virtual_pipeline": 2},
     {"tensor": 3},
 ]
@@ -287,8 +287,8 @@ def distil_cases(models: str, out: str, layouts: list[dict[str, Any]]) -> None:
 def parallel(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trainings under every layout."""
     out = tmp_path_factory.mktemp("parallel")
-    # Virtual stages in processes of their own: Megatron's state keeps something of them.
-    for layouts in (LAYOUTS[:4], LAYOUTS[4:5], LAYOUTS[5:]):
+    # Groups of another layout in the same processes lose their connections under gloo.
+    for layouts in (LAYOUTS[:2], *([layout] for layout in LAYOUTS[2:])):
         world = max(layouts[0].values())
         run_distributed(distil_cases, world, out, timeout=280, models=str(models), out=str(out), layouts=layouts)
     return out

@@ -63,18 +63,19 @@ def preempted_case(models: str, out: str, name: str, layout: dict[str, Any], ord
     return [*found, train(models, f"{out}/preempted-{name}", layout=layout, **LONG)]
 
 
-def two_processes_case(models: str, out: str) -> list[str]:
+def tensor_parallel_case(models: str, out: str) -> list[str]:
     found = [
         train(models, f"{out}/labels-tp", layout=SEQUENCE_PARALLEL, alone=True, **SHORT),
         train(models, f"{out}/corrected-tp", layout=SEQUENCE_PARALLEL, **CORRECTION),
-        train(models, f"{out}/corrected-pp", layout={"pipeline": 2}, **CORRECTION),
     ]
     return found + preempted_case(models, out, "tp", {"tensor": 2}, signal.SIGTERM)
 
 
 def virtual_stages_case(models: str, out: str) -> list[str]:
-    """In processes of their own: Megatron's state keeps something of whether stages are virtual."""
-    found = [train(models, f"{out}/labels-vpp", layout=VIRTUAL, alone=True, **SHORT)]
+    found = [
+        train(models, f"{out}/labels-vpp", layout=VIRTUAL, alone=True, **SHORT),
+        train(models, f"{out}/corrected-vpp", layout=VIRTUAL, **CORRECTION),
+    ]
     return found + preempted_case(models, out, "vpp", VIRTUAL, signal.SIGUSR1)
 
 
@@ -107,8 +108,9 @@ def two_processes(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("two")
     case = {"models": str(models), "out": str(out)}
     preempted = ["", STOPPED.format(6), STOPPED.format(12), ""]
-    assert run_distributed(two_processes_case, 2, out, timeout=290, **case) == [["", "", "", *preempted]] * 2
-    assert run_distributed(virtual_stages_case, 2, out, timeout=290, **case) == [["", *preempted]] * 2
+    # Groups of another layout in the same processes lose their connections under gloo.
+    for function in (tensor_parallel_case, virtual_stages_case):
+        assert run_distributed(function, 2, out, timeout=290, **case) == [["", "", *preempted]] * 2
     return out
 
 
@@ -210,7 +212,7 @@ def test_a_learning_teacher_and_its_student_equal_plain_torch_loops(models: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "reference"),
-    [("labels-tp", "labels"), ("labels-vpp", "labels"), ("corrected-tp", "corrected"), ("corrected-pp", "corrected")],
+    [("labels-tp", "labels"), ("labels-vpp", "labels"), ("corrected-tp", "corrected"), ("corrected-vpp", "corrected")],
 )
 def test_layouts_equal_one_process(case: str, reference: str, one_process: Path, two_processes: Path) -> None:
     assert_close(two_processes / case, one_process / reference)

@@ -20,10 +20,10 @@ from typing import Any
 
 import nemo_run as run
 
-from nemo_minitron.config import AlignConfig, ChatDataConfig, DpoConfig, ParallelConfig, SftConfig
+from nemo_minitron.config import AlignConfig, ChatDataConfig, DpoConfig, ParallelConfig, RewardConfig, SftConfig
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["align", "dpo_recipe", "sft_recipe"]
+__all__ = ["align", "dpo_recipe", "reward_recipe", "sft_recipe"]
 
 
 @run.cli.entrypoint(name="align", namespace="minitron")
@@ -142,6 +142,56 @@ def dpo_recipe(
             formats=["hf"],
             precision=precision,
             parallel=_layout(num_nodes * devices, tensor, pipeline),
+        ),
+    )
+
+
+@run.cli.factory(target=align, name="reward")
+def reward_recipe(
+    model: str,
+    chats: str,
+    output: str,
+    num_nodes: int = 1,
+    devices: int = 8,
+    tensor: int = 1,
+    pipeline: int = 1,
+    max_length: int = 4096,
+    precision: str = "bf16-mixed",
+) -> run.Partial[Any]:
+    """SteerLM's attribute model: a regression on HelpSteer's five values.
+
+    Batch 128 of sequences of 4096 tokens, as the ``model_config.yaml`` of Llama3-70B-SteerLM-RM and
+    Nemotron-4-340B-Reward; the learning rate is this suite's own choice. Then ``minitron label``, and
+    :func:`sft_recipe` with ``data.labelled``.
+
+    Args:
+        model: checkpoint.
+        chats: JSONL with ``attributes``.
+        output: directory.
+        num_nodes, devices, tensor, pipeline, max_length, precision: as of :func:`sft_recipe`.
+
+    Returns:
+        A partial of :func:`align`, to be changed and run.
+
+    Raises:
+        ConfigError: if the processes cannot be shared out.
+    """
+    layout = _layout(num_nodes * devices, tensor, pipeline)
+    layout.sequence_parallel = False  # the head reads the last token of an unsplit sequence
+    return run.Partial(
+        align,
+        config=run.Config(
+            RewardConfig,
+            output=output,
+            model=model,
+            data=_data(chats, max_length),
+            global_batch_size=128,
+            lr=2e-6,
+            min_lr=2e-7,
+            validate_every=50,
+            save_every=50,
+            precision=precision,
+            parallel=layout,
         ),
     )
 

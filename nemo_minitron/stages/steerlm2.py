@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +176,8 @@ class _Sampler:
                 f"base={self.config.base}: has {base.shape.vocab_size} tokens, the model "
                 f"{self.source.shape.vocab_size}; name a base model with the same tokenizer"
             )
+        # Lengths are those of the answers: no multiples of the tensor-parallel size.
+        groups = replace(groups, layout=replace(groups.layout, sequence_parallel=False))
         chunks = build_model(base.shape, base.architecture, groups)
         load_into(chunks, base, groups)
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

@@ -112,6 +112,7 @@ def test_configurations_are_refused_with_all_their_faults(tmp_path: Path) -> Non
                   "parallel.data=2",
                   "validation_prompts=3: is not a multiple"):  # fmt: skip
         assert fault in told, fault
+    assert "parallel.sequence_parallel=true" in faults("reward", "parallel: {tensor: 2, sequence_parallel: true}\n")
     assert "must be one of short, long, ends" in faults("reinforce", "rule: kind\n")
     told = faults("steerlm2", "base: b\nattribute_model: a\nsamples_per_prompt: 1\ndeviation: 0\n")
     assert "weights need at least 2 answers" in told

@@ -37,6 +37,11 @@ class RewardConfig(AlignConfig):
             found.append("pairs=true: the values of a pair's answers are derived; set attributes.derive=true")
         if self.formats:
             found.append("formats: a reward model is kept as NeMo 2 with its head beside it; leave formats empty")
+        if self.parallel.sequence_parallel:
+            found.append(
+                "parallel.sequence_parallel=true: NeMo-Aligner's reward head reads the last token of an unsplit "
+                "sequence; set it to false"
+            )
         return found
 
 
@@ -64,8 +69,14 @@ class LabelConfig(StageConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def faults(self) -> list[str]:
-        """Sizes below 1."""
-        return positive(self, "micro_batch_size", "batch")
+        """Sizes below 1, an interleaved schedule."""
+        found = positive(self, "micro_batch_size", "batch")
+        if self.parallel.virtual_pipeline is not None:
+            found.append(
+                f"parallel.virtual_pipeline={self.parallel.virtual_pipeline}: labelling has no interleaved schedule; "
+                "set it to null"
+            )
+        return found
 
 
 @dataclass

@@ -22,6 +22,7 @@ class Schedule:
         save_every: steps between checkpoints.
         log_every: steps between lines of metrics.
         precision: "32" or "bf16-mixed".
+        recompute: activations that the backward pass computes again: "none", "selective" or "full".
         seed: of the order of repeated passes over the data.
         keep_best: also keep the weights of the validation with the lowest "kl" or "lm_loss"; None keeps none.
     """
@@ -42,5 +43,6 @@ class Schedule:
     save_every: int = 100
     log_every: int = 1
     precision: str = "32"
+    recompute: str = "none"
     seed: int = 0
     keep_best: str | None = None

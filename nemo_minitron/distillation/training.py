@@ -118,6 +118,10 @@ def trained_config(initial: Checkpoint, layout: ParallelLayout, schedule: Schedu
         multiple=128,
         rows=padded_vocab(initial.shape.vocab_size, tensor=layout.tensor),
     )
+    if schedule.recompute != "none":
+        config.recompute_granularity = schedule.recompute
+    if schedule.recompute == "full":
+        config.recompute_method, config.recompute_num_layers = "uniform", 1
     if layout.virtual_pipeline is not None:
         # As in :func:`nemo_minitron.runtime.model.transformer_config`, where the reasons stand.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False

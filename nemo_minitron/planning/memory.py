@@ -42,12 +42,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nemo_minitron import axes
+from nemo_minitron.config.parts import RECOMPUTE
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload", "padded_vocabulary"]
 
-#: Megatron's ``recompute_granularity``, by what it keeps: everything, all but the attention's core, layers' inputs.
-RECOMPUTE = ("none", "selective", "full")
 _PADDING = 128  # rows of a vocabulary, times the tensor-parallel size: Megatron's default
 #: Working buffers of the vocabulary-parallel losses on CUDA (:mod:`nemo_minitron.distillation.vocabulary_parallel`).
 _LOSS_BUFFERS = 4 * 32 * 2**20

@@ -206,6 +206,7 @@ def _training(name: str, config: StageConfig, models: dict[str, Model]) -> Train
         micro_batch_size=config.micro_batch_size,
         sequence_length=_length(config),
         layout=config.parallel,
+        recompute="none" if isinstance(config, SftConfig) else config.recompute,
         bytes=2 if config.precision.startswith("bf16") else 4,
     )
 

@@ -14,6 +14,8 @@ LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
 STATE_LOSSES = ("mse", "cosine")
 TEACHER_PLACEMENTS = ("shared", "own_layout", "own_ranks")
 BALANCES = ("fixed", "dynamic")
+#: Megatron's ``recompute_granularity``, by what is kept: everything, all but the attention's core, layers' inputs.
+RECOMPUTE = ("none", "selective", "full")
 MEMORY_USES = ("inference", "training")
 LATENCIES = ("prefill", "decode")
 

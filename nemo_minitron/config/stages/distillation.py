@@ -8,6 +8,7 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
+    RECOMPUTE,
     TEACHER_PLACEMENTS,
     CorrectionConfig,
     DataConfig,
@@ -40,6 +41,8 @@ class TrainingConfig(StageConfig):
         result: which of them becomes the stage's model, "last" or "best".
         resume: go on from the last checkpoint in ``output``.
         precision: "32" or "bf16-mixed".
+        recompute: activations that the backward pass computes again instead of keeping them: "none", "selective" (the
+            core of the attention) or "full" (whole layers; not with intermediate losses).
         parallel: layout of the models.
     """
 
@@ -63,6 +66,7 @@ class TrainingConfig(StageConfig):
     result: str = "last"
     resume: bool = True
     precision: str = "32"
+    recompute: str = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
@@ -84,6 +88,7 @@ class TrainingConfig(StageConfig):
             ),
             *not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
             *choice(self, "precision", ("32", "bf16-mixed")),
+            *choice(self, "recompute", RECOMPUTE),
             *choice(self, "keep_best", self.validated),
             *choice(self, "result", ("last", "best")),
             *(f"{b}: must lie in [0, 1)" for b in ("beta1", "beta2") if not 0 <= getattr(self, b) < 1),
@@ -185,6 +190,11 @@ class DistillConfig(TrainingConfig):
             found.append(
                 "teacher=null: there is something to learn from it; name a checkpoint or a teacher_cache, or train on "
                 "the labels alone with loss.label_weight=1 and no intermediate losses"
+            )
+        if self.recompute == "full" and self.intermediate.weights():
+            found.append(
+                "recompute=full: intermediate losses are taken inside the layers, which would run twice; use "
+                "selective, or no intermediate losses"
             )
         return found + self._placement_faults()
 

@@ -428,4 +428,5 @@ def _check_regression(
         "decoder.final_layernorm.weight": decoder.norm.weight.grad,
     }
     for name, wanted in reference.items():
-        torch.testing.assert_close(gradients[name].double(), wanted, atol=1e-5, rtol=1e-4, msg=name)
+        rows = gradients[name][: len(wanted)]  # the embedding may be padded
+        torch.testing.assert_close(rows.double(), wanted, atol=1e-5, rtol=1e-4, msg=name)

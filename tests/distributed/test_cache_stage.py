@@ -80,7 +80,8 @@ def distillation(config: CacheConfig, **changes: Any) -> DistillConfig:
     return DistillConfig(
         **{
             "student": config.teacher, "teacher": None, "teacher_cache": config.output, "output": "unused",
-            "data": config.data, "steps": 5, "global_batch_size": 2, "validation_batches": 2, **changes,
+            "data": config.data, "steps": 5, "global_batch_size": 2, "validation_batches": 2, "warmup_steps": 1,
+            **changes,
         }
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
     from nemo.lightning.pytorch.optim import OptimizerModule
 
-__all__ = ["LM_LOSS", "LanguageModel", "LanguageModelLoss", "TokenLoss", "plain_context"]
+__all__ = ["LM_LOSS", "LanguageModel", "LanguageModelLoss", "TokenLoss", "TrainedModel", "plain_context"]
 
 LM_LOSS = "lm_loss"
 """Cross-entropy with the labels, nats a token, by its name in the metrics."""
@@ -38,8 +38,8 @@ def plain_context(initial: Checkpoint, arguments: dict[str, Any]) -> fdl.Config[
     return fdl.Config(model_class(initial.architecture.family), **plain)
 
 
-class LanguageModel(GPTModel):
-    """A model trained on labels.
+class TrainedModel(GPTModel):
+    """What every training shares; a base alone, as NeMo changes the classes of the models that it trains.
 
     Args:
         config: NeMo's configuration of the model. Its ``calculate_per_token_loss`` is switched on, so that the loss of
@@ -74,23 +74,21 @@ class LanguageModel(GPTModel):
         self.balance = Balance([], dynamic=False)
         self.further: dict[str, float] = {}
         # In a list, because a module assigned to an attribute would become a part of the model.
-        self._root: list[LanguageModel] = [self]
+        self._root: list[TrainedModel] = [self]
 
     def io_init(self, **kwargs: Any) -> fdl.Config[GPTModel]:
-        """See :func:`plain_context`. NeMo hands on the arguments of whichever class of the family it has wrapped."""
-        return plain_context(kwargs.get("initial") or kwargs["student"], kwargs)
+        """See :func:`plain_context`."""
+        return plain_context(kwargs["initial"], kwargs)
 
-    def reinit(self) -> LanguageModel:
+    def reinit(self) -> TrainedModel:
         """A further chunk of the model: NeMo asks for one a virtual stage.
 
         Without this method NeMo would build what the context names, a plain model.
         """
-        chunk = LanguageModel(self.config, self._initial, self._layout)
-        chunk._root = self._root
-        return chunk
+        raise NotImplementedError
 
     @property
-    def root(self) -> LanguageModel:
+    def root(self) -> TrainedModel:
         """The first chunk, which NeMo's trainer knows."""
         return self._root[0]
 
@@ -124,7 +122,7 @@ class LanguageModel(GPTModel):
 
     def loss_reduction(self, *, validation: bool) -> TokenLoss:
         """The loss of this model."""
-        return LanguageModelLoss(self, validation=validation)
+        raise NotImplementedError
 
     @property
     def training_loss_reduction(self) -> TokenLoss:
@@ -139,6 +137,20 @@ class LanguageModel(GPTModel):
         if self._validation_loss_reduction is None:
             self._validation_loss_reduction = self.loss_reduction(validation=True)
         return self._validation_loss_reduction
+
+
+class LanguageModel(TrainedModel):
+    """A model trained on labels; arguments as of :class:`TrainedModel`."""
+
+    def reinit(self) -> LanguageModel:
+        """See :class:`TrainedModel`."""
+        chunk = LanguageModel(self.config, self._initial, self._layout)
+        chunk._root = self._root
+        return chunk
+
+    def loss_reduction(self, *, validation: bool) -> TokenLoss:
+        """Cross-entropy."""
+        return LanguageModelLoss(self, validation=validation)
 
 
 class TokenLoss(MegatronLossReduction):

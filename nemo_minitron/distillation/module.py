@@ -19,7 +19,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import IntermediateConfig, LossConfig
 from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
 from nemo_minitron.distillation.balance import Balance
-from nemo_minitron.distillation.language_model import LM_LOSS, LanguageModel, TokenLoss
+from nemo_minitron.distillation.language_model import LM_LOSS, TokenLoss, TrainedModel, plain_context
 from nemo_minitron.distillation.layers import layer_maps
 from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.sources import loss_of, open_teacher
@@ -42,11 +42,11 @@ KL = "kl"
 """The divergence of teacher and student by its name in the metrics, whichever it is."""
 
 
-class DistillationModel(LanguageModel):
+class DistillationModel(TrainedModel):
     """The student, with its teacher.
 
     Args:
-        config: NeMo's configuration of the student; see :class:`LanguageModel`.
+        config: NeMo's configuration of the student; see :class:`TrainedModel`.
         student: initial weights.
         teacher: the model to learn from; same vocabulary. None where a cache takes its place.
         layout: parallel layout, of the teacher too where it has none of its own.
@@ -99,6 +99,10 @@ class DistillationModel(LanguageModel):
         self.losses: StudentLosses | None = None
         # In a list, because a module assigned to an attribute would become a part of the student.
         self._teacher: list[TeacherSource] = []
+
+    def io_init(self, **kwargs: Any) -> Any:
+        """See :func:`plain_context`."""
+        return plain_context(kwargs["student"], kwargs)
 
     def reinit(self) -> DistillationModel:
         """A further chunk of the student, which shares teacher and balance."""

@@ -39,18 +39,18 @@ def one_process_case(models: str, out: str) -> None:
 
 
 def resumed_case(models: str, out: str) -> list[str]:
-    from nemo_minitron.distillation.language_model import LanguageModel
+    from nemo_minitron.distillation.language_model import TrainedModel
 
     found = [train(models, f"{out}/corrected-resumed", **CORRECTION), train(models, f"{out}/killed", **LONG)]
     # there is nothing left to do, and nothing is done
     found.append(train(models, f"{out}/killed", at=(1, None), **LONG))
-    configure = LanguageModel.configure_model
+    configure = TrainedModel.configure_model
 
     def broken(self: Any, vp_stage: int | None = None) -> None:
         configure(self, vp_stage)
         next(self.parameters()).register_hook(lambda gradient: gradient / 0)
 
-    LanguageModel.configure_model = broken  # type: ignore[method-assign]
+    TrainedModel.configure_model = broken  # type: ignore[method-assign]
     return [*found, train(models, f"{out}/broken", **LONG)]
 
 

@@ -25,7 +25,7 @@ from nemo_minitron.distillation.callbacks import VALIDATION, ExactPosition, Prog
 from nemo_minitron.distillation.data import BlockDataModule, DocumentMasks
 from nemo_minitron.distillation.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.keeping import BestCheckpoint, LastCheckpoint
-from nemo_minitron.distillation.language_model import LanguageModel
+from nemo_minitron.distillation.language_model import TrainedModel
 from nemo_minitron.distillation.outputs import Trained, remove_unfinished
 from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.planning.model import Model
@@ -130,7 +130,7 @@ def trained_config(initial: Checkpoint, layout: ParallelLayout, schedule: Schedu
 
 
 def train(
-    model: LanguageModel,
+    model: TrainedModel,
     initial: Checkpoint,
     train_blocks: torch.Tensor | Blocks,
     validation_blocks: torch.Tensor | Blocks,

@@ -6,9 +6,9 @@ import dataclasses
 import io
 import json
 import math
+import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -252,12 +252,17 @@ def test_a_plan_starts_without_the_heavy_stack():
 
 
 def test_the_command(tmp_path):
+    """With its picture, in less than three seconds of a processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "nemo_minitron", "plan", "llama-31-minitron-4b-width", "--save", "p.yaml"],
+        [sys.executable, "-m", "nemo_minitron", "plan", "llama-31-minitron-4b-width",
+         "--save", "p.yaml", "--plot", "p.png"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert Path(tmp_path / "p.yaml").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "p.yaml"]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     bad = subprocess.run(
         [sys.executable, "-m", "nemo_minitron", "plan", "nothing"],
         cwd=tmp_path, capture_output=True, text=True, check=False,

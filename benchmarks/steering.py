@@ -3,11 +3,10 @@
     python benchmarks/steering.py --model DIR [--attribute-model] [--quick] [--output DIR] [--prompts N]
 
 The model is fine-tuned on LLaMA-Factory's demonstration conversations that have at most 96 tokens, each answer behind
-its values of verbosity and complexity. These are derived (rank of its length, of its reading grade); with
-``--attribute-model`` they are what an attribute model predicts that ``minitron steerlm`` has trained on the derived
-ones first. Then the model answers prompts that none of this has seen, once for each verbosity from 0 to 4, sampled at
-temperature 0.7. ``--quick`` trains a few steps and answers few prompts. With ``--output`` the trainings are kept there
-and found again. The last line is JSON:
+its verbosity. That is derived (the rank of its length); with ``--attribute-model`` it is what an attribute model
+predicts that ``minitron steerlm`` has trained on the derived ones first. Then the model answers prompts that none of
+this has seen, once for each verbosity from 0 to 4, sampled at temperature 0.7. ``--quick`` trains a few steps and
+answers few prompts. With ``--output`` the trainings are kept there and found again. The last line is JSON:
 
 - ``words``: by verbosity, the mean number of words of the answers; ``standard_error`` of each likewise;
 - ``rank_correlation``: Spearman's, of requested verbosity and words over all answers;
@@ -44,7 +43,7 @@ from nemo_minitron.runtime.model import build_model
 from nemo_minitron.stages.children import run_child
 
 PACKAGE, TEMPLATE, LENGTH = "llamafactory-sft", "chatml", 96
-NAMES = ("complexity", "verbosity")
+NAMES = ("verbosity",)
 
 
 def conversations(model: str, cache_dir: str) -> tuple[list[Chat], list[Chat]]:
@@ -64,26 +63,26 @@ def train(arguments: argparse.Namespace, chats: list[Chat], output: Path) -> tup
     data = ChatDataConfig(
         path=str(output / "chats.jsonl"), template=TEMPLATE, max_length=LENGTH, long="drop", held_out_fraction=0.1
     )
-    rates = {"lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 5, "micro_batch_size": 4, "global_batch_size": 8}
+    rates = {"lr": 2e-4, "min_lr": 2e-5, "warmup_steps": 5, "micro_batch_size": 4, "global_batch_size": 8}
     quick = arguments.quick
     if not arguments.attribute_model:
         chats = derive_attributes(chats, AttributeSchema("own", NAMES, 4))
     text = "".join(json.dumps(chat.record()) + "\n" for chat in chats)
     if not Path(str(data.path)).is_file() or Path(str(data.path)).read_text() != text:
         Path(str(data.path)).write_text(text)
-    often = {"validation_batches": 1, "verify": False, "validate_every": 6 if quick else 40}
+    often = {"validation_batches": 1, "verify": False, "validate_every": 6 if quick else 80}
     often["save_every"] = often["validate_every"]
     if not arguments.attribute_model:
         data.labelled = True
         sft = SftConfig(
-            model=arguments.model, output=str(output / "sft"), data=data, steps=6 if quick else 80, **often, **rates
+            model=arguments.model, output=str(output / "sft"), data=data, steps=6 if quick else 160, **often, **rates
         )
         return f"{sft.output}/model", {"sft": run_child(sft)["metrics"]}
     config = SteerlmConfig(
         model=arguments.model,
         output=str(output / "steerlm"),
         data=data,
-        steps=6 if quick else 80,
+        steps=6 if quick else 160,
         attributes=AttributesConfig(schema="own", names=list(NAMES), derive=True),
         reward=RewardTrainingConfig(
             steps=6 if quick else 60, lr=5e-5, min_lr=5e-6, warmup_steps=3, micro_batch_size=4,
@@ -105,9 +104,7 @@ def answers(model: str, chats: list[Chat], *, quick: bool) -> dict[int, list[int
     load_into(chunks, checkpoint, groups)
     found = {}
     for verbosity in range(5):
-        # At inference only what shall be steered varies; complexity stays in the middle.
-        values = {"complexity": 2, "verbosity": verbosity}
-        rows = [prompt_ids(chat.prompt, tokenizer, template, values) for chat in chats]
+        rows = [prompt_ids(chat.prompt, tokenizer, template, {"verbosity": verbosity}) for chat in chats]
         given = generate_tokens(
             chunks, groups, rows, sampling=Sampling(max_new_tokens=24 if quick else 80, temperature=0.7, seed=11),
             ends=end_ids(tokenizer, template), vocab_size=checkpoint.shape.vocab_size, batch_size=64,

@@ -164,6 +164,7 @@ def test_faults(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 @pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {', '.join(missing())} missing")
 def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
     """Submitted by the command line, in order, to the end; nothing is left to submit then; a refusal ends at once."""
@@ -182,7 +183,7 @@ def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        def wait(limit: float = 240) -> dict[str, str]:
+        def wait(limit: float = 450) -> dict[str, str]:
             deadline = time.monotonic() + limit
             while any(state in ("PENDING", "RUNNING", "COMPLETING") for state in job_states(env).values()):
                 if time.monotonic() > deadline or "DependencyNeverSatisfied" in queue(env):

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.record import Record
-from nemo_minitron.checkpoints.tokenizer import copy_tokenizer
+from nemo_minitron.checkpoints.tokenizer import copy_tokenizer, special_ids
 from nemo_minitron.checkpoints.torch_dist import TorchDist, checkpoint_of
 from nemo_minitron.data.templates import Template
 from nemo_minitron.errors import CheckpointError
@@ -73,13 +73,10 @@ def trained_checkpoint(
     Raises:
         CheckpointError: if it does not hold such a model.
     """
-    from nemo_minitron.checkpoints.tokenizer import special_ids
-
     architecture = source.architecture
     if tokenizer is not None:
-        architecture = dataclasses.replace(
-            architecture, **{name: number for name, number in special_ids(tokenizer).items() if name == "eos_token_id"}
-        )
+        end = special_ids(tokenizer).get("eos_token_id", architecture.eos_token_id)
+        architecture = dataclasses.replace(architecture, eos_token_id=end)
     record = Record(source.shape, architecture, {**source.lineage, **lineage})
     return checkpoint_of(
         TorchDist(last),

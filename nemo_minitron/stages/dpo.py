@@ -55,7 +55,8 @@ def run(config: DpoConfig) -> dict[str, Any]:
         for old in Path(config.output).glob("round-*"):
             shutil.rmtree(old, ignore_errors=True)
     first = open_checkpoint(config.model)
-    data = [_pairs(config, first, path) for path in config.rounds_data or [None]]
+    paths: list[str | None] = [*config.rounds_data] or [None]
+    data = [_pairs(config, first, path) for path in paths]
     data = data * config.rounds if len(data) == 1 else data
 
     from nemo_minitron.alignment.dpo import STATISTICS, Preferences, train_dpo

@@ -19,7 +19,7 @@ __all__ = ["plan", "run"]
 
 def plan(config: CorrectConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    return plan_training(config, config.inputs(), "model", "corrected model")
+    return plan_training(config, config.inputs(), {"model"}, "corrected model")
 
 
 def run(config: CorrectConfig) -> dict[str, Any]:

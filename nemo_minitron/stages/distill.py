@@ -42,7 +42,8 @@ def plan(config: DistillConfig) -> StagePlan:
     if cache is not None:
         paths.pop("teacher", None)  # compared, not run
     layouts = {} if config.teacher_placement == "shared" else {"teacher": config.teacher_parallel}
-    found = plan_training(config, paths, "student", "distilled model", layouts)
+    trained = {"student"} if config.teacher_correction.lr is None else {"student", "teacher"}
+    found = plan_training(config, paths, trained, "distilled model", layouts)
     if not config.taught:
         found.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
         return found

@@ -26,7 +26,7 @@ __all__ = ["is_main", "plan_training", "save_model", "schedule_of", "summary", "
 def plan_training(
     config: TrainingConfig,
     models: dict[str, str],
-    trained: str,
+    trained: set[str],
     written: str,
     layouts: dict[str, ParallelConfig] | None = None,
 ) -> StagePlan:
@@ -35,7 +35,7 @@ def plan_training(
     Args:
         config: of the stage.
         models: role -> checkpoint of each model that is read.
-        trained: the role that is trained; the others only run forward.
+        trained: the roles that are trained; the others only run forward.
         written: what the trained model is called.
         layouts: of roles whose models are not laid out as the trained one is.
     """
@@ -67,7 +67,8 @@ def plan_training(
         found.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):
-        ours, others = counts[trained], sum(count for role, count in counts.items() if role != trained)
+        ours = sum(count for role, count in counts.items() if role in trained)
+        others = sum(counts.values()) - ours
         found.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
         # Six operations a weight and token to train, two to run.
         found.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import ParallelConfig, not_negative, positive
+from nemo_minitron.config.parts import not_negative, positive
 
 __all__ = ["SlurmConfig"]
 
@@ -88,13 +88,12 @@ class SlurmConfig:
         """Processes that a node takes."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
-    def nodes(self, layout: ParallelConfig) -> int:
-        """Nodes of a stage with this layout."""
-        return math.ceil(layout.world_size / self.per_node)
+    def nodes(self, processes: int) -> int:
+        """Nodes of a stage with so many processes."""
+        return math.ceil(processes / self.per_node)
 
-    def layout_faults(self, name: str, layout: ParallelConfig) -> list[str]:
-        """Why the stage ``name`` cannot be spread over whole nodes."""
-        world = layout.world_size
+    def node_faults(self, name: str, world: int) -> list[str]:
+        """Why the ``world`` processes of the stage ``name`` cannot be spread over whole nodes."""
         if world > self.per_node and world % self.per_node:
             return [
                 f"stage {name}: its {world} processes do not fill nodes of {self.per_node}; "

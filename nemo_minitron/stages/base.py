@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from nemo_minitron.axes import Family, family
 from nemo_minitron.config import StageConfig
-from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
+from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, PreemptedError
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "peek_shape",
     "read_record",
     "record_path",
+    "set_aside",
     "stage_output",
     "write_record",
 ]
@@ -235,6 +236,38 @@ def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def set_aside(config: StageConfig) -> Iterator[None]:
+    """Around a stage that goes on from what its output holds, and is to make that anew (``overwrite``).
+
+    What is there is moved to ``.<name>.replaced``, and removed when the block ends well. What a stage refuses costs
+    nothing: the old output comes back. A stage that fails otherwise, or is killed, can be gone on with; the old
+    output stays beside it until then.
+
+    Raises:
+        ConfigError: if what is there was not written by this suite.
+    """
+    path = Path(config.output)
+    old = path.with_name(f".{path.name}.replaced")
+    moved = bool(getattr(config, "resume", False)) and config.overwrite and path.is_dir() and any(path.iterdir())
+    if moved:
+        if not any((path / part).exists() for part in ("checkpoints", "metrics.jsonl")):
+            check_output(path, overwrite=True)
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        yield
+    except PreemptedError:
+        raise
+    except MinitronError:
+        if moved:
+            shutil.rmtree(path, ignore_errors=True)
+            old.rename(path)
+        raise
+    if getattr(config, "resume", False):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def record_path(output: str | Path) -> Path:

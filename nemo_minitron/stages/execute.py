@@ -13,7 +13,7 @@ import yaml
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.runtime.launch import launch
-from nemo_minitron.stages.base import check_output, write_record
+from nemo_minitron.stages.base import check_output, set_aside, write_record
 
 __all__ = ["job_folder_of", "run_stage"]
 
@@ -48,21 +48,22 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     clock = time.monotonic()
-    results = launch(
-        "nemo_minitron.stages.worker",
-        [stage],
-        world_size=config.processes,
-        folder=folder,
-        threads=config.runtime.threads,
-        timeout_minutes=config.runtime.timeout_minutes,
-        on_output=on_output,
-    )
-    return write_record(
-        config.output,
-        stage,
-        config,
-        metrics=results[0].metrics,
-        seconds=time.monotonic() - clock,
-        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
-        started=started,
-    )
+    with set_aside(config):
+        results = launch(
+            "nemo_minitron.stages.worker",
+            [stage],
+            world_size=config.processes,
+            folder=folder,
+            threads=config.runtime.threads,
+            timeout_minutes=config.runtime.timeout_minutes,
+            on_output=on_output,
+        )
+        return write_record(
+            config.output,
+            stage,
+            config,
+            metrics=results[0].metrics,
+            seconds=time.monotonic() - clock,
+            peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+            started=started,
+        )

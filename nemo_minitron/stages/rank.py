@@ -8,6 +8,7 @@ nodes. A job that runs again, because Slurm or the user queued it again, goes on
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
-from nemo_minitron.stages.base import write_record
+from nemo_minitron.stages.base import set_aside, write_record
 from nemo_minitron.stages.pipeline import ready
 
 __all__ = ["main"]
@@ -41,14 +42,15 @@ def main(folder: Path) -> int:
     config = load(job["stage"], folder / "config.yaml")
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     rank, world = _translate(folder)
-    if world != config.layout.world_size:
+    if world != config.processes:
         print(
-            f"minitron: the layout of {config.name} needs {config.layout.world_size} processes, Slurm started {world}",
+            f"minitron: the layout of {config.name} needs {config.processes} processes, Slurm started {world}",
             file=sys.stderr,
         )
         return 2
+    replaced = contextlib.ExitStack()
     if rank == 0:
-        state = _prepare(config, folder, job["overwrite"])
+        state = _prepare(config, folder, job["overwrite"], replaced)
         (folder / f"ready-{attempt}").write_text(state)
     else:
         state = _wait_for(folder / f"ready-{attempt}")
@@ -56,10 +58,9 @@ def main(folder: Path) -> int:
         print(f"minitron: {config.name}: {state}", file=sys.stderr if state.startswith("refused") else sys.stdout)
         return 2 if state.startswith("refused") else 0
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    code = work(job["stage"])
-    if code or rank:
-        return code
-    return _record(config, folder, world, started, clock)
+    code = work(job["stage"])  # a failure ends the process there
+    with replaced:
+        return code if rank else _record(config, folder, world, started, clock)
 
 
 def _translate(folder: Path) -> tuple[int, int]:
@@ -81,10 +82,12 @@ def _translate(folder: Path) -> tuple[int, int]:
     return rank, world
 
 
-def _prepare(config: StageConfig, folder: Path, overwrite: bool) -> str:
+def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
     """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
     try:
         found = ready(config, overwrite)
+        if found is not None:
+            replaced.enter_context(set_aside(found))
     except MinitronError as error:
         save_result(folder, failure(0, error))
         return f"refused: {error}"

@@ -78,7 +78,7 @@ def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: boo
             :func:`~nemo_minitron.stages.pipeline.ready`.
     """
     names = [config.name for config in stages]
-    faults = [fault for config in stages for fault in slurm.layout_faults(config.name, config.layout)]
+    faults = [fault for config in stages for fault in slurm.node_faults(config.name, config.processes)]
     faults += [f"stage_time.{n}: no stage is called so; they are {', '.join(names)}" for n in slurm.stage_time
                if n not in names]  # fmt: skip
     if faults:
@@ -159,7 +159,7 @@ def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
     """nemo_run's description of one job."""
     import nemo_run as run
 
-    world = job.config.layout.world_size
+    world = job.config.processes
     # Without a directory of its own, the jobs' is that of nemo_run's records, which lie in ``home``.
     tunnel: run.LocalTunnel | run.SSHTunnel = run.LocalTunnel(job_dir="")
     if slurm.host is not None:
@@ -174,7 +174,7 @@ def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
         partition=slurm.partition,
         job_name_prefix="minitron-",
         time=slurm.stage_time.get(job.config.name, slurm.time),
-        nodes=slurm.nodes(job.config.layout),
+        nodes=slurm.nodes(world),
         ntasks_per_node=tasks,
         cpus_per_task=slurm.cpus_per_task,
         gpus_per_node=(slurm.gpus_per_node if slurm.exclusive else tasks) if slurm.gpus_per_node else None,

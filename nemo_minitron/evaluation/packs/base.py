@@ -93,7 +93,7 @@ def task_config(
     data = Dataset.from_list(list(documents))
     return {
         "task": name,
-        "custom_dataset": lambda **_: {"test": data},
+        "custom_dataset": lambda: {"test": data},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": doc_to_text,

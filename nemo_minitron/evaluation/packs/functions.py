@@ -155,7 +155,10 @@ def _equal(value: Any, choice: Any) -> bool:
     if isinstance(value, str) and isinstance(choice, str):
         return _plain(value) == _plain(choice)
     if isinstance(value, list) and isinstance(choice, list):
-        return len(value) == len(choice) and all(map(_equal, value, choice))
+        # Within a list the leaderboard does not take an integer for a real number.
+        return len(value) == len(choice) and all(
+            type(one) is type(other) and _equal(one, other) for one, other in zip(value, choice, strict=True)
+        )
     if isinstance(value, dict) and isinstance(choice, dict):
         options = {key: one if isinstance(one, list) else [one] for key, one in choice.items()}
         return all(key in value or "" in some for key, some in options.items()) and all(

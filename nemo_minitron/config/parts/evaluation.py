@@ -12,7 +12,8 @@ class HarnessConfig:
     """Tasks of lm-evaluation-harness; none unless some are named.
 
     Attributes:
-        tasks: names of its tasks and groups of tasks ("hellaswag", "mmlu").
+        tasks: names of its tasks and groups of tasks ("hellaswag", "mmlu"), and of those whose data packages carry
+            ("ifeval_offline"; docs/evaluation.md lists them).
         include_path: directory with tasks of your own, in the harness's YAML form; Python files that they name run.
         num_fewshot: examples in the context; null takes each task's own number.
         limit: documents of each task; null takes all.

@@ -236,11 +236,15 @@ def _box_note(stage: StageRun, run: Run) -> str:
 
 
 def generations(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """``[(prompt, [(model, answer), …]), …]``."""
+    """``[(prompt, [(model, answer), …]), …]``; the turns of conversations with the number of their question."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name, model in evaluation["models"].items():
         for answer in model.get("generations", []):
             found.setdefault(answer["prompt"], []).append((name, answer["text"]))
+        for task, result in (model.get("harness") or {}).items():
+            for one in result.get("answers", []):  # conversations, which have no metrics
+                for turn, (asked, text) in enumerate(zip(one["turns"], one["answers"], strict=True), 1):
+                    found.setdefault(f"{task} {one['question']}, turn {turn}: {asked}", []).append((name, text))
     return list(found.items())
 
 

@@ -137,6 +137,18 @@ def test_a_turn_stands_after_the_answers_to_those_before_it() -> None:
     assert seen == [(['[{"role": "user", "content": "Sing."}]'], [])]
 
 
+def test_conversations_are_in_the_report() -> None:
+    from nemo_minitron.report.tables import benchmark_table, generations
+
+    talk = {"question": 91, "turns": ["Be Ann.", "And now?"], "answers": ["hm", "later"]}
+    model = {"harness": {"mtbench_roleplay": {"metrics": {}, "samples": 1, "answers": [talk]}}}
+    evaluation = {"models": {"teacher": model, "plain": {}, "student": model}}
+    both = [("teacher", "hm"), ("student", "hm")]
+    assert generations(evaluation)[0] == ("mtbench_roleplay 91, turn 1: Be Ann.", both)
+    assert [prompt for prompt, _ in generations(evaluation)][1] == "mtbench_roleplay 91, turn 2: And now?"
+    assert benchmark_table(SimpleNamespace(), evaluation) is None  # type: ignore[arg-type]
+
+
 def lines(*records: Any) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 

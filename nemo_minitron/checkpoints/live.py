@@ -47,9 +47,7 @@ def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parame
             yield name, parameter
 
 
-def load_into(
-    chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups, *, skip: Sequence[str] = ()
-) -> None:
+def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups, *, skip: Sequence[str] = ()) -> None:
     """Fill this rank's chunks with its shard of ``checkpoint``, in the chunks' own dtype.
 
     Each tensor is read whole and cut by :func:`nemo_minitron.axes.shard_rows`, so a rank holds one global tensor beside
@@ -95,7 +93,8 @@ def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
     """This tensor-parallel rank's rows of the output layer (of tied embeddings, of the embedding), with padding rows.
 
     Returns:
-        ``[V/tp, H]`` in the stored dtype, the vocabulary padded as :func:`nemo_minitron.runtime.model.build_model` does.
+        ``[V/tp, H]`` in the stored dtype, the vocabulary padded as in
+        :func:`nemo_minitron.runtime.model.build_model`.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read.

@@ -137,9 +137,9 @@ def _settings(runs: list[Run], labels: list[str]) -> Table | None:
         values = [flat.get(key, "–") for flat in found]
         if len(set(values)) > 1 and all(key.split(".")[0] in names for names in there):
             rows.append([key, *values])
-    for stage in dict.fromkeys(stage.name for run in runs for stage in run.stages):
-        if any(stage not in names for names in there):
-            rows.append([stage, *("there" if stage in names else "–" for names in there)])
+    for name in dict.fromkeys(stage.name for run in runs for stage in run.stages):
+        if any(name not in names for names in there):
+            rows.append([name, *("there" if name in names else "–" for names in there)])
     return Table("Settings that differ", ["setting", *labels], rows, ["" for _ in rows]) if rows else None
 
 

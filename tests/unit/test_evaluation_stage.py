@@ -135,7 +135,9 @@ def test_benchmarks_that_cannot_be_run_are_refused(tmp_path: Path, monkeypatch: 
         "tasks: a is given twice",
     ]
     assert "no tasks are named" in HarnessConfig(include_path="tasks").faults()[0]
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    # Its modules too: another test may have imported them.
+    for name in ["lm_eval", *(one for one in sys.modules if one.startswith("lm_eval."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "nemo_minitron.evaluation.harness", raising=False)
     config = make_config(tmp_path, {}, harness=HarnessConfig(tasks=["arc_easy"]))
     with pytest.raises(MissingDependency, match="pip install lm-eval"):

@@ -115,7 +115,7 @@ class AttributeScorer:
 
         self.checkpoint: Checkpoint = open_checkpoint(attribute_model.model)
         # The last token's state is needed whole, so the sequence is not split, whatever the layout says.
-        groups = dataclasses.replace(groups, layout=dataclasses.replace(groups.layout, sequence_parallel=False))
+        groups = groups.without_sequence_parallel()
         self.schema, self.template, self.groups = attribute_model.schema, attribute_model.template, groups
         shape = self.checkpoint.shape
         if attribute_model.weight.shape[1] != shape.hidden_size:

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
 from nemo_aligner.algorithms.dpo import DPOTrainer, dpo_custom_collate
 from nemo_aligner.data.nlp.builders import identity_collate
 from nemo_aligner.models.nlp.gpt.megatron_gpt_dpo_model import MegatronGPTDPOModel
-from nemo_aligner.utils.utils import configure_batch_sizes, retrieve_model_state_dict_in_cpu
+from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.pairs import Pair, Pairs, preference_statistics
 from nemo_minitron.alignment.session import Session, fill, last_checkpoint, open_session
 from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.files import replace_file
@@ -63,25 +63,8 @@ class Preferences:
         }
 
 
-class DpoModel(FiniteLoss, MegatronGPTDPOModel):
+class DpoModel(FiniteLoss, ValidationBatches, MegatronGPTDPOModel):
     """Aligner's, which stops at a loss that is not finite and may validate on batches of another size."""
-
-    def prepare_for_validation_step(self) -> None:
-        """As ``GPTSFTModel`` does."""
-        super().prepare_for_validation_step()
-        self._configure(self.cfg.data.validation_ds)
-
-    def finish_validation_step(self) -> None:
-        """Back to the batches of training."""
-        super().finish_validation_step()
-        self._configure(self.cfg.data.train_ds)
-
-    def _configure(self, batches: Any) -> None:
-        configure_batch_sizes(
-            mbs=batches.micro_batch_size,
-            gbs=batches.global_batch_size,
-            dp=parallel_state.get_data_parallel_world_size(),
-        )
 
 
 def train_dpo(

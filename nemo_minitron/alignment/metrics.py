@@ -12,10 +12,10 @@ from typing import IO, Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nemo_minitron.errors import NonFiniteError
-from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.files import read_json_lines, replace_file
 from nemo_minitron.runtime.progress import Advance, progress_bar
 
-__all__ = ["FiniteLoss", "MetricsLog", "read_metrics"]
+__all__ = ["FiniteLoss", "MetricsLog"]
 
 
 class FiniteLoss:
@@ -64,7 +64,7 @@ class MetricsLog:
         if writes:
             path = directory / "metrics.jsonl"
             directory.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read_metrics(path) if line["step"] <= done] if done else []
+            kept = [line for line in read_json_lines(path) if line["step"] <= done] if done else []
             replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = self._stack.enter_context(path.open("a", buffering=1))
             self._board = TensorBoardLogger(save_dir=str(directory), name="tensorboard", version="")
@@ -94,15 +94,3 @@ class MetricsLog:
         if self._board is not None:
             self._board.finalize("success")
         self._stack.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
-    found = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return found

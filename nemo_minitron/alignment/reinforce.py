@@ -99,7 +99,7 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
         """
         self._rollouts = rollouts
         # Aligner switches sequence parallelism off while the model answers.
-        self._groups = replace(groups, layout=replace(groups.layout, sequence_parallel=False))
+        self._groups = groups.without_sequence_parallel()
         self._request = 0
         self.answers: list[Answer] = []
 

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.models.nlp.gpt.megatron_gpt_regression_reward_model import MegatronGPTRegressionRewardModel
-from nemo_aligner.utils.utils import configure_batch_sizes
 from omegaconf import open_dict
 from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.session import Session, last_checkpoint, open_session
 from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.torch_dist import TorchDist
 from nemo_minitron.data.attributes import AttributeSchema
@@ -88,27 +87,10 @@ def collate(batch: list[ScoredSample]) -> dict[str, torch.Tensor]:
     }
 
 
-class AttributeRewardModel(FiniteLoss, MegatronGPTRegressionRewardModel):  # type: ignore[misc]
+class AttributeRewardModel(FiniteLoss, ValidationBatches, MegatronGPTRegressionRewardModel):  # type: ignore[misc]
     """Aligner's model on batches of any length (it would send stage to stage tensors of the longest one), which may
     validate on batches of another size.
     """
-
-    def prepare_for_validation_step(self) -> None:
-        """As ``GPTSFTModel`` does."""
-        super().prepare_for_validation_step()
-        self._configure(self.cfg.data.validation_ds)
-
-    def finish_validation_step(self) -> None:
-        """Back to the batches of training."""
-        super().finish_validation_step()
-        self._configure(self.cfg.data.train_ds)
-
-    def _configure(self, batches: Any) -> None:
-        configure_batch_sizes(
-            mbs=batches.micro_batch_size,
-            gbs=batches.global_batch_size,
-            dp=parallel_state.get_data_parallel_world_size(),
-        )
 
     def get_loss_and_metrics(self, batch: dict[str, torch.Tensor], forward_only: bool) -> tuple[float, dict[str, Any]]:
         """As Aligner's.

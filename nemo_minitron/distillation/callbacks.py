@@ -17,6 +17,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_minitron.distillation.balance import LOGITS
 from nemo_minitron.distillation.guards import largest
+from nemo_minitron.runtime.files import read_json_lines, replace_file
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.progress import Advance, progress_bar
 
@@ -66,10 +67,8 @@ class StepMetrics(pl.Callback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A validation that is due now is made again.
-        kept = [line for line in _lines(self.path) if line["step"] + ("split" in line) <= trainer.global_step]
-        aside = self.path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(self.path)
+        kept = [line for line in read_json_lines(self.path) if line["step"] + ("split" in line) <= trainer.global_step]
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", buffering=1)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -213,15 +212,3 @@ def _peak_memory() -> int:
 def _parts(module: Any) -> dict[str, float]:
     """The intermediate losses of the step that just ended, and their weight; empty where there are none."""
     return {name: value for name, value in module.balance.means.items() if name != LOGITS}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
-    found = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return found

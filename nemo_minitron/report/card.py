@@ -23,7 +23,7 @@ def card_content(run: Run, title: str, *, base_model: str | None, license_name: 
         base_model: the Hub's name of the teacher, for the front matter.
         license_name: the Hub's name of the license.
     """
-    small = _made(run)
+    small = run.small
     if small is None:
         return None
     teacher = run.teacher
@@ -34,7 +34,6 @@ def card_content(run: Run, title: str, *, base_model: str | None, license_name: 
     if results := _results(run, small):
         front["model-index"] = [{"name": title, "results": results}]
     less = f", {1 - small.parameters / teacher.parameters:.0%} fewer than its teacher" if teacher else ""
-    trained = sum(curve.train[-1].get("tokens", 0) for curve in run.curves if curve.train)
     return {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "title": title,
@@ -43,15 +42,10 @@ def card_content(run: Run, title: str, *, base_model: str | None, license_name: 
         "shapes": tables.shape_table(run),
         "training": [_training(stage) for stage in run.stages if "steps" in stage.config],
         "evaluations": [{"table": tables.loss_table(run, found)} for _, found in run.evaluations],
-        "tokens": f"{trained:,}",
+        "tokens": f"{run.trained_tokens:,}",
         "lineage": lineage_table(run),
         "versions": tables.versions(run),
     }
-
-
-def _made(run: Run) -> Model | None:
-    """The last model that is not the teacher, trained ones first."""
-    return next((m for role in ("distilled", "pruned") for m in reversed(run.models) if m.role == role), None)
 
 
 def _training(stage: Any) -> str:

@@ -19,7 +19,7 @@ from nemo_minitron.shape import Architecture, ModelShape
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Curve", "Model", "Run", "ScoreSet", "StageRun", "collect"]
+__all__ = ["Curve", "Model", "Run", "ScoreSet", "StageRun", "collect", "stage_of"]
 
 #: What a model is to the run; it decides names and colours.
 ROLES = ("teacher", "pruned", "random", "distilled", "other")
@@ -141,6 +141,16 @@ class Run:
         """The unpruned model."""
         return next((model for model in self.models if model.role == "teacher"), None)
 
+    @property
+    def small(self) -> Model | None:
+        """The last model that was made smaller; distilled ones first."""
+        return next((m for role in ("distilled", "pruned") for m in reversed(self.models) if m.role == role), None)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of all trainings together."""
+        return sum(curve.train[-1].get("tokens", 0) for curve in self.curves if curve.train)
+
 
 def collect(directory: str | Path) -> Run:
     """Read a run directory.
@@ -166,7 +176,7 @@ def collect(directory: str | Path) -> Run:
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():
-            origin = _stage_of(model["path"], run)
+            origin = stage_of(model["path"], run)
             run.roles.setdefault(name, "other" if origin is None else _role(origin))
             if origin is not None:
                 run.origins.setdefault(name, origin.config)
@@ -208,7 +218,7 @@ def _json(path: Path, run: Run) -> Any:
         return None
 
 
-def _stage_of(path: str, run: Run) -> StageRun | None:
+def stage_of(path: str, run: Run) -> StageRun | None:
     """The stage that wrote ``path``: its output is the path or holds it.
 
     Both as they were written down at the time, so that a run that was moved since is still understood.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import DataError
-from nemo_minitron.report.collect import Model, Run, collect
+from nemo_minitron.report.collect import Run, collect
 from nemo_minitron.report.plots import Figure, Theme, clean, draw_figure
 from nemo_minitron.report.tables import Table, count, duration, recoveries
 
@@ -74,19 +74,14 @@ def _labels(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _small(run: Run) -> Model | None:
-    """The model that a run ends with."""
-    return next((m for role in ("distilled", "pruned") for m in reversed(run.models) if m.role == role), None)
-
-
 def _overview(runs: list[Run], labels: list[str]) -> Table:
     rows = []
     for label, run in zip(labels, runs, strict=True):
-        small, teacher = _small(run), run.teacher
+        small, teacher = run.small, run.teacher
         best = {name: value for _, found in run.evaluations for name, value in found["models"].items()}
         loss = next((best[name]["loss"] for name in best if run.roles.get(name) == "distilled"), None)
         won = [recovery.share for _, found in run.evaluations for recovery in recoveries(run, found)]
-        tokens = sum(curve.train[-1].get("tokens", 0) for curve in run.curves if curve.train)
+        tokens = run.trained_tokens
         rows.append(
             [
                 label,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_minitron.report.collect import Run, StageRun
+from nemo_minitron.report.collect import Run, stage_of
 from nemo_minitron.report.tables import Table
 
 __all__ = ["lineage_table"]
@@ -26,10 +26,7 @@ def lineage_table(run: Run) -> Table:
 
 def _name(path: str, run: Run) -> str:
     """The stage that wrote ``path`` and what of it, or the path's last part."""
-    place = Path(path).absolute()
-    owner: StageRun | None = next(
-        (s for s in run.stages if place.is_relative_to(Path(s.config["output"]).absolute())), None
-    )
+    place, owner = Path(path).absolute(), stage_of(path, run)
     if owner is None:
         return place.name
     rest = place.relative_to(Path(owner.config["output"]).absolute())

@@ -1,11 +1,13 @@
-"""Small files that appear under their name whole or not at all."""
+"""Small files that appear under their name whole or not at all, and lines that a kill may have cut off."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replace_file"]
+__all__ = ["read_json_lines", "replace_file"]
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -16,3 +18,15 @@ def replace_file(path: Path, content: str | bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file up to its first line that is not whole; none where there is no file."""
+    found = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return found

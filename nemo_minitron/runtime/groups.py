@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Groups:
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     model: dist.ProcessGroup
+
+    def without_sequence_parallel(self) -> Groups:
+        """The same groups for a model whose sequences are not split: their lengths are no multiples of tp."""
+        return replace(self, layout=replace(self.layout, sequence_parallel=False))
 
     @property
     def tp_rank(self) -> int:

@@ -34,6 +34,7 @@ import psutil
 
 from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
 __all__ = [
@@ -130,10 +131,7 @@ def _is_alive(pid: int, born: float) -> bool:
 
 def save_result(folder: Path, result: RankResult) -> None:
     """Write a rank's result, whole or not at all."""
-    path = folder / f"rank-{result.rank}.json"
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(asdict(result), default=str))
-    aside.replace(path)
+    replace_file(folder / f"rank-{result.rank}.json", json.dumps(asdict(result), default=str))
 
 
 def failure(rank: int, error: BaseException) -> RankResult:
@@ -215,7 +213,7 @@ def job_folder() -> Path:
 def clear_folder(folder: Path) -> None:
     """Remove what an earlier job left; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("rank-*.log", "rank-*.json", "rank-*.partial", "rank-*.stoppable", "launcher.log"):
+    for pattern in ("rank-*.log", "rank-*.json", ".rank-*.partial.*", "rank-*.stoppable", "launcher.log"):
         for stale in folder.glob(pattern):
             stale.unlink()
     shutil.rmtree(folder / "nemo_run", ignore_errors=True)

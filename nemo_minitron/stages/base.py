@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from nemo_minitron.axes import Family, family
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, PreemptedError
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = [
@@ -380,9 +381,7 @@ def write_record(
     }
     path = record_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    aside.replace(path)
+    replace_file(path, json.dumps(record, indent=2, default=str) + "\n")
     return record
 
 

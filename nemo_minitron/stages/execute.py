@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.runtime.launch import launch
+from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.launch import RankResult, launch
 from nemo_minitron.stages.base import check_output, set_aside, write_record
 
-__all__ = ["job_folder_of", "run_stage"]
+__all__ = ["job_folder_of", "record_job", "run_stage", "write_settings"]
 
 
 def job_folder_of(config: StageConfig) -> Path:
@@ -43,11 +44,8 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     if not getattr(config, "resume", False):
         check_output(config.output, config.overwrite)
     folder = job_folder_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    clock = time.monotonic()
+    write_settings(config, folder)
+    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     with set_aside(config):
         results = launch(
             "nemo_minitron.stages.worker",
@@ -58,12 +56,31 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
             timeout_minutes=config.runtime.timeout_minutes,
             on_output=on_output,
         )
-        return write_record(
-            config.output,
-            stage,
-            config,
-            metrics=results[0].metrics,
-            seconds=time.monotonic() - clock,
-            peak_rss_bytes=max(result.peak_rss_bytes for result in results),
-            started=started,
-        )
+        return record_job(config, results, started=started, seconds=time.monotonic() - clock)
+
+
+def write_settings(config: StageConfig, folder: Path) -> None:
+    """Write the ``config.yaml`` that the ranks of a job read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    replace_file(folder / "config.yaml", settings)
+
+
+def record_job(config: StageConfig, results: Sequence[RankResult], *, started: str, seconds: float) -> dict[str, Any]:
+    """Write the record of a stage whose ranks have all ended well.
+
+    Args:
+        config: of the stage.
+        results: of its ranks.
+        started: ISO time.
+        seconds: wall time.
+    """
+    return write_record(
+        config.output,
+        config.STAGE,
+        config,
+        metrics=results[0].metrics,
+        seconds=seconds,
+        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        started=started,
+    )

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from nemo_minitron.config import PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.base import config_hash, hashed_settings, human_bytes, parents, read_record
 from nemo_minitron.stages.execute import job_folder_of, run_stage
 
@@ -157,9 +158,7 @@ def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageCon
         "stages": [{"name": s.name, "stage": s.STAGE, "output": s.output} for s in stages],
         "configs": {s.name: dataclasses.asdict(s) for s in stages},
     }
-    aside = folder / ".pipeline.json.partial"
-    aside.write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-    aside.replace(folder / "pipeline.json")
+    replace_file(folder / "pipeline.json", json.dumps(manifest, indent=2, default=str) + "\n")
 
 
 def _run(config: StageConfig, line: _Line) -> dict[str, Any]:

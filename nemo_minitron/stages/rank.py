@@ -19,7 +19,8 @@ from pathlib import Path
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
-from nemo_minitron.stages.base import set_aside, write_record
+from nemo_minitron.stages.base import set_aside
+from nemo_minitron.stages.execute import record_job
 from nemo_minitron.stages.pipeline import ready
 
 __all__ = ["main"]
@@ -117,15 +118,7 @@ def _record(config: StageConfig, folder: Path, world: int, started: str, clock: 
     except Exception as error:
         print(f"minitron: {error}", file=sys.stderr)
         return 2 if isinstance(error, MinitronError) else 1
-    write_record(
-        config.output,
-        config.STAGE,
-        config,
-        metrics=results[0].metrics,
-        seconds=time.monotonic() - clock,
-        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
-        started=started,
-    )
+    record_job(config, results, started=started, seconds=time.monotonic() - clock)
     return 0
 
 

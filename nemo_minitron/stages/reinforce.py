@@ -51,12 +51,12 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.alignment.export import save_trained
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.reinforce import Rollouts, train_reinforce
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.templates import choose_template, end_ids
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.generation import Sampling
+    from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.model)
@@ -103,7 +103,7 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
     )
     if torch.distributed.get_rank() != 0:
         return {}
-    lines = read_metrics(output / "metrics.jsonl")
+    lines = read_json_lines(output / "metrics.jsonl")
     steps = [line for line in lines if "split" not in line]
     validations = [line for line in lines if line.get("split") == "validation"]
     done = {"steps": steps[-1]["step"], "prompts": len(prompts), "held_out": len(held_out)}

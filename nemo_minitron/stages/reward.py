@@ -49,10 +49,10 @@ def run(config: RewardConfig) -> dict[str, Any]:
 
     from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model, save_attribute_model
     from nemo_minitron.alignment.export import save_trained
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.reward import read_head, train_reward
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.labelled import labelled_chats, schema_of
+    from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout, current
 
     source = open_checkpoint(config.model)
@@ -92,7 +92,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     scores = scorer.scores([sample.ids for sample in held_out], micro_batch_size=config.micro_batch_size)
     if not groups.is_main:
         return {}
-    lines = read_metrics(output / "metrics.jsonl")
+    lines = read_json_lines(output / "metrics.jsonl")
     validations = [line for line in lines if line.get("split") == "validation"]
     return {
         "steps": max((line["step"] for line in lines), default=0),

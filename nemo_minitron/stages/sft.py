@@ -44,8 +44,8 @@ def run(config: SftConfig) -> dict[str, Any]:
     held_out, _ = _samples(config, checkpoint, chats[1])
 
     from nemo_minitron.alignment.export import save_trained
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.sft import train_sft
+    from nemo_minitron.runtime.files import read_json_lines
 
     output = Path(config.output)
     last = train_sft(
@@ -60,7 +60,7 @@ def run(config: SftConfig) -> dict[str, Any]:
     )
     if torch.distributed.get_rank() != 0:
         return {}
-    lines = read_metrics(output / "metrics.jsonl")
+    lines = read_json_lines(output / "metrics.jsonl")
     validations = [line["loss"] for line in lines if line.get("split") == "validation"]
     done = {
         "steps": max(line["step"] for line in lines),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +42,11 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.alignment.export import save_trained
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.steerlm2 import train_steerlm2
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.templates import choose_template
     from nemo_minitron.data.tokenizer import load_tokenizer
+    from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
 
     source = open_checkpoint(config.model)
@@ -69,7 +68,7 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
     )
     if torch.distributed.get_rank() != 0:
         return {}
-    lines = read_metrics(output / "metrics.jsonl")
+    lines = read_json_lines(output / "metrics.jsonl")
     validations = [line for line in lines if line.get("split") == "validation"]
     done = {"steps": max(line["step"] for line in lines), "prompts": len(train), "held_out": len(held_out)}
     return {
@@ -177,7 +176,7 @@ class _Sampler:
                 f"{self.source.shape.vocab_size}; name a base model with the same tokenizer"
             )
         # Lengths are those of the answers: no multiples of the tensor-parallel size.
-        groups = replace(groups, layout=replace(groups.layout, sequence_parallel=False))
+        groups = groups.without_sequence_parallel()
         chunks = build_model(base.shape, base.architecture, groups)
         load_into(chunks, base, groups)
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

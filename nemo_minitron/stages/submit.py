@@ -18,13 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from rich.console import Console
 
 from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.stages.base import PlannedPath
-from nemo_minitron.stages.execute import job_folder_of
+from nemo_minitron.stages.execute import job_folder_of, write_settings
 from nemo_minitron.stages.pipeline import ready, write_manifest
 
 if TYPE_CHECKING:
@@ -149,9 +148,7 @@ def submit(
 
 def _write(job: Job) -> None:
     """What the ranks read."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_dump(dataclasses.asdict(job.config), sort_keys=False, allow_unicode=True)
-    (job.folder / "config.yaml").write_text(settings, encoding="utf-8")
+    write_settings(job.config, job.folder)
     (job.folder / "job.json").write_text(json.dumps({"stage": job.config.STAGE, "overwrite": job.overwrite}) + "\n")
 
 

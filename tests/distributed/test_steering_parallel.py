@@ -48,11 +48,11 @@ def samples(count: int, seed: int) -> list[Any]:
 def train(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
     """Train the attribute model; metrics by step, its head, its predictions by NeMo-Aligner and by ours."""
     from nemo_minitron.alignment.attribute_model import AttributeModel, AttributeScorer
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.reward import read_head, train_reward
     from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.attributes import AttributeSchema
+    from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout, current
 
     schema, parallel = AttributeSchema("own", SCHEMA, 4), ParallelLayout(**layout)
@@ -71,7 +71,7 @@ def train(model: str, out: str, layout: dict[str, int], dies_after: int | None =
         )  # fmt: skip
     except Killed:
         return {"killed": True}
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = read_json_lines(directory / "metrics.jsonl")
     weight, bias = read_head(last)
     groups = current(parallel)
     trained = AttributeModel(Path(model), schema, "own", False, weight, bias)
@@ -130,11 +130,11 @@ def gradients(model: str, out: str) -> dict[str, Any]:
 
 def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
     """REINFORCE by a rule: a point for an even first token, and a little for a short answer."""
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.reinforce import Prompt, Rollouts, train_reinforce
     from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.generation import Sampling
+    from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
 
     seen: list[Any] = []
@@ -163,7 +163,7 @@ def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | No
         )  # fmt: skip
     except Killed:
         return {"killed": True}
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = read_json_lines(directory / "metrics.jsonl")
     names = ("loss", "reward", "rewards_with_kl", "kl", "ended")
     return {
         "lines": {line["step"]: {name: line[name] for name in names} for line in lines if "split" not in line},
@@ -196,10 +196,10 @@ def responses(count: int, seed: int) -> list[Any]:
 
 def steerlm2(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
     """SteerLM 2 on given answers."""
-    from nemo_minitron.alignment.metrics import read_metrics
     from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.alignment.steerlm2 import train_steerlm2
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
 
     schedule = Schedule(
@@ -209,7 +209,7 @@ def steerlm2(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
         open_checkpoint(model), 8, 4, lambda chunks, groups: (responses(8, 1), responses(8, 1)[:4]),
         layout=ParallelLayout(**layout), schedule=schedule, directory=Path(out) / "steerlm2", max_length=32,
     )  # fmt: skip
-    lines = read_metrics(Path(out) / "steerlm2" / "metrics.jsonl")
+    lines = read_json_lines(Path(out) / "steerlm2" / "metrics.jsonl")
     return {
         part: {line["step"]: {name: line[name] for name in ("loss", "distance")} for line in lines
                if ("split" in line) is (part == "validation")}

@@ -20,7 +20,7 @@ from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import set_aside
-from nemo_minitron.stages.execute import record_job
+from nemo_minitron.stages.execute import record_job, write_settings
 from nemo_minitron.stages.pipeline import ready
 
 __all__ = ["main"]
@@ -89,6 +89,8 @@ def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: conte
         found = ready(config, overwrite)
         if found is not None:
             replaced.enter_context(set_aside(found))
+            if not getattr(found, "resume", False):  # one that resumes begins with nothing, and goes on if requeued
+                write_settings(found, folder)
     except MinitronError as error:
         save_result(folder, failure(0, error))
         return f"refused: {error}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.stages.base import check_output, read_record
+from nemo_minitron.stages.base import read_record
 from nemo_minitron.stages.execute import run_stage
 from nemo_minitron.stages.pipeline import ready
 
@@ -29,8 +27,6 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
         record = read_record(stage.output)
         assert record is not None  # that is what "done" means
         return record
-    if todo.overwrite and Path(todo.output).exists():
-        shutil.rmtree(check_output(todo.output, overwrite=True))
     return run_stage(todo, _show)
 
 

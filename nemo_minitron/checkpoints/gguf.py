@@ -6,6 +6,8 @@ A converter and not a door: transformers dequantizes the whole model at once, so
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +72,7 @@ def convert_gguf(
         raise CheckpointError(
             f"{source}: architecture {fields['general.architecture']!r} is not supported; supported: 'llama'"
         )
-    with write_aside(target, overwrite=overwrite) as partial:
+    with write_aside(target, overwrite=overwrite) as partial, _parsed_once(source):
         partial.mkdir(parents=True)
         _write_model(source, partial, dtype)
         _write_tokenizer(source, partial, fields)
@@ -97,6 +99,28 @@ def _fields(source: Path) -> dict[str, Any]:
     except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{source} is truncated or damaged ({error}); fetch it again") from error
     return found
+
+
+@contextmanager
+def _parsed_once(source: Path) -> Iterator[None]:
+    """Within it transformers' four readings of the header share one: each costs seconds for a real vocabulary."""
+    import gguf
+
+    original: Any = gguf.GGUFReader
+    kept: list[Any] = []
+
+    def reader(path: str | Path, mode: str = "r") -> Any:
+        if Path(path).resolve() != source.resolve():
+            return original(path, mode)
+        if not kept:
+            kept.append(original(path, mode))
+        return kept[0]
+
+    gguf.GGUFReader = reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def _write_model(source: Path, directory: Path, dtype: str) -> None:

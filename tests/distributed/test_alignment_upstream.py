@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.distributed import free_ports
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = (
@@ -36,9 +36,7 @@ def test_aligners_own_tests_pass_on_two_processes(tmp_path: Path) -> None:
     spec = find_spec("nemo_aligner")
     assert spec is not None and spec.origin is not None
     package = Path(spec.origin).parent
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "support.aligner_plugin", "-p", "no:cacheprovider",
         "-c", os.devnull, "--rootdir", str(tmp_path), *(str(package / name) for name in FILES),

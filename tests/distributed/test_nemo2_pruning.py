@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import tiny_hf_model
-from support.distributed import run_distributed
+from support.distributed import next_port, run_distributed
 
 from nemo_minitron.axes import KeptUnits
 
@@ -112,9 +111,8 @@ def train(
         for one in trainer.strategy.optimizers[0].mcore_optimizer.chained_optimizers
         for entry in one.optimizer.state.values()
     )
-    # The next training of these processes meets at another port: this one's store may not be gone everywhere.
     destroy()
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    next_port()
     return {"losses": losses, "held": held, "moments": moments}
 
 

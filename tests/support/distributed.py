@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,9 +21,35 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_distributed"]
+__all__ = ["free_ports", "next_port", "run_distributed"]
 
 TESTS = Path(__file__).resolve().parents[1]
+SPARE_PORTS = 6
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, below those that the kernel gives to outgoing connections."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"{count} free ports are needed, {len(found)} were found")
+
+
+def next_port() -> None:
+    """In every process of :func:`run_distributed`: meet at another port in the next process group of the same life.
+
+    The store of the last one may not be gone everywhere.
+    """
+    spare = os.environ["SPARE_PORTS"].split()
+    os.environ["MASTER_PORT"] = spare.pop(0)
+    os.environ["SPARE_PORTS"] = " ".join(spare)
 
 
 def run_distributed(
@@ -36,9 +63,7 @@ def run_distributed(
     out = tmp_path / f"{function.__name__}-{world}-{time.monotonic_ns()}"
     out.mkdir(parents=True)
     torch.save(kwargs, out / "kwargs.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, *spare = free_ports(1 + SPARE_PORTS)
     processes = []
     for rank in range(world):
         env = dict(
@@ -49,6 +74,7 @@ def run_distributed(
             LOCAL_WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            SPARE_PORTS=" ".join(map(str, spare)),
             OMP_NUM_THREADS="1",
             PYTHONPATH=os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         )

@@ -6,8 +6,6 @@ A converter and not a door: transformers dequantizes the whole model at once, so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +70,10 @@ def convert_gguf(
         raise CheckpointError(
             f"{source}: architecture {fields['general.architecture']!r} is not supported; supported: 'llama'"
         )
-    with write_aside(target, overwrite=overwrite) as partial, _parsed_once(source):
+    with write_aside(target, overwrite=overwrite) as partial:
         partial.mkdir(parents=True)
-        _write_model(source, partial, dtype)
-        _write_tokenizer(source, partial, fields)
+        content = _write_model(source, partial, dtype)
+        _write_tokenizer(content, partial, fields)
     checkpoint = open_checkpoint(target)
     assert checkpoint.tokenizer is not None
     check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
@@ -101,29 +99,8 @@ def _fields(source: Path) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def _parsed_once(source: Path) -> Iterator[None]:
-    """Within it transformers' four readings of the header share one: each costs seconds for a real vocabulary."""
-    import gguf
-
-    original: Any = gguf.GGUFReader
-    kept: list[Any] = []
-
-    def reader(path: str | Path, mode: str = "r") -> Any:
-        if Path(path).resolve() != source.resolve():
-            return original(path, mode)
-        if not kept:
-            kept.append(original(path, mode))
-        return kept[0]
-
-    gguf.GGUFReader = reader
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = original
-
-
-def _write_model(source: Path, directory: Path, dtype: str) -> None:
+def _write_model(source: Path, directory: Path, dtype: str) -> dict[str, Any]:
+    """Write weights and configuration; return what transformers reads of the header: configuration and tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -132,8 +109,8 @@ def _write_model(source: Path, directory: Path, dtype: str) -> None:
 
     # ``from_pretrained(gguf_file=...)`` is these two calls; it also wants accelerate, and its model refuses to be saved
     try:
-        content = load_gguf_checkpoint(str(source), return_tensors=False)["config"]
-        shape, architecture = from_hf(content | {"architectures": ["LlamaForCausalLM"]}, source)
+        content = load_gguf_checkpoint(str(source), return_tensors=False)
+        shape, architecture = from_hf(content["config"] | {"architectures": ["LlamaForCausalLM"]}, source)
         # GGUF stores the epsilon as float32: 9.99999974e-06 was written as 1e-05
         architecture = dataclasses.replace(architecture, norm_epsilon=float(f"{architecture.norm_epsilon:.6g}"))
         config = to_hf(shape, architecture, dtype=dtype)
@@ -149,16 +126,19 @@ def _write_model(source: Path, directory: Path, dtype: str) -> None:
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     model.to(torch_dtype(dtype)).save_pretrained(directory, max_shard_size="2GB")
+    return content
 
 
-def _write_tokenizer(source: Path, directory: Path, fields: dict[str, Any]) -> None:
+def _write_tokenizer(content: dict[str, Any], directory: Path, fields: dict[str, Any]) -> None:
     """The tokenizer by transformers, with what its conversion loses put back from the header."""
     from tokenizers import pre_tokenizers, processors
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
+    from transformers.integrations.ggml import convert_gguf_tokenizer
 
-    backend = AutoTokenizer.from_pretrained(
-        source.parent, gguf_file=source.name, local_files_only=True
-    ).backend_tokenizer
+    # ``from_pretrained(gguf_file=...)`` is this; it also parses the header twice more, seconds for a real vocabulary
+    converted, named = convert_gguf_tokenizer(content["config"]["model_type"], content["tokenizer"])
+    settings = content["tokenizer_config"] | named
+    backend = LlamaTokenizerFast(tokenizer_object=converted, **settings).backend_tokenizer
     if fields["tokenizer.ggml.pre"] in DIGIT_SPLITTERS:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -36,6 +36,7 @@ __all__ = [
     "config_hash",
     "human_bytes",
     "human_count",
+    "own_output",
     "peek_architecture",
     "peek_family",
     "peek_shape",
@@ -241,7 +242,9 @@ def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def set_aside(config: StageConfig) -> Iterator[None]:
-    """Around a stage that goes on from what its output holds, and is to make that anew (``overwrite``).
+    """Around a stage that can go on from what its output holds (it has a ``resume``), and is to make that anew.
+
+    This is all there is to ``overwrite`` of such a stage: it does not look at it itself.
 
     What is there is moved to ``.<name>.replaced``, and removed when the block ends well. What a stage refuses costs
     nothing: the old output comes back. A stage that fails otherwise, or is killed, can be gone on with; the old
@@ -252,7 +255,8 @@ def set_aside(config: StageConfig) -> Iterator[None]:
     """
     path = Path(config.output)
     old = path.with_name(f".{path.name}.replaced")
-    moved = bool(getattr(config, "resume", False)) and config.overwrite and path.is_dir() and any(path.iterdir())
+    resumes = hasattr(config, "resume")  # also where it is off: other stages replace their output by stage_output
+    moved = resumes and config.overwrite and path.is_dir() and any(path.iterdir())
     if moved:
         if not any((path / part).exists() for part in ("checkpoints", "metrics.jsonl")):
             check_output(path, overwrite=True)
@@ -267,8 +271,24 @@ def set_aside(config: StageConfig) -> Iterator[None]:
             shutil.rmtree(path, ignore_errors=True)
             old.rename(path)
         raise
-    if getattr(config, "resume", False):
+    if resumes:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def own_output(config: StageConfig) -> Path:
+    """The output directory of a stage that resumes, there and marked as ours. One rank calls it.
+
+    ``overwrite`` is no matter of the stage: :func:`set_aside` has emptied the place.
+
+    Raises:
+        ConfigError: for a directory that is not ours, or for any that is there where ``resume`` is off.
+    """
+    output = Path(config.output)
+    if not ((output / MARKER).exists() and getattr(config, "resume", False)):
+        check_output(output, overwrite=False)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+    return output
 
 
 def record_path(output: str | Path) -> Path:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -17,9 +21,14 @@ __all__ = ["checked", "run_in_place"]
 
 C = TypeVar("C", bound=StageConfig)
 
+#: Of this process; every rank of a job runs the same.
+_STAGES = itertools.count()
+
 
 def run_in_place(config: StageConfig) -> dict[str, Any]:
     """Run a stage on every process that an executor started; what ``minitron <stage>`` does in processes of its own.
+
+    Also what ``overwrite`` means is the same: see :func:`~nemo_minitron.stages.base.set_aside`.
 
     Args:
         config: of the stage; as many processes as its layout has must run.
@@ -37,10 +46,43 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     config = checked(config)
     started = time.monotonic()
     set_up(config)
-    metrics: dict[str, Any] = stage_module(config.STAGE).run(config)
-    if metrics:
-        write_record(config.output, config.STAGE, config, metrics, time.monotonic() - started)
+    with _set_aside(config):
+        metrics: dict[str, Any] = stage_module(config.STAGE).run(config)
+        if metrics:
+            write_record(config.output, config.STAGE, config, metrics, time.monotonic() - started)
     return metrics
+
+
+@contextlib.contextmanager
+def _set_aside(config: StageConfig) -> Iterator[None]:
+    """Rank 0 looks at the output, and sets it aside; no other begins before it has."""
+    from nemo_minitron.stages.base import check_output, set_aside
+
+    # As for the process groups: a process that no launcher started is a world of one.
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    resumed = bool(getattr(config, "resume", False)) and not config.overwrite
+    store, key = None, f"minitron/stage-{next(_STAGES)}"  # what rank 0 says of the output: nothing, or why it refuses
+    if world > 1 and not resumed:
+        from torch.distributed import rendezvous
+
+        # The process group meets there too, later: the store is kept until then, and has room for both.
+        store, *_ = next(rendezvous("env://"))
+    with contextlib.ExitStack() as replaced:
+        if rank == 0:
+            try:
+                if not resumed:
+                    check_output(config.output, config.overwrite)
+                replaced.enter_context(set_aside(config))
+            except ConfigError as error:
+                if store is not None:
+                    store.set(key, str(error))
+                raise
+        if store is not None:
+            if rank == 0:
+                store.set(key, "")
+            elif refusal := store.get(key).decode():
+                raise ConfigError(refusal)
+        yield
 
 
 def checked(config: C) -> C:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import LabelConfig
 from nemo_minitron.runtime.files import replace_file
-from nemo_minitron.stages.base import PlannedPath, StagePlan
+from nemo_minitron.stages.base import PlannedPath, StagePlan, own_output
 from nemo_minitron.stages.chats import shorter, tokens_of
-from nemo_minitron.stages.steering import chat_inputs, own_output, plan_layout
+from nemo_minitron.stages.steering import chat_inputs, plan_layout
 
 if TYPE_CHECKING:
     from nemo_minitron.data.chat import Chat
@@ -71,7 +71,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
     rows = [ids for _, ids in chosen]
     key = _key(attribute_model.weight, rows)
     if groups.is_main:
-        own_output(config, config.resume)
+        own_output(config)
         journal = Path(config.output) / _JOURNAL
         known = _saved(journal, key) if config.resume else []
         replace_file(journal, "".join(json.dumps(line) + "\n" for line in [{"key": key}, *known]))

@@ -98,7 +98,7 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
         schedule=schedule_of(config),
         directory=output,
         max_length=config.data.max_length,
-        resume=config.resume and not config.overwrite,
+        resume=config.resume,
         prepare=rewards.open,
     )
     if torch.distributed.get_rank() != 0:

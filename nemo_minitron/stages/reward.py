@@ -72,7 +72,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
         schedule=schedule_of(config),
         directory=output,
         max_length=config.data.max_length,
-        resume=config.resume and not config.overwrite,
+        resume=config.resume,
     )
     groups = current(layout)
     if groups.is_main:

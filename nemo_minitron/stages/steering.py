@@ -1,17 +1,14 @@
-"""What the stages around attribute values share: their inputs in a plan, their output directories."""
+"""What the stages around attribute values share: their inputs in a plan."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
-from nemo_minitron.config import ChatDataConfig, ParallelConfig, StageConfig
+from nemo_minitron.config import ChatDataConfig, ParallelConfig
 from nemo_minitron.data.chat import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.data.preferences import PREFERENCE_PACKAGES
-from nemo_minitron.stages.base import MARKER, PlannedPath, StagePlan, check_output, peek_shape
+from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape
 
-__all__ = ["chat_inputs", "own_output", "plan_layout"]
+__all__ = ["chat_inputs", "plan_layout"]
 
 
 def chat_inputs(config: ChatDataConfig, found: StagePlan, *, pairs: bool = False) -> None:
@@ -34,20 +31,3 @@ def plan_layout(model: str, layout: ParallelConfig, found: StagePlan) -> None:
     shape = peek_shape(model)
     if shape is not None:
         found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
-
-
-def own_output(config: StageConfig, resume: bool) -> Path:
-    """The output directory of a stage that resumes: marked as ours, emptied under ``overwrite``. One rank calls it.
-
-    Raises:
-        ConfigError: for a directory that is not ours.
-    """
-    output = Path(config.output)
-    ours = (output / MARKER).exists()
-    if config.overwrite and output.exists():
-        shutil.rmtree(check_output(output, overwrite=True))
-    elif not (ours and resume):
-        check_output(output, overwrite=False)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
-    return output

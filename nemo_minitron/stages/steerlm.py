@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_minitron.config import SteerlmConfig
 from nemo_minitron.data.chat import CHAT_PACKAGES
-from nemo_minitron.stages.base import PlannedPath, StagePlan
+from nemo_minitron.stages.base import PlannedPath, StagePlan, own_output
 from nemo_minitron.stages.chats import align_plan
 
 __all__ = ["plan", "run"]
@@ -49,9 +49,8 @@ def run(config: SteerlmConfig) -> dict[str, Any]:
         MinitronError: what one of them refused.
     """
     from nemo_minitron.stages.children import run_child
-    from nemo_minitron.stages.steering import own_output
 
-    own_output(config, config.resume)
+    own_output(config)
     reward = None if config.attribute_model else run_child(config.reward_stage())["metrics"]
     labels = run_child(config.label_stage())["metrics"]
     sft = run_child(config.sft_stage())["metrics"]

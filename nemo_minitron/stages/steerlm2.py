@@ -64,7 +64,7 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
         schedule=schedule_of(config),
         directory=output,
         max_length=config.data.max_length,
-        resume=config.resume and not config.overwrite,
+        resume=config.resume,
     )
     if torch.distributed.get_rank() != 0:
         return {}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.distributed import run_distributed
 
-from nemo_minitron.config import DistillConfig
+from nemo_minitron.config import ChatDataConfig, DistillConfig, LabelConfig, ParallelConfig
 from nemo_minitron.errors import ConfigError, DataError, PreemptedError
-from nemo_minitron.stages.base import set_aside
+from nemo_minitron.stages.base import MARKER, own_output, set_aside
 
 
 @pytest.fixture
@@ -69,3 +73,98 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was not written by minitron"), set_aside(config(path, overwrite=True)):
         pass
     assert (path / "thesis.tex").read_text() == "x"
+
+
+def test_an_output_of_its_own_is_marked_and_found_again(tmp_path: Path) -> None:
+    stage = labelling(tmp_path)
+    assert own_output(stage) == tmp_path / "labels"
+    (tmp_path / "labels" / "half").touch()
+    own_output(stage)
+    assert listing(tmp_path / "labels") == [MARKER, "half"]
+    with pytest.raises(ConfigError, match="already exists; choose another output or pass --overwrite"):
+        own_output(labelling(tmp_path, resume=False))
+    # Also a stage that is told not to resume leaves the replacing to what is around it.
+    with set_aside(labelling(tmp_path, resume=False, overwrite=True)):
+        assert not own_output(labelling(tmp_path, resume=False)).joinpath("half").exists()
+    (tmp_path / "labels" / MARKER).unlink()
+    (tmp_path / "labels" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="already exists"):
+        own_output(stage)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def labelling(folder: Path, **settings: Any) -> LabelConfig:
+    return LabelConfig(
+        output=str(folder / "labels"), reward=str(folder), data=ChatDataConfig(path=str(folder / "c.jsonl")), **settings
+    )
+
+
+def in_place(folder: str, processes: int) -> list[Any]:
+    """A stage on processes that are there: made, found, resumed, made anew, refused; what each rank saw in its output."""
+    import torch
+
+    from nemo_minitron.stages import entry, worker
+
+    root, seen = Path(folder), []
+
+    def run(config: LabelConfig) -> dict[str, Any]:
+        found = Path(config.output)
+        seen.append(listing(found) if found.is_dir() else None)
+        if processes > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        if processes > 1:
+            torch.distributed.barrier()
+        if int(os.environ.get("RANK", "0")):
+            return {}
+        own_output(config).joinpath(f"made-{len(seen)}").touch()
+        if config.batch == 13:
+            raise DataError("batch=13")
+        return {"conversations": len(seen)}
+
+    worker.stage_module = lambda stage: types.SimpleNamespace(run=run)  # type: ignore[assignment, return-value]
+    for settings in ({}, {"resume": False}, {}, {"overwrite": True}, {"overwrite": True, "batch": 13}, {}):
+        try:
+            made = entry.run_in_place(
+                labelling(root, parallel=ParallelConfig(tensor=processes), **settings)  # type: ignore[arg-type]
+            )
+        except (ConfigError, DataError) as error:
+            seen.append(str(error))
+        else:
+            assert made.get("conversations", len(seen)) == len(seen)
+        if processes > 1:
+            torch.distributed.barrier()
+    return seen
+
+
+EXPECTED = [
+    None,
+    "output: {} already exists; choose another output or pass --overwrite",
+    [MARKER, "made-1", "record.json"],
+    None,
+    None,
+    "batch=13",
+    [MARKER, "made-4", "record.json"],
+]
+
+
+def test_a_stage_in_place_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_minitron.stages import worker
+
+    monkeypatch.setattr(worker, "stage_module", worker.stage_module)
+    monkeypatch.setattr(worker, "set_up", lambda config: None)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
+    assert in_place(str(tmp_path), 1) == told
+
+
+@pytest.mark.slow
+def test_a_stage_in_place_of_two_processes(tmp_path: Path) -> None:
+    """No rank begins before the output is set aside, and what rank 0 refuses all refuse."""
+    first, second = run_distributed(in_place, 2, tmp_path, folder=str(tmp_path), processes=2)
+    told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
+    assert first == told
+    assert second == [said for said in told if said != "batch=13"]

@@ -404,7 +404,8 @@ class _Reader:
 
     def _faults(self, config: Any, path: tuple[str | int, ...]) -> None:
         """The dataclasses' own faults, leaving out settings that are faulty already."""
-        for message in config.faults():
+        common = config.context_faults() if isinstance(config, StageConfig) else []
+        for message in [*config.faults(), *common]:
             match = re.match(r"[A-Za-z_]\w*", message)
             name = match.group() if match else ""
             if (*path, name) in self.bad:

@@ -97,6 +97,6 @@ class SlurmConfig:
         if world > self.per_node and world % self.per_node:
             return [
                 f"stage {name}: its {world} processes do not fill nodes of {self.per_node}; "
-                "choose parallel.tensor * pipeline * data as a multiple of that"
+                "choose parallel.tensor * pipeline * data * context as a multiple of that"
             ]
         return []

@@ -176,6 +176,7 @@ class TeacherStates:
 
     def _empty(self, site: Site, micro_batch_size: int, sequence: int) -> torch.Tensor:
         layout, shape = self.groups.layout, self.plan.teacher
+        sequence //= layout.context
         if site.part == "attention":
             channels = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_dim // layout.tensor
         else:

@@ -12,6 +12,7 @@ from nemo_minitron.distillation.cache import LogitCache, Manifest, Sample, decod
 from nemo_minitron.distillation.divergences import TopTokens
 from nemo_minitron.distillation.documents import starts_of_positions
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.model import padded_vocab
 
@@ -77,7 +78,7 @@ class CachedTeacher:
             batches: with ``tokens`` and ``position_ids`` ``[b, s]``.
 
         Returns:
-            On the last pipeline stage for each micro-batch its samples, stacked in the order ``[s, b, ...]`` of
+            On the last pipeline stage for each micro-batch its samples, stacked in the order ``[s (/cp), b, ...]`` of
             Megatron's logits; elsewhere an empty list.
 
         Raises:
@@ -89,7 +90,8 @@ class CachedTeacher:
         for batch in batches:
             starts = starts_of_positions(batch["position_ids"])
             samples = [self.cache.read(key) for key in sample_keys(batch["tokens"], starts)]
-            found.append({name: torch.stack([one[name] for one in samples], 1) for name in samples[0]})
+            stacked = {name: torch.stack([one[name] for one in samples], 1) for name in samples[0]}
+            found.append({name: rank_part(tensor, self.groups, dim=0) for name, tensor in stacked.items()})
         return found
 
     def logits(self, kept: Sample) -> torch.Tensor | TopTokens:

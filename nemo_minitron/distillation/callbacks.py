@@ -58,7 +58,7 @@ class StepMetrics(pl.Callback):
 
     def _writes(self, module: Any) -> bool:
         groups: Groups = module.groups
-        return groups.is_last_stage and groups.tp_rank == 0 and groups.dp_rank == 0
+        return groups.is_last_stage and groups.tp_rank == groups.dp_rank == groups.cp_rank == 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file on the rank that writes; a checkpoint, if there is one, has been restored."""

@@ -24,6 +24,7 @@ from nemo.core.optim.lr_scheduler import CosineAnnealing
 from nemo_minitron.distillation.guards import finite_gradients
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from nemo_minitron.errors import CheckpointError, NonFiniteError
+from nemo_minitron.runtime.context import rank_batch
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.masks import documents_masked
 from nemo_minitron.runtime.model import build_model
@@ -153,7 +154,7 @@ class LearningTeacher:
         return hidden
 
     def _forward_step(self, data: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(data)
+        batch = rank_batch(next(data), self.groups)
         device = next(self.chunks[0].parameters()).device
         output = model(batch["tokens"].to(device), batch["position_ids"].to(device), batch["attention_mask"].to(device))
 

@@ -25,6 +25,7 @@ from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.sources import loss_of, open_teacher
 from nemo_minitron.distillation.teacher import TeacherSource
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
+from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import ParallelLayout
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class DistillationModel(TrainedModel):
         )
         output[HIDDEN], output[STATES] = batch.get(HIDDEN), batch.get(STATES)
         if output["loss_mask"] is None:
-            output["loss_mask"] = batch["loss_mask"].cuda(non_blocking=True)
+            output["loss_mask"] = rank_part(batch["loss_mask"], self.groups, dim=1).cuda(non_blocking=True)
         return output
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:

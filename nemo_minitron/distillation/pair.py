@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.tokenizer import check_same_tokenizer
-from nemo_minitron.errors import CheckpointError, DataError, ShapeError
+from nemo_minitron.config import IntermediateConfig, ParallelConfig
+from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["check_model", "check_pair"]
+__all__ = ["check_context", "check_model", "check_pair"]
 
 
 def check_pair(
@@ -49,6 +50,35 @@ def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int)
     _check({"model": (model, layout)}, sequence_length)
 
 
+def check_context(
+    layout: ParallelLayout,
+    *,
+    documents: bool = False,
+    intermediate: IntermediateConfig | None = None,
+    placement: str = "shared",
+) -> None:
+    """Whether a training can share its sequences out over context-parallel ranks, if its layout does.
+
+    Args:
+        layout: of the trained model.
+        documents: the blocks hold several documents, which mask each other.
+        intermediate: losses inside the models.
+        placement: of the teacher (:class:`~nemo_minitron.distillation.placement.TeacherPlacement`).
+
+    Raises:
+        ConfigError: with everything that needs whole sequences on a rank.
+    """
+    if layout.context == 1:
+        return
+    needs = {
+        "blocks of several documents (Transformer Engine's attention takes no masks there)": documents,
+        "attention relations": intermediate is not None and intermediate.relation_heads is not None,
+        f"a teacher on {placement}": placement != "shared",
+    }
+    if faults := [what for what, there in needs.items() if there]:
+        raise ConfigError(f"parallel.context={layout.context}: is not offered with {', '.join(faults)}; set it to 1")
+
+
 def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length: int) -> None:
     """Faults of each model, and of the first, which is trained, those of training."""
     faults = []
@@ -64,6 +94,12 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
         faults.append(
             f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "
             "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
+        )
+    faults += ParallelConfig(**vars(layout)).sequence_faults(sequence_length)
+    if checkpoint.shape.num_moe_experts is not None and layout.context > 1:
+        faults.append(
+            f"{trained}: parallel.context={layout.context}: the loss that balances the experts of a mixture is of "
+            "whole sequences; set parallel.context=1"
         )
     if faults:
         raise ShapeError(faults)

@@ -19,7 +19,7 @@ from nemo_minitron.distillation.language_model import LanguageModel
 from nemo_minitron.distillation.learning_teacher import CorrectTeacher
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.outputs import Trained, finished
-from nemo_minitron.distillation.pair import check_model, check_pair
+from nemo_minitron.distillation.pair import check_context, check_model, check_pair
 from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.distillation.training import optimizer_config, optimizer_of, train, trained_config
@@ -76,6 +76,7 @@ def distill(
         check_model(student, layout, length)
     else:
         check_pair(student, teacher, layout, length, teacher_layout=placement.layout)
+    check_context(layout, intermediate=intermediate, placement=placement.kind)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
     model = DistillationModel(
         trained_config(student, layout, schedule),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from nemo_minitron.runtime.context import rank_batch
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.masks import documents_masked
 from nemo_minitron.runtime.model import build_model
@@ -109,14 +110,14 @@ class Teacher:
                 ``[b or 1, 1, s, s]`` (True where attention is not allowed), all of one shape.
 
         Returns:
-            On the last pipeline stage one ``[s, b, H]`` a micro-batch, elsewhere an empty list.
+            On the last pipeline stage one ``[s (/cp), b, H]`` a micro-batch, elsewhere an empty list.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         device = next(self.chunks[0].parameters()).device
 
         def forward_step(data: Any, model: GPTModel) -> tuple[torch.Tensor, Any]:
-            batch = next(data)
+            batch = rank_batch(next(data), self.groups)
             output = model(
                 batch["tokens"].to(device),
                 batch["position_ids"].to(device),

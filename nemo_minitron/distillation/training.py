@@ -27,9 +27,11 @@ from nemo_minitron.distillation.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.keeping import BestCheckpoint, LastCheckpoint
 from nemo_minitron.distillation.language_model import TrainedModel
 from nemo_minitron.distillation.outputs import Trained, remove_unfinished
+from nemo_minitron.distillation.pair import check_context
 from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
+from nemo_minitron.runtime.context_attention import context_layer_spec
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
 from nemo_minitron.runtime.stopping import StopRequest
@@ -74,6 +76,7 @@ def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) ->
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
         pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
@@ -126,6 +129,9 @@ def trained_config(initial: Checkpoint, layout: ParallelLayout, schedule: Schedu
         # As in :func:`nemo_minitron.runtime.model.transformer_config`, where the reasons stand.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         config.deallocate_pipeline_outputs = torch.cuda.is_available()
+    if layout.context > 1 and not torch.cuda.is_available():
+        # NeMo writes into the context of a checkpoint what a configuration was made with: this stays out of it.
+        config.transformer_layer_spec = context_layer_spec
     return config
 
 
@@ -159,9 +165,12 @@ def train(
         title: of the progress bar.
 
     Raises:
+        ConfigError: for blocks of several documents under context parallelism.
         NonFiniteError: if the loss or a gradient is not finite; before the weights change.
         PreemptedError: after SIGTERM or SIGUSR1, once the step has ended and the training state is saved.
     """
+    packed = Blocks.of(train_blocks).segments is not None
+    check_context(layout, documents=packed)
     length = Blocks.of(train_blocks).sequence_length
     tokens_per_step = schedule.global_batch_size * length
     # A backward pass is two forward ones.
@@ -179,7 +188,7 @@ def train(
     # Before NeMo's checkpoints: what a checkpoint has behind it shall be written when it is saved.
     trainer.callbacks[:0] = [
         *callbacks,
-        DocumentMasks(Blocks.of(train_blocks).segments is not None),
+        DocumentMasks(packed),
         ExactPosition(),
         FiniteGradients(),
         StepMetrics(

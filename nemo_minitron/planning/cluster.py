@@ -26,12 +26,16 @@ class Accelerator:
     network: float
 
     def tensor_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
-        """Of the tensor-parallel group: neighbours, as Megatron numbers the ranks tensor, data, pipeline."""
+        """Of the tensor-parallel group: neighbours, as Megatron numbers the ranks tensor, context, data, pipeline."""
         return self.link if layout.tensor <= gpus_per_node else self.network
+
+    def context_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
+        """Of the context-parallel group."""
+        return self.link if layout.tensor * layout.context <= gpus_per_node else self.network
 
     def data_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
         """Of the data-parallel group."""
-        return self.link if layout.tensor * layout.data <= gpus_per_node else self.network
+        return self.link if layout.tensor * layout.context * layout.data <= gpus_per_node else self.network
 
     def pipeline_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
         """Between neighbouring pipeline stages."""

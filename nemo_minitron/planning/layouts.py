@@ -10,8 +10,11 @@ Traffic of a rank, with ``n = b s H`` numbers of a micro-batch's hidden state (K
   (under sequence parallelism as an all-gather and a reduce-scatter of half each, and two more all-gathers backward, of
   the inputs that the weights' gradients need); once more for the embedding and once for the output layer's input.
   Recomputed layers repeat their forward traffic; a teacher has only forward traffic.
+- context parallel: keys and values, ``2 b s G d / t`` numbers a layer, go around the ring once forward and twice backward
+  (again, and their gradients); a rank sends ``(c-1)/c`` of them each time. All else is of its ``s/c`` tokens.
 - pipeline parallel: ``n`` (``n/t`` under sequence parallelism) to the next stage and back, for each model chunk.
-- data parallel: the distributed optimizer reduce-scatters fp32 gradients and all-gathers weights, once a step.
+- data parallel: the distributed optimizer reduce-scatters fp32 gradients and all-gathers weights, once a step, over the
+  data- and context-parallel ranks together.
 
 The bubble is ``(p - 1) / (m v)`` of the time that ``m`` micro-batches take over ``v`` chunks (Narayanan et al.,
 arXiv 2104.04473, section 2.2).
@@ -41,7 +44,8 @@ class LayoutCost:
         ranks: memory of one rank of each pipeline stage.
         fits: the fullest rank stays within what may be filled.
         sent: bytes that the busiest rank sends in a step, by the group it sends them to.
-        seconds: of a step, by what they go into: "arithmetic", "bubble", "tensor", "pipeline", "data".
+        seconds: of a step, by what they go into: "arithmetic", "bubble", "tensor", "context", "pipeline",
+            "data".
         gpu_hours: of the whole training.
         mfu: model FLOPs of the training over the peak of all GPUs for that time.
     """
@@ -102,15 +106,18 @@ def layout_cost(training: Training, layout: ParallelConfig, recompute: str, clus
     rate = gpu.flops * cluster.mfu * (1.0 if training.bytes == 2 else 0.5)
     busy = micro_batches * _stage_flops(training, layout, recompute) / rate
     weights = max(rank.weights for rank in ranks) / training.bytes
+    replicas = layout.data * layout.context
     sent = {
         "tensor": micro_batches * _tensor_bytes(training, layout, recompute),
+        "context": micro_batches * _context_bytes(training, layout, recompute),
         "pipeline": micro_batches * _pipeline_bytes(training, layout),
-        "data": weights * (4 + training.bytes) * (layout.data - 1) / layout.data,
+        "data": weights * (4 + training.bytes) * (replicas - 1) / replicas,
     }
     seconds = {
         "arithmetic": busy,
         "bubble": busy * (layout.pipeline - 1) / (micro_batches * (layout.virtual_pipeline or 1)),
         "tensor": sent["tensor"] / gpu.tensor_bandwidth(layout, per_node),
+        "context": sent["context"] / gpu.context_bandwidth(layout, per_node),
         "pipeline": sent["pipeline"] / gpu.pipeline_bandwidth(layout, per_node),
         "data": sent["data"] / gpu.data_bandwidth(layout, per_node),
     }
@@ -181,6 +188,7 @@ def _memory(training: Training, layout: ParallelConfig, recompute: str, micro_ba
         virtual_pipeline=layout.virtual_pipeline,
         sequence_parallel=layout.sequence_parallel,
         micro_batches=micro_batches,
+        context=layout.context,
     )
     student, teacher = training.student, training.teacher
     cost = MemoryCost(
@@ -202,7 +210,7 @@ def _layers_of_stages(model: Model, layout: ParallelConfig) -> list[int]:
 
 def _stage_flops(training: Training, layout: ParallelConfig, recompute: str) -> float:
     """Operations of the busiest rank for a micro-batch, recomputed ones included."""
-    tokens = training.micro_batch_size * training.sequence_length
+    tokens = training.micro_batch_size * training.sequence_length / layout.context
     stages = [0.0] * layout.pipeline
     for model, passes in ((training.student, 3), (training.teacher, 1)):
         if model is None:
@@ -221,7 +229,7 @@ def _tensor_bytes(training: Training, layout: ParallelConfig, recompute: str) ->
     """Sent by the busiest rank to its tensor-parallel group for a micro-batch."""
     if layout.tensor == 1:
         return 0.0
-    tokens = training.micro_batch_size * training.sequence_length
+    tokens = training.micro_batch_size * training.sequence_length / layout.context
     reduce = 2 * (layout.tensor - 1) / layout.tensor * tokens * training.bytes
     stages = [0.0] * layout.pipeline
     for model in (training.student, training.teacher):
@@ -240,12 +248,26 @@ def _tensor_bytes(training: Training, layout: ParallelConfig, recompute: str) ->
     return max(stages)
 
 
+def _context_bytes(training: Training, layout: ParallelConfig, recompute: str) -> float:
+    """Sent by the busiest rank to its context-parallel group for a micro-batch."""
+    tokens = training.micro_batch_size * training.sequence_length
+    around = (layout.context - 1) / layout.context * tokens * training.bytes / layout.tensor
+    stages = [0.0] * layout.pipeline
+    for model, passes in ((training.student, 3 + (recompute != "none")), (training.teacher, 1)):
+        if model is None:
+            continue
+        layer = 2 * model.shape.num_query_groups * model.shape.head_dim * passes * around
+        for stage, layers in enumerate(_layers_of_stages(model, layout)):
+            stages[stage] += layers * layer
+    return max(stages)
+
+
 def _pipeline_bytes(training: Training, layout: ParallelConfig) -> float:
     """Sent by a rank to other stages for a micro-batch."""
     if layout.pipeline == 1:
         return 0.0
     split = layout.tensor if layout.sequence_parallel else 1
-    tokens = training.micro_batch_size * training.sequence_length / split
+    tokens = training.micro_batch_size * training.sequence_length / layout.context / split
     there = training.student.shape.hidden_size * 2
     if training.teacher is not None:
         there += training.teacher.shape.hidden_size

@@ -1,6 +1,7 @@
 """How many bytes each rank of a layout needs, before anything is built.
 
-For one rank with tensor parallel ``t``, ``b`` sequences of ``s`` tokens in a micro-batch, and sizes named as in the
+For one rank with tensor parallel ``t``, ``b`` sequences of ``s`` tokens in a micro-batch (of which context parallelism
+leaves it ``1/c``), and sizes named as in the
 axes table (``H`` hidden, ``A`` heads, ``G`` groups, ``d`` channels of a head, ``F`` MLP width, ``V`` vocabulary padded
 to a multiple of ``128 t``):
 
@@ -8,8 +9,8 @@ to a multiple of ``128 t``):
   a copy of tied embeddings.
 - cache of keys and values (inference): ``2 layers b s (G/t) d`` numbers.
 - gradients (training): one number a weight, four bytes each in mixed precision too, as Megatron accumulates them.
-- optimizer (training): Adam's two moments in fp32, in bf16 also the fp32 weights; divided over data parallel, as
-  Megatron's distributed optimizer does.
+- optimizer (training): Adam's two moments in fp32, in bf16 also the fp32 weights; divided over data and context
+  parallel, as Megatron's distributed optimizer does.
 - activations (training): what the forward pass keeps for the backward pass, below, times the micro-batches that the
   one-forward-one-backward schedule has under way in the stage (``stages - stage``; Narayanan et al., arXiv 2104.04473).
 - teacher (distillation): its weights on the same rank, and on the last stage one ``[s, b, H]`` for each micro-batch of
@@ -30,6 +31,8 @@ time is whole; "full" keeps a layer's input ``H`` alone, and one layer at a time
 
 The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
 dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers.
+
+Under context parallelism the plain layers hold the keys and values of all ``s`` tokens; Transformer Engine's never do.
 
 Not counted: what a library allocates for itself, communication buffers, fragmentation, and in inference the few tensors
 of the layer at work.
@@ -80,7 +83,7 @@ class Workload:
         bytes: of a weight: 2 or 4.
         recompute: of :data:`RECOMPUTE`: what the backward pass computes again.
         fused: kernels as on CUDA; False: Megatron's plain layers, as on CPU.
-        tensor, pipeline, data: parallel sizes.
+        tensor, pipeline, data, context: parallel sizes.
         virtual_pipeline: model chunks of a stage, or None for one.
         sequence_parallel: norms and residuals are split over the tensor group.
         micro_batches: of a step, on one data-parallel rank; what waits of a teacher is of all of them.
@@ -98,6 +101,7 @@ class Workload:
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
     micro_batches: int = 1
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class MemoryCost:
         )
         stages = [rank.weights for rank in MemoryCost(table, shape, inference).ranks(shape)]
         split = work.tensor if work.sequence_parallel else 1
-        tokens = work.batch_size * work.sequence_length * work.micro_batches
+        tokens = work.batch_size * work.sequence_length / work.context * work.micro_batches
         stages[-1] += tokens * shape.hidden_size / split * work.bytes
         return stages
 
@@ -202,13 +206,13 @@ class MemoryCost:
         if not work.training:
             cached = 2 * layers * tokens * sizes.num_query_groups / work.tensor * self.shape.head_dim
             return MemoryUse(weights * work.bytes, cached * work.bytes)
-        activations = self._activations(sizes, stage, chunks) * tokens
+        activations = self._activations(sizes, stage, chunks) * tokens / work.context
         if self.distilled and work.fused and stage == work.pipeline - 1:
             activations += _LOSS_BUFFERS
         return MemoryUse(
             weights * work.bytes,
             gradients=weights * 4,
-            optimizer=weights * (8 if work.bytes == 4 else 12) / work.data,
+            optimizer=weights * (8 if work.bytes == 4 else 12) / (work.data * work.context),
             activations=activations,
             teacher=self._teacher[stage],
         )
@@ -229,7 +233,7 @@ class MemoryCost:
             kept += layer - sizes.hidden_size / split
         if work.recompute == "selective" and layers and not work.fused:
             heads = sizes.num_attention_heads / work.tensor
-            kept += heads * (2 * self.shape.head_dim + self._probabilities())
+            kept += heads * (2 * work.context * self.shape.head_dim + self._probabilities())
         kept *= work.bytes
         if stage == work.pipeline - 1:
             logits = padded_vocabulary(self.shape.vocab_size, work.tensor) / work.tensor
@@ -261,7 +265,9 @@ class MemoryCost:
         if whole:
             attention = (3 * heads + 3 * groups) * d
         else:
-            attention = 4 * heads * d + heads * self._probabilities() + 4 * self.rotary / work.batch_size
+            attention = (
+                (2 + 2 * work.context) * heads * d + heads * self._probabilities() + 4 * self.rotary / work.batch_size
+            )
         if self.table.qk_layernorm:
             # the inputs (the queries' and the whole matrix that keys are a part of), normalised again, and the scales
             attention += (2 * heads + groups if whole else 3 * heads + 3 * groups) * d + heads + groups

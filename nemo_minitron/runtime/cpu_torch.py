@@ -28,10 +28,12 @@ def _is_cuda(value: Any) -> bool:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites ``device="cuda"`` arguments of every torch function to the CPU.
+    """Rewrites ``device="cuda"`` arguments of every torch function to the CPU, and asks for no pinned memory.
 
     Stands for literals such as ``torch.tensor([0.0], device="cuda")`` in ``megatron/core/optimizer/optimizer.py`` and
-    ``megatron/core/pipeline_parallel/schedules.py``.
+    ``megatron/core/pipeline_parallel/schedules.py``, and ``torch.tensor(..., pin_memory=True)`` where Megatron slices
+    batches and rotary tables for a context-parallel rank (``get_batch_on_this_cp_rank``,
+    ``get_pos_emb_on_this_cp_rank``).
     """
 
     def __torch_function__(
@@ -41,6 +43,8 @@ class CudaMeansCpu(TorchFunctionMode):
         device = kwargs.get("device")
         if _is_cuda(device) or type(device) is int:  # a bare number means a CUDA device
             kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         # Positional devices occur only in conversions: tensor.to("cuda"), tensor.to(torch.cuda.current_device()).
         if func is torch.Tensor.to and len(args) > 1 and (_is_cuda(args[1]) or type(args[1]) is int):
             args = (args[0], CPU, *args[2:])

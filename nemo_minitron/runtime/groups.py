@@ -32,6 +32,7 @@ class ParallelLayout:
         data: data-parallel size (samples).
         virtual_pipeline: model chunks per pipeline stage, or None for one (Megatron's interleaved schedule).
         sequence_parallel: split the activations between the matrices by sequence over the tensor group.
+        context: context-parallel size (parts of each sequence, :mod:`~nemo_minitron.runtime.context`).
     """
 
     tensor: int = 1
@@ -39,20 +40,21 @@ class ParallelLayout:
     data: int = 1
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
+    context: int = 1
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def stages(self) -> int:
         """Runs of layers that the model is cut into."""
         return self.pipeline * (self.virtual_pipeline or 1)
 
-    def rank(self, *, tensor: int, data: int, pipeline: int) -> int:
+    def rank(self, *, tensor: int, data: int, pipeline: int, context: int = 0) -> int:
         """Global rank of a place, in the order of Megatron's groups (``tp-cp-ep-dp-pp``)."""
-        return tensor + self.tensor * (data + self.data * pipeline)
+        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,8 @@ class Groups:
 
     Attributes:
         layout: the layout they were made for.
-        tp, pp, dp: tensor-, pipeline- and data-parallel process groups.
-        dp_cp: data- and context-parallel ranks together: all that see other tokens. Layouts have no context
-            parallelism; under a strategy that brings its own, sums over tokens are still of all of them.
+        tp, pp, dp, cp: tensor-, pipeline-, data- and context-parallel process groups.
+        dp_cp: data- and context-parallel ranks together: all that see other tokens.
         model: all ranks that hold a part of this replica of the model (tensor x pipeline).
     """
 
@@ -71,6 +72,7 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     model: dist.ProcessGroup
 
@@ -92,6 +94,11 @@ class Groups:
     def dp_rank(self) -> int:
         """Place in the data-parallel group."""
         return dist.get_rank(self.dp)
+
+    @property
+    def cp_rank(self) -> int:
+        """Place in the context-parallel group."""
+        return dist.get_rank(self.cp)
 
     @property
     def is_first_stage(self) -> bool:
@@ -139,7 +146,7 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
     if world != layout.world_size:
         raise ConfigError(
             f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} x parallel.data={layout.data} "
-            f"needs {layout.world_size} processes; {world} are running"
+            f"x parallel.context={layout.context} needs {layout.world_size} processes; {world} are running"
         )
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -147,6 +154,7 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     model_parallel_cuda_manual_seed(seed)
@@ -162,6 +170,7 @@ def current(layout: ParallelLayout) -> Groups:
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
     )
@@ -183,6 +192,7 @@ def current_groups() -> Groups:
             pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
             data=parallel_state.get_data_parallel_world_size(),
             virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+            context=parallel_state.get_context_parallel_world_size(),
         )
     )
 
@@ -221,6 +231,7 @@ class SecondLayout:
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,
                 virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+                context_parallel_size=layout.context,
                 distributed_timeout_minutes=max(1, round(timeout_minutes)),
             )
             self.groups = current(layout)

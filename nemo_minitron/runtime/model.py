@@ -108,6 +108,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
         pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
         sequence_parallel=layout.sequence_parallel,
         # Of two stages each is the other's next and previous: in one batch of messages, activations and gradients would
@@ -174,6 +175,10 @@ def build_model(
         if torch.cuda.is_available()
         else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
     )
+    if layout.context > 1 and not torch.cuda.is_available():
+        from nemo_minitron.runtime.context_attention import with_context_attention
+
+        spec = with_context_attention(spec)
     chunks = []
     for index in range(layout.virtual_pipeline or 1):
         stage = index if layout.virtual_pipeline else None

@@ -133,7 +133,10 @@ def _layouts(training: Training, costs: list[LayoutCost], rows: int) -> Table:
     )  # fmt: skip
     table.add_column("TP x PP x DP", no_wrap=True)
     table.add_column("re-\ncompute", no_wrap=True)
-    for heading in ("GiB", "TP\nGB", "PP\nGB", "DP\nGB", "bub-\nble", "s a\nstep", "GPU-\nhours", "MFU"):
+    groups = {"TP": "tensor", "CP": "context", "PP": "pipeline", "DP": "data"}
+    if all(cost.layout.context == 1 for cost in costs):
+        del groups["CP"]
+    for heading in ("GiB", *(f"{group}\nGB" for group in groups), "bub-\nble", "s a\nstep", "GPU-\nhours", "MFU"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     best = best_layout(costs)
@@ -147,7 +150,7 @@ def _layouts(training: Training, costs: list[LayoutCost], rows: int) -> Table:
             _sizes(cost.layout),
             cost.recompute,
             f"{cost.fullest.total / 2**30:.1f}",
-            *(_gigabytes(cost.sent[group]) for group in ("tensor", "pipeline", "data")),
+            *(_gigabytes(cost.sent[group]) for group in groups.values()),
             f"{100 * cost.bubble:.0f}%",
             f"{cost.step_seconds:.2f}",
             f"{cost.gpu_hours:,.0f}",
@@ -172,9 +175,11 @@ def _gigabytes(count: float) -> str:
 
 def _sizes(layout: ParallelConfig) -> str:
     virtual = f"({layout.virtual_pipeline})" if layout.virtual_pipeline else ""
-    return f"{layout.tensor} x {layout.pipeline}{virtual} x {layout.data}"
+    context = f" (CP {layout.context})" if layout.context > 1 else ""
+    return f"{layout.tensor} x {layout.pipeline}{virtual} x {layout.data}{context}"
 
 
 def _name(layout: ParallelConfig) -> str:
     virtual = f" (virtual {layout.virtual_pipeline})" if layout.virtual_pipeline else ""
-    return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data}"
+    context = f" x CP {layout.context}" if layout.context > 1 else ""
+    return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data}{context}"

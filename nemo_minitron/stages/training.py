@@ -75,7 +75,8 @@ def plan_training(
         bf16 = config.precision.startswith("bf16")
         # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
         # weights.
-        state = (2 + 4 + 12 / layout.data) if bf16 else (4 + 4 + 8 / layout.data)
+        replicas = layout.data * layout.context
+        state = (2 + 4 + 12 / replicas) if bf16 else (4 + 4 + 8 / replicas)
         rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
     return found

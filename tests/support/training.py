@@ -38,6 +38,7 @@ def train(
     alone: bool = False,
     correction: dict[str, float] | None = None,
     intermediate: dict[str, Any] | None = None,
+    uneven: bool = False,
     **schedule: Any,
 ) -> str:
     """Distil, or train the teacher on the labels.
@@ -50,6 +51,7 @@ def train(
         at: after this step rank 0 dies (None) or gets a signal.
         alone: train the teacher by itself.
         correction, intermediate: of the distillation.
+        uneven: some labels do not count, of each block others.
         schedule: settings; four sequences a step and the like by default.
 
     Returns:
@@ -75,7 +77,9 @@ def train(
     }
     unset_num_microbatches_calculator()  # of an earlier training in this process
     student, teacher = open_checkpoint(Path(models) / "student"), open_checkpoint(Path(models) / "teacher")
-    data = blocks(count), blocks(count)[:4]
+    data: Any = blocks(count), blocks(count)[:4]
+    if uneven:
+        data = tuple(_masked(part) for part in data)
     advance = callbacks.ProgressBar.on_train_batch_end
 
     def interrupted(self: Any, trainer: Any, *arguments: Any) -> None:
@@ -103,6 +107,15 @@ def train(
     finally:
         callbacks.ProgressBar.on_train_batch_end = advance  # type: ignore[method-assign]
     return ""
+
+
+def _masked(tokens: torch.Tensor) -> Any:
+    """Of the first block's labels one counts, of the next few more, ...: runs that begin at its end."""
+    from nemo_minitron.data.blocks import Blocks
+
+    places, counted = torch.arange(SEQUENCE), 1 + 5 * torch.arange(len(tokens)) % SEQUENCE
+    mask = places[None] >= SEQUENCE - counted[:, None]
+    return Blocks(tokens, torch.zeros(len(tokens), dtype=torch.int64), ("",), None, mask)
 
 
 def measured(directory: Path) -> list[dict[str, Any]]:

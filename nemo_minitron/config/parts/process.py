@@ -9,7 +9,7 @@ from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, posi
 
 @dataclass
 class ParallelConfig:
-    """How a model is laid over processes. ``tensor * pipeline * data`` processes are started.
+    """How a model is laid over processes. ``tensor * pipeline * data * context`` processes are started.
 
     Attributes:
         tensor: tensor_model_parallel_size.
@@ -17,6 +17,7 @@ class ParallelConfig:
         data: data-parallel replicas.
         virtual_pipeline: virtual_pipeline_model_parallel_size, or null for none.
         sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
+        context: context_parallel_size: each sequence is shared out over so many ranks, attention included.
     """
 
     tensor: int = 1
@@ -24,11 +25,12 @@ class ParallelConfig:
     data: int = 1
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
+    context: int = 1
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def stages(self) -> int:
@@ -36,7 +38,19 @@ class ParallelConfig:
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def sequence_faults(self, length: int) -> list[str]:
-        """Why sequences of ``data.sequence_length`` cannot be sharded over the tensor-parallel ranks."""
+        """Why sequences of ``data.sequence_length`` cannot be sharded over tensor- and context-parallel ranks."""
+        if positive(self, "tensor", "context"):
+            return []  # a fault of its own
+        if self.context > 1:
+            # a context-parallel rank has two runs of tokens (runtime.context)
+            step = 2 * self.context * (self.tensor if self.sequence_parallel else 1)
+            tensor = f" and parallel.tensor={self.tensor}" if self.sequence_parallel else ""
+            if length % step == 0:
+                return []
+            return [
+                f"data.sequence_length={length}: cannot be split over parallel.context={self.context}{tensor}; set a "
+                f"multiple of {step}, or parallel.context=1"
+            ]
         if not self.sequence_parallel or length % self.tensor == 0:
             return []
         return [
@@ -46,7 +60,7 @@ class ParallelConfig:
 
     def faults(self) -> list[str]:
         """Sizes below 1 and options that need a size above 1."""
-        found = positive(self, "tensor", "pipeline", "data", "virtual_pipeline")
+        found = positive(self, "tensor", "pipeline", "data", "virtual_pipeline", "context")
         if not found and self.virtual_pipeline is not None and self.pipeline == 1:
             found.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
         if not found and self.sequence_parallel and self.tensor == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import ClassVar
@@ -25,6 +26,8 @@ class StageConfig:
     STAGE: ClassVar[str] = ""
     #: Fields that name something another stage may have written.
     INPUTS: ClassVar[tuple[str, ...]] = ()
+    #: Layouts that may have context parallelism, by field.
+    CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
 
     name: str = ""
     output: str = MISSING
@@ -51,6 +54,16 @@ class StageConfig:
             elif value is not None:
                 found[name] = value
         return found
+
+    def context_faults(self) -> list[str]:
+        """Layouts with context parallelism, where nothing makes use of it."""
+        layouts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return [
+            f"{name}.context={layout.context}: only the trainings distill and correct share sequences out, by "
+            "parallel.context; set it to 1"
+            for name, layout in layouts.items()
+            if isinstance(layout, ParallelConfig) and layout.context > 1 and name not in self.CONTEXT_PARALLEL
+        ]
 
     def faults(self) -> list[str]:
         """What the stage's own fields show to be wrong."""

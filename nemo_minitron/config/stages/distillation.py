@@ -46,6 +46,8 @@ class TrainingConfig(StageConfig):
         parallel: layout of the models.
     """
 
+    CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
+
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 300
     micro_batch_size: int = 1
@@ -112,6 +114,12 @@ class TrainingConfig(StageConfig):
                     f"global_batch_size={self.global_batch_size}: makes {passes} micro-batches a rank; virtual "
                     f"pipeline stages need a multiple of parallel.pipeline={self.parallel.pipeline}"
                 )
+        found += self.parallel.sequence_faults(self.data.sequence_length)
+        if self.parallel.context > 1 and self.data.documents == "mask":
+            found.append(
+                f"parallel.context={self.parallel.context}: Transformer Engine's attention takes no masks of documents "
+                "where sequences are shared out; set data.documents=join, or parallel.context=1"
+            )
         return found
 
 
@@ -191,12 +199,29 @@ class DistillConfig(TrainingConfig):
                 "teacher=null: there is something to learn from it; name a checkpoint or a teacher_cache, or train on "
                 "the labels alone with loss.label_weight=1 and no intermediate losses"
             )
+        found += self._context_faults()
         if self.recompute == "full" and self.intermediate.weights():
             found.append(
                 "recompute=full: intermediate losses are taken inside the layers, which would run twice; use "
                 "selective, or no intermediate losses"
             )
         return found + self._placement_faults()
+
+    def _context_faults(self) -> list[str]:
+        if self.parallel.context == 1:
+            return []
+        where, found = f"parallel.context={self.parallel.context}", []
+        if self.teacher_placement != "shared":
+            found.append(
+                f"{where}: sequences are shared out over the student's ranks, so the teacher must be there too; set "
+                "teacher_placement=shared, or use a teacher_cache"
+            )
+        if self.intermediate.relation_heads:
+            found.append(
+                f"{where}: attention relations are of whole sequences; set intermediate.relation_heads=null, or "
+                "parallel.context=1"
+            )
+        return found
 
     def _placement_faults(self) -> list[str]:
         own, placement, found = self.teacher_parallel, self.teacher_placement, []

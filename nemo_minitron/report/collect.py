@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.errors import DataError, MinitronError
+from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import Architecture, ModelShape
 
 if TYPE_CHECKING:
@@ -184,13 +185,14 @@ def collect(directory: str | Path) -> Run:
 
 
 def _stages(path: Path, run: Run) -> list[StageRun]:
-    records = [*path.glob("*/record.json"), *path.glob("*.nemo.record.json")]
     found = []
-    for file in records:
+    for file in [*path.glob("*/record.json"), *path.glob("*.nemo.record.json")]:
         record = _json(file, run)
         if record is None:
             continue
         output = file.parent if file.name == "record.json" else file.with_name(file.name.removesuffix(".record.json"))
+        if is_earlier(output):
+            continue
         try:
             stage = StageRun(record["name"], record["stage"], output, _size(output), record)
             _ = (float(stage.seconds), stage.config["output"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json_lines", "replace_file"]
+__all__ = ["is_earlier", "read_json_lines", "replace_file"]
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -30,3 +31,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return found
+
+
+def is_earlier(output: Path) -> bool:
+    """Whether an output is one of other settings, kept beside the present one as ``<name>@<twelve hex digits>``."""
+    return re.search(r"@[0-9a-f]{12}$", output.name.removesuffix(".nemo")) is not None

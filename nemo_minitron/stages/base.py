@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from nemo_minitron.axes import Family, family
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, PreemptedError
-from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.files import is_earlier, replace_file
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = [
@@ -311,7 +311,9 @@ def _identity(path: Path, excluding: Path) -> str:
             return _digest([found["hash"], str(path.relative_to(parent))])
     if path.is_dir():
         records = {
-            p.parent.name: read_record(p.parent) for p in sorted(path.glob("*/record.json")) if p.parent != excluding
+            p.parent.name: read_record(p.parent)
+            for p in sorted(path.glob("*/record.json"))
+            if p.parent != excluding and not is_earlier(p.parent)
         }
         if records:
             return _digest({name: record["hash"] for name, record in records.items() if record})

@@ -8,13 +8,13 @@ from typing import Any
 from nemo_minitron.config import StageConfig
 from nemo_minitron.stages.base import read_record
 from nemo_minitron.stages.execute import run_stage
-from nemo_minitron.stages.pipeline import ready
+from nemo_minitron.stages.pipeline import prepare
 
-__all__ = ["run_child"]
+__all__ = ["run_child", "show_output"]
 
 
 def run_child(stage: StageConfig) -> dict[str, Any]:
-    """Run a stage unless it is done; one that was done with other settings is made again.
+    """Run a stage unless it is done; one that was done with other settings is kept beside the new one.
 
     Returns:
         Its record.
@@ -22,14 +22,15 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
     Raises:
         MinitronError: what the stage refused.
     """
-    todo = ready(stage, overwrite=True)
+    todo = prepare(stage)
     if todo is None:
         record = read_record(stage.output)
         assert record is not None  # that is what "done" means
         return record
-    return run_stage(todo, _show)
+    return run_stage(todo, show_output)
 
 
-def _show(data: bytes) -> None:
+def show_output(data: bytes) -> None:
+    """Pass on what a child prints."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()

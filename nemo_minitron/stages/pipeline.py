@@ -1,7 +1,8 @@
 """Run stages one after the other, each in its own processes, leaving out what is already done.
 
 A stage is done when the record of its output was made from the same settings and the same inputs (their records'
-hashes). So a pipeline that was stopped, by an error or by a kill, goes on where it was when it is started again.
+hashes). So a pipeline that was stopped, by an error or by a kill, goes on where it was when it is started again, and
+one whose settings have changed makes again what depends on them, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from rich.text import Text
 from nemo_minitron.config import PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import replace_file
-from nemo_minitron.stages.base import config_hash, hashed_settings, human_bytes, parents, read_record
+from nemo_minitron.stages.base import human_bytes, read_record
+from nemo_minitron.stages.earlier import earlier_outputs, keep, recall, stage_state
 from nemo_minitron.stages.execute import job_folder_of, run_stage
 
-__all__ = ["ready", "run_pipeline", "show_status", "stage_state", "write_manifest"]
+__all__ = ["prepare", "run_pipeline", "show_status", "write_manifest"]
 
 _LINE_ENDS = re.compile(rb"[\r\n]+")
 _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -41,14 +43,14 @@ def run_pipeline(
 
     Args:
         pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
-        overwrite: redo stages that were done with other settings, instead of refusing.
+        overwrite: replace outputs that were made with other settings, instead of keeping them beside the new ones.
         console: for one line per stage and the closing table.
 
     Returns:
         The stages' records.
 
     Raises:
-        ConfigError: if a finished stage's settings have changed and ``overwrite`` is off, or another run works here.
+        ConfigError: if another run works here.
         MinitronError, StageCrashError: what a stage failed by, with the stage's name; later stages are not started.
     """
     folder = Path(pipeline.output)
@@ -58,7 +60,11 @@ def run_pipeline(
         records, skipped = [], set()
         for number, config in enumerate(stages, 1):
             line = _Line(console, f"[{number}/{len(stages)}] {config.name}")
-            todo = ready(config, overwrite)
+            state, reasons = stage_state(config)
+            todo = prepare(config, overwrite)
+            if state == "changed":
+                what = "comes back from" if todo is None else "made again for"
+                console.print(f"{config.name}: {what} other settings ({'; '.join(reasons)})", markup=False)
             if todo is None:
                 record = read_record(config.output)
                 skipped.add(config.name)
@@ -70,51 +76,27 @@ def run_pipeline(
     return records
 
 
-def stage_state(config: StageConfig) -> tuple[str, list[str]]:
-    """How far a stage is.
+def prepare(config: StageConfig, overwrite: bool = False) -> StageConfig | None:
+    """What is to be run of a stage, and room for it. Call it on one rank, right before the stage starts.
 
-    Returns:
-        "done"; "changed" with what differs from the record; "unfinished" (an output without a record); or "new".
-    """
-    record = read_record(config.output)
-    if record is None:
-        return ("unfinished" if Path(config.output).exists() else "new"), []
-    if record["hash"] == config_hash(config) and Path(config.output).exists():
-        return "done", []
-    then, now = dict(_flat(record["settings"])), dict(_flat(hashed_settings(config)))
-    reasons = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
-    for name, parent in parents(config).items():
-        before = record["parents"].get(name)
-        if before is None or before["hash"] != parent["hash"]:
-            reasons.append(f"{name}: {parent['path']} has changed")
-    return "changed", reasons or ["the stage itself"]
-
-
-def ready(config: StageConfig, overwrite: bool) -> StageConfig | None:
-    """What is to be run of a stage, as it is now.
+    An output of other settings or inputs is kept under its identity (:mod:`nemo_minitron.stages.earlier`), or replaced
+    under ``overwrite``; one of just these, kept before, comes back. A stage that leads others keeps what they made:
+    they are asked one by one.
 
     Args:
         config: of the stage.
-        overwrite: make it again if it was done with other settings or inputs.
+        overwrite: replace what was made with other settings or inputs, instead of keeping it.
 
     Returns:
         The configuration to run it with, or None if it is done.
-
-    Raises:
-        ConfigError: if it was done with other settings or inputs, and nobody said ``overwrite``.
     """
-    state, reasons = stage_state(config)
-    if state == "done":
+    state, _ = stage_state(config)
+    if state == "done" or recall(config):
         return None
     if state == "changed" and not (overwrite or config.overwrite):
-        raise ConfigError(
-            f"stage {config.name}: {config.output} was made with other settings ({'; '.join(reasons)}); "
-            "pass --overwrite to make it again, or choose another output"
-        )
+        if not (config.LEADS and getattr(config, "resume", False)):
+            keep(config)
+        return config
     if state == "changed" or (state == "unfinished" and not getattr(config, "resume", False)):
         return dataclasses.replace(config, overwrite=True)
     return config
@@ -133,11 +115,17 @@ def show_status(folder: Path, console: Console) -> None:
     table = Table(title=f"{manifest['name']}: {folder}", title_justify="left")
     for heading in ("stage", "state", "time", "output"):
         table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
+    earlier: list[Path] = []
     for stage in manifest["stages"]:
         record = read_record(stage["output"])
         state = "done" if record else "unfinished" if Path(stage["output"]).exists() else "-"
         table.add_row(stage["name"], state, _clock(record["seconds"]) if record else "", stage["output"])
+        earlier += earlier_outputs(stage["output"])
     console.print(table)
+    if earlier:
+        console.print("Kept of other settings, and used again if they come back:", highlight=False)
+        for path in earlier:
+            console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -253,12 +241,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings and lists as ``(dotted path, value)``."""
-    if isinstance(value, dict | list) and value:
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(entry, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value

@@ -21,7 +21,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import set_aside
 from nemo_minitron.stages.execute import record_job, write_settings
-from nemo_minitron.stages.pipeline import ready
+from nemo_minitron.stages.pipeline import prepare
 
 __all__ = ["main"]
 
@@ -86,7 +86,7 @@ def _translate(folder: Path) -> tuple[int, int]:
 def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
     """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
     try:
-        found = ready(config, overwrite)
+        found = prepare(config, overwrite)
         if found is not None:
             replaced.enter_context(set_aside(found))
             if not getattr(found, "resume", False):  # one that resumes begins with nothing, and goes on if requeued

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.config import SearchConfig, StageConfig, TargetConfig
+from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import launch
 from nemo_minitron.search import (
@@ -33,20 +32,18 @@ from nemo_minitron.search import (
     spread,
 )
 from nemo_minitron.stages.base import (
-    MARKER,
     PlannedPath,
     StagePlan,
-    check_output,
     hashed_settings,
     human_bytes,
     human_count,
+    own_output,
     parents,
     peek_architecture,
     peek_family,
     peek_shape,
 )
-from nemo_minitron.stages.execute import run_stage
-from nemo_minitron.stages.pipeline import stage_state
+from nemo_minitron.stages.children import run_child, show_output
 from nemo_minitron.stages.search_ranking import BASE, Work
 from nemo_minitron.stages.search_report import write_results
 
@@ -135,7 +132,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     costs = Costs(config, shape, checkpoint.family, topk=constants.moe_router_topk, rotary=constants.rotary_percent)
     # An empty space is told before anything is written or run.
     shapes = costs.space().fitting(costs.budgets())
-    output = _prepared(config)
+    output = own_output(config)
     journal = Journal(output / "candidates.jsonl", _subject(config))
     known = journal.read()
     if config.budget.latency_ms is not None:
@@ -291,19 +288,6 @@ def _subject(config: SearchConfig) -> dict[str, Any]:
     return settings | {name: parent["hash"] for name, parent in parents(config).items()}
 
 
-def _prepared(config: SearchConfig) -> Path:
-    """The output directory, marked as ours; emptied under ``overwrite``."""
-    output = Path(config.output)
-    ours = (output / MARKER).exists()
-    if config.overwrite and output.exists():
-        shutil.rmtree(check_output(output, overwrite=True))
-    elif not (ours and config.resume):
-        check_output(output, overwrite=False)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
-    return output
-
-
 def _finished(output: Path) -> int:
     """Candidates in the journal of an output, whatever it is of."""
     try:
@@ -327,7 +311,7 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
         world_size=config.parallel.world_size,
         folder=folder,
         threads=config.runtime.threads,
-        on_output=_show,
+        on_output=show_output,
     )
 
 
@@ -342,27 +326,12 @@ def _distil(config: SearchConfig, output: Path, journal: Journal, one: Result, l
     student = config.pruning(str(folder / "student"), TargetConfig(**given))
     distilled = config.distillation(str(folder / "distilled"), student.output)
     for stage in (student, distilled):
-        _child(stage)
+        run_child(stage)
     seconds = round(time.monotonic() - started, 1)
     _rank(config, output, Work([one.sizes], distilled=str(folder / "distilled" / "model")))
     journal.append(one.name, distill_seconds=seconds)
     for part in ("student", "distilled/checkpoints"):
         shutil.rmtree(folder / part, ignore_errors=True)
-
-
-def _child(stage: StageConfig) -> None:
-    """Run a stage in its own processes, unless it is done."""
-    state, _ = stage_state(stage)
-    if state == "done":
-        return
-    if state == "changed" or (state == "unfinished" and not getattr(stage, "resume", False)):
-        stage = dataclasses.replace(stage, overwrite=True)
-    run_stage(stage, _show)
-
-
-def _show(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
 
 
 def _results(

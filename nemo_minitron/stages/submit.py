@@ -23,8 +23,9 @@ from rich.console import Console
 from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.stages.base import PlannedPath
+from nemo_minitron.stages.earlier import stage_state
 from nemo_minitron.stages.execute import job_folder_of, write_settings
-from nemo_minitron.stages.pipeline import ready, write_manifest
+from nemo_minitron.stages.pipeline import write_manifest
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -73,8 +74,7 @@ def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: boo
     """The stages that are not done, and what each waits for.
 
     Raises:
-        ConfigError: for layouts that do not fill nodes, settings of stages that are not there, and as
-            :func:`~nemo_minitron.stages.pipeline.ready`.
+        ConfigError: for layouts that do not fill nodes, and settings of stages that are not there.
     """
     names = [config.name for config in stages]
     faults = [fault for config in stages for fault in slurm.node_faults(config.name, config.processes)]
@@ -90,7 +90,7 @@ def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: boo
             if any(PlannedPath(path, "").comes_from({job.config.output}) for path in config.inputs().values())
         )
         # What an earlier job makes anew, this one has to make anew too.
-        if after or ready(config, overwrite) is not None:
+        if after or stage_state(config)[0] != "done":
             found.append(Job(config, overwrite or config.overwrite, after))
     return found
 
@@ -109,7 +109,7 @@ def submit(
     Args:
         pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
         slurm: where the jobs run.
-        overwrite: make stages again that were done with other settings.
+        overwrite: replace outputs that were made with other settings, instead of keeping them.
         dry_run: print the scripts and leave nothing behind.
         console: to print on.
 

@@ -51,7 +51,9 @@ stages:
 def made(folder: Path) -> dict[str, str]:
     """Start time of each recorded stage."""
     return {
-        p.parent.name: json.loads(p.read_text())["started"] + str(p.stat().st_ino) for p in folder.glob("*/record.json")
+        p.parent.name: json.loads(p.read_text())["started"] + str(p.stat().st_ino)
+        for p in folder.glob("*/record.json")
+        if "@" not in p.parent.name
     }
 
 
@@ -172,18 +174,31 @@ def test_a_pipeline_runs_its_stages_once(tmp_path, pipeline):
     assert status.stdout.count("done") == 4
 
 
-def test_changed_settings_are_refused_or_made_again(tmp_path, pipeline):
+def test_a_changed_setting_makes_again_what_depends_on_it_and_keeps_the_rest(tmp_path, pipeline):
     minitron("run", "pipe.yaml", cwd=tmp_path)
     before = made(tmp_path / "run")
     changed = minitron("run", "pipe.yaml", "stages.small.runtime.seed=7", cwd=tmp_path)
-    assert changed.returncode == 2
-    assert "stage small: run/small was made with other settings (runtime.seed: 1234 then, 7 now)" in changed.stderr
-    assert made(tmp_path / "run") == before
-    done = minitron("run", "pipe.yaml", "stages.small.runtime.seed=7", "--overwrite", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert changed.returncode == 0, changed.stderr
+    assert "small: made again for other settings (runtime.seed: 1234 then, 7 now)" in changed.stdout
+    assert "3 made in" in changed.stdout
     after = made(tmp_path / "run")
     assert after["teacher"] == before["teacher"]
     assert all(after[name] != before[name] for name in ("small", "last", "report"))  # what depends on it, too
+
+    back = minitron("run", "pipe.yaml", cwd=tmp_path)
+    assert "small: comes back from other settings (runtime.seed: 7 then, 1234 now)" in back.stdout
+    assert "1 made in 0:00, 3 kept" in back.stdout, back.stdout  # a report is not kept: it is soon made
+    now = made(tmp_path / "run")
+    assert all(now[name] == before[name] for name in ("teacher", "small", "last"))
+    kept = minitron("status", "run", cwd=tmp_path).stdout
+    assert kept.count("run/small@") == kept.count("run/last@") == 1
+
+
+def test_overwrite_keeps_nothing(tmp_path, pipeline):
+    minitron("run", "pipe.yaml", cwd=tmp_path)
+    done = minitron("run", "pipe.yaml", "stages.small.runtime.seed=7", "--overwrite", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "run").glob("*@*"))
 
 
 def test_limits_and_names_make_nothing_again(tmp_path, pipeline):

@@ -28,6 +28,8 @@ class StageConfig:
     INPUTS: ClassVar[tuple[str, ...]] = ()
     #: Layouts that may have context parallelism, by field.
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
+    #: The output holds the outputs of stages of their own, each with its record.
+    LEADS: ClassVar[bool] = False
 
     name: str = ""
     output: str = MISSING

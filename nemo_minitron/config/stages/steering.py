@@ -126,6 +126,7 @@ class SteerlmConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "steerlm"
+    LEADS: ClassVar[bool] = True
     INPUTS: ClassVar[tuple[str, ...]] = (
         "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.path",
     )  # fmt: skip

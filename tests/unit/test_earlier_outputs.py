@@ -1,0 +1,81 @@
+"""Outputs of other settings are kept under their identity, and come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.config import ExportConfig, PruneConfig, StageConfig
+from nemo_minitron.stages.base import read_record, write_record
+from nemo_minitron.stages.earlier import earlier_outputs, recall, stage_state
+from nemo_minitron.stages.pipeline import prepare
+
+
+def make(config: StageConfig, content: str) -> None:
+    output = Path(config.output)
+    if output.suffix == ".nemo":
+        output.write_text(content)
+    else:
+        output.mkdir()
+        (output / "content").write_text(content)
+    write_record(output, config.STAGE, config, {}, 1.0)
+
+
+def content(path: Path) -> str:
+    return (path if path.is_file() else path / "content").read_text()
+
+
+@pytest.mark.parametrize("name", ["out", "out.nemo", "o[u]t*"])
+def test_settings_there_and_back(tmp_path: Path, name: str) -> None:
+    one = PruneConfig(name="p", output=str(tmp_path / name), model="teacher")
+    two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
+    make(one, "one")
+    assert prepare(one) is None
+    assert stage_state(two) == ("changed", ["runtime.seed: 1234 then, 7 now"])
+    assert prepare(two) is two
+    assert not Path(one.output).exists()
+    make(two, "two")
+    (kept,) = earlier_outputs(one.output)
+    assert content(kept) == "one"
+    assert kept.name.endswith(".nemo") == name.endswith(".nemo")
+
+    assert prepare(one) is None
+    assert content(Path(one.output)) == "one"
+    record = read_record(one.output)
+    assert record is not None and record["settings"]["runtime"]["seed"] == 1234
+    (kept,) = earlier_outputs(one.output)
+    assert content(kept) == "two"
+    assert len(list(tmp_path.iterdir())) == (4 if name.endswith(".nemo") else 2)
+
+
+def test_the_same_made_twice_is_kept_once(tmp_path: Path) -> None:
+    one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
+    two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
+    make(one, "first")
+    prepare(two)
+    make(one, "second")
+    prepare(two)
+    assert [content(path) for path in earlier_outputs(one.output)] == ["second"]
+
+
+def test_what_is_not_whole_or_not_ours_is_left(tmp_path: Path) -> None:
+    one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
+    make(one, "one")
+    other = dataclasses.replace(one, output=str(tmp_path / "other"))
+    prepare(dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7)))
+    (kept,) = earlier_outputs(one.output)
+    (kept / "record.json").unlink()
+    assert not recall(one)
+    assert not recall(other)
+    (tmp_path / "out@mine").mkdir()
+    assert earlier_outputs(one.output) == [kept]
+
+
+def test_overwrite_replaces(tmp_path: Path) -> None:
+    one = ExportConfig(name="e", output=str(tmp_path / "out"), model="teacher")
+    make(one, "one")
+    todo = prepare(dataclasses.replace(one, formats=["nemo"]), overwrite=True)
+    assert todo is not None and todo.overwrite
+    assert earlier_outputs(one.output) == []

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from support.checkpoints import tiny_hf_model
 from support.distributed import run_distributed
 
 STEPS, SAVED, BATCH = 6, 3, 4
+#: SteerLM 2 has fewer.
+STEPS2, SAVED2 = 4, 2
 SCHEMA = ("helpfulness", "verbosity")
 
 
@@ -141,7 +147,7 @@ def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | No
 
     def rewards(numbers: list[int], answers: list[Any]) -> list[float]:
         if dies_after is not None and len(seen) >= dies_after:
-            raise Killed
+            os.kill(os.getpid(), signal.SIGKILL)
         values = [(one.tokens[0] % 2 == 0) + 0.1 / len(one.tokens) for one in answers]
         seen.append((numbers, [one.tokens for one in answers], [one.finish for one in answers], values))
         return values
@@ -156,13 +162,10 @@ def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | No
         steps=STEPS, micro_batch_size=64, global_batch_size=64, lr=5e-3, min_lr=1e-3, warmup_steps=1,
         validate_every=SAVED, save_every=SAVED,
     )  # fmt: skip
-    try:
-        train_reinforce(
-            open_checkpoint(model), prompts, prompts, rewards, rollouts, layout=ParallelLayout(**layout),
-            schedule=schedule, directory=directory, max_length=32,
-        )  # fmt: skip
-    except Killed:
-        return {"killed": True}
+    train_reinforce(
+        open_checkpoint(model), prompts, prompts, rewards, rollouts, layout=ParallelLayout(**layout),
+        schedule=schedule, directory=directory, max_length=32,
+    )  # fmt: skip
     lines = read_json_lines(directory / "metrics.jsonl")
     names = ("loss", "reward", "rewards_with_kl", "kl", "ended")
     return {
@@ -194,7 +197,7 @@ def responses(count: int, seed: int) -> list[Any]:
     ]
 
 
-def steerlm2(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
+def steerlm2(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
     """SteerLM 2 on given answers."""
     from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.alignment.steerlm2 import train_steerlm2
@@ -203,12 +206,19 @@ def steerlm2(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
     from nemo_minitron.runtime.groups import ParallelLayout
 
     schedule = Schedule(
-        steps=3, global_batch_size=4, lr=1e-3, min_lr=1e-4, warmup_steps=1, validate_every=3, save_every=3
-    )
-    train_steerlm2(
-        open_checkpoint(model), 8, 4, lambda chunks, groups: (responses(8, 1), responses(8, 1)[:4]),
-        layout=ParallelLayout(**layout), schedule=schedule, directory=Path(out) / "steerlm2", max_length=32,
+        steps=STEPS2, global_batch_size=BATCH, lr=1e-3, min_lr=1e-4, warmup_steps=1, validate_every=SAVED2,
+        save_every=SAVED2,
     )  # fmt: skip
+    data = Dying(responses(8, 1))
+    if dies_after is not None:
+        data.left = dies_after * BATCH
+    try:
+        train_steerlm2(
+            open_checkpoint(model), 8, 4, lambda chunks, groups: (data, responses(8, 1)[:4]),
+            layout=ParallelLayout(**layout), schedule=schedule, directory=Path(out) / "steerlm2", max_length=32,
+        )  # fmt: skip
+    except Killed:
+        return {"killed": True}
     lines = read_json_lines(Path(out) / "steerlm2" / "metrics.jsonl")
     return {
         part: {line["step"]: {name: line[name] for name in ("loss", "distance")} for line in lines
@@ -217,13 +227,20 @@ def steerlm2(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def everything(model: str, out: str, layout: dict[str, int], dies: bool = False) -> dict[str, Any]:
+def everything(model: str, out: str, layout: dict[str, int]) -> dict[str, Any]:
     """All trainings, in one process."""
     return {
-        "reward": train(model, out, layout, SAVED + 1 if dies else None),
-        "steerlm2": None if dies else steerlm2(model, out, layout),
-        "reinforce": reinforce(model, out, layout, 1 + 8 * (SAVED + 1) + 1 if dies else None),
+        "reward": train(model, out, layout),
+        "steerlm2": steerlm2(model, out, layout),
+        "reinforce": reinforce(model, out, layout),
     }
+
+
+def dying(model: str, out: str, layout: dict[str, int]) -> None:
+    """Each of them to the step after the one that follows its first checkpoint; the last takes the process with it."""
+    assert train(model, out, layout, SAVED + 1) == {"killed": True}
+    assert steerlm2(model, out, layout, SAVED2 + 1) == {"killed": True}
+    reinforce(model, out, layout, 1 + 8 * (SAVED + 1) + 1)
 
 
 def alone(model: str, out: str) -> dict[str, Any]:
@@ -260,7 +277,7 @@ def stages(model: str, out: Path) -> dict[str, Any]:
         "model": model, "steps": 2, "global_batch_size": 4, "warmup_steps": 1, "validate_every": 2, "save_every": 2,
         "verify": False,
     }  # fmt: skip
-    found = {}
+    found: dict[str, Any] = {}
     of_reward = RewardConfig(output=str(out / "reward"), data=data, **common)
     found["reward"] = reward.run(of_reward)
     of_steerlm2 = Steerlm2Config(
@@ -273,6 +290,12 @@ def stages(model: str, out: Path) -> dict[str, Any]:
         validation_prompts=2, max_new_tokens=6, **common,
     )  # fmt: skip
     found["reinforce"] = reinforce.run(of_reinforce)
+    found["stopped"] = {
+        name: stopped_and_resumed(module, dataclasses.replace(config, output=f"{config.output}-stopped"))
+        for name, module, config in (
+            ("reward", reward, of_reward), ("steerlm2", steerlm2, of_steerlm2), ("reinforce", reinforce, of_reinforce),
+        )
+    }  # fmt: skip
     of_label = LabelConfig(output=str(out / "labels"), reward=of_reward.output, data=data, batch=5)
     found["label"] = label.run(of_label)
     labelled = (out / "labels" / "labelled.jsonl").read_text().splitlines()
@@ -280,6 +303,30 @@ def stages(model: str, out: Path) -> dict[str, Any]:
     found["again"] = label.run(dataclasses.replace(of_label, batch=7))
     found["predicted"] = scores
     return found
+
+
+def stopped_and_resumed(stage: ModuleType, config: Any) -> str:
+    """SIGUSR1 comes in the first step; then the same command again. Returns what the first one said."""
+    from nemo_minitron.alignment.metrics import MetricsLog
+    from nemo_minitron.errors import PreemptedError
+
+    logged: Callable[..., None] = MetricsLog.log_metrics
+
+    def signalled(self: MetricsLog, metrics: dict[str, Any], step: int, prefix: str = "") -> None:
+        logged(self, metrics, step, prefix)
+        if prefix == "train/":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    MetricsLog.log_metrics = signalled  # type: ignore[method-assign]
+    said = "nothing"
+    try:
+        stage.run(config)
+    except PreemptedError as error:
+        said = str(error)
+    finally:
+        MetricsLog.log_metrics = logged  # type: ignore[method-assign]
+    stage.run(config)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -317,8 +364,8 @@ def test_tensor_parallel(model: str, one: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.timeout(1300)
 def test_pipeline_killed_in_the_middle_and_resumed(model: str, one: dict[str, Any], tmp_path: Path) -> None:
     staged = {"model": model, "out": str(tmp_path), "layout": {"pipeline": 2}}
-    killed = run_distributed(everything, 2, tmp_path, timeout=600, **staged, dies=True)
-    assert killed == [{"reward": {"killed": True}, "steerlm2": None, "reinforce": {"killed": True}}] * 2
+    with pytest.raises(AssertionError, match="exit -9"):
+        run_distributed(dying, 2, tmp_path, timeout=600, **staged)
     for other in run_distributed(everything, 2, tmp_path, timeout=600, **staged):
         _check_same(one, other)
 
@@ -371,12 +418,28 @@ def _check_stages(found: dict[str, Any], out: Path) -> None:
     assert found["reward"]["attributes"].keys() == {"verbosity"}, "of the schema, what some answer has a value of"
     assert found["reward"]["samples"] + found["reward"]["held_out"] == 24
     assert found["steerlm2"]["steps"] == found["reinforce"]["steps"] == 2
+    for stage, said in found["stopped"].items():
+        assert said.startswith("stopped by a signal after step 1 of 2: its state is saved"), (stage, said)
+        whole, resumed = (by_step(out / f"{stage}{which}" / "metrics.jsonl") for which in ("", "-stopped"))
+        assert {key: resumed[key] for key in whole} == pytest.approx(whole, abs=1e-6), stage
+        assert (out / f"{stage}-stopped" / "model" / "minitron.json").is_file()
     assert found["label"]["conversations"] == len(found["predicted"]) == 24
     assert found["label"] | {"kept": 0} == found["again"] | {"kept": 0}
     for name in ("reward/model", "steerlm2/model", "reinforce/model"):
         assert (out / name / "minitron.json").is_file()
     first = json.loads((out / "labels" / "labelled.jsonl").read_text().splitlines()[0])
     assert first["attributes"]["verbosity"] == min(4, max(0, round(first["predicted"]["verbosity"])))
+
+
+def by_step(metrics: Path) -> dict[tuple[int, str], float]:
+    """What each step and each validation told."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return {
+        (line["step"], f"{line.get('split', 'training')} {name}"): line[name]
+        for line in lines
+        for name in ("loss", "reward", "kl", "distance", "lr")
+        if name in line
+    }
 
 
 def _check_steerlm2(model: str, found: dict[str, Any]) -> None:
@@ -400,7 +463,7 @@ def _check_steerlm2(model: str, found: dict[str, Any]) -> None:
     first = found["validation"][0]
     assert first["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
     assert first["distance"] == pytest.approx(torch.stack(distances).mean().item(), abs=1e-3)
-    assert found["validation"][3]["distance"] < first["distance"]
+    assert found["validation"][STEPS2]["distance"] < first["distance"]
 
 
 def _check_regression(

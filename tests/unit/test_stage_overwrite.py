@@ -103,7 +103,7 @@ def labelling(folder: Path, **settings: Any) -> LabelConfig:
 
 
 def in_place(folder: str, processes: int) -> list[Any]:
-    """A stage on processes that are there: made, found, resumed, made anew, refused; what each rank saw in its output."""
+    """A stage on processes that are there: made, found, resumed, made anew, refused; what each rank saw in it."""
     import torch
 
     from nemo_minitron.stages import entry, worker

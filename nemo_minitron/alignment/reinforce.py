@@ -100,12 +100,18 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
         self._rollouts = rollouts
         # Aligner switches sequence parallelism off while the model answers.
         self._groups = groups.without_sequence_parallel()
-        self._request = 0
+        self.start_at(0, 1)
         self.answers: list[Answer] = []
 
-    def start_at(self, request: int) -> None:
-        """Number of the next answer's draws: those of a step depend on the step alone, also after a resume."""
-        self._request = request
+    def start_at(self, request: int, copies: int) -> None:
+        """Before the prompts of a step, or of a validation, are answered.
+
+        Args:
+            request: number of the first answer's draws: those of a step depend on the step alone, also after a resume.
+            copies: how often in a row each batch of prompts will be given.
+        """
+        self._request, self._copies = request, copies
+        self._made: list[list[Answer]] = []
 
     def get_loss_and_metrics(self, batch: dict[str, torch.Tensor], forward_only: bool) -> tuple[float, dict[str, Any]]:
         """As Aligner's, whose product of ``[b, s]`` log-probabilities and ``[b]`` rewards is right for one answer at a
@@ -122,6 +128,9 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
     def infer(self, inference_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Answer prompts.
 
+        The first time, all the answers to them are made at once: a step of generation costs much the same for few
+        sequences as for many. What each answer's draws are does not depend on the batch.
+
         Args:
             inference_batch: ``text`` ``[b, s]``, filled up at the end, and ``length``, ``number`` ``[b]``.
 
@@ -131,18 +140,21 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
         """
         rollouts, lengths = self._rollouts, inference_batch["length"].tolist()
         rows = [row[:length] for row, length in zip(inference_batch["text"].tolist(), lengths, strict=True)]
-        requests = range(self._request, self._request + len(rows))
-        self._request += len(rows)
-        self.answers = generate_tokens(
-            list(self.get_model_module_list()),
-            self._groups,
-            rows,
-            sampling=rollouts.sampling,
-            ends=rollouts.ends,
-            vocab_size=rollouts.vocab_size,
-            requests=requests,
-            batch_size=rollouts.batch_size,
-        )
+        if not self._made:
+            count = len(rows) * self._copies
+            made = generate_tokens(
+                list(self.get_model_module_list()),
+                self._groups,
+                rows * self._copies,
+                sampling=rollouts.sampling,
+                ends=rollouts.ends,
+                vocab_size=rollouts.vocab_size,
+                requests=range(self._request, self._request + count),
+                batch_size=rollouts.batch_size,
+            )
+            self._request += count
+            self._made = [made[start : start + len(rows)] for start in range(0, count, len(rows))]
+        self.answers = self._made.pop(0)
         texts = [row + answer.tokens for row, answer in zip(rows, self.answers, strict=True)]
         device = next(self.parameters()).device
         tokens = torch.full((len(texts), max(map(len, texts))), int(self.tokenizer.eos_id), device=device)
@@ -164,7 +176,10 @@ class _Trainer(ReinforceTrainer):  # type: ignore[misc]
         rollouts = self.model._rollouts
         per_step = rollouts.prompts_per_step * rollouts.samples_per_prompt
         # Validations have the same draws each time, beyond those of any step.
-        self.model.start_at(2**40 if is_validation else self.step * per_step)
+        if is_validation:
+            self.model.start_at(2**40, copies=1)
+        else:
+            self.model.start_at(self.step * per_step, copies=rollouts.samples_per_prompt)
         return super()._run_inference(dataloader_builder, consumed_samples, is_validation)
 
 

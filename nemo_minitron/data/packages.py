@@ -177,7 +177,8 @@ def fetch(name: str, cache_dir: str | Path) -> Path:
             return archive
         archive.unlink()  # A truncated or altered copy is worth nothing: fetch it anew.
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=archive.parent) as aside:
+    # Absolute: pip works in a directory of its own, from where a relative path leads to no backend.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=archive.parent.absolute()) as aside:
         download = _download(source, Path(aside), archive)
         if (digest := _sha256(download)) != source.sha256:
             raise DataError(

@@ -30,6 +30,10 @@ __all__ = [
     "wide",
 ]
 
+BLOCK_BYTES = {"cpu": 2**19, "cuda": 2**62}
+"""Of one buffer of the tokens that go through several passes at once. On CUDA a pass is a kernel launch, and the whole
+chunk goes through."""
+
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -59,6 +63,10 @@ class Columns:
             local = torch.stack([row.amax(-1).to(wide(row)) for row in rows])
         else:
             local = rows[0].new_full((len(rows), len(rows[0])), float("-inf"), dtype=wide(rows[0]))
+        return self.largest(local)
+
+    def largest(self, local: torch.Tensor) -> torch.Tensor:
+        """The largest of each number over the ranks, in place, by one all-reduce."""
         if dist.get_world_size(self.group) > 1:
             dist.all_reduce(local, op=dist.ReduceOp.MAX, group=self.group)
         return local
@@ -98,15 +106,35 @@ def wide(logits: torch.Tensor) -> torch.dtype:
 
 
 def forward_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
-    """``S p (log p - log q)``; derivative ``q - p``."""
-    p, q = _shifted(p, q, columns)
-    difference = p - q
-    p.exp_()
-    q.exp_()
-    sum_p, sum_q, cross = columns.total(p.sum(-1), q.sum(-1), torch.linalg.vecdot(p, difference))
+    """``S p (log p - log q)``; derivative ``q - p``.
+
+    The recipe's own loss, so the one whose passes are counted: tokens go through in blocks that stay in a core's
+    cache, each less its *local* maximum, and what that leaves wrong is one factor a token and rank.
+    """
+    exp_p, exp_q = (torch.empty(logits.shape, dtype=wide(logits), device=logits.device) for logits in (p, q))
+    maxima, sums = exp_p.new_full((2, len(p)), torch.finfo(exp_p.dtype).min), exp_p.new_zeros(3, len(p))
+    blocks = _blocks(exp_p) if columns.valid else []
+    for block in blocks:
+        top = torch.stack([logits[block].amax(-1).to(exp_p.dtype) for logits in (p, q)])
+        maxima[:, block] = top.clamp_(min=torch.finfo(exp_p.dtype).min)  # of a rank without any finite logit, too
+        of_p, of_q = exp_p[block], exp_q[block]
+        torch.sub(p[block], top[0, :, None], out=of_p)
+        torch.sub(q[block], top[1, :, None], out=of_q)
+        difference = of_p - of_q
+        torch.sum(of_p.exp_(), -1, out=sums[0, block])
+        torch.sum(of_q.exp_(), -1, out=sums[1, block])
+        sums[2, block] = torch.linalg.vecdot(of_p, difference)
+    apart = maxima - columns.largest(maxima.clone())
+    factors = apart.exp()
+    # S p' (p' logit - q' logit), both less the global maxima
+    sums[2] += sums[0] * (apart[0] - apart[1])
+    sum_p, sum_q, cross = columns.total(sums[0] * factors[0], sums[1] * factors[1], sums[2] * factors[0])
     # log p is the shifted logit minus log sum_p
     loss = cross / sum_p - sum_p.log() + sum_q.log()
-    return loss, q.div_(sum_q[:, None]).addcmul_(p, sum_p.reciprocal().neg_()[:, None])
+    scale_q, scale_p = factors[1] / sum_q, -factors[0] / sum_p
+    for block in blocks:
+        exp_q[block].mul_(scale_q[block, None]).addcmul_(exp_p[block], scale_p[block, None])
+    return loss, exp_q
 
 
 def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
@@ -200,6 +228,13 @@ def cross_entropy(labels: torch.Tensor, q: torch.Tensor, columns: Columns) -> Lo
     if columns.valid:
         gradient.scatter_add_(-1, local, -mine.to(q.dtype))
     return total.log() - logit, gradient
+
+
+def _blocks(buffer: torch.Tensor) -> list[slice]:
+    """Rows of ``[n, v]`` that fit :data:`BLOCK_BYTES` together, one at least."""
+    row = buffer.shape[-1] * buffer.itemsize
+    size = max(1, BLOCK_BYTES["cuda" if buffer.is_cuda else "cpu"] // row)
+    return [slice(start, min(start + size, len(buffer))) for start in range(0, len(buffer), size)]
 
 
 def _shifted(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,8 +61,12 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def test_fetch_runs_nothing_of_the_archive(index: Path, tmp_path: Path) -> None:
-    archive = fetch("tiny", tmp_path / "cache")
+@pytest.mark.parametrize("relative", [False, True])
+def test_fetch_runs_nothing_of_the_archive(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    archive = fetch("tiny", "cache" if relative else tmp_path / "cache")
     assert archive.read_bytes() == (index / "tiny-1.0.tar.gz").read_bytes()
     assert list(archive.parent.iterdir()) == [archive]
     assert not (tmp_path / "executed").exists()

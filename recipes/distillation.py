@@ -134,6 +134,7 @@ def distillation_recipe(
     micro_batch_size: int = 1,
     global_batch_size: int = 128,
     precision: str = "bf16-mixed",
+    context: int = 1,
 ) -> run.Partial[Any]:
     """The recipe of the Minitron papers: forward KL alone, AdamW, warm-up and cosine decay.
 
@@ -141,8 +142,9 @@ def distillation_recipe(
         student, teacher: checkpoints.
         text: JSONL, Parquet or text files, or a pattern of them.
         output: directory.
-        num_nodes, devices: processes are their product; those that ``tensor`` and ``pipeline`` leave are data-parallel.
-        tensor, pipeline: parallel sizes of both models.
+        num_nodes, devices: processes are their product; those that ``tensor``, ``pipeline`` and ``context`` leave are
+            data-parallel.
+        tensor, pipeline, context: parallel sizes of both models.
         sequence_length, steps, micro_batch_size, global_batch_size: of the training.
         precision: "bf16-mixed" on GPUs, "32" on a CPU.
 
@@ -152,10 +154,11 @@ def distillation_recipe(
     Raises:
         ConfigError: if the processes cannot be shared out.
     """
-    processes, model = num_nodes * devices, tensor * pipeline
+    processes, model = num_nodes * devices, tensor * pipeline * context
     if processes % model:
         raise ConfigError(
-            f"num_nodes * devices = {processes}: is not a multiple of tensor * pipeline = {model}; change either"
+            f"num_nodes * devices = {processes}: is not a multiple of tensor * pipeline * context = {model}; change "
+            "either"
         )
     warmup = min(100, steps // 10)
     return run.Partial(
@@ -166,7 +169,7 @@ def distillation_recipe(
         data=run.Config(
             DataConfig, sources=[run.Config(SourceConfig, name="corpus", path=text)], sequence_length=sequence_length
         ),
-        parallel=run.Config(ParallelConfig, tensor=tensor, pipeline=pipeline, data=processes // model),
+        parallel=run.Config(ParallelConfig, tensor=tensor, pipeline=pipeline, data=processes // model, context=context),
         schedule=run.Config(
             Schedule,
             steps=steps,

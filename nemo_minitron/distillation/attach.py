@@ -9,7 +9,8 @@ What makes gradients right, stage by stage: the losses are sums over valid token
 of the global batch (``calculate_per_token_loss``). Hidden states are whole on each tensor-parallel rank, where Megatron
 expects whole gradients, so every rank adds the same; under sequence parallelism each rank adds the loss of its own
 tokens, and the projections are marked for Megatron's all-reduce over the tensor-parallel group. Attention relations are
-of disjoint relation heads on each rank. No collective runs inside the schedule.
+of disjoint relation heads on each rank. Context-parallel ranks have other tokens, as data-parallel ones do; attention
+relations alone need those of the others, and gather them. No other collective runs inside the schedule.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nemo_minitron.config import IntermediateConfig
 from nemo_minitron.distillation.intermediate import STATE_LOSSES, attention_relations
 from nemo_minitron.distillation.layers import LayerMaps, layer_ranks
 from nemo_minitron.errors import ConfigError, NonFiniteError
+from nemo_minitron.runtime.context import whole_sequence
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.shape import ModelShape
 
@@ -193,7 +195,7 @@ class StudentLosses:
     ``[H_t, H_s]`` of its sites: they train, are clipped and are saved with the student.
 
     Memory: of each mapped layer the loss's own float32 states, from the forward pass of a micro-batch to its backward
-    pass; of attention relations three ``[b, R/tp, s, s]`` of each model.
+    pass; of attention relations three ``[b, R/tp, s (/cp), s]`` of each model.
 
     Args:
         plan: the losses.
@@ -241,7 +243,7 @@ class StudentLosses:
         """Within the block, the chunk's forward pass takes the losses.
 
         Args:
-            batch: with ``loss_mask`` ``[b, s]`` and ``attention_mask`` ``[b or 1, 1, s, s]``.
+            batch: with ``loss_mask`` ``[b, s (/cp)]`` and ``attention_mask`` ``[b or 1, 1, s (/cp), s]``.
             states: of the teacher, by the student's site; those of this chunk are taken out.
         """
         self._batch, self._states = batch, states
@@ -302,13 +304,21 @@ class StudentLosses:
     def _relations(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         """This rank's summand of the attention relations, ``[b, s]``: its relation heads are of its own channels."""
         assert self._batch is not None
-        heads, tensor = self.plan.config.relation_heads, self.groups.layout.tensor
+        heads, layout = self.plan.config.relation_heads, self.groups.layout
         assert heads is not None
+        tensor, models = layout.tensor, ((ours, self.plan.student), (theirs, self.plan.teacher))
+        columns = None
+        if layout.context > 1:
+            ours_whole, theirs_whole = (
+                _queries_keys_values(whole_sequence(mixed, self.groups.cp), shape, tensor) for mixed, shape in models
+            )
+            columns = ours_whole, theirs_whole
         local = attention_relations(
             _queries_keys_values(ours, self.plan.student, tensor),
             _queries_keys_values(theirs, self.plan.teacher, tensor),
             heads=heads // tensor,
             masked=self._batch["attention_mask"][:, 0].to(ours.device),
+            columns=columns,
         )
         return local / tensor
 

@@ -62,6 +62,7 @@ def attention_relations(
     *,
     heads: int,
     masked: torch.Tensor,
+    columns: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None = None,
 ) -> torch.Tensor:
     """Divergence of the self-relations of queries, keys and values (MiniLMv2, arXiv 2012.15828, section 3.1).
 
@@ -75,16 +76,21 @@ def attention_relations(
         student, teacher: queries, keys and values ``[b, s, C]``, each with its own C, a multiple of ``heads``.
         heads: R.
         masked: ``[b or 1, s, s]``, True where attention is not allowed.
+        columns: the student's and the teacher's tokens j, where ``student`` and ``teacher`` are a part of the tokens i
+            alone: ``[b, s_j, C]``, and ``masked`` is ``[b or 1, s_i, s_j]``.
 
     Returns:
-        ``[b, s]``.
+        ``[b, s]``, of the tokens i.
 
     Raises:
         ValueError: if the relation heads do not divide the channels.
     """
     total: torch.Tensor | None = None
-    for ours, theirs in zip(student, teacher, strict=True):
-        log_q, log_p = (_relations(x, heads, masked) for x in (ours, theirs.detach()))
+    for ours, theirs, our_columns, their_columns in zip(
+        student, teacher, *(columns or (student, teacher)), strict=True
+    ):
+        log_q = _relations(ours, our_columns, heads, masked)
+        log_p = _relations(theirs.detach(), their_columns.detach(), heads, masked)
         rows = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean(1)
         total = rows if total is None else total + rows
     assert total is not None
@@ -101,13 +107,13 @@ def _projected(
     return _wide(student), _wide(teacher.detach())
 
 
-def _relations(x: torch.Tensor, heads: int, masked: torch.Tensor) -> torch.Tensor:
-    """``[b, s, C]`` -> ``[b, R, s, s]`` log-probabilities."""
-    batch, sequence, channels = x.shape
+def _relations(rows: torch.Tensor, columns: torch.Tensor, heads: int, masked: torch.Tensor) -> torch.Tensor:
+    """``[b, s_i, C]`` and ``[b, s_j, C]`` -> ``[b, R, s_i, s_j]`` log-probabilities."""
+    channels = rows.shape[-1]
     if channels % heads:
         raise ValueError(f"{channels} channels cannot be split into {heads} relation heads")
-    split = _wide(x).view(batch, sequence, heads, channels // heads).transpose(1, 2)
-    scores = split @ split.transpose(-1, -2) * (channels // heads) ** -0.5
+    ours, theirs = (_wide(x).unflatten(-1, (heads, channels // heads)).transpose(1, 2) for x in (rows, columns))
+    scores = ours @ theirs.transpose(-1, -2) * (channels // heads) ** -0.5
     return functional.log_softmax(scores.masked_fill(masked[:, None], _MASKED), dim=-1)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.tokenizer import check_same_tokenizer
-from nemo_minitron.config import IntermediateConfig, ParallelConfig
+from nemo_minitron.config import ParallelConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -54,7 +54,6 @@ def check_context(
     layout: ParallelLayout,
     *,
     documents: bool = False,
-    intermediate: IntermediateConfig | None = None,
     placement: str = "shared",
 ) -> None:
     """Whether a training can share its sequences out over context-parallel ranks, if its layout does.
@@ -62,17 +61,15 @@ def check_context(
     Args:
         layout: of the trained model.
         documents: the blocks hold several documents, which mask each other.
-        intermediate: losses inside the models.
         placement: of the teacher (:class:`~nemo_minitron.distillation.placement.TeacherPlacement`).
 
     Raises:
-        ConfigError: with everything that needs whole sequences on a rank.
+        ConfigError: if not.
     """
     if layout.context == 1:
         return
     needs = {
         "blocks of several documents (Transformer Engine's attention takes no masks there)": documents,
-        "attention relations": intermediate is not None and intermediate.relation_heads is not None,
         f"a teacher on {placement}": placement != "shared",
     }
     if faults := [what for what, there in needs.items() if there]:

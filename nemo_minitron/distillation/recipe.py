@@ -76,7 +76,7 @@ def distill(
         check_model(student, layout, length)
     else:
         check_pair(student, teacher, layout, length, teacher_layout=placement.layout)
-    check_context(layout, intermediate=intermediate, placement=placement.kind)
+    check_context(layout, placement=placement.kind)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
     model = DistillationModel(
         trained_config(student, layout, schedule),

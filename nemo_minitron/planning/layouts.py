@@ -10,8 +10,8 @@ Traffic of a rank, with ``n = b s H`` numbers of a micro-batch's hidden state (K
   (under sequence parallelism as an all-gather and a reduce-scatter of half each, and two more all-gathers backward, of
   the inputs that the weights' gradients need); once more for the embedding and once for the output layer's input.
   Recomputed layers repeat their forward traffic; a teacher has only forward traffic.
-- context parallel: keys and values, ``2 b s G d / t`` numbers a layer, go around the ring once forward and twice backward
-  (again, and their gradients); a rank sends ``(c-1)/c`` of them each time. All else is of its ``s/c`` tokens.
+- context parallel: keys and values, ``2 b s G d / t`` numbers a layer, go around the ring once forward, and twice
+  backward (again, and their gradients); a rank sends ``(c-1)/c`` of them each time. All else is of its ``s/c`` tokens.
 - pipeline parallel: ``n`` (``n/t`` under sequence parallelism) to the next stage and back, for each model chunk.
 - data parallel: the distributed optimizer reduce-scatters fp32 gradients and all-gathers weights, once a step, over the
   data- and context-parallel ranks together.

@@ -32,7 +32,8 @@ time is whole; "full" keeps a layer's input ``H`` alone, and one layer at a time
 The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
 dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers.
 
-Under context parallelism the plain layers hold the keys and values of all ``s`` tokens; Transformer Engine's never do.
+Under context parallelism the plain layers keep the keys and values of all ``s`` tokens (by the same count, but not
+measured); Transformer Engine's never hold them.
 
 Not counted: what a library allocates for itself, communication buffers, fragmentation, and in inference the few tensors
 of the layer at work.

@@ -1,7 +1,7 @@
 """Context parallelism: which tokens of a sequence a rank has.
 
-As in Megatron (``megatron.core.utils.get_batch_on_this_cp_rank``), a sequence is cut into ``2 cp`` runs of tokens and
-rank r has runs r and ``2 cp - 1 - r``: under a causal mask each rank then has the same work. Megatron itself cuts RoPE's
+As in Megatron (``megatron.core.utils.get_batch_on_this_cp_rank``), a sequence is cut into ``2 cp`` runs of tokens, and
+rank r has runs r and ``2 cp - 1 - r``: under a causal mask each rank has the same work. Megatron itself cuts RoPE's
 tables so.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime.groups import Groups
 
-__all__ = ["rank_batch", "rank_part", "rank_runs", "true_order"]
+__all__ = ["rank_batch", "rank_part", "rank_runs", "whole_sequence"]
 
 _SEQUENCE = {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}
 """Where the sequence lies in what a batch holds; of a mask ``[b or 1, 1, s, s]`` it is that of the queries."""
@@ -54,8 +55,19 @@ def rank_batch(batch: dict[str, Any], groups: Groups) -> dict[str, Any]:
     }
 
 
-def true_order(gathered: torch.Tensor, context: int) -> torch.Tensor:
-    """``[s, ...]`` parts of the ranks one after the other -> the same tokens in the order of the sequence."""
+def whole_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[s / cp, ...]`` of each rank -> ``[s, ...]`` on all, in the order of the sequence.
+
+    Backward: each rank gets the sum of all ranks' gradients of its own tokens (a reduce-scatter).
+
+    Args:
+        part: as :func:`rank_part` gives it.
+        group: context-parallel.
+    """
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    context = dist.get_world_size(group)
+    gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
     runs = gathered.chunk(2 * context)
     held = [run for rank in range(context) for run in rank_runs(rank, context)]
     return torch.cat([runs[held.index(run)] for run in range(2 * context)])

@@ -14,13 +14,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ModelCommProcessGroups
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from nemo_minitron.runtime.context import true_order
+from nemo_minitron.runtime.context import whole_sequence
 
 __all__ = ["ContextParallelAttention", "context_layer_spec", "with_context_attention"]
 
@@ -85,15 +84,10 @@ class ContextParallelAttention(MegatronModule):
             ``[s/cp, b, A d / tp]``.
         """
         # One message for both, as they have one shape.
-        both = self._whole(torch.cat([key, value], dim=-1))
+        both = whole_sequence(torch.cat([key, value], dim=-1), self._group)
         key, value = (part.contiguous() for part in both.split([key.shape[-1], value.shape[-1]], dim=-1))
-        context: torch.Tensor = self.attention(query, key, value, attention_mask, **options)
-        return context
-
-    def _whole(self, part: torch.Tensor) -> torch.Tensor:
-        """``[s/cp, ...]`` -> ``[s, ...]`` in the order of the sequence."""
-        gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self._group)
-        return true_order(gathered, self._group.size())
+        attended: torch.Tensor = self.attention(query, key, value, attention_mask, **options)
+        return attended
 
 
 def with_context_attention(spec: ModuleSpec) -> ModuleSpec:

@@ -36,7 +36,9 @@ def tiny(folder: Path, **changes: object) -> run.Partial:
 def test_a_recipe_shares_its_processes_out():
     recipe = distillation_recipe("s", "t", "x.jsonl", "o", num_nodes=4, devices=8, tensor=4, pipeline=2)
     assert (recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.data) == (4, 2, 4)
-    with pytest.raises(ConfigError, match=r"num_nodes \* devices = 6: is not a multiple of tensor \* pipeline = 4"):
+    long = distillation_recipe("s", "t", "x.jsonl", "o", num_nodes=4, devices=8, tensor=4, context=4)
+    assert (long.parallel.context, long.parallel.data) == (4, 2)
+    with pytest.raises(ConfigError, match=r"num_nodes \* devices = 6: is not a multiple of tensor .* context = 4"):
         distillation_recipe("s", "t", "x.jsonl", "o", devices=6, tensor=4)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.config import IntermediateConfig, ParallelConfig, load, load_pipeline
+from nemo_minitron.config import ParallelConfig, load, load_pipeline
 from nemo_minitron.distillation.pair import check_context, check_model
 from nemo_minitron.errors import ConfigError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -71,7 +71,6 @@ def test_a_pipelines_stages_refuse_it_one_by_one(write: Any) -> None:
             "sequence_length=60: cannot be split over parallel.context=4; set a multiple of 8",
         ),
         ("data.documents=mask", "parallel.context=4: Transformer Engine's attention takes no masks of documents"),
-        ("intermediate.relation_heads=2", "parallel.context=4: attention relations are of whole sequences"),
         ("teacher_placement=own_layout", "parallel.context=4: sequences are shared out over the student's ranks"),
         ("teacher_placement=own_ranks", "set teacher_placement=shared, or use a teacher_cache"),
     ],
@@ -85,9 +84,9 @@ def test_a_teacher_elsewhere_has_none(write: Any) -> None:
     assert "teacher_parallel.context=2: only the trainings" in faults_of("distill", write(text))
 
 
-def test_with_a_cache_or_hidden_states_it_goes(write: Any) -> None:
+def test_with_a_cache_or_losses_inside_the_models_it_goes(write: Any) -> None:
     load("distill", write(DISTILL), ["teacher_cache=c"])
-    load("distill", write(DISTILL), ["intermediate.hidden=mse", "intermediate.balance=dynamic"])
+    load("distill", write(DISTILL), ["intermediate={hidden: mse, relation_heads: 2, balance: dynamic}"])
 
 
 def test_with_sequence_parallelism_a_rank_needs_twice_tensor_runs(write: Any) -> None:
@@ -101,10 +100,10 @@ def test_with_sequence_parallelism_a_rank_needs_twice_tensor_runs(write: Any) ->
 def test_in_code_it_is_refused_too() -> None:
     layout = ParallelLayout(context=2)
     check_context(ParallelLayout(), documents=True, placement="own_ranks")
-    check_context(layout, intermediate=IntermediateConfig(hidden="mse"))
+    check_context(layout)
     with pytest.raises(ConfigError) as caught:
-        check_context(layout, documents=True, intermediate=IntermediateConfig(relation_heads=2), placement="own_layout")
-    for what in ("blocks of several documents", "attention relations", "a teacher on own_layout"):
+        check_context(layout, documents=True, placement="own_layout")
+    for what in ("blocks of several documents", "a teacher on own_layout"):
         assert what in str(caught.value)
 
 

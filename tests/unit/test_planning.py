@@ -121,6 +121,23 @@ def test_traffic_of_a_step():
     assert set(alone.sent.values()) == {0.0}
 
 
+def test_context_parallelism_divides_tokens():
+    """Half of the tokens, and of all that depends on them; the ring of keys and values is new."""
+    half = ParallelConfig(2, 2, 4, context=2)
+    one, two = (layout_cost(training(), layout, "none", CLUSTER) for layout in (ParallelConfig(2, 2, 4), half))
+    assert two.sent["tensor"] == one.sent["tensor"] / 2
+    assert two.sent["pipeline"] == one.sent["pipeline"] / 2
+    assert two.seconds["arithmetic"] == pytest.approx(one.seconds["arithmetic"] / 2)
+    assert two.fullest.optimizer == one.fullest.optimizer / 2
+    assert two.fullest.weights == one.fullest.weights
+    buffers = 4 * 32 * 2**20  # of the loss, whatever the tokens
+    assert two.ranks[0].activations == one.ranks[0].activations / 2
+    assert two.ranks[1].activations - buffers == (one.ranks[1].activations - buffers) / 2
+    # eight micro-batches of 2 x 128 tokens, half of whose keys and values go around, three times the student's
+    ring = 8 * 0.5 * 2 * 128 * 2 / 2 * 2 * 4 * 64 * (4 * 3 + 5)
+    assert (one.sent["context"], two.sent["context"]) == (0.0, ring)
+
+
 def test_time_of_a_step():
     alone = layout_cost(training(teacher=None), ParallelConfig(), "none", CLUSTER)
     assert alone.mfu == pytest.approx(CLUSTER.mfu)

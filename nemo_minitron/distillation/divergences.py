@@ -3,9 +3,9 @@
 The chunk loop and autograd are :mod:`nemo_minitron.distillation.vocabulary_parallel`'s; here is the arithmetic. Every
 function takes the logits of this rank's columns, divided by the temperature, which it only reads (they may be views of
 the model's own, in its dtype), and returns the loss of each token and the derivative by the student's (divided) logits,
-in float32 or wider. The derivatives are written out, because autograd through a collective either keeps every
-intermediate or counts the loss once per rank. The time goes into passes over memory: the first one subtracts the
-maximum on the way into a buffer, and all others write in place.
+in float32 or wider, which the next call may overwrite. The derivatives are written out, because autograd through a
+collective either keeps every intermediate or counts the loss once per rank. The time goes into passes over memory: the
+first one subtracts the maximum on the way into a buffer, which all chunks share, and all others write in place.
 
 Notation: ``p``, ``q`` are the teacher's and the student's probabilities; ``S`` is a sum over the whole vocabulary.
 """
@@ -13,7 +13,7 @@ Notation: ``p``, ``q`` are the teacher's and the student's probabilities; ``S`` 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -45,17 +45,29 @@ class Columns:
         group: tensor-parallel group.
         first: global number of the first column.
         valid: columns that are not padding; the buffers have exactly these.
+        buffers: of :meth:`buffer`, which live as long as this.
     """
 
     group: dist.ProcessGroup
     first: int
     valid: int
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, columns: int, vocab_size: int, group: dist.ProcessGroup) -> Columns:
         """Of a rank that holds ``columns`` columns, those from ``vocab_size`` on being padding."""
         first = dist.get_rank(group) * columns
         return cls(group, first, min(max(vocab_size - first, 0), columns))
+
+    def buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A wide buffer of the shape of ``like``, what is in it being left from the chunk before.
+
+        A fresh one for each chunk would be paid for in page faults, which cost more than the arithmetic.
+        """
+        held = self.buffers.get(name)
+        if held is None or held.numel() < like.numel() or held.dtype != wide(like) or held.device != like.device:
+            held = self.buffers[name] = torch.empty(like.numel(), dtype=wide(like), device=like.device)
+        return held[: like.numel()].view(like.shape)
 
     def maximum(self, *rows: torch.Tensor) -> torch.Tensor:
         """``[n, v]`` each -> ``[len(rows), n]``: largest value over the vocabulary, by one all-reduce."""
@@ -111,7 +123,7 @@ def forward_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGra
     The recipe's own loss, so the one whose passes are counted: tokens go through in blocks that stay in a core's
     cache, each less its *local* maximum, and what that leaves wrong is one factor a token and rank.
     """
-    exp_p, exp_q = (torch.empty(logits.shape, dtype=wide(logits), device=logits.device) for logits in (p, q))
+    exp_p, exp_q = columns.buffer("exp_p", p), columns.buffer("exp_q", q)
     maxima, sums = exp_p.new_full((2, len(p)), torch.finfo(exp_p.dtype).min), exp_p.new_zeros(3, len(p))
     blocks = _blocks(exp_p) if columns.valid else []
     for block in blocks:
@@ -120,7 +132,7 @@ def forward_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGra
         of_p, of_q = exp_p[block], exp_q[block]
         torch.sub(p[block], top[0, :, None], out=of_p)
         torch.sub(q[block], top[1, :, None], out=of_q)
-        difference = of_p - of_q
+        difference = torch.sub(of_p, of_q, out=columns.buffer("difference", of_p))
         torch.sum(of_p.exp_(), -1, out=sums[0, block])
         torch.sum(of_q.exp_(), -1, out=sums[1, block])
         sums[2, block] = torch.linalg.vecdot(of_p, difference)
@@ -140,7 +152,7 @@ def forward_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGra
 def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
     """``S q (log q - log p)``; derivative ``q (log q - log p - loss)``."""
     p, q = _shifted(p, q, columns)
-    difference = q - p
+    difference = torch.sub(q, p, out=columns.buffer("difference", p))
     p.exp_()
     q.exp_()
     sum_p, sum_q, cross = columns.total(p.sum(-1), q.sum(-1), torch.linalg.vecdot(q, difference))
@@ -240,7 +252,10 @@ def _blocks(buffer: torch.Tensor) -> list[slice]:
 def _shifted(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
     """Less each row's maximum over the vocabulary, in wide buffers of their own."""
     maxima = columns.maximum(p, q)
-    return p - maxima[0][:, None], q - maxima[1][:, None]
+    return (
+        torch.sub(p, maxima[0][:, None], out=columns.buffer("exp_p", p)),
+        torch.sub(q, maxima[1][:, None], out=columns.buffer("exp_q", q)),
+    )
 
 
 def _shift_rest(values: torch.Tensor, top: torch.Tensor, columns: Columns) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation import divergences
 from nemo_minitron.distillation.divergences import Columns, TopTokens
+from nemo_minitron.runtime.cpu_torch import naming_no_device
 
 __all__ = [
     "TokenLosses",
@@ -27,11 +28,10 @@ __all__ = [
     "vocabulary_parallel_top_k",
 ]
 
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
 """Size of one working buffer; four at most are alive at a time, whatever the number of tokens.
 
-A chunk should be worth its kernel launches and its two all-reduces. On a CPU where nothing is reduced, a quarter of it
-is better: the buffers then stay in the cache."""
+A chunk should be worth its kernel launches and its two all-reduces."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def vocabulary_parallel_top_k(
     columns = Columns.of(teacher.shape[-1], vocab_size, group)
     flat = teacher.reshape(-1, teacher.shape[-1])
     found = [
-        divergences.top_k_of(_divided(flat[chunk, : columns.valid], temperature), columns, k=k)
+        divergences.top_k_of(_divided(flat[chunk, : columns.valid], temperature, columns, "p"), columns, k=k)
         for chunk in _chunks(flat, columns)
     ]
     return TopTokens(
@@ -175,7 +175,7 @@ def _divergence(
 
         def top(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
-            value, gradient = divergences.top_k_kl(part, _divided(q, t), columns)
+            value, gradient = divergences.top_k_kl(part, _divided(q, t, columns, "q"), columns)
             return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
         return top
@@ -187,7 +187,7 @@ def _divergence(
     p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
 
     def full(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        p, q = _divided(p_logits[chunk, : columns.valid], t), _divided(q, t)
+        p, q = _divided(p_logits[chunk, : columns.valid], t, columns, "p"), _divided(q, t, columns, "q")
         if loss.kind == "reverse_kl":
             value, gradient = divergences.reverse_kl(p, q, columns)
         elif loss.kind == "jensen_shannon":
@@ -221,15 +221,16 @@ class _Chunked(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             gradient = torch.empty_like(logits)
         parts = torch.empty(len(kernels), len(logits), dtype=divergences.wide(student), device=student.device)
-        for chunk in _chunks(logits, columns):
-            summed = None
-            for index, (kernel, weight) in enumerate(zip(kernels, weights, strict=True)):
-                parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid])
-                if weight:
-                    one = one if weight == 1 else one.mul_(weight)
-                    summed = one if summed is None else summed.add_(one)
-            if gradient is not None and summed is not None:
-                gradient[chunk, : columns.valid] = summed.to(gradient.dtype)
+        with naming_no_device():
+            for chunk in _chunks(logits, columns):
+                summed = None
+                for index, (kernel, weight) in enumerate(zip(kernels, weights, strict=True)):
+                    parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid])
+                    if weight:
+                        one = one if weight == 1 else one.mul_(weight)
+                        summed = one if summed is None else summed.add_(one)
+                if gradient is not None and summed is not None:
+                    gradient[chunk, : columns.valid] = summed
         if gradient is not None:
             gradient[:, columns.valid :] = 0
             ctx.save_for_backward(gradient.view(student.shape))
@@ -246,12 +247,10 @@ class _Chunked(torch.autograd.Function):
 def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
     """``[tokens, V/tp]`` in runs of tokens, as many on every rank of the group: each has the same number of columns."""
     budget = CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"]
-    if not logits.is_cuda and dist.get_world_size(columns.group) == 1:
-        budget //= 4
     size = max(1, budget // (max(logits.shape[-1], 1) * divergences.wide(logits).itemsize))
     return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
 
 
-def _divided(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits at a temperature: in a wide buffer of their own, or as they are."""
-    return logits if temperature == 1 else logits.to(divergences.wide(logits)) / temperature
+def _divided(logits: torch.Tensor, temperature: float, columns: Columns, name: str) -> torch.Tensor:
+    """Logits at a temperature: in the wide buffer of that name, or as they are."""
+    return logits if temperature == 1 else columns.buffer(name, logits).copy_(logits).div_(temperature)

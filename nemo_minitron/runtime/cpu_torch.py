@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nemo_minitron.runtime.patching import Patch
 
-__all__ = ["PATCHES", "CudaMeansCpu"]
+__all__ = ["PATCHES", "CudaMeansCpu", "naming_no_device"]
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,11 @@ class CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and (_is_cuda(args[1]) or type(args[1]) is int):
             args = (args[0], CPU, *args[2:])
         return func(*args, **kwargs)
+
+
+def naming_no_device() -> contextlib.AbstractContextManager[None]:
+    """Around code that names no device: :class:`CudaMeansCpu`, which costs microseconds a call, is left out."""
+    return torch._C.DisableTorchFunction()
 
 
 def _engine(original: Any) -> Callable[..., Any]:

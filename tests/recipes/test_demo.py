@@ -20,7 +20,7 @@ def test_quick_demo(tmp_path: Path) -> None:
     """Scored pruning beats random pruning, distillation wins back a part, transformers generates with the result."""
     run = tmp_path / "demo"
     command = [sys.executable, "-m", "nemo_minitron", "run", str(ROOT / "configs/demo-quick.yaml"), f"output={run}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1100, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     models = json.loads((run / "evaluation/evaluation.json").read_text())["models"]

@@ -47,7 +47,7 @@ def words(count: int, generator: torch.Generator) -> str:
     return " ".join(f"w{number}" for number in torch.randint(0, 125, (count,), generator=generator).tolist())
 
 
-def write_tasks(folder: Path) -> Path:
+def write_tasks(folder: Path, *, count: int = 9) -> Path:
     """Four tasks of the four kinds of requests, over one local file; texts pass the model's context of 64."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(4)
@@ -58,7 +58,7 @@ def write_tasks(folder: Path) -> Path:
             "answer": number % 3,
             "text": words(4 + 40 * (number % 4), generator),
         }
-        for number in range(9)
+        for number in range(count)
     ]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
@@ -90,10 +90,10 @@ def with_transformers(path: str, tasks: str, *, max_length: int) -> tuple[Any, d
     return model, found["results"]
 
 
-def same_metrics(results: dict[str, Any], expected: dict[str, Any]) -> None:
+def same_metrics(results: dict[str, Any], expected: dict[str, Any], *, count: int = 9) -> None:
     for task, result in results.items():
         metrics = {key.removesuffix(",none"): value for key, value in expected[task].items()}
         assert result["metrics"], task
         for metric, value in result["metrics"].items():
             assert value == pytest.approx(metrics[metric], rel=1e-4), (task, metric)
-        assert result["samples"] == 9
+        assert result["samples"] == count

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from nemo_minitron.config import StageConfig
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.stages.base import config_hash, hashed_settings, parents, read_record, record_path
 
@@ -54,6 +55,9 @@ def keep(config: StageConfig) -> Path | None:
 
     Returns:
         Where it lies now; None if there was no finished output.
+
+    Raises:
+        ConfigError: if something else lies there.
     """
     output = Path(config.output)
     record = read_record(output)
@@ -62,6 +66,10 @@ def keep(config: StageConfig) -> Path | None:
     place = _place(output, record["hash"])
     if _lies_at(place, record["hash"]):  # the same thing, made twice
         shutil.rmtree(place) if place.is_dir() else place.unlink()
+    elif place.exists():
+        raise ConfigError(
+            f"{place} is in the way of an output that is to be kept there, and is not whole; remove it"
+        )
     _move(output, place)
     return place
 
@@ -69,12 +77,21 @@ def keep(config: StageConfig) -> Path | None:
 def recall(config: StageConfig) -> bool:
     """Put an earlier output of just these settings and inputs in the present one's place, which is kept in turn.
 
+    One that is not finished makes room as ``.<name>.replaced``, as where a stage is made anew.
+
     Returns:
         Whether there was one.
+
+    Raises:
+        ConfigError: as :func:`keep`.
     """
     if not is_kept(config):
         return False
-    keep(config)
+    output = Path(config.output)
+    if keep(config) is None and output.exists():
+        begun = output.with_name(f".{output.name}.replaced")
+        shutil.rmtree(begun, ignore_errors=True)
+        output.rename(begun)
     _move(_place(config.output, config_hash(config)), Path(config.output))
     return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config import ExportConfig, PruneConfig, StageConfig
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.base import read_record, write_record
 from nemo_minitron.stages.earlier import earlier_outputs, recall, stage_state
 from nemo_minitron.stages.pipeline import prepare
@@ -71,6 +72,31 @@ def test_what_is_not_whole_or_not_ours_is_left(tmp_path: Path) -> None:
     assert not recall(other)
     (tmp_path / "out@mine").mkdir()
     assert earlier_outputs(one.output) == [kept]
+
+
+def test_what_is_half_made_gives_way_to_what_was_whole(tmp_path: Path) -> None:
+    one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
+    two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
+    make(one, "one")
+    prepare(two)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "half").touch()  # a run of the second that was killed
+    assert prepare(one) is None
+    assert content(tmp_path / "out") == "one"
+    assert (tmp_path / ".out.replaced" / "half").exists()
+
+
+def test_something_else_in_the_way_is_named(tmp_path: Path) -> None:
+    one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
+    two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
+    make(one, "one")
+    prepare(two)
+    (kept,) = earlier_outputs(one.output)
+    (kept / "record.json").unlink()
+    make(one, "again")
+    with pytest.raises(ConfigError, match="is in the way of an output that is to be kept there"):
+        prepare(two)
+    assert content(tmp_path / "out") == "again"
 
 
 def test_overwrite_replaces(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.stages.base import config_hash, hashed_settings, parents, read_record, record_path
+from nemo_minitron.stages.execute import begun
 
-__all__ = ["earlier_outputs", "is_kept", "keep", "recall", "stage_state"]
+__all__ = ["earlier_outputs", "is_kept", "keep", "recall", "recall_begun", "stage_state"]
 
 _DIGITS = 12
 
@@ -24,11 +25,16 @@ def stage_state(config: StageConfig) -> tuple[str, list[str]]:
     """How far a stage is.
 
     Returns:
-        "done"; "changed" with what differs from the record; "unfinished" (an output without a record); or "new".
+        "done"; "changed" with what differs from the record; "unfinished" (an output without a record); "begun" (one
+        that could be gone on with, if it had not been begun with other settings); or "new".
     """
     record = read_record(config.output)
     if record is None:
-        return ("unfinished" if Path(config.output).exists() else "new"), []
+        if not Path(config.output).exists():
+            return "new", []
+        if getattr(config, "resume", False) and begun(config) not in (None, config_hash(config)):
+            return "begun", ["those that it was begun with"]
+        return "unfinished", []
     if record["hash"] == config_hash(config) and Path(config.output).exists():
         return "done", []
     then, now = _flat(record["settings"]), _flat(hashed_settings(config))
@@ -51,25 +57,24 @@ def is_kept(config: StageConfig) -> bool:
 
 
 def keep(config: StageConfig) -> Path | None:
-    """Move a finished output aside, under its identity. Call it on one rank, before the stage starts.
+    """Move an output aside, under its identity. Call it on one rank, before the stage starts.
 
     Returns:
-        Where it lies now; None if there was no finished output.
+        Where it lies now; None if there was none, or none whose identity is known.
 
     Raises:
         ConfigError: if something else lies there.
     """
     output = Path(config.output)
     record = read_record(output)
-    if record is None or not output.exists():
+    identity = record["hash"] if record is not None else begun(config)
+    if identity is None or not output.exists():
         return None
-    place = _place(output, record["hash"])
-    if _lies_at(place, record["hash"]):  # the same thing, made twice
+    place = _place(output, identity)
+    if _lies_at(place, identity):  # the same thing, made twice
         shutil.rmtree(place) if place.is_dir() else place.unlink()
     elif place.exists():
-        raise ConfigError(
-            f"{place} is in the way of an output that is to be kept there, and is not whole; remove it"
-        )
+        raise ConfigError(f"{place} is in the way of an output that is to be kept there, and is not whole; remove it")
     _move(output, place)
     return place
 
@@ -77,7 +82,7 @@ def keep(config: StageConfig) -> Path | None:
 def recall(config: StageConfig) -> bool:
     """Put an earlier output of just these settings and inputs in the present one's place, which is kept in turn.
 
-    One that is not finished makes room as ``.<name>.replaced``, as where a stage is made anew.
+    One of unknown identity makes room as ``.<name>.replaced``, as where a stage is made anew.
 
     Returns:
         Whether there was one.
@@ -94,6 +99,13 @@ def recall(config: StageConfig) -> bool:
         output.rename(begun)
     _move(_place(config.output, config_hash(config)), Path(config.output))
     return True
+
+
+def recall_begun(config: StageConfig) -> None:
+    """Put what was begun with just these settings, and kept, in its place again, to be gone on with."""
+    place = _place(config.output, config_hash(config))
+    if getattr(config, "resume", False) and place.exists() and not Path(config.output).exists():
+        place.rename(config.output)
 
 
 def earlier_outputs(output: str | Path) -> list[Path]:

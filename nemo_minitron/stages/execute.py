@@ -14,15 +14,28 @@ import yaml
 from nemo_minitron.config import StageConfig
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.launch import RankResult, launch
-from nemo_minitron.stages.base import check_output, set_aside, write_record
+from nemo_minitron.stages.base import check_output, config_hash, set_aside, write_record
 
-__all__ = ["job_folder_of", "record_job", "run_stage", "write_settings"]
+__all__ = ["begin", "begun", "job_folder_of", "record_job", "run_stage", "write_settings"]
 
 
 def job_folder_of(config: StageConfig) -> Path:
     """Where a stage's logs lie: ``logs/<output's name>`` beside its output, which itself is only renamed into place."""
     output = Path(config.output).absolute()
     return output.parent / "logs" / output.name
+
+
+def begin(config: StageConfig) -> None:
+    """Note beside a stage's logs what it is about to make, by identity; the record says so only at the end."""
+    folder = job_folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "begun", config_hash(config) + "\n")
+
+
+def begun(config: StageConfig) -> str | None:
+    """The identity of what was begun last at a stage's output; None where nothing is known."""
+    path = job_folder_of(config) / "begun"
+    return path.read_text().strip() if path.is_file() else None
 
 
 def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
@@ -47,6 +60,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     write_settings(config, folder)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     with set_aside(config):
+        begin(config)
         results = launch(
             "nemo_minitron.stages.worker",
             [stage],

@@ -27,7 +27,7 @@ from nemo_minitron.config import PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.base import human_bytes, read_record
-from nemo_minitron.stages.earlier import earlier_outputs, keep, recall, stage_state
+from nemo_minitron.stages.earlier import earlier_outputs, keep, recall, recall_begun, stage_state
 from nemo_minitron.stages.execute import job_folder_of, run_stage
 
 __all__ = ["prepare", "run_pipeline", "show_status", "write_manifest"]
@@ -62,7 +62,7 @@ def run_pipeline(
             line = _Line(console, f"[{number}/{len(stages)}] {config.name}")
             state, reasons = stage_state(config)
             todo = prepare(config, overwrite)
-            if state == "changed":
+            if state in ("changed", "begun"):
                 what = "comes back from" if todo is None else "made again for"
                 console.print(f"{config.name}: {what} other settings ({'; '.join(reasons)})", markup=False)
             if todo is None:
@@ -93,11 +93,13 @@ def prepare(config: StageConfig, overwrite: bool = False) -> StageConfig | None:
     state, _ = stage_state(config)
     if state == "done" or recall(config):
         return None
-    if state == "changed" and not (overwrite or config.overwrite):
+    changed = state in ("changed", "begun")
+    if changed and not (overwrite or config.overwrite):
         if not (config.LEADS and getattr(config, "resume", False)):
             keep(config)
+            recall_begun(config)
         return config
-    if state == "changed" or (state == "unfinished" and not getattr(config, "resume", False)):
+    if changed or (state == "unfinished" and not getattr(config, "resume", False)):
         return dataclasses.replace(config, overwrite=True)
     return config
 

@@ -22,7 +22,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import set_aside
 from nemo_minitron.stages.earlier import stage_state
-from nemo_minitron.stages.execute import record_job, write_settings
+from nemo_minitron.stages.execute import begin, record_job, write_settings
 from nemo_minitron.stages.pipeline import prepare
 
 __all__ = ["main"]
@@ -104,6 +104,7 @@ def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: conte
     if found is None:
         return "done before"
     clear_folder(folder)
+    begin(found)
     return "run"
 
 

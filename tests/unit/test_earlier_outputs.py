@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import ExportConfig, PruneConfig, StageConfig
+from nemo_minitron.config import DistillConfig, ExportConfig, PruneConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.base import read_record, write_record
 from nemo_minitron.stages.earlier import earlier_outputs, recall, stage_state
+from nemo_minitron.stages.execute import begin
 from nemo_minitron.stages.pipeline import prepare
 
 
@@ -84,6 +85,31 @@ def test_what_is_half_made_gives_way_to_what_was_whole(tmp_path: Path) -> None:
     assert prepare(one) is None
     assert content(tmp_path / "out") == "one"
     assert (tmp_path / ".out.replaced" / "half").exists()
+
+
+def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A killed training is gone on with under its own settings alone, and waits for them."""
+    one = DistillConfig(name="d", output=str(tmp_path / "out"), student="s", teacher="t")
+    two = dataclasses.replace(one, lr=3e-4)
+
+    def start(config: DistillConfig) -> None:
+        todo = prepare(config)
+        assert todo is config
+        begin(todo)
+
+    start(one)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "content").write_text("half of one")
+    start(one)
+    assert content(tmp_path / "out") == "half of one"
+    assert stage_state(two) == ("begun", ["those that it was begun with"])
+    start(two)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "content").write_text("half of two")
+    start(one)
+    assert content(tmp_path / "out") == "half of one"
+    assert [content(path) for path in earlier_outputs(one.output)] == ["half of two"]
 
 
 def test_something_else_in_the_way_is_named(tmp_path: Path) -> None:

@@ -261,15 +261,14 @@ def _safe_open(file: Path) -> Any:
 
 def _torch_load(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a ``.bin``, mapped, never unpickled beyond tensors."""
-    import pickle
-
     import torch
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{file} is truncated or holds more than tensors ({str(error).splitlines()[0]}); "
+            f"{file} is truncated or holds more than tensors ({reason}); "
             f"fetch it again, or convert it to safetensors where it was made"
         ) from error
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}

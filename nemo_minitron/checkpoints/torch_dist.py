@@ -9,9 +9,9 @@ one key ``decoder.layers.<rest>`` with a leading layer dimension, and one key a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -159,17 +159,19 @@ class TorchDist:
         import torch
 
         where = f"{self.directory / chunk.file}, tensor {key}"
-        try:
-            with self._open(chunk.file) as file:
-                if file.seek(0, io.SEEK_END) < chunk.start + chunk.length:
-                    raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
-                window = Window(file, chunk.start, chunk.length)
-                tensor = torch.load(window, map_location="cpu", weights_only=True)
-        except (OSError, KeyError) as error:
-            raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(self._open(chunk.file))
+                length = file.seek(0, io.SEEK_END)
+            except (OSError, KeyError) as error:
+                raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
+            if length < chunk.start + chunk.length:
+                raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
+            try:
+                tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
+            except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
             found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CheckpointError(f"{where}: the chunk holds {found}, .metadata says {list(chunk.sizes)}")

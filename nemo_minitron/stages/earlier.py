@@ -111,8 +111,7 @@ def recall_begun(config: StageConfig) -> None:
 def earlier_outputs(output: str | Path) -> list[Path]:
     """What is kept of an output's earlier settings."""
     output = Path(output)
-    suffix = output.suffix if output.suffix == ".nemo" else ""
-    stem = output.name.removesuffix(suffix)
+    stem, suffix = _parts(output)
     return sorted(path for path in output.parent.glob(f"{_escaped(stem)}@*{suffix}") if is_earlier(path))
 
 
@@ -123,8 +122,14 @@ def _lies_at(place: Path, identity: str) -> bool:
 
 def _place(output: str | Path, identity: str) -> Path:
     output = Path(output)
-    suffix = output.suffix if output.suffix == ".nemo" else ""
-    return output.with_name(f"{output.name.removesuffix(suffix)}@{identity[:_DIGITS]}{suffix}")
+    stem, suffix = _parts(output)
+    return output.with_name(f"{stem}@{identity[:_DIGITS]}{suffix}")
+
+
+def _parts(output: Path) -> tuple[str, str]:
+    """An output's name without, and its, suffix: only a ``.nemo`` file has one."""
+    suffix = ".nemo" if output.suffix == ".nemo" else ""
+    return output.name.removesuffix(suffix), suffix
 
 
 def _move(source: Path, target: Path) -> None:

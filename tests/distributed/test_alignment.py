@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from support.chats import chat_checkpoint, chats, preferences, write_jsonl
 from support.distributed import run_distributed
+from support.signals import stopped_and_resumed
 
 STEPS, SAVED_AT = 6, 3
 pytestmark = pytest.mark.timeout(900)  # one launch in which a busy machine does all that the tests look at
@@ -71,7 +71,7 @@ def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], di
         if job == "sft":
             found[job] = sft.run(SftConfig(**common, formats=["hf", "nemo"] if tensor * pipeline == 1 else []))
         elif job == "sft-stopped":
-            found[job] = stopped_and_resumed(SftConfig(**common))
+            found[job] = stopped_and_resumed(sft, SftConfig(**common), only=1)
         elif job == "sft-broken":
             broken = SftConfig(**common | {"lr": 1e20, "clip_grad": 0.0, "warmup_steps": 0})
             try:
@@ -92,30 +92,6 @@ def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], di
             )
             found[job] = dpo.run(config)
     return found
-
-
-def stopped_and_resumed(config: Any) -> str:
-    """A signal comes in the second step; then the same command again. Returns what the first one said."""
-    from nemo_minitron.alignment.metrics import MetricsLog
-    from nemo_minitron.errors import PreemptedError
-    from nemo_minitron.stages import sft
-
-    logged: Callable[..., None] = MetricsLog.log_metrics
-
-    def signalled(self: MetricsLog, metrics: dict[str, Any], step: int, prefix: str = "") -> None:
-        logged(self, metrics, step, prefix)
-        if prefix == "train/" and step == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    MetricsLog.log_metrics = signalled  # type: ignore[method-assign]
-    try:
-        sft.run(config)
-    except PreemptedError as error:
-        said = str(error)
-    finally:
-        MetricsLog.log_metrics = logged  # type: ignore[method-assign]
-    sft.run(config)
-    return said
 
 
 def against_aligner(folder: str) -> dict[str, Any]:

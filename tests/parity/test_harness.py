@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
-from support.harness import TASKS, same_metrics, with_transformers, write_tasks
+from support.harness import TASKS, live_model, same_metrics, with_transformers, write_tasks
 from support.text import sentences, write_jsonl
 
 
@@ -47,24 +47,15 @@ def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
     os.environ.update(
         HF_DATASETS_CACHE=f"{folder}/cache", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", DISABLE_MULTIPROC="1"
     )
-    from nemo_minitron.checkpoints import load_into, open_checkpoint
     from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelConfig, SourceConfig
-    from nemo_minitron.data import load_tokenizer
-    from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
+    from nemo_minitron.evaluation.harness import run_tasks
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
-    from nemo_minitron.runtime.model import build_model
     from nemo_minitron.stages import evaluate as stage
 
     found: dict[str, Any] = {"layouts": []}
     for layout in LAYOUTS:
         groups = initialize(ParallelLayout(**layout))
-        checkpoint = open_checkpoint(path)
-        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
-        load_into(chunks, checkpoint, groups)
-        model = MegatronLM(
-            chunks, groups, load_tokenizer(checkpoint.tokenizer),
-            vocab_size=checkpoint.shape.vocab_size, max_length=64, batch_size=3,
-        )  # fmt: skip
+        model = live_model(path, groups, max_length=64, batch_size=3)
         found["layouts"].append({"results": run_tasks(model, list(TASKS), include_path=tasks), **answers(model)})
     config = EvaluateConfig(
         models={"model": path},

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.harness import TASKS, same_metrics, with_transformers, write_tasks
+from support.harness import TASKS, live_model, same_metrics, with_transformers, write_tasks
 from support.pruning import one_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,20 +51,11 @@ def test_quick_demo(tmp_path: Path) -> None:
 
 def harness_sees_one_model(run: Path, folder: Path) -> None:
     """lm-evaluation-harness on the live Megatron model gets what it gets from the export with plain transformers."""
-    from nemo_minitron.checkpoints import load_into, open_checkpoint
-    from nemo_minitron.data import load_tokenizer
-    from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
-    from nemo_minitron.runtime.model import build_model
+    from nemo_minitron.evaluation.harness import run_tasks
 
     tasks = str(write_tasks(folder / "tasks", count=3))
-    checkpoint = open_checkpoint(run / "distilled/model")
     with one_process() as groups:
-        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
-        load_into(chunks, checkpoint, groups)
-        live = MegatronLM(
-            chunks, groups, load_tokenizer(checkpoint.tokenizer),
-            vocab_size=checkpoint.shape.vocab_size, max_length=512, batch_size=4,
-        )  # fmt: skip
+        live = live_model(run / "distilled/model", groups, max_length=512, batch_size=4)
         found = run_tasks(live, list(TASKS), include_path=tasks)
     assert set(found) == set(TASKS)
     same_metrics(found, with_transformers(str(run / "export/hf"), tasks, max_length=512)[1], count=3)

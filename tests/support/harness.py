@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-__all__ = ["TASKS", "same_metrics", "with_transformers", "write_tasks"]
+__all__ = ["TASKS", "live_model", "same_metrics", "with_transformers", "write_tasks"]
 
 TASKS = {
     "choice": {
@@ -73,6 +73,22 @@ def write_tasks(folder: Path, *, count: int = 9) -> Path:
         }
         (folder / f"{name}.yaml").write_text(json.dumps(config))
     return folder
+
+
+def live_model(path: str | Path, groups: Any, *, max_length: int, batch_size: int) -> Any:
+    """The harness's model over a checkpoint that is loaded into a Megatron one."""
+    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.evaluation.harness import MegatronLM
+    from nemo_minitron.runtime.model import build_model
+
+    checkpoint = open_checkpoint(path)
+    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups)
+    load_into(chunks, checkpoint, groups)
+    return MegatronLM(
+        chunks, groups, load_tokenizer(checkpoint.tokenizer),
+        vocab_size=checkpoint.shape.vocab_size, max_length=max_length, batch_size=batch_size,
+    )  # fmt: skip
 
 
 def with_transformers(path: str, tasks: str, *, max_length: int) -> tuple[Any, dict[str, Any]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from support.chat import byte_tokenizer
 from support.checkpoints import tiny_hf_model
+from support.signals import stopped_and_resumed
 
 STEPS, SAVED, BATCH = 6, 3, 4
 #: SteerLM 2 has fewer.
@@ -303,27 +302,3 @@ def stages(model: str, out: Path) -> dict[str, Any]:
     found["again"] = label.run(dataclasses.replace(of_label, batch=7))
     found["predicted"] = scores
     return found
-
-
-def stopped_and_resumed(stage: ModuleType, config: Any) -> str:
-    """SIGUSR1 comes in the first step; then the same command again. Returns what the first one said."""
-    from nemo_minitron.alignment.metrics import MetricsLog
-    from nemo_minitron.errors import PreemptedError
-
-    logged: Callable[..., None] = MetricsLog.log_metrics
-
-    def signalled(self: MetricsLog, metrics: dict[str, Any], step: int, prefix: str = "") -> None:
-        logged(self, metrics, step, prefix)
-        if prefix == "train/":
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    MetricsLog.log_metrics = signalled  # type: ignore[method-assign]
-    said = "nothing"
-    try:
-        stage.run(config)
-    except PreemptedError as error:
-        said = str(error)
-    finally:
-        MetricsLog.log_metrics = logged  # type: ignore[method-assign]
-    stage.run(config)
-    return said

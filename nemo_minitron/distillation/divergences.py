@@ -1,11 +1,12 @@
 """What a loss does with one chunk of tokens whose vocabulary is split over a group: its value and its gradient.
 
 The chunk loop and autograd are :mod:`nemo_minitron.distillation.vocabulary_parallel`'s; here is the arithmetic. Every
-function takes the logits of this rank's columns, divided by the temperature, which it only reads (they may be views of
-the model's own, in its dtype), and returns the loss of each token and the derivative by the student's (divided) logits,
-in float32 or wider, which the next call may overwrite. The derivatives are written out, because autograd through a
-collective either keeps every intermediate or counts the loss once per rank. The time goes into passes over memory: the
-first one subtracts the maximum on the way into a buffer, which all chunks share, and all others write in place.
+function takes the logits of this rank's columns, which may be views of the model's own, in its dtype, and returns the
+loss of each token. :func:`forward_kl` writes the derivative by the student's logits where it is told; the others take
+logits that are divided by the temperature, only read them, and return the derivative by the divided logits, in float32
+or wider, which the next call may overwrite. The derivatives are written out, because autograd through a collective
+either keeps every intermediate or counts the loss once per rank. The time goes into passes over memory: the first one
+subtracts the maximum on the way into a buffer, which is used again and again, and all others write in place.
 
 Notation: ``p``, ``q`` are the teacher's and the student's probabilities; ``S`` is a sum over the whole vocabulary.
 """
@@ -30,9 +31,9 @@ __all__ = [
     "wide",
 ]
 
-BLOCK_BYTES = {"cpu": 2**19, "cuda": 2**62}
-"""Of one buffer of the tokens that go through several passes at once. On CUDA a pass is a kernel launch, and the whole
-chunk goes through."""
+BLOCK_BYTES = {"cpu": 2**18, "cuda": 32 * 2**20}
+"""Of one buffer of the tokens that go through several passes at once: on CPU what stays in a core's cache, on CUDA what
+is worth a kernel's launch. Five at most are alive at a time."""
 
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
@@ -68,6 +69,12 @@ class Columns:
         if held is None or held.numel() < like.numel() or held.dtype != wide(like) or held.device != like.device:
             held = self.buffers[name] = torch.empty(like.numel(), dtype=wide(like), device=like.device)
         return held[: like.numel()].view(like.shape)
+
+    def divided(self, name: str, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Logits at a temperature, wide: as they are where they are both already, else in the buffer of that name."""
+        if temperature == 1 and logits.dtype == wide(logits):
+            return logits
+        return self.buffer(name, logits).copy_(logits).div_(temperature)
 
     def maximum(self, *rows: torch.Tensor) -> torch.Tensor:
         """``[n, v]`` each -> ``[len(rows), n]``: largest value over the vocabulary, by one all-reduce."""
@@ -117,36 +124,63 @@ def wide(logits: torch.Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def forward_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
-    """``S p (log p - log q)``; derivative ``q - p``.
+def forward_kl(
+    p: torch.Tensor, q: torch.Tensor, columns: Columns, *, temperature: float, out: torch.Tensor | None
+) -> torch.Tensor:
+    """``T^2 S p (log p - log q)`` at temperature T, of logits that are *not* divided by it yet.
 
-    The recipe's own loss, so the one whose passes are counted: tokens go through in blocks that stay in a core's
-    cache, each less its *local* maximum, and what that leaves wrong is one factor a token and rank.
+    The recipe's own loss, so the one whose passes are counted. Tokens go through in blocks that stay in a core's cache,
+    each less its *local* maximum; what that leaves wrong is one factor a token and rank. Only a few numbers a token
+    wait for the two all-reduces that tell the factors, so all tokens share these. Then the teacher's exponentials are
+    computed a second time, which costs less than writing them down and reading them would.
+
+    Args:
+        p, q: ``[n, valid]``.
+        columns: of this rank.
+        temperature: above 0.
+        out: ``[n, valid]``, gets the derivative by the student's logits, ``T (q - p)``; may be these logits themselves.
+            None: no derivative is wanted.
+
+    Returns:
+        ``[n]``.
     """
-    exp_p, exp_q = columns.buffer("exp_p", p), columns.buffer("exp_q", q)
-    maxima, sums = exp_p.new_full((2, len(p)), torch.finfo(exp_p.dtype).min), exp_p.new_zeros(3, len(p))
-    blocks = _blocks(exp_p) if columns.valid else []
+    alone = dist.get_world_size(columns.group) == 1
+    maxima = q.new_full((2, len(q)), torch.finfo(wide(q)).min, dtype=wide(q))
+    sums = maxima.new_zeros(3, len(q))
+    # The memory of a wide derivative holds the student's exponentials in the meantime.
+    held = out if out is not None and out.dtype == wide(q) else None
+    blocks = _blocks(q) if columns.valid else []
     for block in blocks:
-        top = torch.stack([logits[block].amax(-1).to(exp_p.dtype) for logits in (p, q)])
-        maxima[:, block] = top.clamp_(min=torch.finfo(exp_p.dtype).min)  # of a rank without any finite logit, too
-        of_p, of_q = exp_p[block], exp_q[block]
-        torch.sub(p[block], top[0, :, None], out=of_p)
-        torch.sub(q[block], top[1, :, None], out=of_q)
-        difference = torch.sub(of_p, of_q, out=columns.buffer("difference", of_p))
-        torch.sum(of_p.exp_(), -1, out=sums[0, block])
-        torch.sum(of_q.exp_(), -1, out=sums[1, block])
-        sums[2, block] = torch.linalg.vecdot(of_p, difference)
-    apart = maxima - columns.largest(maxima.clone())
-    factors = apart.exp()
-    # S p' (p' logit - q' logit), both less the global maxima
-    sums[2] += sums[0] * (apart[0] - apart[1])
+        logits_p, logits_q = (
+            columns.divided(name, logits[block], temperature) for name, logits in (("p", p), ("q", q))
+        )
+        torch.amax(logits_p, -1, out=maxima[0, block])
+        torch.amax(logits_q, -1, out=maxima[1, block])
+        difference = torch.sub(logits_p, logits_q, out=columns.buffer("difference", logits_p))
+        exp_p = _exp(logits_p, maxima[0, block], columns.buffer("exp_p", logits_p))
+        exp_q = _exp(logits_q, maxima[1, block], columns.buffer("exp_q", logits_q) if held is None else held[block])
+        torch.sum(exp_p, -1, out=sums[0, block])
+        torch.sum(exp_q, -1, out=sums[1, block])
+        torch.sum(difference.mul_(exp_p), -1, out=sums[2, block])
+        if alone and out is not None:  # nothing to wait for, and all is still in the cache
+            _combine(exp_q, temperature / sums[1, block], exp_p, temperature / sums[0, block], out[block])
+    top = columns.largest(maxima.clone())
+    factors = (maxima - top).exp()
     sum_p, sum_q, cross = columns.total(sums[0] * factors[0], sums[1] * factors[1], sums[2] * factors[0])
-    # log p is the shifted logit minus log sum_p
-    loss = cross / sum_p - sum_p.log() + sum_q.log()
-    scale_q, scale_p = factors[1] / sum_q, -factors[0] / sum_p
-    for block in blocks:
-        exp_q[block].mul_(scale_q[block, None]).addcmul_(exp_p[block], scale_p[block, None])
-    return loss, exp_q
+    # log p is the logit less the maximum and log sum_p
+    loss = cross / sum_p + (top[1] - top[0]) + (sum_q.log() - sum_p.log())
+    if out is not None and not alone:
+        scale_p, scale_q = temperature * factors[0] / sum_p, temperature * factors[1] / sum_q
+        for block in blocks:
+            logits_p = columns.divided("p", p[block], temperature)
+            exp_p = _exp(logits_p, maxima[0, block], columns.buffer("exp_p", logits_p))
+            if held is None:
+                logits_q = columns.divided("q", q[block], temperature)
+                exp_q = _exp(logits_q, maxima[1, block], columns.buffer("exp_q", logits_q))
+            else:
+                exp_q = held[block]
+            _combine(exp_q, scale_q[block], exp_p, scale_p[block], out[block])
+    return loss.mul_(temperature * temperature)
 
 
 def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
@@ -242,11 +276,25 @@ def cross_entropy(labels: torch.Tensor, q: torch.Tensor, columns: Columns) -> Lo
     return total.log() - logit, gradient
 
 
-def _blocks(buffer: torch.Tensor) -> list[slice]:
-    """Rows of ``[n, v]`` that fit :data:`BLOCK_BYTES` together, one at least."""
-    row = buffer.shape[-1] * buffer.itemsize
-    size = max(1, BLOCK_BYTES["cuda" if buffer.is_cuda else "cpu"] // row)
-    return [slice(start, min(start + size, len(buffer))) for start in range(0, len(buffer), size)]
+def _blocks(logits: torch.Tensor) -> list[slice]:
+    """Rows of ``[n, v]`` that fit :data:`BLOCK_BYTES` together in a wide buffer, one at least."""
+    row = logits.shape[-1] * wide(logits).itemsize
+    size = max(1, BLOCK_BYTES["cuda" if logits.is_cuda else "cpu"] // row)
+    return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
+
+
+def _exp(logits: torch.Tensor, less: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``exp(logits - less)``, ``[n, v]`` and ``[n]``."""
+    return torch.sub(logits, less[:, None], out=out).exp_()
+
+
+def _combine(
+    exp_q: torch.Tensor, scale_q: torch.Tensor, exp_p: torch.Tensor, scale_p: torch.Tensor, out: torch.Tensor
+) -> None:
+    """``scale_q exp_q - scale_p exp_p`` over ``exp_q``, and into ``out`` where that is narrower."""
+    exp_q.mul_(scale_q[:, None]).addcmul_(exp_p, scale_p[:, None], value=-1)
+    if out.dtype != exp_q.dtype:
+        out.copy_(exp_q)
 
 
 def _shifted(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,9 +64,11 @@ def vocabulary_parallel_loss(
     Equal in value and gradient to :mod:`nemo_minitron.distillation.losses` on the gathered logits.
 
     Memory above the inputs: one gradient in the student's dtype (none if ``inplace``), and four buffers of
-    :data:`CHUNK_BYTES`. Communication a chunk of tokens: an all-reduce of 2 and one of 3 numbers a token for the KLs;
-    one more of 2 numbers for Jensen-Shannon; see :func:`vocabulary_parallel_top_k` for top-k; an all-reduce of 1 and
-    one of 2 numbers a token for labels.
+    :data:`CHUNK_BYTES`; for the forward KL without labels only five of ``divergences.BLOCK_BYTES``.
+
+    Communication a chunk of tokens, which for the forward KL without labels is all of them: an all-reduce of 2 and one
+    of 3 numbers a token for the KLs; one more of 2 numbers for Jensen-Shannon; see :func:`vocabulary_parallel_top_k`
+    for top-k; an all-reduce of 1 and one of 2 numbers a token for labels.
 
     Args:
         student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here. Contiguous, or it is copied whole.
@@ -88,13 +90,14 @@ def vocabulary_parallel_loss(
     if loss.label_weight and labels is None:
         raise ValueError(f"label_weight={loss.label_weight}: needs labels")
     columns = Columns.of(student.shape[-1], vocab_size, group)
-    divergence = _divergence(student, teacher, columns, loss, vocab_size)
+    blockwise = labels is None and _is_forward_kl(loss, teacher, vocab_size)
+    divergence = _divergence(student, teacher, columns, loss, vocab_size, blockwise)
     kernel, weights = [divergence], [1 - loss.label_weight]
     if labels is not None:
         flat = labels.reshape(-1)
-        kernel.append(lambda chunk, q: divergences.cross_entropy(flat[chunk], q, columns))
+        kernel.append(lambda chunk, q, out: divergences.cross_entropy(flat[chunk], q, columns))
         weights.append(loss.label_weight)
-    total, parts = _Chunked.apply(student, columns, kernel, weights, inplace)
+    total, parts = _Chunked.apply(student, columns, kernel, weights, inplace, blockwise)
     shaped = parts.view(len(kernel), *student.shape[:-1])
     return TokenLosses(total, shaped[0], shaped[1] if labels is not None else None)
 
@@ -125,8 +128,8 @@ def vocabulary_parallel_cross_entropy(
     """
     columns = Columns.of(logits.shape[-1], vocab_size, group)
     flat = labels.reshape(-1)
-    kernel: Kernel = lambda chunk, q: divergences.cross_entropy(flat[chunk], q, columns)  # noqa: E731
-    total, _ = _Chunked.apply(logits, columns, [kernel], [1.0], inplace)
+    kernel: Kernel = lambda chunk, q, out: divergences.cross_entropy(flat[chunk], q, columns)  # noqa: E731
+    total, _ = _Chunked.apply(logits, columns, [kernel], [1.0], inplace, False)
     return total
 
 
@@ -147,7 +150,7 @@ def vocabulary_parallel_top_k(
     columns = Columns.of(teacher.shape[-1], vocab_size, group)
     flat = teacher.reshape(-1, teacher.shape[-1])
     found = [
-        divergences.top_k_of(_divided(flat[chunk, : columns.valid], temperature, columns, "p"), columns, k=k)
+        divergences.top_k_of(columns.divided("p", flat[chunk, : columns.valid], temperature), columns, k=k)
         for chunk in _chunks(flat, columns)
     ]
     return TopTokens(
@@ -157,12 +160,20 @@ def vocabulary_parallel_top_k(
     )
 
 
-Kernel = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""``(chunk of tokens, [n, valid] logits of the student, only read) -> [n] losses, [n, valid] gradient``"""
+Kernel = Callable[[slice, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+"""``(chunk of tokens, [n, valid] logits of the student, room for their gradient) -> [n] losses, [n, valid] gradient``
+
+The logits are only read, unless the room is their own memory. The room is None where no gradient is wanted; it need not
+be used. The gradient may be None then."""
 
 
 def _divergence(
-    student: torch.Tensor, teacher: torch.Tensor | TopTokens, columns: Columns, loss: LossConfig, vocab_size: int
+    student: torch.Tensor,
+    teacher: torch.Tensor | TopTokens,
+    columns: Columns,
+    loss: LossConfig,
+    vocab_size: int,
+    alone: bool,
 ) -> Kernel:
     """Teacher against student at the loss's temperature."""
     t = loss.temperature
@@ -173,9 +184,9 @@ def _divergence(
         if len(teacher.tokens) != tokens:
             raise ValueError(f"the teacher's tokens are of {len(teacher.tokens)} positions, the student has {tokens}")
 
-        def top(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def top(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
-            value, gradient = divergences.top_k_kl(part, _divided(q, t, columns, "q"), columns)
+            value, gradient = divergences.top_k_kl(part, columns.divided("q", q, t), columns)
             return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
         return top
@@ -186,20 +197,29 @@ def _divergence(
         )
     p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
 
-    def full(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        p, q = _divided(p_logits[chunk, : columns.valid], t, columns, "p"), _divided(q, t, columns, "q")
+    def forward(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if out is not None and not alone:
+            out = columns.buffer("gradient", q)  # the next kernel reads the logits, which may be where the room is
+        return divergences.forward_kl(p_logits[chunk, : columns.valid], q, columns, temperature=t, out=out), out
+
+    def full(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        p, q = columns.divided("p", p_logits[chunk, : columns.valid], t), columns.divided("q", q, t)
         if loss.kind == "reverse_kl":
             value, gradient = divergences.reverse_kl(p, q, columns)
         elif loss.kind == "jensen_shannon":
             value, gradient = divergences.jensen_shannon(p, q, columns, beta=loss.beta)
-        elif loss.kind == "top_k" and loss.k < vocab_size:
-            value, gradient = divergences.top_k_kl(divergences.top_k_of(p, columns, k=loss.k), q, columns)
         else:
-            value, gradient = divergences.forward_kl(p, q, columns)
+            value, gradient = divergences.top_k_kl(divergences.top_k_of(p, columns, k=loss.k), q, columns)
         # d/dz of T^2 D(z / T)
         return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
-    return full
+    return forward if _is_forward_kl(loss, teacher, vocab_size) else full
+
+
+def _is_forward_kl(loss: LossConfig, teacher: torch.Tensor | TopTokens, vocab_size: int) -> bool:
+    """Whether the loss is the forward KL, which top-k of all tokens is too."""
+    logits = not isinstance(teacher, TopTokens)
+    return loss.kind == "forward_kl" or (logits and loss.kind == "top_k" and loss.k >= vocab_size)
 
 
 class _Chunked(torch.autograd.Function):
@@ -213,6 +233,7 @@ class _Chunked(torch.autograd.Function):
         kernels: list[Kernel],
         weights: list[float],
         inplace: bool,
+        blockwise: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = student.detach().reshape(-1, student.shape[-1])
         gradient = None
@@ -222,14 +243,15 @@ class _Chunked(torch.autograd.Function):
             gradient = torch.empty_like(logits)
         parts = torch.empty(len(kernels), len(logits), dtype=divergences.wide(student), device=student.device)
         with naming_no_device():
-            for chunk in _chunks(logits, columns):
-                summed = None
+            # A kernel that goes through its tokens in blocks of its own, and is alone, takes all of them at once.
+            for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
+                summed, room = None, gradient if gradient is None else gradient[chunk, : columns.valid]
                 for index, (kernel, weight) in enumerate(zip(kernels, weights, strict=True)):
-                    parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid])
-                    if weight:
+                    parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid], room)
+                    if weight and one is not None:
                         one = one if weight == 1 else one.mul_(weight)
                         summed = one if summed is None else summed.add_(one)
-                if gradient is not None and summed is not None:
+                if gradient is not None and summed is not None and not blockwise:
                     gradient[chunk, : columns.valid] = summed
         if gradient is not None:
             gradient[:, columns.valid :] = 0
@@ -239,9 +261,9 @@ class _Chunked(torch.autograd.Function):
         return torch.as_tensor(total).view(student.shape[:-1]), parts
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0][..., None].to(gradient.dtype)), None, None, None, None
+        return gradient.mul_(grad_outputs[0][..., None].to(gradient.dtype)), None, None, None, None, None
 
 
 def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
@@ -249,8 +271,3 @@ def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
     budget = CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"]
     size = max(1, budget // (max(logits.shape[-1], 1) * divergences.wide(logits).itemsize))
     return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
-
-
-def _divided(logits: torch.Tensor, temperature: float, columns: Columns, name: str) -> torch.Tensor:
-    """Logits at a temperature: in the wide buffer of that name, or as they are."""
-    return logits if temperature == 1 else columns.buffer(name, logits).copy_(logits).div_(temperature)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,8 +35,9 @@ def losses_case() -> dict[str, Any]:
     import torch.distributed as dist
 
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation import vocabulary_parallel
+    from nemo_minitron.distillation import divergences, vocabulary_parallel
     from nemo_minitron.distillation.vocabulary_parallel import (
+        vocabulary_parallel_forward_kl,
         vocabulary_parallel_loss,
         vocabulary_parallel_top_k,
     )
@@ -43,6 +45,7 @@ def losses_case() -> dict[str, Any]:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     vocabulary_parallel.CHUNK_BYTES["cpu"] = 1000  # several chunks of unequal size
+    divergences.BLOCK_BYTES["cpu"] = 500
     found: dict[str, Any] = {}
     for vocab in VOCABULARIES:
         student, teacher, mask, labels = loss_inputs(vocab)
@@ -58,10 +61,14 @@ def losses_case() -> dict[str, Any]:
                     continue
                 leaf = student[..., mine].clone().requires_grad_()
                 losses = vocabulary_parallel_loss(
-                    leaf * 1, given, dist.group.WORLD, vocab_size=vocab, loss=loss, labels=labels, inplace=vocab == 67
-                )
+                    leaf * 1, given, dist.group.WORLD, vocab_size=vocab, loss=loss,
+                    labels=labels if vocab == 96 or loss.label_weight else None, inplace=vocab == 67,
+                )  # fmt: skip
                 ((losses.total * mask).sum() / mask.sum()).backward()
                 found[f"{vocab}/{name}{how}"] = (losses.total.detach(), leaf.grad)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        vocabulary_parallel_forward_kl(student[..., mine], teacher[..., mine], dist.group.WORLD, vocab_size=vocab)
+    found["reductions"] = reduce.call_count
     return found
 
 
@@ -97,6 +104,8 @@ def reference_loss(
 def test_losses_and_gradients_equal_the_float64_reference(world: int, tmp_path: Path) -> None:
     """A loss is proven by its gradient: a sum over ranks that autograd sees would make it ``world`` times too large."""
     ranks = run_distributed(losses_case, world, tmp_path, timeout=120)
+    for rank in ranks:
+        assert rank.pop("reductions") == (0 if world == 1 else 2)  # for all tokens
     assert len(ranks[0]) == len(VOCABULARIES) * (len(LOSSES) + 2)
     for key in ranks[0]:
         vocab, settings = int(key.split("/")[0]), LOSSES[key.split("/")[1]]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nemo_minitron.config import LossConfig
 from nemo_minitron.config.parts import LOGIT_LOSSES
-from nemo_minitron.distillation import losses, vocabulary_parallel
+from nemo_minitron.distillation import divergences, losses, vocabulary_parallel
 from nemo_minitron.distillation.losses import forward_kl
 from nemo_minitron.distillation.vocabulary_parallel import (
     vocabulary_parallel_cross_entropy,
@@ -93,6 +93,7 @@ def reference(loss: LossConfig, student: torch.Tensor, teacher: torch.Tensor) ->
         k=st.integers(1, 12),
         label_weight=st.sampled_from([0.0, 0.3]),
     ),
+    labelled=st.booleans(),
     inplace=st.booleans(),
     scale=st.sampled_from([1.0, 10.0]),
     seed=st.integers(0, 1000),
@@ -104,10 +105,12 @@ def test_chunked_form_equals_the_reference(
     padding: int,
     chunk: int,
     loss: LossConfig,
+    labelled: bool,
     inplace: bool,
     scale: float,
     seed: int,
 ) -> None:
+    labelled = labelled or loss.label_weight > 0
     student, teacher = logits(tokens, vocab + padding, seed, scale=scale)
     weights = torch.rand(tokens, dtype=torch.float64)
     labels = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed))
@@ -120,16 +123,19 @@ def test_chunked_form_equals_the_reference(
     leaf = student.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vocabulary_parallel.CHUNK_BYTES, "cpu", chunk * (vocab + padding) * 8)
+        patch.setitem(divergences.BLOCK_BYTES, "cpu", max(1, chunk // 2) * vocab * 8)
         # In place only a computed tensor may be overwritten, as a leaf's value would be lost.
         found = vocabulary_parallel_loss(
-            leaf * 1, teacher, group, vocab_size=vocab, loss=loss, labels=labels, inplace=inplace
+            leaf * 1, teacher, group, vocab_size=vocab, loss=loss, labels=labels if labelled else None, inplace=inplace
         )
         (found.total * weights).sum().backward()
-    assert found.cross_entropy is not None
     torch.testing.assert_close(found.divergence, divergence, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(found.cross_entropy, cross_entropy, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(found.total, total, rtol=1e-10, atol=1e-11)
-    assert not found.divergence.requires_grad and not found.cross_entropy.requires_grad
+    assert not found.divergence.requires_grad
+    assert (found.cross_entropy is not None) == labelled
+    if found.cross_entropy is not None:
+        torch.testing.assert_close(found.cross_entropy, cross_entropy, rtol=1e-10, atol=1e-11)
+        assert not found.cross_entropy.requires_grad
     assert leaf.grad is not None and plain.grad is not None
     torch.testing.assert_close(leaf.grad[:, :vocab], plain.grad, rtol=1e-10, atol=1e-11)
     assert not leaf.grad[:, vocab:].any()
@@ -238,14 +244,33 @@ def test_extreme_logits_stay_finite(group: dist.ProcessGroup) -> None:
     assert student.grad is not None and torch.isfinite(student.grad).all()
 
 
-def test_low_precision_logits_are_summed_in_float32(group: dist.ProcessGroup) -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_low_precision_logits_are_summed_in_float32(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, temperature: float, inplace: bool
+) -> None:
+    """Their gradient is rounded once, when it is written."""
+    monkeypatch.setitem(divergences.BLOCK_BYTES, "cpu", 3 * 500 * 4)
     student, teacher = (x.to(torch.bfloat16) for x in logits(16, 500, 3))
-    leaf = student.clone().requires_grad_()
-    loss = vocabulary_parallel_forward_kl(leaf, teacher, group, vocab_size=500)
+    leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss = vocabulary_parallel_forward_kl(
+        leaf * 1, teacher, group, vocab_size=500, temperature=temperature, inplace=inplace
+    )
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), forward_kl(student.double(), teacher.double()), rtol=1e-5, atol=1e-6)
+    expected = forward_kl(exact, teacher.double(), temperature=temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     loss.sum().backward()
-    assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
+    expected.sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16 and exact.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2**-8, atol=1e-7)
+
+
+def test_without_a_gradient_only_the_loss_is_computed(group: dist.ProcessGroup) -> None:
+    student, teacher = logits(5, 40, 4)
+    kept = student.clone()
+    loss = vocabulary_parallel_forward_kl(student, teacher, group, vocab_size=40)
+    torch.testing.assert_close(loss, forward_kl(student, teacher), rtol=1e-12, atol=1e-12)
+    assert torch.equal(student, kept) and not loss.requires_grad
 
 
 def test_different_shapes_are_refused(group: dist.ProcessGroup) -> None:

@@ -1,13 +1,14 @@
 """Held-out loss of SmolLM2-135M-Instruct while it is distilled in several ways, at equal tokens, over two seeds.
 
-    python benchmarks/distillation.py [--quick] [--only NAME ...] [--output DIR] [--plot FILE]
+    python benchmarks/distillation.py [--quick] [--only NAME ...] [--minutes N] [--output DIR] [--plot FILE]
 
 Each seed is a draw of its own: of the text's split, its order and the calibration. Two students have equal parameters
 (within 0.3 %): ``wide`` keeps all 30 layers and half the neurons, ``deep`` 18 whole layers. The arms: forward KL, its
 reverse, the top 64 tokens with one ghost token, the language-model loss alone, and forward KL on a teacher corrected
 on the same text first (``corrected``); ``depth`` is forward KL of the deep student. The work is a pipeline of the
 suite's own stages under ``--output``: a run that was stopped goes on where it was, and ``--only`` runs some of the
-stages. The last line is JSON: by arm, for each seed, ``[tokens, loss]`` of each validation.
+stages. After ``--minutes`` in all, those of earlier runs included, the training under way is told to save and stop, and
+what was made is shown. The last line is JSON: by arm, for each seed, ``[tokens, loss]`` of each validation.
 """
 
 from __future__ import annotations
@@ -107,6 +108,24 @@ def run_here(config: Path) -> None:
         print(f"{stage.name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
+def run_bounded(config: Path, minutes: float) -> int:
+    """The pipeline, stopped in good order when all runs of it have taken so many minutes; ``minitron``'s exit code."""
+    ledger = config.with_name("seconds_spent")
+    spent = float(ledger.read_text()) if ledger.is_file() else 0.0
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "nemo_minitron", "run", str(config)])
+    try:
+        code = process.wait(timeout=max(minutes * 60 - spent, 1.0))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        code = 75 if process.wait() else 0  # minitron's own for a stop in good order; killed while it starts, -15
+        print(f"stopped at {minutes:g} minutes in all; more --minutes go on from here", file=sys.stderr)
+    spent += time.monotonic() - started
+    ledger.write_text(f"{spent:.1f}\n")
+    print(f"{spent / 60:.1f} minutes in all")
+    return code
+
+
 def curves(output: Path) -> dict[str, dict[str, list[list[float]]]]:
     """By arm and seed, ``[tokens, held-out loss]`` of each validation that was made."""
     found: dict[str, dict[str, list[list[float]]]] = {}
@@ -159,6 +178,7 @@ def plot(found: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps, four layers")
+    parser.add_argument("--minutes", type=float, default=90.0, help="at most, all runs with this --output together")
     parser.add_argument("--steps", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--only", nargs="*", help="stages to run, as forward_kl-1")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"))
@@ -170,15 +190,17 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = arguments.output / "pipeline.yaml"
     config.write_text(yaml.safe_dump(pipeline(arguments), sort_keys=False))
+    code = 0
     if arguments.quick:
         run_here(config)
     else:
-        subprocess.run([sys.executable, "-m", "nemo_minitron", "run", str(config)], check=True)
+        code = run_bounded(config, arguments.minutes)
     found = curves(arguments.output)
     print(table(found))
     if arguments.plot is not None:
         plot(found, arguments.plot)
     print(json.dumps(found))
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,12 @@ class Columns:
             held = self.buffers[name] = torch.empty(like.numel(), dtype=wide(like), device=like.device)
         return held[: like.numel()].view(like.shape)
 
-    def divided(self, name: str, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Logits at a temperature, wide: as they are where they are both already, else in the buffer of that name."""
-        if temperature == 1 and logits.dtype == wide(logits):
+    def divided(self, name: str, logits: torch.Tensor, temperature: float, *, widened: bool = False) -> torch.Tensor:
+        """Logits at a temperature, in the wide buffer of that name; as they are where they are that already.
+
+        At a temperature of 1 narrow ones are left narrow too, unless ``widened``.
+        """
+        if temperature == 1 and not (widened and logits.dtype != wide(logits)):
             return logits
         return self.buffer(name, logits).copy_(logits).div_(temperature)
 
@@ -152,7 +155,7 @@ def forward_kl(
     blocks = _blocks(q) if columns.valid else []
     for block in blocks:
         logits_p, logits_q = (
-            columns.divided(name, logits[block], temperature) for name, logits in (("p", p), ("q", q))
+            columns.divided(name, logits[block], temperature, widened=True) for name, logits in (("p", p), ("q", q))
         )
         torch.amax(logits_p, -1, out=maxima[0, block])
         torch.amax(logits_q, -1, out=maxima[1, block])
@@ -172,10 +175,10 @@ def forward_kl(
     if out is not None and not alone:
         scale_p, scale_q = temperature * factors[0] / sum_p, temperature * factors[1] / sum_q
         for block in blocks:
-            logits_p = columns.divided("p", p[block], temperature)
+            logits_p = columns.divided("p", p[block], temperature, widened=True)
             exp_p = _exp(logits_p, maxima[0, block], columns.buffer("exp_p", logits_p))
             if held is None:
-                logits_q = columns.divided("q", q[block], temperature)
+                logits_q = columns.divided("q", q[block], temperature, widened=True)
                 exp_q = _exp(logits_q, maxima[1, block], columns.buffer("exp_q", logits_q))
             else:
                 exp_q = held[block]

@@ -173,7 +173,7 @@ def _divergence(
     columns: Columns,
     loss: LossConfig,
     vocab_size: int,
-    alone: bool,
+    blockwise: bool,
 ) -> Kernel:
     """Teacher against student at the loss's temperature."""
     t = loss.temperature
@@ -198,7 +198,7 @@ def _divergence(
     p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
 
     def forward(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if out is not None and not alone:
+        if out is not None and not blockwise:
             out = columns.buffer("gradient", q)  # the next kernel reads the logits, which may be where the room is
         return divergences.forward_kl(p_logits[chunk, : columns.valid], q, columns, temperature=t, out=out), out
 
@@ -243,7 +243,7 @@ class _Chunked(torch.autograd.Function):
             gradient = torch.empty_like(logits)
         parts = torch.empty(len(kernels), len(logits), dtype=divergences.wide(student), device=student.device)
         with naming_no_device():
-            # A kernel that goes through its tokens in blocks of its own, and is alone, takes all of them at once.
+            # The only kernel, and it goes through its tokens in blocks of its own: it takes all of them at once.
             for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
                 summed, room = None, gradient if gradient is None else gradient[chunk, : columns.valid]
                 for index, (kernel, weight) in enumerate(zip(kernels, weights, strict=True)):

@@ -232,7 +232,7 @@ def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overw
 
         from nemo_minitron.stages.plan import show_plans
 
-        show_plans([config], Console(), path)
+        show_plans([config], Console(), path, alone=True)
         return
     from nemo_minitron.stages.execute import run_stage
 

@@ -36,6 +36,7 @@ __all__ = [
     "config_hash",
     "human_bytes",
     "human_count",
+    "identity_of",
     "own_output",
     "peek_architecture",
     "peek_family",
@@ -354,6 +355,16 @@ def config_hash(config: StageConfig) -> str:
     return _digest([config.STAGE, hashed_settings(config), hashes])
 
 
+def identity_of(config: StageConfig) -> dict[str, Any]:
+    """What a stage's result depends on, as records keep it: ``stage, hash, settings, parents``."""
+    return {
+        "stage": config.STAGE,
+        "hash": config_hash(config),
+        "settings": hashed_settings(config),
+        "parents": parents(config),
+    }
+
+
 def read_record(output: str | Path) -> dict[str, Any] | None:
     """The record of an output, or None where there is none or it is not a whole one."""
     try:
@@ -389,12 +400,9 @@ def write_record(
     """
     record = {
         "version": RECORD_VERSION,
-        "stage": stage,
+        **identity_of(config),
         "name": config.name or stage,
-        "hash": config_hash(config),
         "config": dataclasses.asdict(config),
-        "settings": hashed_settings(config),
-        "parents": parents(config),
         "metrics": metrics,
         "started": started,
         "seconds": seconds,

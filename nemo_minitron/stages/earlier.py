@@ -1,22 +1,25 @@
 """Finished outputs of other settings, kept beside the present one under their identity.
 
 ``<name>@<first twelve digits of the record's hash>``: a stage whose settings or inputs have changed is made anew, and
-what it made before comes back, without any work, when they are changed back.
+what it made before comes back, without any work, when they are changed back. So in a pipeline; a stage that is started
+by itself refuses to go on with what others made (:func:`check_goes_on`).
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import is_earlier
-from nemo_minitron.stages.base import config_hash, hashed_settings, parents, read_record, record_path
-from nemo_minitron.stages.execute import begun
+from nemo_minitron.stages.base import config_hash, hashed_settings, identity_of, read_record, record_path
+from nemo_minitron.stages.job import begun
 
-__all__ = ["earlier_outputs", "is_kept", "keep", "recall", "recall_begun", "stage_state"]
+__all__ = ["check_goes_on", "earlier_outputs", "is_kept", "keep", "recall", "recall_begun", "stage_state"]
 
 _DIGITS = 12
 
@@ -26,28 +29,64 @@ def stage_state(config: StageConfig) -> tuple[str, list[str]]:
 
     Returns:
         "done"; "changed" with what differs from the record; "unfinished" (an output without a record); "begun" (one
-        that could be gone on with, if it had not been begun with other settings); or "new".
+        that could be gone on with, if it had not been begun with other settings, and which); or "new".
     """
     record = read_record(config.output)
-    if record is None:
-        if not Path(config.output).exists():
-            return "new", []
-        if getattr(config, "resume", False) and begun(config) not in (None, config_hash(config)):
-            return "begun", ["those that it was begun with"]
-        return "unfinished", []
-    if record["hash"] == config_hash(config) and Path(config.output).exists():
-        return "done", []
-    then, now = _flat(record["settings"]), _flat(hashed_settings(config))
-    reasons = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now"
+    if not Path(config.output).exists():
+        return ("new", []) if record is None else ("changed", ["the output is gone"])
+    if record is not None:
+        reasons = _differences(config, record)
+        return ("changed", list(reasons.values())) if reasons else ("done", [])
+    before = begun(config) if getattr(config, "resume", False) else None
+    reasons = _differences(config, before) if before is not None else {}
+    return ("begun", list(reasons.values())) if reasons else ("unfinished", [])
+
+
+def check_goes_on(config: StageConfig) -> None:
+    """Whether a training may go on with what its output holds: only with what the same training began.
+
+    Other settings would train on from the old checkpoints, or find that nothing is left to train, and the record would
+    say that they had made the model. What changes no number of a step but by rounding may change (``GOES_ON_WITH``).
+
+    Raises:
+        ConfigError: with every setting and input that is another now.
+    """
+    if config.GOES_ON_WITH is None or config.overwrite or not Path(config.output).exists():
+        return
+    record = read_record(config.output)
+    before = record if record is not None else begun(config)
+    differing = _differences(config, before) if before is not None else {}
+    faults = [
+        f"{config.output} was {'begun' if record is None else 'made'} with other settings: {reason}"
+        for key, reason in differing.items()
+        if not any(key == free or key.startswith(f"{free}.") for free in config.GOES_ON_WITH)
+    ]
+    if faults:
+        faults[-1] += "; choose another output, or make this one anew with --overwrite (overwrite=true)"
+        raise ConfigError(faults)
+
+
+def _differences(config: StageConfig, before: Mapping[str, Any]) -> dict[str, str]:
+    """What has changed since an :func:`~nemo_minitron.stages.base.identity_of`, by setting or input; empty if nothing.
+
+    A setting that did not exist then had its default's effect.
+    """
+    if before["hash"] == config_hash(config):
+        return {}
+    present = identity_of(config)
+    if before["stage"] != present["stage"]:
+        return {"stage": f"stage: {before['stage']} then, {present['stage']} now"}
+    then, now = _flat(_filled(before["settings"], hashed_settings(type(config)()))), _flat(present["settings"])
+    found = {
+        key: f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
-    ]
-    for name, parent in parents(config).items():
-        before = record["parents"].get(name)
-        if before is None or before["hash"] != parent["hash"]:
-            reasons.append(f"{name}: {parent['path']} has changed")
-    return "changed", reasons or ["the stage itself"]
+    }
+    for name, parent in present["parents"].items():
+        known = before["parents"].get(name)
+        if known is None or known["hash"] != parent["hash"]:
+            found[name] = f"{name}: {parent['path']} has changed"
+    return found
 
 
 def is_kept(config: StageConfig) -> bool:
@@ -67,7 +106,8 @@ def keep(config: StageConfig) -> Path | None:
     """
     output = Path(config.output)
     record = read_record(output)
-    identity = record["hash"] if record is not None else begun(config)
+    made = record if record is not None else begun(config)
+    identity = None if made is None else made["hash"]
     if identity is None or not output.exists():
         return None
     place = _place(output, identity)
@@ -141,6 +181,15 @@ def _move(source: Path, target: Path) -> None:
 
 def _escaped(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, and the defaults of those that are not there."""
+    found = {**defaults, **settings}
+    for key, value in settings.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            found[key] = _filled(value, defaults[key])
+    return found
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:

@@ -16,6 +16,7 @@ import yaml
 
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime import slurm
 
 __all__ = ["checked", "run_in_place"]
 
@@ -28,7 +29,9 @@ _STAGES = itertools.count()
 def run_in_place(config: StageConfig) -> dict[str, Any]:
     """Run a stage on every process that an executor started; what ``minitron <stage>`` does in processes of its own.
 
-    Also what ``overwrite`` means is the same: see :func:`~nemo_minitron.stages.base.set_aside`.
+    A launcher such as torchrun says which rank each is, or else Slurm's ``srun``. What ``resume`` and ``overwrite`` mean
+    is the same too: see :func:`~nemo_minitron.stages.earlier.check_goes_on` and
+    :func:`~nemo_minitron.stages.base.set_aside`.
 
     Args:
         config: of the stage; as many processes as its layout has must run.
@@ -44,6 +47,15 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     from nemo_minitron.stages.worker import set_up, stage_module
 
     config = checked(config)
+    if slurm.is_rank():
+        slurm.translate()
+    # As for the process groups: a process that no launcher started is a world of one.
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != config.processes:
+        raise ConfigError(
+            f"the layout makes {config.processes} processes, {world} were started; give the executor as many tasks as "
+            "there are ranks, or change parallel"
+        )
     started = time.monotonic()
     set_up(config)
     with _set_aside(config):
@@ -57,12 +69,13 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
 def _set_aside(config: StageConfig) -> Iterator[None]:
     """Rank 0 looks at the output, and sets it aside; no other begins before it has."""
     from nemo_minitron.stages.base import check_output, set_aside
+    from nemo_minitron.stages.earlier import check_goes_on
+    from nemo_minitron.stages.job import begin
 
-    # As for the process groups: a process that no launcher started is a world of one.
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     resumed = bool(getattr(config, "resume", False)) and not config.overwrite
     store, key = None, f"minitron/stage-{next(_STAGES)}"  # what rank 0 says of the output: nothing, or why it refuses
-    if world > 1 and not resumed:
+    if world > 1:
         from torch.distributed import rendezvous
 
         # The process group meets there too, later: the store is kept until then, and has room for both.
@@ -72,7 +85,9 @@ def _set_aside(config: StageConfig) -> Iterator[None]:
             try:
                 if not resumed:
                     check_output(config.output, config.overwrite)
+                check_goes_on(config)
                 replaced.enter_context(set_aside(config))
+                begin(config)
             except ConfigError as error:
                 if store is not None:
                     store.set(key, str(error))

@@ -28,7 +28,8 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.base import human_bytes, read_record
 from nemo_minitron.stages.earlier import earlier_outputs, keep, recall, recall_begun, stage_state
-from nemo_minitron.stages.execute import job_folder_of, run_stage
+from nemo_minitron.stages.execute import run_stage
+from nemo_minitron.stages.job import job_folder_of
 
 __all__ = ["prepare", "run_pipeline", "show_status", "write_manifest"]
 

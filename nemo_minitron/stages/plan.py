@@ -10,13 +10,20 @@ from rich.table import Table
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes
+from nemo_minitron.stages.earlier import check_goes_on
 from nemo_minitron.stages.worker import stage_module
 
 __all__ = ["show_plans"]
 
 
-def show_plans(configs: Sequence[StageConfig], console: Console, source: str) -> None:
+def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *, alone: bool = False) -> None:
     """Print the plan of each stage, in order; what an earlier one writes counts as there.
+
+    Args:
+        configs: of the stages.
+        console: for the tables.
+        source: of the configuration.
+        alone: each would run by itself, and could not go on with what other settings made.
 
     Raises:
         ConfigError: with every fault that the plans found, after the tables are printed.
@@ -27,6 +34,8 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str) ->
         name = config.name or config.STAGE
         try:
             plan = stage_module(config.STAGE).plan(config)
+            if alone:
+                plan.faults += _in_the_way(config)
         except MinitronError as error:
             faults.append(f"{name}: {error}")
             produced.add(config.output)
@@ -36,6 +45,15 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str) ->
         produced.update([config.output, *(item.path for item in plan.writes)])
     if faults:
         raise ConfigError(faults, source=source)
+
+
+def _in_the_way(config: StageConfig) -> list[str]:
+    """Why a stage could not go on with what its output holds."""
+    try:
+        check_goes_on(config)
+    except ConfigError as error:
+        return error.faults
+    return []
 
 
 def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) -> Table:

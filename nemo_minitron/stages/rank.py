@@ -19,18 +19,18 @@ from pathlib import Path
 
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime import slurm
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import set_aside
 from nemo_minitron.stages.earlier import stage_state
-from nemo_minitron.stages.execute import begin, record_job, write_settings
+from nemo_minitron.stages.execute import record_job
+from nemo_minitron.stages.job import begin, write_settings
 from nemo_minitron.stages.pipeline import prepare
 
 __all__ = ["main"]
 
 #: Seconds that rank 0 waits for the results of the others once it has its own.
 PATIENCE = 120.0
-#: Slurm's variables that would make the libraries below see a cluster of their own.
-_HIDDEN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE")
 
 
 def main(folder: Path) -> int:
@@ -44,7 +44,8 @@ def main(folder: Path) -> int:
     job = json.loads((folder / "job.json").read_text())
     config = load(job["stage"], folder / "config.yaml")
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    rank, world = _translate(folder)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    rank, world = slurm.translate()
     if world != config.processes:
         print(
             f"minitron: the layout of {config.name} needs {config.processes} processes, Slurm started {world}",
@@ -64,25 +65,6 @@ def main(folder: Path) -> int:
     code = work(job["stage"])  # a failure ends the process there
     with replaced:
         return code if rank else _record(config, folder, world, started, clock)
-
-
-def _translate(folder: Path) -> tuple[int, int]:
-    """From Slurm's environment to torchrun's, which every stage reads: ``(rank, world)``."""
-    from lightning.fabric.plugins.environments import SLURMEnvironment
-
-    env = os.environ
-    rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
-    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(world), env["SLURM_LOCALID"]
-    env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    # Jobs that share a node must not meet.
-    env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 20000))
-    env["TORCHELASTIC_RUN_ID"] = env["SLURM_JOB_ID"]
-    env[FOLDER_VARIABLE] = str(folder)
-    for name in _HIDDEN:
-        env.pop(name, None)
-    return rank, world
 
 
 def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:

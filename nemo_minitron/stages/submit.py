@@ -24,7 +24,7 @@ from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.stages.base import PlannedPath
 from nemo_minitron.stages.earlier import stage_state
-from nemo_minitron.stages.execute import job_folder_of, write_settings
+from nemo_minitron.stages.job import job_folder_of, write_settings
 from nemo_minitron.stages.pipeline import write_manifest
 
 if TYPE_CHECKING:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import DistillConfig, ExportConfig, PruneConfig, StageConfig
+from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelConfig, PruneConfig, StageConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.stages.base import read_record, write_record
-from nemo_minitron.stages.earlier import earlier_outputs, recall, stage_state
-from nemo_minitron.stages.execute import begin
+from nemo_minitron.stages import execute
+from nemo_minitron.stages.base import read_record, record_path, write_record
+from nemo_minitron.stages.earlier import check_goes_on, earlier_outputs, recall, stage_state
+from nemo_minitron.stages.job import begin
 from nemo_minitron.stages.pipeline import prepare
 
 
@@ -102,7 +104,7 @@ def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) 
     (tmp_path / "out" / "content").write_text("half of one")
     start(one)
     assert content(tmp_path / "out") == "half of one"
-    assert stage_state(two) == ("begun", ["those that it was begun with"])
+    assert stage_state(two) == ("begun", ["lr: 0.0001 then, 0.0003 now"])
     start(two)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
@@ -131,3 +133,63 @@ def test_overwrite_replaces(tmp_path: Path) -> None:
     todo = prepare(dataclasses.replace(one, formats=["nemo"]), overwrite=True)
     assert todo is not None and todo.overwrite
     assert earlier_outputs(one.output) == []
+
+
+def training(tmp_path: Path) -> DistillConfig:
+    (tmp_path / "student").mkdir()
+    return DistillConfig(output=str(tmp_path / "out"), student=str(tmp_path / "student"), teacher="t")
+
+
+def test_a_stage_by_itself_does_not_pass_off_what_others_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every difference is named before a process starts; with --overwrite it is made anew."""
+    one = training(tmp_path)
+    make(one, "one")
+    started = []
+    monkeypatch.setattr(execute, "launch", lambda *args, **kwargs: started.append(args) or pytest.skip("it starts"))
+    two = dataclasses.replace(one, lr=3e-4, loss=dataclasses.replace(one.loss, kind="reverse_kl"))
+    (tmp_path / "student" / "weights").touch()
+    with pytest.raises(ConfigError) as refused:
+        execute.run_stage(two)
+    made = f"{one.output} was made with other settings"
+    assert refused.value.faults == [
+        f"{made}: loss.kind: forward_kl then, reverse_kl now",
+        f"{made}: lr: 0.0001 then, 0.0003 now",
+        f"{made}: student: {one.student} has changed; choose another output, or make this one anew with --overwrite "
+        "(overwrite=true)",
+    ]
+    assert not started
+    assert content(Path(one.output)) == "one"
+    check_goes_on(dataclasses.replace(two, overwrite=True))
+    with pytest.raises(ConfigError, match="stage: distill then, correct now"):
+        check_goes_on(CorrectConfig(output=one.output, model="t"))
+
+
+def test_a_killed_training_goes_on_with_its_settings_in_any_layout(tmp_path: Path) -> None:
+    one = training(tmp_path)
+    begin(one)
+    Path(one.output).mkdir()
+    check_goes_on(one)
+    check_goes_on(dataclasses.replace(one, parallel=ParallelConfig(tensor=2), micro_batch_size=2, max_minutes=5.0))
+    with pytest.raises(ConfigError, match="was begun with other settings: steps: 300 then, 600 now; choose another"):
+        check_goes_on(dataclasses.replace(one, steps=600))
+    (tmp_path / "logs" / "out" / "begun.json").write_text("{")  # nothing is known
+    check_goes_on(dataclasses.replace(one, steps=600))
+
+
+@pytest.mark.parametrize("known", ["parallel.context", "intermediate"])
+def test_a_setting_that_is_new_had_its_default(tmp_path: Path, known: str) -> None:
+    """A record that was written before there was this setting."""
+    one = training(tmp_path)
+    make(one, "one")
+    path = record_path(one.output)
+    record = json.loads(path.read_text())
+    section, *rest = known.split(".")
+    del (record["settings"][section] if rest else record["settings"])[(rest or [section])[0]]
+    path.write_text(json.dumps(record | {"hash": "of fewer settings"}))
+    assert stage_state(one) == ("done", [])
+    check_goes_on(one)
+    wide = dataclasses.replace(one, parallel=ParallelConfig(context=2), intermediate=dataclasses.replace(
+        one.intermediate, hidden="mse"))  # fmt: skip
+    state, reasons = stage_state(wide)
+    assert state == "changed"
+    assert f"{'parallel.context: 1' if rest else 'intermediate.hidden: None'} then" in " ".join(reasons)

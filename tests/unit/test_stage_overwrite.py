@@ -102,13 +102,25 @@ def labelling(folder: Path, **settings: Any) -> LabelConfig:
     )
 
 
-def in_place(folder: str, processes: int) -> list[Any]:
+def as_under_srun() -> None:
+    """Replace what torchrun says of this process by what ``srun`` says."""
+    rank, world = os.environ.pop("RANK"), os.environ.pop("WORLD_SIZE")
+    os.environ |= {
+        "SLURM_PROCID": rank, "SLURM_LOCALID": os.environ.pop("LOCAL_RANK"), "SLURM_NTASKS": world,
+        "SLURM_STEP_NUM_TASKS": world, "SLURM_STEP_TASKS_PER_NODE": f"{os.environ.pop('LOCAL_WORLD_SIZE')}(x1)",
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost",
+    }  # fmt: skip
+
+
+def in_place(folder: str, processes: int, srun: bool = False) -> list[Any]:
     """A stage on processes that are there: made, found, resumed, made anew, refused; what each rank saw in it."""
     import torch
 
     from nemo_minitron.stages import entry, worker
 
     root, seen = Path(folder), []
+    if srun:
+        as_under_srun()
 
     def run(config: LabelConfig) -> dict[str, Any]:
         found = Path(config.output)
@@ -159,12 +171,17 @@ def test_a_stage_in_place_of_one_process(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
     assert in_place(str(tmp_path), 1) == told
+    from nemo_minitron.stages import entry
+
+    with pytest.raises(ConfigError, match="the layout makes 2 processes, 1 were started; give the executor as many"):
+        entry.run_in_place(labelling(tmp_path, parallel=ParallelConfig(tensor=2)))
 
 
 @pytest.mark.slow
-def test_a_stage_in_place_of_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("srun", [False, True])
+def test_a_stage_in_place_of_two_processes(tmp_path: Path, srun: bool) -> None:
     """No rank begins before the output is set aside, and what rank 0 refuses all refuse."""
-    first, second = run_distributed(in_place, 2, tmp_path, folder=str(tmp_path), processes=2)
+    first, second = run_distributed(in_place, 2, tmp_path, folder=str(tmp_path), processes=2, srun=srun)
     told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
     assert first == told
     assert second == [said for said in told if said != "batch=13"]

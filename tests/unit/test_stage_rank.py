@@ -13,7 +13,7 @@ from nemo_minitron.config import DistillConfig, PruneConfig, load
 from nemo_minitron.config.parts import TargetConfig
 from nemo_minitron.stages.base import write_record
 from nemo_minitron.stages.earlier import earlier_outputs
-from nemo_minitron.stages.execute import write_settings
+from nemo_minitron.stages.job import write_settings
 from nemo_minitron.stages.rank import _prepare
 
 

@@ -30,7 +30,7 @@ class AlignConfig(StageConfig):
         validate_every, save_every: steps between validations and between checkpoints, the second a multiple of the
             first.
         validation_batches: global batches of one validation; null takes all.
-        resume: go on from the last checkpoint in ``output``.
+        resume: go on from the last checkpoint in ``output``, under the same settings but for ``GOES_ON_WITH``.
         precision: "32" or "bf16-mixed".
         formats: besides ``model`` (NeMo 2), what the aligned model is written as: "hf", "nemo".
         verify: compare the logits of what was written with those of ``model``.
@@ -38,6 +38,10 @@ class AlignConfig(StageConfig):
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation")
+    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
+        "parallel", "micro_batch_size", "max_minutes", "save_every", "validate_every", "validation_batches", "formats",
+        "verify",
+    )  # fmt: skip
 
     model: str = MISSING
     data: ChatDataConfig = field(default_factory=ChatDataConfig)

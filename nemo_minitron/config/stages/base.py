@@ -30,6 +30,9 @@ class StageConfig:
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
     #: The output holds the outputs of stages of their own, each with its record.
     LEADS: ClassVar[bool] = False
+    #: Of a training, the settings (``parallel`` for all below it) that one may change and still go on with what was
+    #: begun. None: the stage itself finds out what of its output it can go on with, or does not go on at all.
+    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
 
     name: str = ""
     output: str = MISSING

@@ -39,7 +39,7 @@ class TrainingConfig(StageConfig):
         keep_best: beside the last checkpoint, keep the weights of the validation with the lowest "kl" or "lm_loss";
             null keeps none.
         result: which of them becomes the stage's model, "last" or "best".
-        resume: go on from the last checkpoint in ``output``.
+        resume: go on from the last checkpoint in ``output``, under the same settings but for ``GOES_ON_WITH``.
         precision: "32" or "bf16-mixed".
         recompute: activations that the backward pass computes again instead of keeping them: "none", "selective" (the
             core of the attention) or "full" (whole layers; not with intermediate losses).
@@ -47,6 +47,10 @@ class TrainingConfig(StageConfig):
     """
 
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
+    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
+        "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
+        "result", "data.workers", "teacher_placement", "teacher_parallel",
+    )  # fmt: skip
 
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 300

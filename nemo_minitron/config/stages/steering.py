@@ -127,6 +127,7 @@ class SteerlmConfig(AlignConfig):
 
     STAGE: ClassVar[str] = "steerlm"
     LEADS: ClassVar[bool] = True
+    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
     INPUTS: ClassVar[tuple[str, ...]] = (
         "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.path",
     )  # fmt: skip

@@ -120,8 +120,9 @@ def run_bounded(config: Path, minutes: float) -> int:
         process.terminate()
         code = 75 if process.wait() else 0  # minitron's own for a stop in good order; killed while it starts, -15
         print(f"stopped at {minutes:g} minutes in all; more --minutes go on from here", file=sys.stderr)
-    spent += time.monotonic() - started
-    ledger.write_text(f"{spent:.1f}\n")
+    finally:  # an interrupted run has taken its time too
+        spent += time.monotonic() - started
+        ledger.write_text(f"{spent:.1f}\n")
     print(f"{spent / 60:.1f} minutes in all")
     return code
 

@@ -15,9 +15,6 @@ executor starts it, here or on a cluster::
 from __future__ import annotations
 
 import dataclasses
-import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import nemo_run as run
@@ -31,7 +28,6 @@ from nemo_minitron.config import (
     ParallelConfig,
     RuntimeConfig,
     SourceConfig,
-    load,
 )
 from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.errors import ConfigError
@@ -50,8 +46,12 @@ def distill(
     loss: LossConfig,
     intermediate: IntermediateConfig,
     teacher_correction: CorrectionConfig,
+    teacher_cache: str | None = None,
+    teacher_placement: str = "shared",
+    teacher_parallel: ParallelConfig | None = None,
     result: str = "last",
     resume: bool = True,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Distil, on every process that an executor started (as torchrun or Slurm do); what ``minitron distill`` runs.
 
@@ -59,13 +59,17 @@ def distill(
         student, teacher: checkpoints; no teacher where nothing is learnt from one.
         output: directory; gets ``model/``, ``metrics.jsonl`` and the training state.
         data: text.
-        parallel: layout of both models; as many processes must run.
+        parallel: layout of both models, unless the teacher has its own; as many processes must run.
         schedule: hyper-parameters.
         loss: of the logits.
         intermediate: losses inside the models.
         teacher_correction: training of the teacher meanwhile.
+        teacher_cache: output of ``minitron cache``, whose logits take the teacher's place.
+        teacher_placement, teacher_parallel: "shared", or "own_layout" or "own_ranks" and that layout; on ranks of its
+            own as many further processes must run.
         result: "last" or "best" checkpoint as the model; see ``schedule.keep_best``.
-        resume: go on from the last checkpoint in ``output``.
+        resume: go on from the last checkpoint in ``output``, under the same settings.
+        overwrite: replace what is there.
 
     Returns:
         The figures of the record, on rank 0.
@@ -74,12 +78,10 @@ def distill(
         ConfigError: with all that is wrong with the settings.
         MinitronError: as the stage.
     """
-    from nemo_minitron.stages import distill as stage
-    from nemo_minitron.stages.base import write_record
-    from nemo_minitron.stages.worker import set_up
+    from nemo_minitron.stages.entry import run_in_place
 
     settings = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
-    config = _checked(
+    return run_in_place(
         DistillConfig(
             student=student,
             teacher=teacher,
@@ -89,34 +91,16 @@ def distill(
             loss=loss,
             intermediate=intermediate,
             teacher_correction=teacher_correction,
+            teacher_cache=teacher_cache,
+            teacher_placement=teacher_placement,
+            teacher_parallel=teacher_parallel or ParallelConfig(),
             result=result,
             resume=resume,
+            overwrite=overwrite,
             runtime=RuntimeConfig(seed=settings.pop("seed")),
             **settings,
         )
     )
-    started = time.monotonic()
-    set_up(config)
-    metrics = stage.run(config)
-    if metrics:
-        write_record(config.output, config.STAGE, config, metrics, time.monotonic() - started)
-    return metrics
-
-
-def _checked(config: DistillConfig) -> DistillConfig:
-    """The configuration, read as the command line reads it: typed, and with every fault in one error."""
-    import yaml
-
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(dataclasses.asdict(config)), encoding="utf-8")
-        try:
-            checked = load(config.STAGE, path)
-        except ConfigError as error:
-            # The lines of a file that nobody wrote say nothing.
-            raise ConfigError([fault.split(": ", 1)[-1] for fault in error.faults], source="recipe") from None
-    assert isinstance(checked, DistillConfig)
-    return checked
 
 
 @run.cli.factory(target=distill, name="distillation")

@@ -29,8 +29,8 @@ _STAGES = itertools.count()
 def run_in_place(config: StageConfig) -> dict[str, Any]:
     """Run a stage on every process that an executor started; what ``minitron <stage>`` does in processes of its own.
 
-    A launcher such as torchrun says which rank each is, or else Slurm's ``srun``. What ``resume`` and ``overwrite`` mean
-    is the same too: see :func:`~nemo_minitron.stages.earlier.check_goes_on` and
+    A launcher such as torchrun says which rank each is, or else Slurm's ``srun``. ``resume`` and ``overwrite`` mean the
+    same too: see :func:`~nemo_minitron.stages.earlier.check_goes_on` and
     :func:`~nemo_minitron.stages.base.set_aside`.
 
     Args:

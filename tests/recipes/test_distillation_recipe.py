@@ -14,6 +14,7 @@ import pytest
 from nemo_minitron.recipes.distillation import distillation_recipe
 from support.checkpoints import tiny_checkpoint
 
+from nemo_minitron.config import ParallelConfig
 from nemo_minitron.errors import ConfigError
 
 
@@ -67,7 +68,7 @@ def test_every_fault_of_a_recipe_is_named(tmp_path, monkeypatch):
     recipe.schedule.min_lr, recipe.loss.temperature, recipe.data.sequence_length = 1.0, 0.0, "many"
     with pytest.raises(ConfigError) as error:
         fdl.build(recipe)()
-    assert str(error.value).startswith("recipe: ")
+    assert str(error.value).startswith("distill: ")
     assert "sequence_length" in str(error.value)
     recipe.data.sequence_length = 16
     with pytest.raises(ConfigError) as error:
@@ -77,7 +78,7 @@ def test_every_fault_of_a_recipe_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_recipe_runs_under_a_local_executor(tmp_path):
-    """Two processes, a pipeline stage each; through nemo_run's own torchrun launcher."""
+    """Two processes, a pipeline stage each, and one of the teacher's; through nemo_run's own torchrun launcher."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 16}
     tiny_checkpoint(tmp_path / "teacher", num_hidden_layers=3, seed=1, **sizes)
     tiny_checkpoint(tmp_path / "student", num_hidden_layers=2, seed=2, **sizes)
@@ -86,12 +87,14 @@ def test_a_recipe_runs_under_a_local_executor(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    (tmp_path / "recipe").write_text(ZlibJSONSerializer().serialize(tiny(tmp_path)))
+    recipe = tiny(tmp_path)
+    recipe.teacher_placement, recipe.teacher_parallel = "own_ranks", run.Config(ParallelConfig)
+    (tmp_path / "recipe").write_text(ZlibJSONSerializer().serialize(recipe))
     code = (
         "import sys, nemo_run as run\n"
         "from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer\n"
         "recipe = ZlibJSONSerializer().deserialize(open('recipe').read())\n"
-        "executor = run.LocalExecutor(ntasks_per_node=2, launcher='torchrun', env_vars={'OMP_NUM_THREADS': '1'})\n"
+        "executor = run.LocalExecutor(ntasks_per_node=3, launcher='torchrun', env_vars={'OMP_NUM_THREADS': '1'})\n"
         "run.run(recipe, executor=executor, name='distillation')\n"
     )
     # nemo_run looks for torchrun there

@@ -61,7 +61,7 @@ import dataclasses
 from nemo_minitron.config import load_pipeline
 from nemo_minitron.stages.entry import run_in_place
 stage = load_pipeline("{home}/pipeline.yaml")[1][-1]
-run_in_place(dataclasses.replace(stage, output="{home}/in_place"))
+run_in_place(dataclasses.replace(stage, output="{home}/in_place", teacher_placement="own_ranks"))
 """
 
 
@@ -214,16 +214,17 @@ def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
         assert made["teacher"] <= made["scores"] <= made["pruned"] <= made["distilled"]
         assert "every stage is done" in run()
 
-        # A stage in place, as nemo_run's executor starts a recipe: nobody but Slurm says which rank a process is.
+        # A stage in place, as nemo_run's executor starts a recipe: nobody but Slurm says which rank a process is. The
+        # third has the teacher.
         in_place = IN_PLACE.format(home=home)
         done = subprocess.run(
-            ["srun", "-n", "2", "--cpus-per-task=1", sys.executable, "-c", in_place],
+            ["srun", "-n", "3", "--cpus-per-task=1", sys.executable, "-c", in_place],
             env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         record = read_record(home / "in_place")
         assert done.returncode == 0, done.stderr[-3000:]
         assert record is not None and record["config"]["parallel"]["tensor"] == 2
-        assert record["metrics"]["last_kl"] == pytest.approx(records["distilled"]["metrics"]["last_kl"], rel=1e-6)
+        assert record["metrics"]["last_kl"] == pytest.approx(records["distilled"]["metrics"]["last_kl"], rel=1e-5)
 
         # A layout that the model does not have: refused by the stage, and not queued again.
         odd = ("stages.scores.parallel={pipeline: 2, tensor: 1}", "stages.scores.samples=9999",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["is_rank", "translate"]
+__all__ = ["is_rank", "requeued", "translate"]
 
 #: Slurm's variables that would make the libraries below see a cluster of their own.
 _HIDDEN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE")
@@ -16,6 +16,11 @@ def is_rank() -> bool:
     A batch script and an interactive shell have the job's variables too, but are no step of several tasks.
     """
     return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def requeued() -> bool:
+    """Whether this job has run before: Slurm, or somebody, queued it again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def translate() -> tuple[int, int]:

@@ -376,7 +376,6 @@ def read_record(output: str | Path) -> dict[str, Any] | None:
 
 def write_record(
     output: str | Path,
-    stage: str,
     config: StageConfig,
     metrics: dict[str, Any],
     seconds: float,
@@ -387,8 +386,7 @@ def write_record(
 
     Args:
         output: what the stage wrote.
-        stage: the stage's name.
-        config: its resolved configuration.
+        config: the stage's resolved configuration.
         metrics: JSON values that its ``run`` returned.
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
@@ -401,7 +399,7 @@ def write_record(
     record = {
         "version": RECORD_VERSION,
         **identity_of(config),
-        "name": config.name or stage,
+        "name": config.name or config.STAGE,
         "config": dataclasses.asdict(config),
         "metrics": metrics,
         "started": started,

@@ -15,11 +15,21 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime import slurm
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.stages.base import config_hash, hashed_settings, identity_of, read_record, record_path
 from nemo_minitron.stages.job import begun
 
-__all__ = ["check_goes_on", "earlier_outputs", "is_kept", "keep", "recall", "recall_begun", "stage_state"]
+__all__ = [
+    "began_before",
+    "check_goes_on",
+    "earlier_outputs",
+    "is_kept",
+    "keep",
+    "recall",
+    "recall_begun",
+    "stage_state",
+]
 
 _DIGITS = 12
 
@@ -64,6 +74,14 @@ def check_goes_on(config: StageConfig) -> None:
     if faults:
         faults[-1] += "; choose another output, or make this one anew with --overwrite (overwrite=true)"
         raise ConfigError(faults)
+
+
+def began_before(config: StageConfig) -> bool:
+    """Whether this is a job that Slurm queued again, and what is there is what it began: to be gone on with.
+
+    Where the job was told to overwrite, it has done so.
+    """
+    return slurm.requeued() and getattr(config, "resume", False) and stage_state(config)[0] == "unfinished"
 
 
 def _differences(config: StageConfig, before: Mapping[str, Any]) -> dict[str, str]:

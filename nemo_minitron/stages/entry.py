@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -58,23 +59,26 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
         )
     started = time.monotonic()
     set_up(config)
-    with _set_aside(config):
+    with _set_aside(config) as config:
         metrics: dict[str, Any] = stage_module(config.STAGE).run(config)
         if metrics:
-            write_record(config.output, config.STAGE, config, metrics, time.monotonic() - started)
+            write_record(config.output, config, metrics, time.monotonic() - started)
     return metrics
 
 
 @contextlib.contextmanager
-def _set_aside(config: StageConfig) -> Iterator[None]:
-    """Rank 0 looks at the output, and sets it aside; no other begins before it has."""
+def _set_aside(config: C) -> Iterator[C]:
+    """Rank 0 looks at the output, and sets it aside; no other begins before it has.
+
+    Yields:
+        The configuration; a job that is queued again does not overwrite what it began.
+    """
     from nemo_minitron.stages.base import check_output, set_aside
-    from nemo_minitron.stages.earlier import check_goes_on
+    from nemo_minitron.stages.earlier import began_before, check_goes_on
     from nemo_minitron.stages.job import begin
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    resumed = bool(getattr(config, "resume", False)) and not config.overwrite
-    store, key = None, f"minitron/stage-{next(_STAGES)}"  # what rank 0 says of the output: nothing, or why it refuses
+    store, key = None, f"minitron/stage-{next(_STAGES)}"  # what rank 0 says: whether to overwrite, or why it refuses
     if world > 1:
         from torch.distributed import rendezvous
 
@@ -83,21 +87,25 @@ def _set_aside(config: StageConfig) -> Iterator[None]:
     with contextlib.ExitStack() as replaced:
         if rank == 0:
             try:
-                if not resumed:
+                if began_before(config):
+                    config = dataclasses.replace(config, overwrite=False)
+                if config.overwrite or not getattr(config, "resume", False):
                     check_output(config.output, config.overwrite)
                 check_goes_on(config)
                 replaced.enter_context(set_aside(config))
                 begin(config)
             except ConfigError as error:
                 if store is not None:
-                    store.set(key, str(error))
+                    store.set(key, json.dumps({"refused": error.faults}))
                 raise
-        if store is not None:
-            if rank == 0:
-                store.set(key, "")
-            elif refusal := store.get(key).decode():
-                raise ConfigError(refusal)
-        yield
+            if store is not None:
+                store.set(key, json.dumps({"overwrite": config.overwrite}))
+        elif store is not None:
+            told = json.loads(store.get(key))
+            if "refused" in told:
+                raise ConfigError(told["refused"])
+            config = dataclasses.replace(config, overwrite=told["overwrite"])
+        yield config
 
 
 def checked(config: C) -> C:

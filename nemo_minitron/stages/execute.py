@@ -63,7 +63,6 @@ def record_job(config: StageConfig, results: Sequence[RankResult], *, started: s
     """
     return write_record(
         config.output,
-        config.STAGE,
         config,
         metrics=results[0].metrics,
         seconds=seconds,

@@ -22,7 +22,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime import slurm
 from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
 from nemo_minitron.stages.base import set_aside
-from nemo_minitron.stages.earlier import stage_state
+from nemo_minitron.stages.earlier import began_before
 from nemo_minitron.stages.execute import record_job
 from nemo_minitron.stages.job import begin, write_settings
 from nemo_minitron.stages.pipeline import prepare
@@ -69,9 +69,7 @@ def main(folder: Path) -> int:
 
 def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
     """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
-    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if restarted and getattr(config, "resume", False) and stage_state(config)[0] == "unfinished":
-        # What is there now, this very job began: it is not to be replaced once more.
+    if began_before(config):
         config, overwrite = dataclasses.replace(config, overwrite=False), False
         write_settings(config, folder)
     try:

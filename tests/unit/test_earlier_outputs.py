@@ -24,7 +24,7 @@ def make(config: StageConfig, content: str) -> None:
     else:
         output.mkdir()
         (output / "content").write_text(content)
-    write_record(output, config.STAGE, config, {}, 1.0)
+    write_record(output, config, {}, 1.0)
 
 
 def content(path: Path) -> str:

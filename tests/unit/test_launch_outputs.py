@@ -119,7 +119,7 @@ def export(tmp_path: Path, **changes: object) -> ExportConfig:
 
 def test_record_round_trip(tmp_path):
     (tmp_path / "o").mkdir()
-    record = write_record(tmp_path / "o", "export", export(tmp_path), {"size": 3}, 1.5, peak_rss_bytes=7)
+    record = write_record(tmp_path / "o", export(tmp_path), {"size": 3}, 1.5, peak_rss_bytes=7)
     assert read_record(tmp_path / "o") == json.loads(json.dumps(record))
     assert record["name"] == "export"
     assert record["versions"]["nemo-minitron"]
@@ -151,24 +151,24 @@ def test_the_hash_follows_settings_and_inputs_only(tmp_path):
 def test_a_recorded_input_counts_by_its_record(tmp_path):
     first = tmp_path / "first"
     (first / "model").mkdir(parents=True)
-    write_record(first, "export", export(tmp_path), {}, 1.0)
+    write_record(first, export(tmp_path), {}, 1.0)
     inside = export(tmp_path, model=str(first / "model"))
     before = config_hash(inside)
     (first / "model" / "w").write_text("x")  # the record vouches for what lies under it
     assert config_hash(inside) == before
-    write_record(first, "export", export(tmp_path, formats=["nemo2"]), {}, 1.0)
+    write_record(first, export(tmp_path, formats=["nemo2"]), {}, 1.0)
     assert config_hash(inside) != before
 
 
 def test_a_report_depends_on_all_records_but_its_own(tmp_path):
     config = ReportConfig(run=str(tmp_path), output=str(tmp_path / "report"))
     (tmp_path / "a").mkdir()
-    write_record(tmp_path / "a", "export", export(tmp_path), {}, 1.0)
+    write_record(tmp_path / "a", export(tmp_path), {}, 1.0)
     before = config_hash(config)
     (tmp_path / "report").mkdir()
-    write_record(tmp_path / "report", "report", config, {}, 1.0)
+    write_record(tmp_path / "report", config, {}, 1.0)
     assert config_hash(config) == before
-    write_record(tmp_path / "a", "export", export(tmp_path, formats=["nemo"]), {}, 1.0)
+    write_record(tmp_path / "a", export(tmp_path, formats=["nemo"]), {}, 1.0)
     assert config_hash(config) != before
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import types
 from pathlib import Path
@@ -149,6 +151,32 @@ def in_place(folder: str, processes: int, srun: bool = False) -> list[Any]:
         if processes > 1:
             torch.distributed.barrier()
     return seen
+
+
+def test_a_job_that_is_queued_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to overwrite, it has done so in its first life."""
+    from nemo_minitron.stages import entry, worker
+
+    lives: list[list[str] | None] = []
+
+    def run(config: LabelConfig) -> dict[str, Any]:
+        lives.append(listing(Path(config.output)) if Path(config.output).exists() else None)
+        own_output(config).joinpath(f"life-{len(lives)}").touch()
+        if len(lives) < 3:
+            raise PreemptedError("the job's time is over")
+        return {"lives": len(lives)}
+
+    monkeypatch.setattr(worker, "stage_module", lambda stage: types.SimpleNamespace(run=run))
+    monkeypatch.setattr(worker, "set_up", lambda config: None)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    stage = dataclasses.replace(labelling(tmp_path, overwrite=True), reward=str(tmp_path / "reward"))
+    own_output(labelling(tmp_path)).joinpath("old").touch()
+    for restart in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        with contextlib.suppress(PreemptedError):
+            assert entry.run_in_place(stage) == {"lives": 3}
+    assert lives == [None, [MARKER, "life-1"], [MARKER, "life-1", "life-2"]]
 
 
 EXPECTED = [

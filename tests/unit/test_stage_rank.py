@@ -25,7 +25,7 @@ def test_a_stage_that_is_made_again_tells_its_ranks(tmp_path: Path) -> None:
         return PruneConfig(name="pruned", output=str(output), model="m", method="random", target=target)
 
     output.mkdir()
-    record = write_record(output, "prune", config(3), {}, 1.0)
+    record = write_record(output, config(3), {}, 1.0)
     write_settings(config(2), folder)
     with ExitStack() as replaced:
         assert _prepare(config(2), folder, True, replaced) == "run"
@@ -41,7 +41,7 @@ def test_a_job_that_is_queued_again_goes_on_with_what_it_began(tmp_path: Path, m
     config = DistillConfig(name="distilled", output=str(output), student="s", teacher="t", overwrite=True)
     output.mkdir()
     (output / "old").touch()
-    write_record(output, "distill", dataclasses.replace(config, steps=7), {}, 1.0)
+    write_record(output, dataclasses.replace(config, steps=7), {}, 1.0)
     write_settings(config, folder)
     with pytest.raises(KeyboardInterrupt), ExitStack() as first:
         assert _prepare(config, folder, False, first) == "run"

@@ -351,17 +351,18 @@ def config_hash(config: StageConfig) -> str:
 
     Independent of where inputs and output lie, so that a moved run directory stays valid.
     """
-    hashes = {name: parent["hash"] for name, parent in parents(config).items()}
-    return _digest([config.STAGE, hashed_settings(config), hashes])
+    return str(identity_of(config)["hash"])
 
 
 def identity_of(config: StageConfig) -> dict[str, Any]:
     """What a stage's result depends on, as records keep it: ``stage, hash, settings, parents``."""
+    settings, found = hashed_settings(config), parents(config)
+    hashes = {name: parent["hash"] for name, parent in found.items()}
     return {
         "stage": config.STAGE,
-        "hash": config_hash(config),
-        "settings": hashed_settings(config),
-        "parents": parents(config),
+        "hash": _digest([config.STAGE, settings, hashes]),
+        "settings": settings,
+        "parents": found,
     }
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "began_before",
     "check_goes_on",
     "earlier_outputs",
+    "goes_on_faults",
     "is_kept",
     "keep",
     "recall",
@@ -47,33 +48,37 @@ def stage_state(config: StageConfig) -> tuple[str, list[str]]:
     if record is not None:
         reasons = _differences(config, record)
         return ("changed", list(reasons.values())) if reasons else ("done", [])
-    before = begun(config) if getattr(config, "resume", False) else None
-    reasons = _differences(config, before) if before is not None else {}
+    reasons = _differences(config, begun(config)) if getattr(config, "resume", False) else {}
     return ("begun", list(reasons.values())) if reasons else ("unfinished", [])
 
 
 def check_goes_on(config: StageConfig) -> None:
-    """Whether a training may go on with what its output holds: only with what the same training began.
-
-    Other settings would train on from the old checkpoints, or find that nothing is left to train, and the record would
-    say that they had made the model. What changes no number of a step but by rounding may change (``GOES_ON_WITH``).
+    """Whether a training may go on with what its output holds: see :func:`goes_on_faults`.
 
     Raises:
         ConfigError: with every setting and input that is another now.
     """
+    if faults := goes_on_faults(config):
+        raise ConfigError(faults)
+
+
+def goes_on_faults(config: StageConfig) -> list[str]:
+    """Why a training may not go on with what its output holds: it may only with what the same training began.
+
+    Other settings would train on from the old checkpoints, or find that nothing is left to train, and the record would
+    say that they had made the model. What changes no number of a step but by rounding may change (``GOES_ON_WITH``).
+    """
     if config.GOES_ON_WITH is None or config.overwrite or not Path(config.output).exists():
-        return
+        return []
     record = read_record(config.output)
-    before = record if record is not None else begun(config)
-    differing = _differences(config, before) if before is not None else {}
     faults = [
         f"{config.output} was {'begun' if record is None else 'made'} with other settings: {reason}"
-        for key, reason in differing.items()
+        for key, reason in _differences(config, record or begun(config)).items()
         if not any(key == free or key.startswith(f"{free}.") for free in config.GOES_ON_WITH)
     ]
     if faults:
         faults[-1] += "; choose another output, or make this one anew with --overwrite (overwrite=true)"
-        raise ConfigError(faults)
+    return faults
 
 
 def began_before(config: StageConfig) -> bool:
@@ -84,14 +89,14 @@ def began_before(config: StageConfig) -> bool:
     return slurm.requeued() and getattr(config, "resume", False) and stage_state(config)[0] == "unfinished"
 
 
-def _differences(config: StageConfig, before: Mapping[str, Any]) -> dict[str, str]:
-    """What has changed since an :func:`~nemo_minitron.stages.base.identity_of`, by setting or input; empty if nothing.
+def _differences(config: StageConfig, before: Mapping[str, Any] | None) -> dict[str, str]:
+    """What has changed since an :func:`~nemo_minitron.stages.base.identity_of`, by setting or input.
 
-    A setting that did not exist then had its default's effect.
+    Empty if nothing has, or nothing is known. A setting that did not exist then had its default's effect.
     """
-    if before["hash"] == config_hash(config):
-        return {}
     present = identity_of(config)
+    if before is None or before["hash"] == present["hash"]:
+        return {}
     if before["stage"] != present["stage"]:
         return {"stage": f"stage: {before['stage']} then, {present['stage']} now"}
     then, now = _flat(_filled(before["settings"], hashed_settings(type(config)()))), _flat(present["settings"])
@@ -123,11 +128,10 @@ def keep(config: StageConfig) -> Path | None:
         ConfigError: if something else lies there.
     """
     output = Path(config.output)
-    record = read_record(output)
-    made = record if record is not None else begun(config)
-    identity = None if made is None else made["hash"]
-    if identity is None or not output.exists():
+    made = read_record(output) or begun(config)
+    if made is None or not output.exists():
         return None
+    identity = made["hash"]
     place = _place(output, identity)
     if _lies_at(place, identity):  # the same thing, made twice
         shutil.rmtree(place) if place.is_dir() else place.unlink()

@@ -10,7 +10,7 @@ from rich.table import Table
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes
-from nemo_minitron.stages.earlier import check_goes_on
+from nemo_minitron.stages.earlier import goes_on_faults
 from nemo_minitron.stages.worker import stage_module
 
 __all__ = ["show_plans"]
@@ -35,7 +35,7 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *,
         try:
             plan = stage_module(config.STAGE).plan(config)
             if alone:
-                plan.faults += _in_the_way(config)
+                plan.faults += goes_on_faults(config)
         except MinitronError as error:
             faults.append(f"{name}: {error}")
             produced.add(config.output)
@@ -45,15 +45,6 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *,
         produced.update([config.output, *(item.path for item in plan.writes)])
     if faults:
         raise ConfigError(faults, source=source)
-
-
-def _in_the_way(config: StageConfig) -> list[str]:
-    """Why a stage could not go on with what its output holds."""
-    try:
-        check_goes_on(config)
-    except ConfigError as error:
-        return error.faults
-    return []
 
 
 def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) -> Table:

@@ -31,6 +31,7 @@ from nemo_minitron.alignment.settings import Schedule, aligner_settings, check_m
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, PreemptedError
+from nemo_minitron.runtime.device import here
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
 from nemo_minitron.runtime.stopping import StopRequest
 
@@ -331,7 +332,7 @@ class Clock(Timer):
     def is_finished(self) -> bool:
         """The same on every rank. Collective."""
         over = torch.tensor([self.get_time_remaining() <= 0, bool(self._request.came)], dtype=torch.float)
-        over = over.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        over = over.to(here().torch)
         torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MAX)
         self._asked = bool(over[1])
         return bool(over.any())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.nemo1_config import FAMILIES, to_nemo1
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
+from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import ModelShape
 
@@ -138,6 +139,7 @@ def aligner_settings(
     held_out: int,
     max_length: int,
     model: dict[str, Any],
+    device: Device | None = None,
 ) -> DictConfig:
     """What Aligner's scripts read from Hydra: ``trainer``, ``exp_manager`` and ``model``.
 
@@ -150,17 +152,17 @@ def aligner_settings(
         samples, held_out: of training and validation data.
         max_length: of a sample, in tokens.
         model: what an algorithm adds to the model's settings.
+        device: of this process; None for what was decided on at its start.
 
     Raises:
         DataError: if the held-out samples do not fill one micro-batch on each data-parallel rank.
     """
-    import torch
     import yaml
     from omegaconf import OmegaConf
 
-    cuda = torch.cuda.is_available()
+    device = device or here()
     bf16 = schedule.precision.startswith("bf16")
-    per_node = min(torch.cuda.device_count() if cuda else layout.world_size, layout.world_size)
+    per_node = device.per_node(layout.world_size)
     batches = {"micro_batch_size": schedule.micro_batch_size, "global_batch_size": schedule.global_batch_size}
     validation = schedule.validation_batch(held_out, layout.data)
     settings = yaml.safe_load(
@@ -179,8 +181,8 @@ def aligner_settings(
         "pipeline_model_parallel_size": layout.pipeline,
         "sequence_parallel": layout.sequence_parallel,
         **_uneven_pipeline(checkpoint.shape, layout),
-        "transformer_engine": cuda,
-        "megatron_amp_O2": cuda and bf16,
+        "transformer_engine": device.transformer_engine,
+        "megatron_amp_O2": device.is_cuda and bf16,
         "seed": schedule.seed,
         "get_attention_mask_from_fusion": True,
         "data": {
@@ -222,7 +224,7 @@ def aligner_settings(
             "trainer": {
                 "devices": per_node,
                 "num_nodes": layout.world_size // per_node,
-                "accelerator": "gpu" if cuda else "cpu",
+                "accelerator": device.accelerator,
                 "precision": schedule.precision if bf16 else 32,
                 "logger": False,
                 "enable_checkpointing": False,

@@ -64,7 +64,7 @@ def _nemo2(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     model.config.params_dtype = torch.float32
     model.config.perform_initialization = False
     strategy = nl.MegatronStrategy(
-        ddp="pytorch", setup_optimizers=False, process_group_backend=_backend(), ckpt_load_strictness=None
+        ddp="pytorch", setup_optimizers=False, process_group_backend="gloo", ckpt_load_strictness=None
     )
     trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=strategy, logger=False)
     trainer.strategy.connect(model)
@@ -96,7 +96,7 @@ def _nemo(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             num_nodes=1,
             accelerator="cpu",
             precision=32,
-            strategy=NLPDDPStrategy(process_group_backend=_backend()),
+            strategy=NLPDDPStrategy(process_group_backend="gloo"),
             logger=False,
             enable_checkpointing=False,
         )
@@ -108,10 +108,6 @@ def _nemo(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             map_location=torch.device("cpu"),
         )
         return _forward(model.get_model_module_list()[0].eval(), ids)
-
-
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -136,8 +132,7 @@ def main(kind: str, path: str, tokens: str, out: str, dtype: str) -> None:
     if kind != "hf":
         from nemo_minitron.runtime import cpu
 
-        if cpu.needed("auto"):
-            cpu.activate()
+        cpu.activate()  # a check needs no device, and each format is loaded the way that was tested
     with torch.no_grad():
         logits = LOADERS[kind](Path(path), load_file(tokens)["ids"], getattr(torch, dtype))
     save_file({"logits": logits.float().contiguous()}, out)

@@ -66,8 +66,7 @@ class Balance:
 
     def end(self, groups: Groups, *, training: bool) -> None:
         """Finish a step; every rank calls it. A training step sets the alpha of the next."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sums = torch.zeros(len(self.parts), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(self.parts), dtype=torch.float64, device=groups.device.torch)
         for index, part in enumerate(self.parts):
             sums[index] = self._sums.get(part, 0)
         dist.all_reduce(sums, group=groups.model)

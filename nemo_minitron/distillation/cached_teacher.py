@@ -69,7 +69,7 @@ class CachedTeacher:
 
     def __init__(self, cache: LogitCache, groups: Groups, loss: LossConfig) -> None:
         self.cache, self.groups, self.loss = cache, groups, loss
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = groups.device.torch
 
     def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Sample]:
         """Read the samples.

@@ -17,6 +17,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_minitron.distillation.balance import LOGITS
 from nemo_minitron.distillation.guards import largest
+from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.files import read_json_lines, replace_file
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.progress import Advance, progress_bar
@@ -90,7 +91,7 @@ class StepMetrics(pl.Callback):
         step = trainer.global_step
         if step % self.every:
             return
-        memory = largest(_peak_memory(), pl_module.groups)
+        memory = largest(_peak_memory(pl_module.groups.device), pl_module.groups)
         if self._file is None:
             return
         logged = trainer.callback_metrics
@@ -111,9 +112,7 @@ class StepMetrics(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Hands the means to NeMo's loggers and checkpoints, on every rank, as ``val_kl`` and ``val_lm_loss``."""
         for name in pl_module.VALIDATED:
-            value = torch.tensor(
-                self._mean(name), dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu"
-            )
+            value = torch.tensor(self._mean(name), dtype=torch.float32, device=pl_module.groups.device.torch)
             # The last stage knows it.
             _strategy_lib._sync_from_last_pipeline_stage(value, broadcast=True)
             pl_module.log(VALIDATION + name, value)
@@ -202,9 +201,9 @@ class ProgressBar(pl.Callback):
         self._advance = None
 
 
-def _peak_memory() -> int:
+def _peak_memory(device: Device) -> int:
     """Of this process: bytes that it held at most, on its device where that is CUDA."""
-    if torch.cuda.is_available():
+    if device.is_cuda:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

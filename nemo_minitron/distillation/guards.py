@@ -19,8 +19,7 @@ __all__ = ["FiniteGradients", "Preemption", "finite_gradients", "largest"]
 
 def largest(value: float, groups: Groups) -> float:
     """The largest value among all ranks of a training, which all call it: two all-reduces of one number."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.tensor(value, dtype=torch.float64, device=device)
+    found = torch.tensor(value, dtype=torch.float64, device=groups.device.torch)
     for group in (groups.model, groups.dp_cp):
         if dist.get_world_size(group) > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)

@@ -37,8 +37,7 @@ class OutputLayer:
         self.groups = groups
         self._weight: torch.Tensor | None = None
         if transfer.hidden and groups.is_last_stage:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._weight = output_weight(checkpoint, groups).to(device, dtype)
+            self._weight = output_weight(checkpoint, groups).to(groups.device.torch, dtype)
 
     @torch.no_grad()
     def logits(self, kept: torch.Tensor) -> torch.Tensor:

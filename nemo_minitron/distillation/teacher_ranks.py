@@ -28,6 +28,7 @@ from nemo_minitron.distillation.placed_teacher import OutputLayer, run_replica
 from nemo_minitron.distillation.placement import Transfer, deliver, packed_requests
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class RemoteTeacher:
         self.transfer = Transfer(checkpoint.shape, groups.layout, layout)
         self.bridge = Bridge(groups.layout, layout, rank=dist.get_rank(), timeout_minutes=timeout_minutes)
         self._output = OutputLayer(checkpoint, self.transfer, groups, dtype)
-        self._like = torch.empty(0, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+        self._like = torch.empty(0, dtype=dtype, device=groups.device.torch)
 
     def _teachers(self, replica: int) -> list[int]:
         """The bridge's ranks of a replica of the teacher."""
@@ -236,6 +237,7 @@ def serve_teacher(
     dtype: torch.dtype,
     timeout_minutes: float,
     seed: int = 1234,
+    device: Device | None = None,
 ) -> int:
     """What a rank of the teacher does: run what the student's ranks ask for until they are done.
 
@@ -245,6 +247,7 @@ def serve_teacher(
         dtype: of its weights and activations, and of what is delivered.
         timeout_minutes: without a message for so long, it gives up.
         seed: of Megatron's random-state tracker.
+        device: of this process; None for what was decided on at its start.
 
     Returns:
         Steps served.
@@ -254,22 +257,20 @@ def serve_teacher(
         CheckpointError: if the checkpoint cannot be read.
     """
     place = int(os.environ["RANK"])
-    cuda, timeout = torch.cuda.is_available(), datetime.timedelta(minutes=timeout_minutes)
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device, timeout = device or here(), datetime.timedelta(minutes=timeout_minutes)
+    device.use()
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        device.backend,
         store=dist.PrefixStore("minitron-teacher", _store(timeout)),
         rank=place - student.world_size,
         world_size=layout.world_size,
         timeout=timeout,
     )
-    groups = initialize(layout, seed=seed, timeout_minutes=timeout_minutes)
+    groups = initialize(layout, device=device, seed=seed, timeout_minutes=timeout_minutes)
     transfer = Transfer(checkpoint.shape, student, layout)
     teacher = Teacher.load(checkpoint, groups, dtype=dtype)
     if transfer.hidden:
         teacher.drop_output_layer()
-    device = next(teacher.chunks[0].parameters()).device
     bridge = Bridge(student, layout, rank=place, timeout_minutes=timeout_minutes)
     steps = 0
     while True:
@@ -284,7 +285,7 @@ def serve_teacher(
                 part = torch.empty(share.stop - share.start, 2, micro_batch_size, sequence, dtype=torch.int32)
                 parts.append(bridge.receive(part, student.rank(tensor=0, data=replica, pipeline=0), _REQUESTS))
         first = transfer.replica(groups.dp_rank, micro_batches * student.data).start
-        results = run_replica(teacher, transfer, torch.cat(parts).to(device), first) if parts else {}
+        results = run_replica(teacher, transfer, torch.cat(parts).to(device.torch), first) if parts else {}
         deliver(
             transfer,
             bridge,
@@ -294,6 +295,6 @@ def serve_teacher(
             micro_batches=micro_batches,
             micro_batch_size=micro_batch_size,
             sequence=sequence,
-            like=torch.empty(0, dtype=dtype, device=device),
+            like=torch.empty(0, dtype=dtype, device=device.torch),
         )
         steps += 1

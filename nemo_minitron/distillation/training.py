@@ -32,6 +32,7 @@ from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime.context_attention import context_layer_spec
+from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
 from nemo_minitron.runtime.stopping import StopRequest
@@ -68,9 +69,18 @@ def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
     )
 
 
-def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) -> nl.Trainer:
-    """NeMo's trainer of a model under a layout: NCCL and CUDA where there are devices, gloo and CPU elsewhere."""
-    cuda = torch.cuda.is_available()
+def trainer_of(
+    shape: ModelShape, layout: ParallelLayout, schedule: Schedule, device: Device | None = None
+) -> nl.Trainer:
+    """NeMo's trainer of a model under a layout.
+
+    Args:
+        shape: of the model.
+        layout: of the model.
+        schedule: hyper-parameters.
+        device: of this process; None for what was decided on at its start.
+    """
+    device = device or here()
     dtype = torch.bfloat16 if schedule.precision.startswith("bf16") else torch.float32
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tensor,
@@ -80,16 +90,15 @@ def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) ->
         pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
-        process_group_backend="nccl" if cuda else "gloo",
+        process_group_backend=device.backend,
         ddp=DistributedDataParallelConfig(check_for_nan_in_grad=False, use_distributed_optimizer=True),
         gradient_as_bucket_view=True,
         ckpt_async_save=False,
         replace_progress_bar=False,
     )
-    devices = torch.cuda.device_count() if cuda else layout.world_size
-    per_node = min(devices, layout.world_size)
+    per_node = device.per_node(layout.world_size)
     return nl.Trainer(
-        accelerator="gpu" if cuda else "cpu",
+        accelerator=device.accelerator,
         devices=per_node,
         num_nodes=layout.world_size // per_node,
         max_steps=schedule.steps,
@@ -109,11 +118,20 @@ def trainer_of(shape: ModelShape, layout: ParallelLayout, schedule: Schedule) ->
     )
 
 
-def trained_config(initial: Checkpoint, layout: ParallelLayout, schedule: Schedule) -> GPTConfig:
+def trained_config(
+    initial: Checkpoint, layout: ParallelLayout, schedule: Schedule, device: Device | None = None
+) -> GPTConfig:
     """NeMo's configuration of a model that is trained under a layout.
 
     Its vocabulary has as many rows as :func:`nemo_minitron.runtime.model.build_model` gives it.
+
+    Args:
+        initial: the model.
+        layout: of the model.
+        schedule: hyper-parameters.
+        device: of this process; None for what was decided on at its start.
     """
+    device = device or here()
     config: GPTConfig = nemo_config(
         initial.shape,
         initial.architecture,
@@ -128,8 +146,8 @@ def trained_config(initial: Checkpoint, layout: ParallelLayout, schedule: Schedu
     if layout.virtual_pipeline is not None:
         # As in :func:`nemo_minitron.runtime.model.transformer_config`, where the reasons stand.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
-        config.deallocate_pipeline_outputs = torch.cuda.is_available()
-    if layout.context > 1 and not torch.cuda.is_available():
+        config.deallocate_pipeline_outputs = device.is_cuda
+    if layout.context > 1 and not device.transformer_engine:
         # NeMo writes into the context of a checkpoint what a configuration was made with: this stays out of it.
         config.transformer_layer_spec = context_layer_spec
     return config

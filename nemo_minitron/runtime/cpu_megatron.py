@@ -151,6 +151,7 @@ PATCHES: tuple[Patch, ...] = (
         "imported from Transformer Engine only; the router of a mixture of experts asks whether it is None (NameError "
         "in router_gating_linear) and otherwise multiplies with torch",
         optional=True,
+        lacking="transformer_engine",
     ),
     Patch(
         "megatron.core.models.gpt.gpt_layer_specs",
@@ -159,6 +160,7 @@ PATCHES: tuple[Patch, ...] = (
         "saves the norm before a mixture of experts under the name it would have inside a dense MLP's first linear, "
         "where Transformer Engine's spec, with no linear to put it into, saves it under its own: neither opens the "
         "other's distributed checkpoints",
+        lacking="transformer_engine",
     ),
     Patch(
         "megatron.core.transformer.torch_norm",
@@ -168,6 +170,7 @@ PATCHES: tuple[Patch, ...] = (
         "'sequence_parallel' for finalize_model_grads to sum their gradients over the tensor-parallel group; Apex's "
         "and Transformer Engine's do. A norm is per token, the mark is all that is missing. Nor does it know weights "
         "that are stored minus one (layernorm_zero_centered_gamma, Nemotron's)",
+        lacking="apex",
     ),
     Patch(
         "megatron.core.tensor_parallel.random",
@@ -202,6 +205,7 @@ PATCHES: tuple[Patch, ...] = (
         _optimizer_state_dict,
         "without Apex's FusedAdam it reads 'step' from torch's AdamW and asserts that there is one, which fails when a "
         "checkpoint is loaded before the first step",
+        lacking="apex",
     ),
     Patch(
         "megatron.core.optimizer.distrib_optimizer",
@@ -209,6 +213,7 @@ PATCHES: tuple[Patch, ...] = (
         _optimizer_load_state_dict,
         "without FusedAdam it puts one 'step' tensor into the state of every parameter; each parameter then advances "
         "it, so after a resume the bias correction of AdamW counts one step as many",
+        lacking="apex",
     ),
     Patch(
         "megatron.core.optimizer.distrib_optimizer",
@@ -216,6 +221,7 @@ PATCHES: tuple[Patch, ...] = (
         _set_optimizer_states,
         "copies every entry of the optimizer's state from the checkpoint, where 'step' of torch's AdamW is kept apart "
         "(KeyError: 'step'); load_state_dict has set it already",
+        lacking="apex",
     ),
     Patch(
         "megatron.core.optimizer",
@@ -224,5 +230,6 @@ PATCHES: tuple[Patch, ...] = (
         "orders the groups by a stage's first parameter. With the local layer spec that is a norm (no weight decay) on "
         "every stage but the first; a checkpoint keeps the first stage's order, so after a resume the other stages "
         "decay their norms and not their matrices",
+        lacking="transformer_engine",
     ),
 )

@@ -179,6 +179,7 @@ PATCHES: tuple[Patch, ...] = (
         "HAVE_APEX",
         _true,
         "NLPDDPStrategy.__init__ raises 'Apex was not found', although it uses only the two names below",
+        lacking="apex",
     ),
     Patch(
         _PARTS,
@@ -186,6 +187,7 @@ PATCHES: tuple[Patch, ...] = (
         _optimizer_wrapper,
         "imported behind Apex in the same try block; it is NeMo's own and needs no Apex",
         optional=True,
+        lacking="apex",
     ),
     Patch(
         _PARTS,
@@ -193,6 +195,7 @@ PATCHES: tuple[Patch, ...] = (
         _absent_class("MegatronDistributedFusedAdam"),
         "NLPDDPStrategy.optimizer_sharded_state_dict asks isinstance of this class of Apex (NameError)",
         optional=True,
+        lacking="apex",
     ),
     Patch(
         _BASE,
@@ -200,6 +203,7 @@ PATCHES: tuple[Patch, ...] = (
         _no_optimizations,
         "outside NVIDIA's containers NVIDIA_PYTORCH_VERSION is unset, and re.fullmatch(..., None) raises TypeError; "
         "what it sets is nvFuser's",
+        lacking="apex",
     ),
     Patch(
         _BASE,
@@ -208,6 +212,7 @@ PATCHES: tuple[Patch, ...] = (
         "only writes the ranks down; the process groups come with trainer.fit or the loading of weights, after the "
         "model is built. Megatron-core's own attention (megatron/core/transformer/dot_product_attention.py), which "
         "Transformer Engine's replaces elsewhere, needs the tensor-parallel group while it is built",
+        lacking="transformer_engine",
     ),
     Patch(
         f"{_COMMON}.build_model",
@@ -215,6 +220,7 @@ PATCHES: tuple[Patch, ...] = (
         _tensor_parallel_defaults,
         "imported from Apex only (NameError in build_model); Megatron-core has the same function",
         optional=True,
+        lacking="apex",
     ),
     Patch(
         _GPT,
@@ -222,6 +228,7 @@ PATCHES: tuple[Patch, ...] = (
         _local_spec,
         "builds every known layer specification, Transformer Engine's among them, before it picks one; here the plain "
         "GPT layer is Megatron-core's local one and the others are left to upstream",
+        lacking="transformer_engine",
     ),
     Patch(
         "nemo.collections.nlp.parts.utils_funcs",
@@ -236,6 +243,7 @@ PATCHES: tuple[Patch, ...] = (
         _listify_model,
         "imported from Apex only (NameError in get_params_for_weight_decay_optimization)",
         optional=True,
+        lacking="apex",
     ),
     *(
         Patch(
@@ -245,6 +253,7 @@ PATCHES: tuple[Patch, ...] = (
             "get_params_for_weight_decay_optimization asks isinstance of this class of Apex (NameError), to spare "
             "norms the weight decay; Megatron-core's local layers have torch's norms",
             optional=True,
+            lacking="apex",
         )
         for name, norm in _NORMS.items()
     ),
@@ -254,6 +263,7 @@ PATCHES: tuple[Patch, ...] = (
         _multi_tensor_applier,
         "imported from Apex only (NameError in clip_grad_norm_fp32)",
         optional=True,
+        lacking="apex",
     ),
     Patch(
         f"{_COMMON}.clip_grads",
@@ -261,6 +271,7 @@ PATCHES: tuple[Patch, ...] = (
         _amp_c,
         "an extension of Apex; clip_grad_norm_fp32 takes the norm of the gradients from it",
         optional=True,
+        lacking="apex",
     ),
     Patch(
         "nemo_aligner.utils.distributed",

@@ -202,6 +202,13 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "torch.cuda",
+        "is_available",
+        _returning(False),
+        "in a build with CUDA it is device_count() > 0 once lightning.fabric.accelerators.cuda has set "
+        "PYTORCH_NVML_BASED_CUDA_CHECK, and device_count answers 1 under this layer",
+    ),
+    Patch(
+        "torch.cuda",
         "is_initialized",
         _returning(True),
         "nemo.lightning.io.pl._fix_tensors_device asserts it when a checkpoint is loaded",

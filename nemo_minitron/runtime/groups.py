@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.device import Device, here
 
 __all__ = ["Groups", "ParallelLayout", "SecondLayout", "current", "current_groups", "destroy", "initialize"]
 
@@ -66,6 +66,7 @@ class Groups:
         tp, pp, dp, cp: tensor-, pipeline-, data- and context-parallel process groups.
         dp_cp: data- and context-parallel ranks together: all that see other tokens.
         model: all ranks that hold a part of this replica of the model (tensor x pipeline).
+        device: of this process.
     """
 
     layout: ParallelLayout
@@ -75,6 +76,7 @@ class Groups:
     cp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     model: dist.ProcessGroup
+    device: Device
 
     def without_sequence_parallel(self) -> Groups:
         """The same groups for a model whose sequences are not split: their lengths are no multiples of tp."""
@@ -116,13 +118,16 @@ class Groups:
         return dist.get_rank() == 0
 
 
-def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
+def initialize(
+    layout: ParallelLayout, *, device: Device | None = None, seed: int = 1234, timeout_minutes: float = 30.0
+) -> Groups:
     """Start ``torch.distributed`` (gloo on CPU, NCCL on CUDA) and Megatron's groups for ``layout``.
 
     A process that no launcher started (no ``RANK`` in its environment) becomes a world of one.
 
     Args:
         layout: must fill the world exactly.
+        device: of this process; None for what was decided on at its start.
         seed: of Megatron's random-state tracker, needed before a model is built.
         timeout_minutes: after which a collective that does not complete fails.
 
@@ -132,16 +137,13 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    device = device or here()
     if not dist.is_initialized():
-        cuda = torch.cuda.is_available()
         launched = "RANK" in os.environ
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        device.use()
         # Alone, neither a port nor the environment, which later processes would inherit, is needed.
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes), **alone
-        )
+        dist.init_process_group(device.backend, timeout=datetime.timedelta(minutes=timeout_minutes), **alone)
     world = dist.get_world_size()
     if world != layout.world_size:
         raise ConfigError(
@@ -158,11 +160,16 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234, timeout_minutes: flo
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     model_parallel_cuda_manual_seed(seed)
-    return current(layout)
+    return current(layout, device)
 
 
-def current(layout: ParallelLayout) -> Groups:
-    """The groups that Megatron's parallel state holds already (NeMo's strategy made them)."""
+def current(layout: ParallelLayout, device: Device | None = None) -> Groups:
+    """The groups that Megatron's parallel state holds already (NeMo's strategy made them).
+
+    Args:
+        layout: that they were made for.
+        device: of this process; None for what was decided on at its start.
+    """
     from megatron.core import parallel_state
 
     return Groups(
@@ -173,6 +180,7 @@ def current(layout: ParallelLayout) -> Groups:
         cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
+        device=device or here(),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nemo_minitron.axes import family
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape
 
@@ -66,7 +67,12 @@ def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[lis
 
 
 def transformer_config(
-    shape: ModelShape, architecture: Architecture, layout: ParallelLayout, *, dtype: torch.dtype = torch.float32
+    shape: ModelShape,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    device: Device,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> TransformerConfig:
     """Megatron's configuration of a decoder, by its family, with every CUDA-only fusion off where there is no CUDA.
 
@@ -75,7 +81,7 @@ def transformer_config(
     """
     from megatron.core.transformer import TransformerConfig
 
-    fused, table = torch.cuda.is_available(), family(architecture.family)
+    fused, table = device.is_cuda, family(architecture.family)
     if faults := architecture.faults(shape):
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
@@ -167,15 +173,15 @@ def build_model(
     layout = groups.layout
     if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
         raise ShapeError(faults)
-    config = transformer_config(shape, architecture, layout, dtype=dtype)
+    config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize
     parts: dict[str, Any] = {"num_experts": shape.num_moe_experts, "qk_layernorm": config.qk_layernorm}
     spec: Any = (
         get_gpt_layer_with_transformer_engine_spec(**parts)
-        if torch.cuda.is_available()
+        if groups.device.transformer_engine
         else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
     )
-    if layout.context > 1 and not torch.cuda.is_available():
+    if layout.context > 1 and not groups.device.transformer_engine:
         from nemo_minitron.runtime.context_attention import with_context_attention
 
         spec = with_context_attention(spec)

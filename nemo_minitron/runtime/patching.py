@@ -32,6 +32,8 @@ class Patch:
         make: from the original (or None where it is missing) to its replacement.
         why: what the original would do without CUDA, and where.
         optional: the attribute may be missing from the installed version (then it is created).
+        lacking: what must be missing for the patch to be wanted: "cuda", "apex" or "transformer_engine". Without CUDA
+            all are; a CUDA machine without Apex, say, wants those that stand for Apex.
     """
 
     module: str
@@ -39,6 +41,7 @@ class Patch:
     make: Callable[[Any], Any]
     why: str
     optional: bool = False
+    lacking: str = "cuda"
 
 
 class PatchSet:

@@ -110,7 +110,7 @@ class Timer:
         """Seconds, once the device has done what it was given."""
         import torch
 
-        if torch.cuda.is_available():
+        if self.groups.device.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 

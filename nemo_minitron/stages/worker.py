@@ -53,8 +53,7 @@ def set_up(config: StageConfig) -> None:
     from nemo_minitron.runtime import cpu
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if cpu.needed(config.runtime.device):
-        cpu.activate()
+    cpu.prepare(config.runtime.device)
     random.seed(config.runtime.seed)
     np.random.seed(config.runtime.seed % 2**32)
     torch.manual_seed(config.runtime.seed)

@@ -60,7 +60,8 @@ stages:
       data: {{<<: *chats, path: {home}/pairs.jsonl}}}}
   - stage: evaluate
     name: evaluation
-    models: {{teacher: "${{output}}/teacher", distilled: "${{output}}/distilled/model", aligned: "${{output}}/dpo/model"}}
+    models:
+      {{teacher: "${{output}}/teacher", distilled: "${{output}}/distilled/model", aligned: "${{output}}/dpo/model"}}
     baseline: teacher
     tokens: 512
     data: *text

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.collections.llm.gpt.model.base import GPTConfig, local_layer_spec
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_minitron.checkpoints.base import Checkpoint
@@ -147,6 +147,8 @@ def trained_config(
         # As in :func:`nemo_minitron.runtime.model.transformer_config`, where the reasons stand.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         config.deallocate_pipeline_outputs = device.is_cuda
+    if device.is_cuda and not device.transformer_engine:
+        config.transformer_layer_spec = local_layer_spec  # NeMo would take Transformer Engine's where it is installed
     if layout.context > 1 and not device.transformer_engine:
         # NeMo writes into the context of a checkpoint what a configuration was made with: this stays out of it.
         config.transformer_layer_spec = context_layer_spec

@@ -74,7 +74,7 @@ def transformer_config(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> TransformerConfig:
-    """Megatron's configuration of a decoder, by its family, with every CUDA-only fusion off where there is no CUDA.
+    """Megatron's configuration of a decoder, by its family, with each fusion off that the device or its layers lack.
 
     Raises:
         ShapeError: if the sizes and the constants contradict each other.
@@ -128,8 +128,8 @@ def transformer_config(
         use_cpu_initialization=not fused,
         # Megatron fuses the gated activations only
         bias_activation_fusion=fused and table.gated,
-        masked_softmax_fusion=fused,
-        persist_layer_norm=fused,
+        masked_softmax_fusion=device.transformer_engine,
+        persist_layer_norm=device.transformer_engine,
         bias_dropout_fusion=fused,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,

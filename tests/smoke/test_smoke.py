@@ -60,8 +60,7 @@ stages:
       data: {{<<: *chats, path: {home}/pairs.jsonl}}}}
   - stage: evaluate
     name: evaluation
-    models:
-      {{teacher: "${{output}}/teacher", distilled: "${{output}}/distilled/model", aligned: "${{output}}/dpo/model"}}
+    models: {{teacher: "${{output}}/teacher", distilled: "${{output}}/distilled/model"}}
     baseline: teacher
     tokens: 512
     data: *text
@@ -98,7 +97,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert all(0 < row["kl"] < 10 for row in plain)
 
     models = json.loads((run / "evaluation/evaluation.json").read_text())["models"]
-    assert set(models) == {"teacher", "distilled", "aligned"}
+    assert set(models) == {"teacher", "distilled"}
     assert all(math.isfinite(model["loss"]) for model in models.values())
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

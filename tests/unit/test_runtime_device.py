@@ -184,3 +184,26 @@ except OSError:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "hidden", done.stderr[-2000:]
+
+
+@pytest.mark.slow  # imports Megatron
+def test_a_model_asks_for_what_its_device_has() -> None:
+    code = """
+from nemo_minitron.runtime import cpu
+cpu.activate()
+from nemo_minitron.runtime.device import CPU, Device
+from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.runtime.model import transformer_config
+from nemo_minitron.shape import Architecture, ModelShape
+shape = ModelShape(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
+                   head_dim=8, vocab_size=96, tied_embeddings=False)
+architecture = Architecture(family="llama", norm_epsilon=1e-5, rotary_base=10000.0, max_position_embeddings=64)
+for device in (CPU, Device("cuda", 1), Device("cuda", 1, True)):
+    config = transformer_config(shape, architecture, ParallelLayout(), device)
+    print(config.use_cpu_initialization, config.bias_activation_fusion, config.persist_layer_norm,
+          config.masked_softmax_fusion)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["True False False False", "False True False False", "False True True True"], (
+        done.stderr[-2000:]
+    )

@@ -8,6 +8,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -62,6 +63,7 @@ def test_constraints_pin_each_requirement_within_its_range():
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
+@pytest.mark.slow
 def test_a_tokenizer_model_alone_loads(tmp_path):
     """transformers turns it into a fast one through sentencepiece's generated code, which must suit protobuf."""
     import sentencepiece

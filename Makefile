@@ -1,25 +1,44 @@
-# `make demo` and `make test` do everything on a machine with Python 3.11, git, make and a C compiler.
-PYTHON ?= python3.11
+# `make demo` and `make test` do everything on a machine with Python 3.12 or 3.11, git, make and a C compiler.
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+
+# PYTHON= chooses the interpreter. Without it the environment that is there stays as it is; the first is built with the
+# newest supported interpreter that starts (a shim of pyenv for a version that is not selected is on the PATH and does
+# not start).
+PYTHONS := python3.12 python3.11
+BUILT := $(firstword $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)))
+ifneq ($(origin PYTHON),undefined)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+else ifneq ($(BUILT),)
+PYTHON := python$(BUILT)
+VERSION := $(BUILT)
+else
+PYTHON := $(firstword $(foreach name,$(PYTHONS),$(shell $(name) -c '' >/dev/null 2>&1 && echo $(name))))
+VERSION := $(PYTHON:python%=%)
+endif
+STAMP := $(VENV)/.installed-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-quick demo-align test test-fast lint docs format clean
+.PHONY: help env matrix demo demo-quick demo-align test test-fast lint docs format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 env: $(STAMP)  ## build .venv with the pinned stack
 
-# Built again when the requirements change. Plain pip: torch then resolves to the build that fits the machine.
+# Built again when the requirements change, and from nothing when PYTHON= is of another version than the environment.
+# Plain pip: torch then resolves to the build that fits the machine.
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is needed; give another with PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "none of $(PYTHONS) starts here; install one, or give it with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c '' || { echo "$(PYTHON) does not start; give another with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(wildcard $(STAMP)),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[stack,dev]"
 	$(BIN)/python -m pip check
 	@touch $@
+
+matrix:  ## the smoke tests beside each pair of NeMo and Megatron-core that works (NAMES= to choose; gigabytes each)
+	$(PYTHON) tests/matrix/run.py $(NAMES)
 
 demo: env  ## the main job on a real model: import, score, prune, distil, evaluate, export, report
 	$(BIN)/minitron run configs/demo.yaml

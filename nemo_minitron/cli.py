@@ -255,6 +255,14 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("minitron: interrupted", err=True)
         raise typer.Exit(130) from None
+    except ModuleNotFoundError as error:
+        from nemo_minitron.runtime.requirements import missing
+
+        message = missing(error, for_="this command")
+        if message is None:
+            raise
+        typer.echo(f"minitron: {message}", err=True)
+        raise typer.Exit(message.exit_code) from None
     except Exception as error:
         # A crashed rank's own traceback is in the message; ours would only show the launcher.
         if type(error).__name__ != "StageCrashError":

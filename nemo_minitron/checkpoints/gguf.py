@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.hf_config import from_hf, to_hf
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.checkpoints.tokenizer import check_tokenizer
-from nemo_minitron.errors import CheckpointError, MissingDependency
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.requirements import require
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
@@ -82,10 +83,9 @@ def convert_gguf(
 
 def _fields(source: Path) -> dict[str, Any]:
     """The header's :data:`FIELDS` (None: absent)."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise MissingDependency("reading GGUF needs the gguf package; install it with: pip install gguf") from error
+    require("gguf", for_="reading GGUF")
+    from gguf import GGUFReader
+
     if not source.is_file():
         raise CheckpointError(f"{source} does not exist; check the path")
     with open(source, "rb") as file:

@@ -16,6 +16,7 @@ from nemo_minitron.checkpoints.nemo2_config import from_nemo2, model_class, nemo
 from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.errors import CheckpointError, MissingDependency
+from nemo_minitron.runtime.requirements import require
 
 __all__ = ["open_nemo2", "padded", "parse_yaml", "write_nemo2"]
 
@@ -94,6 +95,7 @@ def write_nemo2(
 
 def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows: int, multiple: int) -> None:
     """``context/`` through NeMo's ``io_dump``: io.json, model.yaml and a copy of the tokenizer."""
+    require("nemo", for_="writing a NeMo 2 checkpoint")
     try:
         from nemo import lightning as nl
         from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer

@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.nemo2_config import model_class
 from nemo_minitron.distillation.balance import Balance
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from nemo_minitron.errors import NonFiniteError
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class TrainedModel(GPTModel):
         """
         if hasattr(self, "module"):
             return
-        super().configure_model(vp_stage=vp_stage)
+        super().configure_model(**versions.virtual_stage(vp_stage))
         load_into([self.module], self._initial, self.groups)
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:

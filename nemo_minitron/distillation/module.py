@@ -25,6 +25,7 @@ from nemo_minitron.distillation.placement import TeacherPlacement
 from nemo_minitron.distillation.sources import loss_of, open_teacher
 from nemo_minitron.distillation.teacher import TeacherSource
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -129,7 +130,7 @@ class DistillationModel(TrainedModel):
         """Build this rank's part of the student and fill it; with the last chunk, the teacher too."""
         if hasattr(self, "module"):
             return
-        super().configure_model(vp_stage=vp_stage)
+        super().configure_model(**versions.virtual_stage(vp_stage))
         groups, plan = self.groups, None
         if self._intermediate.weights():
             assert self._teacher_checkpoint is not None, "intermediate losses are of a model"

@@ -31,6 +31,7 @@ from nemo_minitron.distillation.pair import check_context
 from nemo_minitron.distillation.schedule import Schedule
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.context_attention import context_layer_spec
 from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -87,7 +88,7 @@ def trainer_of(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
-        pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
+        **versions.layer_layout(pipeline_layer_layout(shape, layout)),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         process_group_backend=device.backend,

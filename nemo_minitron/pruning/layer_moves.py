@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.shape import ModelShape
 
@@ -208,9 +209,7 @@ def _empty_layer(chunk: GPTModel, spec: Any, content: _Content, device: torch.de
     decoder, config = chunk.decoder, chunk.decoder.config
     drawn, config.perform_initialization = config.perform_initialization, False
     try:
-        layer: nn.Module = build_module(
-            spec, config=config, layer_number=1, model_comm_pgs=decoder.model_comm_pgs, vp_stage=decoder.vp_stage
-        )
+        layer: nn.Module = build_module(spec, config=config, layer_number=1, **versions.block_arguments(decoder))
     finally:
         config.perform_initialization = drawn
     for (_, tensor), sent in zip(_tensors(layer), content, strict=True):

@@ -17,6 +17,7 @@ from torch import nn
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.live import canonical_parameters
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import pipeline_layer_layout
 from nemo_minitron.shape import ModelShape
@@ -189,10 +190,10 @@ def set_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
 
     Whichever of Megatron's ways of uneven stages it used before is given up.
     """
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+    for name, stages in versions.layer_layout(pipeline_layer_layout(target, layout)).items():
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    stages = pipeline_layer_layout(target, layout)
-    config.pipeline_model_parallel_layout = stages and PipelineParallelLayerLayout(stages, layout.pipeline)
+        setattr(config, name, stages and PipelineParallelLayerLayout(stages, layout.pipeline))
     config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
     config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
 

@@ -35,6 +35,7 @@ import psutil
 from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.requirements import missing
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
 __all__ = [
@@ -136,6 +137,7 @@ def save_result(folder: Path, result: RankResult) -> None:
 
 def failure(rank: int, error: BaseException) -> RankResult:
     """The result of a rank that ended with ``error``."""
+    error = missing(error, for_="this stage") or error
     if isinstance(error, MinitronError):
         return RankResult(rank, "refused", error=type(error).__name__, message=str(error))
     text = "".join(traceback.format_exception(error)).rstrip()

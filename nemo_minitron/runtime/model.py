@@ -13,6 +13,7 @@ import torch
 
 from nemo_minitron.axes import family
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape
@@ -115,7 +116,7 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
-        pipeline_model_parallel_layout=pipeline_layer_layout(shape, layout),
+        **versions.layer_layout(pipeline_layer_layout(shape, layout)),
         sequence_parallel=layout.sequence_parallel,
         # Of two stages each is the other's next and previous: in one batch of messages, activations and gradients would
         # be taken for each other. Overlapped sends are still under way when the schedule frees their tensors, which
@@ -187,21 +188,21 @@ def build_model(
         spec = with_context_attention(spec)
     chunks = []
     for index in range(layout.virtual_pipeline or 1):
-        stage = index if layout.virtual_pipeline else None
+        stage = versions.virtual_stage(index if layout.virtual_pipeline else None)
         chunks.append(
             GPTModel(
                 config,
                 transformer_layer_spec=spec,
                 vocab_size=padded_vocab(shape.vocab_size, tensor=layout.tensor),
                 max_sequence_length=architecture.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage),
                 parallel_output=True,
                 share_embeddings_and_output_weights=shape.tied_embeddings,
                 position_embedding_type="rope",
                 rotary_percent=architecture.rotary_percent,
                 rotary_base=architecture.rotary_base,
-                vp_stage=stage,
+                **stage,
             )
         )
         if architecture.rotary_scaling is not None:

@@ -18,6 +18,7 @@ import yaml
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime import slurm
+from nemo_minitron.stages.needs import check_needs
 
 __all__ = ["checked", "run_in_place"]
 
@@ -48,6 +49,7 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     from nemo_minitron.stages.worker import set_up, stage_module
 
     config = checked(config)
+    check_needs([config])
     if slurm.is_rank():
         slurm.translate()
     # As for the process groups: a process that no launcher started is a world of one.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import EvaluateConfig
-from nemo_minitron.errors import DataError, MissingDependency
+from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.runtime.requirements import require
 from nemo_minitron.stages.base import (
     PlannedPath,
     StagePlan,
@@ -201,14 +202,9 @@ def _benchmarks(
     """Results of lm-evaluation-harness by task."""
     from nemo_minitron.data import load_tokenizer
 
-    try:
-        from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "lm_eval":
-            raise
-        raise MissingDependency(
-            "harness.tasks: lm-evaluation-harness is not installed; run `pip install lm-eval`, or leave harness out"
-        ) from error
+    require("lm_eval", for_="evaluation with harness.tasks")
+    from nemo_minitron.evaluation.harness import MegatronLM, run_tasks
+
     harness = config.harness
     model = MegatronLM(
         chunks,

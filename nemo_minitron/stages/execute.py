@@ -12,6 +12,7 @@ from nemo_minitron.runtime.launch import RankResult, launch
 from nemo_minitron.stages.base import check_output, set_aside, write_record
 from nemo_minitron.stages.earlier import check_goes_on
 from nemo_minitron.stages.job import begin, job_folder_of, write_settings
+from nemo_minitron.stages.needs import check_needs
 
 __all__ = ["record_job", "run_stage"]
 
@@ -35,6 +36,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     if not getattr(config, "resume", False):
         check_output(config.output, config.overwrite)
     check_goes_on(config)
+    check_needs([config])
     folder = job_folder_of(config)
     write_settings(config, folder)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()

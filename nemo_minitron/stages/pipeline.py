@@ -30,6 +30,7 @@ from nemo_minitron.stages.base import human_bytes, read_record
 from nemo_minitron.stages.earlier import earlier_outputs, keep, recall, recall_begun, stage_state
 from nemo_minitron.stages.execute import run_stage
 from nemo_minitron.stages.job import job_folder_of
+from nemo_minitron.stages.needs import check_needs
 
 __all__ = ["prepare", "run_pipeline", "show_status", "write_manifest"]
 
@@ -52,8 +53,10 @@ def run_pipeline(
 
     Raises:
         ConfigError: if another run works here.
+        MissingDependency: if a stage that is not done needs a package that is not there; nothing is started.
         MinitronError, StageCrashError: what a stage failed by, with the stage's name; later stages are not started.
     """
+    check_needs(config for config in stages if stage_state(config)[0] != "done")
     folder = Path(pipeline.output)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

@@ -20,6 +20,7 @@ from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.launch import RankResult, attach, failure, job_folder, save_result
+from nemo_minitron.stages.needs import check_needs
 
 __all__ = ["main", "set_up", "stage_module"]
 
@@ -69,6 +70,7 @@ def peak_rss_bytes() -> int:
 def execute(stage: str, folder: Path, part: str | None = None) -> dict[str, Any]:
     """Read the configuration, set up the process and run the stage, or the module ``part`` of it."""
     config = load(stage, folder / "config.yaml")
+    check_needs([config])  # here too: what started this process may have another environment
     module = stage_module(part or stage)
     set_up(config)
     return module.run(config)

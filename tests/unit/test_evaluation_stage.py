@@ -140,5 +140,7 @@ def test_benchmarks_that_cannot_be_run_are_refused(tmp_path: Path, monkeypatch: 
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "nemo_minitron.evaluation.harness", raising=False)
     config = make_config(tmp_path, {}, harness=HarnessConfig(tasks=["arc_easy"]))
-    with pytest.raises(MissingDependency, match="pip install lm-eval"):
+    with pytest.raises(
+        MissingDependency, match=r"needs lm-eval>=0.4.9, which is not installed: pip install \"nemo-minitron\[harness\]"
+    ):
         evaluate._benchmarks(config, None, "a", None, [])  # type: ignore[arg-type]

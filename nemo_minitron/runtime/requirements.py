@@ -1,0 +1,135 @@
+"""What a part of the suite needs beside its own light dependencies, asked for at its door.
+
+``pip install nemo-minitron`` brings none of NVIDIA's stack (docs/cluster.md, "Versions"). Where a part of it is missing
+or too old, whoever needs it says so by name, with what to do about it, before anything is computed:
+:func:`require`. :func:`missing` turns an ``ImportError`` that came up all the same into such a message.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+
+from nemo_minitron.errors import MissingDependency
+from nemo_minitron.runtime.versions import SUPPORTED, WITH_NEMO_1, installed
+
+__all__ = ["PARTS", "Part", "faults", "missing", "require"]
+
+_STACK = 'pip install "nemo-minitron[stack]" -c constraints.txt'
+_CONTAINER = "or start from a container of docker/README.md"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package that some part of the suite imports.
+
+    Attributes:
+        module: that is imported.
+        distribution: that brings it.
+        remedy: what to do where it is missing or of a version that does not work.
+        supported: versions that work; of :data:`~nemo_minitron.runtime.versions.SUPPORTED` if not said here.
+    """
+
+    module: str
+    distribution: str
+    remedy: str
+    supported: str | None = None
+
+    @property
+    def range(self) -> str:
+        """Versions that work, as pip writes them; empty for any."""
+        return SUPPORTED.get(self.distribution, "") if self.supported is None else self.supported
+
+
+#: By the first part of the module's name.
+_BY_MODULE: dict[str, Part] = {
+    part.module.partition(".")[0]: part
+    for part in (
+        Part("torch", "torch", f"{_STACK}, {_CONTAINER}"),
+        Part("numpy", "numpy", f"{_STACK}, {_CONTAINER}"),
+        Part("megatron.core", "megatron-core", f"{_STACK}, {_CONTAINER}"),
+        Part("nemo", "nemo-toolkit", f"{_STACK}, {_CONTAINER}"),
+        Part("nemo_run", "nemo-run", "pip install nemo-run==0.4.0"),
+        Part("nemo_aligner", "nemo-aligner", "pip install --no-deps nemo-aligner==0.7.0"),
+        Part("lightning", "lightning", f"{_STACK}, {_CONTAINER}"),
+        Part("transformers", "transformers", f"{_STACK}, {_CONTAINER}"),
+        Part("tokenizers", "tokenizers", f"{_STACK}, {_CONTAINER}"),
+        Part("sentencepiece", "sentencepiece", 'pip install "sentencepiece<0.2.2"'),
+        Part("datasets", "datasets", 'pip install "nemo-minitron[data]"'),
+        Part("pyarrow", "pyarrow", 'pip install "nemo-minitron[data]"'),
+        Part("gguf", "gguf", 'pip install "nemo-minitron[gguf]"'),
+        Part("lm_eval", "lm-eval", 'pip install "nemo-minitron[harness]"'),
+        Part("matplotlib", "matplotlib", 'pip install "nemo-minitron[report]"'),
+        Part("scipy", "scipy", 'pip install "nemo-minitron[report]"'),
+        Part("tensorboard", "tensorboard", 'pip install "nemo-minitron[report]"'),
+        Part("hydra", "hydra-core", f"{_STACK}, {_CONTAINER}"),
+        Part("jsonlines", "jsonlines", "pip install jsonlines"),
+        Part("fiddle", "fiddle", f"{_STACK}, {_CONTAINER}"),
+    )
+}
+
+PARTS: dict[str, Part] = {
+    **_BY_MODULE,
+    # The models of NeMo 1 that nemo-aligner subclasses.
+    "nemo 1": Part("nemo", "nemo-toolkit", f"{_STACK}, {_CONTAINER}", supported=WITH_NEMO_1),
+}
+
+
+def faults(modules: Iterable[str], *, for_: str) -> list[str]:
+    """What is missing or too old, a line each; empty where nothing is. Imports none of them.
+
+    Args:
+        modules: keys of :data:`PARTS`.
+        for_: what needs them, as the subject of a sentence: "alignment".
+    """
+    return [fault for fault in (_fault(PARTS[module], for_) for module in modules) if fault is not None]
+
+
+def require(*modules: str, for_: str) -> None:
+    """Refuse at once, with a remedy, what would fail by an ``ImportError`` later.
+
+    Args:
+        modules: keys of :data:`PARTS`.
+        for_: what needs them, as the subject of a sentence: "alignment".
+
+    Raises:
+        MissingDependency: naming everything that is missing or too old.
+    """
+    found = faults(modules, for_=for_)
+    if found:
+        raise MissingDependency("\n".join(found))
+
+
+def missing(error: BaseException, *, for_: str) -> MissingDependency | None:
+    """The error to raise instead of an ``ImportError``; None where it is not about a package of :data:`PARTS`.
+
+    Only a package that is not there counts: a fault inside an installed one is left as it is, with its traceback.
+    """
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    part = _BY_MODULE.get(error.name.partition(".")[0])
+    fault = None if part is None else _fault(part, for_)
+    return None if fault is None else MissingDependency(fault)
+
+
+def _fault(part: Part, subject: str) -> str | None:
+    wanted = f"{subject} needs {part.distribution}{part.range}"
+    if not _there(part.module):
+        return f"{wanted}, which is not installed: {part.remedy}"
+    version = installed(part.distribution)
+    if version is not None and not SpecifierSet(part.range).contains(version, prereleases=True):
+        return f"{wanted}, and {version} is installed: {part.remedy}"
+    return None
+
+
+def _there(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False

@@ -1,0 +1,73 @@
+"""What each stage needs of NVIDIA's stack and other packages, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.errors import MissingDependency
+from nemo_minitron.runtime.requirements import faults
+
+__all__ = ["check_needs", "needs_of"]
+
+_BASE = ("torch", "numpy")
+_MODEL = (*_BASE, "transformers", "megatron")
+_TRAINING = (*_MODEL, "nemo", "lightning", "tensorboard")
+_ALIGNMENT = (*_TRAINING, "nemo 1", "hydra", "nemo_aligner")
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "import": (*_BASE, "transformers"),
+    "score": _MODEL,
+    "depth": _MODEL,
+    "tokens": (*_BASE, "transformers"),
+    "prune": _BASE,
+    "correct": _TRAINING,
+    "distill": _TRAINING,
+    "cache": _MODEL,
+    "generate": _MODEL,
+    "evaluate": _MODEL,
+    "export": _BASE,
+    "report": (*_BASE, "matplotlib"),
+    "sft": _ALIGNMENT,
+    "dpo": _ALIGNMENT,
+    "reward": _ALIGNMENT,
+    "label": _ALIGNMENT,
+    "steerlm2": _ALIGNMENT,
+    "reinforce": _ALIGNMENT,
+}
+
+
+def needs_of(config: StageConfig) -> tuple[str, ...]:
+    """Keys of :data:`~nemo_minitron.runtime.requirements.PARTS` that a stage needs with these settings."""
+    modules = list(_NEEDS.get(config.STAGE, _BASE))
+    if "nemo2" in getattr(config, "formats", ()):
+        modules += ["nemo", "lightning"]
+    if getattr(getattr(config, "harness", None), "tasks", None):
+        modules.append("lm_eval")
+    if str(getattr(config, "source", "")).endswith(".gguf"):
+        modules.append("gguf")
+    if any(Path(str(source.path)).suffix == ".parquet" for source in _sources(config)):
+        modules.append("pyarrow")
+    if any(source.dataset is not None for source in _sources(config)):
+        modules.append("datasets")
+    return tuple(dict.fromkeys(modules))
+
+
+def check_needs(stages: Iterable[StageConfig]) -> None:
+    """Refuse, before the first starts, stages for which something is missing or of a version that does not work.
+
+    Raises:
+        MissingDependency: a line for each package that a stage needs.
+    """
+    lines: dict[str, None] = {}
+    for config in stages:
+        kind = "alignment" if "nemo_aligner" in needs_of(config) else config.STAGE
+        lines.update(dict.fromkeys(faults(needs_of(config), for_=f"{kind} ({config.name})")))
+    if lines:
+        raise MissingDependency("\n".join(lines))
+
+
+def _sources(config: StageConfig) -> list[Any]:
+    return list(getattr(getattr(config, "data", None), "sources", None) or [])

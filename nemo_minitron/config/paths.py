@@ -42,7 +42,7 @@ def absolute(config: C) -> C:
 def read_paths(config: StageConfig) -> dict[str, str]:
     """What a stage reads, by setting: its inputs, its text, its tasks; patterns stand for themselves."""
     inputs = config.inputs()
-    declared = {name for name in type(config).INPUTS}
+    declared = set(type(config).INPUTS)
     others = {
         setting: path
         for setting, path in paths_of(config).items()

@@ -192,7 +192,9 @@ class SlurmConfig:
         if self.gpus_per_node:
             # A GPU that is not used: the partition may refuse jobs without one, but the others stay free.
             exclusive = exclusive and config.needs_gpu
-            gpus = self.gpus_per_node if exclusive else min(config.started, self.per_node) if config.needs_gpu else tasks
+            gpus = (
+                self.gpus_per_node if exclusive else min(config.started, self.per_node) if config.needs_gpu else tasks
+            )
         return Request(
             account=self.account, partition=self.partition, qos=self.qos, constraint=self.constraint, mem=self.mem,
             exclusive=exclusive, nodes=self.nodes(world), tasks=tasks, gpus=gpus,
@@ -229,8 +231,8 @@ class SlurmConfig:
             ]
         if config.started > world and config.started > self.per_node:
             return [
-                f"stage {config.name}: it starts {config.started} processes by itself, all on the one node that it has, "
-                f"which takes {self.per_node}; choose parallel.tensor * pipeline * data * context within that"
+                f"stage {config.name}: it starts {config.started} processes by itself, all on the one node that it "
+                f"has, which takes {self.per_node}; choose parallel.tensor * pipeline * data * context within that"
             ]
         return []
 
@@ -245,8 +247,8 @@ class SlurmConfig:
             if _below(path, host):
                 if host == container:
                     return None
-                inside = f"is seen as {container}{os.path.normpath(path)[len(host.rstrip('/')):]} there"
-        return inside or "is not seen there"
+                inside = f"is seen as {container}{os.path.normpath(path)[len(host.rstrip('/')) :]} there"
+        return inside or "is not seen"
 
 
 def seconds_of(time: str) -> int:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from nemo_minitron.config import ParallelConfig, StageConfig
 
-__all__ = ["ORDERED_KERNELS", "hide_launchers", "local_environment", "order_kernels", "ordered_kernels", "without_ranks"]
+__all__ = [
+    "ORDERED_KERNELS",
+    "hide_launchers",
+    "local_environment",
+    "order_kernels",
+    "ordered_kernels",
+]
 
 ORDERED_KERNELS = ("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 """Kernels start in the order in which they were queued: Megatron overlaps its traffic with arithmetic by that."""
@@ -28,7 +34,7 @@ _RANKS = re.compile(
 )
 
 
-def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what a launcher told this process, and only this one, about ranks."""
     return {name: value for name, value in environment.items() if not _RANKS.fullmatch(name)}
 
@@ -36,7 +42,7 @@ def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 def hide_launchers(environment: MutableMapping[str, str] | None = None) -> None:
     """Remove such variables from an environment, by default this process's."""
     environment = os.environ if environment is None else environment
-    for name in set(environment) - set(without_ranks(environment)):
+    for name in set(environment) - set(_without_ranks(environment)):
         del environment[name]
 
 
@@ -46,7 +52,7 @@ def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
     What the host's name resolves to, if it resolves, does not matter then. An interface that the user named for gloo or
     NCCL stays.
     """
-    found = {**without_ranks(environment), "MASTER_ADDR": LOOPBACK, "PET_LOCAL_ADDR": LOOPBACK}
+    found = {**_without_ranks(environment), "MASTER_ADDR": LOOPBACK, "PET_LOCAL_ADDR": LOOPBACK}
     if Path("/sys/class/net/lo").exists():
         found.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemo_minitron.config import ClusterConfig, SlurmConfig, StageConfig
 from nemo_minitron.config.paths import paths_of, read_paths
 from nemo_minitron.config.slurm import seconds_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.stages.base import PlannedPath
-from nemo_minitron.stages.job import job_folder_of
 from nemo_minitron.stages.plan import plan_faults
 
 __all__ = ["depends_on", "input_faults", "mount_faults", "time_warnings"]
@@ -25,18 +25,20 @@ def mount_faults(configs: Sequence[StageConfig], slurm: SlurmConfig) -> list[str
 
     The directory of the jobs' scripts and logs does not count: nemo_run mounts it by itself.
     """
-    mounts = ", ".join(slurm.container_mounts) or "none"
-    # One path may stand in many stages (a cache, a text): it is named once.
-    seen: dict[str, str] = {}
+    needed: dict[str, str] = {}
     for config in configs:
-        # Outputs are written beside their place, and logs lie there too.
-        for setting, path in {"the logs of its output": str(job_folder_of(config)), **paths_of(config)}.items():
-            seen.setdefault(path, f"stage {config.name}: {setting}")
+        for setting, path in paths_of(config).items():
+            # An output is written beside its place, where its logs lie too.
+            folder = str(Path(path).parent) if setting == "output" else path
+            needed.setdefault(folder, f"stage {config.name}: {setting}={path}")
+    faults = {path: fault for path in needed if (fault := slurm.mount_fault(path)) is not None}
+    # Of those that lie in one another the outermost says it all.
+    outer = [path for path in faults if not any(Path(path) != Path(o) and Path(path).is_relative_to(o) for o in faults)]
+    mounts = ", ".join(slurm.container_mounts) or "none"
     return [
-        f"{where}={path}: {fault} (container_mounts: {mounts}); mount a directory that holds it under the same path in "
-        "the container"
-        for path, where in seen.items()
-        if (fault := slurm.mount_fault(path)) is not None
+        f"{needed[path]}: {path} {faults[path]} in the container (container_mounts: {mounts}); add {path}:{path}, or a "
+        "mount that holds it under the same path"
+        for path in outer
     ]
 
 
@@ -51,9 +53,7 @@ def input_faults(configs: Sequence[StageConfig], submitted: Sequence[StageConfig
     return [fault for name, fault in plan_faults(configs) if name in names]
 
 
-def time_warnings(
-    configs: Sequence[StageConfig], submitted: Sequence[StageConfig], slurm: SlurmConfig
-) -> list[str]:
+def time_warnings(configs: Sequence[StageConfig], submitted: Sequence[StageConfig], slurm: SlurmConfig) -> list[str]:
     """Trainings whose time limit, times the runs that ``retries`` allow, is below the estimate of ``minitron plan``.
 
     Args:
@@ -84,7 +84,7 @@ def time_warnings(
         runs = slurm.retries + 1
         if (limit := seconds_of(request.time) * runs) < estimate:
             found.append(
-                f"stage {config.name}: is estimated to take {estimate / 3600:,.1f} hours on {slurm.gpu}, and {runs} runs "
-                f"of {request.time} (time, retries) are {limit / 3600:,.1f}; raise time, stage_time or retries"
+                f"stage {config.name}: is estimated to take {estimate / 3600:,.1f} hours on {slurm.gpu}, and {runs} "
+                f"runs of {request.time} (time, retries) are {limit / 3600:,.1f}; raise time, stage_time or retries"
             )
     return found

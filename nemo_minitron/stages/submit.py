@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
-from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.config.paths import absolute
+from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.runtime.environment import ORDERED_KERNELS, ordered_kernels
 from nemo_minitron.stages.earlier import stage_state
 from nemo_minitron.stages.job import job_folder_of, write_settings
@@ -100,7 +100,7 @@ def submit(
 ) -> dict[str, str]:
     """Submit what is not done, or print the scripts.
 
-    Jobs run in directories of their own, on nodes or in containers: whatever of the settings is a path is made absolute.
+    Jobs run in directories of their own, on nodes or in containers: every path of the settings is made absolute.
 
     Args:
         pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
@@ -113,7 +113,8 @@ def submit(
         The Slurm job of each submitted stage, by name; under ``dry_run`` its script.
 
     Raises:
-        ConfigError: see :func:`jobs_of`; for inputs that are missing, and paths that the container does not show.
+        ConfigError: see :func:`jobs_of`; for inputs that are missing, and paths that the container does not show (under
+            ``dry_run`` after the scripts are printed).
         MinitronError: if Slurm refuses a job.
     """
     pipeline = dataclasses.replace(pipeline, output=str(Path(pipeline.output).absolute()))
@@ -124,7 +125,8 @@ def submit(
         return {}
     home = Path(slurm.job_dir or Path(pipeline.output) / "jobs")
     todo = [job.config for job in jobs]
-    if faults := [*mount_faults(todo, slurm), *input_faults(stages, todo)]:
+    faults = [*mount_faults(todo, slurm), *input_faults(stages, todo)]
+    if faults and not dry_run:
         raise ConfigError(faults)
     for warning in time_warnings(stages, todo, slurm):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
@@ -136,6 +138,8 @@ def submit(
         for job in jobs:
             console.rule(job.config.name)
             console.print(scripts[job.config.name], markup=False, highlight=False, soft_wrap=True)
+        if faults:
+            raise ConfigError(faults)
         return scripts
     Path(pipeline.output).mkdir(parents=True, exist_ok=True)
     write_manifest(Path(pipeline.output), pipeline, list(stages))

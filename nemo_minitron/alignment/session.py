@@ -34,6 +34,7 @@ from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.device import here
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
 from nemo_minitron.runtime.stopping import StopRequest
+from nemo_minitron.runtime.waits import bound_groups
 
 __all__ = ["Clock", "Session", "fill", "last_checkpoint", "open_session"]
 
@@ -213,6 +214,7 @@ def open_session(
     made = model_class(config.model, trainer)
     state = script.retrieve_custom_trainer_state_dict(trainer)
     script.init_distributed(trainer, made, config.model.transformer_engine)
+    bound_groups()
     groups = current(layout)
     fill(made, checkpoint, groups, skip=skip)
     _mask_padding(made, checkpoint.shape.vocab_size, groups)

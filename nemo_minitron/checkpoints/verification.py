@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.environment import local_environment
 
 if TYPE_CHECKING:
     import torch
@@ -101,13 +102,7 @@ def _logits(kind: str, path: Path, ids: torch.Tensor, dtype: str, timeout_minute
     """``[rows, s, vocabulary rows]`` logits from :mod:`nemo_minitron.checkpoints.loaders` in a process of its own."""
     from safetensors.torch import load_file, save_file
 
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "LOCAL_WORLD_SIZE")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in launcher and not name.startswith("TORCHELASTIC")
-    }
-    environment |= {"HF_HUB_OFFLINE": "1"}
+    environment = local_environment(os.environ) | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out, log = Path(scratch, "tokens.safetensors"), Path(scratch, "out.safetensors"), Path(scratch, "log")
         save_file({"ids": ids}, tokens)

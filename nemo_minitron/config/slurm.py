@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import os.path
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import not_negative, positive
+from nemo_minitron.config.parts import choice, not_negative, positive
+from nemo_minitron.config.parts.cluster import GPUS
+from nemo_minitron.config.stages import STAGES, StageConfig
 
-__all__ = ["SlurmConfig"]
+__all__ = ["CpuConfig", "Request", "SlurmConfig", "seconds_of"]
 
 _TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
 _SIGNAL = re.compile(r"(B:)?[A-Z0-9]+(@\d+)?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the job of one stage asks Slurm for; None leaves it to the cluster.
+
+    Attributes:
+        account, partition, qos, constraint, mem, exclusive, time, extra: as in :class:`SlurmConfig`.
+        nodes, tasks: nodes, and processes on each.
+        gpus: of each node.
+        cpus_per_task: cores of each process.
+    """
+
+    account: str
+    partition: str | None
+    qos: str | None
+    constraint: str | None
+    mem: str | None
+    exclusive: bool
+    nodes: int
+    tasks: int
+    gpus: int | None
+    cpus_per_task: int | None
+    time: str
+    extra: dict[str, str]
+
+
+@dataclass
+class CpuConfig:
+    """Where stages without work for a GPU run: import, export, prune, tokens, report, and those on ``device=cpu``.
+
+    Only ``account`` and ``time`` are taken from the cluster's description where they are null here.
+
+    Attributes:
+        partition: of nodes that need no GPU; null for none: such a stage takes one GPU's place on an ordinary node.
+        account, qos, constraint, mem, time, extra: of its jobs.
+        tasks_per_node: processes of a node; null puts all of a stage on one.
+        cpus_per_task: cores of each process.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    mem: str | None = None
+    time: str | None = None
+    tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def faults(self) -> list[str]:
+        """Malformed times, settings of a partition that is not named."""
+        found = positive(self, "tasks_per_node", "cpus_per_task")
+        if self.time is not None and not _TIME.fullmatch(str(self.time)):
+            found.append(f"time={self.time}: must be [D-]HH:MM:SS, in quotes")
+        if self.partition is None and self != CpuConfig():
+            found.append("partition: must be given where anything of a CPU partition is")
+        return found
 
 
 @dataclass
@@ -23,12 +87,14 @@ class SlurmConfig:
     Attributes:
         account, partition, qos, constraint, mem, exclusive: of every job, as in ``sbatch``.
         gpus_per_node: GPUs, and so processes, of a node; 0 for nodes without any.
+        gpu: kind of them ("a100", "h100", "h200", "b200"), for the estimate that ``time`` is held against.
         tasks_per_node: processes of a node without GPUs.
         cpus_per_task: cores of each process; null leaves it to the cluster.
         time: limit of each job, ``[D-]HH:MM:SS``.
-        stage_time: the same of single stages, by name.
+        stage_time: the same of single stages, by name, or of a kind of stage ("distill"); a name goes before a kind.
+        cpu: partition for stages that have no work for a GPU.
         container_image: for Pyxis; null runs on the bare node, where this suite must be installed.
-        container_mounts: ``host:container``; the run's output and its inputs must be visible under the same paths.
+        container_mounts: ``host:container``; outputs, inputs and caches must be visible under the same paths.
         python: interpreter that has this suite.
         env: exported in every job.
         setup: shell lines that run first.
@@ -39,6 +105,8 @@ class SlurmConfig:
         job_dir: where scripts and logs of the jobs go on the cluster; null takes ``jobs`` in the run's output.
     """
 
+    PATHS: ClassVar[tuple[str, ...]] = ("container_image", "python", "job_dir")
+
     account: str = MISSING
     partition: str | None = None
     qos: str | None = None
@@ -46,10 +114,12 @@ class SlurmConfig:
     mem: str | None = None
     exclusive: bool = False
     gpus_per_node: int = 8
+    gpu: str = "h100"
     tasks_per_node: int | None = None
     cpus_per_task: int | None = None
     time: str = "04:00:00"
     stage_time: dict[str, str] = field(default_factory=dict)
+    cpu: CpuConfig = field(default_factory=CpuConfig)
     container_image: str | None = None
     container_mounts: list[str] = field(default_factory=list)
     python: str = "python"
@@ -66,6 +136,7 @@ class SlurmConfig:
     def faults(self) -> list[str]:
         """Malformed times, mounts without a container, SSH without a user."""
         found = [
+            *choice(self, "gpu", GPUS),
             *positive(self, "tasks_per_node", "cpus_per_task"),
             *not_negative(self, "gpus_per_node", "retries"),
         ]
@@ -76,12 +147,26 @@ class SlurmConfig:
             found.append("tasks_per_node: must be given for nodes without GPUs")
         if self.container_mounts and self.container_image is None:
             found.append("container_mounts: there is no container; give container_image, or no mounts")
-        found += [f"container_mounts: {m!r} must be host:container" for m in self.container_mounts if ":" not in m]
+        found += [
+            f"container_mounts: {mount!r} must be host:container, both absolute"
+            for mount in self.container_mounts
+            if ":" not in mount or not all(part.startswith("/") for part in mount.split(":")[:2])
+        ]
+        if self.container_image is not None and "/" in self.python and not self.python.startswith("/"):
+            found.append(f"python={self.python}: is a path inside the container; give it absolute, or a bare name")
+        if self.host is not None and self.job_dir is not None and not self.job_dir.startswith("/"):
+            found.append(f"job_dir={self.job_dir}: lies on another machine; give it absolute")
         if self.host is not None and (self.user is None or self.job_dir is None):
             found.append("host: SSH also needs user and job_dir")
         if self.signal is not None and not _SIGNAL.fullmatch(self.signal):
             found.append(f"signal={self.signal}: must be NAME@seconds, as USR1@180")
         return found
+
+    def is_path(self, name: str, value: str) -> bool:
+        """An image may also be one of a registry, an interpreter one of the container or of ``PATH``."""
+        if name == "container_image":
+            return value.startswith((".", "/")) or value.endswith(".sqsh")
+        return name == "job_dir" or (self.container_image is None and "/" in value)
 
     @property
     def per_node(self) -> int:
@@ -92,11 +177,86 @@ class SlurmConfig:
         """Nodes of a stage with so many processes."""
         return math.ceil(processes / self.per_node)
 
-    def node_faults(self, name: str, world: int) -> list[str]:
-        """Why the ``world`` processes of the stage ``name`` cannot be spread over whole nodes."""
-        if world > self.per_node and world % self.per_node:
+    def request(self, config: StageConfig) -> Request:
+        """What the job of a stage asks for: as many whole nodes as its processes fill, or a place without a GPU."""
+        world = config.processes
+        if not config.needs_gpu and self.cpu.partition is not None:
+            cpu = self.cpu
+            tasks = min(world, cpu.tasks_per_node or world)
+            return Request(
+                account=cpu.account or self.account, partition=cpu.partition, qos=cpu.qos, constraint=cpu.constraint,
+                mem=cpu.mem, exclusive=False, nodes=math.ceil(world / tasks), tasks=tasks, gpus=None,
+                cpus_per_task=cpu.cpus_per_task, time=self._time(config, cpu.time), extra=dict(cpu.extra),
+            )  # fmt: skip
+        tasks, gpus, exclusive = min(world, self.per_node), None, self.exclusive
+        if self.gpus_per_node:
+            # A GPU that is not used: the partition may refuse jobs without one, but the others stay free.
+            exclusive = exclusive and config.needs_gpu
+            gpus = (
+                self.gpus_per_node if exclusive else min(config.started, self.per_node) if config.needs_gpu else tasks
+            )
+        return Request(
+            account=self.account, partition=self.partition, qos=self.qos, constraint=self.constraint, mem=self.mem,
+            exclusive=exclusive, nodes=self.nodes(world), tasks=tasks, gpus=gpus,
+            cpus_per_task=self.cpus_per_task and self.cpus_per_task * max(1, config.started // world),
+            time=self._time(config, None), extra=dict(self.extra),
+        )  # fmt: skip
+
+    def _time(self, config: StageConfig, cpu: str | None) -> str:
+        named = self.stage_time.get(config.name) or self.stage_time.get(config.STAGE)
+        return named or cpu or self.time
+
+    def stage_faults(self, configs: Iterable[StageConfig]) -> list[str]:
+        """Layouts that do not fill nodes, and times of what is neither a stage of the pipeline nor a kind of stage."""
+        configs = list(configs)
+        found = [fault for config in configs for fault in self._node_faults(config)]
+        names = [config.name for config in configs]
+        for name in self.stage_time:
+            if name not in names and name not in STAGES:
+                near = difflib.get_close_matches(name, [*names, *STAGES], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                found.append(
+                    f"stage_time.{name}: no stage is called so, nor a kind of stage{hint}; the stages are "
+                    f"{', '.join(names)}"
+                )
+        return found
+
+    def _node_faults(self, config: StageConfig) -> list[str]:
+        """Why the processes of a stage cannot be spread over whole nodes."""
+        request, world = self.request(config), config.processes
+        if world > request.tasks and world % request.tasks:
             return [
-                f"stage {name}: its {world} processes do not fill nodes of {self.per_node}; "
+                f"stage {config.name}: its {world} processes do not fill nodes of {request.tasks}; "
                 "choose parallel.tensor * pipeline * data * context as a multiple of that"
             ]
+        if config.started > world and config.started > self.per_node:
+            return [
+                f"stage {config.name}: it starts {config.started} processes by itself, all on the one node that it "
+                f"has, which takes {self.per_node}; choose parallel.tensor * pipeline * data * context within that"
+            ]
         return []
+
+    def mount_fault(self, path: str) -> str | None:
+        """Why an absolute path cannot be seen under its own name in the container; None if it can, or there is none."""
+        if self.container_image is None:
+            return None
+        inside = None
+        for mount in self.container_mounts:
+            host, container, *_ = (*mount.split(":"), "")
+            host, container = os.path.normpath(host), os.path.normpath(container)
+            if _below(path, host):
+                if host == container:
+                    return None
+                inside = f"is seen as {container}{os.path.normpath(path)[len(host.rstrip('/')) :]} there"
+        return inside or "is not seen"
+
+
+def seconds_of(time: str) -> int:
+    """``"1-02:00:00"`` -> 93600."""
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+def _below(path: str, folder: str) -> bool:
+    return os.path.commonpath([os.path.normpath(path), folder]) == folder

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemo_minitron.config import SourceConfig
+from nemo_minitron.config.parts.text import looks_like_path
 from nemo_minitron.data import packages, prose
 from nemo_minitron.data.readers import (
     READERS,
@@ -113,9 +114,7 @@ def dataset_files(source: SourceConfig) -> list[Path]:
     """
     assert source.dataset is not None
     found = _matches(source.dataset)
-    if not found and (
-        source.dataset.startswith((".", "/", "~")) or source.dataset.count("/") > 1 or "*" in source.dataset
-    ):
+    if not found and looks_like_path(source.dataset):
         raise DataError(f"source {source.name!r}: dataset {source.dataset} does not exist; correct the path")
     return found
 

@@ -23,7 +23,7 @@ from nemo_minitron.checkpoints.nemo2_config import nemo_config
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.callbacks import VALIDATION, ExactPosition, ProgressBar, StepMetrics
 from nemo_minitron.distillation.data import BlockDataModule, DocumentMasks
-from nemo_minitron.distillation.guards import FiniteGradients, Preemption
+from nemo_minitron.distillation.guards import BoundedWaits, FiniteGradients, Preemption
 from nemo_minitron.distillation.keeping import BestCheckpoint, LastCheckpoint
 from nemo_minitron.distillation.language_model import TrainedModel
 from nemo_minitron.distillation.outputs import Trained, remove_unfinished
@@ -209,6 +209,7 @@ def train(
     # Before NeMo's checkpoints: what a checkpoint has behind it shall be written when it is saved.
     trainer.callbacks[:0] = [
         *callbacks,
+        BoundedWaits(),
         DocumentMasks(packed),
         ExactPosition(),
         FiniteGradients(),

@@ -44,12 +44,22 @@ class Recipe:
         return f"runs/{self.name}"
 
     def pipeline(self) -> dict[str, Any]:
-        """The recipe as a file of ``minitron run`` holds it; settings that are at their defaults are left out."""
-        return {
-            "name": self.name,
-            "output": self.output,
-            "stages": [{"stage": stage.STAGE, **_settings(stage)} for stage in self.stages],
-        }
+        """The recipe as a file of ``minitron run`` holds it; settings that are at their defaults are left out.
+
+        Paths within the run are written as ``${output}/...``, so that another ``output`` moves them all.
+        """
+        stages = [{"stage": stage.STAGE, **self._within(_settings(stage))} for stage in self.stages]
+        return {"name": self.name, "output": self.output, "stages": stages}
+
+    def _within(self, value: Any) -> Any:
+        """A setting with the directory of the run as a reference."""
+        if isinstance(value, dict):
+            return {key: self._within(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._within(item) for item in value]
+        if isinstance(value, str) and (value == self.output or value.startswith(f"{self.output}/")):
+            return "${output}" + value.removeprefix(self.output)
+        return value
 
 
 def recipe_names() -> list[str]:

@@ -34,6 +34,7 @@ import psutil
 
 from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.requirements import missing
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
@@ -224,7 +225,7 @@ def clear_folder(folder: Path) -> None:
 
 def _environment(folder: Path, threads: int) -> dict[str, str]:
     """This process's environment and what the job's processes need."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    keep = local_environment(os.environ)
     interpreter = str(
         Path(sys.executable).parent
     )  # torchrun is found there even where the environment is not activated

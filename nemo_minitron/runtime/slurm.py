@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["is_rank", "requeued", "translate"]
+from nemo_minitron.runtime.environment import hide_launchers
 
-#: Slurm's variables that would make the libraries below see a cluster of their own.
-_HIDDEN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE")
+__all__ = ["is_rank", "requeued", "translate"]
 
 
 def is_rank() -> bool:
@@ -33,13 +32,17 @@ def translate() -> tuple[int, int]:
     env = os.environ
     rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = str(rank), str(world), env["SLURM_LOCALID"]
-    env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
     # Jobs that share a node, and steps of a job that run at once, must not meet.
     step = int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", "0"))
-    env.setdefault("MASTER_PORT", str(15000 + step % 20000))
-    env["TORCHELASTIC_RUN_ID"] = env["SLURM_JOB_ID"]
-    for name in _HIDDEN:
-        env.pop(name, None)
+    ranks = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        "MASTER_ADDR": env.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + step % 20000),
+        "TORCHELASTIC_RUN_ID": env["SLURM_JOB_ID"],
+    }
+    hide_launchers()  # the libraries below would see a cluster of their own
+    env.update(ranks)
     return rank, world

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nemo_minitron.config import StageConfig
@@ -103,13 +103,24 @@ def _differences(config: StageConfig, before: Mapping[str, Any] | None) -> dict[
     found = {
         key: f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
+        if not _same(then.get(key), now.get(key))
     }
     for name, parent in present["parents"].items():
         known = before["parents"].get(name)
         if known is None or known["hash"] != parent["hash"]:
             found[name] = f"{name}: {parent['path']} has changed"
     return found
+
+
+def _same(then: object, now: object) -> bool:
+    """Whether two settings are equal; a path may be absolute in one of them, as those of a cluster's jobs are."""
+    if then == now:
+        return True
+    if not isinstance(then, str) or not isinstance(now, str):
+        return False
+    whole, part = sorted((PurePath(then), PurePath(now)), key=lambda path: not path.is_absolute())
+    parts = part.parts
+    return whole.is_absolute() and not part.is_absolute() and bool(parts) and whole.parts[-len(parts) :] == parts
 
 
 def is_kept(config: StageConfig) -> bool:

@@ -18,6 +18,7 @@ import yaml
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime import slurm
+from nemo_minitron.runtime.environment import hide_launchers
 from nemo_minitron.stages.needs import check_needs
 
 __all__ = ["checked", "run_in_place"]
@@ -52,6 +53,8 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     check_needs([config])
     if slurm.is_rank():
         slurm.translate()
+    elif "RANK" not in os.environ:  # alone, though perhaps inside a script of several tasks
+        hide_launchers()
     # As for the process groups: a process that no launcher started is a world of one.
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != config.processes:

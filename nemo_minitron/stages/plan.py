@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,7 @@ from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes
 from nemo_minitron.stages.earlier import goes_on_faults
 from nemo_minitron.stages.worker import stage_module
 
-__all__ = ["show_plans"]
+__all__ = ["plan_faults", "show_plans"]
 
 
 def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *, alone: bool = False) -> None:
@@ -28,8 +28,25 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *,
     Raises:
         ConfigError: with every fault that the plans found, after the tables are printed.
     """
-    produced: set[str] = set()
     faults: list[str] = []
+    for name, config, plan, produced, found in _plans(configs, alone):
+        if plan is not None:
+            console.print(_table(name, config, plan, produced))
+        faults += [f"{name}: {fault}" for fault in found]
+    if faults:
+        raise ConfigError(faults, source=source)
+
+
+def plan_faults(configs: Sequence[StageConfig]) -> list[tuple[str, str]]:
+    """What :func:`show_plans` would raise, as ``(name of the stage, "name: fault")``."""
+    return [(name, f"{name}: {fault}") for name, *_, faults in _plans(configs, False) for fault in faults]
+
+
+def _plans(
+    configs: Sequence[StageConfig], alone: bool
+) -> Iterator[tuple[str, StageConfig, StagePlan | None, set[str], list[str]]]:
+    """Of each stage its name, configuration and plan, what stages before it write, and its faults."""
+    produced: set[str] = set()
     for config in configs:
         name = config.name or config.STAGE
         try:
@@ -37,14 +54,11 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *,
             if alone:
                 plan.faults += goes_on_faults(config)
         except MinitronError as error:
-            faults.append(f"{name}: {error}")
+            yield name, config, None, produced, [str(error)]
             produced.add(config.output)
             continue
-        console.print(_table(name, config, plan, produced))
-        faults += [f"{name}: {fault}" for fault in [*plan.missing_reads(produced), *plan.faults]]
+        yield name, config, plan, produced, [*plan.missing_reads(produced), *plan.faults]
         produced.update([config.output, *(item.path for item in plan.writes)])
-    if faults:
-        raise ConfigError(faults, source=source)
 
 
 def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) -> Table:

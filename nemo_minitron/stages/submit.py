@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
+from nemo_minitron.config.paths import absolute
 from nemo_minitron.errors import ConfigError, MinitronError
-from nemo_minitron.stages.base import PlannedPath
+from nemo_minitron.runtime.environment import ORDERED_KERNELS, ordered_kernels
 from nemo_minitron.stages.earlier import stage_state
 from nemo_minitron.stages.job import job_folder_of, write_settings
 from nemo_minitron.stages.pipeline import write_manifest
+from nemo_minitron.stages.submission import depends_on, input_faults, mount_faults, time_warnings
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -74,21 +76,13 @@ def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: boo
     """The stages that are not done, and what each waits for.
 
     Raises:
-        ConfigError: for layouts that do not fill nodes, and settings of stages that are not there.
+        ConfigError: for layouts that do not fill nodes, and time limits of stages that are not there.
     """
-    names = [config.name for config in stages]
-    faults = [fault for config in stages for fault in slurm.node_faults(config.name, config.processes)]
-    faults += [f"stage_time.{n}: no stage is called so; they are {', '.join(names)}" for n in slurm.stage_time
-               if n not in names]  # fmt: skip
-    if faults:
+    if faults := slurm.stage_faults(stages):
         raise ConfigError(faults)
     found: list[Job] = []
     for config in stages:
-        after = tuple(
-            job.config.name
-            for job in found
-            if any(PlannedPath(path, "").comes_from({job.config.output}) for path in config.inputs().values())
-        )
+        after = tuple(job.config.name for job in found if depends_on(config, job.config))
         # What an earlier job makes anew, this one has to make anew too.
         if after or stage_state(config)[0] != "done":
             found.append(Job(config, overwrite or config.overwrite, after))
@@ -106,6 +100,8 @@ def submit(
 ) -> dict[str, str]:
     """Submit what is not done, or print the scripts.
 
+    Jobs run in directories of their own, on nodes or in containers: every path of the settings is made absolute.
+
     Args:
         pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
         slurm: where the jobs run.
@@ -117,14 +113,23 @@ def submit(
         The Slurm job of each submitted stage, by name; under ``dry_run`` its script.
 
     Raises:
-        ConfigError: see :func:`jobs_of`.
+        ConfigError: see :func:`jobs_of`; for inputs that are missing, and paths that the container does not show (under
+            ``dry_run`` after the scripts are printed).
         MinitronError: if Slurm refuses a job.
     """
+    pipeline = dataclasses.replace(pipeline, output=str(Path(pipeline.output).absolute()))
+    stages, slurm = [absolute(config) for config in stages], absolute(slurm)
     jobs = jobs_of(stages, slurm, overwrite=overwrite)
     if not jobs:
         console.print("every stage is done: there is nothing to submit")
         return {}
-    home = Path(slurm.job_dir or Path(pipeline.output).absolute() / "jobs")
+    home = Path(slurm.job_dir or Path(pipeline.output) / "jobs")
+    todo = [job.config for job in jobs]
+    faults = [*mount_faults(todo, slurm), *input_faults(stages, todo)]
+    if faults and not dry_run:
+        raise ConfigError(faults)
+    for warning in time_warnings(stages, todo, slurm):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     if dry_run:
         import tempfile
 
@@ -133,6 +138,8 @@ def submit(
         for job in jobs:
             console.rule(job.config.name)
             console.print(scripts[job.config.name], markup=False, highlight=False, soft_wrap=True)
+        if faults:
+            raise ConfigError(faults)
         return scripts
     Path(pipeline.output).mkdir(parents=True, exist_ok=True)
     write_manifest(Path(pipeline.output), pipeline, list(stages))
@@ -156,33 +163,37 @@ def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
     """nemo_run's description of one job."""
     import nemo_run as run
 
-    world = job.config.processes
+    request = slurm.request(job.config)
     # Without a directory of its own, the jobs' is that of nemo_run's records, which lie in ``home``.
     tunnel: run.LocalTunnel | run.SSHTunnel = run.LocalTunnel(job_dir="")
     if slurm.host is not None:
         tunnel = run.SSHTunnel(host=slurm.host, user=str(slurm.user), job_dir=str(home), identity=slurm.identity)
     dropped = _PYXIS if slurm.container_image is None else "--none"
     setup = [*slurm.setup, _SRUN.format(dropped=dropped, folder=shlex.quote(str(job.folder)))]
-    tasks = min(world, slurm.per_node)
-    env = {**slurm.env, "OMP_NUM_THREADS": str(job.config.runtime.threads or slurm.cpus_per_task or 1)}
+    env = {**slurm.env, "OMP_NUM_THREADS": str(job.config.runtime.threads or request.cpus_per_task or 1)}
     env |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if request.gpus and ordered_kernels(job.config):
+        env.setdefault(*ORDERED_KERNELS)
+    extra = dict(request.extra)
+    if job.after:  # Slurm's own default may keep those that can never start in the queue for ever
+        extra = {"kill_on_invalid_dep": "yes"} | {name.replace("-", "_"): value for name, value in extra.items()}
     return run.SlurmExecutor(
-        account=slurm.account,
-        partition=slurm.partition,
+        account=request.account,
+        partition=request.partition,
         job_name_prefix="minitron-",
-        time=slurm.stage_time.get(job.config.name, slurm.time),
-        nodes=slurm.nodes(world),
-        ntasks_per_node=tasks,
-        cpus_per_task=slurm.cpus_per_task,
-        gpus_per_node=(slurm.gpus_per_node if slurm.exclusive else tasks) if slurm.gpus_per_node else None,
-        qos=slurm.qos,
-        constraint=slurm.constraint,
-        mem=slurm.mem,
-        exclusive=True if slurm.exclusive else None,
+        time=request.time,
+        nodes=request.nodes,
+        ntasks_per_node=request.tasks,
+        cpus_per_task=request.cpus_per_task,
+        gpus_per_node=request.gpus,
+        qos=request.qos,
+        constraint=request.constraint,
+        mem=request.mem,
+        exclusive=True if request.exclusive else None,
         signal=slurm.signal,
         container_image=slurm.container_image,
         container_mounts=list(slurm.container_mounts),
-        additional_parameters=dict(slurm.extra) or None,
+        additional_parameters=extra or None,
         env_vars=env,
         setup_lines="\n".join(setup),
         retries=slurm.retries,

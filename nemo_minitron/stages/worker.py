@@ -19,7 +19,9 @@ from typing import Any
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime import log
+from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.launch import RankResult, attach, failure, job_folder, save_result
+from nemo_minitron.runtime.waits import limit_waits
 from nemo_minitron.stages.needs import check_needs
 
 __all__ = ["main", "set_up", "stage_module"]
@@ -48,6 +50,8 @@ def set_up(config: StageConfig) -> None:
 
     The seeds are the same on every rank; Megatron's own tracker sets those that must differ when the groups are made.
     """
+    order_kernels(config)
+    limit_waits(config.runtime.collective_timeout_minutes)
     import numpy as np
     import torch
 

@@ -61,6 +61,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def munge(home: Path) -> list[str]:
+    """The command that starts munge's daemon in ``home``, with a key of its own."""
+    key = home / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    return [
+        "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={home}/munge.socket",
+        f"--pid-file={home}/munge.pid", f"--log-file={home}/munge.log", f"--seed-file={home}/munge.seed",
+    ]  # fmt: skip
+
+
 @contextmanager
 def slurm(home: Path, patience: float = 30.0) -> Iterator[dict[str, str]]:
     """Start it, and stop it in the end.
@@ -81,9 +92,6 @@ def slurm(home: Path, patience: float = 30.0) -> Iterator[dict[str, str]]:
     home.chmod(0o755)
     for name in ("state", "spool"):
         (home / name).mkdir()
-    key = home / "munge.key"
-    key.write_bytes(os.urandom(1024))
-    key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
     conf = home / "slurm.conf"
     conf.write_text(
@@ -92,13 +100,9 @@ def slurm(home: Path, patience: float = 30.0) -> Iterator[dict[str, str]]:
         )
     )
     env = dict(os.environ, SLURM_CONF=str(conf), PATH=_path())
-    munged = [
-        "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={home}/munge.socket",
-        f"--pid-file={home}/munge.pid", f"--log-file={home}/munge.log", f"--seed-file={home}/munge.seed",
-    ]  # fmt: skip
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for command, wait in ((munged, 0.5), (["slurmctld", "-D"], 1.5), (["slurmd", "-D"], 0.0)):
+        for command, wait in ((munge(home), 0.5), (["slurmctld", "-D"], 1.5), (["slurmd", "-D"], 0.0)):
             log = (home / f"{command[0]}.out").open("wb")
             started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
             time.sleep(wait)

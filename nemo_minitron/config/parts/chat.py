@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
 
@@ -25,6 +26,8 @@ class ChatDataConfig:
         seed: of the split.
         cache_dir: where fetched sources are kept.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "validation", "cache_dir")
 
     path: str | None = None
     package: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import not_negative, positive
 
@@ -20,6 +21,8 @@ class HarnessConfig:
         batch_size: texts of one forward pass.
         chat_template: put the prompts through the tokenizer's chat template.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("include_path",)
 
     tasks: list[str] = field(default_factory=list)
     include_path: str | None = None

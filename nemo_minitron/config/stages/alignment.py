@@ -134,6 +134,7 @@ class DpoConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "dpo"
+    PATHS: ClassVar[tuple[str, ...]] = ("output", "reference", "rounds_data")
 
     lr: float = 1e-6
     min_lr: float = 1e-7
@@ -150,11 +151,15 @@ class DpoConfig(AlignConfig):
     reference: str = "round"
     rounds_data: list[str] = field(default_factory=list)
 
+    def is_path(self, name: str, value: str) -> bool:
+        """``reference`` may also be a word."""
+        return name != "reference" or value not in ("round", "first")
+
     def inputs(self) -> dict[str, str]:
         """The base's, each round's data, and a reference that is a checkpoint."""
         found = super().inputs()
         found |= {f"rounds_data.{number}": path for number, path in enumerate(self.rounds_data, 1)}
-        if self.reference not in ("round", "first"):
+        if self.is_path("reference", self.reference):
             found["reference"] = self.reference
         return found
 

@@ -26,6 +26,10 @@ class StageConfig:
     STAGE: ClassVar[str] = ""
     #: Fields that name something another stage may have written.
     INPUTS: ClassVar[tuple[str, ...]] = ()
+    #: Further fields that are paths.
+    PATHS: ClassVar[tuple[str, ...]] = ("output",)
+    #: The stage computes on a GPU where there is one. Others are given none on a cluster.
+    NEEDS_GPU: ClassVar[bool] = True
     #: Layouts that may have context parallelism, by field.
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
     #: The output holds the outputs of stages of their own, each with its record.
@@ -48,6 +52,20 @@ class StageConfig:
     def processes(self) -> int:
         """How many are started."""
         return self.layout.world_size
+
+    @property
+    def started(self) -> int:
+        """Processes that run at once, those included that the stage starts itself."""
+        return self.processes
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the stage has work for a GPU: ``runtime.device``, where it insists, else the stage's kind."""
+        return self.NEEDS_GPU if self.runtime.device == "auto" else self.runtime.device == "cuda"
+
+    def is_path(self, name: str, value: str) -> bool:
+        """Whether a value of one of the fields that are paths is one, and not a word that the field also takes."""
+        return True
 
     def inputs(self) -> dict[str, str]:
         """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""

@@ -26,6 +26,8 @@ class ImportConfig(StageConfig):
 
     STAGE: ClassVar[str] = "import"
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
+    PATHS: ClassVar[tuple[str, ...]] = ("output", "cache_dir")
+    NEEDS_GPU: ClassVar[bool] = False
 
     source: str | None = None
     package: str | None = None
@@ -52,6 +54,7 @@ class ExportConfig(StageConfig):
 
     STAGE: ClassVar[str] = "export"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING
     formats: list[str] = field(default_factory=lambda: ["hf"])

@@ -68,6 +68,8 @@ class ReportConfig(StageConfig):
 
     STAGE: ClassVar[str] = "report"
     INPUTS: ClassVar[tuple[str, ...]] = ("run",)
+    PATHS: ClassVar[tuple[str, ...]] = ("output", "others")
+    NEEDS_GPU: ClassVar[bool] = False
 
     run: str = MISSING
     others: list[str] = field(default_factory=list)

@@ -53,6 +53,11 @@ class ScoreConfig(StageConfig):
         """Magnitudes are read from the checkpoint, in one process."""
         return ParallelConfig() if self.estimator == "magnitude" else self.parallel
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Magnitudes are those of the weights, which the CPU reads."""
+        return super().needs_gpu and (self.estimator != "magnitude" or self.runtime.device == "cuda")
+
     def criteria(self) -> list[tuple[str, str]]:
         """Pairs of aggregations over sequence and batch, that of ``aggregation`` first."""
         own = {"taylor": "sum", "magnitude": "none"}.get(self.estimator, "mean")
@@ -143,6 +148,7 @@ class TokensConfig(StageConfig):
 
     STAGE: ClassVar[str] = "tokens"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING
     data: DataConfig = field(default_factory=DataConfig)

@@ -45,6 +45,7 @@ class PruneConfig(StageConfig):
 
     STAGE: ClassVar[str] = "prune"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
+    NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING
     scores: str | None = None

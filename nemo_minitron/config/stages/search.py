@@ -78,6 +78,11 @@ class SearchConfig(StageConfig):
         return ParallelConfig()
 
     @property
+    def started(self) -> int:
+        """Those of the stages that it starts, one after the other."""
+        return self.parallel.world_size
+
+    @property
     def timed(self) -> bool:
         """Whether latency is measured."""
         return self.measure_latency or self.budget.latency_ms is not None

@@ -91,6 +91,8 @@ class RewardTrainingConfig:
             as in ``minitron reward``.
     """
 
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "path")
+
     model: str | None = None
     path: str | None = None
     package: str | None = None
@@ -140,6 +142,11 @@ class SteerlmConfig(AlignConfig):
     def layout(self) -> ParallelConfig:
         """One process leads; it starts the stages."""
         return ParallelConfig()
+
+    @property
+    def started(self) -> int:
+        """Those of the stages that it starts, one after the other."""
+        return self.parallel.world_size
 
     def reward_stage(self) -> RewardConfig:
         """The training of the attribute model."""

@@ -1,0 +1,79 @@
+"""Which settings are paths, and the same configuration with every path absolute.
+
+Each dataclass names its own in ``PATHS``; a stage's inputs (``INPUTS``) are paths too. A setting may hold one path, a
+list of them, or a mapping to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_minitron.config.stages.base import StageConfig
+
+__all__ = ["absolute", "paths_of", "read_paths"]
+
+C = TypeVar("C")
+
+#: Paths that a stage writes; all others are read.
+_WRITTEN = ("output", "cache_dir")
+
+
+def paths_of(config: Any) -> dict[str, str]:
+    """Every path of a configuration by its setting, such as ``data.sources[0].path``."""
+    found: dict[str, str] = {}
+
+    def note(setting: str, path: str) -> str:
+        found[setting] = path
+        return path
+
+    _mapped(config, note, "")
+    return found
+
+
+def absolute(config: C) -> C:
+    """The configuration with every path absolute, from the directory in which this process runs."""
+    result: C = _mapped(config, lambda _, path: str(Path(path).absolute()), "")
+    return result
+
+
+def read_paths(config: StageConfig) -> dict[str, str]:
+    """What a stage reads, by setting: its inputs, its text, its tasks; patterns stand for themselves."""
+    inputs = config.inputs()
+    declared = set(type(config).INPUTS)
+    others = {
+        setting: path
+        for setting, path in paths_of(config).items()
+        if setting.rpartition(".")[2] not in _WRITTEN and not any(_within(setting, name) for name in declared)
+    }
+    return {**inputs, **others}
+
+
+def _within(setting: str, name: str) -> bool:
+    return setting == name or setting.startswith((f"{name}.", f"{name}["))
+
+
+def _mapped(config: Any, change: Callable[[str, str], str], prefix: str) -> Any:
+    """A copy of a dataclass with ``change(setting, path)`` in the place of each path."""
+    names = {*getattr(config, "PATHS", ()), *(n for n in getattr(config, "INPUTS", ()) if "." not in n)}
+    is_path = getattr(config, "is_path", lambda name, value: True)
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, setting = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _mapped(value, change, f"{setting}.")
+        elif isinstance(value, list) and any(dataclasses.is_dataclass(one) for one in value):
+            changed[field.name] = [_mapped(one, change, f"{setting}[{n}].") for n, one in enumerate(value)]
+        elif field.name not in names:
+            continue
+        elif isinstance(value, str):
+            changed[field.name] = change(setting, value) if is_path(field.name, value) else value
+        elif isinstance(value, list):
+            changed[field.name] = [
+                change(f"{setting}[{n}]", one) if is_path(field.name, one) else one for n, one in enumerate(value)
+            ]
+        elif isinstance(value, dict):
+            changed[field.name] = {key: change(f"{setting}.{key}", one) for key, one in value.items()}
+    return dataclasses.replace(config, **changed)

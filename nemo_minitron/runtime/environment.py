@@ -1,0 +1,70 @@
+"""The environment of the processes that this suite starts: not that of a launcher above, on loopback, for Megatron."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from nemo_minitron.config import ParallelConfig, StageConfig
+
+__all__ = [
+    "ORDERED_KERNELS",
+    "hide_launchers",
+    "local_environment",
+    "order_kernels",
+    "ordered_kernels",
+]
+
+ORDERED_KERNELS = ("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+"""Kernels start in the order in which they were queued: Megatron overlaps its traffic with arithmetic by that."""
+
+LOOPBACK = "127.0.0.1"
+
+#: What launchers tell their processes about ranks: torchrun, Slurm's srun, MPI's, LSF's. What says which job this is,
+#: and what it may use (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_CPUS_PER_TASK, ...), stays.
+_RANKS = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_RANK|ROLE_WORLD_SIZE|ROLE_NAME"
+    r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|PET_.*"
+    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|NTASKS|NPROCS|NTASKS_PER_.*|TASKS_PER_NODE|STEP_.*|STEPID|STEPMGR)"
+    r"|SLURM_(SRUN_.*|LAUNCH_.*|DISTRIBUTION|CPU_BIND.*|MPI_TYPE|PMI.*|UMASK)"
+    r"|PMI_.*|PMI2?_(RANK|SIZE|FD|PORT)|PMIX_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE|MV2_COMM_WORLD_.*|MPI_LOCAL.*"
+    r"|HYDRA_.*|PALS_.*|JSM_.*|FLUX_TASK_.*"
+)
+
+
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a launcher told this process, and only this one, about ranks."""
+    return {name: value for name, value in environment.items() if not _RANKS.fullmatch(name)}
+
+
+def hide_launchers(environment: MutableMapping[str, str] | None = None) -> None:
+    """Remove such variables from an environment, by default this process's."""
+    environment = os.environ if environment is None else environment
+    for name in set(environment) - set(_without_ranks(environment)):
+        del environment[name]
+
+
+def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """For processes that all run on this machine: no launcher above them shows, and they meet on loopback.
+
+    What the host's name resolves to, if it resolves, does not matter then. An interface that the user named for gloo or
+    NCCL stays.
+    """
+    found = {**_without_ranks(environment), "MASTER_ADDR": LOOPBACK, "PET_LOCAL_ADDR": LOOPBACK}
+    if Path("/sys/class/net/lo").exists():
+        found.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return found
+
+
+def ordered_kernels(config: StageConfig) -> bool:
+    """Whether Megatron demands :data:`ORDERED_KERNELS` of a stage: for tensor, sequence or context parallelism."""
+    layouts = [value for value in vars(config).values() if isinstance(value, ParallelConfig)]
+    return any(layout.tensor > 1 or layout.context > 1 for layout in layouts)
+
+
+def order_kernels(config: StageConfig) -> None:
+    """Set it for this process, before CUDA is started; what the user set stays."""
+    if ordered_kernels(config):
+        os.environ.setdefault(*ORDERED_KERNELS)

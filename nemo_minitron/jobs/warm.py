@@ -9,6 +9,7 @@ starts the process cold; ``MINITRON_COLD=1`` makes it do so always.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -37,6 +38,7 @@ __all__ = [
     "WarmUnavailable",
     "current_pool",
     "is_cold",
+    "keep_pool",
     "warm_pool",
 ]
 
@@ -435,3 +437,11 @@ def warm_pool(device: str = "auto") -> Iterator[WarmPool]:
     finally:
         _current = None
         pool.close()
+
+
+def keep_pool(device: str = "auto") -> None:
+    """Open a pool for the rest of this process's life, unless one is open."""
+    global _current
+    if _current is None:
+        _current = WarmPool(device)
+        atexit.register(_current.close)

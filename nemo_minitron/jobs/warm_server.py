@@ -20,6 +20,7 @@ import os
 import random
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -67,7 +68,7 @@ class _Server:
     """The loop: accepts clients, forks, reports ends."""
 
     def __init__(self, path: Path, added: dict[str, str]) -> None:
-        self.added = added
+        self.path, self.added = path, added
         self.parent = os.getppid()
         self.clients: list[_Client] = []
         self.listener = socket.socket(socket.AF_UNIX)
@@ -99,6 +100,7 @@ class _Server:
             self._reap()
         for client in self.clients:
             self._kill(client)
+        shutil.rmtree(self.path.parent, ignore_errors=True)  # its owner cannot do it any more
 
     def _hear(self, client: _Client) -> None:
         requests = client.requests()

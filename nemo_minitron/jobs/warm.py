@@ -37,8 +37,10 @@ __all__ = [
     "WarmServer",
     "WarmUnavailable",
     "current_pool",
+    "end_process",
     "is_cold",
     "keep_pool",
+    "reachable_pool",
     "warm_pool",
 ]
 
@@ -308,6 +310,7 @@ class WarmPool:
         self._pid = os.getpid()
         self._folder: Path | None = None
         self._servers: dict[str, WarmServer | None] = {}
+        self._opened: list[WarmServer] = []
 
     def start(
         self, level: str, module: str, args: Sequence[str], *, environment: Mapping[str, str], cwd: Path, output: Path
@@ -352,6 +355,7 @@ class WarmPool:
             server.close()
         self._servers[name] = None
         self._servers[name] = server = self._open(name, level, environment)
+        self._opened.append(server)
         return server
 
     def _open(self, name: str, level: str, environment: Mapping[str, str]) -> WarmServer:
@@ -397,9 +401,9 @@ class WarmPool:
         """End the servers and all that they forked."""
         if os.getpid() != self._pid:
             return
-        for server in reversed(self._servers.values()):
-            if server is not None:
-                server.close()
+        for server in reversed(self._opened):  # each before the one that it was forked from, which counts its time
+            server.close()
+        self._opened.clear()
         self._servers.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -439,9 +443,15 @@ def warm_pool(device: str = "auto") -> Iterator[WarmPool]:
         pool.close()
 
 
-def keep_pool(device: str = "auto") -> None:
+def keep_pool(device: str = "auto") -> WarmPool:
     """Open a pool for the rest of this process's life, unless one is open."""
     global _current
     if _current is None:
         _current = WarmPool(device)
         atexit.register(_current.close)
+    return _current
+
+
+def reachable_pool() -> WarmPool | None:
+    """The pool that is open in this process, or one that uses the servers of the process that forked this one."""
+    return keep_pool() if _current is None and _FOLDER_VARIABLE in os.environ else _current

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.jobs.warm import end_process, reachable_pool
 from nemo_minitron.runtime.environment import local_environment
 
 if TYPE_CHECKING:
@@ -106,17 +107,13 @@ def _logits(kind: str, path: Path, ids: torch.Tensor, dtype: str, timeout_minute
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out, log = Path(scratch, "tokens.safetensors"), Path(scratch, "out.safetensors"), Path(scratch, "log")
         save_file({"ids": ids}, tokens)
-        module = "nemo_minitron.checkpoints.loaders"
-        command = [sys.executable, "-m", module, kind, str(path.resolve()), str(tokens), str(out), dtype]
-        with open(log, "wb") as stream:
-            try:
-                code = subprocess.run(
-                    command, stdout=stream, stderr=stream, env=environment, timeout=60 * timeout_minutes, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                raise CheckpointError(
-                    f"loading {path} ({kind}) took more than {timeout_minutes:g} minutes; allow more time"
-                ) from None
+        args = [kind, str(path.resolve()), str(tokens), str(out), dtype]
+        try:
+            code = _run(kind, args, environment, log, 60 * timeout_minutes)
+        except subprocess.TimeoutExpired:
+            raise CheckpointError(
+                f"loading {path} ({kind}) took more than {timeout_minutes:g} minutes; allow more time"
+            ) from None
         if code or not out.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise CheckpointError(
@@ -124,3 +121,21 @@ def _logits(kind: str, path: Path, ids: torch.Tensor, dtype: str, timeout_minute
                 f"{lines[-1] if lines else 'it said nothing'}"
             )
         return load_file(out)["logits"]
+
+
+def _run(kind: str, args: list[str], environment: dict[str, str], log: Path, timeout: float) -> int:
+    """Exit code of the loader: forked where there are warm parents, else a fresh interpreter."""
+    module, pool = "nemo_minitron.checkpoints.loaders", reachable_pool()
+    if pool is not None:
+        level = "megatron" if kind == "megatron" else "nemo"
+        process = pool.start(level, module, args, environment=environment, cwd=Path.cwd(), output=log)
+        if process is not None:
+            try:
+                return process.wait(timeout)
+            finally:
+                end_process(process)
+    with open(log, "wb") as stream:
+        command = [sys.executable, "-m", module, *args]
+        return subprocess.run(
+            command, stdout=stream, stderr=stream, env=environment, timeout=timeout, check=False
+        ).returncode

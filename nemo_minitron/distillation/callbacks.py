@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from nemo_minitron.distillation.guards import largest
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.files import read_json_lines, replace_file
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.memory import peak_rss_bytes
 from nemo_minitron.runtime.progress import Advance, progress_bar
 
 __all__ = ["VALIDATION", "ExactPosition", "ProgressBar", "StepMetrics"]
@@ -205,7 +205,7 @@ def _peak_memory(device: Device) -> int:
     """Of this process: bytes that it held at most, on its device where that is CUDA."""
     if device.is_cuda:
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_rss_bytes()
 
 
 def _parts(module: Any) -> dict[str, float]:

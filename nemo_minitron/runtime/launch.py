@@ -1,7 +1,8 @@
 """Start the processes of a job, show rank 0's output, bound their time, and say what became of each rank.
 
 One process is started as it is, several through torchrun on nemo_run's local executor
-(:mod:`nemo_minitron.runtime.torchrun`). A job has a folder, which the launcher empties first::
+(:mod:`nemo_minitron.runtime.torchrun`); a caller may bring another way (:mod:`nemo_minitron.jobs.ranks`). A job has a
+folder, which the launcher empties first::
 
     rank-0.log, rank-1.log, ...    what each rank printed
     rank-0.json, rank-1.json, ...  what became of it: a :class:`RankResult`
@@ -28,7 +29,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -40,8 +41,10 @@ from nemo_minitron.runtime.requirements import missing
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
 __all__ = [
+    "Processes",
     "RankResult",
     "StageCrashError",
+    "Starter",
     "attach",
     "clear_folder",
     "launch",
@@ -145,6 +148,55 @@ def failure(rank: int, error: BaseException) -> RankResult:
     return RankResult(rank, "crashed", error=type(error).__name__, message=text)
 
 
+class Processes(Protocol):
+    """The processes of a job, whatever started them.
+
+    Attributes:
+        returncode: None while any of them runs; then an exit code, or minus a signal.
+    """
+
+    returncode: int | None
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those that are to be ended, with all below them, to end the job."""
+
+    @property
+    def first_failure(self) -> tuple[int, int] | None:
+        """``(rank, exit code)`` of the rank that failed first, where that is known."""
+
+    def poll(self) -> int | None:
+        """Look whether they have ended."""
+
+    def wait(self) -> int:
+        """Wait for their end."""
+
+
+class Starter(Protocol):
+    """Starts the processes of a job in another way than :func:`launch` does, or returns None to leave it that."""
+
+    def __call__(
+        self, module: str, args: Sequence[str], *, world_size: int, environment: dict[str, str], log: Path
+    ) -> Processes | None:
+        """Start ``python -m module args`` on every rank.
+
+        Args:
+            module, args, world_size: see :func:`launch`.
+            environment: of all ranks, without what tells them apart.
+            log: takes what a rank prints before :func:`attach`.
+        """
+
+
+class _Started(subprocess.Popen[bytes]):
+    """A process, or torchrun with its ranks below it."""
+
+    first_failure = None  # torchrun writes it to its log
+
+    @property
+    def pids(self) -> list[int]:
+        return [self.pid]
+
+
 def launch(
     module: str,
     args: Sequence[str],
@@ -154,6 +206,7 @@ def launch(
     threads: int | None = None,
     timeout_minutes: float | None = None,
     on_output: Callable[[bytes], None] | None = None,
+    starter: Starter | None = None,
 ) -> list[RankResult]:
     """Run ``python -m module args`` on ``world_size`` processes of this machine and wait.
 
@@ -165,6 +218,7 @@ def launch(
         threads: of each process; None shares the cores that this process may use.
         timeout_minutes: the job is stopped after this; None for no limit.
         on_output: called with what rank 0 prints, as it comes.
+        starter: asked first to start the processes.
 
     Returns:
         The results by rank, all "done".
@@ -181,15 +235,20 @@ def launch(
     if world_size > 1:
         command = [sys.executable, "-m", "nemo_minitron.runtime.torchrun", str(world_size), module, *args]
     started = time.monotonic()
-    with (folder / "launcher.log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            env=_environment(folder, threads),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # an interrupt reaches us alone, and we end the rest in order
-        )
+    environment, path = _environment(folder, threads), folder / "launcher.log"
+    process: Processes | None = None
+    if starter is not None:
+        process = starter(module, args, world_size=world_size, environment=environment, log=path)
+    with path.open("ab") as log:
+        if process is None:
+            process = _Started(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # an interrupt reaches us alone, and we end the rest in order
+            )
         tail = _Tail(folder / "rank-0.log", on_output)
         limit = None if timeout_minutes is None else started + 60 * timeout_minutes
         timed_out = False
@@ -205,7 +264,7 @@ def launch(
             f"stopped after {timeout_minutes:g} minutes (runtime.timeout_minutes); raise the limit or set it to null. "
             f"Logs: {folder}"
         )
-    return verdict(folder, world_size, process.returncode)
+    return verdict(folder, world_size, process.returncode or 0, process.first_failure)
 
 
 def job_folder() -> Path:
@@ -263,9 +322,7 @@ class _Tail:
             self.on_output(data)
 
 
-def _wait(
-    process: subprocess.Popen[bytes], folder: Path, limit: float | None, world_size: int, tail: _Tail, relay: Relay
-) -> bool:
+def _wait(process: Processes, folder: Path, limit: float | None, world_size: int, tail: _Tail, relay: Relay) -> bool:
     """Wait for the process or for what ends it: the time limit (True), a failed rank or a finished job that lingers."""
     deadline = None
     while process.poll() is None:
@@ -287,18 +344,20 @@ def _wait(
     return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Terminate a process and all below it; kill what does not go in time."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
-        family = [*root.children(recursive=True), root]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=5)
-        for member in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+def _end(process: Processes) -> None:
+    """Terminate the processes of a job and all below them; kill what does not go in time."""
+    family: list[psutil.Process] = []
+    for pid in process.pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            family += [*root.children(recursive=True), root]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
 
 
@@ -308,13 +367,14 @@ def read_results(folder: Path) -> list[RankResult]:
     return sorted(found, key=lambda result: result.rank)
 
 
-def verdict(folder: Path, world_size: int, code: int) -> list[RankResult]:
+def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, int] | None = None) -> list[RankResult]:
     """The results if all ranks are done, else the one failure that explains the others.
 
     Args:
         folder: the job's.
         world_size: number of ranks.
         code: exit code of the launcher, for a rank that left no result.
+        first_failure: ``(rank, exit code)`` of the rank that failed first; None asks torchrun's log.
 
     Raises:
         MinitronError, StageCrashError: as :func:`launch`.
@@ -328,7 +388,7 @@ def verdict(folder: Path, world_size: int, code: int) -> list[RankResult]:
         return results
     # A rank that was killed leaves no result; its peers then crash on the lost connection, which explains nothing.
     silent = sorted(set(range(world_size)) - {result.rank for result in results})
-    first = _first_failure(folder)
+    first = first_failure or _first_failure(folder)
     if failed and not (first is not None and first[0] in silent):
         crash = failed[0]
         raise StageCrashError(

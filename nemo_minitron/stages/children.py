@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from nemo_minitron.config import StageConfig
+from nemo_minitron.jobs.warm import keep_pool
 from nemo_minitron.stages.base import read_record
 from nemo_minitron.stages.execute import run_stage
 from nemo_minitron.stages.pipeline import prepare
@@ -22,6 +23,7 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
     Raises:
         MinitronError: what the stage refused.
     """
+    keep_pool(stage.runtime.device)
     todo = prepare(stage)
     if todo is None:
         record = read_record(stage.output)

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_minitron.config import StageConfig
+from nemo_minitron.jobs.ranks import forked
+from nemo_minitron.jobs.warm import warm_pool
 from nemo_minitron.runtime.launch import RankResult, launch
 from nemo_minitron.stages.base import check_output, set_aside, write_record
 from nemo_minitron.stages.earlier import check_goes_on
 from nemo_minitron.stages.job import begin, job_folder_of, write_settings
 from nemo_minitron.stages.needs import check_needs
 
-__all__ = ["record_job", "run_stage"]
+__all__ = ["level_of", "record_job", "run_stage"]
+
+#: What the ranks of a stage import, of :data:`~nemo_minitron.jobs.warm.LEVELS`. One that needs more imports it itself.
+_LEVELS = {
+    "correct": "nemo",
+    "distill": "nemo",
+    "dpo": "aligner",
+    "export": "torch",
+    "import": "nemo",
+    "iterate": "nemo",
+    "label": "aligner",
+    "prune": "nemo",
+    "reinforce": "aligner",
+    "report": "torch",
+    "reward": "aligner",
+    "sft": "aligner",
+    "steerlm": "torch",
+    "steerlm2": "aligner",
+    "tokens": "torch",
+}
+
+
+def level_of(stage: str) -> str:
+    """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that a stage's processes are forked from."""
+    return _LEVELS.get(stage, "megatron")
 
 
 def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
     """Run a stage in processes of its own and record what it did.
+
+    On the CPU they are forked from the open :func:`~nemo_minitron.jobs.warm.warm_pool`; several processes open one for
+    themselves.
 
     Args:
         config: complete and without faults.
@@ -40,7 +70,9 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     folder = job_folder_of(config)
     write_settings(config, folder)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    with set_aside(config):
+    on_cuda = config.runtime.device == "cuda"
+    pool = warm_pool(config.runtime.device) if config.processes > 1 and not on_cuda else contextlib.nullcontext()
+    with set_aside(config), pool:
         begin(config)
         results = launch(
             "nemo_minitron.stages.worker",
@@ -50,6 +82,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
             threads=config.runtime.threads,
             timeout_minutes=config.runtime.timeout_minutes,
             on_output=on_output,
+            starter=None if on_cuda else forked(level_of(stage)),
         )
         return record_job(config, results, started=started, seconds=time.monotonic() - clock)
 

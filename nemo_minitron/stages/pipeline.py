@@ -25,6 +25,7 @@ from rich.text import Text
 
 from nemo_minitron.config import PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.warm import warm_pool
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.base import human_bytes, read_record
 from nemo_minitron.stages.earlier import earlier_outputs, keep, recall, recall_begun, stage_state
@@ -59,7 +60,8 @@ def run_pipeline(
     check_needs(config for config in stages if stage_state(config)[0] != "done")
     folder = Path(pipeline.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    device = "cpu" if all(config.runtime.device == "cpu" for config in stages) else "auto"
+    with _locked(folder), warm_pool(device):
         write_manifest(folder, pipeline, stages)
         records, skipped = [], set()
         for number, config in enumerate(stages, 1):

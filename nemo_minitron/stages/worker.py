@@ -21,6 +21,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.launch import RankResult, attach, failure, job_folder, save_result
+from nemo_minitron.runtime.memory import peak_rss_bytes
 from nemo_minitron.runtime.waits import limit_waits
 from nemo_minitron.stages.needs import check_needs
 
@@ -62,13 +63,6 @@ def set_up(config: StageConfig) -> None:
     random.seed(config.runtime.seed)
     np.random.seed(config.runtime.seed % 2**32)
     torch.manual_seed(config.runtime.seed)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size that this process has had."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def execute(stage: str, folder: Path, part: str | None = None) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """One helper for every test that needs several processes: gloo, a time limit, a log for each rank.
 
-The function under test runs in fresh interpreters, which load the test's file by path, activate the CPU layer and call
-it; it finds its rank in the environment as under torchrun. Whatever it returns (JSON-like, or tensors) comes back by
-rank.
+The function under test runs in processes of its own, which load the test's file by path, activate the CPU layer and
+call it; it finds its rank in the environment as under torchrun. Whatever it returns (JSON-like, or tensors) comes back
+by rank. The processes are forked from a parent that has imported what the file needs (:mod:`nemo_minitron.jobs.warm`),
+or are fresh interpreters where that cannot be, and under ``MINITRON_COLD=1``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,10 +25,17 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.jobs.warm import WarmProcess, current_pool
+
 __all__ = ["free_ports", "next_port", "run_distributed"]
 
 TESTS = Path(__file__).resolve().parents[1]
 SPARE_PORTS = 6
+#: What in a test's file shows that its ranks import this much.
+_LEVELS = {
+    "aligner": r"nemo_aligner|nemo_minitron\.alignment|import alignment",
+    "nemo": r"\b(from|import) nemo\b|\blightning\b|distillation\.(recipe|module|training|language_model)|nemo2",
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -64,7 +75,8 @@ def run_distributed(
     out.mkdir(parents=True)
     torch.save(kwargs, out / "kwargs.pt")
     port, *spare = free_ports(1 + SPARE_PORTS)
-    processes = []
+    file = function.__code__.co_filename
+    processes: list[subprocess.Popen[bytes] | WarmProcess] = []
     for rank in range(world):
         env = dict(
             os.environ,
@@ -76,13 +88,10 @@ def run_distributed(
             MASTER_PORT=str(port),
             SPARE_PORTS=" ".join(map(str, spare)),
             OMP_NUM_THREADS="1",
+            TQDM_DISABLE="1",  # as in a stage
             PYTHONPATH=os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         )
-        log = (out / f"rank{rank}.log").open("wb")
-        command = [sys.executable, __file__, function.__code__.co_filename, function.__name__, str(out)]
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=out, start_new_session=True)
-        )
+        processes.append(_start([file, function.__name__, str(out)], env, out, out / f"rank{rank}.log"))
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -97,7 +106,8 @@ def run_distributed(
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if any(codes):
         logs = "\n".join(
@@ -108,6 +118,33 @@ def run_distributed(
         logs = "\n".join(f"--- rank {rank}\n" + _tail(out / f"rank{rank}.log") for rank in range(world))
         raise AssertionError(f"{function.__name__} on {world} processes ran over {timeout} s\n{logs}")
     return [torch.load(out / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _start(args: list[str], env: dict[str, str], out: Path, log: Path) -> subprocess.Popen[bytes] | WarmProcess:
+    """A rank, forked if the session has a pool (tests/conftest.py) and it can."""
+    pool = current_pool()
+    process = pool and pool.start(
+        level_of(Path(args[0])), "support.distributed", args, environment=env, cwd=out, output=log
+    )
+    if process is not None:
+        return process
+    with log.open("wb") as stream:
+        command = [sys.executable, __file__, *args]
+        return subprocess.Popen(
+            command, env=env, stdout=stream, stderr=subprocess.STDOUT, cwd=out, start_new_session=True
+        )
+
+
+@functools.cache
+def level_of(file: Path) -> str:
+    """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that has what a test's file and its helpers import."""
+    text = file.read_text(encoding="utf-8")
+    levels = [level for level, pattern in _LEVELS.items() if re.search(pattern, text)]
+    for name in set(re.findall(r"\bsupport\.(\w+)", text)) - {"distributed"}:
+        helper = TESTS / "support" / f"{name}.py"
+        if helper.exists() and helper != file:
+            levels.append(level_of(helper))
+    return next((level for level in _LEVELS if level in levels), "megatron")
 
 
 def _tail(path: Path, lines: int = 40) -> str:

@@ -11,6 +11,6 @@ COPY recipes /opt/nemo-minitron/recipes
 # Every version that the image holds is a constraint, so that nothing of it is replaced.
 RUN python -m pip list --format=freeze --exclude pip > /opt/nemo-minitron/image.txt
 RUN python -m pip install --no-cache-dir -c /opt/nemo-minitron/image.txt "/opt/nemo-minitron[data,gguf,harness,report]" jsonlines
-# The image came without it from 25.07 on. What it requires of NeMo and Megatron is in the image, under other versions.
+# Not in the image from 25.07 on. --no-deps: its range for Jinja2 must not move the image's.
 RUN python -m pip install --no-cache-dir --no-deps nemo-aligner==0.7.0
 RUN minitron --help > /dev/null

@@ -1,4 +1,4 @@
-"""The Dockerfiles: well-formed, complete, of the versions that the tables name. ``make matrix`` runs their pip lines."""
+"""The Dockerfiles: well-formed and of the versions that the tables name. ``make matrix`` runs their pip lines."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip check
 	@touch $@
 
-matrix:  ## the smoke tests beside each pair of NeMo and Megatron-core that works (NAMES= to choose; gigabytes each)
-	$(PYTHON) tests/matrix/run.py $(NAMES)
+matrix: env  ## the smoke tests beside each known pair of NeMo and Megatron-core (NAMES= chooses; 7 GB at a time)
+	$(BIN)/python tests/matrix/run.py $(NAMES)
 
 demo: env  ## the main job on a real model: import, score, prune, distil, evaluate, export, report
 	$(BIN)/minitron run configs/demo.yaml

@@ -10,3 +10,7 @@ metrics in a file, a resume that works, and plain checkpoints with their chat te
     pairs      preference pairs as Aligner's DPO model takes them
     export     the trained weights as checkpoints
 """
+
+from nemo_minitron.runtime.requirements import require
+
+require("nemo 1", "nemo_aligner", for_="alignment")

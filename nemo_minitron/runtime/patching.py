@@ -17,6 +17,8 @@ from typing import Any
 
 import wrapt
 
+from nemo_minitron.runtime.versions import SUPPORTED, installed, matches
+
 __all__ = ["Patch", "PatchSet"]
 
 _MISSING = object()
@@ -32,6 +34,8 @@ class Patch:
         make: from the original (or None where it is missing) to its replacement.
         why: what the original would do without CUDA, and where.
         optional: the attribute may be missing from the installed version (then it is created).
+        versions: requirement of the releases that need the patch ("megatron-core>=0.13"); None for all. Where the
+            installed one does not fulfil it, the module is left as it is.
         lacking: what must be missing for the patch to be wanted: "cuda", "apex" or "transformer_engine". Without CUDA
             all are; a CUDA machine without Apex, say, wants those that stand for Apex.
     """
@@ -41,6 +45,7 @@ class Patch:
     make: Callable[[Any], Any]
     why: str
     optional: bool = False
+    versions: str | None = None
     lacking: str = "cuda"
 
 
@@ -48,7 +53,7 @@ class PatchSet:
     """A set of patches that is switched on and off as one."""
 
     def __init__(self, patches: Iterable[Patch]) -> None:
-        self.patches = tuple(patches)
+        self.patches = tuple(patch for patch in patches if patch.versions is None or matches(patch.versions))
         self.active = False
         self._applied: list[tuple[Any, str, Any]] = []
         self._hooked: set[str] = set()
@@ -92,8 +97,8 @@ class PatchSet:
             original = inspect.getattr_static(owner, name, _MISSING)
             if original is _MISSING and not patch.optional:
                 raise AttributeError(
-                    f"{patch.module}.{patch.attribute} does not exist in the installed version: "
-                    "the CPU layer was written for the versions in constraints.txt"
+                    f"{patch.module}.{patch.attribute} does not exist in the installed version ({_versions()}): "
+                    "the CPU layer was written for the versions in docs/cluster.md"
                 )
             current = getattr(owner, name, None)
             replacement = patch.make(current)
@@ -111,6 +116,10 @@ class PatchSet:
             return (replacement if self.active else original)(*args, **kwargs)
 
         return switched
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version}" for name in SUPPORTED if (version := installed(name)) is not None)
 
 
 def _importing(module: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
@@ -79,14 +79,26 @@ PARTS: dict[str, Part] = {
 }
 
 
-def faults(modules: Iterable[str], *, for_: str) -> list[str]:
-    """What is missing or too old, a line each; empty where nothing is. Imports none of them.
+def faults(needs: Mapping[str, Iterable[str]]) -> list[str]:
+    """What is missing or too old, a line for each remedy; empty where nothing is. Imports nothing.
 
     Args:
-        modules: keys of :data:`PARTS`.
-        for_: what needs them, as the subject of a sentence: "alignment".
+        needs: keys of :data:`PARTS`, by what needs them: the subject of a sentence ("alignment").
     """
-    return [fault for fault in (_fault(PARTS[module], for_) for module in modules) if fault is not None]
+    subjects: dict[tuple[str, str], list[str]] = {}  # by what is wrong and its remedy: who needs it
+    for subject, modules in needs.items():
+        for module in modules:
+            part = PARTS[module]
+            fault = _fault(part)
+            if fault is not None:
+                subjects.setdefault((fault, part.remedy), []).append(subject)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (fault, remedy), names in subjects.items():
+        lines.setdefault((_joined(names), remedy), []).append(fault)
+    return [
+        f"{names} {'need' if ' and ' in names else 'needs'} {', '.join(wrong)}: {remedy}"
+        for (names, remedy), wrong in lines.items()
+    ]
 
 
 def require(*modules: str, for_: str) -> None:
@@ -99,7 +111,7 @@ def require(*modules: str, for_: str) -> None:
     Raises:
         MissingDependency: naming everything that is missing or too old.
     """
-    found = faults(modules, for_=for_)
+    found = faults({for_: modules})
     if found:
         raise MissingDependency("\n".join(found))
 
@@ -111,18 +123,22 @@ def missing(error: BaseException, *, for_: str) -> MissingDependency | None:
     """
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
-    part = _BY_MODULE.get(error.name.partition(".")[0])
-    fault = None if part is None else _fault(part, for_)
-    return None if fault is None else MissingDependency(fault)
+    name = error.name.partition(".")[0]
+    found = faults({for_: [name]}) if name in _BY_MODULE else []
+    return MissingDependency(found[0]) if found else None
 
 
-def _fault(part: Part, subject: str) -> str | None:
-    wanted = f"{subject} needs {part.distribution}{part.range}"
+def _joined(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _fault(part: Part) -> str | None:
+    wanted = f"{part.distribution}{part.range}"
     if not _there(part.module):
-        return f"{wanted}, which is not installed: {part.remedy}"
+        return f"{wanted} (not installed)"
     version = installed(part.distribution)
     if version is not None and not SpecifierSet(part.range).contains(version, prereleases=True):
-        return f"{wanted}, and {version} is installed: {part.remedy}"
+        return f"{wanted} ({version} is installed)"
     return None
 
 

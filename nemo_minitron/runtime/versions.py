@@ -81,11 +81,11 @@ PAIRS: tuple[Pair, ...] = (
 
 #: What each part of the suite works with, by distribution. Older ones are refused by name; newer ones are tried.
 SUPPORTED: dict[str, str] = {
-    "torch": ">=2.6",
+    "torch": ">=2.7",
     "megatron-core": ">=0.12",
     "nemo-toolkit": ">=2.3",
     "nemo-aligner": ">=0.7",
-    "transformers": ">=4.48",
+    "transformers": ">=4.51",
     "numpy": ">=1.24",
     "lm-eval": ">=0.4.9",
     "datasets": ">=2.19",

@@ -14,8 +14,9 @@ __all__ = ["check_needs", "needs_of"]
 
 _BASE = ("torch", "numpy")
 _MODEL = (*_BASE, "transformers", "megatron")
-_TRAINING = (*_MODEL, "nemo", "lightning", "tensorboard")
-_ALIGNMENT = (*_TRAINING, "nemo 1", "hydra", "nemo_aligner")
+_LIGHTNING = ("lightning", "tensorboard")
+_TRAINING = (*_MODEL, "nemo", *_LIGHTNING)
+_ALIGNMENT = (*_MODEL, "nemo 1", *_LIGHTNING, "hydra", "nemo_aligner")
 
 _NEEDS: dict[str, tuple[str, ...]] = {
     "import": (*_BASE, "transformers"),
@@ -61,12 +62,13 @@ def check_needs(stages: Iterable[StageConfig]) -> None:
     Raises:
         MissingDependency: a line for each package that a stage needs.
     """
-    lines: dict[str, None] = {}
+    needs: dict[str, dict[str, None]] = {}
     for config in stages:
-        kind = "alignment" if "nemo_aligner" in needs_of(config) else config.STAGE
-        lines.update(dict.fromkeys(faults(needs_of(config), for_=f"{kind} ({config.name})")))
-    if lines:
-        raise MissingDependency("\n".join(lines))
+        modules = needs_of(config)
+        subject = "alignment" if "nemo_aligner" in modules else config.STAGE
+        needs.setdefault(subject, {}).update(dict.fromkeys(modules))
+    if found := faults(needs):
+        raise MissingDependency("\n".join(found))
 
 
 def _sources(config: StageConfig) -> list[Any]:

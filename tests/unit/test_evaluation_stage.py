@@ -141,6 +141,6 @@ def test_benchmarks_that_cannot_be_run_are_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.delitem(sys.modules, "nemo_minitron.evaluation.harness", raising=False)
     config = make_config(tmp_path, {}, harness=HarnessConfig(tasks=["arc_easy"]))
     with pytest.raises(
-        MissingDependency, match=r"needs lm-eval>=0.4.9, which is not installed: pip install \"nemo-minitron\[harness\]"
+        MissingDependency, match=r"needs lm-eval>=0.4.9 \(not installed\): pip install \"nemo-minitron\[harness\]"
     ):
         evaluate._benchmarks(config, None, "a", None, [])  # type: ignore[arg-type]

@@ -138,6 +138,7 @@ class _Server:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
+            os.close(reading)
             _as_a_process(lambda: self._become(request, server, writing))
         os.close(writing)
         os.read(reading, 1)

@@ -178,6 +178,23 @@ def test_a_dead_server_ends_its_children_and_is_replaced(act, pool):
     assert ended(act("exit", "5")) == 5
 
 
+def test_signals_for_a_whole_job_do_not_reach_its_server(act, pool):
+    sleeper = act("sleep", "60", level="above")
+    for server in pool._servers.values():
+        for order in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(server.process.pid, order)
+    assert ended(act("exit", "5", level="above")) == 5
+    assert sleeper.poll() is None
+    os.kill(sleeper.pid, signal.SIGUSR1)  # the default of a fresh process
+    assert ended(sleeper) == -signal.SIGUSR1
+
+
+def test_a_machine_with_a_gpu_starts_cold(act, home, monkeypatch, caplog):
+    monkeypatch.setattr(warm, "_DRIVER", home)
+    assert act("exit", "0") is None
+    assert not caplog.records
+
+
 def test_a_server_that_stays_dead_means_a_cold_start(act, pool, monkeypatch, caplog):
     assert ended(act("exit", "0")) == 0
     (server,) = pool._servers.values()

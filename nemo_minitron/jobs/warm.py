@@ -340,7 +340,8 @@ class WarmPool:
 
     def _may_fork(self) -> bool:
         """Whether this machine may have processes on the CPU that fork: a look that is cheap, before torch is asked."""
-        return sys.platform.startswith("linux") and (self.device == "cpu" or not _DRIVER.exists())
+        cpu = self.device == "cpu" or (self.device == "auto" and not _DRIVER.exists())
+        return cpu and sys.platform.startswith("linux")
 
     def server(self, level: str, environment: Mapping[str, str]) -> WarmServer | None:
         """The server of a level for such an environment, started if need be.

@@ -31,7 +31,7 @@ def _warm() -> Iterator[None]:
 
 
 #: Tests of how processes start, each as a user starts it.
-_COLD = ("test_cli", "test_launch", "test_launch_outputs", "test_slurm", "test_wheel")
+_COLD = ("test_cli", "test_launch_outputs", "test_slurm", "test_wheel")
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,7 @@ _FOLDER_VARIABLE = "MINITRON_WARM"
 START_LIMIT = 300.0
 
 _MODULE = "nemo_minitron.jobs.warm_server"
+_DRIVER = Path("/proc/driver/nvidia/version")
 #: Beginnings of the names of variables that some part of the stack reads while it is imported, or the interpreter when
 #: it starts. A server forks only for those that agree with it on all of these.
 _READ_AT_IMPORT = (
@@ -322,9 +323,10 @@ class WarmPool:
             module, args, environment, cwd, output: see :meth:`WarmServer.start`.
 
         Returns:
-            The process, or None if it must start cold; the log says why, unless cold starts were asked for.
+            The process, or None if it must start cold. The log says why, unless cold starts were asked for or this is
+            no machine for others.
         """
-        if is_cold() or os.getpid() != self._pid:
+        if is_cold() or os.getpid() != self._pid or not self._may_fork():
             return None
         try:
             server = self.server(level, environment)
@@ -335,6 +337,11 @@ class WarmPool:
         except WarmUnavailable as error:
             logger.warning("%s starts cold: %s", module, error)
             return None
+
+    def _may_fork(self) -> bool:
+        """Whether this machine may have processes on the CPU that fork: a look that is cheap, before torch is asked."""
+        cpu = self.device == "cpu" or (self.device == "auto" and not _DRIVER.exists())
+        return cpu and sys.platform.startswith("linux")
 
     def server(self, level: str, environment: Mapping[str, str]) -> WarmServer | None:
         """The server of a level for such an environment, started if need be.
@@ -360,10 +367,6 @@ class WarmPool:
 
     def _open(self, name: str, level: str, environment: Mapping[str, str]) -> WarmServer:
         """Connect to the server of a level: one of the process that forked this one, or a new one."""
-        if not sys.platform.startswith("linux"):
-            raise WarmUnavailable(f"{sys.platform} cannot fork safely")
-        if self.device == "auto" and Path("/proc/driver/nvidia/version").exists():
-            raise WarmUnavailable("this machine has a GPU")
         if _FOLDER_VARIABLE in os.environ:
             shared = Path(os.environ[_FOLDER_VARIABLE]) / f"{name}.sock"
             with contextlib.suppress(WarmUnavailable):

@@ -35,6 +35,9 @@ __all__ = ["main"]
 PR_SET_PDEATHSIG = 1
 #: Seconds between two looks whether the process that started the server still lives.
 WATCH = 2.0
+#: Signals that are meant for the children alone. Slurm sends some to every process of a job, also to those that the
+#: children need until they have saved.
+_FOR_CHILDREN = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 #: What a process starts with where nobody seeded torch (``c10::detail::default_rng_seed_val``).
 TORCH_SEED = 67280421310721
 
@@ -78,6 +81,7 @@ class _Server:
         self.woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.descriptors = [self.woken, waker]
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        self.handlers = {order: signal.signal(order, signal.SIG_IGN) for order in _FOR_CHILDREN}
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
@@ -138,6 +142,7 @@ class _Server:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
+            os.close(reading)
             _as_a_process(lambda: self._become(request, server, writing))
         os.close(writing)
         os.read(reading, 1)
@@ -153,6 +158,8 @@ class _Server:
         os.close(writing)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for order, handler in self.handlers.items():
+            signal.signal(order, handler if handler is not None else signal.SIG_DFL)
         self.selector.close()
         self.listener.close()
         for client in self.clients:

@@ -11,13 +11,13 @@ from typing import Any
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.ranks import forked
 from nemo_minitron.jobs.warm import warm_pool
-from nemo_minitron.runtime.launch import RankResult, launch
+from nemo_minitron.runtime.launch import RankResult, Starter, launch
 from nemo_minitron.stages.base import check_output, set_aside, write_record
 from nemo_minitron.stages.earlier import check_goes_on
 from nemo_minitron.stages.job import begin, job_folder_of, write_settings
 from nemo_minitron.stages.needs import check_needs
 
-__all__ = ["level_of", "record_job", "run_stage"]
+__all__ = ["level_of", "record_job", "run_stage", "starter_of"]
 
 #: What the ranks of a stage import, of :data:`~nemo_minitron.jobs.warm.LEVELS`. One that needs more imports it itself.
 _LEVELS = {
@@ -42,6 +42,11 @@ _LEVELS = {
 def level_of(stage: str) -> str:
     """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that a stage's processes are forked from."""
     return _LEVELS.get(stage, "megatron")
+
+
+def starter_of(config: StageConfig) -> Starter | None:
+    """What :func:`~nemo_minitron.runtime.launch.launch` may start a stage's processes by; None where that is CUDA."""
+    return None if config.runtime.device == "cuda" else forked(level_of(config.STAGE))
 
 
 def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
@@ -70,8 +75,8 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
     folder = job_folder_of(config)
     write_settings(config, folder)
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    on_cuda = config.runtime.device == "cuda"
-    pool = warm_pool(config.runtime.device) if config.processes > 1 and not on_cuda else contextlib.nullcontext()
+    starter = starter_of(config)
+    pool = warm_pool(config.runtime.device) if config.processes > 1 and starter else contextlib.nullcontext()
     with set_aside(config), pool:
         begin(config)
         results = launch(
@@ -82,7 +87,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
             threads=config.runtime.threads,
             timeout_minutes=config.runtime.timeout_minutes,
             on_output=on_output,
-            starter=None if on_cuda else forked(level_of(stage)),
+            starter=starter,
         )
         return record_job(config, results, started=started, seconds=time.monotonic() - clock)
 

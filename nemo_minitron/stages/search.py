@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.warm import keep_pool
 from nemo_minitron.runtime.launch import launch
 from nemo_minitron.search import (
     Budget,
@@ -44,6 +45,7 @@ from nemo_minitron.stages.base import (
     peek_shape,
 )
 from nemo_minitron.stages.children import run_child, show_output
+from nemo_minitron.stages.execute import starter_of
 from nemo_minitron.stages.search_ranking import BASE, Work
 from nemo_minitron.stages.search_report import write_results
 
@@ -305,6 +307,7 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
     folder = output / "logs" / work.name
     folder.mkdir(parents=True, exist_ok=True)
     work.save(config, folder)
+    keep_pool(config.runtime.device)
     launch(
         "nemo_minitron.stages.worker",
         ["search", "search_ranking"],
@@ -312,6 +315,7 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
         folder=folder,
         threads=config.runtime.threads,
         on_output=show_output,
+        starter=starter_of(config),
     )
 
 

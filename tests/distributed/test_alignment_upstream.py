@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.distributed import free_ports
+from support.distributed import free_ports, start_rank
+
+from nemo_minitron.jobs.warm import end_process
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = (
@@ -37,8 +37,8 @@ def test_aligners_own_tests_pass_on_two_processes(tmp_path: Path) -> None:
     assert spec is not None and spec.origin is not None
     package = Path(spec.origin).parent
     (port,) = free_ports(1)
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "support.aligner_plugin", "-p", "no:cacheprovider",
+    args = [
+        "-q", "-p", "support.aligner_plugin", "-p", "no:cacheprovider",
         "-c", os.devnull, "--rootdir", str(tmp_path), *(str(package / name) for name in FILES),
         "-k", CHOSEN,
     ]  # fmt: skip
@@ -49,15 +49,14 @@ def test_aligners_own_tests_pass_on_two_processes(tmp_path: Path) -> None:
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS),
             HF_HUB_OFFLINE="1",
         )  # fmt: skip
-        log = (tmp_path / f"rank{rank}.log").open("wb")
-        ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
+        ranks.append(start_rank("aligner", "pytest", args, env, tmp_path, tmp_path / f"rank{rank}.log"))
     deadline = time.monotonic() + 800
     try:
         # A rank that ends early leaves the other in a collective.
         codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in ranks]
     finally:
         for process in ranks:
-            process.kill()
+            end_process(process)
     for rank in range(2):
         text = (tmp_path / f"rank{rank}.log").read_text(errors="replace")
         assert codes[rank] == 0, text[-8000:]

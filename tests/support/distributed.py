@@ -27,7 +27,7 @@ import torch
 
 from nemo_minitron.jobs.warm import WarmProcess, current_pool
 
-__all__ = ["free_ports", "next_port", "run_distributed"]
+__all__ = ["free_ports", "level_of", "next_port", "run_distributed", "start_rank"]
 
 TESTS = Path(__file__).resolve().parents[1]
 SPARE_PORTS = 6
@@ -91,7 +91,8 @@ def run_distributed(
             TQDM_DISABLE="1",  # as in a stage
             PYTHONPATH=os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         )
-        processes.append(_start([file, function.__name__, str(out)], env, out, out / f"rank{rank}.log"))
+        args, log = [file, function.__name__, str(out)], out / f"rank{rank}.log"
+        processes.append(start_rank(level_of(Path(file)), "support.distributed", args, env, out, log))
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -120,18 +121,18 @@ def run_distributed(
     return [torch.load(out / f"result{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _start(args: list[str], env: dict[str, str], out: Path, log: Path) -> subprocess.Popen[bytes] | WarmProcess:
-    """A rank, forked if the session has a pool (tests/conftest.py) and it can."""
+def start_rank(
+    level: str, module: str, args: list[str], env: dict[str, str], cwd: Path, log: Path
+) -> subprocess.Popen[bytes] | WarmProcess:
+    """``python -m module args``, forked if the session has a pool (tests/conftest.py) and it can."""
     pool = current_pool()
-    process = pool and pool.start(
-        level_of(Path(args[0])), "support.distributed", args, environment=env, cwd=out, output=log
-    )
+    process = pool and pool.start(level, module, args, environment=env, cwd=cwd, output=log)
     if process is not None:
         return process
     with log.open("wb") as stream:
-        command = [sys.executable, __file__, *args]
+        command = [sys.executable, "-m", module, *args]
         return subprocess.Popen(
-            command, env=env, stdout=stream, stderr=subprocess.STDOUT, cwd=out, start_new_session=True
+            command, env=env, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True
         )
 
 

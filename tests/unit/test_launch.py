@@ -14,6 +14,7 @@ import pytest
 
 from nemo_minitron.config import ExportConfig, ParallelConfig, RuntimeConfig, ScoreConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, ShapeError
+from nemo_minitron.jobs import warm
 from nemo_minitron.runtime import launch as launching
 from nemo_minitron.runtime.launch import StageCrashError, launch, read_results
 from nemo_minitron.stages import execute
@@ -22,13 +23,29 @@ from nemo_minitron.stages.base import read_record
 TESTS = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def fakes(monkeypatch):
-    """Stages are the fakes of support.fake_worker, in processes of their own."""
+@pytest.fixture(scope="module")
+def pool():
+    """Parents that have imported nothing heavy: the fakes need nothing."""
+    opened = warm.WarmPool(levels={"megatron": warm.Level(("nemo_minitron.stages.worker",), stack=False)})
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True, params=["cold", "forked"])
+def fakes(request, monkeypatch, pool):
+    """Stages are the fakes of support.fake_worker, in processes of their own: fresh ones, or forked."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setattr(warm, "_current", pool)
+    if request.param == "cold":
+        monkeypatch.setenv(warm.COLD_VARIABLE, "1")
+    else:
+        monkeypatch.delenv(warm.COLD_VARIABLE, raising=False)
     monkeypatch.setattr(
         execute, "launch", lambda module, *args, **kwargs: launch("support.fake_worker", *args, **kwargs)
     )
+    yield request.param
+    if request.param == "forked" and "killing_the_launcher" not in request.node.name:
+        assert set(pool._servers) and None not in pool._servers.values()  # it was forked indeed
 
 
 def job(tmp_path: Path, name: str = "work", tensor: int = 1, **runtime: object) -> StageConfig:
@@ -48,12 +65,15 @@ def job(tmp_path: Path, name: str = "work", tensor: int = 1, **runtime: object) 
     )
 
 
-def left_over(folder: Path) -> list[psutil.Process]:
-    """Processes that still belong to a job."""
+def left_over(folder: Path, variable: str = launching.FOLDER_VARIABLE) -> list[psutil.Process]:
+    """Processes that still belong to a job. One that was forked shows the environment of the first parent."""
     found = []
+    assert warm._current is not None
+    for server in warm._current._servers.values():
+        found += psutil.Process(server.process.pid).children()
     for process in psutil.process_iter():
         try:
-            if process.environ().get(launching.FOLDER_VARIABLE) == str(folder) and process.pid != os.getpid():
+            if process.environ().get(variable) == str(folder) and process.pid != os.getpid():
                 found.append(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
@@ -80,7 +100,7 @@ def test_threads_are_given_or_shared(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_through_nemo_run(tmp_path):
+def test_several_processes(tmp_path, fakes):
     config, shown = job(tmp_path, tensor=2), io.BytesIO()
     record = execute.run_stage(config, shown.write)
     assert record["metrics"]["world"] == 2
@@ -88,7 +108,7 @@ def test_several_processes_through_nemo_run(tmp_path):
     assert b"rank 1" not in shown.getvalue()
     folder = execute.job_folder_of(config)
     assert "rank 1 of 2" in (folder / "rank-1.log").read_text()
-    assert (folder / "nemo_run" / "experiments").is_dir()
+    assert (folder / "nemo_run" / "experiments").is_dir() == (fakes == "cold")
     assert not left_over(folder)
 
 
@@ -171,12 +191,15 @@ def test_a_hang_of_several_is_bounded(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_killing_the_launcher_leaves_no_process(tmp_path, tensor):
+def test_killing_the_launcher_leaves_no_process(tmp_path, tensor, fakes):
     folder = tmp_path / "job"
     code = (
         "from pathlib import Path\n"
+        "from nemo_minitron.jobs import ranks, warm\n"
         "from nemo_minitron.runtime.launch import launch\n"
-        f"launch('support.fake_worker', ['score'], world_size={tensor}, folder=Path({str(folder)!r}))\n"
+        "warm._current = warm.WarmPool(levels={'light': warm.Level(('nemo_minitron.stages.worker',), stack=False)})\n"
+        f"launch('support.fake_worker', ['score'], world_size={tensor}, folder=Path({str(folder)!r}),\n"
+        "       starter=ranks.forked('light'))\n"
     )
     import dataclasses
 
@@ -184,15 +207,16 @@ def test_killing_the_launcher_leaves_no_process(tmp_path, tensor):
 
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(job(tmp_path, "hang", tensor))))
-    parent = subprocess.Popen([sys.executable, "-c", code])
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OF_THE_TEST": str(folder)})
     deadline = time.monotonic() + 60
     while len(list(folder.glob("rank-*.log"))) < tensor and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert len(left_over(folder, "OF_THE_TEST")) >= tensor + 1
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    while left_over(folder) and time.monotonic() < deadline:
+    while left_over(folder, "OF_THE_TEST") and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not left_over(folder)
+    assert not left_over(folder, "OF_THE_TEST")
 
 
 def signalled(tmp_path: Path, config: StageConfig, order: signal.Signals, ready: int) -> MinitronError:

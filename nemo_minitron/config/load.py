@@ -24,7 +24,16 @@ from nemo_minitron.config.slurm import SlurmConfig
 from nemo_minitron.config.stages import STAGES, DoctorConfig, PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["find_config", "load", "load_doctor", "load_part", "load_slurm", "load_pipeline", "shipped_slurm", "shipped_configs"]
+__all__ = [
+    "find_config",
+    "load",
+    "load_doctor",
+    "load_part",
+    "load_slurm",
+    "load_pipeline",
+    "shipped_slurm",
+    "shipped_configs",
+]
 
 Part = TypeVar("Part")
 

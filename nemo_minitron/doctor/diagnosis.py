@@ -208,7 +208,9 @@ def _gpu_problems(facts: Facts) -> Iterator[Problem]:
         return
     if facts.gpu_trouble:
         yield Problem(
-            f"no GPU answers ({facts.gpu_trouble})", "look at `nvidia-smi`; stages run on the CPU until then", _COMPUTING
+            f"no GPU answers ({facts.gpu_trouble})",
+            "look at `nvidia-smi`; stages run on the CPU until then",
+            _COMPUTING,
         )
     if not facts.gpus:
         return
@@ -310,13 +312,13 @@ def _room_problems(facts: Facts) -> Iterator[Problem]:
         )
     elif facts.shm_total < SHM_NEEDED:
         yield Problem(
-            f"/dev/shm has {_size(facts.shm_total)}",
+            f"shared memory (/dev/shm) has {_size(facts.shm_total)}",
             "start the container with --ipc=host or --shm-size=16g: NCCL and data workers need it",
             ("several processes",),
         )
     elif facts.shm_free is not None and facts.shm_free < SHM_NEEDED // 4:
         yield Problem(
-            f"/dev/shm has {_size(facts.shm_free)} left",
+            f"shared memory (/dev/shm) has {_size(facts.shm_free)} left",
             "remove what stale processes left there (ls -l /dev/shm)",
             ("several processes",),
         )

@@ -15,7 +15,10 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_minitron.runtime.device import Device
 
 __all__ = ["Job", "main"]
 
@@ -73,23 +76,25 @@ def main(path: Path) -> int:
     events = Path(job.events)
     for check, precision in job.cases:
         _note(events, check, precision, "started")
-        started = time.monotonic()
         try:
-            details = _run(job, check, precision)
+            seconds, details = _run(job, check, precision)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             _note(events, check, precision, "failed", message=_words(error))
             return 1
-        _note(events, check, precision, "done", seconds=time.monotonic() - started, details=details)
+        _note(events, check, precision, "done", seconds=seconds, details=details)
     return 0
 
 
-def _run(job: Job, check: str, precision: str) -> dict[str, Any]:
-    """One case: its values go to a file. Returns the details."""
+def _run(job: Job, check: str, precision: str) -> tuple[float, dict[str, Any]]:
+    """One case: its values go to a file. Returns its seconds, imports not counted, and its details."""
     _set_up(job)
-    from nemo_minitron.doctor.checks import Context, measure, reference_of
+    from nemo_minitron.doctor.checks import Context, measure, module_of, reference_of
     from nemo_minitron.doctor.material import Material
+    from nemo_minitron.runtime.device import here
     from nemo_minitron.runtime.groups import ParallelLayout
+
+    module_of(check)
 
     case, rank = f"{check}-{precision}", os.environ.get("RANK", "0")
     scratch = Path(job.scratch, case)
@@ -102,7 +107,10 @@ def _run(job: Job, check: str, precision: str) -> dict[str, Any]:
         scratch,
         timeout_minutes=job.timeout_minutes,
     )
+    context.details["device"] = device_name(here())
+    started = time.monotonic()
     found = (reference_of if job.reference else measure)(check, context)
+    seconds = time.monotonic() - started
     from safetensors.torch import save
 
     from nemo_minitron.runtime.files import replace_file
@@ -111,7 +119,17 @@ def _run(job: Job, check: str, precision: str) -> dict[str, Any]:
     values.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.contiguous() for name, tensor in found.items()})
     replace_file(values / f"{case}.rank-{rank}.safetensors", content)
-    return context.details
+    return seconds, context.details
+
+
+def device_name(device: Device) -> str:
+    """``"cpu"``, or the GPU's name and whose layers run on it."""
+    if not device.is_cuda:
+        return device.type
+    import torch
+
+    layers = "Transformer Engine's" if device.transformer_engine else "Megatron-core's"
+    return f"{torch.cuda.get_device_name(device.torch)}, {layers} layers"
 
 
 _ready: list[bool] = []
@@ -130,11 +148,12 @@ def _set_up(job: Job) -> None:
 
     log.configure()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if cpu.needed(job.device):
-        cpu.activate()
+    cpu.prepare(job.device)
     random.seed(job.seed)
     np.random.seed(job.seed % 2**32)
     torch.manual_seed(job.seed)
+    import megatron.core.models.gpt  # noqa: F401 - here, and not in the first check's time
+
     _ready.append(True)
 
 

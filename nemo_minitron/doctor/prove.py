@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -385,7 +384,7 @@ def _merged(cases: list[Case], ranks: list[dict[str, Any]]) -> dict[Case, Outcom
 
 
 def _reason(last: Sequence[dict[str, Any] | None], ranks: list[dict[str, Any]]) -> str:
-    """Why a case failed: what came first, a process that was killed before what its peers say of the lost connection."""
+    """Why a case failed: what came first; a process that was killed comes before what its peers say of it."""
     said = sorted(
         (line["time"], rank) for rank, line in enumerate(last) if line is not None and line["event"] == "failed"
     )

@@ -96,7 +96,9 @@ def show_proof(proof: Proof, config: DoctorConfig, console: Console) -> None:
         "sequence_parallel": parallel.sequence_parallel,
     }
     layout = ", ".join(f"{name} {value}" for name, value in sizes.items() if value not in (None, False))
-    table = Table(title=f"{proof.device or 'no device'}, {layout}, against one process on the CPU", title_justify="left")
+    table = Table(
+        title=f"{proof.device or 'no device'}, {layout}, against one process on the CPU", title_justify="left"
+    )
     for heading, justify in (
         ("check", "left"),
         ("precision", "left"),
@@ -176,8 +178,8 @@ def _facts_rows(facts: Facts) -> list[tuple[str, str]]:
         ("kernels", f"Transformer Engine {version('transformer_engine')}, Apex {version('apex')}"),
         (
             "besides",
-            f"transformers {version('transformers')}, Lightning {version('lightning')}, nemo_run {version('nemo_run')}, "
-            f"modelopt {version('modelopt')}, lm-eval {version('lm_eval')}",
+            f"transformers {version('transformers')}, Lightning {version('lightning')}, "
+            f"nemo_run {version('nemo_run')}, modelopt {version('modelopt')}, lm-eval {version('lm_eval')}",
         ),
         ("Slurm", (facts.slurm or "not installed") + (f" ({facts.slurm_trouble})" if facts.slurm_trouble else "")),
         ("processor", f"{facts.cores} {'core' if facts.cores == 1 else 'cores'} of {facts.processor}{bf16}"),

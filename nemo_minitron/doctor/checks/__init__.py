@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from nemo_minitron.doctor.material import Material
     from nemo_minitron.runtime.groups import Groups, ParallelLayout
 
-__all__ = ["CHECKS", "Check", "Context", "Quantity", "Row", "compare", "measure", "reference_of"]
+__all__ = ["CHECKS", "Check", "Context", "Quantity", "Row", "compare", "measure", "module_of", "reference_of"]
 
 
 @dataclass(frozen=True)
@@ -195,19 +196,24 @@ class Row:
         return self.status == "passed"
 
 
+def module_of(name: str) -> ModuleType:
+    """The module of a check, and all that it needs imported."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
 def measure(name: str, context: Context) -> dict[str, torch.Tensor]:
     """Run a check on this rank.
 
     Returns:
         The quantities that this rank holds, on the CPU.
     """
-    found: dict[str, torch.Tensor] = importlib.import_module(f"{__name__}.{name}").run(context)
+    found: dict[str, torch.Tensor] = module_of(name).run(context)
     return found
 
 
 def reference_of(name: str, context: Context) -> dict[str, torch.Tensor]:
     """What :func:`measure` must come near, in this process: one, on the CPU, with a layout of one."""
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = module_of(name)
     found: dict[str, torch.Tensor] = getattr(module, "reference", module.run)(context)
     return found
 

@@ -23,7 +23,7 @@ def run(context: Context) -> dict[str, torch.Tensor]:
     own whatever the number of ranks.
     """
     groups = context.groups()
-    device = next(context.model(context.material.student, groups)[0].parameters()).device
+    device = groups.device.torch
     found: list[dict[str, Any]] = []
     extremes = [1.0, 1.0]
     layout = context.layout
@@ -66,9 +66,7 @@ def reference(context: Context) -> dict[str, torch.Tensor]:
     return {"sum": torch.ones(2)}
 
 
-def _all_reduce(
-    group: Any, count: int, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float, float]:
+def _all_reduce(group: Any, count: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
     """Median seconds of an all-reduce of ``count`` bytes, and the extremes of its result."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     elements = count // dtype.itemsize

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.record import write_record
+from nemo_minitron.distillation.recipe import Schedule, distill
 from nemo_minitron.doctor.checks import Context
 from nemo_minitron.runtime.files import read_json_lines
 
@@ -29,10 +31,6 @@ def reference(context: Context) -> dict[str, torch.Tensor]:
 
 
 def _trained(context: Context, *, stops: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-
-    from nemo_minitron.distillation.recipe import Schedule, distill
-
     material, directory = context.material, context.scratch / "distill"
     batch = material.global_batch_size
     train, validation = material.blocks(STEPS * batch, seed=4), material.blocks(batch, seed=5)

@@ -22,13 +22,12 @@ def run(context: Context) -> dict[str, torch.Tensor]:
     """``logits`` ``[rows, s, V]`` of the teacher."""
     groups, teacher = context.groups(), context.material.teacher
     chunks = context.model(teacher, groups)
-    context.details["device"] = str(next(chunks[0].parameters()).device)
     return {"logits": logits} if (logits := logits_of(chunks, groups, context)) is not None else {}
 
 
 @torch.no_grad()
 def logits_of(chunks: list[Any], groups: Groups, context: Context) -> torch.Tensor | None:
-    """``[rows, s, V]`` float32 on the CPU, on one rank of the last pipeline stage; None elsewhere. Every rank calls it."""
+    """``[rows, s, V]`` float32 on the CPU, on one rank of the last pipeline stage; None elsewhere. Collective."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     # The interleaved schedule wants a multiple of the pipeline's length.

@@ -18,7 +18,7 @@ TEMPERATURE = 2.0
 def run(context: Context) -> dict[str, torch.Tensor]:
     """``kl`` ``[tokens]`` and ``gradient`` ``[tokens, V]`` of the weighted sum over tokens, by the student's logits."""
     groups = context.groups()
-    device = _device(context)
+    device = groups.device.torch
     student, teacher, weights = _logits()
     wide = padded_vocab(VOCABULARY, tensor=context.layout.tensor)
     mine = slice(*(wide // context.layout.tensor * place for place in (groups.tp_rank, groups.tp_rank + 1)))
@@ -56,13 +56,5 @@ def reference(context: Context) -> dict[str, torch.Tensor]:
 def _logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of student and teacher ``[tokens, V]``, whole in bfloat16, and weights of the tokens."""
     generator = torch.Generator().manual_seed(7)
-    student, teacher = (
-        (3 * torch.randn(TOKENS, VOCABULARY, generator=generator)).bfloat16().float() for _ in range(2)
-    )
+    student, teacher = ((3 * torch.randn(TOKENS, VOCABULARY, generator=generator)).bfloat16().float() for _ in range(2))
     return student, teacher, torch.rand(TOKENS, generator=generator)
-
-
-def _device(context: Context) -> torch.device:
-    """Where this process computes: where Megatron puts a model."""
-    chunks = context.model(context.material.student, context.groups())
-    return next(chunks[0].parameters()).device

@@ -6,8 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nemo_minitron.doctor import versions
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from nemo_minitron.doctor.cuda import driver_needed, oldest_gpu
 from nemo_minitron.doctor.facts import Facts
+from nemo_minitron.runtime.requirements import PARTS
+from nemo_minitron.runtime.versions import PAIRS, PINNED, SUPPORTED, WITH_NEMO_1, pair_of
 
 __all__ = ["Ability", "Diagnosis", "Problem", "diagnose"]
 
@@ -92,15 +97,18 @@ _ABILITIES: tuple[tuple[str, str, bool, tuple[str, ...]], ...] = (
     ("several processes", "parallel.*", True, ("torch", "nemo_run")),
     ("Slurm", "run --slurm, doctor --run --slurm", False, ("nemo_run",)),
 )
-_TITLES = {
-    "torch": "torch", "megatron": "Megatron-core", "nemo": "NeMo", "aligner": "NeMo-Aligner", "lightning": "Lightning",
-    "modelopt": "nvidia-modelopt", "nemo_run": "nemo_run", "transformers": "transformers", "lm_eval": "lm-eval",
-}  # fmt: skip
-_DISTRIBUTIONS = {
-    "torch": "torch", "megatron": "megatron-core", "nemo": "nemo-toolkit", "aligner": "nemo-aligner",
-    "lightning": "lightning", "modelopt": "nvidia-modelopt", "nemo_run": "nemo-run", "transformers": "transformers",
-    "lm_eval": "lm-eval",
-}  # fmt: skip
+#: By the names that facts have for them: for people, the distribution, and the key of ``runtime.requirements.PARTS``.
+_PACKAGES: dict[str, tuple[str, str, str | None]] = {
+    "torch": ("torch", "torch", "torch"),
+    "megatron": ("Megatron-core", "megatron-core", "megatron"),
+    "nemo": ("NeMo", "nemo-toolkit", "nemo"),
+    "lightning": ("Lightning", "lightning", "lightning"),
+    "modelopt": ("nvidia-modelopt", "nvidia-modelopt", None),
+    "transformers": ("transformers", "transformers", "transformers"),
+    "nemo_run": ("nemo_run", "nemo-run", "nemo_run"),
+    "aligner": ("NeMo-Aligner", "nemo-aligner", "nemo_aligner"),
+    "lm_eval": ("lm-eval", "lm-eval", "lm_eval"),
+}
 _COMPUTING = ("conversion", "pruning", "distillation", "evaluation", "task accuracy", "alignment", "reinforcement")
 _TRAINING = ("distillation", "alignment", "reinforcement")
 
@@ -114,7 +122,7 @@ def diagnose(facts: Facts) -> Diagnosis:
 def _ability(
     facts: Facts, problems: tuple[Problem, ...], name: str, stages: str, core: bool, packages: tuple[str, ...]
 ) -> Ability:
-    lacking = [_TITLES[package] for package in packages if facts.versions.get(package) is None]
+    lacking = [_PACKAGES[package][0] for package in packages if facts.versions.get(package) is None]
     if lacking:
         return Ability(name, stages, core, "no", f"{', '.join(lacking)} not installed")
     if name == "Slurm" and facts.slurm is None:
@@ -148,52 +156,58 @@ def _problems(facts: Facts) -> Iterator[Problem]:
 
 
 def _python_problems(facts: Facts) -> Iterator[Problem]:
-    oldest, newest = versions.PYTHONS
-    if not oldest <= _numbers(facts.python)[:2] <= newest:
+    if facts.requires_python and not SpecifierSet(facts.requires_python).contains(facts.python, prereleases=True):
         yield Problem(
             f"Python {facts.python}",
-            f"use Python {_dotted(oldest)} to {_dotted(newest)}: the stack does not install on others",
-            blocks=_numbers(facts.python)[:2] < oldest,
+            f"use Python {facts.requires_python}: the stack does not install on others",
+            blocks=True,
         )
 
 
 def _package_problems(facts: Facts) -> Iterator[Problem]:
-    missing = [name for name in _TITLES if facts.versions.get(name) is None]
-    if missing:
-        names = ", ".join(_TITLES[name] for name in missing)
-        wanted = " ".join(_DISTRIBUTIONS[name] for name in missing)
-        users = tuple(ability for ability, _, _, packages in _ABILITIES if set(packages) & set(missing))
-        yield Problem(f"not installed: {names}", f"pip install -c constraints.txt {wanted}", users)
-    nemo, megatron = facts.versions.get("nemo"), facts.versions.get("megatron")
-    if nemo is None or megatron is None:
-        return
-    pair = next((pair for pair in versions.PAIRS if (pair.nemo, pair.megatron) == (nemo, megatron)), None)
-    best = versions.PAIRS[0]
-    if _numbers(nemo) < versions.TOO_OLD:
+    missing: dict[str, list[str]] = {}
+    for name in _PACKAGES:
+        if facts.versions.get(name) is None:
+            missing.setdefault(_remedy(name), []).append(name)
+    for remedy, names in missing.items():
+        yield Problem(f"not installed: {', '.join(_PACKAGES[name][0] for name in names)}", remedy, _users(*names))
+    for name, (title, distribution, _) in _PACKAGES.items():
+        version, wanted = _version(facts, name), SUPPORTED.get(distribution)
+        if version is not None and wanted and not SpecifierSet(wanted).contains(version, prereleases=True):
+            yield Problem(f"{title} {version}, where {wanted} is needed", _remedy(name), _users(name), blocks=True)
+    nemo, megatron = _version(facts, "nemo"), _version(facts, "megatron")
+    if nemo is not None and not SpecifierSet(WITH_NEMO_1).contains(nemo, prereleases=True):
         yield Problem(
-            f"NeMo {nemo} is too old",
-            f"use NeMo {best.nemo} with Megatron-core {best.megatron}",
-            _TRAINING,
-            blocks=True,
-        )
-    elif _numbers(nemo)[:2] >= (2, 5):
-        yield Problem(
-            f"NeMo {nemo} has no NeMo 1 models, which NeMo-Aligner trains",
-            f"use NeMo {best.nemo} with Megatron-core {best.megatron} for alignment",
+            f"NeMo {nemo} lacks the models of NeMo 1, which NeMo-Aligner trains",
+            f"for alignment use NeMo {PINNED.nemo} with Megatron-core {PINNED.megatron}",
             ("alignment", "reinforcement"),
             blocks=True,
         )
-        yield _untested(nemo, megatron, best)
-    elif pair is None or not pair.proven:
-        yield _untested(nemo, megatron, best)
+    if nemo is not None and megatron is not None and pair_of(nemo, megatron) is None:
+        known = ", ".join(f"{pair.nemo} with {pair.megatron}" for pair in PAIRS)
+        yield Problem(
+            f"NeMo {nemo} with Megatron-core {megatron} is not a pair that is tested",
+            f"`minitron doctor --run` tells whether it works; tested: {known}",
+            _COMPUTING,
+        )
 
 
-def _untested(nemo: str, megatron: str, best: versions.Pair) -> Problem:
-    return Problem(
-        f"NeMo {nemo} with Megatron-core {megatron} is not a pair that was tested",
-        f"`minitron doctor --run` tells whether it does; tested: NeMo {best.nemo} with Megatron-core {best.megatron}",
-        _COMPUTING,
-    )
+def _users(*packages: str) -> tuple[str, ...]:
+    """The abilities that need one of these packages."""
+    return tuple(name for name, _, _, needed in _ABILITIES if set(needed) & set(packages))
+
+
+def _remedy(package: str) -> str:
+    key = _PACKAGES[package][2]
+    return PARTS["nemo" if key is None else key].remedy
+
+
+def _version(facts: Facts, package: str) -> Version | None:
+    """A build of NVIDIA's ("2.7.0a0+79aa17489c.nv25.04") counts as the release that it leads to."""
+    try:
+        return Version(Version(facts.versions.get(package) or "").base_version)
+    except InvalidVersion:
+        return None
 
 
 def _gpu_problems(facts: Facts) -> Iterator[Problem]:
@@ -222,8 +236,7 @@ def _gpu_problems(facts: Facts) -> Iterator[Problem]:
             _COMPUTING,
         )
         return
-    major = _numbers(facts.torch_cuda)[0]
-    needed, driver = versions.driver_needed(facts.torch_cuda), facts.gpus[0].driver
+    needed, driver = driver_needed(facts.torch_cuda), facts.gpus[0].driver
     if needed is not None and _numbers(driver) < _numbers(needed):
         yield Problem(
             f"driver {driver} is older than CUDA {facts.torch_cuda} of torch needs ({needed})",
@@ -231,8 +244,8 @@ def _gpu_problems(facts: Facts) -> Iterator[Problem]:
             (*_COMPUTING, "several processes"),
             blocks=True,
         )
-    oldest = versions.OLDEST_GPU.get(major)
-    old = [gpu for gpu in facts.gpus if oldest is not None and _numbers(gpu.compute) < _numbers(str(oldest))]
+    oldest = oldest_gpu(facts.torch_cuda)
+    old = [gpu for gpu in facts.gpus if oldest is not None and _numbers(gpu.compute) < _numbers(oldest)]
     if old:
         yield Problem(
             f"{old[0].name} (compute capability {old[0].compute}) is too old for CUDA {facts.torch_cuda}",
@@ -368,10 +381,6 @@ def _system_problems(facts: Facts) -> Iterator[Problem]:
 def _numbers(version: str) -> tuple[int, ...]:
     """``"2.13.0+cu130"`` -> ``(2, 13, 0)``."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])) or (0,)
-
-
-def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
 
 
 def _size(count: int) -> str:

@@ -71,6 +71,7 @@ class Facts:
 
     Attributes:
         python, executable: of this process.
+        requires_python: versions of Python that this suite is made for, as its metadata say.
         system: kernel and architecture.
         versions: by the names of :data:`PACKAGES`; None where a package is not installed.
         torch_cuda, torch_hip: what torch is built for, or None.
@@ -93,6 +94,7 @@ class Facts:
 
     python: str
     executable: str = sys.executable
+    requires_python: str = ""
     system: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
     torch_cuda: str | None = None
@@ -137,6 +139,7 @@ def gather() -> Facts:
     slurm, slurm_trouble = asked[1].answer() or (None, "")
     return Facts(
         python=platform.python_version(),
+        requires_python=_requires_python(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         versions=versions,
         torch_cuda=cuda,
@@ -178,6 +181,13 @@ def _version(distributions: Iterable[str], module: str) -> str | None:
         if module in ("apex", "transformer_engine") and importlib.util.find_spec(module) is not None:
             return "unknown version"
     return None
+
+
+def _requires_python() -> str:
+    try:
+        return str(metadata.metadata("nemo-minitron")["Requires-Python"] or "")
+    except (metadata.PackageNotFoundError, KeyError):
+        return ""
 
 
 def _torch_build() -> tuple[str | None, str | None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron import axes
+from nemo_minitron.runtime.versions import matches
 from nemo_minitron.shape import Architecture, ModelShape
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def shapes_for(layout: ParallelLayout) -> tuple[ModelShape, ModelShape]:
         vocab_size=VOCABULARY,
     )
     pruned = whole.replace(
-        num_layers=whole.num_layers - 1,  # stages of different lengths
+        num_layers=whole.num_layers - (1 if matches("megatron-core>=0.13") else stages),  # uneven where they may be
         hidden_size=48,
         ffn_hidden_size=4 * width * tensor,
         num_attention_heads=tensor,

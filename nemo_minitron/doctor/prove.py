@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,22 +166,13 @@ def _cases(config: DoctorConfig) -> tuple[list[Case], list[Row]]:
     skipped: list[Row] = []
     for name in config.chosen:
         check = CHECKS[name]
-        lacking = [package for package in check.packages if not _installed(package)]
-        reason = check.refuses(config.parallel) or (f"{', '.join(lacking)} not installed" if lacking else None)
+        reason = check.refuses(config.parallel)
         for precision in config.precision:
             if reason is None:
                 cases.append((name, precision))
             else:
                 skipped.append(Row(name, precision, "", "not run", reason=reason))
     return cases, skipped
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 @dataclass

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.runtime.requirements import faults
+
 if TYPE_CHECKING:
     import torch
 
@@ -64,20 +66,21 @@ class Check:
         title: for people.
         group: checks of one group share their processes.
         quantities: what it must return, by name.
-        packages: distributions that it needs besides torch and Megatron-core; without them it is not run.
+        needs: what it needs besides torch, transformers and Megatron-core, by the keys of
+            :data:`nemo_minitron.runtime.requirements.PARTS`; without them it is not run.
     """
 
     name: str
     title: str
     group: str
     quantities: Mapping[str, Quantity]
-    packages: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def refuses(self, parallel: ParallelConfig) -> str | None:
-        """Why it cannot run under a layout that other checks can."""
+        """Why it cannot run under a layout that other checks can, or with what is installed; None if it can."""
         if self.name == "sft" and parallel.virtual_pipeline is not None:
             return "NeMo-Aligner has no interleaved pipeline schedule (parallel.virtual_pipeline)"
-        return None
+        return "; ".join(faults(self.needs, for_=self.title)) or None
 
 
 _LOGITS = Quantity(1e-4, 5e-2)
@@ -95,7 +98,7 @@ CHECKS: dict[str, Check] = {
         ),
         Check("prune", "live pruning", "core", {"logits": _LOGITS}),
         Check(
-            "convert", "conversion", "core", {"nemo2": _LOGITS, "hf": Quantity(1e-6, 1e-6)}, ("transformers",)
+            "convert", "conversion", "core", {"nemo2": _LOGITS, "hf": Quantity(1e-6, 1e-6)}
         ),
         Check(
             "distill",
@@ -107,14 +110,14 @@ CHECKS: dict[str, Check] = {
                 "validation_kl": _LOSS,
                 "update": Quantity(2e-2, 3e-1, by_norm=True),
             },
-            ("nemo-toolkit", "lightning"),
+            ("nemo", "lightning", "tensorboard"),
         ),
         Check(
             "sft",
             "fine-tuning (SFT)",
             "sft",
             {"loss": _LOSS, "validation_loss": _LOSS, "update": Quantity(2e-2, 3e-1, by_norm=True)},
-            ("nemo-toolkit", "nemo-aligner", "lightning"),
+            ("nemo", "lightning", "tensorboard", "nemo 1", "hydra", "nemo_aligner"),
         ),
     )
 }  # fmt: skip

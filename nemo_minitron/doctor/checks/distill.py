@@ -37,6 +37,12 @@ def _trained(context: Context, *, stops: tuple[int, ...]) -> dict[str, torch.Ten
     student = material.student
     last = None
     for steps in stops:
+        if steps < stops[-1]:
+            tokens = train
+        else:
+            # What a training that goes on has behind it must not be read again: other tokens would change the result.
+            tokens = train.clone()
+            tokens[: batch * (stops[-2] if len(stops) > 1 else 0)] = 5
         unset_num_microbatches_calculator()  # of an earlier training in this process
         # The learning rate is constant, so that the number of steps changes nothing but where the training ends.
         schedule = Schedule(
@@ -52,7 +58,7 @@ def _trained(context: Context, *, stops: tuple[int, ...]) -> dict[str, torch.Ten
             precision=context.trainer_precision,
         )
         last = distill(
-            student, material.teacher, train, validation,
+            student, material.teacher, tokens, validation,
             layout=context.layout, schedule=schedule, directory=directory,
         ).last  # fmt: skip
     assert last is not None

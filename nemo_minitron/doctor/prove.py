@@ -262,6 +262,8 @@ class _Leader:
         """Of a child: a rank as its leader is, of a group that meets elsewhere; or a world of one."""
         env = dict(os.environ)
         env[LAUNCHER_VARIABLE] = f"{os.getpid()}:{psutil.Process().create_time()}"
+        # Transformer Engine multiplies float32 matrices in TF32 (common/gemm/cublaslt_gemm.cu), which keeps ten bits.
+        env.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         # The leaders' own store has other things in it.
         env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         if self.reference or self.ranks.world == 1:

@@ -14,6 +14,9 @@ The tests on a GPU call them one by one::
     found = measure("forward", Context(material, layout, "bfloat16", scratch))  # in this process, on its device
     for row in compare(CHECKS["forward"], "bfloat16", found, expected["forward"]):
         assert row.passed, row
+
+With Transformer Engine, set ``NVIDIA_TF32_OVERRIDE=0`` in the environment for that, as the command does: its float32
+products are TF32 otherwise.
 """
 
 from __future__ import annotations

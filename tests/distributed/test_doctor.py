@@ -13,7 +13,8 @@ import pytest
 
 from nemo_minitron.config import DOCTOR_CHECKS, DoctorConfig, load_doctor
 from nemo_minitron.doctor.checks import CHECKS
-from nemo_minitron.doctor.prove import _RANK_VARIABLES, references
+from nemo_minitron.doctor.lead import RANK_VARIABLES
+from nemo_minitron.doctor.prove import references
 
 TESTS = Path(__file__).resolve().parents[1]
 FAULTS = TESTS / "support" / "doctor_faults"
@@ -22,7 +23,7 @@ CORE = "checks=[allreduce,forward,kl,score,prune,convert]"
 
 def doctor(folder: Path, *words: str, faults: str = "") -> tuple[int, str, dict[str, Any]]:
     """Exit code, output and ``doctor.json``."""
-    env = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+    env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     env["COLUMNS"] = "200"
     if faults:
         env |= {"DOCTOR_FAULTS": faults, "PYTHONPATH": str(FAULTS)}

@@ -19,7 +19,7 @@ from rich.console import Console
 from nemo_minitron.doctor.checks import CHECKS, compare
 from nemo_minitron.doctor.diagnosis import Diagnosis, Problem, diagnose
 from nemo_minitron.doctor.facts import PACKAGES, Facts, Gpu, gather
-from nemo_minitron.doctor.prove import _merged
+from nemo_minitron.doctor.lead import merged
 from nemo_minitron.doctor.show import as_json, show_diagnosis
 
 GIB = 2**30
@@ -300,7 +300,7 @@ def test_what_became_of_the_ranks() -> None:
 
     done = {"seconds": 1.0, "details": {}}
     cases = [("forward", "float32"), ("kl", "float32"), ("score", "float32")]
-    found = _merged(
+    found = merged(
         cases,
         [
             rank(event("forward", "done", **done), event("kl", "failed", 5.0, message="lost"), ended="exit code 1"),
@@ -310,7 +310,7 @@ def test_what_became_of_the_ranks() -> None:
     assert found[("forward", "float32")].seconds == 2.0
     assert found[("kl", "float32")].reason == "rank 1: was killed by X (log: log)"
     assert ("score", "float32") not in found, "the next attempt runs it"
-    first = _merged(
+    first = merged(
         cases[1:],
         [
             rank(event("kl", "failed", 5.0, message="later"), ended="exit code 1"),
@@ -318,5 +318,5 @@ def test_what_became_of_the_ranks() -> None:
         ],
     )
     assert first[("kl", "float32")].reason == "rank 1: first (log: log)"
-    dead = _merged(cases, [rank(ended="ended with exit code 1"), rank(ended="ended with exit code 1")])
+    dead = merged(cases, [rank(ended="ended with exit code 1"), rank(ended="ended with exit code 1")])
     assert list(dead) == cases[:1], "an attempt that came to nothing counts against its first case"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.slurm import job_states, missing, slurm
 
 from nemo_minitron.config import DOCTOR_CHECKS, DoctorConfig, load_doctor
 from nemo_minitron.doctor.checks import CHECKS
@@ -127,6 +131,41 @@ def test_script_for_slurm(tmp_path: Path) -> None:
         assert line in done.stdout
     assert f"{tmp_path}/logs/doctor" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"], "a dry run leaves nothing behind"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {', '.join(missing())} missing")
+def test_a_real_slurm_runs_it_each_time() -> None:
+    home = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))  # pytest's own path is too long for munge's socket
+    (home / "cluster.yaml").write_text(
+        f"account: test\ngpus_per_node: 0\ntasks_per_node: 2\ntime: '00:20:00'\nsignal: null\nretries: 0\n"
+        f"python: {sys.executable}\n"
+    )
+    command = [sys.executable, "-m", "nemo_minitron", "doctor", "--run", "--slurm", "cluster.yaml", "parallel.tensor=2"]
+    settings = ["precision=[float32]", "checks=[forward]", "runtime.threads=1", f"output={home}/found"]
+    made = []
+    try:
+        with slurm(home / "slurm") as env:
+            for _ in range(2):
+                done = subprocess.run(
+                    [*command, *settings], cwd=home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                    timeout=120, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                assert "doctor: job" in done.stdout
+                deadline = time.monotonic() + 240
+                while set(job_states(env).values()) & {"PENDING", "RUNNING", "COMPLETING"}:
+                    assert time.monotonic() < deadline
+                    time.sleep(1)
+                logs = "\n".join(path.read_text()[-2000:] for path in (home / "logs").rglob("*.*o*") if path.is_file())
+                assert set(job_states(env).values()) == {"COMPLETED"}, logs
+                found = json.loads((home / "found" / "doctor.json").read_text())
+                assert passed(found) == {"forward"}
+                made.append(found["seconds"])
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    assert len(set(made)) == 2, "the second job made it anew"
 
 
 @pytest.mark.slow

@@ -21,14 +21,13 @@ from nemo_minitron.config import DoctorConfig
 from nemo_minitron.doctor.checks import CHECKS
 from nemo_minitron.doctor.process import Job
 from nemo_minitron.doctor.ranks import Ranks
+from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.runtime.files import read_json_lines
 from nemo_minitron.runtime.launch import GRACE, LAUNCHER_VARIABLE
 
-__all__ = ["RANK_VARIABLES", "Case", "Leader", "Outcome", "merged"]
+__all__ = ["Case", "Leader", "Outcome", "merged"]
 
 POLL = 0.1
-#: Of the environment: what would make a child take itself for a rank of its leader's group.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 Case = tuple[str, str]
 """A check and a precision."""
@@ -141,9 +140,7 @@ class Leader:
         # The leaders' own store has other things in it.
         env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         if self.reference or self.ranks.world == 1:
-            for name in RANK_VARIABLES:
-                env.pop(name, None)
-            env = {name: value for name, value in env.items() if not name.startswith("TORCHELASTIC_")}
+            env = local_environment(env)
             if self.reference:
                 env["CUDA_VISIBLE_DEVICES"] = ""
             return env

@@ -145,8 +145,10 @@ def _set_up(job: Job) -> None:
     import torch
 
     from nemo_minitron.runtime import cpu, log
+    from nemo_minitron.runtime.waits import limit_waits
 
     log.configure()
+    limit_waits(job.timeout_minutes)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     cpu.prepare(job.device)
     random.seed(job.seed)

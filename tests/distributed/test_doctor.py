@@ -17,7 +17,6 @@ from support.slurm import job_states, missing, slurm
 
 from nemo_minitron.config import DOCTOR_CHECKS, DoctorConfig, load_doctor
 from nemo_minitron.doctor.checks import CHECKS
-from nemo_minitron.doctor.lead import RANK_VARIABLES
 from nemo_minitron.doctor.prove import references
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -27,8 +26,7 @@ CORE = "checks=[allreduce,forward,kl,score,prune,convert]"
 
 def doctor(folder: Path, *words: str, faults: str = "") -> tuple[int, str, dict[str, Any]]:
     """Exit code, output and ``doctor.json``."""
-    env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    env["COLUMNS"] = "200"
+    env = {**os.environ, "COLUMNS": "200"}
     if faults:
         env |= {"DOCTOR_FAULTS": faults, "PYTHONPATH": str(FAULTS)}
     command = [sys.executable, "-m", "nemo_minitron", "doctor", "--run", "output=found", *words]

@@ -245,7 +245,8 @@ def _gpu_problems(facts: Facts) -> Iterator[Problem]:
             blocks=True,
         )
     oldest = oldest_gpu(facts.torch_cuda)
-    old = [gpu for gpu in facts.gpus if oldest is not None and _numbers(gpu.compute) < _numbers(oldest)]
+    known = [(gpu, _numbers(gpu.compute)) for gpu in facts.gpus if gpu.compute is not None]
+    old = [gpu for gpu, compute in known if oldest is not None and compute < _numbers(oldest)]
     if old:
         yield Problem(
             f"{old[0].name} (compute capability {old[0].compute}) is too old for CUDA {facts.torch_cuda}",
@@ -253,7 +254,7 @@ def _gpu_problems(facts: Facts) -> Iterator[Problem]:
             _COMPUTING,
             blocks=True,
         )
-    if any(_numbers(gpu.compute) < (8, 0) for gpu in facts.gpus):
+    if any(compute < (8, 0) for _, compute in known):
         yield Problem(
             "the GPU has no bfloat16 of its own (compute capability below 8.0)",
             "train with precision=32, measure with runtime.dtype=float32",

@@ -56,13 +56,13 @@ SECONDS = 1.5
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as ``nvidia-smi`` tells of it."""
+    """A GPU, as ``nvidia-smi`` tells of it; the compute capability ("9.0") is None where it does not."""
 
     name: str
     memory_bytes: int
     free_bytes: int
     driver: str
-    compute: str
+    compute: str | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Facts:
         system: kernel and architecture.
         versions: by the names of :data:`PACKAGES`; None where a package is not installed.
         torch_cuda, torch_hip: what torch is built for, or None.
-        gpus: of the machine.
+        gpus: of the machine, as far as ``CUDA_VISIBLE_DEVICES`` shows them.
         gpu_trouble: why there are none, where a driver is there.
         nccl: version, or None.
         slurm: version of ``sbatch``, or None where there is none. slurm_trouble: why it gives no answer.
@@ -208,14 +208,22 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     if program is None:
         there = Path("/proc/driver/nvidia/version").exists()
         return (), "a driver is loaded, but nvidia-smi is not installed" if there else ""
-    fields = "name,memory.total,memory.free,driver_version,compute_cap"
-    code, out = _output([program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+    fields = "name,memory.total,memory.free,driver_version"
+    code, out = _output([program, f"--query-gpu={fields},compute_cap", "--format=csv,noheader,nounits"])
+    if code:  # programs of older drivers do not know the last field
+        code, out = _output([program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
     if code:
         return (), (out.splitlines() or ["nvidia-smi gives no answer"])[0]
     found = []
     for line in out.splitlines():
-        name, memory, free, driver, compute = (part.strip() for part in line.split(","))
-        found.append(Gpu(name, _mebibytes(memory), _mebibytes(free), driver, compute))
+        name, memory, free, driver, *compute = (part.strip() for part in line.split(","))
+        known = bool(compute) and compute[0][:1].isdigit()
+        found.append(Gpu(name, _mebibytes(memory), _mebibytes(free), driver, compute[0] if known else None))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():
+        return (), "CUDA_VISIBLE_DEVICES is empty"
+    if visible is not None and all(part.strip().isdigit() for part in visible.split(",")):
+        found = [found[int(part)] for part in visible.split(",") if int(part) < len(found)]
     return tuple(found), ""
 
 

@@ -158,7 +158,7 @@ def _facts_rows(facts: Facts) -> list[tuple[str, str]]:
     torch = version("torch") + ("" if facts.versions.get("torch") is None else f", {build}")
     names = Counter((gpu.name, gpu.memory_bytes, gpu.driver, gpu.compute) for gpu in facts.gpus)
     gpus = [
-        f"{count} x {name}, {_bytes(memory)}, driver {driver}, compute capability {compute}"
+        f"{count} x {name}, {_bytes(memory)}, driver {driver}, compute capability {compute or 'unknown'}"
         for (name, memory, driver, compute), count in names.items()
     ]
     shm = "none" if facts.shm_total is None else f"{_bytes(facts.shm_total)}, {_bytes(facts.shm_free or 0)} free"

@@ -188,6 +188,7 @@ def test_faults_of_a_machine(changes: dict[str, Any], word: str, ability: str, s
         ({"environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}}, "CUDA_DEVICE_MAX_CONNECTIONS=8", False),
         ({"locked_memory": 64 * 2**10}, "memory may be locked", False),
         ({"nccl": None}, "NCCL was not found", False),
+        ({"gpus": (replace(H100, compute=None, driver="450.1"),)}, "driver 450.1 is older", True),
         ({"open_files": 1024}, "1024 open files", False),
     ],
 )
@@ -220,6 +221,28 @@ def test_this_machine_is_looked_at_quickly_and_without_the_stack(tmp_path: Path)
     assert found["sound"] is True
     assert found["facts"]["versions"]["megatron"]
     assert [ability["name"] for ability in found["abilities"]][:3] == ["conversion", "pruning", "distillation"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    program = tmp_path / "nvidia-smi"
+    refuse = 'case "$1" in *compute_cap*) echo "Field is not valid"; exit 2;; esac' if old else ""
+    last = "" if old else ", 9.0"
+    lines = "".join(f"echo 'NVIDIA H100, 81559, 81000, 580.82.07{last}'\n" for _ in range(2))
+    program.write_text(f"#!/bin/sh\n{refuse}\n{lines}echo 'NVIDIA T4, [N/A], [N/A], 580.82.07{last and ', 7.5'}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = gather().gpus
+    assert [gpu.name for gpu in found] == ["NVIDIA H100", "NVIDIA H100", "NVIDIA T4"]
+    assert found[0] == Gpu("NVIDIA H100", 81559 * 2**20, 81000 * 2**20, "580.82.07", None if old else "9.0")
+    assert found[2].memory_bytes == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert len(gather().gpus) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gather().gpu_trouble == "CUDA_VISIBLE_DEVICES is empty"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert gather().gpu_trouble == "NVIDIA-SMI has failed"
 
 
 def test_facts_of_this_machine() -> None:

@@ -14,11 +14,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import ConfigError, MinitronError
+
+if TYPE_CHECKING:
+    from nemo_minitron.config import StageConfig
 
 __all__ = ["app", "main"]
 
@@ -63,6 +66,7 @@ _HELP = {
     "evaluate": "Held-out loss and sample answers of several models.",
     "export": "Write a model as Hugging Face, NeMo 2 or .nemo, and check it.",
     "report": "Write index.html and report.md of a run.",
+    "doctor": "Say what this machine has and what works on it; with --run, prove it.",
 }
 
 
@@ -76,7 +80,7 @@ def _stage_command(stage: str) -> None:
 
 
 for _stage in _HELP:
-    if _stage not in ("generate", "report"):
+    if _stage not in ("generate", "report", "doctor"):
         _stage_command(_stage)
 
 
@@ -129,6 +133,54 @@ def generate(
             values = parse_attribute_string(attributes)
             settings.append("attributes={" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}")
         _run_stage("generate", config, settings, dry_run, overwrite)
+
+
+@app.command("doctor", help=_HELP["doctor"])
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="Of --run: YAML file, and settings that win over it: parallel.tensor=8 output=checked.",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run every part of the suite on a tiny model, against one CPU process.")
+    ] = False,
+    slurm: Annotated[
+        str | None, typer.Option(metavar="FILE", help="With --run: on a cluster; with --dry-run, print the script.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Without --run: write what was found.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Look at this machine."""
+    with _exit_codes():
+        from rich.console import Console
+
+        settings = list(words or [])
+        if not run:
+            from nemo_minitron.doctor.show import look
+
+            if settings or slurm is not None or dry_run:
+                raise ConfigError("doctor: settings, --slurm and --dry-run belong to --run; add it, or leave them out")
+            if not look(Console(), json_file):
+                raise typer.Exit(1)
+            return
+        if json_file is not None:
+            raise ConfigError("doctor --run: the results go to doctor.json in output=...; leave --json out")
+        from nemo_minitron.config import load_doctor, load_slurm
+
+        config = load_doctor(settings)
+        if slurm is None:
+            _run_config(config, "doctor", dry_run)
+            return
+        cluster = load_slurm(slurm)
+        from nemo_minitron.stages.doctor import submit_doctor
+
+        submit_doctor(config, cluster, dry_run=dry_run, console=Console())
 
 
 @app.command("run", help="Run a pipeline of stages; what is done already is kept.")
@@ -227,12 +279,16 @@ def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overw
     config = load(stage, path, overrides)
     if overwrite:
         config = dataclasses.replace(config, overwrite=True)
+    _run_config(config, path, dry_run)
+
+
+def _run_config(config: StageConfig, source: str, dry_run: bool) -> None:
     if dry_run:
         from rich.console import Console
 
         from nemo_minitron.stages.plan import show_plans
 
-        show_plans([config], Console(), path, alone=True)
+        show_plans([config], Console(), source, alone=True)
         return
     from nemo_minitron.stages.execute import run_stage
 

@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "FailedChecksError",
     "MinitronError",
     "MissingDependency",
     "NonFiniteError",
@@ -70,6 +71,12 @@ class PreemptedError(MinitronError):
 
 class MissingDependency(MinitronError):
     """A package that this job needs is not installed."""
+
+
+class FailedChecksError(MinitronError):
+    """``minitron doctor``: what was checked on this machine does not hold."""
+
+    exit_code = 1
 
 
 def faults_message(faults: list[str], source: str | None) -> str:

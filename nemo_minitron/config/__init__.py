@@ -8,6 +8,7 @@ that a configuration error answers at once.
 from nemo_minitron.config.load import (
     find_config,
     load,
+    load_doctor,
     load_part,
     load_pipeline,
     load_slurm,
@@ -40,12 +41,14 @@ from nemo_minitron.config.parts import (
 )
 from nemo_minitron.config.slurm import SlurmConfig
 from nemo_minitron.config.stages import (
+    DOCTOR_CHECKS,
     STAGES,
     AlignConfig,
     CacheConfig,
     CorrectConfig,
     DepthConfig,
     DistillConfig,
+    DoctorConfig,
     DpoConfig,
     EvaluateConfig,
     ExportConfig,
@@ -73,6 +76,7 @@ __all__ = [
     "RewardConfig",
     "Steerlm2Config",
     "SteerlmConfig",
+    "DOCTOR_CHECKS",
     "STAGES",
     "AggregationConfig",
     "AlignConfig",
@@ -89,6 +93,7 @@ __all__ = [
     "DepthChoiceConfig",
     "DepthConfig",
     "DistillConfig",
+    "DoctorConfig",
     "DpoConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -118,6 +123,7 @@ __all__ = [
     "VocabularyConfig",
     "find_config",
     "load",
+    "load_doctor",
     "load_part",
     "load_slurm",
     "load_pipeline",

@@ -21,10 +21,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from nemo_minitron.config.slurm import SlurmConfig
-from nemo_minitron.config.stages import STAGES, PipelineConfig, StageConfig
+from nemo_minitron.config.stages import STAGES, DoctorConfig, PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["find_config", "load", "load_part", "load_slurm", "load_pipeline", "shipped_slurm", "shipped_configs"]
+__all__ = [
+    "find_config",
+    "load",
+    "load_doctor",
+    "load_part",
+    "load_slurm",
+    "load_pipeline",
+    "shipped_slurm",
+    "shipped_configs",
+]
 
 Part = TypeVar("Part")
 
@@ -119,6 +128,21 @@ def load_part(part: type[Part], overrides: Sequence[str]) -> Part:
     found: Part = _Reader(file).read(part, file.values, ())
     file.raise_faults()
     return found
+
+
+def load_doctor(words: Sequence[str]) -> DoctorConfig:
+    """The configuration of ``minitron doctor --run``: overrides alone, or a file before them.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    config: StageConfig
+    if words and "=" not in words[0]:
+        config = load(DoctorConfig.STAGE, words[0], words[1:])
+    else:
+        config = load_part(DoctorConfig, words)
+    assert isinstance(config, DoctorConfig)
+    return config
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[PipelineConfig, list[StageConfig]]:

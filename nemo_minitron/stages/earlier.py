@@ -39,10 +39,13 @@ def stage_state(config: StageConfig) -> tuple[str, list[str]]:
     """How far a stage is.
 
     Returns:
-        "done"; "changed" with what differs from the record; "unfinished" (an output without a record); "begun" (one
-        that could be gone on with, if it had not been begun with other settings, and which); or "new".
+        "done"; "changed" with what differs from the record; "unfinished" (an output without a record, or of a stage
+        that is always made anew); "begun" (one that could be gone on with, if it had not been begun with other
+        settings, and which); or "new".
     """
     record = read_record(config.output)
+    if config.REPEATS:
+        return ("unfinished" if Path(config.output).exists() else "new"), []
     if not Path(config.output).exists():
         return ("new", []) if record is None else ("changed", ["the output is gone"])
     if record is not None:

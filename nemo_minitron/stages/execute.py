@@ -23,6 +23,7 @@ __all__ = ["level_of", "record_job", "run_stage", "starter_of"]
 _LEVELS = {
     "correct": "nemo",
     "distill": "nemo",
+    "doctor": "torch",
     "dpo": "aligner",
     "export": "torch",
     "import": "nemo",

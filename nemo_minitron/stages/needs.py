@@ -31,6 +31,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "evaluate": _MODEL,
     "export": _BASE,
     "report": (*_BASE, "matplotlib"),
+    "doctor": _MODEL,  # what single checks need besides, they lack
     "sft": _ALIGNMENT,
     "dpo": _ALIGNMENT,
     "reward": _ALIGNMENT,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import STAGES, load, load_pipeline, load_slurm
+from nemo_minitron.config import STAGES, load, load_doctor, load_pipeline, load_slurm
 from nemo_minitron.stages.costs import read_cluster, read_subject, trainings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,13 @@ def test_command(page: str, line: str) -> None:
         return
     stage, *rest = words
     if stage in ("--help", "--version", "status"):
+        return
+    if stage == "doctor":
+        words = [word for word in rest if not word.startswith("--")]
+        if "--slurm" in rest:
+            load_slurm(rest[rest.index("--slurm") + 1])
+            words.remove(rest[rest.index("--slurm") + 1])
+        load_doctor(words)
         return
     if stage == "plan":
         settings = [word for word in rest if "=" in word]

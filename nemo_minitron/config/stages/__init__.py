@@ -10,6 +10,7 @@ from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.stages.cache import CacheConfig
 from nemo_minitron.config.stages.checkpoints import ExportConfig, ImportConfig
 from nemo_minitron.config.stages.distillation import CorrectConfig, DistillConfig
+from nemo_minitron.config.stages.doctor import DOCTOR_CHECKS, DoctorConfig
 from nemo_minitron.config.stages.evaluation import EvaluateConfig, ReportConfig
 from nemo_minitron.config.stages.generation import GenerateConfig
 from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, TokensConfig
@@ -49,6 +50,7 @@ STAGES: dict[str, type[StageConfig]] = {
         ExportConfig,
         EvaluateConfig,
         ReportConfig,
+        DoctorConfig,
     )
 }
 
@@ -60,6 +62,8 @@ __all__ = [
     "Steerlm2Config",
     "SteerlmConfig",
     "AlignConfig",
+    "DOCTOR_CHECKS",
+    "DoctorConfig",
     "CacheConfig",
     "CorrectConfig",
     "DepthConfig",

@@ -34,6 +34,8 @@ class StageConfig:
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
     #: The output holds the outputs of stages of their own, each with its record.
     LEADS: ClassVar[bool] = False
+    #: Each run is made anew: an output of the same settings and inputs is not what this one would be.
+    REPEATS: ClassVar[bool] = False
     #: Of a training, the settings (``parallel`` for all below it) that one may change and still go on with what was
     #: begun. None: the stage itself finds out what of its output it can go on with, or does not go on at all.
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None

@@ -1,0 +1,57 @@
+"""The stage that proves the suite on a machine: what ``minitron doctor --run`` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from nemo_minitron.config.parts import DTYPES, ParallelConfig, positive
+from nemo_minitron.config.stages.base import StageConfig
+
+__all__ = ["DOCTOR_CHECKS", "DoctorConfig"]
+
+DOCTOR_CHECKS = ("allreduce", "forward", "kl", "score", "prune", "convert", "distill", "sft")
+"""The checks, in the order in which they run."""
+
+
+@dataclass
+class DoctorConfig(StageConfig):
+    """Run every part of the suite on a tiny random model and compare it with one process on the CPU.
+
+    Attributes:
+        output: directory of ``doctor.json``.
+        overwrite: on by default: the machine is checked anew each time.
+        precision: of the model in each check, "float32" and "bfloat16"; of trainings, "32" and "bf16-mixed".
+        checks: which to run; empty for all.
+        minutes: a check that takes longer has failed.
+        parallel: layout to prove.
+    """
+
+    STAGE: ClassVar[str] = "doctor"
+    REPEATS: ClassVar[bool] = True
+
+    output: str = "doctor"
+    overwrite: bool = True
+    precision: list[str] = field(default_factory=lambda: list(DTYPES))
+    checks: list[str] = field(default_factory=list)
+    minutes: float = 10.0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The checks to run, in order."""
+        return tuple(name for name in DOCTOR_CHECKS if not self.checks or name in self.checks)
+
+    def faults(self) -> list[str]:
+        """Unknown precisions and checks, no time."""
+        found = [
+            f"precision: {one!r} must be one of {', '.join(DTYPES)}" for one in self.precision if one not in DTYPES
+        ]
+        if not self.precision:
+            found.append(f"precision: none is given; choose of {', '.join(DTYPES)}")
+        found += [
+            f"checks: {one!r} must be one of {', '.join(DOCTOR_CHECKS)}"
+            for one in self.checks
+            if one not in DOCTOR_CHECKS
+        ]
+        return [*found, *positive(self, "minutes")]

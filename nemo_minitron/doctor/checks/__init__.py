@@ -1,0 +1,276 @@
+"""The checks of ``minitron doctor --run``: what each runs, and how near it must come to one process on the CPU.
+
+A check is a module of this package with a function ``run(context) -> {quantity: tensor}``, which every rank of the
+layout calls; a rank returns what it holds (whole tensors, on the CPU), the others nothing. Where it has a function
+``reference(context)``, that one makes the reference, else ``run`` does: in one process, on the CPU, in float32.
+:data:`CHECKS` says what belongs to each; nothing here imports torch before it is needed.
+
+The tests on a GPU call them one by one::
+
+    from nemo_minitron.doctor.checks import CHECKS, Context, compare, measure
+    from nemo_minitron.doctor.prove import references
+
+    expected = references(["forward"], folder)      # a process of its own, on the CPU
+    found = measure("forward", Context(material, layout, "bfloat16", scratch))  # in this process, on its device
+    for row in compare(CHECKS["forward"], "bfloat16", found, expected["forward"]):
+        assert row.passed, row
+
+With Transformer Engine, set ``NVIDIA_TF32_OVERRIDE=0`` in the environment for that, as the command does: its float32
+products are TF32 otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.runtime.requirements import faults
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.checkpoints.base import Checkpoint
+    from nemo_minitron.config import ParallelConfig
+    from nemo_minitron.doctor.material import Material
+    from nemo_minitron.runtime.groups import Groups, ParallelLayout
+
+__all__ = ["CHECKS", "Check", "Context", "Quantity", "Row", "compare", "measure", "module_of", "reference_of"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number, or tensor, that a check measures.
+
+    Attributes:
+        float32, bfloat16: largest difference that is allowed in each precision, relative to the reference.
+        by_norm: the difference is ``|a - b| / |b|`` in the Euclidean norm; otherwise ``max |a - b| / max |b|``.
+    """
+
+    float32: float
+    bfloat16: float
+    by_norm: bool = False
+
+    def tolerance(self, precision: str) -> float:
+        """That of a precision."""
+        return float(getattr(self, precision))
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check.
+
+    Attributes:
+        name: of its module and in ``checks=[...]``.
+        title: for people.
+        group: checks of one group share their processes.
+        quantities: what it must return, by name.
+        needs: what it needs besides torch, transformers and Megatron-core, by the keys of
+            :data:`nemo_minitron.runtime.requirements.PARTS`; without them it is not run.
+    """
+
+    name: str
+    title: str
+    group: str
+    quantities: Mapping[str, Quantity]
+    needs: tuple[str, ...] = ()
+
+    def refuses(self, parallel: ParallelConfig) -> str | None:
+        """Why it cannot run under a layout that other checks can, or with what is installed; None if it can."""
+        if self.name == "sft" and parallel.virtual_pipeline is not None:
+            return "NeMo-Aligner has no interleaved pipeline schedule (parallel.virtual_pipeline)"
+        return "; ".join(faults(self.needs, for_=self.title)) or None
+
+
+_LOGITS = Quantity(1e-4, 5e-2)
+_SCORE = Quantity(1e-4, 5e-2)
+_LOSS = Quantity(1e-4, 2e-2)
+
+CHECKS: dict[str, Check] = {
+    check.name: check
+    for check in (
+        Check("allreduce", "all-reduce", "core", {"sum": Quantity(0.0, 0.0)}),
+        Check("forward", "forward logits", "core", {"logits": _LOGITS}),
+        Check("kl", "KL and its gradient", "core", {"kl": Quantity(1e-5, 1e-2), "gradient": Quantity(1e-5, 1e-2)}),
+        Check(
+            "score", "scoring", "core", dict.fromkeys(("ffn", "heads", "groups", "hidden", "layers"), _SCORE)
+        ),
+        Check("prune", "live pruning", "core", {"logits": _LOGITS}),
+        Check(
+            "convert", "conversion", "core", {"nemo2": _LOGITS, "hf": Quantity(1e-6, 1e-6)}
+        ),
+        Check(
+            "distill",
+            "distillation, saved and resumed",
+            "distill",
+            {
+                "kl": _LOSS,
+                "grad_norm": Quantity(1e-3, 5e-2),
+                "validation_kl": _LOSS,
+                "update": Quantity(2e-2, 3e-1, by_norm=True),
+            },
+            ("nemo", "lightning", "tensorboard"),
+        ),
+        Check(
+            "sft",
+            "fine-tuning (SFT)",
+            "sft",
+            {"loss": _LOSS, "validation_loss": _LOSS, "update": Quantity(2e-2, 3e-1, by_norm=True)},
+            ("nemo", "lightning", "tensorboard", "nemo 1", "hydra", "nemo_aligner"),
+        ),
+    )
+}  # fmt: skip
+"""By name, in the order in which they run."""
+
+
+@dataclass
+class Context:
+    """What a check gets.
+
+    Attributes:
+        material: models and tokens; the same on every rank, and for the reference.
+        layout: of the processes that run.
+        precision: "float32" or "bfloat16".
+        scratch: empty directory that all ranks see.
+        timeout_minutes: of a collective.
+        details: what the check has to tell beside its quantities; JSON values.
+    """
+
+    material: Material
+    layout: ParallelLayout
+    precision: str
+    scratch: Path
+    timeout_minutes: float = 10.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    @property
+    def trainer_precision(self) -> str:
+        """As trainings call it."""
+        return "bf16-mixed" if self.precision == "bfloat16" else "32"
+
+    def groups(self) -> Groups:
+        """The process groups, made by the first check of the process."""
+        from nemo_minitron.runtime.groups import initialize
+
+        return initialize(self.layout, timeout_minutes=self.timeout_minutes)
+
+    def model(self, checkpoint: Checkpoint, groups: Groups) -> list[Any]:
+        """This rank's chunks of a model, filled."""
+        from nemo_minitron.checkpoints import load_into
+        from nemo_minitron.runtime.model import build_model
+
+        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=self.dtype)
+        load_into(chunks, checkpoint, groups)
+        return chunks
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of a check in one precision, against the reference.
+
+    Attributes:
+        check, precision, quantity: which.
+        status: "passed", "failed" or "not run".
+        difference, tolerance: relative; None where there is nothing to compare.
+        seconds: that the check took on its slowest rank, all quantities together.
+        reason: of a check that failed or was not run.
+    """
+
+    check: str
+    precision: str
+    quantity: str
+    status: str
+    difference: float | None = None
+    tolerance: float | None = None
+    seconds: float | None = None
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """It ran, and is near enough."""
+        return self.status == "passed"
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a check, and all that it needs imported."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def measure(name: str, context: Context) -> dict[str, torch.Tensor]:
+    """Run a check on this rank.
+
+    Returns:
+        The quantities that this rank holds, on the CPU.
+    """
+    found: dict[str, torch.Tensor] = module_of(name).run(context)
+    return found
+
+
+def reference_of(name: str, context: Context) -> dict[str, torch.Tensor]:
+    """What :func:`measure` must come near, in this process: one, on the CPU, with a layout of one."""
+    module = module_of(name)
+    found: dict[str, torch.Tensor] = getattr(module, "reference", module.run)(context)
+    return found
+
+
+def compare(
+    check: Check,
+    precision: str,
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    *,
+    seconds: float | None = None,
+) -> list[Row]:
+    """Hold what a check measured against its reference.
+
+    Args:
+        check: which.
+        precision: of ``found``.
+        found, expected: tensors by quantity.
+        seconds: that the check took.
+
+    Returns:
+        A row for each quantity of the check. One that is missing, of another shape or not finite has failed.
+    """
+    rows = []
+    for name, quantity in check.quantities.items():
+        tolerance = quantity.tolerance(precision)
+        difference, reason = None, ""
+        if name not in found or name not in expected:
+            reason = f"{'the check' if name not in found else 'the CPU reference'} has no {name}"
+        elif found[name].shape != expected[name].shape:
+            reason = f"has shape {list(found[name].shape)}, on the CPU {list(expected[name].shape)}"
+        else:
+            difference = _difference(found[name], expected[name], by_norm=quantity.by_norm)
+            if not math.isfinite(difference):
+                reason = "is not finite"
+            elif difference > tolerance:
+                reason = f"differs from the CPU by {difference:.2g}, {tolerance:.0e} is allowed"
+        status = "failed" if reason else "passed"
+        if difference is not None and not math.isfinite(difference):
+            difference = None
+        rows.append(Row(check.name, precision, name, status, difference, tolerance, seconds, reason))
+    return rows
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor, *, by_norm: bool) -> float:
+    """Relative difference; infinite or NaN where either is."""
+    ours, theirs = found.double(), expected.double()
+    if by_norm:
+        apart, scale = (ours - theirs).norm(), theirs.norm()
+    else:
+        apart, scale = (ours - theirs).abs().max(), theirs.abs().max()
+    if float(scale) == 0.0:
+        return 0.0 if float(apart) == 0.0 else math.inf
+    return float(apart / scale)

@@ -28,9 +28,7 @@ class Sizes:
 
 SMALL = Sizes(ModelShape(4, 96, 256, 8, 4, 16, 500), ModelShape(5, 128, 320, 8, 4, 16, 500), 2, 64, 3)
 #: Some 3 GiB in float32: beside them what CUDA's libraries allocate for themselves is small.
-LARGE = Sizes(
-    ModelShape(12, 1024, 2816, 16, 8, 64, 32000), ModelShape(14, 1280, 3456, 20, 10, 64, 32000), 2, 512, 3
-)
+LARGE = Sizes(ModelShape(12, 1024, 2816, 16, 8, 64, 32000), ModelShape(14, 1280, 3456, 20, 10, 64, 32000), 2, 512, 3)
 CONSTANTS: dict[str, dict[str, Any]] = {"nemotron": {"rotary_percent": 0.5}}
 
 

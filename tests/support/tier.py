@@ -65,12 +65,11 @@ def environment(device: str, spec: str = "local") -> dict[str, str]:
 
 @contextmanager
 def one_process(device: str) -> Iterator[Any]:
-    """In this process: the CPU layer, where the device is the CPU, and groups of one."""
+    """In this process: the stack made ready for the device, and groups of one."""
     from nemo_minitron.runtime import cpu
     from nemo_minitron.runtime.groups import ParallelLayout, destroy, initialize
 
-    if cpu.needed(device):
-        cpu.activate()
+    cpu.prepare(device)
     try:
         yield initialize(ParallelLayout())
     finally:
@@ -173,6 +172,7 @@ def missing(*modules: str) -> str:
 
 def layer_specs(device: str) -> list[Any]:
     """The layer specifications that this device can have, as parameters of a test."""
+    if device == "cpu":  # Transformer Engine is for CUDA alone
+        return ["local"]
     absent = missing("transformer_engine")
-    reason = "Transformer Engine runs on CUDA alone" if device == "cpu" else absent
-    return ["local", pytest.param("transformer_engine", marks=pytest.mark.skipif(bool(reason), reason=reason))]
+    return ["local", pytest.param("transformer_engine", marks=pytest.mark.skipif(bool(absent), reason=absent))]

@@ -6,6 +6,7 @@ Everything returned is on the CPU.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -154,12 +155,16 @@ def whole_logits(chunk: Any, ids: torch.Tensor, groups: Any, vocab: int) -> torc
     return torch.cat(everyone, -1)[..., :vocab].cpu()
 
 
-def step_case(groups: Any, dtype: str, kind: str) -> dict[str, torch.Tensor]:
+def step_case(groups: Any, dtypes: list[str], kinds: list[str]) -> dict[str, dict[str, torch.Tensor]]:
     """Three optimizer steps of distillation by Megatron's own schedule and optimizer, without NeMo.
 
     Returns:
-        The losses ``[3]``, and the student's parameters after the last step.
+        ``dtype/kind`` -> the losses ``[3]``, and the student's parameters after the last step.
     """
+    return {f"{dtype}/{kind}": _steps(groups, dtype, kind) for dtype in dtypes for kind in kinds}
+
+
+def _steps(groups: Any, dtype: str, kind: str) -> dict[str, torch.Tensor]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -219,8 +224,16 @@ def step_case(groups: Any, dtype: str, kind: str) -> dict[str, torch.Tensor]:
     return {"losses": torch.stack(losses), **after}
 
 
-def intermediate_case(groups: Any, dtype: str) -> dict[str, torch.Tensor]:
-    """Losses between states inside teacher and student, attached to the live student by hooks: values and gradients."""
+def intermediate_case(groups: Any, dtypes: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses between states inside teacher and student, attached to the live student by hooks.
+
+    Returns:
+        dtype -> means of the losses, and gradients of the student's parameters.
+    """
+    return {dtype: _intermediate(groups, dtype) for dtype in dtypes}
+
+
+def _intermediate(groups: Any, dtype: str) -> dict[str, torch.Tensor]:
     from nemo_minitron.checkpoints.live import canonical_parameters
     from nemo_minitron.config import IntermediateConfig
     from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
@@ -261,13 +274,30 @@ def intermediate_case(groups: Any, dtype: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def memory_case(groups: Any, dtype: str, distilled: bool, recompute: str, large: bool) -> dict[str, float]:
-    """Most bytes of an optimizer step, and what the planner says of it."""
+def memory_case(groups: Any, runs: list[tuple[str, bool, str]], large: bool) -> list[dict[str, float]]:
+    """Most bytes of an optimizer step, and what the planner says of it.
+
+    Args:
+        groups: of one process.
+        runs: dtype, whether a teacher is there, and what is computed again, of each.
+        large: sizes for a device.
+    """
     from support.peak import estimate_and_peak
 
-    fused = os.environ["MINITRON_LAYER_SPEC"] == "transformer_engine"
-    how: dict[str, Any] = {"distilled": distilled, "recompute": recompute, "large": large, "fused": fused}
-    return estimate_and_peak(groups, getattr(torch, dtype), **how)
+    found = []
+    for dtype, distilled, recompute in runs:
+        found.append(
+            estimate_and_peak(
+                groups,
+                getattr(torch, dtype),
+                distilled=distilled,
+                recompute=recompute,
+                large=large,
+                fused=os.environ["MINITRON_LAYER_SPEC"] == "transformer_engine",
+            )
+        )
+        gc.collect()
+    return found
 
 
 def _main() -> None:
@@ -275,8 +305,7 @@ def _main() -> None:
     from nemo_minitron.runtime import cpu
 
     torch.set_num_threads(1)
-    if cpu.needed(device):
-        cpu.activate()
+    cpu.prepare(device)
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
     groups = initialize(ParallelLayout(tensor=int(world)))

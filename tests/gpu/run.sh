@@ -20,6 +20,10 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 started=$(date +%s)
 "$python" -m venv --system-site-packages "$scratch/venv" || exit 2
+# A torch that lies in an environment of its own is not among the interpreter's own packages.
+"$scratch/venv/bin/python" -c 'import torch' 2>/dev/null ||
+    "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+        > "$("$scratch/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torch.pth"
 # What torch needs is there already; everything else comes from the folder, or this fails.
 "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" \
     "$wheels"/*.whl > "$out/install.log" 2>&1 || { tail -5 "$out/install.log" >&2; exit 2; }

@@ -76,8 +76,12 @@ STAGES: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
         ("import", "prune"), NEMO,
     ),
     "correct": ({"model": "{cpu}/import", **TRAINING}, ("import",), NEMO),
-    "sft": ({"model": "{cpu}/import", "data": {"path": "{home}/chats.jsonl", **CHATS}, **ALIGNMENT}, ("import",), ALIGNER),
-    "dpo": ({"model": "{cpu}/import", "data": {"path": "{home}/pairs.jsonl", **CHATS}, **ALIGNMENT}, ("import",), ALIGNER),
+    "sft": (
+        {"model": "{cpu}/import", "data": {"path": "{home}/chats.jsonl", **CHATS}, **ALIGNMENT}, ("import",), ALIGNER,
+    ),
+    "dpo": (
+        {"model": "{cpu}/import", "data": {"path": "{home}/pairs.jsonl", **CHATS}, **ALIGNMENT}, ("import",), ALIGNER,
+    ),
     "reward": (
         {"model": "{cpu}/import", "data": {"path": "{home}/labelled.jsonl", **CHATS}, **STEPS}, ("import",), ALIGNER,
     ),

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Run the GPU tier on a machine that has a GPU, Python, torch and perhaps no network.
 #
-#   tests/gpu/run.sh WHEELS OUT [pytest's arguments]
+#   tests/gpu/run.sh WHEELS OUT [TESTS and pytest's arguments]
 #
 # WHEELS is the folder that tests/gpu/carry.py filled; OUT gets junit.xml, summary.txt, pytest.log, facts.txt.
 # PYTHON chooses the interpreter that has torch (python3). SECONDS_LIMIT ends pytest (480: eight minutes).
@@ -26,7 +26,11 @@ started=$(date +%s)
         > "$("$scratch/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torch.pth"
 # What torch needs is there already; everything else comes from the folder, or this fails.
 "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" \
-    "$wheels"/*.whl > "$out/install.log" 2>&1 || { tail -5 "$out/install.log" >&2; exit 2; }
+    "$wheels"/*.whl > "$out/install.log" 2>&1 || {
+    echo "pip could not install the wheels (exit code $?):" >&2
+    tail -5 "$out/install.log" >&2
+    exit 2
+}
 export PATH="$scratch/venv/bin:$PATH" PYTHONPATH="$here" PYTHONDONTWRITEBYTECODE=1
 # torch.compile builds C++ at run time. Some jitted helpers of Megatron use it; without a compiler they run as written.
 command -v cc > /dev/null 2>&1 || command -v gcc > /dev/null 2>&1 || export TORCHDYNAMO_DISABLE=1
@@ -52,7 +56,8 @@ FACTS
 command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi >> "$out/facts.txt" 2>&1
 
 cd "$here" || exit 2
-timeout --signal=INT --kill-after=20 "$limit" python -m pytest -m gpu tests/gpu -p no:cacheprovider \
+[ $# -gt 0 ] || set -- tests/gpu
+timeout --signal=INT --kill-after=20 "$limit" python -m pytest -m gpu -p no:cacheprovider \
     --junitxml "$out/junit.xml" --basetemp "$scratch/tests" -o tmp_path_retention_policy=all "$@" > "$out/pytest.log" 2>&1
 code=$?
 {

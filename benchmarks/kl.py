@@ -1,6 +1,6 @@
 """Forward KL over split vocabularies: memory, time and gradient error against the obvious form and ModelOpt's loss.
 
-    python benchmarks/kl.py [--quick]
+    python benchmarks/kl.py [--quick] [--device cpu|cuda|auto]
 
 Three losses run on the same logits, forward and backward, one thread a rank:
 
@@ -9,11 +9,12 @@ Three losses run on the same logits, forward and backward, one thread a rank:
 - ``ours``: :func:`nemo_minitron.distillation.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient in a
   tensor of its own, and ``ours_inplace``, written over the student's logits.
 
-Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank. Time
-is the best of several. The gradient error is the largest difference from float64 autograd on whole logits, over its
-largest entry.
+Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank; on CUDA
+the peak of torch's allocator. Time is the best of several; on CUDA between two events of the device. There four times
+as many tokens run, and a case of two ranks needs two GPUs: it is left out where there is one. The gradient error is the
+largest difference from float64 autograd on whole logits, over its largest entry.
 The last line is JSON: ``time_ratio_modelopt``, ``memory_ratio_modelopt``, ``memory_ratio_modelopt_inplace`` (worst over
-the cases) and the cases.
+the cases) and the cases; on CUDA ``device`` too, the GPU's name. Where ModelOpt is not installed the ratios are null.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import socket
@@ -49,15 +51,12 @@ def _resident(field: str) -> int:
 
 def _losses(vocab: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Each takes ``[s, b, V/tp]`` logits of student and teacher and returns the mean over tokens."""
-    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
-
     from nemo_minitron.distillation.losses import forward_kl
     from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
 
     world = dist.get_world_size()
     group = dist.group.WORLD
     assert group is not None
-    peer = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=world, sequence_parallel=False))
 
     def obvious(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         from torch.distributed.nn.functional import all_gather
@@ -68,44 +67,92 @@ def _losses(vocab: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torc
         # The backward of all_gather sums the equal gradients of all ranks.
         return forward_kl(*whole).mean() / world
 
-    def modelopt(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        loss = peer(student, teacher)
-        loss = loss[0] if isinstance(loss, tuple) else loss
-        return loss.mean()
-
     def ours(student: torch.Tensor, teacher: torch.Tensor, inplace: bool = False) -> torch.Tensor:
         return vocabulary_parallel_forward_kl(student, teacher, group, vocab_size=vocab, inplace=inplace).mean()
 
     return {
         "obvious": obvious,
-        "modelopt": modelopt,
+        **_peer(world),
         "ours": ours,
         "ours_inplace": lambda student, teacher: ours(student, teacher, inplace=True),
     }
 
 
-def rank(vocab: int, tokens: int, repeats: int, out: Path) -> None:
+def _peer(world: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """ModelOpt's loss, where ModelOpt is installed."""
+    if importlib.util.find_spec("modelopt") is None:
+        return {}
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    peer = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=world, sequence_parallel=False))
+
+    def modelopt(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        loss = peer(student, teacher)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        return loss.mean()
+
+    return {"modelopt": modelopt}
+
+
+class _CpuCost:
+    """Seconds by the clock and peak bytes of resident memory, between :meth:`start` and :meth:`stop`."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+
+    def start(self) -> None:
+        # A loss that finds memory left by the one before would seem to need none, and would be spared the page
+        # faults that tensors above 32 MB always cost.
+        self._libc.malloc_trim(0)
+        dist.barrier()
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before, self._started = _resident("VmRSS"), time.perf_counter()
+
+    def stop(self) -> tuple[float, float]:
+        return time.perf_counter() - self._started, float(_resident("VmHWM") - self._before)
+
+
+class _CudaCost:
+    """Seconds between two events of the device and peak bytes of torch's allocator."""
+
+    def start(self) -> None:
+        torch.cuda.empty_cache()
+        dist.barrier()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._events[0].record()
+
+    def stop(self) -> tuple[float, float]:
+        self._events[1].record()
+        torch.cuda.synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1e3, torch.cuda.max_memory_allocated() - self._before
+
+
+def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
     """One rank of one case."""
     from nemo_minitron.runtime import cpu
 
-    cpu.activate()
+    place = cpu.prepare(device)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    place.use()
+    dist.init_process_group(place.backend)
     from megatron.core import parallel_state
 
-    world, place = dist.get_world_size(), dist.get_rank()
+    world, number = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     generator = torch.Generator().manual_seed(0)
     columns = vocab // world
-    mine = slice(place * columns, (place + 1) * columns)
+    mine = slice(number * columns, (number + 1) * columns)
     whole = [4 * torch.randn(tokens, 1, vocab, generator=generator) for _ in range(2)]
-    student, teacher = (logits[..., mine].clone() for logits in whole)
-    exact = _exact_gradient(*whole)[..., mine].clone()
+    student, teacher = (logits[..., mine].clone().to(place.torch) for logits in whole)
+    exact = _exact_gradient(*(logits.to(place.torch) for logits in whole))[..., mine].clone()
     del whole
     gc.collect()
 
     found: dict[str, Any] = {}
-    libc = ctypes.CDLL(None)
+    cost = _CudaCost() if place.is_cuda else _CpuCost()
     for name, loss in _losses(vocab).items():
         times, peaks, error = [], [], 0.0
         for _ in range(repeats + 1):
@@ -113,22 +160,18 @@ def rank(vocab: int, tokens: int, repeats: int, out: Path) -> None:
             logits = student.clone().requires_grad_()
             computed = logits.view_as(logits)
             gc.collect()
-            # A loss that finds memory left by the one before would seem to need none, and would be spared the page
-            # faults that tensors above 32 MB always cost.
-            libc.malloc_trim(0)
-            dist.barrier()
-            Path("/proc/self/clear_refs").write_text("5")
-            before, started = _resident("VmRSS"), time.perf_counter()
+            cost.start()
             loss(computed, teacher).backward()
-            times.append(time.perf_counter() - started)
-            peaks.append(_resident("VmHWM") - before)
+            seconds, peak = cost.stop()
+            times.append(seconds)
+            peaks.append(peak)
             assert logits.grad is not None
             error = ((logits.grad - exact).abs().max() / exact.abs().max()).item()
             del logits, computed
-        reduced = torch.tensor([min(times[1:]), float(max(peaks[1:])), error], dtype=torch.float64)
+        reduced = torch.tensor([min(times[1:]), max(peaks[1:]), error], dtype=torch.float64, device=place.torch)
         dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
         found[name] = dict(zip(("seconds", "bytes", "gradient_error"), reduced.tolist(), strict=True))
-    if place == 0:
+    if number == 0:
         out.write_text(json.dumps(found))
 
 
@@ -141,20 +184,21 @@ def _exact_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     return gradient
 
 
-def case(vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
+def case(device: str, vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Run a case in processes of its own."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         out = Path(folder) / "found.json"
-        command = [sys.executable, __file__, "--rank", str(vocab), str(tokens), str(repeats), str(out)]
+        command = [sys.executable, __file__, "--rank", device, str(vocab), str(tokens), str(repeats), str(out)]
         ranks = [
             subprocess.Popen(
                 command,
                 env={
                     **os.environ, "RANK": str(place), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(place),
+                    "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0",
                 },
                 stderr=subprocess.DEVNULL,
             )
@@ -163,15 +207,19 @@ def case(vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
         if any(process.wait(timeout=600) for process in ranks):
             raise SystemExit(f"a rank of V={vocab} TP={world} failed")
         found = json.loads(out.read_text())
-    peer = found["modelopt"]
+    peer = found.get("modelopt")
+
+    def ratio(name: str, what: str) -> float | None:
+        return found[name][what] / peer[what] if peer else None
+
     return {
         "vocab": vocab,
         "tensor_parallel": world,
         "tokens": tokens,
         "losses": found,
-        "time_ratio_modelopt": found["ours"]["seconds"] / peer["seconds"],
-        "memory_ratio_modelopt": found["ours"]["bytes"] / peer["bytes"],
-        "memory_ratio_modelopt_inplace": found["ours_inplace"]["bytes"] / peer["bytes"],
+        "time_ratio_modelopt": ratio("ours", "seconds"),
+        "memory_ratio_modelopt": ratio("ours", "bytes"),
+        "memory_ratio_modelopt_inplace": ratio("ours_inplace", "bytes"),
     }
 
 
@@ -179,23 +227,44 @@ def main() -> None:
     """Run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases, under 50 s")
-    quick = parser.parse_args().quick
+    devices = ("cpu", "cuda", "auto")
+    parser.add_argument("--device", choices=devices, default="cpu", help="auto: CUDA where there is any")
+    arguments = parser.parse_args()
+    quick, place = arguments.quick, decided(arguments.device)
     sizes = [(128256, 1), (128256, 2)] if quick else [(v, tp) for v in (32000, 128256, 256000) for tp in (1, 2)]
+    tokens = 256 if quick else 512
+    if place.is_cuda:
+        tokens *= 4
+        sizes = [(vocab, world) for vocab, world in sizes if world <= place.count]
     cases = []
     for vocab, world in sizes:
-        cases.append(case(vocab, world, tokens=256 if quick else 512, repeats=1 if quick else 3))
+        cases.append(case(place.type, vocab, world, tokens=tokens, repeats=1 if quick else 3))
         last = cases[-1]
         print(f"V={vocab} TP={world}")
-        for name in LOSSES:
+        for name in (name for name in LOSSES if name in last["losses"]):
             row = last["losses"][name]
             seconds, megabytes, error = row["seconds"], row["bytes"] / 1e6, row["gradient_error"]
             print(f"  {name:13} {seconds:7.3f} s  {megabytes:8.0f} MB  gradient {error:.1e}")
     worst = ("time_ratio_modelopt", "memory_ratio_modelopt", "memory_ratio_modelopt_inplace")
-    print(json.dumps({**{key: max(c[key] for c in cases) for key in worst}, "cases": cases}))
+    ratios = {key: max((c[key] for c in cases if c[key] is not None), default=None) for key in worst}
+    device = {"device": torch.cuda.get_device_name()} if place.is_cuda else {}
+    print(json.dumps({**ratios, **device, "cases": cases}))
+
+
+def decided(device: str) -> Any:
+    """The device that was asked for; one line and exit code 2 where it is not there."""
+    from nemo_minitron.errors import ConfigError
+    from nemo_minitron.runtime import device as devices
+
+    try:
+        return devices.decide(device)
+    except ConfigError:
+        print(f"--device {device}: torch sees no CUDA device here; use --device cpu or auto", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
-        rank(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+        rank(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), Path(sys.argv[6]))
     else:
         main()

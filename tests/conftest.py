@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +39,17 @@ _COLD = ("test_cli", "test_launch_outputs", "test_slurm", "test_wheel")
 def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.path.stem in _COLD:
         monkeypatch.setenv(COLD_VARIABLE, "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the GPU tier out unless it is asked for with ``-m gpu``; asked for without a GPU, refuse to start."""
+    tier = [item for item in items if item.get_closest_marker("gpu")]
+    if not tier:
+        return
+    if "gpu" in re.findall(r"\w+", config.getoption("markexpr")):
+        from support.tier import device_name
+
+        device_name()
+        return
+    items[:] = [item for item in items if item not in tier]
+    config.hook.pytest_deselected(items=tier)

@@ -75,14 +75,17 @@ def transformer_config(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> TransformerConfig:
-    """Megatron's configuration of a decoder, by its family, with each fusion off that the device or its layers lack.
+    """Megatron's configuration of a decoder, by its family.
+
+    Fusions are on beside Transformer Engine's layers alone: Megatron's own layers have torch's norms, which refuse
+    ``persist_layer_norm``, and the fused softmax is an extension that no wheel of Megatron-core has.
 
     Raises:
         ShapeError: if the sizes and the constants contradict each other.
     """
     from megatron.core.transformer import TransformerConfig
 
-    fused, table = device.is_cuda, family(architecture.family)
+    fused, table = device.transformer_engine, family(architecture.family)
     if faults := architecture.faults(shape):
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
@@ -126,7 +129,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not fused,
+        use_cpu_initialization=not device.is_cuda,
         # Megatron fuses the gated activations only
         bias_activation_fusion=fused and table.gated,
         masked_softmax_fusion=device.transformer_engine,
@@ -134,7 +137,7 @@ def transformer_config(
         bias_dropout_fusion=fused,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=fused or layout.virtual_pipeline is None,
+        deallocate_pipeline_outputs=device.is_cuda or layout.virtual_pipeline is None,
         variable_seq_lengths=False,
         perform_initialization=False,
         **experts,
@@ -205,9 +208,25 @@ def build_model(
                 **stage,
             )
         )
+        _place(chunks[-1], groups.device.torch, dtype)
         if architecture.rotary_scaling is not None:
             _scale_rotary(chunks[-1], architecture.rotary_scaling)
     return chunks
+
+
+def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Put every parameter on the device and into the dtype of the others.
+
+    The norms of Megatron's own layers are torch's, which are made on the CPU and in float32 whatever the model is; so
+    is a router. Megatron's trainers move the whole model afterwards.
+    """
+    for part in chunk.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.device != device or parameter.dtype != dtype:
+                placed = torch.nn.Parameter(parameter.detach().to(device=device, dtype=dtype))
+                for mark, value in vars(parameter).items():  # Megatron's: sequence_parallel
+                    vars(placed).setdefault(mark, value)
+                setattr(part, name, placed)
 
 
 def _scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:

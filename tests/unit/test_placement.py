@@ -1,0 +1,99 @@
+"""Where tensors lie on a machine with CUDA: a model and its losses on a device that is not the CPU.
+
+There is no CUDA in an ordinary test. Torch's meta device stands for it: it holds no numbers, but an operation between one
+of its tensors and one that was left behind on the CPU fails, as it would between CUDA and the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.meta import rank_of_world
+from support.tier_cases import checkpoint_of, positions_of
+
+from nemo_minitron.runtime import cpu, cpu_torch
+from nemo_minitron.runtime.device import Device
+from nemo_minitron.runtime.groups import ParallelLayout
+
+META = torch.device("meta")
+
+
+class _Meta(Device):
+    """CUDA without Transformer Engine, whose tensors are the meta device's."""
+
+    @property
+    def torch(self) -> torch.device:
+        return META
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    cpu.activate()
+    monkeypatch.setattr(cpu_torch, "CPU", META)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self.to(META))
+    try:
+        with rank_of_world(ParallelLayout(), 0) as found:
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
+            yield dataclasses.replace(found, device=_Meta("cuda", 1, False))
+    finally:
+        monkeypatch.undo()
+        cpu.deactivate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "nemotron"])
+def test_nothing_of_a_dense_model_is_left_on_the_cpu(groups: Any, family: str, dtype: torch.dtype) -> None:
+    """Parameters, the forward pass, the loss and its gradients."""
+    from nemo_minitron.checkpoints import load_into
+    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_cross_entropy
+    from nemo_minitron.runtime.model import build_model
+
+    checkpoint = checkpoint_of(family)
+    (chunk,) = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=dtype)
+    assert {(one.device.type, one.dtype) for one in chunk.parameters()} == {("meta", dtype)}
+    load_into([chunk], checkpoint, groups)
+    ids = torch.zeros(2, 32, dtype=torch.int64, device=META)
+    logits = chunk(ids, positions_of(ids), None)
+    vocabulary_parallel_cross_entropy(logits.contiguous(), ids, groups.tp, vocab_size=251).sum().backward()
+    assert {one.grad.device.type for one in chunk.parameters()} == {"meta"}
+
+
+def test_a_router_is_not_left_on_the_cpu(groups: Any) -> None:
+    """How many tokens an expert gets is data, which the meta device has not: parameters alone."""
+    from nemo_minitron.runtime.model import build_model
+
+    checkpoint = checkpoint_of("mixtral")
+    (chunk,) = build_model(checkpoint.shape, checkpoint.architecture, groups)
+    assert {one.device.type for one in chunk.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon", "top_k"])
+@pytest.mark.parametrize("label_weight", [0.0, 0.3])
+def test_no_loss_mixes_devices(groups: Any, kind: str, label_weight: float) -> None:
+    from nemo_minitron.config import LossConfig
+    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
+
+    student = torch.empty(6, 2, 256, device=META, requires_grad=True)
+    teacher, labels = torch.empty(6, 2, 256, device=META), torch.zeros(6, 2, dtype=torch.int64, device=META)
+    loss = LossConfig(kind=kind, k=16, temperature=2.0, label_weight=label_weight)
+    taken = vocabulary_parallel_loss(student, teacher, groups.tp, vocab_size=251, loss=loss, labels=labels)
+    taken.total.sum().backward()
+    assert student.grad is not None
+    assert student.grad.device.type == "meta"
+
+
+def test_a_tensor_that_was_left_behind_is_noticed(groups: Any) -> None:
+    """What makes the tests above tests."""
+    from nemo_minitron.runtime.model import build_model
+
+    checkpoint = checkpoint_of("llama")
+    (chunk,) = build_model(checkpoint.shape, checkpoint.architecture, groups)
+    norm = chunk.decoder.final_layernorm
+    norm.weight = torch.nn.Parameter(torch.ones(checkpoint.shape.hidden_size))
+    ids = torch.zeros(2, 32, dtype=torch.int64, device=META)
+    with pytest.raises(RuntimeError, match="device"):
+        chunk(ids, positions_of(ids), None)

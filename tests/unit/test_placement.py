@@ -1,7 +1,7 @@
 """Where tensors lie on a machine with CUDA: a model and its losses on a device that is not the CPU.
 
-There is no CUDA in an ordinary test. Torch's meta device stands for it: it holds no numbers, but an operation between one
-of its tensors and one that was left behind on the CPU fails, as it would between CUDA and the CPU.
+There is no CUDA in an ordinary test. Torch's meta device stands for it: it holds no numbers, but an operation between
+one of its tensors and one that was left behind on the CPU fails, as it would between CUDA and the CPU.
 """
 
 from __future__ import annotations

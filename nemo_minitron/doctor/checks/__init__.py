@@ -83,7 +83,7 @@ class Check:
         """Why it cannot run under a layout that other checks can, or with what is installed; None if it can."""
         if self.name == "sft" and parallel.virtual_pipeline is not None:
             return "NeMo-Aligner has no interleaved pipeline schedule (parallel.virtual_pipeline)"
-        return "; ".join(faults(self.needs, for_=self.title)) or None
+        return "; ".join(faults({self.title: self.needs})) or None
 
 
 _LOGITS = Quantity(1e-4, 5e-2)

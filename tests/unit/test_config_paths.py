@@ -16,7 +16,8 @@ from nemo_minitron.config.paths import absolute, paths_of, read_paths
 
 #: Settings that hold text, and no path, wherever they stand.
 WORDS = {
-    "account", "allowed", "also", "attributes", "balance", "base_model", "baseline", "batch", "constraint", "criterion",
+    "account", "allowed", "also", "attributes", "balance", "base_model", "baseline", "batch", "checks", "constraint",
+    "criterion",
     "dataset_split", "depth", "device", "documents", "dtype", "embedding", "estimator", "extra", "form", "format",
     "formats", "greedy_by", "hidden", "host", "identity", "keep_best", "kind", "latency_of", "license", "long", "loss",
     "memory_of", "method", "names", "name", "package", "packing", "partition", "precision", "prompts", "qos",

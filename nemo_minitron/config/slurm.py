@@ -247,7 +247,7 @@ class SlurmConfig:
             if _below(path, host):
                 if host == container:
                     return None
-                inside = f"is seen as {container}{os.path.normpath(path)[len(host.rstrip('/')) :]} there"
+                inside = f"is seen as {container}{os.path.normpath(path)[len(host.rstrip('/')) :]}"
         return inside or "is not seen"
 
 

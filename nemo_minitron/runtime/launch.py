@@ -46,6 +46,7 @@ __all__ = [
     "StageCrashError",
     "Starter",
     "attach",
+    "begin_attempt",
     "clear_folder",
     "launch",
     "read_results",
@@ -54,6 +55,9 @@ __all__ = [
 ]
 
 LAUNCHER_VARIABLE = "MINITRON_LAUNCHER"
+ATTEMPT_VARIABLE = "MINITRON_ATTEMPT"
+"""Of the environment: which of the attempts of a cluster's job a rank belongs to."""
+_ATTEMPT = "attempt"
 #: Seconds that the other ranks get to end by themselves once one has failed.
 GRACE = 10.0
 POLL = 0.1
@@ -134,8 +138,20 @@ def _is_alive(pid: int, born: float) -> bool:
         return False
 
 
+def begin_attempt(folder: Path, attempt: str) -> None:
+    """Rank 0 of a job that a cluster may start again: from now on, what ranks of earlier attempts leave does not count.
+
+    A node that hung, and was given up, may come to life again and find its peers gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / _ATTEMPT, attempt)
+
+
 def save_result(folder: Path, result: RankResult) -> None:
-    """Write a rank's result, whole or not at all."""
+    """Write a rank's result, whole or not at all; nothing if the job has begun anew without this rank."""
+    own, path = os.environ.get(ATTEMPT_VARIABLE), folder / _ATTEMPT
+    if own is not None and path.exists() and path.read_text() != own:
+        return
     replace_file(folder / f"rank-{result.rank}.json", json.dumps(asdict(result), default=str))
 
 
@@ -285,6 +301,7 @@ def clear_folder(folder: Path) -> None:
 def _environment(folder: Path, threads: int) -> dict[str, str]:
     """This process's environment and what the job's processes need."""
     keep = local_environment(os.environ)
+    keep.pop(ATTEMPT_VARIABLE, None)  # of a rank that leads this job
     interpreter = str(
         Path(sys.executable).parent
     )  # torchrun is found there even where the environment is not activated

@@ -9,6 +9,9 @@ from nemo_minitron.runtime.environment import hide_launchers
 __all__ = ["is_rank", "requeued", "translate"]
 
 
+_RESTARTS = "SLURM_RESTART_COUNT"
+
+
 def is_rank() -> bool:
     """Whether ``srun`` alone says which rank this process is: several tasks in its step, and no launcher below it.
 
@@ -19,7 +22,7 @@ def is_rank() -> bool:
 
 def requeued() -> bool:
     """Whether this job has run before: Slurm, or somebody, queued it again."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return os.environ.get(_RESTARTS, "0") != "0"
 
 
 def translate() -> tuple[int, int]:
@@ -32,8 +35,8 @@ def translate() -> tuple[int, int]:
     env = os.environ
     rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-    # Jobs that share a node, and steps of a job that run at once, must not meet.
-    step = int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", "0"))
+    # Jobs that share a node, steps of a job that run at once, and what is left of an earlier attempt must not meet.
+    step = int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", "0")) + 997 * int(env.get(_RESTARTS, "0"))
     ranks = {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),

@@ -1,7 +1,8 @@
 """How long a rank waits for the others: ``runtime.collective_timeout_minutes`` in process groups that others make.
 
 :func:`~nemo_minitron.runtime.groups.initialize` gives its groups a time limit itself. NeMo's strategies, which make
-those of the trainings, take none, and Megatron's default is half an hour: a node that hangs would hold all others that long.
+those of the trainings, take none, and Megatron's default is half an hour: a node that hangs would hold all others for
+that long.
 """
 
 from __future__ import annotations

@@ -20,7 +20,16 @@ from pathlib import Path
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.runtime import slurm
-from nemo_minitron.runtime.launch import FOLDER_VARIABLE, clear_folder, failure, read_results, save_result, verdict
+from nemo_minitron.runtime.launch import (
+    ATTEMPT_VARIABLE,
+    FOLDER_VARIABLE,
+    begin_attempt,
+    clear_folder,
+    failure,
+    read_results,
+    save_result,
+    verdict,
+)
 from nemo_minitron.stages.base import set_aside
 from nemo_minitron.stages.earlier import began_before
 from nemo_minitron.stages.execute import record_job
@@ -44,7 +53,7 @@ def main(folder: Path) -> int:
     job = json.loads((folder / "job.json").read_text())
     config = load(job["stage"], folder / "config.yaml")
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    os.environ[FOLDER_VARIABLE] = str(folder)
+    os.environ[FOLDER_VARIABLE], os.environ[ATTEMPT_VARIABLE] = str(folder), attempt
     rank, world = slurm.translate()
     if world != config.processes:
         print(
@@ -54,6 +63,7 @@ def main(folder: Path) -> int:
         return 2
     replaced = contextlib.ExitStack()
     if rank == 0:
+        begin_attempt(folder, attempt)
         state = _prepare(config, folder, job["overwrite"], replaced)
         (folder / f"ready-{attempt}").write_text(state)
     else:

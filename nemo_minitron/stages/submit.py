@@ -129,7 +129,7 @@ def submit(
     if faults and not dry_run:
         raise ConfigError(faults)
     for warning in time_warnings(stages, todo, slurm):
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         import tempfile
 

@@ -48,10 +48,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def missing() -> list[str]:
     """Daemons of Slurm that this machine does not have."""
-    return [name for name in (*DAEMONS, "sbatch", "srun") if shutil.which(name, path=_path()) is None]
+    return [name for name in (*DAEMONS, "sbatch", "srun") if shutil.which(name, path=search_path()) is None]
 
 
-def _path() -> str:
+def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
@@ -99,7 +99,7 @@ def slurm(home: Path, patience: float = 30.0) -> Iterator[dict[str, str]]:
             host=host, home=home, user=pwd.getpwuid(os.getuid()).pw_name, controller=_free_port(), node=_free_port()
         )
     )
-    env = dict(os.environ, SLURM_CONF=str(conf), PATH=_path())
+    env = dict(os.environ, SLURM_CONF=str(conf), PATH=search_path())
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command, wait in ((munge(home), 0.5), (["slurmctld", "-D"], 1.5), (["slurmd", "-D"], 0.0)):

@@ -1,9 +1,9 @@
 """A real Slurm of several nodes on this host, each with a network, a host name and processes of its own.
 
 Every node is a set of namespaces that a holder process keeps: network (``10.77.0.0/24``, joined by a bridge in the
-controller's), host name, and mounts (its own ``/etc/hosts``). Nothing of it is visible in the host's network, and all of
-it is gone once the holders and the daemons are. A node's daemon and its jobs live in a process namespace below, whose
-end kills them all, as a power cut would.
+controller's), host name, and mounts (its own ``/etc/hosts``). Nothing of it is visible in the host's network, and all
+is gone once the holders and the daemons are. A node's daemon and its jobs live in a process namespace below, whose end
+kills them all, as a power cut would.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.slurm import _path, missing, munge
+from support.slurm import missing, munge, search_path
 
 __all__ = ["Cluster", "slurm_nodes", "why_not"]
 
@@ -64,11 +64,12 @@ def why_not() -> str:
     """Why this machine cannot have such a cluster; empty if it can."""
     if lacking := missing():
         return f"Slurm is not installed: {', '.join(lacking)} missing"
-    if lacking := [name for name in ("ip", "unshare", "nsenter", "mount") if shutil.which(name, path=_path()) is None]:
+    tools = ("ip", "unshare", "nsenter", "mount")
+    if lacking := [name for name in tools if shutil.which(name, path=search_path()) is None]:
         return f"{', '.join(lacking)} missing"
     tried = subprocess.run(
         ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "ip", "link", "add", "probe", "type", "veth"],
-        env=dict(os.environ, PATH=_path()), capture_output=True, text=True, check=False,
+        env=dict(os.environ, PATH=search_path()), capture_output=True, text=True, check=False,
     )  # fmt: skip
     return f"namespaces cannot be made: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -93,11 +94,11 @@ class Node:
 
     def pids(self) -> list[int]:
         """Processes that run on the node, but for the holder."""
-        own = os.readlink(f"/proc/{self.holder.pid}/ns/net")
+        own = Path(f"/proc/{self.holder.pid}/ns/net").readlink()
         found = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
-                if entry.name.isdigit() and os.readlink(entry / "ns/net") == own:
+                if entry.name.isdigit() and (entry / "ns/net").readlink() == own:
                     found.append(int(entry.name))
         return [pid for pid in found if pid != self.holder.pid]
 
@@ -229,7 +230,7 @@ def _machine(name: str, home: Path, env: dict[str, str], stack: ExitStack) -> No
 
 @contextmanager
 def slurm_nodes(
-    home: Path, names: Sequence[str], *, cpus: int = 2, timeout: int = 10, patience: float = 30.0
+    home: Path, names: Sequence[str], *, cpus: int = 2, timeout: int = 10, patience: float = 120.0
 ) -> Iterator[Cluster]:
     """Start it, and end it with all that runs on it.
 
@@ -255,7 +256,7 @@ def slurm_nodes(
     lines = "\n".join(f"NodeName={name} NodeAddr={addresses[name]} CPUs={cpus} State=UNKNOWN" for name in names)
     conf = home / "slurm.conf"
     conf.write_text(_CONF.format(controller=_CONTROLLER, home=home, nodes=lines, timeout=timeout))
-    env = dict(os.environ, SLURM_CONF=str(conf), PATH=_path())
+    env = dict(os.environ, SLURM_CONF=str(conf), PATH=search_path())
     with ExitStack() as stack:
         controller = _machine(_CONTROLLER, home, env, stack)
         cluster = Cluster(home, env, controller)

@@ -119,7 +119,7 @@ class Leader:
             since = psutil.Process(child.pid).create_time() if since is None and child.poll() is None else since
             if since is not None and now - since > limit:
                 self.ranks.tell(stop, self.ranks.rank)
-                return f"did not end within {self.config.minutes:g} minutes (minutes=)"
+                return f"did not end in time (minutes={self.config.minutes:g})"
             if grace is None and self.ranks.told(stop) is not None:
                 grace = now + GRACE
             elif grace is not None and now > grace:

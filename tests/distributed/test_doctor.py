@@ -98,7 +98,7 @@ def test_what_does_not_happen_dies_or_hangs_fails_and_the_others_run(tmp_path: P
         "parallel.tensor=2",
         "precision=[float32]",
         CORE,
-        "minutes=0.5",
+        "minutes=1",
         faults="dropped killed hanging",
     )
     assert code == 1, text
@@ -107,7 +107,7 @@ def test_what_does_not_happen_dies_or_hangs_fails_and_the_others_run(tmp_path: P
     reasons = {row["check"]: row["reason"] for row in found["rows"] if row["status"] == "failed"}
     assert "differs" in reasons["allreduce"]
     assert "rank 1: was killed by SIGKILL" in reasons["score"]
-    assert "did not end within 0.5 minutes" in reasons["prune"]
+    assert "did not end in time (minutes=1)" in reasons["prune"]
 
 
 @pytest.mark.slow

@@ -29,6 +29,9 @@ SPECS = layer_specs(os.environ.get(DEVICE_VARIABLE, "cuda"))
 LOSS = 2e-3
 NEMO = ("nemo", "lightning", "nemo_run")
 ALIGNER = (*NEMO, "nemo_aligner")
+#: NeMo's own formats are written where NeMo is; without it, as with the carried wheels, the stages hand on Hugging Face's.
+FORMAT = "hf" if missing("nemo") else "nemo2"
+EXPORTS = {"hf": "hf"} if missing("nemo") else {"hf": "hf", "nemo2": "nemo2", "nemo": "model.nemo"}
 
 TEXT: dict[str, Any] = {
     "sources": [{"name": "text", "path": "{home}/text.jsonl"}], "sequence_length": 32, "calibration_fraction": 0.3,
@@ -45,14 +48,15 @@ ALIGNMENT = {**STEPS, "verify": False}
 #: Stage by stage: its settings, the stages whose outputs it reads, and the modules that it needs beyond Megatron-core.
 #: ``{home}`` is the folder of the inputs, ``{cpu}`` that of the CPU's outputs.
 STAGES: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
-    "import": ({"source": "{home}/hf", "format": "nemo2"}, (), ()),
+    "import": ({"source": "{home}/hf", "format": FORMAT}, (), ()),
     "score": ({"model": "{cpu}/import", "data": TEXT, "samples": 8, "micro_batch_size": 2}, ("import",), ()),
     "depth": (
         {"model": "{cpu}/import", "data": TEXT, "samples": 8, "micro_batch_size": 2, "block_lengths": [2]},
         ("import",), (),
     ),
     "prune": (
-        {"model": "{cpu}/import", "scores": "{cpu}/score", "target": {"num_layers": 2, "ffn_hidden_size": 48}},
+        {"model": "{cpu}/import", "scores": "{cpu}/score", "format": FORMAT,
+         "target": {"num_layers": 2, "ffn_hidden_size": 48}},
         ("import", "score"), (),
     ),
     "cache": (
@@ -70,7 +74,7 @@ STAGES: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
          "data": TEXT, "prompts": ["how many apples"], "max_new_tokens": 4},
         ("import", "prune"), (),
     ),
-    "export": ({"model": "{cpu}/prune", "formats": ["hf", "nemo2", "nemo"]}, ("prune",), ()),
+    "export": ({"model": "{cpu}/prune", "formats": list(EXPORTS)}, ("prune",), ()),
     "distill": (
         {"student": "{cpu}/prune", "teacher": "{cpu}/import", "intermediate": {"hidden": "mse"}, **TRAINING},
         ("import", "prune"), NEMO,
@@ -220,7 +224,7 @@ def same_evaluation(found: Path, expected: Path) -> None:
 
 
 def same_exports(found: Path, expected: Path) -> None:
-    for name in ("hf", "nemo2", "model.nemo"):
+    for name in EXPORTS.values():
         same_weights(found / name, expected / name)
 
 

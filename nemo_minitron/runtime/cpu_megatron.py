@@ -143,7 +143,24 @@ def _no_gemm(original: Any) -> None:
     """The router asks whether there is one before it calls it."""
 
 
+def _no_fp8_parameters(original: Any) -> Callable[..., None]:
+    def _quantize_param_shard_impl(model_params: Any, *args: Any, **kwargs: Any) -> None:
+        if model_params:
+            original(model_params, *args, **kwargs)
+
+    return _quantize_param_shard_impl
+
+
 PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.fp8_utils",
+        "_quantize_param_shard_impl",
+        _no_fp8_parameters,
+        "before 0.13, without Transformer Engine, it raises 'Invalid Transformer Engine version' at every step of the "
+        "distributed optimizer, although there are no FP8 parameters to quantize",
+        versions="megatron-core<0.13",
+        lacking="transformer_engine",
+    ),
     Patch(
         "megatron.core.transformer.moe.moe_utils",
         "te_general_gemm",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chats import chat_checkpoint, chats, preferences, write_jsonl
+from support.chats import SPECIAL, chat_checkpoint, chat_tokenizer, chats, preferences, write_jsonl
 
 pytestmark = [pytest.mark.smoke, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -77,6 +77,9 @@ def losses(path: Path) -> list[dict[str, Any]]:
 
 def test_the_main_job(tmp_path: Path) -> None:
     chat_checkpoint(tmp_path / "hf")
+    # It ends a text as the template ends an answer: alignment then changes no special token, and the teacher and the
+    # aligned model can be compared.
+    chat_tokenizer(tmp_path / "hf", special=tuple(sorted(SPECIAL, key=lambda token: token != "<|im_end|>")))
     texts = [f"how many apples are {n} and {n + 1}? there are {2 * n + 1} apples, and {n} more." for n in range(400)]
     write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     write_jsonl(tmp_path / "chats.jsonl", chats(24))

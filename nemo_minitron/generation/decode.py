@@ -201,7 +201,7 @@ class _Decoder:
             if 2 * len(live) <= len(rows):
                 rows = [rows[index] for index in live]
                 _keep_rows(context, torch.tensor(live, device=self.device))
-            context.increment_sequence_len_offset(tokens.shape[1])
+            context.sequence_len_offset += tokens.shape[1]  # Megatron before 0.13 has no method for it
             context.enable_decode_mode()
             tokens = torch.tensor([[text.ids[held] if held < len(text.ids) else 0] for text in rows])
             held += 1

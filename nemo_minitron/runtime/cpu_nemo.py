@@ -147,6 +147,13 @@ def _rebalance(original: Any) -> Callable[[torch.Tensor, Any], torch.Tensor]:
     return rebalance_nd_tensor
 
 
+def _no_bert(original: Any) -> Callable[[], list[str]]:
+    def get_megatron_pretrained_bert_models() -> list[str]:
+        return []
+
+    return get_megatron_pretrained_bert_models
+
+
 _PARTS = "nemo.collections.nlp.parts.nlp_overrides"
 _GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 _BASE = "nemo.collections.nlp.models.language_modeling.megatron_base_model"
@@ -221,6 +228,15 @@ PATCHES: tuple[Patch, ...] = (
         "imported from Apex only (NameError in build_model); Megatron-core has the same function",
         optional=True,
         lacking="apex",
+    ),
+    Patch(
+        f"{_COMMON}.megatron_utils",
+        "get_megatron_pretrained_bert_models",
+        _no_bert,
+        "imports NeMo's BERT whenever a model is built, for a list of its pretrained models; before 2.4 that cannot be "
+        "imported without Transformer Engine (NameError: ApexGuardDefaults in bert_spec)",
+        versions="nemo-toolkit<2.4",
+        lacking="transformer_engine",
     ),
     Patch(
         _GPT,

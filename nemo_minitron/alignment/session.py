@@ -34,7 +34,7 @@ from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.device import here
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
 from nemo_minitron.runtime.stopping import StopRequest
-from nemo_minitron.runtime.waits import bound_groups
+from nemo_minitron.runtime.waits import bounded_groups
 
 __all__ = ["Clock", "Session", "fill", "last_checkpoint", "open_session"]
 
@@ -211,10 +211,10 @@ def open_session(
     destroy_num_microbatches_calculator()  # of an earlier session of this process
     trainer = script.resolve_and_create_trainer(config, kind)
     _add_checkpoints(trainer, directory / "checkpoints")
-    made = model_class(config.model, trainer)
-    state = script.retrieve_custom_trainer_state_dict(trainer)
-    script.init_distributed(trainer, made, config.model.transformer_engine)
-    bound_groups()
+    with bounded_groups():
+        made = model_class(config.model, trainer)
+        state = script.retrieve_custom_trainer_state_dict(trainer)
+        script.init_distributed(trainer, made, config.model.transformer_engine)
     groups = current(layout)
     fill(made, checkpoint, groups, skip=skip)
     _mask_padding(made, checkpoint.shape.vocab_size, groups)

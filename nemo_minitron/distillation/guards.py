@@ -13,9 +13,8 @@ from nemo_minitron.distillation.keeping import LastCheckpoint
 from nemo_minitron.errors import NonFiniteError, PreemptedError
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.stopping import StopRequest
-from nemo_minitron.runtime.waits import bound_groups
 
-__all__ = ["BoundedWaits", "FiniteGradients", "Preemption", "finite_gradients", "largest"]
+__all__ = ["FiniteGradients", "Preemption", "finite_gradients", "largest"]
 
 
 def largest(value: float, groups: Groups) -> float:
@@ -65,14 +64,6 @@ class FiniteGradients(pl.Callback):
         """
         chunks: Any = trainer.strategy.model
         finite_gradients([chunk.module for chunk in chunks], pl_module.groups, f"step {trainer.global_step}")
-
-
-class BoundedWaits(pl.Callback):
-    """Gives the process groups of a training the time limit of this process, before its first collective."""
-
-    def setup(self, *_: Any, **__: Any) -> None:
-        """NeMo's strategy has made the groups."""
-        bound_groups()
 
 
 class Preemption(pl.Callback):

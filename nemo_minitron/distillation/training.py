@@ -23,7 +23,7 @@ from nemo_minitron.checkpoints.nemo2_config import nemo_config
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.callbacks import VALIDATION, ExactPosition, ProgressBar, StepMetrics
 from nemo_minitron.distillation.data import BlockDataModule, DocumentMasks
-from nemo_minitron.distillation.guards import BoundedWaits, FiniteGradients, Preemption
+from nemo_minitron.distillation.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.keeping import BestCheckpoint, LastCheckpoint
 from nemo_minitron.distillation.language_model import TrainedModel
 from nemo_minitron.distillation.outputs import Trained, remove_unfinished
@@ -37,6 +37,7 @@ from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
 from nemo_minitron.runtime.stopping import StopRequest
+from nemo_minitron.runtime.waits import bounded_groups
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["optimizer_config", "optimizer_of", "train", "trained_config", "trainer_of"]
@@ -209,7 +210,6 @@ def train(
     # Before NeMo's checkpoints: what a checkpoint has behind it shall be written when it is saved.
     trainer.callbacks[:0] = [
         *callbacks,
-        BoundedWaits(),
         DocumentMasks(packed),
         ExactPosition(),
         FiniteGradients(),
@@ -237,7 +237,7 @@ def train(
     checkpoints = directory / "checkpoints"
     remove_unfinished(checkpoints)
     remove_unfinished(directory / "best")
-    with request:
+    with request, bounded_groups():
         llm.train(
             model,
             data,

@@ -8,28 +8,56 @@ that long.
 from __future__ import annotations
 
 import datetime
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["bound_groups", "limit_waits"]
+__all__ = ["bounded_groups", "limit_waits"]
 
+#: A group with such a limit is meant to wait for ever.
+_FOR_EVER = datetime.timedelta(days=1)
 _minutes: float | None = None
 
 
 def limit_waits(minutes: float | None) -> None:
-    """Set the limit for this process; None for whatever the groups were made with. Decided once, at process start."""
+    """Set the limit for this process; None for whatever the groups are made with. Decided once, at process start."""
     global _minutes
     _minutes = minutes
 
 
-def bound_groups() -> None:
-    """Give every process group that is there the limit of this process. A collective that takes longer fails then."""
+@contextmanager
+def bounded_groups() -> Iterator[None]:
+    """A context in which every process group is made with the limit of this process.
+
+    A limit that is set later does not do: gloo's sends and receives keep that which their group was made with.
+    """
     if _minutes is None:
+        yield
         return
     import torch.distributed as dist
-    from torch.distributed import distributed_c10d
 
     limit = datetime.timedelta(minutes=_minutes)
-    if not dist.is_initialized():
-        return
-    for group in list(distributed_c10d._world.pg_map):
-        if dist.get_rank(group) >= 0:
-            distributed_c10d._set_pg_timeout(limit, group)
+    before = {name: getattr(dist, name) for name in ("init_process_group", "new_group")}
+    for name, make in before.items():
+        setattr(dist, name, _bounded(make, limit))
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            setattr(dist, name, make)
+
+
+def _bounded(make: Callable[..., Any], limit: datetime.timedelta) -> Callable[..., Any]:
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments.get("timeout")
+        if given is None or given < _FOR_EVER:
+            call.arguments["timeout"] = limit
+        return make(*call.args, **call.kwargs)
+
+    return made

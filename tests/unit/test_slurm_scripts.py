@@ -160,8 +160,8 @@ def test_what_the_container_does_not_show_is_named(here: Path) -> None:
     assert faults(f"{here.parent}:{here.parent}:ro", "/a:/b") == []
     found = faults("/lustre:/lustre")
     assert [fault.partition("=")[0] for fault in found] == [
-        "stage teacher: output", "stage teacher: source", "stage teacher: cache_dir",
-        "stage scores: data.sources[0].path",
+        "stage teacher: output", "stage teacher: source", "stage scores: data.sources[0].path",
+        "stage scores: data.cache_dir",
     ]  # fmt: skip
     assert (
         f"{here}/hf is not seen in the container (container_mounts: /lustre:/lustre); add {here}/hf:{here}/hf"
@@ -171,7 +171,7 @@ def test_what_the_container_does_not_show_is_named(here: Path) -> None:
     assert f"{here}/hf is seen as /workspace/hf in the container" in other[1]
     # Logs and what is not whole yet lie beside an output.
     found = mount_faults(stages()[:1], load_slurm("dgx", [f"container_mounts=[{here}/runs/tiny/teacher:"
-                         f"{here}/runs/tiny/teacher, {here}/hf:{here}/hf, {here}/.cache:{here}/.cache]"]))  # fmt: skip
+                         f"{here}/runs/tiny/teacher, {here}/hf:{here}/hf]"]))  # fmt: skip
     assert len(found) == 1
     assert f"add {here}/runs/tiny:{here}/runs/tiny" in found[0]
     assert mount_faults(stages(), load_slurm("bare")) == [], "no container"

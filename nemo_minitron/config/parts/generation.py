@@ -29,6 +29,10 @@ class PromptsConfig:
     limit: int | None = None
     cache_dir: str = ".cache/minitron"
 
+    def is_path(self, name: str, value: str) -> bool:
+        """Without a package nothing is kept."""
+        return name != "cache_dir" or self.package is not None
+
     def faults(self) -> list[str]:
         """Not exactly one origin, empty questions."""
         found = [*one_of(self, "path", "package", "texts"), *positive(self, "limit")]

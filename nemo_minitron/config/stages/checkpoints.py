@@ -36,6 +36,10 @@ class ImportConfig(StageConfig):
     verify: bool = True
     cache_dir: str = ".cache/minitron"
 
+    def is_path(self, name: str, value: str) -> bool:
+        """Without a package nothing is kept."""
+        return name != "cache_dir" or self.package is not None
+
     def faults(self) -> list[str]:
         """Not exactly one origin, unknown choices."""
         return [*one_of(self, "source", "package"), *choice(self, "format", FORMATS), *choice(self, "dtype", DTYPES)]

@@ -11,7 +11,18 @@ from typing import Any
 
 from nemo_minitron.errors import ShapeError
 
-__all__ = ["Architecture", "ModelShape"]
+__all__ = ["SIZES", "Architecture", "ModelShape"]
+
+#: The sizes of a :class:`ModelShape` that pruning may change, without the vocabulary's. Megatron's configuration has
+#: them under the same names.
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
+)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ SPECS = layer_specs(os.environ.get(DEVICE_VARIABLE, "cuda"))
 LOSS = 2e-3
 NEMO = ("nemo", "lightning", "nemo_run")
 ALIGNER = (*NEMO, "nemo_aligner")
-#: NeMo's own formats are written where NeMo is; without it, as with the carried wheels, the stages hand on Hugging Face.
+#: NeMo's own formats are written where NeMo is; without it, as with the carried wheels, stages hand on Hugging Face.
 FORMAT = "hf" if missing("nemo") else "nemo2"
 EXPORTS = {"hf": "hf"} if missing("nemo") else {"hf": "hf", "nemo2": "nemo2", "nemo": "model.nemo"}
 

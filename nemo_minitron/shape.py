@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_minitron.errors import ShapeError
 
-__all__ = ["SIZES", "Architecture", "ModelShape"]
+__all__ = ["SIZES", "Architecture", "ModelShape", "padded_vocab"]
 
 #: The sizes of a :class:`ModelShape` that pruning may change, without the vocabulary's. Megatron's configuration has
 #: them under the same names.
@@ -190,3 +190,12 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
+    """Vocabulary rows of a model split ``tensor`` ways: the next multiple of ``multiple * tensor``.
+
+    As ``nemo.collections.llm.gpt.model.base.get_vocab_size`` and Megatron's ``vocab_size_with_padding``.
+    """
+    step = multiple * tensor
+    return -(-vocab_size // step) * step

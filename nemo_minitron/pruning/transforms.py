@@ -34,8 +34,7 @@ from nemo_minitron.pruning.live import (
 from nemo_minitron.pruning.row_moves import take_rows
 from nemo_minitron.pruning.wrapping import bare
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
-from nemo_minitron.runtime.model import padded_vocab
-from nemo_minitron.shape import SIZES, ModelShape
+from nemo_minitron.shape import SIZES, ModelShape, padded_vocab
 
 __all__ = ["DepthPrune", "WidthPrune"]
 

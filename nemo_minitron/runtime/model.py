@@ -16,13 +16,13 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
-from nemo_minitron.shape import SIZES, Architecture, ModelShape
+from nemo_minitron.shape import SIZES, Architecture, ModelShape, padded_vocab
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["build_model", "padded_vocab", "pipeline_layer_layout", "shape_of", "transformer_config"]
+__all__ = ["build_model", "pipeline_layer_layout", "shape_of", "transformer_config"]
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -35,15 +35,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "squared_relu": squared_relu,
 }
 """By the name that a family's table has for them."""
-
-
-def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
-    """Vocabulary rows of a model split ``tensor`` ways: the next multiple of ``multiple * tensor``.
-
-    As ``nemo.collections.llm.gpt.model.base.get_vocab_size`` and Megatron's ``vocab_size_with_padding``.
-    """
-    step = multiple * tensor
-    return -(-vocab_size // step) * step
 
 
 def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[list[str]] | None:

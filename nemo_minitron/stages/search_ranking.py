@@ -127,7 +127,7 @@ class _Ranking:
         import torch
 
         from nemo_minitron.search import Timer
-        from nemo_minitron.stages.prune import read_scores
+        from nemo_minitron.stages.choosing import read_scores
 
         self.timed_only = timed_only
         self.timer: Timer | None = None
@@ -149,7 +149,7 @@ class _Ranking:
     def measure(self, name: str, sizes: Sizes) -> None:
         """The loss of a candidate, and its latency where that is asked for, unless the journal has them."""
         from nemo_minitron.pruning import prune_weights
-        from nemo_minitron.stages.prune import kept_units
+        from nemo_minitron.stages.choosing import kept_units
 
         known = self.known.get(name, {})
         target = self.checkpoint.shape.replace(**sizes._asdict())

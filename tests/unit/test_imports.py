@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import grimp
 import pytest
+
+from nemo_minitron.config import STAGES
+from nemo_minitron.stages.worker import stage_module
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +42,9 @@ def test_a_circle_is_found(imports):
     (below,) = (name for name in imports["nemo_minitron.data.build"] if name == "nemo_minitron.data.blocks")
     changed = imports | {below: {*imports[below], "nemo_minitron.data.build"}}
     assert set(circle(changed)) == {below, "nemo_minitron.data.build"}
+
+
+def test_the_contract_names_every_stage():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (independent,) = (contract for contract in contracts if contract["type"] == "independence")
+    assert set(independent["modules"]) == {stage_module(stage).__name__ for stage in STAGES}

@@ -38,7 +38,7 @@ from nemo_minitron.data.packages import extract_member
 from nemo_minitron.data.tasks import EncodedTask, encode_task, read_task
 from nemo_minitron.importance import layer_importance, left_out, score_model, task_accuracy
 from nemo_minitron.importance.candidates import layers_run, rounds
-from nemo_minitron.importance.depth_scores import Journal
+from nemo_minitron.importance.depth_scores import depth_journal
 from nemo_minitron.pruning.depth import choose_layers, influence_costs
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.forward import block_losses
@@ -98,7 +98,7 @@ class Bench:
         )
         journal = None
         if self.kept.path is not None:
-            journal = Journal(self.kept.path.with_name(f"{self.kept.path.stem}-{self.samples}-{draw}.jsonl"), {})
+            journal = depth_journal(self.kept.path.with_name(f"{self.kept.path.stem}-{self.samples}-{draw}.jsonl"), {})
         scores = layer_importance(
             self.chunks,
             blocks,

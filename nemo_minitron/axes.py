@@ -1,7 +1,10 @@
 """THE table: for every parameter, which axis each of its dimensions lies on and how tensor parallelism cuts it.
 
-Counting, slicing, sharding, checking and conversion all read this table; no other file knows the inner order of a
-QKV matrix or of a gated MLP. A new model family is a new entry in :data:`FAMILIES`.
+Counting, slicing, sharding, checking and conversion all read this table. A new model family is a new entry in
+:data:`FAMILIES`, and one in the table of each checkpoint format that can hold it. What else depends on the inner order
+of a QKV matrix or of a gated MLP (:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): the parts in ``checkpoints/names.py``, the
+heads' blocks in ``pruning/merging.py``, the sums in ``importance/magnitude.py``, the states in
+``distillation/attach.py``.
 
 Canonical names are those that Megatron-core writes into a distributed checkpoint (the Transformer Engine spelling,
 with ``layer_norm_weight`` inside the linear that follows it), one name a layer and one an expert:

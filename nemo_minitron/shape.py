@@ -11,7 +11,18 @@ from typing import Any
 
 from nemo_minitron.errors import ShapeError
 
-__all__ = ["Architecture", "ModelShape"]
+__all__ = ["SIZES", "Architecture", "ModelShape", "padded_vocab"]
+
+#: The sizes of a :class:`ModelShape` that pruning may change, without the vocabulary's. Megatron's configuration has
+#: them under the same names.
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
+)
 
 
 @dataclass(frozen=True)
@@ -179,3 +190,12 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
+    """Vocabulary rows of a model split ``tensor`` ways: the next multiple of ``multiple * tensor``.
+
+    As ``nemo.collections.llm.gpt.model.base.get_vocab_size`` and Megatron's ``vocab_size_with_padding``.
+    """
+    step = multiple * tensor
+    return -(-vocab_size // step) * step

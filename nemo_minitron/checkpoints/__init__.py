@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from nemo_minitron._lazy import lazy
 from nemo_minitron.checkpoints.base import Checkpoint, Weights
 from nemo_minitron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints.live import load_into
+    from nemo_minitron.checkpoints.verification import verify
 
 __all__ = ["FORMATS", "Checkpoint", "Weights", "load_into", "open_checkpoint", "verify", "write_checkpoint"]
 
@@ -111,14 +116,5 @@ def write_checkpoint(
     return open_checkpoint(path)
 
 
-def __getattr__(name: str) -> Any:
-    # the doors that need torch and Megatron are imported when they are asked for
-    if name == "load_into":
-        from nemo_minitron.checkpoints.live import load_into
-
-        return load_into
-    if name == "verify":
-        from nemo_minitron.checkpoints.verification import verify
-
-        return verify
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# what needs torch and Megatron is imported when it is asked for
+__getattr__ = lazy(__name__, {"load_into": "live", "verify": "verification"})

@@ -99,7 +99,7 @@ def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
     Raises:
         CheckpointError: if the checkpoint cannot be read.
     """
-    from nemo_minitron.runtime.model import padded_vocab
+    from nemo_minitron.shape import padded_vocab
 
     table, shape = checkpoint.family, checkpoint.shape
     rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)

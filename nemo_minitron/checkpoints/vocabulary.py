@@ -22,8 +22,10 @@ from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.shape import Architecture
 
 __all__ = [
+    "FREQUENCIES",
     "TokenFrequencies",
     "choose_vocabulary",
+    "frequencies_path",
     "read_frequencies",
     "renumber",
     "tokenizer_fingerprint",
@@ -31,6 +33,8 @@ __all__ = [
     "write_frequencies",
 ]
 
+FREQUENCIES = "frequencies.tsv"
+"""The file that ``minitron tokens`` writes into its output."""
 KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
@@ -64,6 +68,12 @@ def tokenizer_fingerprint(tokenizer: Path) -> str:
     """
     ids = sorted(_ids(_read(tokenizer)).items())
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def frequencies_path(given: str | Path) -> Path:
+    """The list itself, where the output directory of ``minitron tokens`` may be named instead."""
+    given = Path(given)
+    return given / FREQUENCIES if given.is_dir() else given
 
 
 def read_frequencies(path: Path) -> TokenFrequencies:

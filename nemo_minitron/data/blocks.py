@@ -1,10 +1,6 @@
-"""Token blocks ``[n, sequence_length + 1]`` from a mixture of sources, split by document, the same on every machine.
+"""Token blocks ``[n, sequence_length + 1]`` and what is known of them. :mod:`~nemo_minitron.data.build` makes them.
 
-Documents of a source are ordered by a hash of the seed and their text. In this order the first fill the held-out
-split, the next the calibration split, up to their share of the characters; the rest trains. No document is on two
-sides, and a text that several sources carry counts for the first of them only. Within a split, documents are packed
-into blocks that do not overlap (:mod:`~nemo_minitron.data.packing`), each closed by EOS. Input and label of a block are
-``block[:-1]`` and ``block[1:]``.
+Input and label of a block are ``block[:-1]`` and ``block[1:]``.
 """
 
 from __future__ import annotations
@@ -13,17 +9,14 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.config import DataConfig
-from nemo_minitron.data.splits import SPLITS
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SPLITS", "Blocks", "build_blocks", "build_domain_blocks"]
+__all__ = ["Blocks"]
 
 _TOGETHER = 1024  # blocks looked at together
 
@@ -159,67 +152,3 @@ class Blocks:
         """The blocks of each source that has any."""
         found = {name: self[self.domain == index] for index, name in enumerate(self.domains)}
         return {name: blocks for name, blocks in found.items() if len(blocks)}
-
-
-def build_blocks(
-    config: DataConfig,
-    tokenizer_dir: str | Path | None,
-    split: str,
-    *,
-    blocks: int | None = None,
-    vocab_size: int | None = None,
-    max_length: int | None = None,
-) -> Blocks:
-    """Token blocks of one split, in the shuffled order of ``config.seed``.
-
-    Args:
-        config: sources, block length, seed, cache.
-        tokenizer_dir: directory with the tokenizer of the model.
-        split: one of :data:`SPLITS`.
-        blocks: how many; drawn from the sources by weight, a source that runs out is made up for by the others. None
-            takes as many as keep the weights exact without repeating a block.
-        vocab_size: rows of the model's embedding, to check the ids against; None does not check.
-        max_length: tokens that the model reads at most; None does not check.
-
-    Returns:
-        Blocks of ``[n, sequence_length + 1]`` tokens.
-
-    Raises:
-        DataError: for unreadable sources, too little text, sequences that are too long for the model, or a tokenizer
-            that does not fit.
-    """
-    return _build(config, tokenizer_dir, split, blocks, vocab_size, max_length)
-
-
-def build_domain_blocks(
-    config: DataConfig,
-    tokenizer_dir: str | Path | None,
-    split: str,
-    *,
-    blocks: int | None = None,
-    vocab_size: int | None = None,
-    max_length: int | None = None,
-) -> dict[str, Blocks]:
-    """The blocks of :func:`build_blocks`, by the name of their source."""
-    return _build(config, tokenizer_dir, split, blocks, vocab_size, max_length).by_domain()
-
-
-def _build(
-    config: DataConfig,
-    tokenizer_dir: str | Path | None,
-    split: str,
-    blocks: int | None,
-    vocab_size: int | None,
-    max_length: int | None,
-) -> Blocks:
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not known; known: {', '.join(SPLITS)}")
-    if blocks is not None and blocks < 1:
-        raise DataError(f"{blocks} blocks of the {split} split were asked for; ask for at least 1")
-    if max_length is not None and config.sequence_length > max_length:
-        raise DataError(
-            f"data.sequence_length={config.sequence_length}: the model reads {max_length} tokens at most; lower it"
-        )
-    from nemo_minitron.data.build import cached_blocks
-
-    return cached_blocks(config, tokenizer_dir, split, blocks, vocab_size)

@@ -1,4 +1,10 @@
-"""Making token blocks from the tokens of the sources, and keeping them: ``cache_dir/blocks/<split>-<hash>``.
+"""Token blocks ``[n, sequence_length + 1]`` from a mixture of sources, split by document, the same on every machine.
+
+Documents of a source are ordered by a hash of the seed and their text. In this order the first fill the held-out
+split, the next the calibration split, up to their share of the characters; the rest trains. No document is on two
+sides, and a text that several sources carry counts for the first of them only. Within a split, documents are packed
+into blocks that do not overlap (:mod:`~nemo_minitron.data.packing`), each closed by EOS. Blocks are kept in
+``cache_dir/blocks/<split>-<hash>``.
 
 Memory: the table of a source's documents. Tokens are read from, and blocks written to, memory-mapped files; the blocks
 that are given are such a mapping.
@@ -22,14 +28,14 @@ from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.config.parts.text import ORIGINS
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.data.packing import Packing, best_fit, stream
-from nemo_minitron.data.splits import deal, seen_in
+from nemo_minitron.data.splits import SPLITS, deal, seen_in
 from nemo_minitron.data.streams import TokenStream, source_state, token_stream
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.masks import FILLING
 from nemo_minitron.runtime.progress import progress_bar
 
-__all__ = ["cached_blocks"]
+__all__ = ["build_blocks", "build_domain_blocks"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +45,74 @@ _ARRAYS = {"tokens": (np.int64, 1), "domain": (np.int64, None), "segments": (np.
 _CONTENT = "content.json"  # names of domains and arrays, lowest and highest id
 
 
-def cached_blocks(
+def build_blocks(
+    config: DataConfig,
+    tokenizer_dir: str | Path | None,
+    split: str,
+    *,
+    blocks: int | None = None,
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+) -> Blocks:
+    """Token blocks of one split, in the shuffled order of ``config.seed``.
+
+    Args:
+        config: sources, block length, seed, cache.
+        tokenizer_dir: directory with the tokenizer of the model.
+        split: one of :data:`~nemo_minitron.data.SPLITS`.
+        blocks: how many; drawn from the sources by weight, a source that runs out is made up for by the others. None
+            takes as many as keep the weights exact without repeating a block.
+        vocab_size: rows of the model's embedding, to check the ids against; None does not check.
+        max_length: tokens that the model reads at most; None does not check.
+
+    Returns:
+        Blocks of ``[n, sequence_length + 1]`` tokens.
+
+    Raises:
+        DataError: for unreadable sources, too little text, sequences that are too long for the model, or a tokenizer
+            that does not fit.
+    """
+    return _build(config, tokenizer_dir, split, blocks, vocab_size, max_length)
+
+
+def build_domain_blocks(
+    config: DataConfig,
+    tokenizer_dir: str | Path | None,
+    split: str,
+    *,
+    blocks: int | None = None,
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+) -> dict[str, Blocks]:
+    """The blocks of :func:`build_blocks`, by the name of their source."""
+    return _build(config, tokenizer_dir, split, blocks, vocab_size, max_length).by_domain()
+
+
+def _build(
+    config: DataConfig,
+    tokenizer_dir: str | Path | None,
+    split: str,
+    blocks: int | None,
+    vocab_size: int | None,
+    max_length: int | None,
+) -> Blocks:
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is not known; known: {', '.join(SPLITS)}")
+    if blocks is not None and blocks < 1:
+        raise DataError(f"{blocks} blocks of the {split} split were asked for; ask for at least 1")
+    if max_length is not None and config.sequence_length > max_length:
+        raise DataError(
+            f"data.sequence_length={config.sequence_length}: the model reads {max_length} tokens at most; lower it"
+        )
+    return _cached_blocks(config, tokenizer_dir, split, blocks, vocab_size)
+
+
+def _cached_blocks(
     config: DataConfig, tokenizer_dir: str | Path | None, split: str, blocks: int | None, vocab_size: int | None
 ) -> Blocks:
     """The blocks of a split: from the cache, or made now, by one process at a time.
 
-    Arguments as of :func:`~nemo_minitron.data.blocks.build_blocks`, checked.
+    Arguments as of :func:`build_blocks`, checked.
     """
     tokenizer = load_tokenizer(tokenizer_dir)  # Before the cache: a missing tokenizer is an error at once.
     folder = _folder(config, Path(str(tokenizer_dir)), split, blocks)

@@ -14,7 +14,7 @@ from nemo_minitron.distillation.documents import starts_of_positions
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import Groups
-from nemo_minitron.runtime.model import padded_vocab
+from nemo_minitron.shape import padded_vocab
 
 if TYPE_CHECKING:
     from nemo_minitron.distillation.attach import TeacherStates

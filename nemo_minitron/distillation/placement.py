@@ -22,8 +22,7 @@ import torch
 
 from nemo_minitron.distillation.documents import starts_of_positions
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.runtime.model import padded_vocab
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, padded_vocab
 
 __all__ = ["Link", "Piece", "TeacherPlacement", "Transfer", "deliver", "packed_requests"]
 

@@ -35,10 +35,10 @@ from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.context_attention import context_layer_spec
 from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.runtime.model import padded_vocab, pipeline_layer_layout
+from nemo_minitron.runtime.model import pipeline_layer_layout
 from nemo_minitron.runtime.stopping import StopRequest
 from nemo_minitron.runtime.waits import bounded_groups
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, padded_vocab
 
 __all__ = ["optimizer_config", "optimizer_of", "train", "trained_config", "trainer_of"]
 

@@ -5,7 +5,9 @@ Torch, Megatron and transformers are imported when a name is first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron._lazy import lazy
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluation.generation import Generation, generate, generate_megatron
@@ -13,19 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "HeldOutLoss", "MeanLoss", "generate", "generate_megatron", "held_out_loss"]
 
-_HOME = {
-    "Generation": "generation",
-    "HeldOutLoss": "held_out",
-    "MeanLoss": "held_out",
-    "generate": "generation",
-    "generate_megatron": "generation",
-    "held_out_loss": "held_out",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+# torch is imported when something is asked for, not when a plan merely imports the package
+__getattr__ = lazy(
+    __name__,
+    {
+        "Generation": "generation",
+        "HeldOutLoss": "held_out",
+        "MeanLoss": "held_out",
+        "generate": "generation",
+        "generate_megatron": "generation",
+        "held_out_loss": "held_out",
+    },
+)

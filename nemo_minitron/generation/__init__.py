@@ -5,7 +5,9 @@ Torch and Megatron are imported when a name is first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron._lazy import lazy
 
 if TYPE_CHECKING:
     from nemo_minitron.generation.decode import Answer, generate_tokens
@@ -13,12 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Sampling", "generate_tokens"]
 
-_HOME = {"Answer": "decode", "Sampling": "sampling", "generate_tokens": "decode"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+# torch is imported when something is asked for, not when a plan merely imports the package
+__getattr__ = lazy(
+    __name__,
+    {"Answer": "decode", "Sampling": "sampling", "generate_tokens": "decode"},
+)

@@ -8,7 +8,9 @@ results on disk. Importing this package imports neither torch nor Megatron.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron._lazy import lazy
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation, Criterion
@@ -38,29 +40,24 @@ __all__ = [
     "task_accuracy",
 ]
 
-_HOME = {
-    "AGGREGATIONS": "aggregation",
-    "Aggregation": "aggregation",
-    "Criterion": "aggregation",
-    "DepthScores": "depth_scores",
-    "Measurement": "depth_scores",
-    "ScoreDuringValidation": "callback",
-    "Scores": "scores",
-    "fingerprint": "scores",
-    "layer_importance": "depth",
-    "left_out": "masking",
-    "magnitude_scores": "magnitude",
-    "save_criteria": "scores",
-    "score_criteria": "score",
-    "score_model": "score",
-    "task_accuracy": "depth",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # torch is imported when something is asked for, not when a plan merely imports the room
-    if name in _HOME:
-        from importlib import import_module
-
-        return getattr(import_module(f"nemo_minitron.importance.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# torch is imported when something is asked for, not when a plan merely imports the package
+__getattr__ = lazy(
+    __name__,
+    {
+        "AGGREGATIONS": "aggregation",
+        "Aggregation": "aggregation",
+        "Criterion": "aggregation",
+        "DepthScores": "depth_scores",
+        "Measurement": "depth_scores",
+        "ScoreDuringValidation": "callback",
+        "Scores": "scores",
+        "fingerprint": "scores",
+        "layer_importance": "depth",
+        "left_out": "masking",
+        "magnitude_scores": "magnitude",
+        "save_criteria": "scores",
+        "score_criteria": "score",
+        "score_model": "score",
+        "task_accuracy": "depth",
+    },
+)

@@ -22,7 +22,8 @@ from nemo_minitron.importance.hooks import ActivationRecorder
 from nemo_minitron.importance.score import collect
 from nemo_minitron.importance.scores import Scores, save_criteria
 from nemo_minitron.runtime.groups import ParallelLayout, current
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.runtime.model import shape_of
+from nemo_minitron.shape import SIZES, ModelShape
 
 __all__ = ["ScoreDuringValidation"]
 
@@ -122,19 +123,12 @@ class ScoreDuringValidation(pl.Callback):
         self._recorder = None
 
     def _check_shape(self, chunks: list[Any]) -> None:
-        config = chunks[0].config
-        found = {
-            "num_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "ffn_hidden_size": config.ffn_hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_query_groups": config.num_query_groups,
-            "num_moe_experts": config.num_moe_experts,
-        }
+        found = shape_of(chunks[0].config)
         if faults := [
-            f"{name}={getattr(self.shape, name)}: the model that is validated has {value}; give its own shape"
-            for name, value in found.items()
-            if getattr(self.shape, name) != value
+            f"{name}={getattr(self.shape, name)}: the model that is validated has {getattr(found, name)}; give its own "
+            "shape"
+            for name in SIZES
+            if getattr(self.shape, name) != getattr(found, name)
         ]:
             raise ShapeError(faults)
 

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from nemo_minitron.importance.candidates import Candidate, depth_faults, diverge, greedy_round, rounds
-from nemo_minitron.importance.depth_scores import DepthScores, Journal, Measurement
+from nemo_minitron.importance.depth_scores import DepthScores, Measurement
 from nemo_minitron.importance.masking import Prefix, left_out
 from nemo_minitron.runtime.forward import block_losses
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import Advance
 from nemo_minitron.shape import ModelShape
 
@@ -47,7 +48,7 @@ def layer_importance(
     task: EncodedTask | None = None,
     task_name: str = "task",
     fingerprint: str | None = None,
-    journal: Journal | None = None,
+    journal: Journal[tuple[Candidate, Measurement]] | None = None,
     reuse_prefix: bool = True,
     progress: Advance | None = None,
 ) -> DepthScores:
@@ -96,7 +97,7 @@ def layer_importance(
     weights = torch.ones(len(blocks)) if counted is None else counted.sum(dim=1)
     shares = weights.double() / weights.sum()
     _check(shape, single=single, block_lengths=block_lengths, greedy=greedy, greedy_by=greedy_by, task=task)
-    measured = _shared(journal.read() if journal is not None and dist.get_rank() == 0 else {}, chunks)
+    measured = _shared(dict(journal.read()) if journal is not None and dist.get_rank() == 0 else {}, chunks)
     if progress is not None and (already := len(measured.keys() - {()})):
         progress(already)
     prefix: Prefix | None = None
@@ -131,7 +132,7 @@ def layer_importance(
         for layers, following in itertools.zip_longest(left, left[1:]):
             measured[layers] = measure(layers, following)
             if journal is not None and dist.get_rank() == 0:
-                journal.append(layers, measured[layers])
+                journal.append([(layers, measured[layers])])
             if progress is not None and layers:
                 progress(1, f"loss {measured[layers].loss:.3f} without {_name(layers)}")
 

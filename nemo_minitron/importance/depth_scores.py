@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, Sh
 from nemo_minitron.importance.candidates import Candidate
 from nemo_minitron.importance.subject import check_subject
 from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.journal import Codec, Journal
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["FILE_NAME", "DepthScores", "Journal", "Measurement"]
+__all__ = ["FILE_NAME", "DepthScores", "Measurement", "depth_journal"]
 
 FILE_NAME = "depth.json"
 FORMAT_VERSION = 1
@@ -161,69 +160,17 @@ def _measurement(row: dict[str, Any]) -> tuple[Candidate, Measurement]:
     return tuple(row["layers"]), Measurement(float(row["loss"]), row.get("accuracy"))
 
 
-class Journal:
-    """What a measurement has found so far, a line a candidate, in a file that outlives the process.
+#: A line of a journal: ``{"layers": [...], "loss": ...}`` and, where there is a task, ``"accuracy"``.
+_CODEC: Codec[tuple[Candidate, Measurement]] = Codec(
+    to_json=lambda entry: {"layers": list(entry[0]), **_values(entry[1])}, from_json=_measurement
+)
 
-    The first line says what is measured. A journal of something else is begun anew; the half line of a process that was
-    killed is dropped.
+
+def depth_journal(path: str | Path, subject: dict[str, Any]) -> Journal[tuple[Candidate, Measurement]]:
+    """The journal of a measurement under way: candidates with what was measured, the whole model first.
 
     Args:
         path: of the file; only one process may use it.
-        subject: JSON values that everything measured depends on.
-
-    Attributes:
-        resumed: candidates that :meth:`read` found, the whole model not counted.
+        subject: JSON values that everything measured depends on. A journal of something else is begun anew.
     """
-
-    def __init__(self, path: str | Path, subject: dict[str, Any]) -> None:
-        self.path = Path(path)
-        self.resumed = 0
-        self._subject = {"format_version": FORMAT_VERSION, **subject}
-
-    @staticmethod
-    def beside(output: str | Path) -> Path:
-        """Where the journal of an output lies."""
-        output = Path(output)
-        return output.with_name(f".{output.name}.journal.jsonl")
-
-    @staticmethod
-    def entries(path: Path) -> int:
-        """Candidates that a journal holds, whatever it is of; the whole model is not counted."""
-        try:
-            lines = path.read_bytes().split(b"\n")[1:-1]
-        except OSError:
-            return 0
-        return sum(b'"layers": []' not in line for line in lines)
-
-    def read(self) -> dict[Candidate, Measurement]:
-        """What is there already; the file is left ready for :meth:`append`."""
-        head = json.dumps(self._subject, sort_keys=True).encode()
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
-        found, whole = {}, [head]
-        if lines and lines[0] == head:
-            for line in lines[1:]:
-                try:
-                    layers, one = _measurement(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    break
-                found[layers] = one
-                whole.append(line)
-        if whole != lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, b"\n".join(whole) + b"\n")
-        elif self.path.stat().st_size != sum(len(line) + 1 for line in lines):
-            os.truncate(self.path, sum(len(line) + 1 for line in lines))
-        self.resumed = len(found.keys() - {()})
-        return found
-
-    def append(self, layers: Iterable[int], one: Measurement) -> None:
-        """Add a candidate, and see it onto the disk."""
-        line = json.dumps({"layers": list(layers), **_values(one)}) + "\n"
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def close(self) -> None:
-        """Remove the file: the result stands elsewhere."""
-        self.path.unlink(missing_ok=True)
+    return Journal(path, {"format_version": FORMAT_VERSION, **subject}, _CODEC)

@@ -6,7 +6,7 @@ layouts on a cluster. Importing it imports no torch.
 
 from nemo_minitron.planning.cluster import Accelerator, accelerator
 from nemo_minitron.planning.layouts import LayoutCost, best_layout, layout_cost, layout_costs, layout_faults
-from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload, padded_vocabulary
+from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload
 from nemo_minitron.planning.model import Model, stage_parameters
 from nemo_minitron.planning.recipe import Recipe, load_recipe, recipe_names
 from nemo_minitron.planning.training import ForwardFlops, Training
@@ -28,7 +28,6 @@ __all__ = [
     "layout_costs",
     "layout_faults",
     "load_recipe",
-    "padded_vocabulary",
     "recipe_names",
     "stage_parameters",
 ]

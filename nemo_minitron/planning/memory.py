@@ -47,11 +47,10 @@ from typing import Protocol
 
 from nemo_minitron import axes
 from nemo_minitron.config.parts import RECOMPUTE
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, padded_vocab
 
-__all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload", "padded_vocabulary"]
+__all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload"]
 
-_PADDING = 128  # rows of a vocabulary, times the tensor-parallel size: Megatron's default
 #: Working buffers of the vocabulary-parallel losses on CUDA (:mod:`nemo_minitron.distillation.vocabulary_parallel`).
 _LOSS_BUFFERS = 4 * 32 * 2**20
 
@@ -120,12 +119,6 @@ class MemoryUse:
     def total(self) -> float:
         """All parts."""
         return self.weights + self.cache + self.gradients + self.optimizer + self.activations + self.teacher
-
-
-def padded_vocabulary(vocab_size: int, tensor: int) -> int:
-    """Rows of an embedding split ``tensor`` ways: the next multiple of ``128 * tensor``, as Megatron pads it."""
-    step = _PADDING * tensor
-    return -(-vocab_size // step) * step
 
 
 class MemoryCost:
@@ -237,7 +230,7 @@ class MemoryCost:
             kept += heads * (2 * work.context * self.shape.head_dim + self._probabilities())
         kept *= work.bytes
         if stage == work.pipeline - 1:
-            logits = padded_vocabulary(self.shape.vocab_size, work.tensor) / work.tensor
+            logits = padded_vocab(self.shape.vocab_size, tensor=work.tensor) / work.tensor
             if self.distilled:
                 kept += logits * 2 * work.bytes
             else:
@@ -307,7 +300,7 @@ class MemoryCost:
             num_attention_heads=heads,
             num_query_groups=groups,
             num_moe_experts=sizes.num_moe_experts,
-            vocab_size=padded_vocabulary(self.shape.vocab_size, self.work.tensor),
+            vocab_size=padded_vocab(self.shape.vocab_size, tensor=self.work.tensor),
         )
 
     def _size(self, row: axes.Parameter, shape: ModelShape) -> float:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from nemo_minitron import axes
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.planning.memory import padded_vocabulary
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import Architecture, ModelShape, padded_vocab
 
 __all__ = ["Model", "stage_parameters"]
 
@@ -73,7 +72,7 @@ def stage_parameters(
     chunks = virtual_pipeline or 1
     if faults := model.shape.layout_faults(tensor=tensor, pipeline=pipeline * chunks):
         raise ShapeError(faults)
-    padded = model.shape.replace(vocab_size=padded_vocabulary(model.shape.vocab_size, tensor))
+    padded = model.shape.replace(vocab_size=padded_vocab(model.shape.vocab_size, tensor=tensor))
     sizes = padded.stage_sizes(pipeline * chunks)
     # layers go virtual stage by virtual stage, pipeline rank by pipeline rank within one
     rank_of_layer = [run % pipeline for run, size in enumerate(sizes) for _ in range(size)]

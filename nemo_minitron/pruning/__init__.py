@@ -9,7 +9,9 @@ Importing this package imports neither torch nor Megatron.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron._lazy import lazy
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.choose import choose_units, target_shape
@@ -33,24 +35,19 @@ __all__ = [
     "target_shape",
 ]
 
-_HOME = {
-    "DepthPrune": "transforms",
-    "PruneTransform": "nemo",
-    "WidthPrune": "transforms",
-    "choose_units": "choose",
-    "intermediate_shapes": "rounds",
-    "load_kept": "kept",
-    "merge_pruned_heads": "merging",
-    "prune_weights": "weights",
-    "save_kept": "kept",
-    "target_shape": "choose",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # torch is imported when something is asked for, not when a plan merely imports the room
-    if name in _HOME:
-        from importlib import import_module
-
-        return getattr(import_module(f"nemo_minitron.pruning.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# torch is imported when something is asked for, not when a plan merely imports the package
+__getattr__ = lazy(
+    __name__,
+    {
+        "DepthPrune": "transforms",
+        "PruneTransform": "nemo",
+        "WidthPrune": "transforms",
+        "choose_units": "choose",
+        "intermediate_shapes": "rounds",
+        "load_kept": "kept",
+        "merge_pruned_heads": "merging",
+        "prune_weights": "weights",
+        "save_kept": "kept",
+        "target_shape": "choose",
+    },
+)

@@ -12,12 +12,18 @@ from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["FILE_NAME", "load_kept", "read_kept", "save_kept"]
+__all__ = ["FILE_NAME", "kept_path", "load_kept", "read_kept", "save_kept"]
 
 FILE_NAME = "kept.json"
 FORMAT_VERSION = 2
 #: Version 1 had neither experts nor a vocabulary.
 _READABLE = (1, 2)
+
+
+def kept_path(output: str | Path) -> Path:
+    """Where the record of the kept units lies: inside a directory, beside a ``.nemo`` file."""
+    output = Path(output)
+    return output.with_name(f"{output.name}.{FILE_NAME}") if output.suffix == ".nemo" else output / FILE_NAME
 
 
 def save_kept(kept: KeptUnits, shape: ModelShape, path: str | Path) -> None:

@@ -7,7 +7,6 @@ sets every one of those copies, so that a resized model is, attribute by attribu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +18,16 @@ from nemo_minitron.checkpoints.live import canonical_parameters
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.runtime.model import pipeline_layer_layout
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.runtime.model import pipeline_layer_layout, shape_of
+from nemo_minitron.shape import SIZES, ModelShape
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 __all__ = [
-    "CONFIG_SIZES",
     "apply_config",
     "apply_sizes",
     "apply_stages",
-    "bare",
     "fresh",
     "gpt_chunks",
     "keep_experts",
@@ -40,14 +37,6 @@ __all__ = [
     "set_stages",
 ]
 
-CONFIG_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_moe_experts",
-)
 #: What gradient buffers and optimizers put on a parameter.
 _TRAINING_MARKS = ("main_grad", "grad_added_to_main_grad", "main_param", "main_param_sharded")
 
@@ -64,30 +53,6 @@ def gpt_chunks(module: nn.Module) -> list[GPTModel]:
     if not chunks:
         raise ShapeError(f"{type(module).__name__}: holds no Megatron GPTModel; only those can be pruned")
     return chunks
-
-
-@contextmanager
-def bare(module: nn.Module) -> Iterator[None]:
-    """Within the block ``module`` is not wrapped for training; see :func:`nemo_minitron.pruning.nemo.unwrapped`.
-
-    Raises:
-        ShapeError: for a model that is wrapped outside of NeMo's trainer, where its optimizer is not known.
-    """
-    from megatron.core.distributed import DistributedDataParallel
-
-    if any(isinstance(part, DistributedDataParallel) for part in module.modules()) and hasattr(module, "teardown_ddp"):
-        from nemo_minitron.pruning.nemo import unwrapped
-
-        with unwrapped(module):
-            yield
-    elif any(hasattr(parameter, "main_grad") for parameter in module.parameters()):
-        raise ShapeError(
-            "the model is already wrapped in Megatron's DistributedDataParallel, whose gradient buffers (and the "
-            "optimizer) hold the unpruned parameters; prune it before it is wrapped, or give the transform NeMo's "
-            "MegatronParallel"
-        )
-    else:
-        yield
 
 
 def fresh(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
@@ -116,17 +81,8 @@ def owned_parameters(chunk: GPTModel) -> Iterator[tuple[str, nn.Parameter, list[
 
 def live_shape(chunk: GPTModel) -> ModelShape:
     """The sizes of the whole model that a chunk is part of. The vocabulary's is the padded one."""
-    config = chunk.config
-    return ModelShape(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size if config.num_moe_experts is None else config.moe_ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        head_dim=config.kv_channels,
-        vocab_size=chunk.vocab_size,
-        tied_embeddings=chunk.share_embeddings_and_output_weights,
-        num_moe_experts=config.num_moe_experts,
+    return shape_of(
+        chunk.config, vocab_size=chunk.vocab_size, tied_embeddings=chunk.share_embeddings_and_output_weights
     )
 
 
@@ -169,7 +125,7 @@ def keep_experts(layer: Any, experts: Sequence[int]) -> None:
 def apply_config(module: nn.Module, target: ModelShape) -> None:
     """Set the sizes in every configuration that ``module`` and what is in it keep."""
     for config in _configs(module):
-        for name in CONFIG_SIZES:
+        for name in SIZES:
             if hasattr(config, name):
                 setattr(config, name, getattr(target, name))
         if hasattr(config, "kv_channels"):

@@ -24,7 +24,6 @@ from nemo_minitron.pruning.live import (
     apply_config,
     apply_sizes,
     apply_stages,
-    bare,
     fresh,
     gpt_chunks,
     keep_experts,
@@ -33,9 +32,9 @@ from nemo_minitron.pruning.live import (
     owned_parameters,
 )
 from nemo_minitron.pruning.row_moves import take_rows
+from nemo_minitron.pruning.wrapping import bare
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
-from nemo_minitron.runtime.model import padded_vocab
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import SIZES, ModelShape, padded_vocab
 
 __all__ = ["DepthPrune", "WidthPrune"]
 
@@ -151,20 +150,12 @@ class WidthPrune:
             ShapeError: with every fault.
         """
         if self.shape is not None:
-            made_for, here = self.shape.to_dict(), shape.to_dict()
-            sizes = (
-                "hidden_size",
-                "ffn_hidden_size",
-                "num_attention_heads",
-                "num_query_groups",
-                "head_dim",
-                "num_moe_experts",
-            )
+            here = shape.to_dict()
             if faults := [
-                f"{name}: the units are of a model of {made_for[name]}, this one has {here[name]}; prune the model "
+                f"{name}: the units are of a model of {size}, this one has {here[name]}; prune the model "
                 "that they were chosen for"
-                for name in sizes
-                if made_for[name] != here[name]
+                for name, size in self.shape.to_dict().items()
+                if name in (*SIZES, "head_dim") and name != "num_layers" and size != here[name]
             ]:
                 raise ShapeError(faults)
         if len(self.kept.layers) != shape.num_layers:

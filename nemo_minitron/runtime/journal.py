@@ -4,28 +4,60 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.files import replace_file
 
-__all__ = ["Journal"]
+__all__ = ["PLAIN", "Codec", "Journal"]
+
+Entry = TypeVar("Entry")
 
 
-class Journal:
-    """Lines of JSON objects, of which the first says what all the others depend on.
+@dataclass(frozen=True)
+class Codec(Generic[Entry]):
+    """How entries of a journal are written.
 
-    A journal of something else is begun anew; the half line of a process that was killed is dropped.
+    Attributes:
+        to_json: the JSON object of an entry.
+        from_json: the entry of a JSON object; raises ValueError, KeyError, TypeError or AttributeError for any other
+            content.
+    """
+
+    to_json: Callable[[Entry], dict[str, Any]]
+    from_json: Callable[[Any], Entry]
+
+
+#: Entries that are JSON objects themselves.
+PLAIN: Codec[dict[str, Any]] = Codec(dict, dict)
+
+
+class Journal(Generic[Entry]):
+    """A file of JSON objects, one a line. The first says what all results depend on, each other one is an entry.
+
+    The half line of a process that was killed is dropped, and so is whatever follows a line that is no entry.
 
     Args:
         path: of the file; only one process may write it at a time.
         subject: JSON values that every result depends on.
+        codec: of the entries.
+        refuse_other: refuse a file with another subject, instead of beginning it anew.
+
+    Attributes:
+        resumed: entries that the last :meth:`read` gave.
     """
 
-    def __init__(self, path: Path, subject: dict[str, Any]) -> None:
-        self.path = path
-        self._head = json.dumps(subject, sort_keys=True).encode()
+    def __init__(
+        self, path: str | Path, subject: dict[str, Any], codec: Codec[Entry], *, refuse_other: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.resumed = 0
+        self._head = json.dumps(subject, sort_keys=True, default=str).encode()
+        self._codec = codec
+        self._refuse_other = refuse_other
 
     @staticmethod
     def beside(output: str | Path) -> Path:
@@ -35,29 +67,39 @@ class Journal:
 
     @staticmethod
     def entries(path: Path) -> int:
-        """Results that a journal holds, whatever it is of."""
+        """How many entries a journal holds, whatever its subject; 0 where there is none."""
         return max(0, len(_lines(path)) - 1)
 
-    def read(self) -> list[dict[str, Any]]:
-        """What is there already; the file is left ready for :meth:`append`."""
+    def read(self) -> list[Entry]:
+        """The entries that are there already; the file is left ready for :meth:`append`.
+
+        Raises:
+            ConfigError: if the file has another subject, and that is refused.
+        """
         lines = _lines(self.path)
-        found, whole = [], [self._head]
+        entries, whole = [], [self._head]
         if lines and lines[0] == self._head:
             for line in lines[1:]:
                 try:
-                    found.append(json.loads(line))
-                except ValueError:
+                    entries.append(self._codec.from_json(json.loads(line)))
+                except (ValueError, KeyError, TypeError, AttributeError):
                     break
                 whole.append(line)
+        elif lines and self._refuse_other:
+            raise ConfigError(
+                f"output: {self.path} holds results made with other settings ({_differences(lines[0], self._head)}); "
+                "pass --overwrite to begin anew, or choose another output"
+            )
         if whole != lines or self.path.stat().st_size != sum(len(line) + 1 for line in whole):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, b"\n".join(whole) + b"\n")
-        return found
+        self.resumed = len(entries)
+        return entries
 
-    def append(self, results: Iterable[dict[str, Any]]) -> None:
-        """Add results, and see them onto the disk."""
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Add entries, and see them onto the disk."""
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(result) + "\n" for result in results)
+            stream.writelines(json.dumps(self._codec.to_json(entry)) + "\n" for entry in entries)
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -69,3 +111,13 @@ class Journal:
 def _lines(path: Path) -> list[bytes]:
     """Lines that were written to their end."""
     return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def _differences(before: bytes, now: bytes) -> str:
+    """Names of the values in which two first lines differ."""
+    try:
+        old = dict(json.loads(before))
+    except (ValueError, TypeError):
+        return "not a journal"
+    new = json.loads(now)
+    return ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))

@@ -16,13 +16,13 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import SIZES, Architecture, ModelShape, padded_vocab
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["build_model", "padded_vocab", "pipeline_layer_layout", "transformer_config"]
+__all__ = ["build_model", "pipeline_layer_layout", "shape_of", "transformer_config"]
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -35,15 +35,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "squared_relu": squared_relu,
 }
 """By the name that a family's table has for them."""
-
-
-def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:
-    """Vocabulary rows of a model split ``tensor`` ways: the next multiple of ``multiple * tensor``.
-
-    As ``nemo.collections.llm.gpt.model.base.get_vocab_size`` and Megatron's ``vocab_size_with_padding``.
-    """
-    step = multiple * tensor
-    return -(-vocab_size // step) * step
 
 
 def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[list[str]] | None:
@@ -142,6 +133,24 @@ def transformer_config(
         perform_initialization=False,
         **experts,
     )
+
+
+def shape_of(config: Any, *, vocab_size: int = 1, tied_embeddings: bool = False) -> ModelShape:
+    """The sizes in a configuration of Megatron's or NeMo's: the inverse of :func:`transformer_config`.
+
+    Args:
+        config: a ``TransformerConfig``, or one derived from it.
+        vocab_size, tied_embeddings: of the model; the configuration does not have them.
+
+    Raises:
+        ShapeError: if the sizes are impossible.
+    """
+    sizes = {name: getattr(config, name) for name in SIZES}
+    if config.num_moe_experts is not None and config.moe_ffn_hidden_size is not None:
+        sizes["ffn_hidden_size"] = config.moe_ffn_hidden_size
+    sizes["num_query_groups"] = config.num_query_groups or config.num_attention_heads
+    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    return ModelShape(**sizes, head_dim=head_dim, vocab_size=vocab_size, tied_embeddings=tied_embeddings)
 
 
 def build_model(

@@ -7,12 +7,11 @@ Importing them imports no torch.
 
 from nemo_minitron.planning import MemoryCost, MemoryUse, Workload
 from nemo_minitron.search.latency import Latency, LatencyCost, Timer
-from nemo_minitron.search.rank import Journal, Result, kendall_tau, pareto_front, read_search
+from nemo_minitron.search.rank import Result, by_candidate, kendall_tau, pareto_front, read_search, search_journal
 from nemo_minitron.search.space import Budget, ParameterCost, SearchSpace, ShapeSet, Sizes, axis_values, spread
 
 __all__ = [
     "Budget",
-    "Journal",
     "Latency",
     "LatencyCost",
     "MemoryCost",
@@ -25,8 +24,10 @@ __all__ = [
     "Timer",
     "Workload",
     "axis_values",
+    "by_candidate",
     "kendall_tau",
     "pareto_front",
     "read_search",
+    "search_journal",
     "spread",
 ]

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.journal import Codec, Journal
 from nemo_minitron.search.space import Sizes
 
-__all__ = ["FILE_NAME", "Journal", "Result", "kendall_tau", "pareto_front", "read_search"]
+__all__ = [
+    "FILE_NAME",
+    "FINDINGS",
+    "JOURNAL_NAME",
+    "Result",
+    "by_candidate",
+    "kendall_tau",
+    "pareto_front",
+    "read_search",
+    "search_journal",
+]
 
 FILE_NAME = "search.json"
+JOURNAL_NAME = "candidates.jsonl"
 FORMAT_VERSION = 1
 
 
@@ -72,70 +82,35 @@ class Result:
         return {"name": self.name, "state": self.state, **asdict(self), "sizes": self.sizes._asdict()}
 
 
-@dataclass
-class Journal:
-    """What a search has found so far, a line for each step of a candidate, in a file that outlives the process.
+def _finding(values: Any) -> tuple[str, dict[str, Any]]:
+    return values["name"], {key: value for key, value in values.items() if key != "name"}
 
-    The first line says what every result depends on. Later lines are ``{"name": ..., <values>}``; of two values of the
-    same name the later one holds. The half line of a process that was killed is dropped.
 
-    Attributes:
-        path: of the file; only one process may write it at a time.
+#: A line of the journal of a search: ``{"name": ..., <values>}``, what was found out about a candidate.
+FINDINGS: Codec[tuple[str, dict[str, Any]]] = Codec(
+    to_json=lambda finding: {"name": finding[0], **finding[1]}, from_json=_finding
+)
+
+
+def search_journal(output: str | Path, subject: dict[str, Any]) -> Journal[tuple[str, dict[str, Any]]]:
+    """What a search has found so far: a line, name and values, for each step of a candidate.
+
+    Args:
+        output: directory of the search; only one process may write its journal at a time.
         subject: JSON values that every result depends on; not the space nor the budget, so that a search over a wider
-            space takes up what is there.
+            space takes up what is there. :meth:`~nemo_minitron.runtime.journal.Journal.read` refuses a journal with
+            another subject.
     """
-
-    path: Path
-    subject: dict[str, Any] = field(repr=False)
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Values by candidate; the file is left ready for :meth:`append`.
-
-        Raises:
-            ConfigError: if the file is of another search.
-        """
-        head = json.dumps({"format_version": FORMAT_VERSION, **self.subject}, sort_keys=True, default=str)
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
-        if not lines:
-            self._write([head.encode()])
-            return {}
-        if lines[0] != head.encode():
-            raise ConfigError(
-                f"output: {self.path} holds results made with other settings ({_differences(lines[0], head)}); pass "
-                "--overwrite to begin anew, or choose another output"
-            )
-        found: dict[str, dict[str, Any]] = {}
-        whole = lines[:1]
-        for line in lines[1:]:
-            try:
-                values = json.loads(line)
-                found.setdefault(values.pop("name"), {}).update(values)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                break
-            whole.append(line)
-        if self.path.stat().st_size != sum(len(line) + 1 for line in whole):
-            self._write(whole)
-        return found
-
-    def append(self, name: str, **values: Any) -> None:
-        """Add what was found out about a candidate, and see it onto the disk."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"name": name, **values}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def _write(self, lines: Sequence[bytes]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, b"\n".join(lines) + b"\n")
+    path = Path(output) / JOURNAL_NAME
+    return Journal(path, {"format_version": FORMAT_VERSION, **subject}, FINDINGS, refuse_other=True)
 
 
-def _differences(before: bytes, now: str) -> str:
-    try:
-        old = dict(json.loads(before))
-    except ValueError:
-        return "not a journal of a search"
-    new = json.loads(now)
-    return ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
+def by_candidate(findings: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Values by candidate; of two values of the same name the later one holds."""
+    merged: dict[str, dict[str, Any]] = {}
+    for name, values in findings:
+        merged.setdefault(name, {}).update(values)
+    return merged
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import DepthConfig
 from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
-from nemo_minitron.importance.depth_scores import Journal
+from nemo_minitron.importance.depth_scores import depth_journal
+from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.base import (
@@ -65,7 +66,7 @@ def plan(config: DepthConfig) -> StagePlan:
     size = 2 if config.runtime.dtype == "bfloat16" else 4
     family = peek_family(config.model)
     known, greedy = _candidates(config, shape)
-    done = Journal.entries(Journal.beside(config.output))
+    done = max(0, Journal.entries(Journal.beside(config.output)) - 1)  # without the whole model
     found.costs["candidates"] = f"{len(known) - 1 + sum(greedy):,}" + (f", {done:,} measured already" if done else "")
     found.costs["FLOPs"] = human_count(_flops(config, shape, family))
     weights = axes.parameter_count(family, shape) * size / (layout.tensor * layout.pipeline)
@@ -141,7 +142,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
     load_into(chunks, checkpoint, groups)
     weights = fingerprint(checkpoint)
-    journal = Journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
+    journal = depth_journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
     known, greedy = _candidates(config, shape)
     with progress_bar("depth", len(known) - 1 + sum(greedy), shown=groups.is_main) as advance:
         scores = layer_importance(
@@ -171,7 +172,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     return {
         "tokens": scores.tokens,
         "candidates": len(scores.measured) - 1,
-        "resumed": journal.resumed,
+        "resumed": max(0, journal.resumed - 1),  # without the whole model
         "task": scores.task,
         "questions": scores.questions,
         "baseline": {"loss": round(baseline.loss, 6), "accuracy": baseline.accuracy},

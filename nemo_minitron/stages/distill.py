@@ -19,10 +19,9 @@ from nemo_minitron.config import DistillConfig
 from nemo_minitron.distillation.layers import layer_maps
 from nemo_minitron.distillation.outputs import finished
 from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.pruning.kept import load_kept
+from nemo_minitron.pruning.kept import kept_path, load_kept
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape
-from nemo_minitron.stages.prune import kept_path
 from nemo_minitron.stages.training import is_main, plan_training, save_model, schedule_of, summary, training_blocks
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.data.chat import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
-from nemo_minitron.runtime.journal import Journal
+from nemo_minitron.runtime.journal import PLAIN, Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, peek_architecture, peek_shape, stage_output
 from nemo_minitron.stages.conversion import model_costs
@@ -111,7 +111,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     load_into(chunks, checkpoint, groups)
 
     total = len(prompts) * config.samples
-    journal = Journal(Journal.beside(config.output), _subject(config, checkpoint, prompts, ends, max_length))
+    journal = Journal(Journal.beside(config.output), _subject(config, checkpoint, prompts, ends, max_length), PLAIN)
     answers = {one["request"]: one for one in journal.read()} if groups.is_main else {}
     pending = _pending(total, answers, next(chunks[0].parameters()).device)
     pending.sort(key=lambda request: (len(prompts[request // config.samples]), request))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import IterateConfig
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
 from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
-from nemo_minitron.stages.prune import kept_path
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits

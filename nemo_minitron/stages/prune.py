@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import PruneConfig
-from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
+from nemo_minitron.stages.choosing import kept_units, read_scores
 from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
 
 if TYPE_CHECKING:
@@ -23,15 +25,9 @@ if TYPE_CHECKING:
     from nemo_minitron.importance import Scores
     from nemo_minitron.shape import ModelShape
 
-__all__ = ["kept_path", "kept_units", "plan", "read_scores", "run"]
+__all__ = ["plan", "run"]
 
 logger = logging.getLogger(__name__)
-
-
-def kept_path(output: str | Path) -> Path:
-    """Where the record of the kept units lies: inside a directory, beside a ``.nemo`` file."""
-    output = Path(output)
-    return output.with_name(output.name + ".kept.json") if output.suffix == ".nemo" else output / "kept.json"
 
 
 def plan(config: PruneConfig) -> StagePlan:
@@ -122,27 +118,6 @@ def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:
     return [f"student_layout: {fault}" for fault in faults]
 
 
-def _vocabulary(config: PruneConfig, checkpoint: Checkpoint) -> tuple[int, ...] | None:
-    """The token ids that stay; None keeps all."""
-    from nemo_minitron.checkpoints.vocabulary import choose_vocabulary, read_frequencies
-    from nemo_minitron.stages.tokens import frequencies_path
-
-    if config.vocabulary.size is None or config.vocabulary.frequencies is None:
-        return None
-    if checkpoint.tokenizer is None:
-        raise CheckpointError(f"{config.model}: carries no tokenizer, which would have to follow the vocabulary")
-    constants = checkpoint.architecture
-    ends = constants.eos_token_id if isinstance(constants.eos_token_id, list) else [constants.eos_token_id]
-    special = [one for one in (constants.bos_token_id, constants.pad_token_id, *ends) if one is not None]
-    return choose_vocabulary(
-        checkpoint.tokenizer,
-        read_frequencies(frequencies_path(config.vocabulary.frequencies)),
-        config.vocabulary.size,
-        vocab_size=checkpoint.shape.vocab_size,
-        special=special,
-    )
-
-
 @contextmanager
 def _trimmed(pruned: Checkpoint, checkpoint: Checkpoint, kept: KeptUnits) -> Iterator[Checkpoint]:
     """The pruned checkpoint with its tokenizer, trimmed where the vocabulary is."""
@@ -154,69 +129,6 @@ def _trimmed(pruned: Checkpoint, checkpoint: Checkpoint, kept: KeptUnits) -> Ite
     with tempfile.TemporaryDirectory() as scratch:
         trim_tokenizer(checkpoint.tokenizer, kept.vocab, Path(scratch) / "tokenizer")
         yield dataclasses.replace(pruned, tokenizer=Path(scratch) / "tokenizer")
-
-
-def _layers_to_drop(
-    config: PruneConfig, checkpoint: Checkpoint, num_layers: int, scores: Scores | None
-) -> Sequence[int] | None:
-    """The layers named, or those that the depth criterion takes; None leaves them to the method."""
-    from nemo_minitron.importance import DepthScores, fingerprint
-    from nemo_minitron.pruning.depth import choose_layers, influence_costs
-
-    before = checkpoint.shape.num_layers
-    if config.layers_to_drop is not None or config.method == "random" or num_layers == before:
-        return config.layers_to_drop
-    if config.depth_scores is not None:
-        measured = DepthScores.load(config.depth_scores)
-        measured.check(checkpoint.shape, fingerprint(checkpoint), where=config.depth_scores)
-        costs = measured.costs(config.depth.criterion)
-    elif scores is not None:
-        costs = influence_costs(scores.layers.tolist())
-    else:
-        return None
-    kept = choose_layers(costs, before, before - num_layers, config.depth.form)
-    return [layer for layer in range(before) if layer not in kept]
-
-
-def kept_units(config: PruneConfig, checkpoint: Checkpoint, target: ModelShape, scores: Scores | None) -> KeptUnits:
-    """The units that stay under a configuration.
-
-    Args:
-        config: how they are chosen.
-        checkpoint: unpruned.
-        target: shape that is left.
-        scores: from :func:`read_scores`.
-
-    Raises:
-        MinitronError: for depth scores or frequencies that cannot be used, or a target that cannot be reached.
-    """
-    from nemo_minitron.pruning import choose_units
-
-    return choose_units(
-        scores,
-        checkpoint.shape,
-        target,
-        method=config.method,
-        seed=config.runtime.seed,
-        layers_to_drop=_layers_to_drop(config, checkpoint, target.num_layers, scores),
-        vocab=_vocabulary(config, checkpoint),
-    )
-
-
-def read_scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
-    """The scores, where the method reads them; they must be those of this checkpoint."""
-    from nemo_minitron.importance import Scores, fingerprint
-
-    if config.method == "random" or config.scores is None:
-        return None
-    scores = Scores.load(config.scores)
-    scores.check(checkpoint.shape, fingerprint(checkpoint), where=config.scores)
-    if scores.estimator != config.method:
-        raise ConfigError(
-            f"method={config.method}: {config.scores} holds scores of the estimator {scores.estimator}; set "
-            f"method={scores.estimator}, or score with estimator={config.method}"
-        )
-    return scores
 
 
 def _lineage(config: PruneConfig, scores: Scores | None) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from nemo_minitron import axes
 from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.warm import keep_pool
+from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.launch import launch
 from nemo_minitron.search import (
     Budget,
-    Journal,
     LatencyCost,
     MemoryCost,
     ParameterCost,
@@ -30,8 +30,11 @@ from nemo_minitron.search import (
     Sizes,
     Workload,
     axis_values,
+    by_candidate,
+    search_journal,
     spread,
 )
+from nemo_minitron.search.rank import JOURNAL_NAME
 from nemo_minitron.stages.base import (
     PlannedPath,
     StagePlan,
@@ -135,11 +138,11 @@ def run(config: SearchConfig) -> dict[str, Any]:
     # An empty space is told before anything is written or run.
     shapes = costs.space().fitting(costs.budgets())
     output = own_output(config)
-    journal = Journal(output / "candidates.jsonl", _subject(config))
-    known = journal.read()
+    journal = search_journal(output, _subject(config))
+    known = by_candidate(journal.read())
     if config.budget.latency_ms is not None:
         shapes = costs.space().fitting(costs.budgets(_fitted_latency(config, output, journal, costs, shapes)))
-        known = journal.read()
+        known = by_candidate(journal.read())
     chosen = spread(shapes, config.max_candidates)
     names = {shapes.sizes(position).name: shapes.sizes(position) for position in chosen}
     resumed = sum("loss" in known.get(name, {}) for name in names)
@@ -148,16 +151,21 @@ def run(config: SearchConfig) -> dict[str, Any]:
     work = Work([sizes for name, sizes in names.items() if not _is_ranked(config, known.get(name, {}))])
     if work.candidates or not _is_ranked(config, known.get(BASE, {})):
         _rank(config, output, work)
-        known = journal.read()
+        known = by_candidate(journal.read())
     results = _results(config, costs, names, known)
     within = sorted((one for one in results if one.state != "outside"), key=lambda one: (one.loss, one.name))
     if not within:
         raise MinitronError(_none_within(config, results))
     for number, one in enumerate(within[: config.best], 1):
         _distil(config, output, journal, one, f"{number} of {min(config.best, len(within))}")
-    results = _results(config, costs, names, journal.read())
+    results = _results(config, costs, names, by_candidate(journal.read()))
     found = write_results(
-        config, output, results, journal.read()[BASE], total=len(shapes), left_out=_left_out(shapes, chosen)
+        config,
+        output,
+        results,
+        by_candidate(journal.read())[BASE],
+        total=len(shapes),
+        left_out=_left_out(shapes, chosen),
     )
     _tidy(config, output, found["best"])
     return {**_figures(found), "resumed": resumed, "seconds": round(time.monotonic() - started, 3)}
@@ -263,15 +271,15 @@ def _peek_constants(model: str) -> dict[str, Any]:
 
 
 def _fitted_latency(
-    config: SearchConfig, output: Path, journal: Journal, costs: Costs, shapes: ShapeSet
+    config: SearchConfig, output: Path, journal: Journal[tuple[str, dict[str, Any]]], costs: Costs, shapes: ShapeSet
 ) -> LatencyCost:
     """Latency of every shape, fitted to the unpruned model's and to that of a few shapes spread over all."""
     probes = [shapes.sizes(position) for position in spread(shapes, PROBES)]
-    known = journal.read()
+    known = by_candidate(journal.read())
     missing = [sizes for sizes in probes if "prefill" not in known.get(sizes.name, {})]
     if missing:
         _rank(config, output, Work(missing, timed_only=True))
-        known = journal.read()
+        known = by_candidate(journal.read())
     what = config.budget.latency_of
     measured = [(sizes, known[sizes.name][what]) for sizes in probes]
     # The unpruned model was timed in turn with each of them.
@@ -293,7 +301,7 @@ def _subject(config: SearchConfig) -> dict[str, Any]:
 def _finished(output: Path) -> int:
     """Candidates in the journal of an output, whatever it is of."""
     try:
-        return sum(b'"loss"' in line for line in (output / "candidates.jsonl").read_bytes().split(b"\n")[1:-1])
+        return sum(b'"loss"' in line for line in (output / JOURNAL_NAME).read_bytes().split(b"\n")[1:-1])
     except OSError:
         return 0
 
@@ -319,7 +327,9 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
     )
 
 
-def _distil(config: SearchConfig, output: Path, journal: Journal, one: Result, label: str) -> None:
+def _distil(
+    config: SearchConfig, output: Path, journal: Journal[tuple[str, dict[str, Any]]], one: Result, label: str
+) -> None:
     """Prune, distil and measure one candidate, as far as that is not done."""
     if one.distilled_loss is not None:
         return
@@ -333,7 +343,7 @@ def _distil(config: SearchConfig, output: Path, journal: Journal, one: Result, l
         run_child(stage)
     seconds = round(time.monotonic() - started, 1)
     _rank(config, output, Work([one.sizes], distilled=str(folder / "distilled" / "model")))
-    journal.append(one.name, distill_seconds=seconds)
+    journal.append([(one.name, {"distill_seconds": seconds})])
     for part in ("student", "distilled/checkpoints"):
         shutil.rmtree(folder / part, ignore_errors=True)
 

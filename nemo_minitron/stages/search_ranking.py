@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_minitron.config import SearchConfig, TargetConfig
+from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.launch import job_folder
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.search import Journal, Sizes
+from nemo_minitron.search import Sizes, by_candidate, search_journal
+from nemo_minitron.search.rank import FINDINGS
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -95,11 +97,11 @@ def run(config: SearchConfig) -> dict[str, Any]:
         max_length=checkpoint.architecture.max_position_embeddings,
     )
     # The leader has read and checked the journal; here it is only added to.
-    journal = Journal(Path(config.output) / "candidates.jsonl", {})
+    journal = search_journal(config.output, {})
     if work.distilled is not None:
         values = _loss(config, open_checkpoint(work.distilled), blocks, groups)
         if groups.is_main:
-            journal.append(work.candidates[0].name, distilled_loss=values["loss"])
+            journal.append([(work.candidates[0].name, {"distilled_loss": values["loss"]})])
         return {"candidates": 1}
     ranking = _Ranking(config, checkpoint, blocks, groups, journal, timed_only=work.timed_only)
     with progress_bar("ranking", len(work.candidates) + 1, shown=groups.is_main) as advance:
@@ -118,14 +120,14 @@ class _Ranking:
         checkpoint: Checkpoint,
         blocks: Blocks,
         groups: Groups,
-        journal: Journal,
+        journal: Journal[tuple[str, dict[str, Any]]],
         *,
         timed_only: bool,
     ) -> None:
         import torch
 
         from nemo_minitron.search import Timer
-        from nemo_minitron.stages.prune import read_scores
+        from nemo_minitron.stages.choosing import read_scores
 
         self.timed_only = timed_only
         self.timer: Timer | None = None
@@ -147,7 +149,7 @@ class _Ranking:
     def measure(self, name: str, sizes: Sizes) -> None:
         """The loss of a candidate, and its latency where that is asked for, unless the journal has them."""
         from nemo_minitron.pruning import prune_weights
-        from nemo_minitron.stages.prune import kept_units
+        from nemo_minitron.stages.choosing import kept_units
 
         known = self.known.get(name, {})
         target = self.checkpoint.shape.replace(**sizes._asdict())
@@ -165,7 +167,7 @@ class _Ranking:
                 pruned = prune_weights(self.checkpoint, kept_units(self.choice, self.checkpoint, target, self.scores))
             values |= _loss(self.config, pruned, self.blocks, self.groups)
         if values and self.groups.is_main:
-            self.journal.append(name, **values)
+            self.journal.append([(name, values)])
             if "loss" in values:
                 logger.info("%s: loss %.4f", name, values["loss"])
 
@@ -174,10 +176,8 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     """What a checked journal holds; every rank reads it before rank 0 adds to it."""
     import torch.distributed as dist
 
-    found: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        values = json.loads(line)
-        found.setdefault(values.pop("name"), {}).update(values)
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    found = by_candidate(FINDINGS.from_json(json.loads(line)) for line in lines)
     dist.barrier()
     return found
 

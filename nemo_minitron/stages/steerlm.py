@@ -19,7 +19,7 @@ __all__ = ["plan", "run"]
 
 def plan(config: SteerlmConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    from nemo_minitron.stages import reward
+    from nemo_minitron.stages.worker import stage_module
 
     found = align_plan(config, CHAT_PACKAGES)
     output = Path(config.output)
@@ -32,7 +32,7 @@ def plan(config: SteerlmConfig) -> StagePlan:
         found.writes.pop(0)
         found.reads.append(PlannedPath(config.attribute_model, "attribute model"))
         return found
-    of_reward = reward.plan(config.reward_stage())
+    of_reward: StagePlan = stage_module("reward").plan(config.reward_stage())
     found.reads += [item for item in of_reward.reads if item not in found.reads]
     found.faults += [f"reward: {fault}" for fault in of_reward.faults if fault not in found.faults]
     found.notes += [note for note in of_reward.notes if note not in found.notes]

@@ -6,21 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.vocabulary import FREQUENCIES
 from nemo_minitron.config import TokensConfig
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
 
-__all__ = ["FILE_NAME", "frequencies_path", "plan", "run"]
+__all__ = ["plan", "run"]
 
 logger = logging.getLogger(__name__)
-
-FILE_NAME = "frequencies.tsv"
-
-
-def frequencies_path(given: str | Path) -> Path:
-    """The list itself, where the stage's output directory may be named instead."""
-    given = Path(given)
-    return given / FILE_NAME if given.is_dir() else given
 
 
 def plan(config: TokensConfig) -> StagePlan:
@@ -32,7 +25,7 @@ def plan(config: TokensConfig) -> StagePlan:
     return StagePlan(
         "tokens",
         reads=[PlannedPath(config.model, "tokenizer"), *(PlannedPath(path, what) for path, what in data.files)],
-        writes=[PlannedPath(str(Path(config.output) / FILE_NAME), "token frequencies")],
+        writes=[PlannedPath(str(Path(config.output) / FREQUENCIES), "token frequencies")],
         costs={"counted": f"{size} of the {config.split} split"},
         notes=data.notes,
         faults=data.faults,
@@ -72,7 +65,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
         sources = ", ".join(source.name for source in config.data.all_sources())
         write_frequencies(
             counts.tolist(),
-            output / FILE_NAME,
+            output / FREQUENCIES,
             tokenizer=checkpoint.tokenizer,
             comment=f"token id, count; {total} tokens of {sources} ({config.split})",
         )

@@ -49,7 +49,7 @@ def measure(groups: Any, tokenizer: Path, **options: Any) -> Any:
 
 
 def layout_case(layouts: dict[str, dict[str, Any]], tokenizer: Path) -> dict[str, Any]:
-    from nemo_minitron.importance.depth_scores import Journal
+    from nemo_minitron.importance.depth_scores import depth_journal
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
     found = {}
@@ -59,9 +59,9 @@ def layout_case(layouts: dict[str, dict[str, Any]], tokenizer: Path) -> dict[str
         plain = measure(groups, tokenizer, block_lengths=[], reuse_prefix=False)
         assert all(found[name].measured[layers] == one for layers, one in plain.measured.items()), name  # bit by bit
         # A journal that one process began goes on here.
-        journal = Journal(tokenizer / f"journal-{name}", {})
+        journal = depth_journal(tokenizer / f"journal-{name}", {})
         resumed = measure(groups, tokenizer, journal=journal)
-        begun = 1 + journal.resumed if groups.is_main else 0
+        begun = journal.resumed if groups.is_main else 0
         found[f"{name}, resumed"] = (begun, resumed)
     return found
 
@@ -69,7 +69,7 @@ def layout_case(layouts: dict[str, dict[str, Any]], tokenizer: Path) -> dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("world", sorted(LAYOUTS))
 def test_depth_scores_do_not_depend_on_the_layout(tmp_path: Path, world: int) -> None:
-    from nemo_minitron.importance.depth_scores import Journal
+    from nemo_minitron.importance.depth_scores import depth_journal
     from nemo_minitron.pruning.depth import choose_layers
 
     write_tokenizer(tmp_path)
@@ -77,10 +77,10 @@ def test_depth_scores_do_not_depend_on_the_layout(tmp_path: Path, world: int) ->
         expected = measure(groups, tmp_path, greedy=2)
     begun = list(expected.measured.items())[:5]
     for name in LAYOUTS[world]:
-        journal = Journal(tmp_path / f"journal-{name}", {})
+        journal = depth_journal(tmp_path / f"journal-{name}", {})
         journal.read()
         for layers, one in begun:
-            journal.append(layers, one)
+            journal.append([(layers, one)])
     for rank, found in enumerate(
         run_distributed(layout_case, world, tmp_path, layouts=LAYOUTS[world], tokenizer=tmp_path)
     ):

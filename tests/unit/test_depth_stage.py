@@ -16,8 +16,8 @@ from nemo_minitron.config import DataConfig, DepthChoiceConfig, DepthConfig, Pru
 from nemo_minitron.config import TaskConfig as Task
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.importance import DepthScores
-from nemo_minitron.importance.depth_scores import Journal
 from nemo_minitron.pruning import load_kept
+from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.stages import depth, prune, score
 
 LAYERS = 5
@@ -147,7 +147,7 @@ def test_a_stopped_stage_goes_on(home, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             depth.run(settings)
     assert not (tmp_path / "scores").exists()
-    assert Journal.entries(Journal.beside(tmp_path / "scores")) == 3
+    assert Journal.entries(Journal.beside(tmp_path / "scores")) == 4
     with one_process():
         assert depth.run(settings)["resumed"] == 3
     same = (home / "scores" / "depth.json").read_bytes()

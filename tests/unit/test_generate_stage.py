@@ -202,22 +202,3 @@ def test_attributes_of_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     refused = CliRunner().invoke(cli.app, ["generate", "generate", "--attributes", "verbosity"])
     assert refused.exit_code == 2
     assert "write verbosity=1" in refused.output
-
-
-def test_journal_of_something_else_is_begun_anew(tmp_path: Path) -> None:
-    from nemo_minitron.runtime.journal import Journal
-
-    path = tmp_path / "folder" / "j.jsonl"
-    journal = Journal(path, {"a": 1})
-    assert journal.read() == []
-    journal.append([{"x": 1}, {"x": 2}])
-    assert Journal(path, {"a": 1}).read() == [{"x": 1}, {"x": 2}]
-    with path.open("a") as stream:
-        stream.write('{"x": 3')
-    assert Journal.entries(path) == 2
-    assert journal.read() == [{"x": 1}, {"x": 2}]
-    assert path.read_text().endswith('{"x": 2}\n')
-    assert Journal(path, {"a": 2}).read() == []
-    assert Journal.entries(path) == 0
-    journal.close()
-    assert not path.exists()

@@ -13,8 +13,9 @@ from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ShapeError
 from nemo_minitron.importance import DepthScores, Measurement, layer_importance, left_out
 from nemo_minitron.importance.candidates import blocks, diverge, greedy_round, layers_run, rounds, singles
-from nemo_minitron.importance.depth_scores import FILE_NAME, Journal
+from nemo_minitron.importance.depth_scores import FILE_NAME, depth_journal
 from nemo_minitron.runtime.forward import block_losses
+from nemo_minitron.runtime.journal import Journal
 
 BLOCKS = tokens(5, 9)
 
@@ -138,10 +139,10 @@ def test_a_loss_that_is_not_finite_names_the_layers(model, tmp_path):
     with pytest.raises(NonFiniteError, match="the loss of the whole model is NaN or infinite"):
         layer_importance(chunks, BLOCKS, groups, shape=SHAPE)
     # Without the layer the loss is fine; without another it is not.
-    journal = Journal(tmp_path / "journal", {})
+    journal = depth_journal(tmp_path / "journal", {})
     journal.read()
     for layers in ((), (0,)):
-        journal.append(layers, Measurement(1.0))
+        journal.append([(layers, Measurement(1.0))])
     with pytest.raises(NonFiniteError, match="without layer 1 is NaN"):
         layer_importance(chunks, BLOCKS, groups, shape=SHAPE, journal=journal)
 
@@ -163,14 +164,14 @@ def test_a_killed_run_goes_on_where_it_stood(model, tmp_path, after):
             raise Killed
 
     with pytest.raises(Killed):
-        measure(model, journal=Journal(path, {"of": 1}), progress=kill, **options)
+        measure(model, journal=depth_journal(path, {"of": 1}), progress=kill, **options)
     with path.open("a") as stream:
         stream.write('{"layers": [0, 1], "lo')
     told = []
-    journal = Journal(path, {"of": 1})
+    journal = depth_journal(path, {"of": 1})
     found = measure(model, journal=journal, progress=lambda count, status="": told.append(count), **options)
-    assert journal.resumed == after + 1
-    assert sum(told) == len(found.measured) - 1 == Journal.entries(path)
+    assert journal.resumed == after + 2
+    assert sum(told) == len(found.measured) - 1 == Journal.entries(path) - 1
     for name, scores in (("one", whole), ("two", found)):
         (tmp_path / name).mkdir()
         scores.save(tmp_path / name)
@@ -178,14 +179,14 @@ def test_a_killed_run_goes_on_where_it_stood(model, tmp_path, after):
 
 
 def test_a_journal_of_something_else_is_begun_anew(tmp_path):
-    journal = Journal(tmp_path / "j", {"of": 1})
-    assert journal.read() == {}
-    journal.append((1,), Measurement(2.0, 0.5))
-    assert Journal(tmp_path / "j", {"of": 1}).read() == {(1,): Measurement(2.0, 0.5)}
-    assert Journal(tmp_path / "j", {"of": 2}).read() == {}
-    assert Journal(tmp_path / "j", {"of": 1}).read() == {}
+    journal = depth_journal(tmp_path / "j", {"of": 1})
+    assert journal.read() == []
+    journal.append([((1,), Measurement(2.0, 0.5))])
+    assert depth_journal(tmp_path / "j", {"of": 1}).read() == [((1,), Measurement(2.0, 0.5))]
+    assert depth_journal(tmp_path / "j", {"of": 2}).read() == []
+    assert depth_journal(tmp_path / "j", {"of": 1}).read() == []
     (tmp_path / "j").write_bytes(b"\x00garbage")
-    assert Journal(tmp_path / "j", {"of": 1}).read() == {}
+    assert depth_journal(tmp_path / "j", {"of": 1}).read() == []
     assert Journal.entries(tmp_path / "none") == 0
 
 

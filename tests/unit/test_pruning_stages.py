@@ -24,6 +24,7 @@ from nemo_minitron.config import (
 )
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.pruning import load_kept
+from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.stages import export, import_, prune, score
 from nemo_minitron.stages.conversion import format_faults
 
@@ -233,4 +234,4 @@ def test_prune_to_nemo_file_and_directory(home, tmp_path):
         same = open_checkpoint(tmp_path / "hf")
         for tensor in pruned.weights.names():
             assert torch.equal(pruned.weights.tensor(tensor), same.weights.tensor(tensor)), tensor
-        assert load_kept(prune.kept_path(tmp_path / name)) == load_kept(tmp_path / "hf" / "kept.json")
+        assert load_kept(kept_path(tmp_path / name)) == load_kept(tmp_path / "hf" / "kept.json")

@@ -193,7 +193,7 @@ from nemo_minitron.runtime import cpu
 cpu.activate()
 from nemo_minitron.runtime.device import CPU, Device
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.runtime.model import transformer_config
+from nemo_minitron.runtime.model import shape_of, transformer_config
 from nemo_minitron.shape import Architecture, ModelShape
 shape = ModelShape(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
                    head_dim=8, vocab_size=96, tied_embeddings=False)
@@ -202,8 +202,14 @@ for device in (CPU, Device("cuda", 1), Device("cuda", 1, True)):
     config = transformer_config(shape, architecture, ParallelLayout(), device)
     print(config.use_cpu_initialization, config.bias_activation_fusion, config.persist_layer_norm,
           config.masked_softmax_fusion)
+    assert shape_of(config, vocab_size=96) == shape
+experts, routed = shape.replace(num_moe_experts=3, tied_embeddings=True), Architecture("mixtral", moe_router_topk=2)
+config = transformer_config(experts, routed, ParallelLayout(), CPU)
+config.ffn_hidden_size = 128  # of the dense layers that a mixture may have beside its experts
+assert shape_of(config, vocab_size=96, tied_embeddings=True) == experts
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["True False False False", "False True False False", "False True True True"], (
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["True False False False", "False False False False", "False True True True"], (
         done.stderr[-2000:]
     )

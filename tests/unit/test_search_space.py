@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from nemo_minitron import axes
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.search import Budget, MemoryCost, ParameterCost, SearchSpace, Sizes, Workload, axis_values, spread
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import SIZES, ModelShape
 
 BASE = ModelShape(4, 32, 48, 8, 4, 8, 100, tied_embeddings=True)
 TABLE = axes.family("llama")
+
+
+def test_a_search_walks_all_sizes() -> None:
+    assert set(Sizes._fields) == set(SIZES)
 
 
 def brute_force(values: dict[str, list[int]], tensor: int, pipeline: int) -> set[Sizes]:

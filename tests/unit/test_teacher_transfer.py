@@ -10,8 +10,7 @@ import torch
 from nemo_minitron.distillation.documents import block_starts, model_inputs, starts_of_positions
 from nemo_minitron.distillation.placement import Transfer, deliver
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.runtime.model import padded_vocab
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, padded_vocab
 
 SEQUENCE, ROWS = 12, 2
 LAYOUTS = [

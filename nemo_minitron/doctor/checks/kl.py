@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
 from nemo_minitron.doctor.checks import Context
-from nemo_minitron.runtime.model import padded_vocab
+from nemo_minitron.shape import padded_vocab
 
 __all__ = ["reference", "run"]
 

@@ -1,0 +1,105 @@
+"""What NeMo and Megatron wrap around a model for training: taking it down for a pruning, and building it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nemo_minitron.errors import ShapeError
+from nemo_minitron.pruning.live import fresh, gpt_chunks, owned_parameters
+from nemo_minitron.shape import SIZES
+
+if TYPE_CHECKING:
+    from nemo.lightning.megatron_parallel import MegatronParallel
+
+__all__ = ["bare", "unwrapped", "update_io"]
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[None]:
+    """Within the block ``module`` is not wrapped for training; see :func:`unwrapped`.
+
+    Raises:
+        ShapeError: for a model that is wrapped outside of NeMo's trainer, where its optimizer is not known.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    if any(isinstance(part, DistributedDataParallel) for part in module.modules()) and hasattr(module, "teardown_ddp"):
+        with unwrapped(module):
+            yield
+    elif any(hasattr(parameter, "main_grad") for parameter in module.parameters()):
+        raise ShapeError(
+            "the model is already wrapped in Megatron's DistributedDataParallel, whose gradient buffers (and the "
+            "optimizer) hold the unpruned parameters; prune it before it is wrapped, or give the transform NeMo's "
+            "MegatronParallel"
+        )
+    else:
+        yield
+
+
+@contextmanager
+def unwrapped(module: MegatronParallel) -> Iterator[None]:
+    """Within the block NeMo's model is bare; after it, it has gradient buffers and an optimizer for what it is then.
+
+    Memory: the parameters leave Megatron's buffers one by one, so for a moment the unpruned parameters exist twice;
+    :class:`~nemo_minitron.pruning.PruneTransform` has no such moment.
+
+    Args:
+        module: NeMo's ``MegatronParallel``, wrapped for training.
+
+    Raises:
+        ShapeError: if its optimizer holds a state already.
+    """
+    from lightning.pytorch.trainer.states import TrainerFn
+
+    trainer: Any = module.trainer
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    if fitting and any(_has_state(optimizer) for optimizer in trainer.strategy.optimizers):
+        raise ShapeError(
+            "the optimizer has taken steps already, or was restored; its state is of the unpruned parameters. Prune at "
+            "the start of a training, and go on from its checkpoints with PruneTransform"
+        )
+    if fitting:
+        trainer.strategy.optimizers = []
+    module.teardown_ddp()
+    for chunk in module:
+        del chunk.original_getattr
+        chunk.module = chunk.module.module
+        vars(chunk).pop("buffers", None)
+    for chunk in gpt_chunks(module):
+        for _, parameter, owners in owned_parameters(chunk):
+            # Out of the buffers, and rid of the hooks by which they gather gradients
+            own = fresh(parameter, parameter.detach().clone())
+            for owner, leaf in owners:
+                setattr(owner, leaf, own)
+    yield
+    module.init_ddp()
+    if fitting:
+        trainer.strategy.setup_optimizers(trainer)
+    update_io(trainer.lightning_module)
+
+
+def _has_state(optimizer: Any) -> bool:
+    """Whether an optimizer, Megatron's or torch's, has taken a step."""
+    inner = getattr(optimizer, "mcore_optimizer", optimizer)
+    chained = getattr(inner, "chained_optimizers", [inner])
+    states = [getattr(one, "optimizer", one) for one in chained]
+    return any(
+        float(torch.as_tensor(entry["step"])) > 0
+        for one in states
+        if one is not None
+        for entry in one.state.values()
+        if isinstance(entry, dict) and "step" in entry
+    )
+
+
+def update_io(pl_module: Any) -> None:
+    """What NeMo writes into a checkpoint's context is what the module was made from: say what it is now."""
+    made_from = getattr(getattr(pl_module, "__io__", None), "config", None)
+    for name in (*SIZES, "kv_channels", "moe_ffn_hidden_size"):
+        if made_from is not None:
+            setattr(made_from, name, getattr(pl_module.config, name))

@@ -72,7 +72,8 @@ def _names(incomplete: str) -> list[str]:
 def _settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from nemo_minitron.config.complete import complete_override
 
-    return complete_override(str(ctx.info_name), incomplete, ctx.params.get("overrides") or ())
+    given, config = ctx.params.get("overrides") or (), ctx.params.get("config")
+    return complete_override(str(ctx.info_name), incomplete, given, config)
 
 
 def _doctor_words(ctx: typer.Context, incomplete: str) -> list[Any]:

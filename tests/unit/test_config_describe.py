@@ -225,6 +225,10 @@ def test_help_and_templates_import_nothing_heavy_and_are_quick(arguments):
         ("minitron distill distill steps=3 ste", set()),
         ("minitron run demo out", {"output="}),
         ("minitron run demo --slurm dg", {"dgx"}),
+        (
+            "minitron run demo stages.distilled.steps=4 stages.distilled.loss.k",
+            {"stages.distilled.loss.kind=", "stages.distilled.loss.k="},
+        ),
         ("minitron plan distill cluster.mf", {"cluster.mfu="}),
         ("minitron doctor minu", {"minutes="}),
     ],
@@ -249,6 +253,13 @@ def test_what_the_completion_offers(tmp_path, monkeypatch):
     assert "model=" in offered
     assert not {"samples=", "data=", "data.sources[].path="} & offered.keys()
     assert offered["model="] == "checkpoint to score."
+    # A file that is no pipeline, and none at all, offer nothing of their stages.
+    for text in ("[1]", "stages: 3", "stages: [1, {stage: such}, {name: a}, {stage: [a]}]", "a: [", "\0"):
+        (tmp_path / "mine.yaml").write_text(text)
+        assert complete_override("run", "stages.", (), "mine.yaml") == []
+    assert complete_override("run", "stages.", (), "none.yaml") == []
+    (tmp_path / "mine.yaml").write_text("stages: [{stage: report}, {stage: score, name: a}]")
+    assert [key for key, _ in complete_override("run", "stages.a.sam", (), "mine.yaml")] == ["stages.a.samples="]
 
 
 def test_the_completion_can_be_installed():

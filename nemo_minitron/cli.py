@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from nemo_minitron.errors import ConfigError, MinitronError
 
@@ -29,16 +30,69 @@ app = typer.Typer(
     name="minitron",
     help="Small, aligned language models out of large ones, the Minitron way.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
+
+class _SettingsCommand(TyperCommand):
+    """A command whose ``--help`` also shows what its configuration can set."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from rich.console import Console
+
+        from nemo_minitron.config.describe import CLUSTER, CONFIGURATIONS
+        from nemo_minitron.config.show import show_settings
+
+        if self.name == "plan":
+            show_settings(CLUSTER, Console(), "cluster.")
+        else:
+            show_settings(CONFIGURATIONS["pipeline" if self.name == "run" else str(self.name)], Console())
+
+
+def _configs(incomplete: str) -> list[str]:
+    from nemo_minitron.config.complete import complete_config
+
+    return complete_config(incomplete)
+
+
+def _slurms(incomplete: str) -> list[str]:
+    from nemo_minitron.config.complete import complete_slurm
+
+    return complete_slurm(incomplete)
+
+
+def _names(incomplete: str) -> list[str]:
+    from nemo_minitron.config.complete import complete_name
+
+    return complete_name(incomplete)
+
+
+def _settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from nemo_minitron.config.complete import complete_override
+
+    given, config = ctx.params.get("overrides") or (), ctx.params.get("config")
+    return complete_override(str(ctx.info_name), incomplete, given, config)
+
+
+def _doctor_words(ctx: typer.Context, incomplete: str) -> list[Any]:
+    return [*_configs(incomplete), *_settings(ctx, incomplete)]
+
+
+Config = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file, or the name of a shipped configuration.", autocompletion=_configs
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings that win over the file: runtime.seed=7", show_default=False
+        metavar="[KEY=VALUE]...",
+        help="Settings that win over the file: runtime.seed=7",
+        show_default=False,
+        autocompletion=_settings,
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read, written and spent; do nothing.")]
@@ -71,7 +125,7 @@ _HELP = {
 
 
 def _stage_command(stage: str) -> None:
-    @app.command(stage, help=_HELP[stage])
+    @app.command(stage, help=_HELP[stage], cls=_SettingsCommand)
     def command(
         config: Config, overrides: Overrides = None, dry_run: DryRun = False, overwrite: Overwrite = False
     ) -> None:
@@ -84,13 +138,18 @@ for _stage in _HELP:
         _stage_command(_stage)
 
 
-@app.command("report", help=_HELP["report"])
+@app.command("report", help=_HELP["report"], cls=_SettingsCommand)
 def report(
-    config: Annotated[str, typer.Argument(metavar="RUN|CONFIG", help="Directory of a run, or a YAML file.")],
+    config: Annotated[
+        str, typer.Argument(metavar="RUN|CONFIG", help="Directory of a run, or a YAML file.", autocompletion=_configs)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN|KEY=VALUE]...", help="Further runs to compare it with; settings.", show_default=False
+            metavar="[RUN|KEY=VALUE]...",
+            help="Further runs to compare it with; settings.",
+            show_default=False,
+            autocompletion=_settings,
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -109,7 +168,7 @@ def report(
         _run_stage("report", config, words, dry_run, overwrite)
 
 
-@app.command("generate", help=_HELP["generate"])
+@app.command("generate", help=_HELP["generate"], cls=_SettingsCommand)
 def generate(
     config: Config,
     overrides: Overrides = None,
@@ -135,7 +194,7 @@ def generate(
         _run_stage("generate", config, settings, dry_run, overwrite)
 
 
-@app.command("doctor", help=_HELP["doctor"])
+@app.command("doctor", help=_HELP["doctor"], cls=_SettingsCommand)
 def doctor(
     words: Annotated[
         list[str] | None,
@@ -143,13 +202,17 @@ def doctor(
             metavar="[CONFIG] [KEY=VALUE]...",
             help="Of --run: YAML file, and settings that win over it: parallel.tensor=8 output=checked.",
             show_default=False,
+            autocompletion=_doctor_words,
         ),
     ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Run every part of the suite on a tiny model, against one CPU process.")
     ] = False,
     slurm: Annotated[
-        str | None, typer.Option(metavar="FILE", help="With --run: on a cluster; with --dry-run, print the script.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="With --run: on a cluster; with --dry-run, print the script.", autocompletion=_slurms
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Without --run: write what was found.")
@@ -183,7 +246,7 @@ def doctor(
         submit_doctor(config, cluster, dry_run=dry_run, console=Console())
 
 
-@app.command("run", help="Run a pipeline of stages; what is done already is kept.")
+@app.command("run", help="Run a pipeline of stages; what is done already is kept.", cls=_SettingsCommand)
 def run(
     config: Config,
     overrides: Overrides = None,
@@ -191,7 +254,11 @@ def run(
     overwrite: Overwrite = False,
     slurm: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Submit the stages as Slurm jobs; with --dry-run, print their scripts."),
+        typer.Option(
+            metavar="FILE",
+            help="Submit the stages as Slurm jobs; with --dry-run, print their scripts.",
+            autocompletion=_slurms,
+        ),
     ] = None,
 ) -> None:
     """Run a pipeline."""
@@ -217,10 +284,17 @@ def run(
         run_pipeline(pipeline, stages, overwrite=overwrite, console=Console())
 
 
-@app.command("plan", help="Say what a recipe's trainings would cost on a cluster, before anything runs.")
+@app.command(
+    "plan", help="Say what a recipe's trainings would cost on a cluster, before anything runs.", cls=_SettingsCommand
+)
 def plan(
     subject: Annotated[
-        str, typer.Argument(metavar="RECIPE|CONFIG", help="Name of a shipped recipe, a pipeline, or a training's YAML.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|CONFIG",
+            help="Name of a shipped recipe, a pipeline, or a training's YAML.",
+            autocompletion=_configs,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -228,6 +302,7 @@ def plan(
             metavar="[KEY=VALUE]...",
             help="Settings that win over the file, and the cluster's: cluster.gpu=h100 cluster.gpus=64 cluster.mfu=0.4",
             show_default=False,
+            autocompletion=_settings,
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layouts too.")] = None,
@@ -243,6 +318,17 @@ def plan(
         from nemo_minitron.stages.costs import show_plan
 
         show_plan(subject, overrides or [], Console(), plot=plot, save=save, rows=rows)
+
+
+@app.command("config", help="Print a commented configuration with every setting of a stage.")
+def config_template(
+    name: Annotated[str, typer.Argument(metavar="STAGE|pipeline|slurm", help="What it is for.", autocompletion=_names)],
+) -> None:
+    """Print a template."""
+    with _exit_codes():
+        from nemo_minitron.config.template import template
+
+        typer.echo(template(name), nl=False)
 
 
 @app.command("status", help="Show how far the pipeline in a directory is.")

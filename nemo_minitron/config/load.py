@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -20,6 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from nemo_minitron.config.hints import item_class, type_words
 from nemo_minitron.config.slurm import SlurmConfig
 from nemo_minitron.config.stages import STAGES, DoctorConfig, PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
@@ -31,6 +31,7 @@ __all__ = [
     "load_part",
     "load_slurm",
     "load_pipeline",
+    "nearest",
     "shipped_slurm",
     "shipped_configs",
 ]
@@ -38,14 +39,6 @@ __all__ = [
 Part = TypeVar("Part")
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-}
 
 
 def shipped_configs() -> list[str]:
@@ -93,7 +86,7 @@ def find_config(name: str | Path) -> Path:
     stem = path.name.removesuffix(".yaml")
     if stem in shipped and str(path.parent) in (".", "configs"):
         return Path(str(resources.files("nemo_minitron.configs"))) / f"{stem}.yaml"
-    raise ConfigError(f"{name}: no such file{_nearest(stem, shipped)}; shipped configurations: {', '.join(shipped)}")
+    raise ConfigError(f"{name}: no such file{nearest(stem, shipped)}; shipped configurations: {', '.join(shipped)}")
 
 
 def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -163,7 +156,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     known = {field.name for config in STAGES.values() for field in dataclasses.fields(config)}
     for key in pipeline.defaults:
         if key not in known:
-            file.fault(("defaults", key), f"defaults.{key}: no stage has this setting{_nearest(key, known)}")
+            file.fault(("defaults", key), f"defaults.{key}: no stage has this setting{nearest(key, known)}")
 
     stages: list[StageConfig] = []
     for index, entry in enumerate(pipeline.stages):
@@ -172,7 +165,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
         kind = entry.pop("stage", None)
         if kind not in STAGES:
             given = f"stages[{index}].stage={kind}: is no stage" if kind else f"stages[{index}]: names no stage"
-            file.fault(where, f"{given}{_nearest(str(kind), STAGES)}; stages: {', '.join(STAGES)}")
+            file.fault(where, f"{given}{nearest(str(kind), STAGES)}; stages: {', '.join(STAGES)}")
             continue
         cls = STAGES[kind]
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -203,7 +196,7 @@ def _merge(below: Any, above: Any) -> Any:
     return above
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean x?``, if something is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -267,7 +260,7 @@ class _File:
         if by_name and parts[0] == "stages" and len(parts) > 1 and isinstance(parts[1], str):
             names = _stage_names(raw)
             if parts[1] not in names:
-                hint = _nearest(parts[1], names)
+                hint = nearest(parts[1], names)
                 self.faults.append(
                     f"override {override!r}: no stage is called {parts[1]}{hint}; they are {', '.join(names)}"
                 )
@@ -368,11 +361,11 @@ class _Reader:
             here = (*path, key)
             if key not in fields:
                 self._fault(
-                    here, f": is not a setting{_nearest(str(key), fields) or '; settings: ' + ', '.join(fields)}"
+                    here, f": is not a setting{nearest(str(key), fields) or '; settings: ' + ', '.join(fields)}"
                 )
                 continue
             hint = hints[key]
-            item = _item_class(hint)
+            item = item_class(hint)
             if dataclasses.is_dataclass(hint) and isinstance(value, dict):
                 self._fill(node[key], hint, value, here)  # type: ignore[arg-type]
             elif item is not None and isinstance(value, list):
@@ -387,7 +380,7 @@ class _Reader:
                 try:
                     node[key] = value
                 except (OmegaConfBaseException, ValueError, TypeError):
-                    self._fault(here, f"={value}: must be {_words(hint)}")
+                    self._fault(here, f"={value}: must be {type_words(hint)}")
 
     def _build(self, node: DictConfig, cls: type[Any], path: tuple[str | int, ...]) -> Any:
         """The dataclass that ``node`` holds; a value that is missing or cannot be resolved is a fault."""
@@ -408,7 +401,7 @@ class _Reader:
             except OmegaConfBaseException as error:
                 self._fault(here, f"={node._get_node(field.name)}: cannot be used ({str(error).splitlines()[0]})")
                 continue
-            hint, item = hints[field.name], _item_class(hints[field.name])
+            hint, item = hints[field.name], item_class(hints[field.name])
             if dataclasses.is_dataclass(hint):
                 kwargs[field.name] = self._build(value, hint, here)  # type: ignore[arg-type]
             elif item is not None:
@@ -448,23 +441,3 @@ class _Reader:
                     self._faults(entry, (*path, field.name, index))
             if dataclasses.is_dataclass(value):
                 self._faults(value, (*path, field.name))
-
-
-def _item_class(hint: Any) -> type[Any] | None:
-    """``SourceConfig`` of ``list[SourceConfig]``, else None."""
-    arguments = typing.get_args(hint)
-    return arguments[0] if typing.get_origin(hint) is list and dataclasses.is_dataclass(arguments[0]) else None  # type: ignore[return-value]
-
-
-def _words(hint: Any) -> str:
-    """A type as the user reads it: ``int | None`` -> "a whole number or null"."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else _words(part) for part in typing.get_args(hint))
-    if dataclasses.is_dataclass(hint):
-        return "a mapping"
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list:
-        return f"a list ({_words(arguments[0])} each)" if arguments[0] is not Any else "a list"
-    if origin is dict:
-        return f"a mapping ({_words(arguments[1])} each)" if arguments[1] is not Any else "a mapping"
-    return _WORDS.get(hint, "anything")

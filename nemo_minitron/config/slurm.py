@@ -54,8 +54,9 @@ class CpuConfig:
     Only ``account`` and ``time`` are taken from the cluster's description where they are null here.
 
     Attributes:
-        partition: of nodes that need no GPU; null for none: such a stage takes one GPU's place on an ordinary node.
-        account, qos, constraint, mem, time, extra: of its jobs.
+        partition: partition of nodes without GPUs; null for none: such a stage takes one GPU's place on an ordinary
+            node.
+        account, qos, constraint, mem, time, extra: as for the other jobs, for those of this partition.
         tasks_per_node: processes of a node; null puts all of a stage on one.
         cpus_per_task: cores of each process.
     """
@@ -85,15 +86,15 @@ class SlurmConfig:
     """A Slurm cluster and what its jobs ask for. Field names are Slurm's, or nemo_run's where Slurm has none.
 
     Attributes:
-        account, partition, qos, constraint, mem, exclusive: of every job, as in ``sbatch``.
+        account, partition, qos, constraint, mem, exclusive: ``sbatch``'s option of that name, for every job.
         gpus_per_node: GPUs, and so processes, of a node; 0 for nodes without any.
-        gpu: kind of them ("a100", "h100", "h200", "b200"), for the estimate that ``time`` is held against.
+        gpu: kind of the GPUs ("a100", "h100", "h200", "b200"), for the estimate that ``time`` is held against.
         tasks_per_node: processes of a node without GPUs.
         cpus_per_task: cores of each process; null leaves it to the cluster.
         time: limit of each job, ``[D-]HH:MM:SS``.
-        stage_time: the same of single stages, by name, or of a kind of stage ("distill"); a name goes before a kind.
+        stage_time: time limit of single stages, by name, or of a kind of stage ("distill"); a name goes before a kind.
         cpu: partition for stages that have no work for a GPU.
-        container_image: for Pyxis; null runs on the bare node, where this suite must be installed.
+        container_image: image for Pyxis; null runs on the bare node, where this suite must be installed.
         container_mounts: ``host:container``; outputs, inputs and caches must be visible under the same paths.
         python: interpreter that has this suite.
         env: exported in every job.
@@ -101,7 +102,9 @@ class SlurmConfig:
         retries: how often a job that failed or was preempted is queued again; stages go on where they were.
         signal: sent before the time limit, so that a training saves and ends: ``NAME@seconds``.
         extra: further sbatch options by name (``mail_user``, ``reservation``, ...).
-        host, user, identity: of a login node that jobs are sent to by SSH; without a host, this is one.
+        host: login node that jobs are sent to by SSH; null where this machine is one.
+        user: user name on ``host``.
+        identity: file of the SSH key for ``host``; null leaves it to SSH.
         job_dir: where scripts and logs of the jobs go on the cluster; null takes ``jobs`` in the run's output.
     """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config import STAGES, load, load_doctor, load_pipeline, load_slurm
+from nemo_minitron.config.template import template
 from nemo_minitron.stages.costs import read_cluster, read_subject, trainings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,13 @@ def test_command(page: str, line: str) -> None:
         assert done.returncode == 0, done.stderr
         return
     stage, *rest = words
-    if stage in ("--help", "--version", "status"):
+    if stage in ("--help", "--version", "--install-completion", "status"):
+        return
+    if rest == ["--help"]:
+        assert stage in [*STAGES, "run", "plan"]
+        return
+    if stage == "config":
+        assert template(*rest)
         return
     if stage == "doctor":
         words = [word for word in rest if not word.startswith("--")]

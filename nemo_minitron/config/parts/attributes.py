@@ -16,7 +16,8 @@ class AttributesConfig:
     Attributes:
         schema: "helpsteer" (helpfulness, correctness, coherence, complexity, verbosity, each 0 to 4), "oasst"
             (OpenAssistant's, 0 to 9), or "own" for ``names``.
-        names, highest: of an own schema: its attributes, each a whole number from 0 to ``highest``.
+        names: attributes of an own schema.
+        highest: the highest value of an own schema's attributes, which are whole numbers from 0.
         derive: label answers that carry no values by rules: verbosity from their length, complexity from their
             reading grade, helpfulness and correctness from which answer of a pair was chosen.
     """

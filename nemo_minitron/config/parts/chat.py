@@ -15,7 +15,7 @@ class ChatDataConfig:
     """Conversations or preference pairs, split into training and held-out ones.
 
     Attributes:
-        path: JSONL file.
+        path: JSONL file of conversations or preference pairs.
         package: instead, a source that an installable package carries, by its name in the data room's table.
         validation: JSONL file of the held-out ones; null sets ``held_out_fraction`` of the others aside.
         held_out_fraction: share that is set aside.
@@ -23,7 +23,7 @@ class ChatDataConfig:
         labelled: put the attribute values of the last answer before it (SteerLM); they are not trained on.
         max_length: tokens of one conversation.
         long: what becomes of a conversation with more tokens: "refuse" names them all, "drop" leaves them out.
-        seed: of the split.
+        seed: seed of the split.
         cache_dir: where fetched sources are kept.
     """
 

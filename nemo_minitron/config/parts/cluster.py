@@ -14,16 +14,16 @@ class ClusterConfig:
     """GPUs of one kind in equal nodes.
 
     Attributes:
-        gpu: kind: "a100", "h100", "h200" or "b200"; the settings below that are null are those of its DGX.
-        gpus: number of them; null takes as many as the planned layout has processes.
-        gpus_per_node: of them, joined by NVLink.
-        memory_gib: memory of one.
+        gpu: kind of GPU: "a100", "h100", "h200" or "b200"; the settings below that are null are those of its DGX.
+        gpus: number of GPUs; null takes as many as the planned layout has processes.
+        gpus_per_node: GPUs of a node, joined by NVLink.
+        memory_gib: memory of one GPU, in GiB.
         usable: share of the memory that a plan may fill; the rest is for libraries, buffers and fragmentation.
-        teraflops: peak bf16 arithmetic of one, without sparsity.
-        link_gb_per_s: of one GPU to others of its node, in one direction.
-        network_gb_per_s: of one GPU to other nodes, in one direction.
+        teraflops: peak bf16 arithmetic of one GPU, without sparsity.
+        link_gb_per_s: bandwidth of one GPU to others of its node, in one direction.
+        network_gb_per_s: bandwidth of one GPU to other nodes, in one direction.
         mfu: share of the peak that arithmetic reaches while it runs (model FLOPs utilisation without any waiting).
-        price: of one GPU for an hour, in whatever currency; null leaves prices out.
+        price: price of one GPU for an hour, in whatever currency; null leaves prices out.
     """
 
     gpu: str = "h100"

@@ -43,7 +43,7 @@ class CorrectionConfig:
 
     Attributes:
         lr: its peak learning rate; null leaves the teacher as it is.
-        min_lr: at the last step.
+        min_lr: its learning rate at the last step.
     """
 
     lr: float | None = None
@@ -69,7 +69,7 @@ class IntermediateConfig:
         layers: student layer -> teacher layer, counted from 0, of the hidden states; null maps each layer of a pruned
             student to the layer that it was, of any other to the teacher's at the same share of the depth.
         attention_layers: the same of the attention relations; null takes the last layer alone.
-        hidden_weight, embedding_weight, attention_weight: of each loss in their sum.
+        hidden_weight, embedding_weight, attention_weight: weight of that loss in the sum of the three.
         balance: "fixed" adds the sum to the loss of the logits; "dynamic" scales it to the size that the loss of the
             logits had in the step before (arXiv 2407.14679, section 3).
     """

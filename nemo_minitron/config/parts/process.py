@@ -12,12 +12,13 @@ class ParallelConfig:
     """How a model is laid over processes. ``tensor * pipeline * data * context`` processes are started.
 
     Attributes:
-        tensor: tensor_model_parallel_size.
-        pipeline: pipeline_model_parallel_size.
+        tensor: ranks that share each layer (Megatron's tensor_model_parallel_size).
+        pipeline: stages that share the layers out (Megatron's pipeline_model_parallel_size).
         data: data-parallel replicas.
-        virtual_pipeline: virtual_pipeline_model_parallel_size, or null for none.
+        virtual_pipeline: virtual stages on each pipeline rank (Megatron's virtual_pipeline_model_parallel_size); null
+            for none.
         sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
-        context: context_parallel_size: each sequence is shared out over so many ranks, attention included.
+        context: each sequence is shared out over so many ranks, attention included (Megatron's context_parallel_size).
     """
 
     tensor: int = 1
@@ -74,11 +75,11 @@ class RuntimeConfig:
 
     Attributes:
         device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" insist.
-        seed: of every random generator.
+        seed: seed of every random generator.
         threads: torch threads of one process; null shares the machine's cores among the processes.
         timeout_minutes: a stage that runs longer is stopped; null for no limit.
         collective_timeout_minutes: a rank that waits longer for the others gives up.
-        dtype: of weights and activations in scoring and evaluation, "float32" or "bfloat16".
+        dtype: type of weights and activations in scoring and evaluation, "float32" or "bfloat16".
     """
 
     device: str = "auto"

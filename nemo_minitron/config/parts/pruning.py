@@ -14,8 +14,9 @@ class AggregationConfig:
     """How activations become one score per unit: "mean", "l1", "l2", "variance" or "max".
 
     Attributes:
-        sequence: over the tokens of a sample; null is the mean (of the Taylor estimator, the sum it always takes).
-        batch: over the samples.
+        sequence: statistic over the tokens of a sample; null is the mean (of the Taylor estimator, the sum it always
+            takes).
+        batch: statistic over the samples.
     """
 
     sequence: str | None = None
@@ -28,7 +29,16 @@ class AggregationConfig:
 
 @dataclass
 class TargetConfig:
-    """Sizes of the pruned model; null keeps the model's own."""
+    """Sizes of the pruned model; null keeps the model's own.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of the MLP (of each half, where the MLP is gated); with experts, of each expert.
+        num_attention_heads: query heads of a layer.
+        num_query_groups: key/value heads of a layer.
+        num_moe_experts: experts of a layer.
+    """
 
     num_layers: int | None = None
     hidden_size: int | None = None

@@ -14,8 +14,9 @@ class AxisConfig:
     """Candidates of one size of a searched shape; an axis that gives neither ``min`` nor ``values`` stays as it is.
 
     Attributes:
-        min, max: smallest and largest; without ``max``, up to the model's own size.
-        multiple: all of them are multiples of this.
+        min: smallest candidate.
+        max: largest candidate; null takes the model's own size.
+        multiple: all candidates are multiples of this.
         values: instead, the candidates themselves.
     """
 
@@ -42,7 +43,16 @@ class AxisConfig:
 
 @dataclass
 class SpaceConfig:
-    """The sizes that a search may change. Where groups change and heads are not named, each group keeps its heads."""
+    """The sizes that a search may change. Where groups change and heads are not named, each group keeps its heads.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of the MLP (of each half, where the MLP is gated); with experts, of each expert.
+        num_attention_heads: query heads of a layer.
+        num_query_groups: key/value heads of a layer.
+        num_moe_experts: experts of a layer.
+    """
 
     num_layers: AxisConfig = field(default_factory=AxisConfig)
     hidden_size: AxisConfig = field(default_factory=AxisConfig)
@@ -70,7 +80,7 @@ class BudgetConfig:
     Attributes:
         parameters: number of parameters, within ``tolerance``.
         share: instead, share of the model's own number.
-        tolerance: of ``parameters`` or ``share``: 0.05 allows 5 % to either side.
+        tolerance: how far from ``parameters`` or ``share`` a shape may lie: 0.05 allows 5 % to either side.
         memory_gib: GiB of the fullest rank of ``student_layout``, by the memory model.
         memory_of: "inference" (weights and the cache of keys and values) or "training" (weights, gradients, Adam,
             activations).
@@ -78,9 +88,10 @@ class BudgetConfig:
         latency_of: "prefill" (a whole batch of sequences) or "decode" (one further token of each).
         floor: without ``parameters`` and ``share``, shapes that use less than this share of the memory or latency are
             left out.
-        batch_size, sequence_length: of the workload that memory and latency are of.
-        dtype: of weights and cache in the memory model; latency is measured in ``runtime.dtype``.
-        recompute: of "training": activations within a layer are computed again in the backward pass.
+        batch_size: sequences of the workload that memory and latency are of.
+        sequence_length: tokens of each of them.
+        dtype: type of weights and cache in the memory model; latency is measured in ``runtime.dtype``.
+        recompute: in the memory of "training", activations within a layer are computed again in the backward pass.
     """
 
     parameters: float | None = None

@@ -24,15 +24,15 @@ class SourceConfig:
         name: how reports call it; each source is a domain of the evaluation.
         path: text, JSONL (``.gz`` and ``.zst`` too) or Parquet file, or a glob of them.
         package: a source that an installable package carries, by its name in the data room's table.
-        dataset: of Hugging Face ``datasets``: a directory that ``save_to_disk`` wrote, ``.arrow`` files (a glob), or a
-            name on the hub. No code of a dataset runs.
-        dataset_split: of a dataset with several, such as "train"; always needed for a name on the hub.
+        dataset: a dataset of Hugging Face ``datasets``: a directory that ``save_to_disk`` wrote, ``.arrow`` files (a
+            glob), or a name on the hub. No code of a dataset runs.
+        dataset_split: which split of a dataset with several, such as "train"; always needed for a name on the hub.
         megatron: prefix of a Megatron ``.bin`` and ``.idx`` pair, whose documents are token ids already.
         chat: JSONL file of conversations; only the answers are learned.
         template: chat template, "own" for the one that the tokenizer carries.
         text_key: JSONL key, or column of a Parquet file or dataset, that holds the text.
         weight: share of this source in the mixture, relative to the others.
-        max_characters: read no more than this.
+        max_characters: read no more characters than this; null reads all.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "dataset", "megatron", "chat")
@@ -87,7 +87,7 @@ class DataConfig:
             far as they fit into a block, and blocks are filled up (for documents=mask).
         calibration_fraction: share of the documents set aside for scoring.
         held_out_fraction: share of the documents set aside for evaluation and validation.
-        seed: of the split and of the order.
+        seed: seed of the split and of the order of the documents.
         cache_dir: where fetched sources, tokens and token blocks are kept.
         workers: processes that tokenise; null for as many as there are cores, where there is enough text for them.
     """
@@ -171,7 +171,7 @@ class TaskConfig:
     Attributes:
         path: JSONL file; a line is ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``.
         builtin: instead, a task that is built from a package's text, by its name in the data room's table.
-        questions: use no more than this.
+        questions: use no more questions than this; null uses all.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)

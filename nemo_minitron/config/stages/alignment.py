@@ -24,13 +24,18 @@ class AlignConfig(StageConfig):
         steps: optimizer steps; null takes those of ``epochs``, a number wins over it.
         micro_batch_size: samples of one forward pass on one data-parallel rank.
         global_batch_size: samples of one optimizer step.
-        lr, min_lr, warmup_steps: linear warm-up to ``lr``, then cosine decay to ``min_lr`` at the last step.
-        weight_decay, beta1, beta2, clip_grad: AdamW and the gradient norm it is clipped to (0 for no clipping).
+        lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
+        min_lr: learning rate at the last step.
+        warmup_steps: steps of the linear warm-up.
+        weight_decay: weight decay of AdamW.
+        beta1, beta2: AdamW's coefficients of the running averages of the gradient and of its square.
+        clip_grad: norm that gradients are clipped to; 0 for no clipping.
         max_minutes: stop in good order, with a checkpoint, when this time is used up; null for no limit.
-        validate_every, save_every: steps between validations and between checkpoints, the second a multiple of the
-            first.
+        validate_every: steps between validations.
+        save_every: steps between checkpoints, a multiple of ``validate_every``.
         validation_batches: global batches of one validation; null takes all.
-        resume: go on from the last checkpoint in ``output``, under the same settings but for ``GOES_ON_WITH``.
+        resume: go on from the last checkpoint in ``output``, under the same settings; layout, micro-batches, time
+            limit, intervals and formats may change.
         precision: "32" or "bf16-mixed".
         formats: besides ``model`` (NeMo 2), what the aligned model is written as: "hf", "nemo".
         verify: compare the logits of what was written with those of ``model``.
@@ -123,10 +128,11 @@ class DpoConfig(AlignConfig):
             "rpo_bwd_kl" and "rpo_fwd_kl".
         beta: NeMo-Aligner's ``ref_policy_kl_penalty``; the tau of IPO.
         reward_scale: RPO's eta, the factor of the reward gap.
-        chosen_reward, rejected_reward: rewards of pairs that carry none (RPO).
-        preference_loss_weight, sft_loss_weight: of the preference loss and of the chosen answer's negative
-            log-likelihood.
-        preference_average_log_probs, sft_average_log_probs: divide an answer's log-probability by its length.
+        chosen_reward, rejected_reward: reward of that answer in pairs that carry none (RPO).
+        preference_loss_weight: weight of the preference loss.
+        sft_loss_weight: weight of the chosen answer's negative log-likelihood.
+        preference_average_log_probs, sft_average_log_probs: in that loss, divide an answer's log-probability by its
+            length.
         rounds: trainings one after the other, each from the result of the one before.
         reference: the policy that rounds are held to: "round" for the one that a round starts from, "first" for
             ``model`` in all of them, or a checkpoint of its own.

@@ -20,7 +20,7 @@ class StageConfig:
         name: how records and reports call this run of the stage; empty takes the stage's own name.
         output: directory (or ``.nemo`` file) that the stage writes.
         overwrite: replace an output that is already there.
-        runtime: the process.
+        runtime: device, seed and limits of the stage's processes.
     """
 
     STAGE: ClassVar[str] = ""

@@ -21,12 +21,12 @@ class CacheConfig(StageConfig):
     it is what that trains and validates on.
 
     Attributes:
-        teacher: checkpoint.
+        teacher: checkpoint whose logits are kept.
         data: training text; its held-out split validates.
-        steps, global_batch_size, validation_batches: of the training.
+        steps, global_batch_size, validation_batches: as in the training that the cache is for.
         k: tokens kept of each position; null keeps all.
-        values: of the log-probabilities: "float16", "bfloat16" (as large and eight times coarser), "int8" (one byte, in
-            255 steps between a position's largest and smallest) or "float32".
+        values: type of the kept log-probabilities: "float16", "bfloat16" (as large and eight times coarser), "int8"
+            (one byte, in 255 steps between a position's largest and smallest) or "float32".
         micro_batch_size: blocks of one forward pass on one data-parallel rank.
         samples_per_shard: blocks of one file; a kill costs what was not yet written.
         resume: keep what is there and write what is missing.

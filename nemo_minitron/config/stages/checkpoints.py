@@ -19,7 +19,7 @@ class ImportConfig(StageConfig):
         source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
         package: instead of ``source``, a model that a Python package carries, by its name in the data room's table.
         format: what to write: "nemo2", "nemo" or "hf".
-        dtype: of the written weights; null keeps the stored one.
+        dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload the result and compare logits with the source's.
         cache_dir: where a fetched package is kept.
     """
@@ -52,7 +52,7 @@ class ExportConfig(StageConfig):
     Attributes:
         model: checkpoint to export.
         formats: any of "hf", "nemo2", "nemo".
-        dtype: of the written weights; null keeps the stored one.
+        dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload each result with the other side's own loader and compare logits.
     """
 

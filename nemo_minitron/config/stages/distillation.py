@@ -31,15 +31,22 @@ class TrainingConfig(StageConfig):
         steps: optimizer steps.
         micro_batch_size: blocks of one forward pass on one data-parallel rank.
         global_batch_size: blocks of one optimizer step.
-        lr, min_lr, warmup_steps: linear warm-up to ``lr``, then cosine decay to ``min_lr`` at ``steps``.
-        weight_decay, beta1, beta2, clip_grad: AdamW and the gradient norm it is clipped to (0 for no clipping).
+        lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
+        min_lr: learning rate at the last step.
+        warmup_steps: steps of the linear warm-up.
+        weight_decay: weight decay of AdamW.
+        beta1, beta2: AdamW's coefficients of the running averages of the gradient and of its square.
+        clip_grad: norm that gradients are clipped to; 0 for no clipping.
         max_minutes: stop in good order when this time is used up; null for no limit.
-        validate_every, validation_batches: steps between validations, global batches of each.
-        log_every, save_every: steps between metrics and between checkpoints.
+        validate_every: steps between validations.
+        validation_batches: global batches of one validation.
+        log_every: steps between two lines of metrics.
+        save_every: steps between checkpoints.
         keep_best: beside the last checkpoint, keep the weights of the validation with the lowest "kl" or "lm_loss";
             null keeps none.
         result: which of them becomes the stage's model, "last" or "best".
-        resume: go on from the last checkpoint in ``output``, under the same settings but for ``GOES_ON_WITH``.
+        resume: go on from the last checkpoint in ``output``, under the same settings; layout, micro-batches, time limit
+            and intervals may change.
         precision: "32" or "bf16-mixed".
         recompute: activations that the backward pass computes again instead of keeping them: "none", "selective" (the
             core of the attention) or "full" (whole layers; not with intermediate losses).
@@ -135,7 +142,7 @@ class CorrectConfig(TrainingConfig):
     distribution of the data that it is going to teach on.
 
     Attributes:
-        model: checkpoint.
+        model: checkpoint to train.
     """
 
     STAGE: ClassVar[str] = "correct"
@@ -149,15 +156,15 @@ class DistillConfig(TrainingConfig):
     """Train a student on its teacher's logits (Minitron, arXiv 2407.14679, section 3).
 
     Attributes:
-        student: checkpoint.
-        teacher: checkpoint; may be null where nothing is learnt from it (``loss.label_weight=1`` and no intermediate
-            losses), and is not read then, or with a cache.
+        student: checkpoint to train.
+        teacher: checkpoint to learn from; may be null where nothing is learnt from it (``loss.label_weight=1`` and no
+            intermediate losses), and is not read then, or with a cache.
         teacher_cache: output of ``minitron cache``, whose logits take the teacher's place; a teacher that is named too
             is only compared with the one that was cached.
         teacher_placement: "shared" (the student's ranks and layout), "own_layout" (the same ranks, laid out by
             ``teacher_parallel``) or "own_ranks" (``teacher_parallel`` further processes).
         teacher_parallel: layout of a teacher that has its own.
-        loss: of a token's logits.
+        loss: the loss of a token's logits.
         intermediate: losses of the states inside the models; none by default.
         teacher_correction: train the teacher on the labels meanwhile; off by default.
     """

@@ -21,7 +21,7 @@ class DoctorConfig(StageConfig):
     Attributes:
         output: directory of ``doctor.json``.
         overwrite: on by default: the machine is checked anew each time.
-        precision: of the model in each check, "float32" and "bfloat16"; of trainings, "32" and "bf16-mixed".
+        precision: precisions of the model in each check, "float32" and "bfloat16"; of trainings, "32" and "bf16-mixed".
         checks: which to run; empty for all.
         minutes: a check that takes longer has failed.
         parallel: layout to prove.

@@ -64,6 +64,8 @@ class ReportConfig(StageConfig):
         output: where to write; ``run`` + "/report" unless given.
         overwrite: on, since a report can always be made again from the records.
         title: heading of the report; empty takes the directory's name.
+        base_model: name of the teacher on the Hugging Face Hub, for the model card; null leaves it out.
+        license: the Hub's name of the model's license, such as "apache-2.0", for the model card; null leaves it out.
     """
 
     STAGE: ClassVar[str] = "report"

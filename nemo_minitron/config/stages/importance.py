@@ -30,7 +30,7 @@ class ScoreConfig(StageConfig):
         data: calibration text.
         samples: blocks of ``data.sequence_length`` tokens to run.
         micro_batch_size: blocks of one forward pass.
-        aggregation: over sequence and batch.
+        aggregation: how activations become one score per unit.
         also: further aggregations, scored in the same pass; each becomes a score directory of its own inside the
             output, ``criteria/<sequence>-<batch>``.
         parallel: layout of the model.
@@ -95,7 +95,7 @@ class DepthConfig(StageConfig):
         block_lengths: measure without each run of so many neighbouring layers.
         greedy: drop up to so many layers one by one, measuring all others again after each; 0 for not at all.
         greedy_by: criterion of ``greedy``, "loss" or "task".
-        task: measured besides the loss.
+        task: multiple-choice task, measured besides the loss.
         reuse_prefix: keep the hidden states at which a candidate parts from the one before it, which saves half of the
             layers' work and takes memory on the host.
         parallel: layout of the model.
@@ -141,8 +141,8 @@ class TokensConfig(StageConfig):
 
     Attributes:
         model: checkpoint whose tokenizer is used.
-        data: text.
-        split: of the text, "train", "calibration" or "held_out".
+        data: text whose tokens are counted.
+        split: split of the text, "train", "calibration" or "held_out".
         blocks: blocks of ``data.sequence_length`` tokens to count; null counts the whole split.
     """
 

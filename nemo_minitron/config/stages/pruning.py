@@ -106,10 +106,10 @@ class IterateConfig(StageConfig):
     Attributes:
         model: checkpoint to prune.
         target: sizes of the pruned model.
-        rounds: how many.
-        spacing: of the shapes in between, "geometric" (equal ratios) or "linear" (equal steps).
-        estimator, data, samples, micro_batch_size, aggregation, parallel: of the scores, as in ``score``; "activation"
-            or "taylor".
+        rounds: number of rounds.
+        spacing: how the shapes in between are spread, "geometric" (equal ratios) or "linear" (equal steps).
+        estimator, data, samples, micro_batch_size, aggregation, parallel: as in ``score``; the estimator
+            is "activation" or "taylor".
         format: what to write: "nemo2", "nemo" or "hf".
     """
 

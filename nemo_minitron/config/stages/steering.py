@@ -22,7 +22,7 @@ class RewardConfig(AlignConfig):
     Attributes:
         data: conversations with the values of their last answers, or preference pairs whose values are derived.
         pairs: ``data.path`` holds preference pairs; a package says so itself.
-        attributes: which there are.
+        attributes: which attributes there are.
     """
 
     STAGE: ClassVar[str] = "reward"
@@ -122,9 +122,9 @@ class SteerlmConfig(AlignConfig):
 
     Attributes:
         data: conversations to fine-tune on.
-        attributes: which there are.
+        attributes: which attributes there are.
         attribute_model: output of ``minitron reward``; null trains one by ``reward``.
-        reward: of that training.
+        reward: settings of that training.
     """
 
     STAGE: ClassVar[str] = "steerlm"
@@ -230,7 +230,7 @@ class ReinforceConfig(AlignConfig):
     Attributes:
         data: conversations whose last answers, if they have any, are left out: the prompts.
         reward: output of ``minitron reward``; its predicted values, weighted, are the reward.
-        weights: of the attributes (a missing one is 0); empty takes the mean of all.
+        weights: weight of each attribute in the reward (a missing one is 0); empty takes the mean of all.
         rule: instead of ``reward``: "short" or "long" answers (their words against ``max_new_tokens``), or "ends" (1
             where the answer ends by itself).
         samples_per_prompt: answers to each prompt; the baseline of one is the mean reward of the others.
@@ -238,7 +238,7 @@ class ReinforceConfig(AlignConfig):
         validation_prompts: held-out prompts, answered once each at every validation.
         kl_penalty: weight of the divergence from the initial policy in the reward.
         max_new_tokens: longest answer.
-        temperature, top_k, top_p: of the answers.
+        temperature, top_k, top_p: how answers are drawn, as in ``generate``.
         generation_batch: answers generated at once.
     """
 

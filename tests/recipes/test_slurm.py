@@ -250,7 +250,7 @@ def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
         # A layout that the model does not have: refused by the stage, and not queued again.
         odd = ("stages.scores.parallel={pipeline: 2, tensor: 1}", "stages.scores.samples=9999",
                "stages.scores.output=" + str(home / "run" / "more"))  # fmt: skip
-        run(*odd, "stages.pruned.output=" + str(home / "run" / "less"))
+        run(*odd, f"stages.pruned.output={home}/run/less", f"stages.pruned.scores={home}/run/more")
         # What waited for it can never start, and leaves the queue.
         assert sorted(wait(180).values()).count("CANCELLED") >= 1
         assert not queue(env)

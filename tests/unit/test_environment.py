@@ -151,9 +151,11 @@ def test_ranks_meet_where_the_host_has_a_name_that_nobody_knows(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("operation", ["dist.all_reduce(total, group=group)", "dist.recv(total, src=1, group=group)"])
-def test_a_training_gives_up_on_a_rank_that_does_not_answer(operation: str, tmp_path: Path) -> None:
-    """Groups of a library that sets no limit of its own, or half an hour, get this suite's."""
+def test_a_training_gives_up_on_a_rank_that_does_not_answer(tmp_path: Path) -> None:
+    """Groups of a library that sets no limit of its own, or half an hour, get this suite's.
+
+    Tried with a receive, as of a pipeline stage: gloo holds it to the limit that its group was made with.
+    """
     silent = """
     from datetime import timedelta
     from nemo_minitron.runtime.waits import bounded_groups, limit_waits
@@ -164,7 +166,9 @@ def test_a_training_gives_up_on_a_rank_that_does_not_answer(operation: str, tmp_
         os.kill(os.getpid(), 19)
     total ="""
     (tmp_path / "meeting.py").write_text(
-        _MEETS.replace("\n    total =", silent).replace("dist.all_reduce(total)", operation)
+        _MEETS.replace("\n    total =", silent).replace(
+            "dist.all_reduce(total)", "dist.recv(total, src=1, group=group)"
+        )
     )
     done = subprocess.run(
         [sys.executable, "meeting.py", "main", str(tmp_path / "job")],

@@ -24,6 +24,7 @@ from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
 from nemo_minitron.config.paths import absolute
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.runtime.environment import ORDERED_KERNELS, ordered_kernels
+from nemo_minitron.runtime.quiet import quiet
 from nemo_minitron.stages.earlier import stage_state
 from nemo_minitron.stages.job import job_folder_of, write_settings
 from nemo_minitron.stages.pipeline import write_manifest
@@ -205,14 +206,15 @@ def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
 @contextlib.contextmanager
 def _experiment(name: str, home: Path) -> Iterator[run.Experiment]:
     """An experiment of nemo_run, whose records stay in the run, and which prints nothing."""
+    quiet()  # nemo_run imports torch
     os.environ["NEMORUN_HOME"] = str(home / "nemo_run")  # read when nemo_run is imported
     import nemo_run as run
 
     run.config.set_nemorun_home(str(home / "nemo_run"))
-    quiet, title = io.StringIO(), re.sub(r"[^\w.-]", "-", name) or "pipeline"
+    said, title = io.StringIO(), re.sub(r"[^\w.-]", "-", name) or "pipeline"
     with (
-        contextlib.redirect_stdout(quiet),
-        contextlib.redirect_stderr(quiet),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
         run.Experiment(title, log_level="ERROR") as experiment,
     ):
         yield experiment

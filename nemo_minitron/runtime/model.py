@@ -231,8 +231,10 @@ def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
     """
     for part in chunk.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.device != device or parameter.dtype != dtype:
-                placed = torch.nn.Parameter(parameter.detach().to(device=device, dtype=dtype))
+            # A model that is made under torch.device("meta") has sizes and no numbers that could be moved.
+            place = parameter.device if parameter.is_meta else device
+            if parameter.device != place or parameter.dtype != dtype:
+                placed = torch.nn.Parameter(parameter.detach().to(device=place, dtype=dtype))
                 for mark, value in vars(parameter).items():  # Megatron's: sequence_parallel
                     vars(placed).setdefault(mark, value)
                 setattr(part, name, placed)

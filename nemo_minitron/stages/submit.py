@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Job", "jobs_of", "submit"]
 
 #: Stands in for srun in a script. Without Pyxis, the two container options that nemo_run always passes
-#: are left out. What a stage refuses, it would refuse again: such a job is not queued again.
+#: are left out. What a stage refuses, it would refuse again: such a job is not queued again. One that a signal stopped
+#: (the time limit's, a preemption's) has saved its state and is.
 _SRUN = """srun() {{
     local kept=() code
     while (($#)); do
@@ -47,7 +48,9 @@ _SRUN = """srun() {{
     done
     command srun "${{kept[@]}}"
     code=$?
-    if grep -qs '"status": "refused"' {folder}/rank-*.json; then TORCHX_MAX_RETRIES=0; fi
+    if grep -hs '"status": "refused"' {folder}/rank-*.json | grep -qv '"error": "PreemptedError"'; then
+        TORCHX_MAX_RETRIES=0
+    fi
     return $code
 }}"""
 _PYXIS = "--container-mounts | --container-workdir"

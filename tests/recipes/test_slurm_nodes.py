@@ -76,7 +76,7 @@ def home() -> Iterator[Path]:
     (folder / "pipeline.yaml").write_text(PIPELINE.format(home=folder))
     for name, tasks in (("narrow", 1), ("wide", 2)):
         settings = {"account": "test", "gpus_per_node": 0, "tasks_per_node": tasks, "time": "00:20:00",
-                    "signal": None, "python": sys.executable, "retries": 2}  # fmt: skip
+                    "signal": None, "python": sys.executable, "retries": 5}  # fmt: skip
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -139,13 +139,19 @@ def start_rank(
 @functools.cache
 def level_of(file: Path) -> str:
     """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that has what a test's file and its helpers import."""
-    text = file.read_text(encoding="utf-8")
-    levels = [level for level, pattern in _LEVELS.items() if re.search(pattern, text)]
-    for name in set(re.findall(r"\bsupport\.(\w+)", text)) - {"distributed"}:
-        helper = TESTS / "support" / f"{name}.py"
-        if helper.exists() and helper != file:
-            levels.append(level_of(helper))
-    return next((level for level in _LEVELS if level in levels), "megatron")
+    read: dict[Path, str] = {}
+    waiting = [file]
+    while waiting:
+        path = waiting.pop()
+        if path in read:
+            continue
+        read[path] = path.read_text(encoding="utf-8")
+        helpers = set(re.findall(r"\bsupport\.(\w+)", read[path])) - {"distributed"}
+        waiting += [TESTS / "support" / f"{name}.py" for name in helpers if (TESTS / "support" / f"{name}.py").exists()]
+    for level, pattern in _LEVELS.items():
+        if any(re.search(pattern, text) for text in read.values()):
+            return level
+    return "megatron"
 
 
 def _tail(path: Path, lines: int = 40) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.distributed import run_distributed
 from support.meta import rank_of_world
 from support.tier_cases import checkpoint_of, positions_of
 
@@ -32,6 +35,12 @@ class _Meta(Device):
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with _meta_groups(monkeypatch) as found:
+        yield found
+
+
+@contextmanager
+def _meta_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cpu.activate()
     monkeypatch.setattr(cpu_torch, "CPU", META)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self.to(META))
@@ -44,10 +53,27 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cpu.deactivate()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "nemotron"])
-def test_nothing_of_a_dense_model_is_left_on_the_cpu(groups: Any, family: str, dtype: torch.dtype) -> None:
-    """Parameters, the forward pass, the loss and its gradients."""
+@pytest.mark.slow
+def test_nothing_of_a_dense_model_is_left_on_the_cpu(tmp_path: Path) -> None:
+    """Parameters, the forward pass, the loss and its gradients.
+
+    In a process of its own: once something has imported torch.compile's parts, the meta device computes in Python, and
+    refuses numbers on the CPU that CUDA takes.
+    """
+    assert run_distributed(_dense_models, 1, tmp_path) == [6]
+
+
+def _dense_models() -> int:
+    count = 0
+    with pytest.MonkeyPatch.context() as monkeypatch, _meta_groups(monkeypatch) as groups:
+        for family in ("llama", "qwen3", "nemotron"):
+            for dtype in (torch.float32, torch.bfloat16):
+                _dense_model(groups, family, dtype)
+                count += 1
+    return count
+
+
+def _dense_model(groups: Any, family: str, dtype: torch.dtype) -> None:
     from nemo_minitron.checkpoints import load_into
     from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_cross_entropy
     from nemo_minitron.runtime.model import build_model

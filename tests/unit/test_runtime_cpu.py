@@ -177,8 +177,9 @@ WHOLE_STACK = """
 import importlib, inspect, os
 from functools import reduce
 from nemo_minitron.runtime import cpu, quiet
+from nemo_minitron.runtime.patching import PatchSet
 quiet.quiet()
-patches = cpu.patches()
+patches = PatchSet(cpu.patches()).patches  # those for the installed versions
 modules = {name: importlib.import_module(name) for name in dict.fromkeys(patch.module for patch in patches)}
 missing = object()
 def held(patch):

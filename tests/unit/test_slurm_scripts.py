@@ -16,11 +16,12 @@ from support.checkpoints import tiny_checkpoint
 from nemo_minitron.config import SlurmConfig, load_pipeline, load_slurm
 from nemo_minitron.config.paths import absolute, paths_of
 from nemo_minitron.config.slurm import CpuConfig, seconds_of
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import ConfigError, PreemptedError
 from nemo_minitron.planning import load_recipe, recipe_names
+from nemo_minitron.runtime.launch import failure, save_result
 from nemo_minitron.stages.costs import write_pipeline
 from nemo_minitron.stages.submission import input_faults, mount_faults, time_warnings
-from nemo_minitron.stages.submit import jobs_of
+from nemo_minitron.stages.submit import _SRUN, jobs_of
 
 PIPELINE = """
 output: runs/tiny
@@ -300,3 +301,22 @@ def test_jobs_as_they_are_submitted(here: Path) -> None:
 
 def test_settings_of_a_cpu_partition_are_typed() -> None:
     assert SlurmConfig(account="a").cpu == CpuConfig()
+
+
+@pytest.mark.parametrize(
+    ("error", "retries"),
+    [(PreemptedError("stopped by a signal"), "3"), (ConfigError("no such layout"), "0"), (ValueError("a crash"), "3")],
+    ids=["preempted", "refused", "crashed"],
+)
+def test_which_failed_jobs_are_queued_again(tmp_path: Path, error: Exception, retries: str) -> None:
+    """What is refused would be refused again; a training that a signal stopped has saved its state and goes on."""
+    save_result(tmp_path, failure(0, error))
+    function = _SRUN.format(dropped="--none", folder=tmp_path)
+    # `command srun` is that of the PATH.
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 75\n")
+    (tmp_path / "srun").chmod(0o755)
+    script = (
+        f'export PATH="{tmp_path}:$PATH" TORCHX_MAX_RETRIES=3\n{function}\nsrun python; echo "$? $TORCHX_MAX_RETRIES"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == ["75", retries], done.stderr

@@ -165,7 +165,8 @@ def test_a_second_thread_means_a_cold_start(act, caplog):
 
 
 def test_what_cannot_be_imported_means_a_cold_start(act, caplog):
-    assert act("exit", "0", level="missing") is None
+    with caplog.at_level(logging.WARNING):
+        assert act("exit", "0", level="missing") is None
     assert "act starts cold: ModuleNotFoundError: No module named 'no_such_module'" in caplog.text
 
 
@@ -201,7 +202,8 @@ def test_a_server_that_stays_dead_means_a_cold_start(act, pool, monkeypatch, cap
     os.kill(server.process.pid, signal.SIGKILL)
     assert gone(server.process.pid)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert act("exit", "0") is None
+    with caplog.at_level(logging.WARNING):
+        assert act("exit", "0") is None
     assert "starts cold" in caplog.text
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Kernels, a stage, live models in their own process: every way in which the tier runs things.
 PART = [
     "tests/gpu/test_kernels.py",
-    "tests/gpu/test_models.py::test_float32_equals_the_cpu",
+    "tests/gpu/test_models.py::test_float32_equals_the_cpu[llama-local]",
     "tests/gpu/test_models.py::test_distillation_steps",
     "tests/gpu/test_stages.py::test_a_stage_does_as_on_the_cpu[prune-local]",
 ]

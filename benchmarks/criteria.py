@@ -160,8 +160,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file that keeps results as they come")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     arguments = parser.parse_args()
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     torch.set_num_threads(1)
     groups = initialize(ParallelLayout())
     with tempfile.TemporaryDirectory() as scratch:

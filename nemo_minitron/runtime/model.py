@@ -123,8 +123,8 @@ def transformer_config(
         use_cpu_initialization=not device.is_cuda,
         # Megatron fuses the gated activations only
         bias_activation_fusion=fused and table.gated,
-        masked_softmax_fusion=device.transformer_engine,
-        persist_layer_norm=device.transformer_engine,
+        masked_softmax_fusion=fused,
+        persist_layer_norm=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,

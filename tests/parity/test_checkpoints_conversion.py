@@ -118,8 +118,7 @@ def test_a_checkpoint_that_nemo_wrote_is_read(room: Path) -> None:
     tiny_checkpoint(home / "hf")
     script = f"""
 from nemo_minitron.runtime import cpu
-if cpu.needed("auto"):
-    cpu.activate()
+cpu.prepare()
 import torch
 from pathlib import Path
 from nemo import lightning as nl
@@ -166,8 +165,7 @@ def test_auto_resume_finds_the_weights_and_the_tokenizer(room: Path) -> None:
     path = chain(room, "untied")["hf_nemo2"].path
     script = f"""
 from nemo_minitron.runtime import cpu
-if cpu.needed("auto"):
-    cpu.activate()
+cpu.prepare()
 from nemo import lightning as nl
 from nemo.lightning.io import load_context
 if __name__ == "__main__":

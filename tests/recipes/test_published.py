@@ -125,8 +125,7 @@ def test_every_rank_on_the_meta_device_and_the_export():
     from nemo_minitron.runtime import cpu
     from nemo_minitron.runtime.groups import ParallelLayout
 
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     try:
         for (name, stage), (parameters, *_) in PUBLISHED.items():
             training = trainings(name)[stage]

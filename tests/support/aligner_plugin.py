@@ -14,10 +14,9 @@ import pytest
 
 from nemo_minitron.runtime import cpu
 
-if cpu.needed("auto"):
-    cpu.activate()
+cpu.prepare()
 
-import torch
+import torch  # noqa: E402 - the layer comes first
 
 
 def pytest_configure(config: pytest.Config) -> None:

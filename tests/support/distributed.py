@@ -163,8 +163,7 @@ def _main() -> None:
     from nemo_minitron.runtime import cpu
 
     torch.set_num_threads(1)
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     spec = importlib.util.spec_from_file_location("distributed_case", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

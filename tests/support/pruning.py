@@ -92,8 +92,7 @@ def one_process() -> Iterator[Any]:
     from nemo_minitron.runtime import cpu
     from nemo_minitron.runtime.groups import ParallelLayout, destroy, initialize
 
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     try:
         yield initialize(ParallelLayout())
     finally:

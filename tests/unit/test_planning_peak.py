@@ -29,8 +29,7 @@ def test_within_ten_percent_of_what_a_step_holds(monkeypatch):
         ("nemotron", full, False, "selective", 2),
         ("qwen3", full, True, "none", 1),
     ]
-    if cpu.needed("auto"):
-        cpu.activate()
+    cpu.prepare()
     try:
         for name, dtype, distilled, recompute, data in cases:
             how = {"distilled": distilled, "recompute": recompute}

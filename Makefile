@@ -18,6 +18,10 @@ VERSION := $(PYTHON:python%=%)
 endif
 STAMP := $(VENV)/.installed-$(VERSION)
 
+# Tests run in this many workers; the tests of a file stay together.
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help env matrix demo demo-quick demo-align test test-fast lint docs format clean
 
@@ -49,11 +53,11 @@ demo-quick: env  ## the same in a few minutes
 demo-align: env  ## what `make demo` made, aligned: fine-tuned on answers, then on preferences
 	$(BIN)/minitron run configs/demo-align.yaml
 
-test: env  ## all tests
-	$(BIN)/python -m pytest
+test: env  ## all tests (WORKERS=2 files at a time, 1.5 GB of memory each at most)
+	$(BIN)/python -m pytest $(SHARED)
 
 test-fast: env  ## tests that take less than five seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 lint: env  ## style, types, import boundaries
 	$(BIN)/ruff check .

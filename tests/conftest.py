@@ -41,7 +41,20 @@ def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(COLD_VARIABLE, "1")
 
 
+#: Where the long tests are, longest first: two workers then end at about the same time.
+_LONG_FIRST = ("recipes", "smoke", "parity", "distributed", "unit", "gpu")
+#: Files that are not run beside each other: each starts daemons of Slurm.
+_SLURM = ("test_slurm", "test_slurm_nodes")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _choose_tier(config, items)
+    if hasattr(config, "workerinput"):
+        _share_out(items)
+
+
+def _choose_tier(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the GPU tier out unless it is asked for with ``-m gpu``; asked for without a GPU, refuse to start."""
     tier = [item for item in items if item.get_closest_marker("gpu")]
     if not tier:
@@ -53,3 +66,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     items[:] = [item for item in items if item not in tier]
     config.hook.pytest_deselected(items=tier)
+
+
+def _share_out(items: list[pytest.Item]) -> None:
+    """For several workers (``-n``): a file's tests stay in one of them, with its fixtures; long files begin."""
+
+    def group(item: pytest.Item) -> str:
+        return "slurm" if item.path.stem in _SLURM else f"{item.path.parent.name}/{item.path.stem}"
+
+    items.sort(key=lambda item: (_LONG_FIRST.index(item.path.parent.name), group(item) != "slurm", group(item)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))

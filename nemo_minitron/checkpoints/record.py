@@ -71,7 +71,9 @@ def parse_record(data: bytes, path: Path) -> Record:
                 f"{path} has format version {version}; this release reads {FORMAT_VERSION}. "
                 f"Use the release that wrote it"
             )
-        return Record(ModelShape(**content["shape"]), Architecture(**content["architecture"]), content["lineage"])
+        return Record(
+            ModelShape.from_dict(content["shape"]), Architecture(**content["architecture"]), content["lineage"]
+        )
     except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error
 

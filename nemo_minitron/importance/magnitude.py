@@ -41,7 +41,8 @@ def magnitude_scores(
     """
     shape = checkpoint.shape
     sums = _Sums(shape)
-    for name, row, layer in parameters(checkpoint.family, shape):
+    for entry in parameters(checkpoint.family, shape):
+        name, row, layer = entry.name, entry.row, entry.layer
         tensor = checkpoint.weights.tensor(name)
         total = 0.0
         for dimension, axis in enumerate(row.axes):

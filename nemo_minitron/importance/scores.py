@@ -125,7 +125,7 @@ class Scores:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error}); score the model again") from None
         try:
-            shape = ModelShape(**meta.pop("shape"))
+            shape = ModelShape.from_dict(meta.pop("shape"))
             sizes = _sizes(shape)
             if missing := [name for name in sizes if name not in tensors]:
                 raise CheckpointError(f"{file}: has no scores of {', '.join(missing)}; score the model again")
@@ -164,10 +164,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     # Sizes that a model does not have are left out, so that a size which only other families have changes nothing.
     sizes = {name: size for name, size in checkpoint.shape.to_dict().items() if size is not None}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
-    for name, row, layer in parameters(checkpoint.family, checkpoint.shape):
-        if len(row.axes) == 1 or layer == checkpoint.shape.num_layers - 1:
-            digest.update(name.encode())
-            digest.update(checkpoint.weights.tensor(name).float().contiguous().numpy().tobytes())
+    for entry in parameters(checkpoint.family, checkpoint.shape):
+        if len(entry.row.axes) == 1 or entry.layer == checkpoint.shape.num_layers - 1:
+            digest.update(entry.name.encode())
+            digest.update(checkpoint.weights.tensor(entry.name).float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

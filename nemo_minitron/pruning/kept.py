@@ -61,7 +61,7 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
             raise CheckpointError(
                 f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; prune again"
             )
-        shape = ModelShape(**content["shape"])
+        shape = ModelShape.from_dict(content["shape"])
         kept = KeptUnits(**{name: _tuples(value) for name, value in content["kept"].items()})
         faults = kept.faults(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShapeError) as error:

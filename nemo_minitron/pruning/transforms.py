@@ -126,7 +126,7 @@ class WidthPrune:
         target = self._target(shape, groups.layout)
         _check_agreement(self.kept, groups.tp)
         table = self.family or live_family(chunks[0])
-        rows = {name: (row, layer) for name, row, layer in axes.parameters(table, shape)}
+        rows = {entry.name: (entry.row, entry.layer) for entry in axes.parameters(table, shape)}
         for chunk in chunks:
             if self.kept.experts is not None:
                 for part in chunk.decoder.layers:

@@ -136,7 +136,7 @@ def peek_shape(checkpoint: str | Path) -> ModelShape | None:
     Raises:
         CheckpointError: if the file is there and cannot be read.
     """
-    return _peek(checkpoint, lambda content: ModelShape(**content["shape"]))
+    return _peek(checkpoint, lambda content: ModelShape.from_dict(content["shape"]))
 
 
 def peek_family(checkpoint: str | Path) -> Family:

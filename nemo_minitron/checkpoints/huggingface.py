@@ -177,9 +177,13 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
     Tensors are read, split and written one after the other, those outside the layers first. A shard is closed before it
     would exceed one layer or one embedding, whichever is larger (or :data:`SMALLEST_SHARD`), so no more than that is
     held at a time.
+
+    Raises:
+        CheckpointError: if transformers does not know the family, or no form of it whose layers differ in size.
     """
-    directory.mkdir(parents=True)
     shape, table = checkpoint.shape, checkpoint.family
+    config = to_hf(shape, checkpoint.architecture, dtype=dtype)
+    directory.mkdir(parents=True)
     limit = max(SMALLEST_SHARD, largest_part(checkpoint.architecture, shape) * DTYPES[dtype])
     weights = CastWeights(checkpoint.weights, dtype)
     expected = writing_order(checkpoint.architecture, shape)
@@ -213,7 +217,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
             progress(name, index + 1, len(expected))
     close()
     _name_shards(directory, shards, total)
-    _write_json(directory / "config.json", to_hf(shape, checkpoint.architecture, dtype=dtype))
+    _write_json(directory / "config.json", config)
     ids = {
         key: value
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")

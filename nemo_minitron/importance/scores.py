@@ -16,7 +16,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
 from nemo_minitron.importance.subject import check_subject
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["Scores", "fingerprint", "save_criteria"]
 
@@ -60,6 +60,7 @@ class Scores:
     experts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        require_uniform(self.shape, "scoring")
         if self.experts is not None and self.shape.num_moe_experts is None:
             raise ShapeError("scores of experts: the model has none; score this model again")
         for name, expected in _sizes(self.shape).items():

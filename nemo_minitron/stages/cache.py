@@ -16,6 +16,7 @@ from nemo_minitron import axes
 from nemo_minitron.config import CacheConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import (
     MARKER,
     PlannedPath,
@@ -54,6 +55,7 @@ def plan(config: CacheConfig) -> StagePlan:
     if shape is None:
         return found
     layout = config.parallel
+    found.faults += [f"teacher: {fault}" for fault in uniform_faults(shape, "a logit cache")]
     found.faults += [f"teacher: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
     if config.k is not None and config.k >= shape.vocab_size:
         found.faults.append(_too_many(config.k, shape.vocab_size))

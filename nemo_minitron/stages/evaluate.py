@@ -14,6 +14,7 @@ from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import require
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import (
     PlannedPath,
     StagePlan,
@@ -63,7 +64,8 @@ def plan(config: EvaluateConfig) -> StagePlan:
             found.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        faults = uniform_faults(shape, "evaluation")
+        faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]

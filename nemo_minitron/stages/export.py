@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron import axes
 from nemo_minitron.config import ExportConfig
 from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
-from nemo_minitron.stages.conversion import model_costs, verified
+from nemo_minitron.stages.conversion import check_conversion, conversion_faults, model_costs, verified
 
 __all__ = ["NAMES", "plan", "run"]
 
@@ -28,6 +28,7 @@ def plan(config: ExportConfig) -> StagePlan:
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(str(output / NAMES[form]), f"model ({form})") for form in config.formats],
         costs=model_costs(config.model, config.dtype or "float32"),
+        faults=conversion_faults(config.model, config.formats, verify=config.verify),
     )
     if config.verify:
         found.notes.append("each result is loaded by its own side's loader and its logits compared")
@@ -46,6 +47,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 
     source = open_checkpoint(config.model)
+    check_conversion(source, config.formats, verify=config.verify)
     named = dataclasses.replace(
         source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
     )

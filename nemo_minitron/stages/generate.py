@@ -15,6 +15,7 @@ from nemo_minitron.data.chat import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.runtime.journal import PLAIN, Journal
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, peek_architecture, peek_shape, stage_output
 from nemo_minitron.stages.conversion import model_costs
 
@@ -53,6 +54,9 @@ def plan(config: GenerateConfig) -> StagePlan:
         )
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
     if shape is None or architecture is None:
+        return found
+    if faults := uniform_faults(shape, "generation"):
+        found.faults += faults
         return found
     layout = config.parallel
     found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)

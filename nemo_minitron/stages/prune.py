@@ -15,9 +15,9 @@ from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
+from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_architecture, peek_family, peek_shape
 from nemo_minitron.stages.choosing import kept_units, read_scores
-from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
+from nemo_minitron.stages.conversion import format_faults, staged_checkpoint, written_faults
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits
@@ -54,6 +54,8 @@ def plan(config: PruneConfig) -> StagePlan:
             found.faults += error.faults
         else:
             found.faults += _layout_faults(config, target)
+            if (architecture := peek_architecture(config.model)) is not None:
+                found.faults += written_faults(target, architecture, [config.format])
             before, after = (axes.parameter_count(peek_family(config.model), one) for one in (shape, target))
             found.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
     found.notes.append("reads and writes one tensor at a time; no forward pass")
@@ -74,7 +76,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(config.model)
     target = target_shape(checkpoint.shape, _sizes(config), layers_to_drop=config.layers_to_drop)
-    if faults := _layout_faults(config, target):
+    if faults := _layout_faults(config, target) + written_faults(target, checkpoint.architecture, [config.format]):
         raise ShapeError(faults)
     scores = read_scores(config, checkpoint)
     kept = kept_units(config, checkpoint, target, scores)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import (
     PlannedPath,
     StagePlan,
@@ -38,6 +39,8 @@ def plan(config: ScoreConfig) -> StagePlan:
     found = StagePlan(
         "score", reads=[PlannedPath(config.model, "model")], writes=[PlannedPath(config.output, "scores")]
     )
+    if shape is not None:
+        found.faults += uniform_faults(shape, "scoring")
     if config.estimator == "magnitude":
         found.notes.append("reads one tensor at a time; no text, no forward pass")
         if shape is not None:

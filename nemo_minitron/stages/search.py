@@ -35,6 +35,7 @@ from nemo_minitron.search import (
     spread,
 )
 from nemo_minitron.search.rank import JOURNAL_NAME
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import (
     PlannedPath,
     StagePlan,
@@ -86,6 +87,9 @@ def plan(config: SearchConfig) -> StagePlan:
     if config.depth_scores is not None:
         found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
     if shape is None:
+        return found
+    if faults := uniform_faults(shape, "a search of uniform shapes"):
+        found.faults += faults
         return found
     layout = config.parallel
     found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)

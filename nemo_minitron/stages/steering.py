@@ -6,6 +6,7 @@ from nemo_minitron.config import ChatDataConfig, ParallelConfig
 from nemo_minitron.data.chat import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.data.preferences import PREFERENCE_PACKAGES
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape
 
 __all__ = ["chat_inputs", "plan_layout"]
@@ -30,4 +31,5 @@ def plan_layout(model: str, layout: ParallelConfig, found: StagePlan) -> None:
     """Add the layout's faults to a plan, where the model's shape is known."""
     shape = peek_shape(model)
     if shape is not None:
+        found.faults += uniform_faults(shape, "a Megatron model")
         found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)

@@ -12,6 +12,7 @@ from nemo_minitron import axes
 from nemo_minitron.config import CacheConfig, ParallelConfig
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, human_count, peek_family, peek_shape
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def plan_training(
         if shape is None:
             continue
         own = (layouts or {}).get(role, layout)
-        faults = shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
+        faults = uniform_faults(shape, "training")
+        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
         found.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):

@@ -15,6 +15,7 @@ from nemo_minitron.config import IterateConfig
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import require_uniform
 from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
 from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
 
@@ -123,6 +124,7 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
     from nemo_minitron.pruning.choose import target_shape
     from nemo_minitron.pruning.rounds import intermediate_shapes
 
+    require_uniform(shape, "pruning in rounds")
     layout = config.parallel
     return intermediate_shapes(
         shape,

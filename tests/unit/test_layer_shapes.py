@@ -519,7 +519,7 @@ def test_costs_are_the_sums_of_the_layers(shape, pipeline):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_activations_are_the_sum_of_the_layers(fused):
-    """What a model of two kinds of layers keeps lies halfway between the models of one kind; a missing part, nothing."""
+    """A model of two kinds of layers keeps the mean of the models of one kind; a missing part keeps nothing."""
     sizes = (LayerShape(40, 4), LayerShape(24, 2))
     work = Workload(training=True, sequence_length=16, fused=fused)
 

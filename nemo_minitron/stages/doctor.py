@@ -14,8 +14,9 @@ from rich.console import Console
 
 from nemo_minitron.config import DoctorConfig, PipelineConfig, SlurmConfig
 from nemo_minitron.errors import FailedChecksError
-from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
-from nemo_minitron.stages.job import job_folder_of
+from nemo_minitron.jobs.folder import job_folder_of
+from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 
 __all__ = ["plan", "run", "submit_doctor"]
 
@@ -84,9 +85,9 @@ def submit_doctor(config: DoctorConfig, slurm: SlurmConfig, *, dry_run: bool, co
     The manifest and nemo_run's records lie with the stage's logs; ``minitron status`` takes that directory.
 
     Raises:
-        MinitronError: see :func:`~nemo_minitron.stages.submit.submit`.
+        MinitronError: see :func:`~nemo_minitron.jobs.slurm_submit.submit`.
     """
-    from nemo_minitron.stages.submit import submit
+    from nemo_minitron.jobs.slurm_submit import submit
 
     config = dataclasses.replace(config, name=config.name or config.STAGE)
     pipeline = PipelineConfig(name=config.name, output=str(job_folder_of(config)))

@@ -1,7 +1,8 @@
 """``minitron search``: which shape within a budget loses least, without training and after a short distillation.
 
-One process leads. It lists the shapes, starts the ranking (:mod:`nemo_minitron.stages.search_ranking`) and then, for
-each of the best, the stages prune and distill in processes of their own. The journal in the output says what is done.
+One process leads. It lists the shapes, starts the ranking (:mod:`nemo_minitron.stages.shared.search_ranking`) and then,
+for each of the best, the stages prune and distill in processes of their own. The journal in the output says what is
+done.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.launch import launch
+from nemo_minitron.jobs.local import starter_of
+from nemo_minitron.jobs.nested import run_child, show_output
+from nemo_minitron.jobs.outputs import own_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.records import hashed_settings, parents
 from nemo_minitron.jobs.warm import keep_pool
 from nemo_minitron.runtime.journal import Journal
-from nemo_minitron.runtime.launch import launch
 from nemo_minitron.search import (
     Budget,
     LatencyCost,
@@ -35,22 +42,8 @@ from nemo_minitron.search import (
     spread,
 )
 from nemo_minitron.search.rank import JOURNAL_NAME
-from nemo_minitron.stages.base import (
-    PlannedPath,
-    StagePlan,
-    hashed_settings,
-    human_bytes,
-    human_count,
-    own_output,
-    parents,
-    peek_architecture,
-    peek_family,
-    peek_shape,
-)
-from nemo_minitron.stages.children import run_child, show_output
-from nemo_minitron.stages.execute import starter_of
-from nemo_minitron.stages.search_ranking import BASE, Work
-from nemo_minitron.stages.search_report import write_results
+from nemo_minitron.stages.shared.search_ranking import BASE, Work
+from nemo_minitron.stages.shared.search_results import write_results
 
 if TYPE_CHECKING:
     from nemo_minitron.shape import ModelShape
@@ -317,8 +310,8 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
     work.save(config, folder)
     keep_pool(config.runtime.device)
     launch(
-        "nemo_minitron.stages.worker",
-        ["search", "search_ranking"],
+        "nemo_minitron.jobs.worker",
+        ["search", "shared.search_ranking"],
         world_size=config.parallel.world_size,
         folder=folder,
         threads=config.runtime.threads,

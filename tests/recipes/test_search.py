@@ -16,7 +16,9 @@ from support.text import write_jsonl
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import STAGES, ScoreConfig, SearchConfig, load
 from nemo_minitron.errors import ConfigError, MinitronError, ShapeError
-from nemo_minitron.stages import children, score, search, search_ranking
+from nemo_minitron.jobs import nested
+from nemo_minitron.stages import score, search
+from nemo_minitron.stages.shared import search_ranking
 
 SIZES = {"num_hidden_layers": 3, "intermediate_size": 64}
 
@@ -103,7 +105,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | N
         shutil.copytree(home / "model", target, dirs_exist_ok=True)
         return {}
 
-    monkeypatch.setattr(children, "run_stage", run_stage)
+    monkeypatch.setattr(nested, "run_stage", run_stage)
     return calls
 
 

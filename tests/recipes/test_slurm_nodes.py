@@ -25,7 +25,7 @@ from support.checkpoints import tiny_checkpoint
 from support.slurm_nodes import Cluster, slurm_nodes, why_not
 from support.text import write_jsonl
 
-from nemo_minitron.stages.base import read_record
+from nemo_minitron.jobs.records import read_record
 
 STEPS, EVERY = 160, 15
 PIPELINE = f"""
@@ -124,7 +124,7 @@ def freeze_ranks(cluster: Cluster, node: str, folder: Path) -> None:
     for pid in cluster.nodes[node].pids():
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"nemo_minitron.stages.rank" in words and os.fsencode(folder) in words:
+            if b"nemo_minitron.jobs.slurm_rank" in words and os.fsencode(folder) in words:
                 os.kill(pid, signal.SIGSTOP)
                 stopped += 1
     assert stopped == 2, f"{stopped} ranks run on {node}"

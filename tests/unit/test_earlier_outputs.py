@@ -10,11 +10,11 @@ import pytest
 
 from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelConfig, PruneConfig, StageConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.stages import execute
-from nemo_minitron.stages.base import read_record, record_path, write_record
-from nemo_minitron.stages.earlier import check_goes_on, earlier_outputs, recall, stage_state
-from nemo_minitron.stages.job import begin
-from nemo_minitron.stages.pipeline import prepare
+from nemo_minitron.jobs import local
+from nemo_minitron.jobs.folder import begin
+from nemo_minitron.jobs.pipeline import prepare
+from nemo_minitron.jobs.records import read_record, record_path, write_record
+from nemo_minitron.jobs.reuse import check_goes_on, earlier_outputs, recall, stage_state
 
 
 def make(config: StageConfig, content: str) -> None:
@@ -145,11 +145,11 @@ def test_a_stage_by_itself_does_not_pass_off_what_others_made(tmp_path: Path, mo
     one = training(tmp_path)
     make(one, "one")
     started = []
-    monkeypatch.setattr(execute, "launch", lambda *args, **kwargs: started.append(args) or pytest.fail("it starts"))
+    monkeypatch.setattr(local, "launch", lambda *args, **kwargs: started.append(args) or pytest.fail("it starts"))
     two = dataclasses.replace(one, lr=3e-4, loss=dataclasses.replace(one.loss, kind="reverse_kl"))
     (tmp_path / "student" / "weights").touch()
     with pytest.raises(ConfigError) as refused:
-        execute.run_stage(two)
+        local.run_stage(two)
     made = f"{one.output} was made with other settings"
     assert refused.value.faults == [
         f"{made}: loss.kind: forward_kl then, reverse_kl now",

@@ -75,7 +75,7 @@ def answers(path: str | Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_answers_have_the_form_of_training_data_and_survive_a_stop(model: Path, tmp_path: Path) -> None:
-    from nemo_minitron.data.chat import read_chats
+    from nemo_minitron.data.chat.conversations import read_chats
 
     config = make_config(tmp_path, model, attributes={"verbosity": 1}, system="w8")
     whole = make_config(tmp_path, model, "whole", attributes={"verbosity": 1}, system="w8")

@@ -12,22 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig, ExportConfig, ReportConfig, RuntimeConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
-from nemo_minitron.stages.base import (
-    PlannedPath,
-    StagePlan,
-    config_hash,
-    human_bytes,
-    human_count,
-    parents,
-    peek_family,
-    peek_shape,
-    read_record,
-    record_path,
-    stage_output,
-    write_record,
-)
+from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.records import config_hash, parents, read_record, record_path, write_record
 
 
 def contents(folder: Path) -> set[str]:
@@ -77,7 +67,7 @@ def test_a_kill_leaves_the_earlier_output_and_the_next_run_clears_up(tmp_path):
     with stage_output(out) as aside:
         (aside / "a").write_text("1")
     code = (
-        "import time\nfrom nemo_minitron.stages.base import stage_output\n"
+        "import time\nfrom nemo_minitron.jobs.outputs import stage_output\n"
         f"with stage_output({str(out)!r}, True) as aside:\n"
         "    (aside / 'a').write_text('2')\n    print('written', flush=True)\n    time.sleep(600)\n"
     )

@@ -80,7 +80,7 @@ def test_the_command_takes_directories(runs: tuple[Path, Path], monkeypatch: pyt
         seen.append(config)
         return {"name": "report", "seconds": 0.0}
 
-    monkeypatch.setattr("nemo_minitron.stages.execute.run_stage", run_stage)
+    monkeypatch.setattr("nemo_minitron.jobs.local.run_stage", run_stage)
     one, two = map(str, runs)
     for words in ([one], [one, two], [one, two, "output=here", "title=A, B"]):
         done = CliRunner().invoke(app, ["report", *words])

@@ -14,7 +14,7 @@ from support.distributed import run_distributed
 
 from nemo_minitron.config import ChatDataConfig, DistillConfig, LabelConfig, ParallelConfig
 from nemo_minitron.errors import ConfigError, DataError, PreemptedError
-from nemo_minitron.stages.base import MARKER, own_output, set_aside
+from nemo_minitron.jobs.outputs import MARKER, own_output, set_aside
 
 
 @pytest.fixture
@@ -114,11 +114,11 @@ def as_under_srun() -> None:
     }  # fmt: skip
 
 
-def in_place(folder: str, processes: int, srun: bool = False) -> list[Any]:
+def run_stages(folder: str, processes: int, srun: bool = False) -> list[Any]:
     """A stage on processes that are there: made, found, resumed, made anew, refused; what each rank saw in it."""
     import torch
 
-    from nemo_minitron.stages import entry, worker
+    from nemo_minitron.jobs import in_place, worker
 
     root, seen = Path(folder), []
     if srun:
@@ -141,7 +141,7 @@ def in_place(folder: str, processes: int, srun: bool = False) -> list[Any]:
     worker.stage_module = lambda stage: types.SimpleNamespace(run=run)  # type: ignore[assignment, return-value]
     for settings in ({}, {"resume": False}, {}, {"overwrite": True}, {"overwrite": True, "batch": 13}, {}):
         try:
-            made = entry.run_in_place(
+            made = in_place.run_in_place(
                 labelling(root, parallel=ParallelConfig(tensor=processes), **settings)  # type: ignore[arg-type]
             )
         except (ConfigError, DataError) as error:
@@ -155,7 +155,7 @@ def in_place(folder: str, processes: int, srun: bool = False) -> list[Any]:
 
 def test_a_job_that_is_queued_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told to overwrite, it has done so in its first life."""
-    from nemo_minitron.stages import entry, worker
+    from nemo_minitron.jobs import in_place, worker
 
     lives: list[list[str] | None] = []
 
@@ -175,7 +175,7 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path, monkeypatch: pytest.
     for restart in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         with contextlib.suppress(PreemptedError):
-            assert entry.run_in_place(stage) == {"lives": 3}
+            assert in_place.run_in_place(stage) == {"lives": 3}
     assert lives == [None, [MARKER, "life-1"], [MARKER, "life-1", "life-2"]]
 
 
@@ -191,25 +191,25 @@ EXPECTED = [
 
 
 def test_a_stage_in_place_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron.stages import worker
+    from nemo_minitron.jobs import worker
 
     monkeypatch.setattr(worker, "stage_module", worker.stage_module)
     monkeypatch.setattr(worker, "set_up", lambda config: None)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
-    assert in_place(str(tmp_path), 1) == told
-    from nemo_minitron.stages import entry
+    assert run_stages(str(tmp_path), 1) == told
+    from nemo_minitron.jobs import in_place
 
     with pytest.raises(ConfigError, match="the layout makes 2 processes, 1 were started; give the executor as many"):
-        entry.run_in_place(labelling(tmp_path, parallel=ParallelConfig(tensor=2)))
+        in_place.run_in_place(labelling(tmp_path, parallel=ParallelConfig(tensor=2)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("srun", [False, True])
 def test_a_stage_in_place_of_two_processes(tmp_path: Path, srun: bool) -> None:
     """No rank begins before the output is set aside, and what rank 0 refuses all refuse."""
-    first, second = run_distributed(in_place, 2, tmp_path, folder=str(tmp_path), processes=2, srun=srun)
+    first, second = run_distributed(run_stages, 2, tmp_path, folder=str(tmp_path), processes=2, srun=srun)
     told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
     assert first == told
     assert second == [said for said in told if said != "batch=13"]

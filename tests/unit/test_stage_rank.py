@@ -11,10 +11,10 @@ import yaml
 
 from nemo_minitron.config import DistillConfig, PruneConfig, load
 from nemo_minitron.config.parts import TargetConfig
-from nemo_minitron.stages.base import write_record
-from nemo_minitron.stages.earlier import earlier_outputs
-from nemo_minitron.stages.job import write_settings
-from nemo_minitron.stages.rank import _prepare
+from nemo_minitron.jobs.folder import write_settings
+from nemo_minitron.jobs.records import write_record
+from nemo_minitron.jobs.reuse import earlier_outputs
+from nemo_minitron.jobs.slurm_rank import _prepare
 
 
 def test_a_stage_that_is_made_again_tells_its_ranks(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """The command line. Nothing heavy is imported before a stage starts."""
 
-from nemo_minitron.cli.app import app, main
+from nemo_minitron.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -18,6 +18,7 @@ import yaml
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs import slurm_environment
+from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.runtime.environment import hide_launchers
 
@@ -46,7 +47,6 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
         ConfigError: with all that is wrong with the settings.
         MinitronError: as the stage.
     """
-    from nemo_minitron.jobs.modules import stage_module
     from nemo_minitron.jobs.records import write_record
     from nemo_minitron.jobs.worker import set_up
 

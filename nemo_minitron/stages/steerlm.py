@@ -20,7 +20,7 @@ __all__ = ["plan", "run"]
 
 def plan(config: SteerlmConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    from nemo_minitron.jobs.worker import stage_module
+    from nemo_minitron.jobs.modules import stage_module
 
     found = align_plan(config, CHAT_PACKAGES)
     output = Path(config.output)

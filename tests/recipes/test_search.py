@@ -79,7 +79,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def launch(module: str, arguments: list[str], *, folder: Path, **_: Any) -> None:
-        assert arguments == ["search", "search_ranking"]
+        assert arguments == ["search", "shared.search_ranking"]
         ran.append(folder.name)
         monkeypatch.setattr(search_ranking, "job_folder", lambda: folder)
         settings = load("search", folder / "config.yaml", [])

@@ -191,7 +191,7 @@ def test_plan(tmp_path: Path, model: Path) -> None:
 def test_attributes_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from nemo_minitron import cli
+    from nemo_minitron.cli import app as cli
 
     seen: list[Any] = []
     monkeypatch.setattr(cli, "_run_stage", lambda *args: seen.append(args))

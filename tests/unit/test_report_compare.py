@@ -10,7 +10,7 @@ import yaml
 from support.run_dir import LOSSES, write_evaluation, write_run, write_stage
 from typer.testing import CliRunner
 
-from nemo_minitron.cli import app
+from nemo_minitron.cli.app import app
 from nemo_minitron.config import ReportConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.report import collect

@@ -118,7 +118,7 @@ def run_stages(folder: str, processes: int, srun: bool = False) -> list[Any]:
     """A stage on processes that are there: made, found, resumed, made anew, refused; what each rank saw in it."""
     import torch
 
-    from nemo_minitron.jobs import in_place, worker
+    from nemo_minitron.jobs import in_place
 
     root, seen = Path(folder), []
     if srun:
@@ -138,7 +138,7 @@ def run_stages(folder: str, processes: int, srun: bool = False) -> list[Any]:
             raise DataError("batch=13")
         return {"conversations": len(seen)}
 
-    worker.stage_module = lambda stage: types.SimpleNamespace(run=run)  # type: ignore[assignment, return-value]
+    in_place.stage_module = lambda stage: types.SimpleNamespace(run=run)  # type: ignore[assignment, return-value]
     for settings in ({}, {"resume": False}, {}, {"overwrite": True}, {"overwrite": True, "batch": 13}, {}):
         try:
             made = in_place.run_in_place(
@@ -166,7 +166,7 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path, monkeypatch: pytest.
             raise PreemptedError("the job's time is over")
         return {"lives": len(lives)}
 
-    monkeypatch.setattr(worker, "stage_module", lambda stage: types.SimpleNamespace(run=run))
+    monkeypatch.setattr(in_place, "stage_module", lambda stage: types.SimpleNamespace(run=run))
     monkeypatch.setattr(worker, "set_up", lambda config: None)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -191,16 +191,14 @@ EXPECTED = [
 
 
 def test_a_stage_in_place_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron.jobs import worker
+    from nemo_minitron.jobs import in_place, worker
 
-    monkeypatch.setattr(worker, "stage_module", worker.stage_module)
+    monkeypatch.setattr(in_place, "stage_module", in_place.stage_module)
     monkeypatch.setattr(worker, "set_up", lambda config: None)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
     assert run_stages(str(tmp_path), 1) == told
-    from nemo_minitron.jobs import in_place
-
     with pytest.raises(ConfigError, match="the layout makes 2 processes, 1 were started; give the executor as many"):
         in_place.run_in_place(labelling(tmp_path, parallel=ParallelConfig(tensor=2)))
 

@@ -16,7 +16,7 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.jobs.outputs import MARKER, check_output
+from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.shared.training import training_blocks

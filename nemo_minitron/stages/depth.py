@@ -13,7 +13,7 @@ from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import DepthConfig
 from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
 from nemo_minitron.importance.depth_scores import depth_journal
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar

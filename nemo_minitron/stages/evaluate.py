@@ -13,7 +13,7 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import require

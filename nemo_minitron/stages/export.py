@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ExportConfig
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.stages.shared.checkpoints import model_costs, verified
 

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoints.record import peek_architecture, peek_shape
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
 from nemo_minitron.runtime.journal import PLAIN, Journal
 from nemo_minitron.runtime.progress import progress_bar

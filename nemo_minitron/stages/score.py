@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.shared.checkpoints import model_costs

@@ -13,7 +13,7 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.jobs.outputs import MARKER
+from nemo_minitron.jobs.atomic import MARKER
 from nemo_minitron.jobs.plans import human_bytes, human_count
 
 if TYPE_CHECKING:

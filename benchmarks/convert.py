@@ -73,9 +73,9 @@ def status(field: str) -> int:
 
 def convert(source: Path, target: Path, form: str) -> None:
     """One conversion, measured; prints JSON. Runs in a process of its own."""
-    import nemo_minitron.checkpoints.huggingface
-    import nemo_minitron.checkpoints.torch_dist
-    import nemo_minitron.checkpoints.torch_dist_writer  # noqa: F401
+    import nemo_minitron.checkpoints.formats.huggingface.door
+    import nemo_minitron.checkpoints.formats.torch_dist.reader
+    import nemo_minitron.checkpoints.formats.torch_dist.writer  # noqa: F401
 
     if form == "nemo2":
         import nemo.collections.llm.gpt.model.llama  # noqa: F401

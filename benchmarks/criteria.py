@@ -26,7 +26,7 @@ import torch
 from smollm2 import Kept, texts
 
 from nemo_minitron.checkpoints import Checkpoint, load_into
-from nemo_minitron.checkpoints.gguf import convert_gguf
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member
 from nemo_minitron.importance import Scores, magnitude_scores, score_criteria

@@ -100,7 +100,7 @@ def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_here(config: Path) -> None:
     """The stages in this process, one after the other: each process of its own would take ten seconds to start."""
     from nemo_minitron.config import load_pipeline
-    from nemo_minitron.stages.entry import run_in_place
+    from nemo_minitron.jobs.in_place import run_in_place
 
     for stage in load_pipeline(config)[1]:
         started = time.monotonic()

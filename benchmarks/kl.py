@@ -6,7 +6,8 @@ Three losses run on the same logits, forward and backward, one thread a rank:
 
 - ``obvious``: all-gather the logits, ``log_softmax`` of both, ``kl_div``;
 - ``modelopt``: ``LogitsKLLoss`` of nvidia-modelopt;
-- ``ours``: :func:`nemo_minitron.distillation.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient in a
+- ``ours``: :func:`nemo_minitron.distillation.losses.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient
+in a
   tensor of its own, and ``ours_inplace``, written over the student's logits.
 
 Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank; on CUDA
@@ -51,8 +52,8 @@ def _resident(field: str) -> int:
 
 def _losses(vocab: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Each takes ``[s, b, V/tp]`` logits of student and teacher and returns the mean over tokens."""
-    from nemo_minitron.distillation.losses import forward_kl
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+    from nemo_minitron.distillation.losses.reference import forward_kl
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_forward_kl
 
     world = dist.get_world_size()
     group = dist.group.WORLD

@@ -40,7 +40,7 @@ import torch
 
 from nemo_minitron.axes import parameter_count
 from nemo_minitron.checkpoints import Checkpoint, load_into, write_checkpoint
-from nemo_minitron.checkpoints.gguf import convert_gguf
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member

@@ -44,18 +44,18 @@ from nemo_minitron.config import (
 )
 from nemo_minitron.config.parts import TargetConfig
 from nemo_minitron.config.stages.steering import RewardTrainingConfig
-from nemo_minitron.data.attributes import AttributeSchema, derive_attributes
-from nemo_minitron.data.chat import Chat, read_package_chats, split_held_out
-from nemo_minitron.data.templates import choose_template, end_ids, prompt_ids, render
+from nemo_minitron.data.chat.attributes import AttributeSchema, derive_attributes
+from nemo_minitron.data.chat.conversations import Chat, read_package_chats, split_held_out
+from nemo_minitron.data.chat.templates import choose_template, end_ids, prompt_ids, render
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.generation import Sampling, generate_tokens
+from nemo_minitron.jobs.in_place import run_in_place
+from nemo_minitron.jobs.nested import run_child
+from nemo_minitron.jobs.pipeline import prepare
+from nemo_minitron.jobs.records import read_record
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.groups import ParallelLayout, initialize
 from nemo_minitron.runtime.model import build_model
-from nemo_minitron.stages.base import read_record
-from nemo_minitron.stages.children import run_child
-from nemo_minitron.stages.entry import run_in_place
-from nemo_minitron.stages.pipeline import prepare
 
 PACKAGE, TEMPLATE, LENGTH = "llamafactory-sft", "chatml", 96
 NAMES = ("verbosity",)

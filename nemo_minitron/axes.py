@@ -2,9 +2,9 @@
 
 Counting, slicing, sharding, checking and conversion all read this table. A new model family is a new entry in
 :data:`FAMILIES`, and one in the table of each checkpoint format that can hold it. What else depends on the inner order
-of a QKV matrix or of a gated MLP (:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): the parts in ``checkpoints/names.py``, the
-heads' blocks in ``pruning/merging.py``, the sums in ``importance/magnitude.py``, the states in
-``distillation/attach.py``.
+of a QKV matrix or of a gated MLP (:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): the parts in
+``checkpoints/formats/huggingface/names.py``, the heads' blocks in ``pruning/merging.py``, the sums in
+``importance/magnitude.py``, the states in ``distillation/losses/state_hooks.py``.
 
 Canonical names are those that Megatron-core writes into a distributed checkpoint (the Transformer Engine spelling,
 with ``layer_norm_weight`` inside the linear that follows it), one name a layer and one an expert:

@@ -40,7 +40,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         ConfigError: with all that is wrong with the settings.
         MinitronError: as the stage.
     """
-    from nemo_minitron.stages.entry import run_in_place
+    from nemo_minitron.jobs.in_place import run_in_place
 
     return run_in_place(config)
 

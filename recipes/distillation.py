@@ -29,7 +29,7 @@ from nemo_minitron.config import (
     RuntimeConfig,
     SourceConfig,
 )
-from nemo_minitron.distillation.schedule import Schedule
+from nemo_minitron.distillation.training.schedule import Schedule
 from nemo_minitron.errors import ConfigError
 
 __all__ = ["distill", "distillation_recipe"]
@@ -78,7 +78,7 @@ def distill(
         ConfigError: with all that is wrong with the settings.
         MinitronError: as the stage.
     """
-    from nemo_minitron.stages.entry import run_in_place
+    from nemo_minitron.jobs.in_place import run_in_place
 
     settings = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     return run_in_place(

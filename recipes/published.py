@@ -163,7 +163,7 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
     import nemo_run as run
     from nemo_minitron.recipes.distillation import distill
 
-    from nemo_minitron.distillation.schedule import Schedule
+    from nemo_minitron.distillation.training.schedule import Schedule
 
     def deferred(value: Any) -> Any:
         """Dataclasses as nemo_run's configurations of them."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.data.attributes import AttributeSchema
+from nemo_minitron.data.chat.attributes import AttributeSchema
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.files import replace_file
 

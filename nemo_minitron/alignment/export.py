@@ -11,10 +11,10 @@ from typing import Any
 
 from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
 from nemo_minitron.checkpoints.record import Record
-from nemo_minitron.checkpoints.tokenizer import copy_tokenizer, special_ids
-from nemo_minitron.checkpoints.torch_dist import TorchDist, checkpoint_of
-from nemo_minitron.data.templates import Template
+from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer, special_ids
+from nemo_minitron.data.chat.templates import Template
 from nemo_minitron.errors import CheckpointError
 
 __all__ = ["NAMES", "save_trained", "templated_tokenizer", "trained_checkpoint"]

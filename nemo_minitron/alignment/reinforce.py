@@ -29,8 +29,8 @@ from nemo_minitron.alignment.session import Clock, Session, last_checkpoint, ope
 from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.generation import Answer, Sampling, generate_tokens
+from nemo_minitron.runtime.cpu.tensorrt_llm import optional
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
-from nemo_minitron.runtime.tensorrt_llm import optional
 
 with optional():
     from nemo_aligner.algorithms.reinforce import ReinforceTrainer

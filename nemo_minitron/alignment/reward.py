@@ -21,8 +21,8 @@ from nemo_minitron.alignment.session import Session, last_checkpoint, open_sessi
 from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.torch_dist import TorchDist
-from nemo_minitron.data.attributes import AttributeSchema
+from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
+from nemo_minitron.data.chat.attributes import AttributeSchema
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.groups import ParallelLayout
 

@@ -16,7 +16,7 @@ from nemo_minitron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.live import load_into
-    from nemo_minitron.checkpoints.verification import verify
+    from nemo_minitron.checkpoints.verification.compare import verify
 
 __all__ = ["FORMATS", "Checkpoint", "Weights", "load_into", "open_checkpoint", "verify", "write_checkpoint"]
 
@@ -39,19 +39,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_file():
         if path.suffix == ".gguf":
             raise CheckpointError(f"{path} is a GGUF file; turn it into a HF directory first (gguf.convert_gguf)")
-        from nemo_minitron.checkpoints.nemo1 import open_nemo1
+        from nemo_minitron.checkpoints.formats.nemo1.door import open_nemo1
 
         return open_nemo1(path)
     if (path / "config.json").is_file():
-        from nemo_minitron.checkpoints.huggingface import open_hf
+        from nemo_minitron.checkpoints.formats.huggingface.door import open_hf
 
         return open_hf(path)
     if (path / "context").is_dir() or (path / "weights").is_dir():
-        from nemo_minitron.checkpoints.nemo2 import open_nemo2
+        from nemo_minitron.checkpoints.formats.nemo2.door import open_nemo2
 
         return open_nemo2(path)
     if (path / "model_config.yaml").is_file():
-        from nemo_minitron.checkpoints.nemo1 import open_nemo1
+        from nemo_minitron.checkpoints.formats.nemo1.door import open_nemo1
 
         return open_nemo1(path)
     content = sorted(entry.name for entry in path.iterdir())
@@ -100,15 +100,15 @@ def write_checkpoint(
     torch_dtype(dtype)
     with write_aside(path, overwrite=overwrite) as partial:
         if format == "hf":
-            from nemo_minitron.checkpoints.huggingface import write_hf
+            from nemo_minitron.checkpoints.formats.huggingface.door import write_hf
 
             write_hf(checkpoint, partial, dtype=dtype, progress=progress)
         elif format == "nemo2":
-            from nemo_minitron.checkpoints.nemo2 import write_nemo2
+            from nemo_minitron.checkpoints.formats.nemo2.door import write_nemo2
 
             write_nemo2(checkpoint, partial, dtype=dtype, vocab_multiple=vocab_multiple, progress=progress)
         else:
-            from nemo_minitron.checkpoints.nemo1 import write_nemo1
+            from nemo_minitron.checkpoints.formats.nemo1.door import write_nemo1
 
             write_nemo1(
                 checkpoint, partial, staging(path), dtype=dtype, vocab_multiple=vocab_multiple, progress=progress
@@ -117,4 +117,4 @@ def write_checkpoint(
 
 
 # what needs torch and Megatron is imported when it is asked for
-__getattr__ = lazy(__name__, {"load_into": "live", "verify": "verification"})
+__getattr__ = lazy(__name__, {"load_into": "live", "verify": "verification.compare"})

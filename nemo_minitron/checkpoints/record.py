@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from nemo_minitron.axes import Family, family
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.errors import CheckpointError, MinitronError, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["FILE_NAME", "Record", "parse_record", "read_record", "write_record"]
+__all__ = [
+    "FILE_NAME",
+    "Record",
+    "parse_record",
+    "peek_architecture",
+    "peek_family",
+    "peek_shape",
+    "read_record",
+    "write_record",
+]
+
+T = TypeVar("T")
 
 FILE_NAME = "minitron.json"
 FORMAT_VERSION = 1
@@ -83,3 +96,43 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def peek_shape(checkpoint: str | Path) -> ModelShape | None:
+    """The shape that a checkpoint's ``minitron.json`` states, without opening the weights; None if there is none.
+
+    Raises:
+        CheckpointError: if the file is there and cannot be read.
+    """
+    return _peek(checkpoint, lambda content: ModelShape.from_dict(content["shape"]))
+
+
+def peek_family(checkpoint: str | Path) -> Family:
+    """The family that a checkpoint's ``minitron.json`` states, where :func:`peek_shape` finds a shape.
+
+    Raises:
+        CheckpointError: if the file is missing or cannot be read.
+    """
+    found = _peek(checkpoint, lambda content: family(content["architecture"]["family"]))
+    if found is None:
+        raise CheckpointError(f"{checkpoint}: has no minitron.json; open the checkpoint to know its family")
+    return found
+
+
+def peek_architecture(checkpoint: str | Path) -> Architecture | None:
+    """The constants that a checkpoint's ``minitron.json`` states, or None where there is none yet.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    return _peek(checkpoint, lambda content: Architecture(**content["architecture"]))
+
+
+def _peek(checkpoint: str | Path, read: Callable[[Any], T]) -> T | None:
+    path = Path(checkpoint) / "minitron.json"
+    if not path.is_file():
+        return None
+    try:
+        return read(json.loads(path.read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError, MinitronError) as error:
+        raise CheckpointError(f"{path}: not a readable model record ({error}); write the checkpoint again") from error

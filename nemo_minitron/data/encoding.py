@@ -23,7 +23,7 @@ from nemo_minitron.errors import DataError, MinitronError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nemo_minitron.data.chat import Chat
+    from nemo_minitron.data.chat.conversations import Chat
 
 __all__ = ["Encoded", "Encoder", "encode_all"]
 
@@ -76,7 +76,7 @@ class Encoder:
                 "set eos_token in its tokenizer_config.json"
             )
         if template is not None:
-            from nemo_minitron.data.templates import choose_template
+            from nemo_minitron.data.chat.templates import choose_template
 
             choose_template(tokenizer, template)
         fast = template is None and tokenizer.is_fast
@@ -102,7 +102,7 @@ class Encoder:
         ]
 
     def _chats(self) -> Any:
-        from nemo_minitron.data.templates import choose_template, render
+        from nemo_minitron.data.chat.templates import choose_template, render
         from nemo_minitron.data.tokenizer import load_tokenizer
 
         assert self.template is not None

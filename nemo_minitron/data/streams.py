@@ -36,7 +36,7 @@ from nemo_minitron.runtime.progress import progress_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nemo_minitron.data.chat import Chat
+    from nemo_minitron.data.chat.conversations import Chat
 
 __all__ = ["TokenStream", "source_state", "token_stream"]
 
@@ -233,7 +233,7 @@ def _documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[tuple
 
 
 def _chats(source: SourceConfig) -> Iterator[Chat]:
-    from nemo_minitron.data.chat import read_chats
+    from nemo_minitron.data.chat.conversations import read_chats
 
     for path in source_files(source):
         yield from read_chats(path)

@@ -17,14 +17,14 @@ from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import IntermediateConfig, LossConfig
-from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
-from nemo_minitron.distillation.balance import Balance
-from nemo_minitron.distillation.language_model import LM_LOSS, TokenLoss, TrainedModel, plain_context
-from nemo_minitron.distillation.layers import layer_maps
-from nemo_minitron.distillation.placement import TeacherPlacement
-from nemo_minitron.distillation.sources import loss_of, open_teacher
-from nemo_minitron.distillation.teacher import TeacherSource
-from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
+from nemo_minitron.distillation.losses.balance import Balance
+from nemo_minitron.distillation.losses.layer_maps import layer_maps
+from nemo_minitron.distillation.losses.state_hooks import Plan, StudentLosses, TeacherStates
+from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_loss
+from nemo_minitron.distillation.teachers.frozen import TeacherSource
+from nemo_minitron.distillation.teachers.open import loss_of, open_teacher
+from nemo_minitron.distillation.teachers.placement import TeacherPlacement
+from nemo_minitron.distillation.training.language_model import LM_LOSS, TokenLoss, TrainedModel, plain_context
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
     from nemo.lightning.pytorch.optim import OptimizerModule
 
-    from nemo_minitron.distillation.learning_teacher import LearningTeacher
-    from nemo_minitron.distillation.teacher import Teacher
+    from nemo_minitron.distillation.teachers.frozen import Teacher
+    from nemo_minitron.distillation.teachers.learning import LearningTeacher
 
 __all__ = ["DistillationLoss", "DistillationModel", "TeacherFirst"]
 
@@ -55,9 +55,9 @@ class DistillationModel(TrainedModel):
         loss: of a token's logits.
         intermediate: losses of the states inside the models; None for none.
         kept_layers: of a student that was cut from the teacher, the layers that it kept (see
-            :func:`~nemo_minitron.distillation.layers.layer_maps`).
+            :func:`~nemo_minitron.distillation.losses.layer_maps.layer_maps`).
         placement: where the teacher runs; intermediate losses need it in the student's ranks and layout.
-        correction: settings of a :class:`~nemo_minitron.distillation.learning_teacher.LearningTeacher`; None for a
+        correction: settings of a :class:`~nemo_minitron.distillation.teachers.learning.LearningTeacher`; None for a
             teacher that stays as it is.
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
@@ -143,7 +143,7 @@ class DistillationModel(TrainedModel):
             if self._correction is None:
                 teacher = open_teacher(self._placement, self._teacher_checkpoint, groups, dtype=dtype, loss=self._loss)
             else:
-                from nemo_minitron.distillation.learning_teacher import LearningTeacher
+                from nemo_minitron.distillation.teachers.learning import LearningTeacher
 
                 assert self._teacher_checkpoint is not None, "the configuration was checked"
                 teacher = LearningTeacher.load(self._teacher_checkpoint, groups, dtype=dtype, **self._correction)

@@ -1,6 +1,6 @@
 """The recipes: a student with its teacher, and a teacher on the data that it is going to teach on.
 
-Both are :func:`~nemo_minitron.distillation.training.train` of a model with its loss.
+Both are :func:`~nemo_minitron.distillation.training.loop.train` of a model with its loss.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import CorrectionConfig, IntermediateConfig, LossConfig
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.distillation.language_model import LanguageModel
-from nemo_minitron.distillation.learning_teacher import CorrectTeacher
+from nemo_minitron.distillation.compatibility import check_context, check_model, check_pair
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
-from nemo_minitron.distillation.outputs import Trained, finished
-from nemo_minitron.distillation.pair import check_context, check_model, check_pair
-from nemo_minitron.distillation.placement import TeacherPlacement
-from nemo_minitron.distillation.schedule import Schedule
-from nemo_minitron.distillation.training import optimizer_config, optimizer_of, train, trained_config
+from nemo_minitron.distillation.teachers.learning import CorrectTeacher
+from nemo_minitron.distillation.teachers.placement import TeacherPlacement
+from nemo_minitron.distillation.training.language_model import LanguageModel
+from nemo_minitron.distillation.training.loop import optimizer_config, optimizer_of, train, trained_config
+from nemo_minitron.distillation.training.outputs import Trained, finished
+from nemo_minitron.distillation.training.schedule import Schedule
 from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -61,12 +61,12 @@ def distill(
         kept_layers: of a student that was cut from this teacher, the layers that it kept: the automatic map of the
             intermediate losses.
         placement: where the teacher runs, or its cache; None for the student's ranks and layout. Ranks of its own run
-            :func:`~nemo_minitron.distillation.teacher_ranks.serve_teacher` meanwhile.
+            :func:`~nemo_minitron.distillation.teachers.own_ranks.serve_teacher` meanwhile.
         correction: trains the teacher on the labels meanwhile, if it gives a learning rate; the teacher must be in the
             student's ranks and layout.
 
     Raises:
-        MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.train`.
+        MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.loop.train`.
     """
     if resume and (done := finished(directory, schedule.steps)):
         return done
@@ -142,7 +142,7 @@ def correct(
         train_blocks, validation_blocks, layout, schedule, directory, resume: as for :func:`distill`.
 
     Raises:
-        MinitronError: see :func:`check_model` and :func:`~nemo_minitron.distillation.training.train`.
+        MinitronError: see :func:`check_model` and :func:`~nemo_minitron.distillation.training.loop.train`.
     """
     if resume and (done := finished(directory, schedule.steps)):
         return done

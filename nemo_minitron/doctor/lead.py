@@ -21,9 +21,9 @@ from nemo_minitron.config import DoctorConfig
 from nemo_minitron.doctor.checks import CHECKS
 from nemo_minitron.doctor.process import Job
 from nemo_minitron.doctor.ranks import Ranks
+from nemo_minitron.jobs.launch import GRACE, LAUNCHER_VARIABLE
 from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.runtime.files import read_json_lines
-from nemo_minitron.runtime.launch import GRACE, LAUNCHER_VARIABLE
 
 __all__ = ["Case", "Leader", "Outcome", "merged"]
 

@@ -68,7 +68,7 @@ def main(path: Path) -> int:
     Returns:
         0 if all ran, 1 at the first that did not.
     """
-    from nemo_minitron.runtime.launch import LAUNCHER_VARIABLE, end_with_launcher
+    from nemo_minitron.jobs.launch import LAUNCHER_VARIABLE, end_with_launcher
 
     if LAUNCHER_VARIABLE in os.environ:
         end_with_launcher()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.config import PromptsConfig
-from nemo_minitron.data.chat import Chat, Message, bad_lines, read_chats, read_package_chats
-from nemo_minitron.data.templates import choose_template, end_ids, prompt_ids
+from nemo_minitron.data.chat.conversations import Chat, Message, bad_lines, read_chats, read_package_chats
+from nemo_minitron.data.chat.templates import choose_template, end_ids, prompt_ids
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:

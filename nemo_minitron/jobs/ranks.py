@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_minitron.jobs.launch import GRACE, Starter
 from nemo_minitron.jobs.warm import WarmProcess, current_pool
-from nemo_minitron.runtime.launch import GRACE, Starter
 
 __all__ = ["ForkedRanks", "forked"]
 
@@ -21,7 +21,7 @@ LINGER = 1.0
 
 
 class ForkedRanks:
-    """The processes of a job, one for each rank (:class:`~nemo_minitron.runtime.launch.Processes`).
+    """The processes of a job, one for each rank (:class:`~nemo_minitron.jobs.launch.Processes`).
 
     As under torchrun, the others are told to end once a rank has failed, and killed if they do not.
 
@@ -74,7 +74,7 @@ class ForkedRanks:
 
 
 def forked(level: str) -> Starter:
-    """What :func:`~nemo_minitron.runtime.launch.launch` may start ranks by: the open pool, if there is one.
+    """What :func:`~nemo_minitron.jobs.launch.launch` may start ranks by: the open pool, if there is one.
 
     Args:
         level: of :data:`~nemo_minitron.jobs.warm.LEVELS`, with what the ranks import.

@@ -54,7 +54,8 @@ from nemo_minitron.shape import ModelShape, padded_vocab
 
 __all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload"]
 
-#: Working buffers of the vocabulary-parallel losses on CUDA (:mod:`nemo_minitron.distillation.vocabulary_parallel`).
+#: Working buffers of the vocabulary-parallel losses on CUDA
+#: (:mod:`nemo_minitron.distillation.losses.vocabulary_parallel`).
 _LOSS_BUFFERS = 4 * 32 * 2**20
 
 

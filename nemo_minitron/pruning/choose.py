@@ -119,7 +119,8 @@ def choose_units(
             which the caller has from that estimator.
         seed: of the random method.
         layers_to_drop: layers to remove whatever their scores (0-based), by either method.
-        vocab: token ids that stay, ascending (:func:`nemo_minitron.checkpoints.vocabulary.choose_vocabulary`); None
+        vocab: token ids that stay, ascending (:func:`nemo_minitron.checkpoints.tokenizer.trimming.choose_vocabulary`);
+        None
             keeps all. They fix the target's vocabulary.
 
     Raises:

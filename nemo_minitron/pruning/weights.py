@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint, Weights
-from nemo_minitron.checkpoints.vocabulary import renumber
+from nemo_minitron.checkpoints.tokenizer.trimming import renumber
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.shape import ModelShape
 
@@ -64,7 +64,7 @@ def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str,
     """The checkpoint that is left of ``checkpoint``. Nothing is read until a tensor is asked for.
 
     Where the vocabulary is trimmed, the result has no tokenizer (the full one does not fit it): the caller gives it the
-    trimmed one (:func:`nemo_minitron.checkpoints.vocabulary.trim_tokenizer`).
+    trimmed one (:func:`nemo_minitron.checkpoints.tokenizer.trimming.trim_tokenizer`).
 
     Args:
         checkpoint: unpruned.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from nemo_minitron.runtime.quiet import quiet
+from nemo_minitron.runtime.cpu.quiet import quiet
 
 __all__ = ["configure"]
 
@@ -32,7 +32,7 @@ def configure(verbose: bool = False) -> logging.Logger:
     """Send log records to stderr, those of this suite from INFO on and others' from WARNING on.
 
     Args:
-        verbose: let everything through from INFO on, also what :mod:`nemo_minitron.runtime.quiet` knows.
+        verbose: let everything through from INFO on, also what :mod:`nemo_minitron.runtime.cpu.quiet` knows.
 
     Returns:
         The suite's logger, ``nemo_minitron``.

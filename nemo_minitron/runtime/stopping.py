@@ -1,7 +1,7 @@
 """Asked to stop: a rank that can finish its step and save says so, and its launcher passes signals on to it.
 
 Batch systems announce the end of a job: Slurm by SIGTERM, or earlier by the signal of ``--signal=USR1@seconds``. The
-launcher of a job (:func:`~nemo_minitron.runtime.launch.launch`) hands either on to every rank that has said, by a file
+launcher of a job (:func:`~nemo_minitron.jobs.launch.launch`) hands either on to every rank that has said, by a file
 in the job's folder, that it can stop in good order; a job of which none can is ended.
 """
 

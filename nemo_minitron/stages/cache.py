@@ -1,7 +1,7 @@
 """``minitron cache``: write a teacher's logits of the blocks that a distillation trains and validates on.
 
-Output: the cache itself (:mod:`nemo_minitron.distillation.cache`). It is filled in place, shard by shard, so that a
-stopped job goes on; which samples are there is seen from the shards, never from the record.
+Output: the cache itself (:mod:`nemo_minitron.distillation.teachers.logit_cache`). It is filled in place, shard by
+shard, so that a stopped job goes on; which samples are there is seen from the shards, never from the record.
 """
 
 from __future__ import annotations
@@ -13,25 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.jobs.atomic import MARKER, check_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
-from nemo_minitron.stages.base import (
-    MARKER,
-    PlannedPath,
-    StagePlan,
-    check_output,
-    human_bytes,
-    human_count,
-    peek_family,
-    peek_shape,
-)
-from nemo_minitron.stages.training import training_blocks
+from nemo_minitron.stages.shared.training import training_blocks
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.distillation.cache import Manifest
+    from nemo_minitron.distillation.teachers.logit_cache import Manifest
 
 __all__ = ["plan", "run"]
 
@@ -87,11 +80,11 @@ def run(config: CacheConfig) -> dict[str, Any]:
 
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.blocks import Blocks
-    from nemo_minitron.distillation.cache import LogitCache
-    from nemo_minitron.distillation.cache_filling import fill_cache, open_for_writing
-    from nemo_minitron.distillation.documents import block_starts
-    from nemo_minitron.distillation.pair import check_model
-    from nemo_minitron.distillation.teacher import Teacher
+    from nemo_minitron.distillation.compatibility import check_model
+    from nemo_minitron.distillation.teachers.cache_filling import fill_cache, open_for_writing
+    from nemo_minitron.distillation.teachers.documents import block_starts
+    from nemo_minitron.distillation.teachers.frozen import Teacher
+    from nemo_minitron.distillation.teachers.logit_cache import LogitCache
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
     checkpoint = open_checkpoint(config.teacher)
@@ -135,8 +128,8 @@ def run(config: CacheConfig) -> dict[str, Any]:
 
 def _manifest(config: CacheConfig, teacher: Checkpoint) -> Manifest:
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint
-    from nemo_minitron.checkpoints.vocabulary import tokenizer_fingerprint
-    from nemo_minitron.distillation.cache import Manifest
+    from nemo_minitron.checkpoints.tokenizer.trimming import tokenizer_fingerprint
+    from nemo_minitron.distillation.teachers.logit_cache import Manifest
 
     if teacher.tokenizer is None:
         raise CheckpointError(f"{config.teacher}: carries no tokenizer to cut text with; import it with its tokenizer")
@@ -159,7 +152,7 @@ def _check_output(config: CacheConfig, manifest: Manifest) -> None:
     Raises:
         ConfigError: for an output that holds a cache of something else, or anything but a cache.
     """
-    from nemo_minitron.distillation.cache import Manifest
+    from nemo_minitron.distillation.teachers.logit_cache import Manifest
 
     output = Path(config.output)
     if config.overwrite:
@@ -179,7 +172,7 @@ def _check_output(config: CacheConfig, manifest: Manifest) -> None:
 
 def _prepare(config: CacheConfig, manifest: Manifest) -> None:
     """Remove what is to be overwritten; make the directory of a cache that is not there yet. One rank calls it."""
-    from nemo_minitron.distillation.cache import MANIFEST
+    from nemo_minitron.distillation.teachers.logit_cache import MANIFEST
 
     output = Path(config.output)
     if config.overwrite:

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import CorrectConfig
-from nemo_minitron.distillation.outputs import finished
-from nemo_minitron.stages.base import StagePlan
-from nemo_minitron.stages.training import is_main, plan_training, save_model, schedule_of, summary, training_blocks
+from nemo_minitron.distillation.training.outputs import finished
+from nemo_minitron.jobs.plans import StagePlan
+from nemo_minitron.stages.shared.training import (
+    is_main,
+    plan_training,
+    save_model,
+    schedule_of,
+    summary,
+    training_blocks,
+)
 
 __all__ = ["plan", "run"]
 
@@ -26,13 +33,13 @@ def run(config: CorrectConfig) -> dict[str, Any]:
     """Train. Every rank runs this; rank 0 writes the corrected model.
 
     Returns:
-        See :func:`~nemo_minitron.stages.training.summary`.
+        See :func:`~nemo_minitron.stages.shared.training.summary`.
 
     Raises:
         MinitronError: for a model, data or a layout that do not fit each other, or a loss that is not finite.
     """
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.pair import check_model
+    from nemo_minitron.distillation.compatibility import check_model
     from nemo_minitron.runtime.groups import ParallelLayout
 
     model = open_checkpoint(config.model)

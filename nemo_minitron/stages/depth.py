@@ -9,22 +9,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import DepthConfig
 from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
 from nemo_minitron.importance.depth_scores import depth_journal
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape, uniform_faults
-from nemo_minitron.stages.base import (
-    PlannedPath,
-    StagePlan,
-    human_bytes,
-    human_count,
-    peek_family,
-    peek_shape,
-    stage_output,
-)
-from nemo_minitron.stages.conversion import model_costs
+from nemo_minitron.stages.shared.checkpoints import model_costs
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import Family

@@ -15,20 +15,28 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.checkpoints.record import peek_shape
 from nemo_minitron.config import DistillConfig
-from nemo_minitron.distillation.layers import layer_maps
-from nemo_minitron.distillation.outputs import finished
+from nemo_minitron.distillation.losses.layer_maps import layer_maps
+from nemo_minitron.distillation.training.outputs import finished
 from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.pruning.kept import kept_path, load_kept
 from nemo_minitron.shape import ModelShape
-from nemo_minitron.stages.base import PlannedPath, StagePlan, peek_shape
-from nemo_minitron.stages.training import is_main, plan_training, save_model, schedule_of, summary, training_blocks
+from nemo_minitron.stages.shared.training import (
+    is_main,
+    plan_training,
+    save_model,
+    schedule_of,
+    summary,
+    training_blocks,
+)
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
-    from nemo_minitron.distillation.outputs import Trained
-    from nemo_minitron.distillation.placement import TeacherPlacement
+    from nemo_minitron.distillation.teachers.placement import TeacherPlacement
+    from nemo_minitron.distillation.training.outputs import Trained
     from nemo_minitron.runtime.groups import ParallelLayout
 
 __all__ = ["plan", "run"]
@@ -91,7 +99,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """Distil. Every rank runs this; rank 0 writes the distilled model.
 
     Returns:
-        See :func:`~nemo_minitron.stages.training.summary`; nothing on ranks of the teacher's own.
+        See :func:`~nemo_minitron.stages.shared.training.summary`; nothing on ranks of the teacher's own.
 
     Raises:
         MinitronError: for models, a cache, data or a layout that do not fit each other, or a loss that is not finite.
@@ -123,7 +131,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
 def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
     """Train, or on a rank of the teacher's own, for which None comes back, serve until the training is over."""
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.pair import check_model, check_pair
+    from nemo_minitron.distillation.compatibility import check_model, check_pair
     from nemo_minitron.runtime.groups import ParallelLayout
 
     teacher = None
@@ -169,7 +177,7 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
 
 
 def _placement(config: DistillConfig) -> TeacherPlacement:
-    from nemo_minitron.distillation.placement import TeacherPlacement
+    from nemo_minitron.distillation.teachers.placement import TeacherPlacement
     from nemo_minitron.runtime.groups import ParallelLayout
 
     return TeacherPlacement(
@@ -186,8 +194,8 @@ def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, 
 
     if placement.kind != "own_ranks":
         return False
-    from nemo_minitron.distillation.outputs import finished
-    from nemo_minitron.distillation.teacher_ranks import becomes_teacher, serve_teacher
+    from nemo_minitron.distillation.teachers.own_ranks import becomes_teacher, serve_teacher
+    from nemo_minitron.distillation.training.outputs import finished
 
     assert placement.layout is not None
     if not becomes_teacher(layout, placement.layout):
@@ -214,10 +222,10 @@ def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint
-    from nemo_minitron.checkpoints.vocabulary import tokenizer_fingerprint
-    from nemo_minitron.distillation.cache import LogitCache, sample_keys
-    from nemo_minitron.distillation.cached_teacher import cached_loss
-    from nemo_minitron.distillation.documents import block_starts
+    from nemo_minitron.checkpoints.tokenizer.trimming import tokenizer_fingerprint
+    from nemo_minitron.distillation.teachers.cached import cached_loss
+    from nemo_minitron.distillation.teachers.documents import block_starts
+    from nemo_minitron.distillation.teachers.logit_cache import LogitCache, sample_keys
 
     found = LogitCache(cache)
     found.check(

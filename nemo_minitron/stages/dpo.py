@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import DpoConfig
-from nemo_minitron.data.preferences import PREFERENCE_PACKAGES, Preference
-from nemo_minitron.stages.base import PlannedPath, StagePlan
-from nemo_minitron.stages.chats import align_plan, load_preferences, schedule_of, shorter, tokens_of
+from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES, Preference
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.chats import align_plan, load_preferences, schedule_of, shorter, tokens_of
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.pairs import Pair
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.data.templates import Template
+    from nemo_minitron.data.chat.templates import Template
 
 __all__ = ["plan", "run"]
 

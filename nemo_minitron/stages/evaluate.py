@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import uniform_faults
-from nemo_minitron.stages.base import (
-    PlannedPath,
-    StagePlan,
-    human_bytes,
-    human_count,
-    peek_family,
-    peek_shape,
-    stage_output,
-)
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -117,7 +111,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, Blocks]:
     """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer, which must fit every model."""
-    from nemo_minitron.checkpoints.tokenizer import check_same_tokenizer
+    from nemo_minitron.checkpoints.tokenizer.files import check_same_tokenizer
     from nemo_minitron.data import build_domain_blocks
 
     vocabulary = checkpoints[baseline].shape.vocab_size

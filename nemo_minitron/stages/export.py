@@ -9,8 +9,9 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ExportConfig
-from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
-from nemo_minitron.stages.conversion import check_conversion, conversion_faults, model_costs, verified
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 
 __all__ = ["NAMES", "plan", "run"]
 

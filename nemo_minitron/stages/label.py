@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import LabelConfig
+from nemo_minitron.jobs.output import claim_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.runtime.files import replace_file
-from nemo_minitron.stages.base import PlannedPath, StagePlan, own_output
-from nemo_minitron.stages.chats import shorter, tokens_of
-from nemo_minitron.stages.steering import chat_inputs, plan_layout
+from nemo_minitron.stages.shared.chats import shorter, tokens_of
+from nemo_minitron.stages.shared.steering import chat_inputs, plan_layout
 
 if TYPE_CHECKING:
-    from nemo_minitron.data.chat import Chat
+    from nemo_minitron.data.chat.conversations import Chat
 
 __all__ = ["plan", "run"]
 
@@ -52,7 +53,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model, to_values
-    from nemo_minitron.data.labelled import open_chats
+    from nemo_minitron.data.chat.labelled import open_chats
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
     from nemo_minitron.runtime.progress import progress_bar
 
@@ -71,7 +72,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
     rows = [ids for _, ids in chosen]
     key = _key(attribute_model.weight, rows)
     if groups.is_main:
-        own_output(config)
+        claim_output(config)
         journal = Path(config.output) / _JOURNAL
         known = _saved(journal, key) if config.resume else []
         replace_file(journal, "".join(json.dumps(line) + "\n" for line in [{"key": key}, *known]))

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.stages.base import PlannedPath, StagePlan, human_count, peek_architecture, peek_family, peek_shape
-from nemo_minitron.stages.choosing import kept_units, read_scores
-from nemo_minitron.stages.conversion import format_faults, staged_checkpoint, written_faults
+from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint, written_faults
+from nemo_minitron.stages.shared.choosing import kept_units, read_scores
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits
@@ -123,7 +124,7 @@ def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:
 @contextmanager
 def _trimmed(pruned: Checkpoint, checkpoint: Checkpoint, kept: KeptUnits) -> Iterator[Checkpoint]:
     """The pruned checkpoint with its tokenizer, trimmed where the vocabulary is."""
-    from nemo_minitron.checkpoints.vocabulary import trim_tokenizer
+    from nemo_minitron.checkpoints.tokenizer.trimming import trim_tokenizer
 
     if kept.vocab is None or checkpoint.tokenizer is None:
         yield pruned

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import ReinforceConfig
-from nemo_minitron.data.chat import CHAT_PACKAGES, Chat
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.stages.base import PlannedPath, StagePlan
-from nemo_minitron.stages.chats import align_plan, load_chats, schedule_of, shorter
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nemo_minitron.alignment.attribute_model import AttributeScorer
     from nemo_minitron.alignment.reinforce import Prompt
-    from nemo_minitron.data.templates import Template
+    from nemo_minitron.data.chat.templates import Template
     from nemo_minitron.generation import Answer
 
 __all__ = ["plan", "run"]
@@ -53,7 +53,7 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
     from nemo_minitron.alignment.export import save_trained
     from nemo_minitron.alignment.reinforce import Rollouts, train_reinforce
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data.templates import choose_template, end_ids
+    from nemo_minitron.data.chat.templates import choose_template, end_ids
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.generation import Sampling
     from nemo_minitron.runtime.files import read_json_lines
@@ -136,7 +136,7 @@ def _prompts(
 ) -> tuple[list[Chat], list[Prompt]]:
     """The conversations whose prompts leave room for an answer, and these prompts."""
     from nemo_minitron.alignment.reinforce import Prompt
-    from nemo_minitron.data.templates import prompt_ids
+    from nemo_minitron.data.chat.templates import prompt_ids
 
     rows = [
         (chat, prompt_ids(chat.prompt, tokenizer, template, chat.attributes if config.data.labelled else None))
@@ -165,7 +165,7 @@ class _Rewards:
         import torch
 
         from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model
-        from nemo_minitron.data.templates import choose_template
+        from nemo_minitron.data.chat.templates import choose_template
         from nemo_minitron.data.tokenizer import load_tokenizer
 
         attribute_model = load_attribute_model(self.config.reward)
@@ -184,7 +184,7 @@ class _Rewards:
         """Rewards of answers to the prompts of these numbers."""
         if self.scorer is None:
             return [RULES[str(self.config.rule)](answer, self._text(answer), self.config) for answer in answers]
-        from nemo_minitron.data.templates import render
+        from nemo_minitron.data.chat.templates import render
 
         # As text, since the attribute model may have a tokenizer and a template of its own.
         rows = [

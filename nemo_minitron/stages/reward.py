@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import RewardConfig
-from nemo_minitron.data.chat import CHAT_PACKAGES, Chat
-from nemo_minitron.data.preferences import PREFERENCE_PACKAGES
-from nemo_minitron.stages.base import PlannedPath, StagePlan
-from nemo_minitron.stages.chats import align_plan, schedule_of, shorter, tokens_of
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
+from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.chats import align_plan, schedule_of, shorter, tokens_of
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_minitron.alignment.reward import ScoredSample
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.data.attributes import AttributeSchema
-    from nemo_minitron.data.templates import Template
+    from nemo_minitron.data.chat.attributes import AttributeSchema
+    from nemo_minitron.data.chat.templates import Template
 
 __all__ = ["plan", "run"]
 
@@ -51,7 +51,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     from nemo_minitron.alignment.export import save_trained
     from nemo_minitron.alignment.reward import read_head, train_reward
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data.labelled import labelled_chats, schema_of
+    from nemo_minitron.data.chat.labelled import labelled_chats, schema_of
     from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout, current
 

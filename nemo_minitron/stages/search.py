@@ -1,7 +1,8 @@
 """``minitron search``: which shape within a budget loses least, without training and after a short distillation.
 
-One process leads. It lists the shapes, starts the ranking (:mod:`nemo_minitron.stages.search_ranking`) and then, for
-each of the best, the stages prune and distill in processes of their own. The journal in the output says what is done.
+One process leads. It lists the shapes, starts the ranking (:mod:`nemo_minitron.stages.shared.search_ranking`) and then,
+for each of the best, the stages prune and distill in processes of their own. The journal in the output says what is
+done.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.launch import launch
+from nemo_minitron.jobs.local import starter_of
+from nemo_minitron.jobs.nested import run_child, show_output
+from nemo_minitron.jobs.output import Output, claim_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.jobs.warm import keep_pool
 from nemo_minitron.runtime.journal import Journal
-from nemo_minitron.runtime.launch import launch
 from nemo_minitron.search import (
     Budget,
     LatencyCost,
@@ -36,22 +42,8 @@ from nemo_minitron.search import (
 )
 from nemo_minitron.search.rank import JOURNAL_NAME
 from nemo_minitron.shape import uniform_faults
-from nemo_minitron.stages.base import (
-    PlannedPath,
-    StagePlan,
-    hashed_settings,
-    human_bytes,
-    human_count,
-    own_output,
-    parents,
-    peek_architecture,
-    peek_family,
-    peek_shape,
-)
-from nemo_minitron.stages.children import run_child, show_output
-from nemo_minitron.stages.execute import starter_of
-from nemo_minitron.stages.search_ranking import BASE, Work
-from nemo_minitron.stages.search_report import write_results
+from nemo_minitron.stages.shared.search_ranking import BASE, Work
+from nemo_minitron.stages.shared.search_results import write_results
 
 if TYPE_CHECKING:
     from nemo_minitron.shape import ModelShape
@@ -141,7 +133,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     costs = Costs(config, shape, checkpoint.family, topk=constants.moe_router_topk, rotary=constants.rotary_percent)
     # An empty space is told before anything is written or run.
     shapes = costs.space().fitting(costs.budgets())
-    output = own_output(config)
+    output = claim_output(config)
     journal = search_journal(output, _subject(config))
     known = by_candidate(journal.read())
     if config.budget.latency_ms is not None:
@@ -296,10 +288,11 @@ def _fitted_latency(
 
 def _subject(config: SearchConfig) -> dict[str, Any]:
     """What every result depends on."""
-    settings = {name: value for name, value in hashed_settings(config).items() if name not in _NOT_SUBJECT}
+    identity = Output(config).identity
+    settings = {name: value for name, value in identity["settings"].items() if name not in _NOT_SUBJECT}
     workload = ("batch_size", "sequence_length")
     settings["budget"] = {name: settings["budget"][name] for name in workload}
-    return settings | {name: parent["hash"] for name, parent in parents(config).items()}
+    return settings | {name: parent["hash"] for name, parent in identity["parents"].items()}
 
 
 def _finished(output: Path) -> int:
@@ -321,8 +314,8 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
     work.save(config, folder)
     keep_pool(config.runtime.device)
     launch(
-        "nemo_minitron.stages.worker",
-        ["search", "search_ranking"],
+        "nemo_minitron.jobs.worker",
+        ["search", "shared.search_ranking"],
         world_size=config.parallel.world_size,
         folder=folder,
         threads=config.runtime.threads,

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import SftConfig
-from nemo_minitron.data.chat import CHAT_PACKAGES, Chat
-from nemo_minitron.stages.base import StagePlan
-from nemo_minitron.stages.chats import align_plan, load_chats, schedule_of, shorter, tokens_of
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
+from nemo_minitron.jobs.plans import StagePlan
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter, tokens_of
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.batches import Sample
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.data.templates import Template
+    from nemo_minitron.data.chat.templates import Template
 
 __all__ = ["plan", "run"]
 

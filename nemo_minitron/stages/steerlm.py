@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import SteerlmConfig
-from nemo_minitron.data.chat import CHAT_PACKAGES
-from nemo_minitron.stages.base import PlannedPath, StagePlan, own_output
-from nemo_minitron.stages.chats import align_plan
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
+from nemo_minitron.jobs.output import claim_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.chats import align_plan
 
 __all__ = ["plan", "run"]
 
 
 def plan(config: SteerlmConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    from nemo_minitron.stages.worker import stage_module
+    from nemo_minitron.jobs.modules import stage_module
 
     found = align_plan(config, CHAT_PACKAGES)
     output = Path(config.output)
@@ -48,9 +49,9 @@ def run(config: SteerlmConfig) -> dict[str, Any]:
     Raises:
         MinitronError: what one of them refused.
     """
-    from nemo_minitron.stages.children import run_child
+    from nemo_minitron.jobs.nested import run_child
 
-    own_output(config)
+    claim_output(config)
     reward = None if config.attribute_model else run_child(config.reward_stage())["metrics"]
     labels = run_child(config.label_stage())["metrics"]
     sft = run_child(config.sft_stage())["metrics"]

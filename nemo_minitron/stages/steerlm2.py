@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import Steerlm2Config
-from nemo_minitron.data.chat import CHAT_PACKAGES, Chat
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import DataError
-from nemo_minitron.stages.base import PlannedPath, StagePlan
-from nemo_minitron.stages.chats import align_plan, load_chats, schedule_of, shorter
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
     from nemo_minitron.alignment.export import save_trained
     from nemo_minitron.alignment.steerlm2 import train_steerlm2
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data.templates import choose_template
+    from nemo_minitron.data.chat.templates import choose_template
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
@@ -98,8 +98,8 @@ class _Sampler:
 
     def prompts(self, chats: Sequence[Chat]) -> list[tuple[Chat, list[int]]]:
         """Conversations whose prompt, with the values that are wanted, leaves room for an answer; and its tokens."""
-        from nemo_minitron.data.chat import bad_lines
-        from nemo_minitron.data.templates import prompt_ids
+        from nemo_minitron.data.chat.conversations import bad_lines
+        from nemo_minitron.data.chat.templates import prompt_ids
 
         if missing := [f"{chat.where.rpartition(', ')[2]}: has no attributes" for chat in chats if not chat.attributes]:
             raise bad_lines(str(self.config.data.path or self.config.data.package), missing)
@@ -113,7 +113,7 @@ class _Sampler:
         """Groups of answers for each part, the same on every rank."""
         from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model
         from nemo_minitron.alignment.steerlm2 import Responses
-        from nemo_minitron.data.templates import choose_template, end_ids, prompt_ids, render
+        from nemo_minitron.data.chat.templates import choose_template, end_ids, prompt_ids, render
         from nemo_minitron.data.tokenizer import load_tokenizer
         from nemo_minitron.generation import Sampling, generate_tokens
 

@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.vocabulary import FREQUENCIES
+from nemo_minitron.checkpoints.tokenizer.trimming import FREQUENCIES
 from nemo_minitron.config import TokensConfig
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 
 __all__ = ["plan", "run"]
 
@@ -45,7 +46,7 @@ def run(config: TokensConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.vocabulary import tokenizer_fingerprint, write_frequencies
+    from nemo_minitron.checkpoints.tokenizer.trimming import tokenizer_fingerprint, write_frequencies
     from nemo_minitron.data import build_blocks
 
     checkpoint = open_checkpoint(config.model)

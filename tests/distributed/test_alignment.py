@@ -103,9 +103,9 @@ def against_aligner(folder: str) -> dict[str, Any]:
 
     from nemo_minitron.alignment.batches import Sample, collate
     from nemo_minitron.alignment.pairs import Pair, Pairs
-    from nemo_minitron.data.chat import parse_chat
-    from nemo_minitron.data.preferences import parse_preference
-    from nemo_minitron.data.templates import choose_template, render
+    from nemo_minitron.data.chat.conversations import parse_chat
+    from nemo_minitron.data.chat.preferences import parse_preference
+    from nemo_minitron.data.chat.templates import choose_template, render
     from nemo_minitron.data.tokenizer import load_tokenizer
 
     root = Path(folder)
@@ -232,9 +232,9 @@ def model(path: Path) -> Any:
 
 def samples(workspace: Path, name: str) -> list[Any]:
     """Held-out conversations as ``(ids, answers)``; of pairs, chosen and rejected in turn."""
-    from nemo_minitron.data.chat import read_chats
-    from nemo_minitron.data.preferences import read_preferences
-    from nemo_minitron.data.templates import choose_template, render
+    from nemo_minitron.data.chat.conversations import read_chats
+    from nemo_minitron.data.chat.preferences import read_preferences
+    from nemo_minitron.data.chat.templates import choose_template, render
     from nemo_minitron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(workspace / "model")

@@ -15,7 +15,7 @@ from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import CacheConfig, DataConfig, DistillConfig, LossConfig, ParallelConfig, SourceConfig
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.stages import cache, distill
-from nemo_minitron.stages.training import training_blocks
+from nemo_minitron.stages.shared.training import training_blocks
 
 WANTED = 14  # 5 steps of 2 blocks, and 2 batches of validation
 

@@ -122,8 +122,8 @@ def sliced() -> bool:
 def cached(directory: Path) -> bool:
     """Whether a rank finds the logits of its tokens in a cache of whole samples."""
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation.cache import LogitCache, Manifest, encode, sample_keys, write_shard
-    from nemo_minitron.distillation.cached_teacher import CachedTeacher
+    from nemo_minitron.distillation.teachers.cached import CachedTeacher
+    from nemo_minitron.distillation.teachers.logit_cache import LogitCache, Manifest, encode, sample_keys, write_shard
     from nemo_minitron.runtime.context import rank_part
     from nemo_minitron.runtime.groups import current_groups
 

@@ -35,8 +35,8 @@ def losses_case() -> dict[str, Any]:
     import torch.distributed as dist
 
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation import divergences, vocabulary_parallel
-    from nemo_minitron.distillation.vocabulary_parallel import (
+    from nemo_minitron.distillation.losses import kernels, vocabulary_parallel
+    from nemo_minitron.distillation.losses.vocabulary_parallel import (
         vocabulary_parallel_forward_kl,
         vocabulary_parallel_loss,
         vocabulary_parallel_top_k,
@@ -45,7 +45,7 @@ def losses_case() -> dict[str, Any]:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     vocabulary_parallel.CHUNK_BYTES["cpu"] = 1000  # several chunks of unequal size
-    divergences.BLOCK_BYTES["cpu"] = 500
+    kernels.BLOCK_BYTES["cpu"] = 500
     found: dict[str, Any] = {}
     for vocab in VOCABULARIES:
         student, teacher, mask, labels = loss_inputs(vocab)
@@ -85,18 +85,18 @@ def loss_inputs(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
 def reference_loss(
     settings: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    from nemo_minitron.distillation import losses
+    from nemo_minitron.distillation.losses import reference
 
     temperature, weight = settings.get("temperature", 1.0), settings.get("label_weight", 0.0)
     divergence = {
-        "forward_kl": lambda: losses.forward_kl(student, teacher, temperature=temperature),
-        "reverse_kl": lambda: losses.reverse_kl(student, teacher, temperature=temperature),
-        "jensen_shannon": lambda: losses.jensen_shannon(
+        "forward_kl": lambda: reference.forward_kl(student, teacher, temperature=temperature),
+        "reverse_kl": lambda: reference.reverse_kl(student, teacher, temperature=temperature),
+        "jensen_shannon": lambda: reference.jensen_shannon(
             student, teacher, beta=settings["beta"], temperature=temperature
         ),
-        "top_k": lambda: losses.top_k_kl(student, teacher, k=settings["k"], temperature=temperature),
+        "top_k": lambda: reference.top_k_kl(student, teacher, k=settings["k"], temperature=temperature),
     }[settings["kind"]]()
-    return (1 - weight) * divergence + weight * losses.cross_entropy(student, labels)
+    return (1 - weight) * divergence + weight * reference.cross_entropy(student, labels)
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def gathered_case() -> torch.Tensor | None:
     import torch.distributed as dist
     from torch.distributed.nn.functional import all_gather
 
-    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.losses.reference import forward_kl
 
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -212,8 +212,8 @@ def test_one_process_equals_a_plain_torch_loop(models: Path, one_process: Path) 
     """All losses of every step, gradient norm, validation: against AdamW on transformers' model, alpha included."""
     from transformers import AutoModelForCausalLM
 
-    from nemo_minitron.distillation.attach import initial_projection
-    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.losses.reference import forward_kl
+    from nemo_minitron.distillation.losses.state_hooks import initial_projection
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(models / which) for which in ("student", "teacher"))
     ours, theirs = watch(student), watch(teacher)
@@ -262,7 +262,7 @@ def intermediate_losses(
     ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], projections: dict[int, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Five layers to six, as the uniform map has it; the attention relations of the last alone."""
-    from nemo_minitron.distillation.intermediate import attention_relations, hidden_cosine, hidden_mse
+    from nemo_minitron.distillation.losses.states import attention_relations, hidden_cosine, hidden_mse
 
     hidden = [
         hidden_mse(ours[f"layer {i}"], theirs[f"layer {j}"], projections[i]) for i, j in enumerate((0, 1, 3, 4, 5))

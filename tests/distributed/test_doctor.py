@@ -125,7 +125,7 @@ def test_script_for_slurm(tmp_path: Path) -> None:
         [*command, "parallel.tensor=8"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "nemo_minitron.stages.rank"):
+    for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "nemo_minitron.jobs.slurm_rank"):
         assert line in done.stdout
     assert f"{tmp_path}/logs/doctor" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"], "a dry run leaves nothing behind"

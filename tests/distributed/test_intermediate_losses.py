@@ -108,11 +108,11 @@ def step(models: Path, case: str, groups: Any, fault: Any = None) -> dict[str, A
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.live import canonical_parameters, load_into
     from nemo_minitron.config import IntermediateConfig
-    from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
-    from nemo_minitron.distillation.balance import Balance
-    from nemo_minitron.distillation.layers import layer_maps
-    from nemo_minitron.distillation.teacher import Teacher
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+    from nemo_minitron.distillation.losses.balance import Balance
+    from nemo_minitron.distillation.losses.layer_maps import layer_maps
+    from nemo_minitron.distillation.losses.state_hooks import Plan, StudentLosses, TeacherStates
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_forward_kl
+    from nemo_minitron.distillation.teachers.frozen import Teacher
     from nemo_minitron.runtime.model import build_model
 
     student, teacher = open_checkpoint(models / case), open_checkpoint(models / "teacher")
@@ -254,9 +254,9 @@ def test_one_process_equals_transformers(case: str, models: Path, alone: dict[st
     from transformers import AutoModelForCausalLM
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.intermediate import STATE_LOSSES, attention_relations
-    from nemo_minitron.distillation.layers import proportional
-    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.losses.layer_maps import proportional
+    from nemo_minitron.distillation.losses.reference import forward_kl
+    from nemo_minitron.distillation.losses.states import STATE_LOSSES, attention_relations
 
     config, found = CASES[case], alone[case]
     projections = {name: p.clone().requires_grad_() for name, p in found["projections"].items()}

@@ -21,8 +21,8 @@ def callback_case(out: str) -> dict[str, Any]:
     from nemo import lightning as nl
     from nemo.collections import llm
 
-    from nemo_minitron.checkpoints.nemo2_config import nemo_config
-    from nemo_minitron.distillation.data import BlockDataModule
+    from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
+    from nemo_minitron.distillation.training.blocks_module import BlockDataModule
     from nemo_minitron.importance import ScoreDuringValidation, score_criteria
     from nemo_minitron.importance.callback import _layout, _megatron_chunks
     from nemo_minitron.runtime.groups import current

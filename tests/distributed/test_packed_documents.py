@@ -30,7 +30,7 @@ def distil_case(models: str, out: str) -> float:
     from nemo_minitron.checkpoints import load_into, open_checkpoint
     from nemo_minitron.data import Blocks
     from nemo_minitron.distillation.recipe import distill
-    from nemo_minitron.distillation.training import Schedule
+    from nemo_minitron.distillation.training.loop import Schedule
     from nemo_minitron.evaluation import held_out_loss
     from nemo_minitron.runtime.groups import ParallelLayout, current
     from nemo_minitron.runtime.model import build_model

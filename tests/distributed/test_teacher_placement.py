@@ -32,8 +32,8 @@ def train(
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.placement import TeacherPlacement
     from nemo_minitron.distillation.recipe import Schedule, distill
+    from nemo_minitron.distillation.teachers.placement import TeacherPlacement
     from nemo_minitron.runtime.groups import initialize
 
     destroy_num_microbatches_calculator()
@@ -67,10 +67,10 @@ CACHES: dict[str, tuple[str, int | None, str]] = {
 def write_cache(models: str, directory: Path, layout: Any, k: int | None, values: str) -> None:
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint
-    from nemo_minitron.distillation.cache import Manifest
-    from nemo_minitron.distillation.cache_filling import fill_cache, open_for_writing
-    from nemo_minitron.distillation.documents import block_starts
-    from nemo_minitron.distillation.teacher import Teacher
+    from nemo_minitron.distillation.teachers.cache_filling import fill_cache, open_for_writing
+    from nemo_minitron.distillation.teachers.documents import block_starts
+    from nemo_minitron.distillation.teachers.frozen import Teacher
+    from nemo_minitron.distillation.teachers.logit_cache import Manifest
     from nemo_minitron.runtime.groups import initialize
 
     checkpoint = open_checkpoint(Path(models) / "teacher")
@@ -102,7 +102,7 @@ def layouts() -> dict[str, Any]:
 def placements_case(models: str, out: str) -> None:
     """On two ranks, one training after the other."""
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation import placement
+    from nemo_minitron.distillation.teachers import placement
 
     torch.distributed.init_process_group("gloo")
     top = LossConfig("top_k", k=8)
@@ -138,7 +138,7 @@ def placements_case(models: str, out: str) -> None:
 def own_ranks_case(models: str, out: str) -> int:
     """On four ranks: two of the student, then two of the teacher; returns the steps that this rank has served."""
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.teacher_ranks import becomes_teacher, serve_teacher
+    from nemo_minitron.distillation.teachers.own_ranks import becomes_teacher, serve_teacher
 
     student, teacher = layouts()["tp"], layouts()["pp"]
     if not becomes_teacher(student, teacher):

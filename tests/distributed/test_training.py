@@ -39,7 +39,7 @@ def one_process_case(models: str, out: str) -> None:
 
 
 def resumed_case(models: str, out: str) -> list[str]:
-    from nemo_minitron.distillation.language_model import TrainedModel
+    from nemo_minitron.distillation.training.language_model import TrainedModel
 
     found = [train(models, f"{out}/corrected-resumed", **CORRECTION), train(models, f"{out}/killed", **LONG)]
     # there is nothing left to do, and nothing is done
@@ -193,7 +193,7 @@ def test_a_learning_teacher_and_its_student_equal_plain_torch_loops(models: Path
     """The student learns from the teacher as it was before the step, the teacher from the labels of the step."""
     from transformers import AutoModelForCausalLM
 
-    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.losses.reference import forward_kl
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(models / which) for which in ("student", "teacher"))
     optimizers, data = (optimizer_of(student), optimizer_of(teacher)), blocks(24)

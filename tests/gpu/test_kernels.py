@@ -13,7 +13,7 @@ import torch
 from support.tier import FLOAT32, close
 
 from nemo_minitron.config import LossConfig
-from nemo_minitron.distillation import intermediate, losses, vocabulary_parallel
+from nemo_minitron.distillation.losses import reference, states, vocabulary_parallel
 from nemo_minitron.generation.sampling import Sampling, choose, draws
 from nemo_minitron.importance.aggregation import AGGREGATIONS, aggregation
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.gpu
 GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 8e-3}
 VOCAB, PADDED, TOKENS = 32_003, 32_128, 48
 FORMULAS = {
-    "forward_kl": losses.forward_kl,
-    "reverse_kl": losses.reverse_kl,
-    "jensen_shannon": losses.jensen_shannon,
-    "top_k": losses.top_k_kl,
+    "forward_kl": reference.forward_kl,
+    "reverse_kl": reference.reverse_kl,
+    "jensen_shannon": reference.jensen_shannon,
+    "top_k": reference.top_k_kl,
 }
 
 
@@ -57,7 +57,7 @@ def expected(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor,
     if loss.kind == "jensen_shannon":
         options["beta"] = loss.beta
     value = (1 - loss.label_weight) * FORMULAS[loss.kind](z, p, **options)
-    value = value + loss.label_weight * losses.cross_entropy(z, labels)
+    value = value + loss.label_weight * reference.cross_entropy(z, labels)
     value.sum().backward()
     return value.detach(), torch.nn.functional.pad(z.grad, (0, PADDED - VOCAB))
 
@@ -86,10 +86,10 @@ def test_forward_kl_goes_through_its_tokens_in_blocks(
     groups: Any, place: torch.device, logits: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In many chunks and blocks as in one, and the top tokens of the teacher by themselves."""
-    from nemo_minitron.distillation import divergences
+    from nemo_minitron.distillation.losses import kernels
 
     student, teacher, labels = logits[dtype]
-    for settings in (vocabulary_parallel.CHUNK_BYTES, divergences.BLOCK_BYTES):
+    for settings in (vocabulary_parallel.CHUNK_BYTES, kernels.BLOCK_BYTES):
         for kind in settings:
             monkeypatch.setitem(settings, kind, 5 * PADDED * 4)
     for kind in ("forward_kl", "top_k"):
@@ -111,7 +111,7 @@ def test_cross_entropy(groups: Any, place: torch.device, logits: Any, dtype: Any
     taken = vocabulary_parallel.vocabulary_parallel_cross_entropy(z, labels.to(place), groups.tp, vocab_size=VOCAB)
     taken.sum().backward()
     wide = student[..., :VOCAB].double().requires_grad_()
-    value = losses.cross_entropy(wide, labels)
+    value = reference.cross_entropy(wide, labels)
     value.sum().backward()
     close(taken, value, FLOAT32, "cross-entropy")
     close(z.grad[..., :VOCAB], wide.grad, GRADIENT[dtype], "gradient of the cross-entropy")
@@ -130,10 +130,10 @@ def test_intermediate_losses(place: torch.device, dtype: Any) -> None:
             return x.to(dtype).clone().to(device=where, dtype=kind)
 
         student = at(narrow).requires_grad_()
-        found = [loss(student, at(wide), at(matrix)) for loss in intermediate.STATE_LOSSES.values()]
+        found = [loss(student, at(wide), at(matrix)) for loss in states.STATE_LOSSES.values()]
         projected = [at(x).requires_grad_() for x in ours]
         found.append(
-            intermediate.attention_relations(tuple(projected), tuple(map(at, theirs)), heads=4, masked=masked.to(where))
+            states.attention_relations(tuple(projected), tuple(map(at, theirs)), heads=4, masked=masked.to(where))
         )
         torch.autograd.backward([one.sum() for one in found])
         return [*found, student.grad, *(x.grad for x in projected)]

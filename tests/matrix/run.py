@@ -153,7 +153,7 @@ def smoke(environment: Environment) -> tuple[bool, list[str]]:
     Returns:
         Whether it passed, and the stages that did.
     """
-    from nemo_minitron.stages.base import read_record
+    from nemo_minitron.jobs.records import read_record
 
     place = environment.home / "tests"
     # Not `python -m pytest`, which would put the source tree before what is installed.

@@ -13,7 +13,7 @@ import torch
 from support.checkpoints import tiny_checkpoint
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, verify, write_checkpoint
-from nemo_minitron.checkpoints.nemo1 import Archive
+from nemo_minitron.checkpoints.formats.nemo1.door import Archive
 from nemo_minitron.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -125,7 +125,7 @@ from nemo import lightning as nl
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.model.llama import HFLlamaImporter, LlamaModel
 from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.nemo2_config import nemo_config
+from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
 if __name__ == "__main__":
     source = open_checkpoint({str(home / "hf")!r})
     config = nemo_config(source.shape, source.architecture, dtype="float32", multiple=128, rows=None)

@@ -16,7 +16,7 @@ from support.pruning import DictWeights, live, logits, one_process, tokens
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, verify, write_checkpoint
-from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
+from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, TorchDistWeights
 from nemo_minitron.pruning import DepthPrune, WidthPrune, prune_weights
 
 IDS = tokens(2, 11, vocab=SIZES["vocab_size"])
@@ -157,7 +157,7 @@ def test_megatrons_own_distributed_checkpoints(family, models, groups, tmp_path)
     """Megatron loads the tensors that we write, and we read those that Megatron writes."""
     from megatron.core import dist_checkpointing
 
-    from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+    from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
     from nemo_minitron.runtime.model import build_model
 
     source = open_checkpoint(models(family))
@@ -194,7 +194,7 @@ def test_nemo2_configurations(family, models, tmp_path):
     assert config["_target_"].endswith(f".{name}Model")
     assert config["config"]["_target_"].endswith(f".{name}Config")
 
-    from nemo_minitron.checkpoints.nemo2_config import nemo_config
+    from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
     from nemo_minitron.distillation.module import DistillationModel
     from nemo_minitron.runtime.groups import ParallelLayout
 

@@ -13,7 +13,7 @@ def test_recipes_are_configurations_without_faults() -> None:
     from nemo_minitron.recipes.alignment import align, dpo_recipe, reward_recipe, sft_recipe
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from nemo_minitron.stages.entry import checked
+    from nemo_minitron.jobs.in_place import checked
 
     for recipe, kind in (
         (sft_recipe("models/a", "chats.jsonl", "runs/sft", tensor=2, num_nodes=2), SftConfig),
@@ -34,7 +34,7 @@ def test_recipes_are_configurations_without_faults() -> None:
 
 
 def test_all_faults_of_a_recipe_are_one_error() -> None:
-    from nemo_minitron.stages.entry import checked
+    from nemo_minitron.jobs.in_place import checked
 
     config = DpoConfig(
         output="out", model="model", data=ChatDataConfig(path="a.jsonl", template="vicuna"), loss="kto", lr=-1.0

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from nemo_minitron.cli.dry_run import show_plans
 from nemo_minitron.config import STAGES, load, load_pipeline, shipped_configs
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.stages.plan import show_plans
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

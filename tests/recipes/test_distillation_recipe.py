@@ -61,7 +61,7 @@ def test_a_recipe_is_shipped_as_text(tmp_path):
 
 
 def test_every_fault_of_a_recipe_is_named(tmp_path, monkeypatch):
-    from nemo_minitron.stages import worker
+    from nemo_minitron.jobs import worker
 
     monkeypatch.setattr(worker, "set_up", lambda config: pytest.fail("it must not start"))
     recipe = tiny(tmp_path)

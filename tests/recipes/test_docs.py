@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.cli.plan import read_cluster, read_subject, trainings_of
 from nemo_minitron.config import STAGES, load, load_doctor, load_pipeline, load_slurm
 from nemo_minitron.config.template import template
-from nemo_minitron.stages.costs import read_cluster, read_subject, trainings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 from support.meta import meta_chunks, rank_of_world
 
+from nemo_minitron.cli.dry_run import show_plans
+from nemo_minitron.cli.plan import read_subject, trainings_of
 from nemo_minitron.config import ClusterConfig, DistillConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.planning import ForwardFlops, layout_cost, load_recipe, recipe_names, stage_parameters
-from nemo_minitron.stages.costs import read_subject, trainings_of
-from nemo_minitron.stages.plan import show_plans
 
 #: Of each distillation: exact parameters of student and teacher, those that the papers and model cards print, in
 #: thousands of millions, and the FLOPs of a step that arXiv 2407.14679 (section 4.1) gives for plain training.
@@ -120,7 +120,7 @@ def test_every_rank_on_the_meta_device_and_the_export():
     import torch
     import transformers
 
-    from nemo_minitron.checkpoints.hf_config import to_hf
+    from nemo_minitron.checkpoints.formats.huggingface.config import to_hf
     from nemo_minitron.checkpoints.live import canonical_parameters
     from nemo_minitron.runtime import cpu
     from nemo_minitron.runtime.groups import ParallelLayout

@@ -16,7 +16,10 @@ from support.text import write_jsonl
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import STAGES, ScoreConfig, SearchConfig, load
 from nemo_minitron.errors import ConfigError, MinitronError, ShapeError
-from nemo_minitron.stages import children, score, search, search_ranking
+from nemo_minitron.jobs import nested
+from nemo_minitron.jobs.output import Output
+from nemo_minitron.stages import score, search
+from nemo_minitron.stages.shared import search_ranking
 
 SIZES = {"num_hidden_layers": 3, "intermediate_size": 64}
 
@@ -77,7 +80,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def launch(module: str, arguments: list[str], *, folder: Path, **_: Any) -> None:
-        assert arguments == ["search", "search_ranking"]
+        assert arguments == ["search", "shared.search_ranking"]
         ran.append(folder.name)
         monkeypatch.setattr(search_ranking, "job_folder", lambda: folder)
         settings = load("search", folder / "config.yaml", [])
@@ -95,7 +98,8 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | N
 
     calls: list[str] = []
 
-    def run_stage(stage: Any, on_output: Any = None) -> dict[str, Any]:
+    def run_output(output: Output, on_output: Any = None) -> dict[str, Any]:
+        stage = output.config
         if fail_at is not None and len(calls) == fail_at:
             raise MinitronError("stopped")
         calls.append(f"{stage.STAGE} {Path(stage.output).parent.name}")
@@ -103,7 +107,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | N
         shutil.copytree(home / "model", target, dirs_exist_ok=True)
         return {}
 
-    monkeypatch.setattr(children, "run_stage", run_stage)
+    monkeypatch.setattr(nested, "run_output", run_output)
     return calls
 
 

@@ -24,8 +24,8 @@ from support.text import write_jsonl
 
 from nemo_minitron.config import load_pipeline, load_slurm, shipped_slurm
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.stages.base import read_record
-from nemo_minitron.stages.submit import jobs_of, submit
+from nemo_minitron.jobs.records import read_record
+from nemo_minitron.jobs.slurm_submit import jobs_of, submit
 
 PIPELINE = """
 name: tiny
@@ -60,7 +60,7 @@ stages:
 IN_PLACE = """
 import dataclasses
 from nemo_minitron.config import load_pipeline
-from nemo_minitron.stages.entry import run_in_place
+from nemo_minitron.jobs.in_place import run_in_place
 stage = load_pipeline("{home}/pipeline.yaml")[1][-1]
 run_in_place(dataclasses.replace(stage, output="{home}/in_place", teacher_placement="own_ranks"))
 """
@@ -138,7 +138,7 @@ def test_scripts_of_a_dgx_cluster(home: Path) -> None:
     assert (lonely["gpus-per-node"], "exclusive" in lonely) == ("1", False)
     assert "kill-on-invalid-dep" not in lonely
     assert wide["kill-on-invalid-dep"] == narrow["kill-on-invalid-dep"] == "yes"
-    assert f"python -m nemo_minitron.stages.rank {home}/run/logs/distilled" in script
+    assert f"python -m nemo_minitron.jobs.slurm_rank {home}/run/logs/distilled" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert not (home / "run").exists(), "a dry run leaves nothing behind"
 

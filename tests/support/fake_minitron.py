@@ -5,8 +5,7 @@ from __future__ import annotations
 from support import fake_worker
 
 from nemo_minitron import cli
-from nemo_minitron.runtime import launch
-from nemo_minitron.stages import execute
+from nemo_minitron.jobs import launch, local
 
 
 def launch_fakes(module: str, *args: object, **kwargs: object) -> object:
@@ -15,5 +14,5 @@ def launch_fakes(module: str, *args: object, **kwargs: object) -> object:
 
 if __name__ == "__main__":
     fake_worker.install()
-    execute.launch = launch_fakes  # type: ignore[assignment]
+    local.launch = launch_fakes  # type: ignore[assignment]
     cli.main()

@@ -1,6 +1,6 @@
 """A worker whose stages are fakes: each writes, fails, hangs or dies as its ``name`` says. Used by the launching tests.
 
-``python -m support.fake_worker STAGE`` stands in for ``python -m nemo_minitron.stages.worker STAGE``.
+``python -m support.fake_worker STAGE`` stands in for ``python -m nemo_minitron.jobs.worker STAGE``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import PreemptedError, ShapeError
+from nemo_minitron.jobs import worker
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.runtime.stopping import StopRequest
-from nemo_minitron.stages import worker
-from nemo_minitron.stages.base import PlannedPath, StagePlan, stage_output
 
 
 def run(config: StageConfig) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def peak_of_a_step(
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation import vocabulary_parallel as losses
+    from nemo_minitron.distillation.losses import vocabulary_parallel
     from nemo_minitron.runtime.model import build_model
 
     vocab = sizes.student.vocab_size
@@ -115,13 +115,13 @@ def peak_of_a_step(
             for index, one in enumerate(ids):
                 logits = wrapped(one, positions, mask)
                 if teacher is None:
-                    loss = losses.vocabulary_parallel_cross_entropy(
+                    loss = vocabulary_parallel.vocabulary_parallel_cross_entropy(
                         logits, one, groups.tp, vocab_size=vocab, inplace=True
                     ).sum()
                 else:
                     with torch.no_grad():
                         target = teacher.output_layer(waiting[index])[0].transpose(0, 1).contiguous()
-                    loss = losses.vocabulary_parallel_loss(
+                    loss = vocabulary_parallel.vocabulary_parallel_loss(
                         logits, target, groups.tp, vocab_size=vocab, loss=LossConfig(), inplace=True
                     ).total.sum()
                     del target
@@ -162,10 +162,10 @@ def modelled(
 
 def shrink_buffers(rows: int, vocab: int) -> None:
     """Let the losses' buffers be small beside the logits of a small model; with plain layers no estimate has them."""
-    from nemo_minitron.distillation import divergences, vocabulary_parallel
+    from nemo_minitron.distillation.losses import kernels, vocabulary_parallel
 
     vocabulary_parallel.CHUNK_BYTES = dict.fromkeys(("cpu", "cuda"), 4 * rows * vocab * 4)
-    divergences.BLOCK_BYTES = dict.fromkeys(("cpu", "cuda"), rows * vocab * 4)
+    kernels.BLOCK_BYTES = dict.fromkeys(("cpu", "cuda"), rows * vocab * 4)
 
 
 def estimate_and_peak(

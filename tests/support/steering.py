@@ -54,7 +54,7 @@ def train(model: str, out: str, layout: dict[str, int], dies_after: int | None =
     from nemo_minitron.alignment.reward import read_head, train_reward
     from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data.attributes import AttributeSchema
+    from nemo_minitron.data.chat.attributes import AttributeSchema
     from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout, current
 

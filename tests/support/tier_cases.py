@@ -74,7 +74,7 @@ def model_case(groups: Any, families: list[str], dtype: str) -> dict[str, dict[s
 
 def _measured(groups: Any, family: str, dtype: torch.dtype) -> dict[str, Any]:
     from nemo_minitron.checkpoints.live import canonical_parameters
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_cross_entropy
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
     from nemo_minitron.importance import score_criteria
     from nemo_minitron.importance.depth import layer_importance
     from nemo_minitron.pruning import DepthPrune, WidthPrune
@@ -171,7 +171,7 @@ def _steps(groups: Any, dtype: str, kind: str) -> dict[str, torch.Tensor]:
 
     from nemo_minitron.checkpoints.live import canonical_parameters
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_loss
 
     precision = getattr(torch, dtype)
     (teacher,) = live(checkpoint_of("llama", seed=1), groups, dtype=precision)
@@ -236,9 +236,9 @@ def intermediate_case(groups: Any, dtypes: list[str]) -> dict[str, dict[str, tor
 def _intermediate(groups: Any, dtype: str) -> dict[str, torch.Tensor]:
     from nemo_minitron.checkpoints.live import canonical_parameters
     from nemo_minitron.config import IntermediateConfig
-    from nemo_minitron.distillation.attach import Plan, StudentLosses, TeacherStates
-    from nemo_minitron.distillation.balance import Balance
-    from nemo_minitron.distillation.layers import layer_maps
+    from nemo_minitron.distillation.losses.balance import Balance
+    from nemo_minitron.distillation.losses.layer_maps import layer_maps
+    from nemo_minitron.distillation.losses.state_hooks import Plan, StudentLosses, TeacherStates
 
     precision = getattr(torch, dtype)
     (teacher,) = live(checkpoint_of("llama", seed=1), groups, dtype=precision)

@@ -61,8 +61,8 @@ def train(
 
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.config import CorrectionConfig, IntermediateConfig
-    from nemo_minitron.distillation import callbacks
     from nemo_minitron.distillation.recipe import Schedule, correct, distill
+    from nemo_minitron.distillation.training import metrics
     from nemo_minitron.errors import MinitronError
     from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -80,7 +80,7 @@ def train(
     data: Any = blocks(count), blocks(count)[:4]
     if uneven:
         data = tuple(_masked(part) for part in data)
-    advance = callbacks.ProgressBar.on_train_batch_end
+    advance = metrics.ProgressBar.on_train_batch_end
 
     def interrupted(self: Any, trainer: Any, *arguments: Any) -> None:
         advance(self, trainer, *arguments)
@@ -89,7 +89,7 @@ def train(
                 os._exit(0)
             os.kill(os.getpid(), at[1])
 
-    callbacks.ProgressBar.on_train_batch_end = interrupted  # type: ignore[method-assign]
+    metrics.ProgressBar.on_train_batch_end = interrupted  # type: ignore[method-assign]
     try:
         if alone:
             correct(teacher, *data, **how)
@@ -105,7 +105,7 @@ def train(
     except MinitronError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        callbacks.ProgressBar.on_train_batch_end = advance  # type: ignore[method-assign]
+        metrics.ProgressBar.on_train_batch_end = advance  # type: ignore[method-assign]
     return ""
 
 

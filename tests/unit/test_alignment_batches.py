@@ -13,8 +13,8 @@ from nemo_minitron.alignment.batches import Sample, collate, pack
 from nemo_minitron.alignment.export import templated_tokenizer
 from nemo_minitron.alignment.pairs import IGNORED, Pair, Pairs
 from nemo_minitron.alignment.settings import Schedule, vocabulary_rows
-from nemo_minitron.data.chat import parse_chat
-from nemo_minitron.data.templates import TEMPLATES, choose_template, render
+from nemo_minitron.data.chat.conversations import parse_chat
+from nemo_minitron.data.chat.templates import TEMPLATES, choose_template, render
 from nemo_minitron.errors import DataError
 
 

@@ -16,7 +16,7 @@ from nemo_minitron.config import ChatDataConfig, DpoConfig, ParallelConfig, SftC
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.stages import dpo, sft
-from nemo_minitron.stages.chats import load_chats, load_preferences, shorter, tokens_of
+from nemo_minitron.stages.shared.chats import load_chats, load_preferences, shorter, tokens_of
 
 
 @pytest.fixture(scope="module")

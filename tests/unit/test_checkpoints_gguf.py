@@ -10,7 +10,7 @@ import torch
 from support.checkpoints import TINY, hf_logits, tiny_hf_model, tokens
 
 from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.gguf import convert_gguf
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf
 from nemo_minitron.errors import CheckpointError
 
 gguf = pytest.importorskip("gguf")

@@ -11,8 +11,8 @@ import torch
 from support.checkpoints import TINY, hf_logits, tiny_checkpoint, tiny_hf_model, tiny_tokenizer, tokens
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints import names as naming
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.errors import CheckpointError
 
 
@@ -78,7 +78,7 @@ def test_written_directory_is_the_same_model(tmp_path: Path, tied: bool) -> None
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.checkpoints.huggingface.SMALLEST_SHARD", 0)
+    monkeypatch.setattr("nemo_minitron.checkpoints.formats.huggingface.door.SMALLEST_SHARD", 0)
 
 
 @pytest.mark.usefixtures("small_shards")

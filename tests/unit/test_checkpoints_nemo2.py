@@ -11,7 +11,7 @@ import yaml
 from support.checkpoints import tiny_checkpoint, tiny_tokenizer
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError
 
 LLAMA = "nemo.collections.llm.gpt.model.llama.LlamaConfig"

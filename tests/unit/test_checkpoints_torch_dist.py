@@ -14,8 +14,8 @@ from support.checkpoints import tiny_checkpoint
 from torch.distributed import checkpoint as dcp
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
-from nemo_minitron.checkpoints.torch_dist import TorchDist, TorchDistWeights
-from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, TorchDistWeights
+from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError
 
 EMBEDDING = "embedding.word_embeddings.weight"

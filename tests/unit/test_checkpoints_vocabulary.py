@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from nemo_minitron.checkpoints.vocabulary import (
+from nemo_minitron.checkpoints.tokenizer.trimming import (
     TokenFrequencies,
     choose_vocabulary,
     read_frequencies,

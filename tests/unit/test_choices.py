@@ -6,7 +6,7 @@ from nemo_minitron import checkpoints
 from nemo_minitron.config import parts
 from nemo_minitron.config.parts import checks
 from nemo_minitron.config.stages import PRUNE_METHODS
-from nemo_minitron.distillation.intermediate import STATE_LOSSES
+from nemo_minitron.distillation.losses.states import STATE_LOSSES
 from nemo_minitron.importance.aggregation import AGGREGATIONS
 from nemo_minitron.pruning import choose
 

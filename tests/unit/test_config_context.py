@@ -9,7 +9,7 @@ import pytest
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import ParallelConfig, load, load_pipeline
-from nemo_minitron.distillation.pair import check_context, check_model
+from nemo_minitron.distillation.compatibility import check_context, check_model
 from nemo_minitron.errors import ConfigError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape

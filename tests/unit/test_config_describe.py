@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nemo_minitron.cli import app
+from nemo_minitron.cli.app import app
 from nemo_minitron.config import STAGES, load, load_doctor, load_pipeline, load_slurm
 from nemo_minitron.config.complete import complete_config, complete_override
 from nemo_minitron.config.describe import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.chat import CHATML, LLAMA3, NEMOTRON, byte_tokenizer
 
-from nemo_minitron.data.attributes import (
+from nemo_minitron.data.chat.attributes import (
     SCHEMAS,
     attribute_string,
     check_attributes,
@@ -16,8 +16,8 @@ from nemo_minitron.data.attributes import (
     parse_attribute_string,
     reading_grade,
 )
-from nemo_minitron.data.chat import Chat, Message, read_chats, split_held_out
-from nemo_minitron.data.preferences import read_preferences
+from nemo_minitron.data.chat.conversations import Chat, Message, read_chats, split_held_out
+from nemo_minitron.data.chat.preferences import read_preferences
 from nemo_minitron.errors import DataError
 
 TURNS = [
@@ -181,7 +181,7 @@ CHAT = Chat(tuple(Message(**turn) for turn in TURNS))
     ],
 )  # fmt: skip
 def test_templates(name: str, special: tuple[str, ...], text: str, answers: list[str], tmp_path: Path) -> None:
-    from nemo_minitron.data.templates import TEMPLATES, choose_template, end_ids, prompt_ids, render
+    from nemo_minitron.data.chat.templates import TEMPLATES, choose_template, end_ids, prompt_ids, render
     from nemo_minitron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(byte_tokenizer(tmp_path, special))
@@ -214,7 +214,7 @@ def test_templates(name: str, special: tuple[str, ...], text: str, answers: list
 
 
 def test_the_tokenizers_own_template(tmp_path: Path) -> None:
-    from nemo_minitron.data.templates import choose_template, render
+    from nemo_minitron.data.chat.templates import choose_template, render
     from nemo_minitron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(byte_tokenizer(tmp_path))

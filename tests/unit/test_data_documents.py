@@ -74,7 +74,7 @@ def test_blocks_are_indexed_joined_and_measured() -> None:
 
 @pytest.mark.slow  # imports NeMo
 def test_a_block_without_a_label_is_refused() -> None:
-    from nemo_minitron.distillation.data import BlockDataset
+    from nemo_minitron.distillation.training.blocks_module import BlockDataset
 
     mask = torch.ones(2, 11, dtype=torch.bool)
     mask[1] = False
@@ -86,7 +86,7 @@ def test_a_block_without_a_label_is_refused() -> None:
 
 @pytest.mark.slow
 def test_samples_of_packed_blocks() -> None:
-    from nemo_minitron.distillation.data import BlockDataset
+    from nemo_minitron.distillation.training.blocks_module import BlockDataset
 
     whole = blocks(loss_mask=torch.arange(22).view(2, 11) % 3 > 0)
     dataset = BlockDataset(whole, 5)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.distillation.pair import check_model, check_pair
+from nemo_minitron.distillation.compatibility import check_model, check_pair
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape

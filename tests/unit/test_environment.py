@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config import DistillConfig, ParallelConfig, PruneConfig, ScoreConfig
-from nemo_minitron.runtime import environment, launch, slurm
+from nemo_minitron.jobs import launch, slurm_environment
+from nemo_minitron.runtime import environment
 
 #: Of a task that ``srun`` started in a job of several tasks, and of a script below ``sbatch --ntasks=4``.
 SLURM = {
@@ -64,8 +65,8 @@ def test_a_rank_that_srun_started_is_told_as_torchrun_would(monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     with monkeypatch.context() as inner:
         inner.setattr(os, "environ", os.environ.copy())
-        assert slurm.is_rank()
-        assert slurm.translate() == (3, 4)
+        assert slurm_environment.is_rank()
+        assert slurm_environment.translate() == (3, 4)
         found = dict(os.environ)
     assert {name for name in found if name in SLURM} == KEPT
     expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"}
@@ -73,7 +74,7 @@ def test_a_rank_that_srun_started_is_told_as_torchrun_would(monkeypatch: pytest.
     first = dict(found)["MASTER_PORT"]
     with monkeypatch.context() as inner:
         inner.setattr(os, "environ", {**os.environ, "SLURM_RESTART_COUNT": "2"})
-        slurm.translate()
+        slurm_environment.translate()
         assert os.environ["MASTER_PORT"] != first, "what is left of an earlier attempt waits elsewhere"
 
 
@@ -112,7 +113,7 @@ def test_a_rank_that_was_given_up_leaves_no_result(tmp_path: Path, monkeypatch: 
 _MEETS = """
 import os, sys
 from pathlib import Path
-from nemo_minitron.runtime.launch import RankResult, attach, job_folder, launch, save_result
+from nemo_minitron.jobs.launch import RankResult, attach, job_folder, launch, save_result
 if len(sys.argv) > 2:
     found = launch("meeting", ["x"], world_size=2, folder=Path(sys.argv[2]), timeout_minutes=1.5)
     print(found[0].metrics["sum"])

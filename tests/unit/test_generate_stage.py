@@ -75,7 +75,7 @@ def answers(path: str | Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_answers_have_the_form_of_training_data_and_survive_a_stop(model: Path, tmp_path: Path) -> None:
-    from nemo_minitron.data.chat import read_chats
+    from nemo_minitron.data.chat.conversations import read_chats
 
     config = make_config(tmp_path, model, attributes={"verbosity": 1}, system="w8")
     whole = make_config(tmp_path, model, "whole", attributes={"verbosity": 1}, system="w8")
@@ -191,7 +191,7 @@ def test_plan(tmp_path: Path, model: Path) -> None:
 def test_attributes_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from nemo_minitron import cli
+    from nemo_minitron.cli import app as cli
 
     seen: list[Any] = []
     monkeypatch.setattr(cli, "_run_stage", lambda *args: seen.append(args))

@@ -10,7 +10,7 @@ import grimp
 import pytest
 
 from nemo_minitron.config import STAGES
-from nemo_minitron.stages.worker import stage_module
+from nemo_minitron.jobs.modules import stage_module
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.record import write_record
 from nemo_minitron.config import IntermediateConfig, ParallelConfig, load
-from nemo_minitron.distillation.intermediate import attention_relations, hidden_cosine, hidden_mse
-from nemo_minitron.distillation.layers import layer_maps, layer_ranks, proportional
+from nemo_minitron.distillation.losses.layer_maps import layer_maps, layer_ranks, proportional
+from nemo_minitron.distillation.losses.states import attention_relations, hidden_cosine, hidden_mse
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.kept import save_kept
 from nemo_minitron.runtime.groups import ParallelLayout

@@ -14,11 +14,11 @@ import pytest
 
 from nemo_minitron.config import ExportConfig, ParallelConfig, RuntimeConfig, ScoreConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, ShapeError
-from nemo_minitron.jobs import warm
-from nemo_minitron.runtime import launch as launching
-from nemo_minitron.runtime.launch import StageCrashError, launch, read_results
-from nemo_minitron.stages import execute
-from nemo_minitron.stages.base import read_record
+from nemo_minitron.jobs import launch as launching
+from nemo_minitron.jobs import local, warm
+from nemo_minitron.jobs.launch import StageCrashError, launch, read_results
+from nemo_minitron.jobs.output import Output
+from nemo_minitron.jobs.records import read_record
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -26,7 +26,7 @@ TESTS = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def pool():
     """Parents that have imported nothing heavy: the fakes need nothing."""
-    opened = warm.WarmPool(levels={"megatron": warm.Level(("nemo_minitron.stages.worker",), stack=False)})
+    opened = warm.WarmPool(levels={"megatron": warm.Level(("nemo_minitron.jobs.worker",), stack=False)})
     yield opened
     opened.close()
 
@@ -40,9 +40,7 @@ def fakes(request, monkeypatch, pool):
         monkeypatch.setenv(warm.COLD_VARIABLE, "1")
     else:
         monkeypatch.delenv(warm.COLD_VARIABLE, raising=False)
-    monkeypatch.setattr(
-        execute, "launch", lambda module, *args, **kwargs: launch("support.fake_worker", *args, **kwargs)
-    )
+    monkeypatch.setattr(local, "launch", lambda module, *args, **kwargs: launch("support.fake_worker", *args, **kwargs))
     yield request.param
     if request.param == "forked" and "killing_the_launcher" not in request.node.name:
         assert set(pool._servers) and None not in pool._servers.values()  # it was forked indeed
@@ -82,7 +80,7 @@ def left_over(folder: Path, variable: str = launching.FOLDER_VARIABLE) -> list[p
 
 def test_one_process(tmp_path):
     config, shown = job(tmp_path, seed=5), io.BytesIO()
-    record = execute.run_stage(config, shown.write)
+    record = local.run_stage(config, shown.write)
     assert record["metrics"] == {"loss": 1.5, "world": 1, "rank": 0}
     assert record == read_record(config.output)
     assert record["peak_rss_bytes"] > 1e6
@@ -90,23 +88,23 @@ def test_one_process(tmp_path):
     assert record["config"]["runtime"]["seed"] == 5
     assert (Path(config.output) / "result.txt").read_text() == "5"
     assert b"rank 0 of 1" in shown.getvalue()
-    assert (execute.job_folder_of(config) / "rank-0.log").read_bytes() == shown.getvalue()
+    assert (Output(config).folder / "rank-0.log").read_bytes() == shown.getvalue()
 
 
 def test_threads_are_given_or_shared(tmp_path):
     shown = io.BytesIO()
-    execute.run_stage(job(tmp_path, threads=3), shown.write)
+    local.run_stage(job(tmp_path, threads=3), shown.write)
     assert b"threads 3" in shown.getvalue()
 
 
 @pytest.mark.slow
 def test_several_processes(tmp_path, fakes):
     config, shown = job(tmp_path, tensor=2), io.BytesIO()
-    record = execute.run_stage(config, shown.write)
+    record = local.run_stage(config, shown.write)
     assert record["metrics"]["world"] == 2
     assert b"rank 0 of 2" in shown.getvalue()
     assert b"rank 1" not in shown.getvalue()
-    folder = execute.job_folder_of(config)
+    folder = Output(config).folder
     assert "rank 1 of 2" in (folder / "rank-1.log").read_text()
     assert (folder / "nemo_run" / "experiments").is_dir() == (fakes == "cold")
     assert not left_over(folder)
@@ -117,7 +115,7 @@ def test_a_process_is_set_up(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setenv("REAL_SET_UP", "1")
-    metrics = execute.run_stage(job(tmp_path, threads=2, seed=77, device="cpu"))["metrics"]
+    metrics = local.run_stage(job(tmp_path, threads=2, seed=77, device="cpu"))["metrics"]
     expected = torch.rand((), generator=torch.Generator().manual_seed(77)).item()
     assert metrics == {"loss": 1.5, "world": 1, "rank": 0, "threads": 2, "draw": expected, "cpu": True}
 
@@ -127,39 +125,39 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("REAL_SET_UP", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="no CUDA device is visible"):
-        execute.run_stage(job(tmp_path, device="cuda"))
+        local.run_stage(job(tmp_path, device="cuda"))
 
 
 def test_a_refusal_comes_through_in_its_class(tmp_path):
     config = job(tmp_path, "refuse")
     with pytest.raises(ShapeError, match=r"^hidden_size=7: is odd; choose an even one$"):
-        execute.run_stage(config)
+        local.run_stage(config)
     assert not Path(config.output).exists()
 
 
 def test_a_crash_carries_the_traceback_and_the_log(tmp_path):
     config = job(tmp_path, "crash")
     with pytest.raises(StageCrashError) as error:
-        execute.run_stage(config)
+        local.run_stage(config)
     assert "Traceback" in str(error.value)
     assert "RuntimeError: a fault of ours" in str(error.value)
-    assert f"{execute.job_folder_of(config)}/rank-0.log" in str(error.value)
+    assert f"{Output(config).folder}/rank-0.log" in str(error.value)
 
 
 def test_a_killed_process_is_named(tmp_path):
     with pytest.raises(
         StageCrashError, match=r"Rank 0 of 1 ended without a result \(killed by signal 9; a process that"
     ):
-        execute.run_stage(job(tmp_path, "die"))
+        local.run_stage(job(tmp_path, "die"))
 
 
 def test_a_time_limit_ends_the_job(tmp_path):
     config = job(tmp_path, "hang", timeout_minutes=2 / 60)
     started = time.monotonic()
     with pytest.raises(MinitronError, match=r"stopped after 0\.0333.* minutes \(runtime\.timeout_minutes\)"):
-        execute.run_stage(config)
+        local.run_stage(config)
     assert time.monotonic() - started < 10
-    assert not left_over(execute.job_folder_of(config))
+    assert not left_over(Output(config).folder)
 
 
 @pytest.mark.slow
@@ -175,18 +173,18 @@ def test_one_failing_rank_ends_all_and_shows_once(tmp_path, name, kind, message)
     config = job(tmp_path, name, tensor=2)
     started = time.monotonic()
     with pytest.raises(kind, match=message) as error:
-        execute.run_stage(config)
+        local.run_stage(config)
     assert str(error.value).count("Traceback") == (name == "crash")
     assert time.monotonic() - started < 60  # the peer sleeps for ten minutes
-    assert not left_over(execute.job_folder_of(config))
+    assert not left_over(Output(config).folder)
 
 
 @pytest.mark.slow
 def test_a_hang_of_several_is_bounded(tmp_path):
     config = job(tmp_path, "hang", tensor=2, timeout_minutes=8 / 60)
     with pytest.raises(MinitronError, match="stopped after"):
-        execute.run_stage(config)
-    assert not left_over(execute.job_folder_of(config))
+        local.run_stage(config)
+    assert not left_over(Output(config).folder)
 
 
 @pytest.mark.slow
@@ -196,8 +194,8 @@ def test_killing_the_launcher_leaves_no_process(tmp_path, tensor, fakes):
     code = (
         "from pathlib import Path\n"
         "from nemo_minitron.jobs import ranks, warm\n"
-        "from nemo_minitron.runtime.launch import launch\n"
-        "warm._current = warm.WarmPool(levels={'light': warm.Level(('nemo_minitron.stages.worker',), stack=False)})\n"
+        "from nemo_minitron.jobs.launch import launch\n"
+        "warm._current = warm.WarmPool(levels={'light': warm.Level(('nemo_minitron.jobs.worker',), stack=False)})\n"
         f"launch('support.fake_worker', ['score'], world_size={tensor}, folder=Path({str(folder)!r}),\n"
         "       starter=ranks.forked('light'))\n"
     )
@@ -234,10 +232,10 @@ def signalled(tmp_path: Path, config: StageConfig, order: signal.Signals, ready:
     sender = threading.Thread(target=send)
     sender.start()
     with pytest.raises(PreemptedError) as error:
-        execute.run_stage(config)
+        local.run_stage(config)
     sender.join()
     assert signal.getsignal(order) == before
-    assert not left_over(execute.job_folder_of(config))
+    assert not left_over(Output(config).folder)
     return error.value
 
 
@@ -251,7 +249,7 @@ def test_a_signal_reaches_a_rank_that_can_stop(tmp_path):
 def test_a_signal_reaches_every_rank_that_can_stop(tmp_path):
     config = job(tmp_path, "stoppable", tensor=2)
     assert str(signalled(tmp_path, config, signal.SIGUSR1, 2)) == "stopped by SIGUSR1"
-    results = read_results(execute.job_folder_of(config))
+    results = read_results(Output(config).folder)
     assert [result.error for result in results] == ["PreemptedError"] * 2
 
 
@@ -262,20 +260,20 @@ def test_a_signal_ends_what_cannot_stop_in_order(tmp_path):
 
 def test_an_earlier_jobs_results_do_not_count(tmp_path):
     config = job(tmp_path, "crash")
-    folder = execute.job_folder_of(config)
+    folder = Output(config).folder
     with pytest.raises(StageCrashError):
-        execute.run_stage(config)
-    execute.run_stage(job(tmp_path))
+        local.run_stage(config)
+    local.run_stage(job(tmp_path))
     assert [result.status for result in read_results(folder)] == ["done"]
 
 
 def test_an_output_that_is_there_is_kept(tmp_path):
     config = job(tmp_path)
-    execute.run_stage(config)
+    local.run_stage(config)
     with pytest.raises(ConfigError, match="already exists; choose another output or pass --overwrite"):
-        execute.run_stage(config)
+        local.run_stage(config)
     config.overwrite, config.runtime.seed = True, 9
-    execute.run_stage(config)
+    local.run_stage(config)
     assert (Path(config.output) / "result.txt").read_text() == "9"
 
 
@@ -284,5 +282,5 @@ def test_overwriting_spares_what_is_not_ours(tmp_path):
     Path(config.output).mkdir()
     (Path(config.output) / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="was not written by minitron"):
-        execute.run_stage(config)
+        local.run_stage(config)
     assert (Path(config.output) / "thesis.tex").exists()

@@ -18,10 +18,10 @@ from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.fingerprint import model_fingerprint
-from nemo_minitron.checkpoints.hf_blocks import ffn_size, read_blocks, write_blocks
-from nemo_minitron.checkpoints.hf_config import from_hf, to_hf
-from nemo_minitron.checkpoints.torch_dist import TorchDist, checkpoint_of
-from nemo_minitron.checkpoints.torch_dist_writer import write_torch_dist
+from nemo_minitron.checkpoints.formats.huggingface.blocks import ffn_size, read_blocks, write_blocks
+from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
+from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
+from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.planning import Model, stage_parameters
 from nemo_minitron.planning.memory import MemoryCost, Workload
@@ -390,7 +390,8 @@ def test_formats_refuse_before_they_write(tmp_path):
 
 
 def test_live_models_scores_and_rounds_refuse(tmp_path):
-    from nemo_minitron.distillation.pair import check_model
+    from nemo_minitron.distillation.compatibility import check_model
+
     from nemo_minitron.importance import magnitude_scores
     from nemo_minitron.pruning import DepthPrune, WidthPrune
     from nemo_minitron.runtime.device import decide

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nemo_minitron.config import LossConfig
-from nemo_minitron.distillation.cache import (
+from nemo_minitron.distillation.losses.kernels import TopTokens
+from nemo_minitron.distillation.teachers.cached import cached_loss
+from nemo_minitron.distillation.teachers.logit_cache import (
     LogitCache,
     Manifest,
     decode_logits,
@@ -19,8 +21,6 @@ from nemo_minitron.distillation.cache import (
     sample_keys,
     write_shard,
 )
-from nemo_minitron.distillation.cached_teacher import cached_loss
-from nemo_minitron.distillation.divergences import TopTokens
 from nemo_minitron.errors import ConfigError, DataError
 
 SEQUENCE = 6

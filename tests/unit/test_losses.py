@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from nemo_minitron.config import LossConfig
 from nemo_minitron.config.parts import LOGIT_LOSSES
-from nemo_minitron.distillation import divergences, losses, vocabulary_parallel
-from nemo_minitron.distillation.losses import forward_kl
-from nemo_minitron.distillation.vocabulary_parallel import (
+from nemo_minitron.distillation.losses import kernels, reference, vocabulary_parallel
+from nemo_minitron.distillation.losses.reference import forward_kl
+from nemo_minitron.distillation.losses.vocabulary_parallel import (
     vocabulary_parallel_cross_entropy,
     vocabulary_parallel_forward_kl,
     vocabulary_parallel_loss,
@@ -69,12 +69,12 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert teacher.grad is None
 
 
-def reference(loss: LossConfig, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def expected_loss(loss: LossConfig, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     plain = {
-        "forward_kl": losses.forward_kl,
-        "reverse_kl": losses.reverse_kl,
-        "jensen_shannon": partial(losses.jensen_shannon, beta=loss.beta),
-        "top_k": partial(losses.top_k_kl, k=loss.k),
+        "forward_kl": reference.forward_kl,
+        "reverse_kl": reference.reverse_kl,
+        "jensen_shannon": partial(reference.jensen_shannon, beta=loss.beta),
+        "top_k": partial(reference.top_k_kl, k=loss.k),
     }[loss.kind]
     return plain(student, teacher, temperature=loss.temperature)
 
@@ -115,15 +115,15 @@ def test_chunked_form_equals_the_reference(
     weights = torch.rand(tokens, dtype=torch.float64)
     labels = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(seed))
     plain = student[:, :vocab].clone().requires_grad_()
-    divergence = reference(loss, plain, teacher[:, :vocab])
-    cross_entropy = losses.cross_entropy(plain, labels)
+    divergence = expected_loss(loss, plain, teacher[:, :vocab])
+    cross_entropy = reference.cross_entropy(plain, labels)
     total = (1 - loss.label_weight) * divergence + loss.label_weight * cross_entropy
     (total * weights).sum().backward()
 
     leaf = student.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vocabulary_parallel.CHUNK_BYTES, "cpu", chunk * (vocab + padding) * 8)
-        patch.setitem(divergences.BLOCK_BYTES, "cpu", max(1, chunk // 2) * vocab * 8)
+        patch.setitem(kernels.BLOCK_BYTES, "cpu", max(1, chunk // 2) * vocab * 8)
         # In place only a computed tensor may be overwritten, as a leaf's value would be lost.
         found = vocabulary_parallel_loss(
             leaf * 1, teacher, group, vocab_size=vocab, loss=loss, labels=labels if labelled else None, inplace=inplace
@@ -156,7 +156,7 @@ def test_a_top_k_teacher_is_as_good_as_its_logits(
         leaf = student.clone().requires_grad_()
         found = vocabulary_parallel_loss(leaf, given_teacher, group, vocab_size=vocab, loss=loss)
         found.total.sum().backward()
-        expected = losses.top_k_kl(student, teacher, k=k, temperature=temperature)
+        expected = reference.top_k_kl(student, teacher, k=k, temperature=temperature)
         torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=1e-11)
         if given_teacher is top:
             first = leaf.grad
@@ -169,23 +169,23 @@ def test_divergences_are_ordered_as_theory_says() -> None:
     student, teacher = logits(8, 20, 5)
     previous = torch.zeros(8, dtype=torch.float64)
     for k in range(1, 21):
-        loss = losses.top_k_kl(student, teacher, k=k)
+        loss = reference.top_k_kl(student, teacher, k=k)
         assert (loss >= previous - 1e-12).all()
         previous = loss
     torch.testing.assert_close(previous, forward_kl(student, teacher))
     # Limits of Jensen-Shannon, and its symmetry
     small = 1e-6
     torch.testing.assert_close(
-        losses.jensen_shannon(student, teacher, beta=small) / small, forward_kl(student, teacher), rtol=5e-3, atol=0
+        reference.jensen_shannon(student, teacher, beta=small) / small, forward_kl(student, teacher), rtol=5e-3, atol=0
     )
     torch.testing.assert_close(
-        losses.jensen_shannon(student, teacher, beta=1 - small) / small,
-        losses.reverse_kl(student, teacher), rtol=5e-3, atol=0,
+        reference.jensen_shannon(student, teacher, beta=1 - small) / small,
+        reference.reverse_kl(student, teacher), rtol=5e-3, atol=0,
     )  # fmt: skip
     torch.testing.assert_close(
-        losses.jensen_shannon(student, teacher, beta=0.3), losses.jensen_shannon(teacher, student, beta=0.7)
+        reference.jensen_shannon(student, teacher, beta=0.3), reference.jensen_shannon(teacher, student, beta=0.7)
     )
-    torch.testing.assert_close(losses.reverse_kl(student, teacher), forward_kl(teacher, student))
+    torch.testing.assert_close(reference.reverse_kl(student, teacher), forward_kl(teacher, student))
 
 
 @pytest.mark.parametrize("kind", LOGIT_LOSSES)
@@ -196,7 +196,7 @@ def test_certain_models_stay_finite_in_float32(group: dist.ProcessGroup, kind: s
     loss = LossConfig(kind, k=2)
     found = vocabulary_parallel_loss(student, teacher, group, vocab_size=4, loss=loss)
     found.total.sum().backward()
-    exact = reference(loss, student.detach().double(), teacher.double())
+    exact = expected_loss(loss, student.detach().double(), teacher.double())
     torch.testing.assert_close(found.total.detach().double(), exact, rtol=1e-6, atol=1e-6)
     assert student.grad is not None and torch.isfinite(student.grad).all()
 
@@ -206,7 +206,7 @@ def test_ignored_labels_are_finite_and_leave_a_plain_softmax(group: dist.Process
     ignored = torch.tensor([2, -100, 5])
     loss = vocabulary_parallel_cross_entropy(student, ignored, group, vocab_size=6)
     assert torch.isfinite(loss).all()
-    torch.testing.assert_close(loss[[0, 2]], losses.cross_entropy(student[[0, 2]], ignored[[0, 2]]))
+    torch.testing.assert_close(loss[[0, 2]], reference.cross_entropy(student[[0, 2]], ignored[[0, 2]]))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_low_precision_logits_are_summed_in_float32(
     group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, temperature: float, inplace: bool
 ) -> None:
     """Their gradient is rounded once, when it is written."""
-    monkeypatch.setitem(divergences.BLOCK_BYTES, "cpu", 3 * 500 * 4)
+    monkeypatch.setitem(kernels.BLOCK_BYTES, "cpu", 3 * 500 * 4)
     student, teacher = (x.to(torch.bfloat16) for x in logits(16, 500, 3))
     leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     loss = vocabulary_parallel_forward_kl(

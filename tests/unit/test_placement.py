@@ -18,7 +18,8 @@ from support.distributed import run_distributed
 from support.meta import rank_of_world
 from support.tier_cases import checkpoint_of, positions_of
 
-from nemo_minitron.runtime import cpu, cpu_torch
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.cpu import torch_patches
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -42,7 +43,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @contextmanager
 def _meta_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cpu.activate()
-    monkeypatch.setattr(cpu_torch, "CPU", META)
+    monkeypatch.setattr(torch_patches, "CPU", META)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self.to(META))
     try:
         with rank_of_world(ParallelLayout(), 0) as found:
@@ -75,7 +76,7 @@ def _dense_models() -> int:
 
 def _dense_model(groups: Any, family: str, dtype: torch.dtype) -> None:
     from nemo_minitron.checkpoints import load_into
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_cross_entropy
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
     from nemo_minitron.runtime.model import build_model
 
     checkpoint = checkpoint_of(family)
@@ -101,7 +102,7 @@ def test_a_router_is_not_left_on_the_cpu(groups: Any) -> None:
 @pytest.mark.parametrize("label_weight", [0.0, 0.3])
 def test_no_loss_mixes_devices(groups: Any, kind: str, label_weight: float) -> None:
     from nemo_minitron.config import LossConfig
-    from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_loss
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_loss
 
     student = torch.empty(6, 2, 256, device=META, requires_grad=True)
     teacher, labels = torch.empty(6, 2, 256, device=META), torch.zeros(6, 2, dtype=torch.int64, device=META)

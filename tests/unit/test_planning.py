@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from nemo_minitron import axes
+from nemo_minitron.cli.plan import read_cluster, read_subject, show_plan, trainings_of, write_pipeline
 from nemo_minitron.config import ClusterConfig, ParallelConfig, load_pipeline
 from nemo_minitron.errors import ConfigError, ShapeError
 from nemo_minitron.planning import (
@@ -29,7 +30,6 @@ from nemo_minitron.planning import (
     stage_parameters,
 )
 from nemo_minitron.shape import Architecture, ModelShape
-from nemo_minitron.stages.costs import read_cluster, read_subject, show_plan, trainings_of, write_pipeline
 
 STUDENT = Model(ModelShape(8, 512, 1024, 8, 4, 64, 1000))
 TEACHER = Model(ModelShape(10, 768, 2048, 8, 4, 64, 1000))
@@ -239,7 +239,7 @@ def test_tables(tmp_path):
 
 def test_checkpoints_that_are_there_are_planned_by_their_sizes(tmp_path):
     """An HF directory, and a NeMo 2 one; a student in a configuration of its own."""
-    from nemo_minitron.checkpoints.hf_config import to_hf
+    from nemo_minitron.checkpoints.formats.huggingface.config import to_hf
 
     (tmp_path / "hf").mkdir()
     (tmp_path / "own").mkdir()
@@ -258,7 +258,7 @@ def test_checkpoints_that_are_there_are_planned_by_their_sizes(tmp_path):
 def test_a_plan_starts_without_the_heavy_stack():
     """No torch, and in the time that the imports of a configuration take."""
     code = (
-        "import sys; from rich.console import Console; from nemo_minitron.stages.costs import show_plan\n"
+        "import sys; from rich.console import Console; from nemo_minitron.cli.plan import show_plan\n"
         "show_plan('mistral-nemo-minitron-8b', [], Console(), plot=None, save=None, rows=3)\n"
         "heavy = {'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -13,13 +13,13 @@ from support.peak import modelled, peak_of_a_step
 def test_within_ten_percent_of_what_a_step_holds(monkeypatch):
     """Weights, gradients, optimizer, activations and teacher together; in groups of fake processes, whose collectives
     move nothing and allocate as real ones do."""
-    from nemo_minitron.distillation import divergences, vocabulary_parallel
+    from nemo_minitron.distillation.losses import kernels, vocabulary_parallel
     from nemo_minitron.runtime import cpu
     from nemo_minitron.runtime.groups import ParallelLayout
 
     # The losses' buffers are a constant beside real logits; beside these tiny ones they would be as large.
     monkeypatch.setattr(vocabulary_parallel, "CHUNK_BYTES", {"cpu": 16 * 512 * 4 * 4, "cuda": 0})
-    monkeypatch.setattr(divergences, "BLOCK_BYTES", {"cpu": 16 * 512 * 4, "cuda": 0})
+    monkeypatch.setattr(kernels, "BLOCK_BYTES", {"cpu": 16 * 512 * 4, "cuda": 0})
     full, half = torch.float32, torch.bfloat16
     cases = [("llama", full, True, recompute, 2) for recompute in ("none", "selective", "full")]
     cases += [

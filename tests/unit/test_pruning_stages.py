@@ -26,7 +26,7 @@ from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeE
 from nemo_minitron.pruning import load_kept
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.stages import export, import_, prune, score
-from nemo_minitron.stages.conversion import format_faults
+from nemo_minitron.stages.shared.checkpoints import format_faults
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import yaml
 from support.run_dir import LOSSES, write_evaluation, write_run, write_stage
 from typer.testing import CliRunner
 
-from nemo_minitron.cli import app
+from nemo_minitron.cli.app import app
 from nemo_minitron.config import ReportConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.report import collect
@@ -80,7 +80,7 @@ def test_the_command_takes_directories(runs: tuple[Path, Path], monkeypatch: pyt
         seen.append(config)
         return {"name": "report", "seconds": 0.0}
 
-    monkeypatch.setattr("nemo_minitron.stages.execute.run_stage", run_stage)
+    monkeypatch.setattr("nemo_minitron.jobs.local.run_stage", run_stage)
     one, two = map(str, runs)
     for words in ([one], [one, two], [one, two, "output=here", "title=A, B"]):
         done = CliRunner().invoke(app, ["report", *words])

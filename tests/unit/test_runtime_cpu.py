@@ -176,8 +176,8 @@ def test_every_patch_stands_in_the_documentation(repository: Path) -> None:
 WHOLE_STACK = """
 import importlib, inspect, os
 from functools import reduce
-from nemo_minitron.runtime import cpu, quiet
-from nemo_minitron.runtime.patching import PatchSet
+from nemo_minitron.runtime import cpu; from nemo_minitron.runtime.cpu import quiet
+from nemo_minitron.runtime.cpu.patching import PatchSet
 quiet.quiet()
 patches = PatchSet(cpu.patches()).patches  # those for the installed versions
 modules = {name: importlib.import_module(name) for name in dict.fromkeys(patch.module for patch in patches)}

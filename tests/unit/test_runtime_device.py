@@ -109,13 +109,13 @@ def test_a_cuda_device_without_apex_and_transformer_engine_is_made_complete(monk
     here = cpu.prepare()
     assert here.is_cuda
     assert not cpu.is_active()
-    applied = cpu._state["patches"].patches
+    applied = cpu.layer._state["patches"].patches
     assert {patch.lacking for patch in applied} == {"apex", "transformer_engine"}
     assert not [patch for patch in applied if patch.module.startswith("torch")]
     cpu.deactivate()
     cuda(monkeypatch, engine=True)
     cpu.prepare()
-    assert {patch.lacking for patch in cpu._state["patches"].patches} == {"apex"}
+    assert {patch.lacking for patch in cpu.layer._state["patches"].patches} == {"apex"}
 
 
 # torch's own checks, with CUDA compiled in and no device to be seen: what the ordinary wheel is on a laptop.

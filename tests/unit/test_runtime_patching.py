@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.runtime.patching import Patch, PatchSet
+from nemo_minitron.runtime.cpu.patching import Patch, PatchSet
 
 SOURCE = """
 def plain():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_minitron.runtime import quiet
+from nemo_minitron.runtime.cpu import quiet
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from nemo_minitron.errors import MissingDependency, ShapeError
+from nemo_minitron.jobs.needs import _NEEDS, check_needs, needs_of
 from nemo_minitron.runtime import requirements, versions
-from nemo_minitron.runtime.patching import Patch, PatchSet
-from nemo_minitron.stages.needs import _NEEDS, check_needs, needs_of
+from nemo_minitron.runtime.cpu.patching import Patch, PatchSet
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,15 +13,16 @@ import pytest
 import yaml
 from support.checkpoints import tiny_checkpoint
 
+from nemo_minitron.cli.plan import write_pipeline
+from nemo_minitron.cli.time_limits import time_warnings
 from nemo_minitron.config import SlurmConfig, load_pipeline, load_slurm
 from nemo_minitron.config.paths import absolute, paths_of
 from nemo_minitron.config.slurm import CpuConfig, seconds_of
 from nemo_minitron.errors import ConfigError, PreemptedError
+from nemo_minitron.jobs.launch import failure, save_result
+from nemo_minitron.jobs.slurm_checks import input_faults, mount_faults
+from nemo_minitron.jobs.slurm_submit import _SRUN, jobs_of
 from nemo_minitron.planning import load_recipe, recipe_names
-from nemo_minitron.runtime.launch import failure, save_result
-from nemo_minitron.stages.costs import write_pipeline
-from nemo_minitron.stages.submission import input_faults, mount_faults, time_warnings
-from nemo_minitron.stages.submit import _SRUN, jobs_of
 
 PIPELINE = """
 output: runs/tiny

@@ -11,8 +11,8 @@ import torch
 from nemo_minitron.alignment.attribute_model import load_attribute_model, save_attribute_model, to_values
 from nemo_minitron.config import AttributesConfig, ChatDataConfig, load
 from nemo_minitron.config.stages.steering import ReinforceConfig, RewardConfig, Steerlm2Config, SteerlmConfig
-from nemo_minitron.data.attributes import SCHEMAS, AttributeSchema
-from nemo_minitron.data.labelled import labelled_chats
+from nemo_minitron.data.chat.attributes import SCHEMAS, AttributeSchema
+from nemo_minitron.data.chat.labelled import labelled_chats
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MissingDependency
 
 SCHEMA = AttributeSchema("own", ("wit", "length"), 4)
@@ -142,7 +142,7 @@ def test_tensorrt_llm_is_stood_for_only_within_the_block() -> None:
     import importlib
     import sys
 
-    from nemo_minitron.runtime.tensorrt_llm import optional
+    from nemo_minitron.runtime.cpu.tensorrt_llm import optional
 
     name = "nemo_aligner.utils.trt_llm"
     assert name not in sys.modules

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from nemo_minitron.distillation.documents import block_starts, model_inputs, starts_of_positions
-from nemo_minitron.distillation.placement import Transfer, deliver
+from nemo_minitron.distillation.teachers.documents import block_starts, model_inputs, starts_of_positions
+from nemo_minitron.distillation.teachers.placement import Transfer, deliver
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import ModelShape, padded_vocab
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_minitron.distillation.outputs import Trained, finished, remove_unfinished
+from nemo_minitron.distillation.training.outputs import Trained, finished, remove_unfinished
 
 
 def make(folder: Path, *names: str) -> None:

@@ -9,7 +9,7 @@ from nemo_minitron.config.parts.checks import BALANCES, LOGIT_LOSSES, STATE_LOSS
 
 @dataclass
 class LossConfig:
-    """The loss of a token's logits, as defined in :mod:`nemo_minitron.distillation.losses`.
+    """The loss of a token's logits, as defined in :mod:`nemo_minitron.distillation.losses.reference`.
 
     Attributes:
         kind: "forward_kl" (the papers' choice), "reverse_kl", "jensen_shannon" or "top_k" (the teacher's likeliest
@@ -59,7 +59,7 @@ class CorrectionConfig:
 
 @dataclass
 class IntermediateConfig:
-    """Losses between the states inside the two models, as in :mod:`nemo_minitron.distillation.intermediate`.
+    """Losses between the states inside the two models, as in :mod:`nemo_minitron.distillation.losses.states`.
 
     Attributes:
         hidden: "mse" or "cosine" between the hidden states that leave the mapped layers, the mean over these layers;

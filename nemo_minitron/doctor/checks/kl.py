@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.distillation.vocabulary_parallel import vocabulary_parallel_forward_kl
+from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_forward_kl
 from nemo_minitron.doctor.checks import Context
 from nemo_minitron.shape import padded_vocab
 

@@ -70,7 +70,7 @@ def hanging(module: Any) -> None:
 
 FAULTS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "weights": ("nemo_minitron.checkpoints.live", weights),
-    "gradient": ("nemo_minitron.distillation.vocabulary_parallel", gradient),
+    "gradient": ("nemo_minitron.distillation.losses.vocabulary_parallel", gradient),
     "resume": ("nemo_minitron.distillation.recipe", resume),
     "dropped": ("torch.distributed", dropped),
     "killed": ("nemo_minitron.importance.score", killed),

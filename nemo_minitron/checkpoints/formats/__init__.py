@@ -1,0 +1,1 @@
+"""Checkpoint formats: a package or a module each."""

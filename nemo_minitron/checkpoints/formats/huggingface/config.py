@@ -1,0 +1,191 @@
+"""HF ``config.json`` <-> (:class:`ModelShape`, :class:`Architecture`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
+from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES, HFFamily, hf_family
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.shape import Architecture, ModelShape
+
+__all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
+
+ROPE_SCALING = ("default", "llama3")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object on disk.
+
+    Raises:
+        CheckpointError: if it is missing or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__} where a JSON object is needed")
+    return content
+
+
+def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architecture]:
+    """Sizes and constants out of a parsed ``config.json``.
+
+    Keys that the file leaves out take the defaults of transformers' configuration classes.
+
+    Raises:
+        CheckpointError: for a foreign architecture or a feature that the family's table does not have; all of them
+            are named in one message.
+    """
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    readers = {name: (key, family) for key, family in HF_FAMILIES.items() for name in family.reads}
+    name = next((name for name in readers if name in names), None)
+    if name is None:
+        raise CheckpointError(
+            f"{source}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(readers)}"
+        )
+    key, family = readers[name]
+    config = {**family.reads[name], **config}
+    if found := _unsupported(config, family):
+        raise CheckpointError(f"{source}: " + "; ".join(found))
+    rope = config["rope_scaling"]
+    try:
+        heads, width = config["num_attention_heads"], config["intermediate_size"]
+        groups, layers = config["num_key_value_heads"] or heads, None
+        if family.by_layer is not None and name == family.by_layer[0]:
+            layers = read_blocks(config)
+            # stand for no layer: each block has its own
+            width, groups = 1, heads
+        shape = ModelShape(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=width,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=config["head_dim"] or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            tied_embeddings=bool(config["tie_word_embeddings"]),
+            num_moe_experts=config["num_local_experts"] if family.expert else None,
+            layers=layers,
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"{source} lacks {error}; it is not a complete {family.model_type} configuration"
+        ) from None
+    except (CheckpointError, ShapeError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    architecture = Architecture(
+        family=key,
+        norm_epsilon=config[family.epsilon],
+        rotary_base=float(config["rope_theta"]),
+        rotary_percent=float(config["partial_rotary_factor"]),
+        rotary_scaling=None if _rope_type(rope) == "default" else rope,
+        max_position_embeddings=config["max_position_embeddings"],
+        bos_token_id=config["bos_token_id"],
+        eos_token_id=config["eos_token_id"],
+        pad_token_id=config["pad_token_id"],
+        moe_router_topk=config["num_experts_per_tok"] if family.expert else None,
+        moe_aux_loss_coeff=config["router_aux_loss_coef"] if family.expert else 0.0,
+    )
+    if faults := architecture.faults(shape):
+        raise CheckpointError(f"{source}: {faults[0]}")
+    return shape, architecture
+
+
+def _unsupported(config: dict[str, Any], family: HFFamily) -> list[str]:
+    """Everything in a configuration that the family's table does not stand for."""
+    rope, positions = config["rope_scaling"], config["max_position_embeddings"]
+    found = [
+        f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
+        for key, value in family.needs.items()
+        if config[key] != value
+    ]
+    if _rope_type(rope) not in ROPE_SCALING:
+        found.append(
+            f"rope_scaling of type {_rope_type(rope)!r} is not supported; supported: {', '.join(ROPE_SCALING)}"
+        )
+    if config["partial_rotary_factor"] != 1 and not family.partial_rotary:
+        found.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    if window is not None and window < positions:
+        found.append(
+            f"sliding_window={window} is not supported; if no sequence will be longer than {window} tokens, set "
+            f"sliding_window to null and max_position_embeddings to {window}"
+        )
+    if config.get("quantization_config"):
+        found.append("quantized weights are not supported; dequantize the model first")
+    return found
+
+
+def _rope_type(rope: dict[str, Any] | None) -> str:
+    return (rope.get("rope_type") or rope.get("type") or "default") if rope else "default"
+
+
+def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
+    """Why a ``config.json`` of the family cannot state the layers of a shape; empty if it can."""
+    if shape.uniform or hf_family(architecture.family).by_layer is not None:
+        return []
+    able = ", ".join(name for name, family in HF_FAMILIES.items() if family.by_layer is not None)
+    return [
+        f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of these "
+        f"it has: {able})"
+    ]
+
+
+def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[str, Any]:
+    """The ``config.json`` of a model of these sizes whose tensors are stored as ``dtype``.
+
+    ``head_dim`` is always explicit, because pruning leaves ``heads * head_dim`` and ``hidden`` unequal; transformers
+    reads it in every family here. A model whose layers have sizes of their own is written as NVIDIA's Llama-Nemotron
+    models are, with ``block_configs``.
+
+    Raises:
+        CheckpointError: if the family has no form of such layers.
+    """
+    family = hf_family(architecture.family)
+    kind, blocks = (family.architecture, family.model_type), {}
+    if not shape.uniform:
+        if faults := layer_faults(shape, architecture):
+            raise CheckpointError(faults[0])
+        assert family.by_layer is not None
+        kind, blocks = family.by_layer, {"block_configs": write_blocks(shape)}
+    config: dict[str, Any] = {
+        "architectures": [kind[0]],
+        "model_type": kind[1],
+        "attention_dropout": 0.0,
+        "bos_token_id": architecture.bos_token_id,
+        "eos_token_id": architecture.eos_token_id,
+        "pad_token_id": architecture.pad_token_id,
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": None if blocks else shape.ffn_hidden_size,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": None if blocks else shape.num_query_groups,
+        family.epsilon: architecture.norm_epsilon,
+        "rope_scaling": architecture.rotary_scaling,
+        "rope_theta": architecture.rotary_base,
+        "sliding_window": None,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+        **family.writes,
+        **blocks,
+    }
+    if family.partial_rotary:
+        config["partial_rotary_factor"] = architecture.rotary_percent
+    if family.expert:
+        config |= {
+            "num_local_experts": shape.num_moe_experts,
+            "num_experts_per_tok": architecture.moe_router_topk,
+            "router_aux_loss_coef": architecture.moe_aux_loss_coeff,
+        }
+    return config

@@ -1,0 +1,325 @@
+"""The Hugging Face door: a directory with ``config.json``, safetensors (or ``pytorch_model.bin``) and a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.huggingface import names as naming
+from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
+from nemo_minitron.checkpoints.record import read_record, write_record
+from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
+from nemo_minitron.checkpoints.weights import DTYPES, CastWeights, dtype_name, largest_part, writing_order
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HFWeights", "open_hf", "write_hf"]
+
+Progress = Callable[[str, int, int], None]
+
+SMALLEST_SHARD = 32 * 2**20
+"""Bytes below which models are not split over files, whatever the size of their layers."""
+
+
+def open_hf(path: Path) -> Checkpoint:
+    """Open a HF directory. Reads headers only; tensors come later, one at a time.
+
+    Raises:
+        CheckpointError: missing or truncated file, foreign architecture, tensor that is absent, unexpected or of
+            another shape than the configuration says, tokenizer that does not fit.
+    """
+    shape, architecture = from_hf(read_json(path / "config.json"), path / "config.json")
+    tensors = _find_tensors(path)
+    weights = HFWeights(path, shape, architecture.family, tensors)
+    weights.check()
+    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
+    record = read_record(path)
+    lineage: dict[str, Any] = {}
+    if record is not None:
+        if record.shape != shape:
+            raise CheckpointError(
+                f"{path}: minitron.json describes {record.shape} but config.json {shape}; "
+                f"one of them was edited, restore it"
+            )
+        lineage = record.lineage
+    tokenizer = find_tokenizer(path)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, shape.vocab_size)
+    return Checkpoint(shape, architecture, weights, tokenizer, path, "hf", lineage)
+
+
+@dataclasses.dataclass(frozen=True)
+class HFWeights:
+    """Lazily read tensors of a HF directory under canonical names. Implements ``Weights``.
+
+    Memory: safetensors are mapped, so a tensor that HF stores as one piece costs no copy until it is used; a merged
+    tensor (QKV, gate/up) holds its parts and the result.
+
+    Attributes:
+        path: the directory.
+        shape, family: the model's.
+        files: HF tensor name -> file that holds it.
+    """
+
+    path: Path
+    shape: ModelShape
+    family: str
+    files: Mapping[str, Path]
+
+    def names(self) -> Sequence[str]:
+        """Canonical names in the order of the forward pass."""
+        return [entry.name for entry in axes.parameters(axes.family(self.family), self.shape)]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The canonical tensor, in the stored dtype.
+
+        Raises:
+            CheckpointError: if one of its parts is missing, truncated, or of the wrong shape.
+        """
+        entry = axes.entry(axes.family(self.family), self.shape, name)
+        parts = []
+        for part, expected in self._parts(entry).items():
+            found = self._read(part)
+            if tuple(found.shape) != expected:
+                raise _wrong_shape(self.files[part], part, tuple(found.shape), expected)
+            parts.append(found)
+        return naming.merge(entry.row.axes, parts, entry.sizes)
+
+    def check(self) -> None:
+        """Compare the stored names and shapes with the configuration, from the headers alone.
+
+        Raises:
+            CheckpointError: naming the first tensors that do not agree.
+        """
+        table = axes.family(self.family)
+        expected: dict[str, tuple[int, ...]] = {}
+        for entry in axes.parameters(table, self.shape):
+            expected |= self._parts(entry)
+        if missing := [name for name in expected if name not in self.files]:
+            raise CheckpointError(
+                f"{self.path}: {len(missing)} tensors that config.json asks for are missing, "
+                f"{_first(missing)}; the download is incomplete or the configuration is not this model's"
+            )
+        tied = naming.hf_names(self.family, table.output) if self.shape.tied_embeddings else ()
+        unexpected = [
+            name
+            for name in self.files
+            if name not in expected and name not in tied and not naming.IGNORED_HF.search(name)
+        ]
+        if unexpected:
+            raise CheckpointError(
+                f"{self.path}: {len(unexpected)} tensors have no place in a {self.family} model of this configuration, "
+                f"{_first(unexpected)}; check num_hidden_layers, and that it has no biases but its family's"
+            )
+        for name, (found, _) in self._headers().items():
+            if name in expected and found != expected[name]:
+                raise _wrong_shape(self.files[name], name, found, expected[name])
+
+    def dtype(self) -> str:
+        """The dtype that holds all stored tensors."""
+        return dtype_name([dtype for _, dtype in self._headers().values()], str(self.path))
+
+    def _parts(self, entry: axes.Entry) -> dict[str, tuple[int, ...]]:
+        """HF names and shapes of what a canonical tensor is made of, in order."""
+        shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
+        return dict(zip(naming.hf_names(self.family, entry.name), shapes, strict=True))
+
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """HF name -> shape and dtype, without reading data."""
+        import torch
+
+        stored = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+            "I8": torch.int8,
+            "U8": torch.uint8,
+            "I32": torch.int32,
+            "I64": torch.int64,
+        }
+        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for file in dict.fromkeys(self.files.values()):
+            if file.suffix == ".safetensors":
+                with _safe_open(file) as handle:
+                    for name in handle.keys():  # noqa: SIM118 (not a dict)
+                        part = handle.get_slice(name)
+                        if part.get_dtype() not in stored:
+                            raise CheckpointError(f"{file}: {name} has dtype {part.get_dtype()}, not supported")
+                        out[name] = (tuple(part.get_shape()), stored[part.get_dtype()])
+            else:
+                out |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _torch_load(file).items()}
+        return out
+
+    def _read(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete")
+        file = self.files[name]
+        if file.suffix != ".safetensors":
+            return _torch_load(file)[name]
+        with _safe_open(file) as handle:
+            return handle.get_tensor(name)
+
+
+def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: Progress | None = None) -> None:
+    """Write a HF directory into ``directory`` (which this creates; callers write aside).
+
+    Tensors are read, split and written one after the other, those outside the layers first. A shard is closed before it
+    would exceed one layer or one embedding, whichever is larger (or :data:`SMALLEST_SHARD`), so no more than that is
+    held at a time.
+
+    Raises:
+        CheckpointError: if transformers does not know the family, or no form of it whose layers differ in size.
+    """
+    shape, table = checkpoint.shape, checkpoint.family
+    config = to_hf(shape, checkpoint.architecture, dtype=dtype)
+    directory.mkdir(parents=True)
+    limit = max(SMALLEST_SHARD, largest_part(checkpoint.architecture, shape) * DTYPES[dtype])
+    weights = CastWeights(checkpoint.weights, dtype)
+    expected = writing_order(checkpoint.architecture, shape)
+    pending: dict[str, torch.Tensor] = {}
+    held = total = 0
+    shards: list[list[str]] = []
+
+    def close() -> None:
+        nonlocal held
+        if pending:
+            shards.append(list(pending))
+            _save_shard(pending, directory / _shard_name(len(shards)))
+            pending.clear()
+            held = 0
+
+    for index, (name, size) in enumerate(expected.items()):
+        count = DTYPES[dtype]
+        for length in size:
+            count *= length
+        if held + count > limit:
+            close()
+        tensor = weights.tensor(name)
+        if tuple(tensor.shape) != size:
+            raise _wrong_shape(checkpoint.path, name, tuple(tensor.shape), size)
+        entry = axes.entry(table, shape, name)
+        parts = naming.split(entry.row.axes, tensor, entry.sizes)
+        pending |= dict(zip(naming.hf_names(table.name, name), parts, strict=True))
+        held, total = held + count, total + count
+        del tensor, parts
+        if progress is not None:
+            progress(name, index + 1, len(expected))
+    close()
+    _name_shards(directory, shards, total)
+    _write_json(directory / "config.json", config)
+    ids = {
+        key: value
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if (value := getattr(checkpoint.architecture, key)) is not None
+    }
+    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    if checkpoint.tokenizer is not None:
+        check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
+        copy_tokenizer(checkpoint.tokenizer, directory)
+    write_record(checkpoint, directory, dtype=dtype, form="hf")
+
+
+def _find_tensors(path: Path) -> dict[str, Path]:
+    """HF tensor name -> file, in the order of preference safetensors, sharded safetensors, pytorch_model.bin."""
+    if (path / "model.safetensors").is_file():
+        with _safe_open(path / "model.safetensors") as handle:
+            return dict.fromkeys(handle.keys(), path / "model.safetensors")
+    if (path / "pytorch_model.bin").is_file():
+        return dict.fromkeys(_torch_load(path / "pytorch_model.bin"), path / "pytorch_model.bin")
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if not (path / name).is_file():
+            continue
+        places = read_json(path / name).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{path / name} has no weight_map; restore the file")
+        files = {tensor: path / str(file) for tensor, file in places.items()}
+        for file in dict.fromkeys(files.values()):
+            if file.parent != path:
+                raise CheckpointError(f"{path / name} names {file}, which lies outside the checkpoint")
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing ({name} names it); the download is incomplete")
+        return files
+    raise CheckpointError(
+        f"{path} has a config.json but no weights; expected model.safetensors, model.safetensors.index.json "
+        f"or pytorch_model.bin"
+    )
+
+
+def _safe_open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def _torch_load(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.bin``, mapped, never unpickled beyond tensors."""
+    import torch
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{file} is truncated or holds more than tensors ({reason}); "
+            f"fetch it again, or convert it to safetensors where it was made"
+        ) from error
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # safetensors wraps the system's error as text; give the full disk back its number
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(28, "No space left on device", str(file)) from error
+        raise
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number}.safetensors"
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
+    """Give the shards the names that transformers looks for; the count is known only at the end."""
+    if len(shards) == 1:
+        (directory / _shard_name(1)).rename(directory / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (directory / _shard_name(number)).rename(directory / final)
+        places |= dict.fromkeys(names, final)
+    _write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _wrong_shape(where: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {name} has shape {list(found)} where the model's sizes ask for {list(expected)}; "
+        f"the configuration belongs to another model"
+    )
+
+
+def _first(names: list[str]) -> str:
+    return "such as " + ", ".join(names[:3])

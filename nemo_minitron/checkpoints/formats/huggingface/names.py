@@ -1,0 +1,84 @@
+"""Canonical names <-> Hugging Face names, one tensor at a time.
+
+A canonical tensor is made of one or several HF tensors. Which ones is said by
+:mod:`nemo_minitron.checkpoints.formats.huggingface.families`; how they are put together follows from the axis of the
+tensor's rows in :mod:`nemo_minitron.axes`: QKV rows go group by group, gated MLP rows are all gates and then all
+up-projections, every other tensor is one to one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nemo_minitron.axes import Axis
+from nemo_minitron.checkpoints.formats.huggingface.families import hf_family
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IGNORED_HF", "hf_names", "hf_shapes", "merge", "split"]
+
+IGNORED_HF = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Buffers that old transformers releases stored; they follow from the configuration."""
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+
+
+def hf_names(family: str, name: str) -> tuple[str, ...]:
+    """The HF tensors that a canonical tensor is made of, in the order in which :func:`merge` takes them."""
+    known, match = hf_family(family), _LAYER.fullmatch(name)
+    if match is None:
+        return (known.outer[name],)
+    layer, expert, rest = match.groups()
+    parts = known.layer[rest] if expert is None else [part.format(expert) for part in known.expert[rest]]
+    return tuple(f"model.layers.{layer}.{part}" for part in parts)
+
+
+def hf_shapes(axes: Sequence[Axis], shape: ModelShape) -> list[tuple[int, ...]]:
+    """Shapes of the HF tensors behind a canonical tensor with these axes, in the order of :func:`hf_names`.
+
+    Here and below ``shape`` has the sizes of the tensor's layer (:meth:`~nemo_minitron.shape.ModelShape.at`).
+    """
+    from nemo_minitron.axes import axis_size
+
+    rest = tuple(axis_size(axis, shape) for axis in axes[1:])
+    if axes[0] is Axis.QKV:
+        heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+        return [(heads, *rest), (groups, *rest), (groups, *rest)]
+    if axes[0] is Axis.GATED_FFN:
+        return [(shape.ffn_hidden_size, *rest)] * 2
+    return [(axis_size(axes[0], shape), *rest)]
+
+
+def merge(axes: Sequence[Axis], parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    """HF tensors -> the canonical tensor.
+
+    For QKV: query ``[heads * head_dim, h]``, key and value ``[groups * head_dim, h]`` ->
+    ``[groups * (heads_per_group + 2) * head_dim, h]``, each group being its query heads, its key, its value
+    (the row order of ``megatron.core.transformer.attention.SelfAttention.linear_qkv``).
+    Holds the parts and the result at once; a tensor of one part is returned as it is.
+    """
+    import torch
+
+    if axes[0] is Axis.QKV:
+        rest = parts[0].shape[1:]
+        grouped = [part.reshape(shape.num_query_groups, -1, *rest) for part in parts]
+        return torch.cat(grouped, dim=1).reshape(-1, *rest)
+    if axes[0] is Axis.GATED_FFN:
+        return torch.cat(list(parts))
+    return parts[0]
+
+
+def split(axes: Sequence[Axis], tensor: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
+    """The canonical tensor -> HF tensors, contiguous: the inverse of :func:`merge`."""
+    if axes[0] is Axis.QKV:
+        rest = tensor.shape[1:]
+        grouped = tensor.reshape(shape.num_query_groups, -1, *rest)
+        rows = [shape.heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim]
+        return [part.reshape(-1, *rest).contiguous() for part in grouped.split(rows, dim=1)]
+    if axes[0] is Axis.GATED_FFN:
+        return [part.contiguous() for part in tensor.chunk(2)]
+    return [tensor.contiguous()]

@@ -1,0 +1,1 @@
+"""``.nemo`` archives of NeMo 1, which NeMo-Aligner reads."""

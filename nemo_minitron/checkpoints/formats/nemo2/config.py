@@ -1,0 +1,285 @@
+"""NeMo 2's model configurations <-> (:class:`ModelShape`, :class:`Architecture`).
+
+What a family needs of a configuration follows from its axes table; :data:`NEMO_FAMILIES` adds NeMo's class names. The
+values written are those that NeMo's own importers from Hugging Face set (``nemo.collections.llm.gpt.model``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES
+from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
+from nemo_minitron.checkpoints.weights import torch_dtype
+from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.shape import Architecture, ModelShape
+
+__all__ = ["from_nemo2", "model_class", "nemo_config"]
+
+
+@dataclass(frozen=True)
+class NeMoFamily:
+    """A family in NeMo 2.
+
+    Attributes:
+        module: below ``nemo.collections.llm.gpt.model``.
+        config, model: classes in it that are written.
+        reads: beginnings of the names of configuration classes that may be of this family.
+        rotary_percent: what the configuration takes where a file is silent.
+    """
+
+    module: str
+    config: str
+    model: str
+    reads: tuple[str, ...]
+    rotary_percent: float = 1.0
+
+
+NEMO_FAMILIES: dict[str, NeMoFamily] = {
+    "llama": NeMoFamily(
+        "llama",
+        "LlamaConfig",
+        "LlamaModel",
+        ("LlamaConfig", "Llama2Config", "Llama3", "CodeLlamaConfig", "MistralConfig", "GPTConfig"),
+    ),
+    "qwen2": NeMoFamily("qwen2", "Qwen2Config", "Qwen2Model", ("Qwen2Config", "Qwen25Config", "GPTConfig")),
+    "qwen3": NeMoFamily("qwen3", "Qwen3Config", "Qwen3Model", ("Qwen3Config", "GPTConfig")),
+    "nemotron": NeMoFamily(
+        "nemotron", "NemotronConfig", "NemotronModel", ("Nemotron", "GPTConfig"), rotary_percent=0.5
+    ),
+    "mixtral": NeMoFamily("mixtral", "MixtralConfig", "MixtralModel", ("MixtralConfig", "GPTConfig")),
+}
+
+ACTIVATIONS = {"silu": "silu", "squared_relu": "squared_relu"}
+"""Name in the axes table -> end of the function's name in a ``model.yaml``."""
+
+PLAIN_ROUTING: dict[str, Any] = {
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_expert_capacity_factor": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_apply_probs_on_input": False,
+    "moe_layer_freq": 1,
+}
+"""Mixtral's router: a softmax over the logits of the chosen experts, in every layer."""
+
+NO_FUSIONS = dict.fromkeys(
+    (
+        "apply_rope_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "cross_entropy_loss_fusion",
+        "gradient_accumulation_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+    ),
+    False,
+)
+"""Written contexts must load where there is neither CUDA nor Transformer Engine; a recipe on GPUs turns them on."""
+
+
+def required(table: axes.Family) -> dict[str, Any]:
+    """What makes a NeMo model one of this family; a configuration that says otherwise is refused, silence is not."""
+    needs = {
+        "normalization": table.normalization,
+        "gated_linear_unit": table.gated,
+        "add_bias_linear": False,
+        "add_qkv_bias": table.qkv_bias,
+        "position_embedding_type": "rope",
+        "rotary_interleaved": False,
+        "qk_layernorm": table.qk_layernorm,
+        "layernorm_zero_centered_gamma": table.zero_centered_norm,
+        "multi_latent_attention": False,
+        "seq_len_interpolation_factor": None,
+    }
+    if not HF_FAMILIES[table.name].partial_rotary:
+        needs["rotary_percent"] = 1.0
+    return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
+
+
+def model_class(name: str) -> Any:
+    """NeMo's class of the models of a family, a ``nemo.collections.llm.GPTModel``.
+
+    Raises:
+        CheckpointError: if NeMo does not know the family.
+    """
+    known = _known(name)
+    return getattr(import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.model)
+
+
+def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, multiple: int, rows: int | None) -> Any:
+    """NeMo's configuration of a model: ``LlamaConfig`` (``Llama31Config`` where RoPE is scaled), ``Qwen2Config``, ...
+
+    Args:
+        shape, architecture: the model's.
+        dtype: of the parameters.
+        multiple: what NeMo pads the tokenizer's vocabulary to (times TP).
+        rows: fixed number of vocabulary rows; None lets NeMo derive it from the tokenizer for any TP.
+
+    Raises:
+        CheckpointError: if NeMo does not know the family, or has no scaled RoPE for it.
+    """
+    known, table, base = _known(architecture.family), axes.family(architecture.family), architecture.rotary_base
+    values: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "share_embeddings_and_output_weights": shape.tied_embeddings,
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "rotary_base": int(base) if float(base).is_integer() else base,
+        "rotary_percent": architecture.rotary_percent,
+        "seq_length": architecture.max_position_embeddings,
+        "make_vocab_size_divisible_by": multiple,
+        "vocab_size": rows,
+        "fp16": dtype == "float16",
+        "bf16": dtype == "bfloat16",
+        "params_dtype": torch_dtype(dtype),
+        "use_cpu_initialization": True,
+        **NO_FUSIONS,
+    }
+    if table.expert:
+        values |= {
+            "num_moe_experts": shape.num_moe_experts,
+            "moe_router_topk": architecture.moe_router_topk,
+            "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff,
+        }
+    module, name = import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.config
+    if (scaling := architecture.rotary_scaling) is not None:
+        if architecture.family != "llama":
+            raise CheckpointError(
+                f"NeMo has no scaled RoPE for the family {architecture.family!r}; write another format, or set "
+                "rope_scaling to null where no sequence is longer than its original_max_position_embeddings"
+            )
+        name = "Llama31Config"
+        values |= {
+            "scale_factor": scaling["factor"],
+            "low_freq_factor": scaling["low_freq_factor"],
+            "high_freq_factor": scaling["high_freq_factor"],
+            "old_context_len": scaling["original_max_position_embeddings"],
+        }
+    config = getattr(module, name)
+    if any(field.name == "max_position_embeddings" for field in dataclasses.fields(config)):
+        values["max_position_embeddings"] = architecture.max_position_embeddings
+    return config(**values)
+
+
+def from_nemo2(
+    content: dict[str, Any], source: Path, rows: int, tokenizer: Path | None
+) -> tuple[ModelShape, Architecture]:
+    """Sizes and constants out of a ``model.yaml`` that NeMo wrote.
+
+    Args:
+        content: the parsed file.
+        source: names it in messages.
+        rows: stored vocabulary rows.
+        tokenizer: directory of the tokenizer in the context; it tells the true vocabulary.
+
+    Raises:
+        CheckpointError: for a foreign architecture, all reasons in one message, or an incomplete configuration.
+    """
+    config = content.get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source} has no model configuration; it is not a NeMo 2 language model's")
+    name = str(config.get("_target_", "unknown")).rsplit(".", 1)[-1]
+    faults = {key: _unlike(config, axes.family(key)) for key in NEMO_FAMILIES if name.startswith(_known(key).reads)}
+    if not faults:
+        supported = dict.fromkeys(start for one in NEMO_FAMILIES.values() for start in one.reads)
+        raise CheckpointError(
+            f"{source}: architecture {name} is not supported; supported: {', '.join(supported)} and their sizes"
+        )
+    family = min(faults, key=lambda key: len(faults[key]))
+    if faults[family]:
+        raise CheckpointError(f"{source}: {name} is no {family} model: " + "; ".join(faults[family]))
+    special = special_ids(tokenizer) if tokenizer is not None else {}
+    try:
+        heads, hidden, experts = config["num_attention_heads"], config["hidden_size"], bool(axes.family(family).expert)
+        vocab = config.get("vocab_size")
+        if vocab is None:
+            vocab = token_count(tokenizer) if tokenizer is not None else rows
+        ffn = config["ffn_hidden_size"]
+        if experts and config["moe_ffn_hidden_size"] is not None:
+            ffn = config["moe_ffn_hidden_size"]
+        shape = ModelShape(
+            num_layers=config["num_layers"],
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=config["num_query_groups"] or heads,
+            head_dim=config["kv_channels"] or hidden // heads,
+            vocab_size=vocab,
+            tied_embeddings=config["share_embeddings_and_output_weights"],
+            num_moe_experts=config["num_moe_experts"] if experts else None,
+        )
+        architecture = Architecture(
+            family=family,
+            norm_epsilon=config["layernorm_epsilon"],
+            rotary_base=float(config["rotary_base"]),
+            rotary_percent=float(config.get("rotary_percent", NEMO_FAMILIES[family].rotary_percent)),
+            rotary_scaling=_rotary_scaling(config),
+            # the classes of some families have both, and their importers set only one
+            max_position_embeddings=config.get("max_position_embeddings") or config["seq_length"],
+            bos_token_id=special.get("bos_token_id"),
+            eos_token_id=special.get("eos_token_id"),
+            pad_token_id=special.get("pad_token_id"),
+            moe_router_topk=config["moe_router_topk"] if experts else None,
+            moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
+        )
+        if found := architecture.faults(shape):
+            raise CheckpointError(f"{source}: {found[0]}")
+    except KeyError as error:
+        raise CheckpointError(f"{source} lacks {error}; it is not a complete {family} configuration") from None
+    except (ShapeError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    return shape, architecture
+
+
+def _known(name: str) -> NeMoFamily:
+    if name not in NEMO_FAMILIES:
+        raise CheckpointError(
+            f"family {name!r} has no NeMo 2 form; write another format, or add it to NEMO_FAMILIES "
+            f"(there: {', '.join(NEMO_FAMILIES)})"
+        )
+    return NEMO_FAMILIES[name]
+
+
+def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
+    """Everything in a configuration that the family's table does not stand for."""
+    found = [
+        f"{key}={config[key]!r} is not supported (needed: {value!r})"
+        for key, value in required(table).items()
+        if key in config and config[key] != value
+    ]
+    if table.expert and config.get("num_moe_experts") is None:
+        found.append("num_moe_experts=None is not supported: the family is a mixture of experts")
+    activation, needed = config.get("activation_func"), ACTIVATIONS[table.activation]
+    activation = activation.get("_target_") if isinstance(activation, dict) else activation
+    if activation is not None and not str(activation).endswith(needed):
+        found.append(f"activation_func={activation} is not supported (needed: {needed})")
+    window = config.get("window_size")
+    if window is not None and window[0] + 1 < config["seq_length"]:
+        found.append(f"window_size={window} is not supported: no family here has sliding-window attention")
+    return found
+
+
+def _rotary_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    """HF's ``rope_scaling`` for a ``Llama31Config``; its classes are the only ones with a ``scale_factor``."""
+    if "scale_factor" not in config:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": config["scale_factor"],
+        "low_freq_factor": config["low_freq_factor"],
+        "high_freq_factor": config["high_freq_factor"],
+        "original_max_position_embeddings": config["old_context_len"],
+    }

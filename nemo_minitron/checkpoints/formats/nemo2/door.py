@@ -1,0 +1,158 @@
+"""The NeMo 2 door: a directory with ``weights/`` (a distributed checkpoint) and ``context/`` (what NeMo rebuilds from).
+
+Reading takes ``context/model.yaml`` as data: ``context/io.json`` can name any Python symbol, and NeMo calls what it
+names, so it is never opened here. Writing leaves the context to NeMo's own ``io_dump``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
+from nemo_minitron.checkpoints.record import read_record, write_record
+from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
+from nemo_minitron.errors import CheckpointError, MissingDependency
+from nemo_minitron.runtime.requirements import require
+from nemo_minitron.shape import require_uniform
+
+__all__ = ["open_nemo2", "padded", "parse_yaml", "write_nemo2"]
+
+COMMON = {"epoch": 0, "global_step": 0, "state_dict": {}, "loops": {}, "callbacks": {}, "optimizer_states": []}
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    """Vocabulary rows as NeMo stores them at TP 1: the next multiple."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def open_nemo2(path: Path) -> Checkpoint:
+    """Open a NeMo 2 checkpoint directory, ours or NeMo's own. Tensors are read later, one at a time.
+
+    The true vocabulary size is ``minitron.json``'s; without one it is the configuration's ``vocab_size``, else the
+    tokenizer's, else the stored rows.
+
+    Raises:
+        CheckpointError: a missing or damaged part, a foreign architecture, sizes that do not fit the tensors, a
+            tokenizer that does not fit.
+    """
+    from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
+
+    for part in ("weights", "context"):
+        if not (path / part).is_dir():
+            raise CheckpointError(f"{path / part} is missing; a NeMo 2 checkpoint has weights/ and context/")
+    source = path / "context" / "model.yaml"
+    try:
+        content = parse_yaml(source.read_bytes(), source)
+    except FileNotFoundError:
+        raise CheckpointError(f"{source} is missing; the checkpoint's context is incomplete") from None
+    tokenizer = _find_tokenizer(path / "context", content)
+    store = TorchDist(path / "weights")
+    return checkpoint_of(
+        store,
+        read_record(path),
+        lambda rows: from_nemo2(content, source, rows, tokenizer),
+        tokenizer=tokenizer,
+        path=path,
+        form="nemo2",
+    )
+
+
+def write_nemo2(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    dtype: str,
+    vocab_multiple: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Write a NeMo 2 directory into ``directory`` (which this creates; callers write aside).
+
+    Raises:
+        CheckpointError: if the tokenizer does not fit the vocabulary.
+        ShapeError: if layers differ in size.
+        MissingDependency: where NeMo cannot be imported.
+    """
+    from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
+
+    require_uniform(checkpoint.shape, "the nemo2 format")
+    if checkpoint.tokenizer is not None:
+        check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
+    directory.mkdir(parents=True)
+    rows = padded(checkpoint.shape.vocab_size, vocab_multiple)
+    write_torch_dist(
+        checkpoint,
+        directory / "weights",
+        prefix="module.",
+        dtype=dtype,
+        vocab_rows=rows,
+        common=COMMON,
+        progress=progress,
+    )
+    _write_context(checkpoint, directory / "context", dtype=dtype, rows=rows, multiple=vocab_multiple)
+    write_record(checkpoint, directory, dtype=dtype, form="nemo2")
+
+
+def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows: int, multiple: int) -> None:
+    """``context/`` through NeMo's ``io_dump``: io.json, model.yaml and a copy of the tokenizer."""
+    require("nemo", for_="writing a NeMo 2 checkpoint")
+    try:
+        from nemo import lightning as nl
+        from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+        from nemo.lightning.io.pl import TrainerContext
+    except ImportError as error:
+        raise MissingDependency(
+            f"writing a NeMo 2 checkpoint needs nemo-toolkit, which cannot be imported ({error})"
+        ) from error
+
+    shape = checkpoint.shape
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer: Any = None
+        fixed: int | None = rows
+        if checkpoint.tokenizer is not None:
+            # NeMo copies the whole directory and keeps its name; hand it one that holds the tokenizer alone
+            copy = Path(scratch) / "nemo_tokenizer"
+            copy_tokenizer(checkpoint.tokenizer, copy)
+            tokenizer = AutoTokenizer(str(copy))
+            if tokenizer.vocab_size == shape.vocab_size:
+                fixed = None
+        config = nemo_config(shape, checkpoint.architecture, dtype=dtype, multiple=multiple, rows=fixed)
+        context = TrainerContext(
+            model=model_class(checkpoint.architecture.family)(config, tokenizer=tokenizer),
+            trainer=nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy(ckpt_save_optimizer=False)),
+            extra={},
+        )
+        context.io_dump(directory, yaml_attrs=["model"])
+
+
+def _find_tokenizer(context: Path, content: dict[str, Any]) -> Path | None:
+    """The HF tokenizer inside ``context/``; a name that leads out of it is not followed."""
+    described = content.get("tokenizer")
+    name = described.get("pretrained_model_name") if isinstance(described, dict) else None
+    candidates = [context / name] if isinstance(name, str) and name else []
+    for candidate in [*candidates, context / "nemo_tokenizer"]:
+        inside = candidate.resolve().is_relative_to(context.resolve())
+        if inside and candidate.is_dir() and (found := find_tokenizer(candidate)):
+            return found
+    return None
+
+
+def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
+    """A YAML mapping as plain data; ``path`` names it in messages.
+
+    Raises:
+        CheckpointError: if it is not that; tags that build Python objects are refused.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(data)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as plain YAML ({reason}); restore the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a model description; restore the file")
+    return content

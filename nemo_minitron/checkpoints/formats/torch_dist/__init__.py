@@ -1,0 +1,1 @@
+"""Megatron's ``torch_dist`` folders, read and written without starting Megatron."""

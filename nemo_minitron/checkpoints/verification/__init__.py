@@ -1,0 +1,7 @@
+"""Check a conversion by the logits that NeMo's and transformers' own loaders get."""
+
+from nemo_minitron._lazy import lazy
+
+__all__ = ["verify"]
+
+__getattr__ = lazy(__name__, {"verify": "compare"})

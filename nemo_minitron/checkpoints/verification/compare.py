@@ -1,0 +1,145 @@
+"""Checking a conversion: the other side's own loader must compute the source's logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.jobs.warm import end_process, reachable_pool
+from nemo_minitron.runtime.environment import local_environment
+from nemo_minitron.shape import require_uniform
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TOLERANCE", "Verification", "verify"]
+
+TOLERANCE = 1e-4
+ROWS, LENGTH = 2, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """The outcome of a comparison.
+
+    Attributes:
+        max_difference: largest absolute difference of any logit.
+        scale: largest absolute logit of the source.
+        same_choice: fraction of positions at which both have the same most likely token.
+        dtype: to which both sides' weights were rounded; logits are computed in float32.
+        loader: what loaded the target.
+    """
+
+    max_difference: float
+    scale: float
+    same_choice: float
+    dtype: str
+    loader: str
+
+    @property
+    def relative(self) -> float:
+        """``max_difference`` in units of ``scale``."""
+        return self.max_difference / self.scale
+
+
+def verify(
+    source: Checkpoint, target: Checkpoint, *, tolerance: float = TOLERANCE, timeout_minutes: float = 60.0
+) -> Verification:
+    """Load ``target`` with its own side's loader and compare its logits with the source's.
+
+    A HF source is computed by transformers, a NeMo source by a plain Megatron-core model that is filled without
+    unpickling (NeMo's own loaders run what a file names; they only ever see targets, which we wrote). Each side runs in
+    a process of its own and holds the whole model in float32; they run one after the other.
+
+    Args:
+        source: opened from a path (its weights may not be wrapped: the path is what is loaded).
+        target: the conversion's result.
+        tolerance: on the largest difference, relative to the largest logit. Where the target's dtype is narrower, the
+            source is rounded to it first.
+        timeout_minutes: for each loader.
+
+    Returns:
+        The figures, if they are within the tolerance.
+
+    Raises:
+        CheckpointError: if a loader fails or times out, the logits differ by more, or are not finite.
+        ShapeError: if layers differ in size; neither side has a loader of such models here.
+    """
+    import torch
+
+    for shape in (source.shape, target.shape):
+        require_uniform(shape, "comparing a conversion's logits (verify)")
+    vocab = min(source.shape.vocab_size, target.shape.vocab_size)
+    ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    dtype = target.architecture.dtype
+    expected = _logits("hf" if source.format == "hf" else "megatron", source.path, ids, dtype, timeout_minutes)
+    found = _logits(target.format, target.path, ids, dtype, timeout_minutes)
+    if source.shape.vocab_size != target.shape.vocab_size:
+        raise CheckpointError(
+            f"{target.path} has a vocabulary of {target.shape.vocab_size}, its source {source.path} of "
+            f"{source.shape.vocab_size}; convert it again"
+        )
+    expected, found = expected[..., :vocab], found[..., :vocab]
+    result = Verification(
+        max_difference=(expected - found).abs().max().item(),
+        scale=expected.abs().max().item(),
+        same_choice=(expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
+        dtype=dtype,
+        loader=target.format,
+    )
+    # written so that NaN fails
+    if not result.max_difference <= tolerance * result.scale:
+        raise CheckpointError(
+            f"{target.path} does not compute what {source.path} does: logits differ by {result.max_difference:.3g} "
+            f"where {tolerance:.0e} x {result.scale:.3g} is allowed; do not use it, and report the conversion"
+        )
+    return result
+
+
+def _logits(kind: str, path: Path, ids: torch.Tensor, dtype: str, timeout_minutes: float) -> torch.Tensor:
+    """``[rows, s, vocabulary rows]`` logits, which a process of its own takes from one of ``verification.loaders``."""
+    from safetensors.torch import load_file, save_file
+
+    environment = local_environment(os.environ) | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens, out, log = Path(scratch, "tokens.safetensors"), Path(scratch, "out.safetensors"), Path(scratch, "log")
+        save_file({"ids": ids}, tokens)
+        args = [kind, str(path.resolve()), str(tokens), str(out), dtype]
+        try:
+            code = _run(kind, args, environment, log, 60 * timeout_minutes)
+        except subprocess.TimeoutExpired:
+            raise CheckpointError(
+                f"loading {path} ({kind}) took more than {timeout_minutes:g} minutes; allow more time"
+            ) from None
+        if code or not out.is_file():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise CheckpointError(
+                f"{path} could not be loaded by the {kind} loader (exit code {code}): "
+                f"{lines[-1] if lines else 'it said nothing'}"
+            )
+        return load_file(out)["logits"]
+
+
+def _run(kind: str, args: list[str], environment: dict[str, str], log: Path, timeout: float) -> int:
+    """Exit code of the loader: forked where there are warm parents, else a fresh interpreter."""
+    module, pool = "nemo_minitron.checkpoints.verification.loaders", reachable_pool()
+    if pool is not None:
+        level = "megatron" if kind == "megatron" else "nemo"
+        process = pool.start(level, module, args, environment=environment, cwd=Path.cwd(), output=log)
+        if process is not None:
+            try:
+                return process.wait(timeout)
+            finally:
+                end_process(process)
+    with open(log, "wb") as stream:
+        command = [sys.executable, "-m", module, *args]
+        return subprocess.run(
+            command, stdout=stream, stderr=stream, env=environment, timeout=timeout, check=False
+        ).returncode

@@ -1,0 +1,428 @@
+"""The command line: ``minitron <stage> CONFIG [key=value ...] [--dry-run] [--overwrite]``.
+
+Exit codes: 0 done, 2 for what the user can put right (the message alone), 75 stopped by a signal that asked for it (the
+same command goes on), 1 for anything else (with a traceback), 130 interrupted. Only the standard library, typer and
+what :mod:`nemo_minitron.config` needs are imported before a stage starts, so that ``--help`` and configuration errors
+answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from nemo_minitron.errors import ConfigError, MinitronError
+
+if TYPE_CHECKING:
+    from nemo_minitron.config import StageConfig
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="minitron",
+    help="Small, aligned language models out of large ones, the Minitron way.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class _SettingsCommand(TyperCommand):
+    """A command whose ``--help`` also shows what its configuration can set."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from rich.console import Console
+
+        from nemo_minitron.config.describe import CLUSTER, CONFIGURATIONS
+        from nemo_minitron.config.show import show_settings
+
+        if self.name == "plan":
+            show_settings(CLUSTER, Console(), "cluster.")
+        else:
+            show_settings(CONFIGURATIONS["pipeline" if self.name == "run" else str(self.name)], Console())
+
+
+def _configs(incomplete: str) -> list[str]:
+    from nemo_minitron.config.complete import complete_config
+
+    return complete_config(incomplete)
+
+
+def _slurms(incomplete: str) -> list[str]:
+    from nemo_minitron.config.complete import complete_slurm
+
+    return complete_slurm(incomplete)
+
+
+def _names(incomplete: str) -> list[str]:
+    from nemo_minitron.config.complete import complete_name
+
+    return complete_name(incomplete)
+
+
+def _settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from nemo_minitron.config.complete import complete_override
+
+    given, config = ctx.params.get("overrides") or (), ctx.params.get("config")
+    return complete_override(str(ctx.info_name), incomplete, given, config)
+
+
+def _doctor_words(ctx: typer.Context, incomplete: str) -> list[Any]:
+    return [*_configs(incomplete), *_settings(ctx, incomplete)]
+
+
+Config = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file, or the name of a shipped configuration.", autocompletion=_configs
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that win over the file: runtime.seed=7",
+        show_default=False,
+        autocompletion=_settings,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read, written and spent; do nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
+
+_HELP = {
+    "import": "Take a model over: Hugging Face, GGUF, NeMo 2 or .nemo into the working format.",
+    "score": "Score every unit of a model by forward passes over calibration data.",
+    "depth": "Measure a model without some of its layers: loss and task score.",
+    "tokens": "Count the tokens of a text, for trimming a model's vocabulary.",
+    "iterate": "Prune in rounds: score, prune, score what is left, prune again.",
+    "search": "Search the shapes within a budget for the one that loses least.",
+    "prune": "Remove the units that matter least, down to a target shape.",
+    "correct": "Train a model on text by the language-model loss: a teacher before it teaches.",
+    "cache": "Keep a teacher's logits on disk, for trainings without it.",
+    "generate": "Answer prompts with a model: for distillation on its answers, or to try it.",
+    "distill": "Train a student on its teacher's logits.",
+    "sft": "Train a model on the answers of conversations.",
+    "dpo": "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO.",
+    "reward": "Train a model that predicts the attribute values of answers.",
+    "label": "Predict the attribute values of answers, for conversations without them.",
+    "steerlm": "SteerLM: attribute model, labels, fine-tuning on answers given their attributes.",
+    "steerlm2": "SteerLM 2: draw such a model towards what the attribute model says of its answers.",
+    "reinforce": "REINFORCE: train a model on answers of its own, by their rewards.",
+    "evaluate": "Held-out loss and sample answers of several models.",
+    "export": "Write a model as Hugging Face, NeMo 2 or .nemo, and check it.",
+    "report": "Write index.html and report.md of a run.",
+    "doctor": "Say what this machine has and what works on it; with --run, prove it.",
+}
+
+
+def _stage_command(stage: str) -> None:
+    @app.command(stage, help=_HELP[stage], cls=_SettingsCommand)
+    def command(
+        config: Config, overrides: Overrides = None, dry_run: DryRun = False, overwrite: Overwrite = False
+    ) -> None:
+        with _exit_codes():
+            _run_stage(stage, config, overrides or [], dry_run, overwrite)
+
+
+for _stage in _HELP:
+    if _stage not in ("generate", "report", "doctor"):
+        _stage_command(_stage)
+
+
+@app.command("report", help=_HELP["report"], cls=_SettingsCommand)
+def report(
+    config: Annotated[
+        str, typer.Argument(metavar="RUN|CONFIG", help="Directory of a run, or a YAML file.", autocompletion=_configs)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|KEY=VALUE]...",
+            help="Further runs to compare it with; settings.",
+            show_default=False,
+            autocompletion=_settings,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a report."""
+    with _exit_codes():
+        words = overrides or []
+        if Path(config).is_dir():
+            # Paths go in as YAML text, whatever signs they hold.
+            others = [json.dumps(word) for word in words if "=" not in word]
+            place = f"output={json.dumps(str(Path(config) / ('comparison' if others else 'report')))}"
+            words = [word for word in words if "=" in word]
+            words = [f"run={json.dumps(config)}", f"others=[{', '.join(others)}]", place, *words]
+            config = "report"
+        _run_stage("report", config, words, dry_run, overwrite)
+
+
+@app.command("generate", help=_HELP["generate"], cls=_SettingsCommand)
+def generate(
+    config: Config,
+    overrides: Overrides = None,
+    attributes: Annotated[
+        str | None,
+        typer.Option(
+            "--attributes",
+            metavar="NAME=VALUE,...",
+            help="Values that the answers shall have: verbosity=1,complexity=2.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Answer prompts."""
+    with _exit_codes():
+        settings = list(overrides or [])
+        if attributes is not None:
+            from nemo_minitron.data.chat.attributes import parse_attribute_string
+
+            values = parse_attribute_string(attributes)
+            settings.append("attributes={" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}")
+        _run_stage("generate", config, settings, dry_run, overwrite)
+
+
+@app.command("doctor", help=_HELP["doctor"], cls=_SettingsCommand)
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="Of --run: YAML file, and settings that win over it: parallel.tensor=8 output=checked.",
+            show_default=False,
+            autocompletion=_doctor_words,
+        ),
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run every part of the suite on a tiny model, against one CPU process.")
+    ] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="With --run: on a cluster; with --dry-run, print the script.", autocompletion=_slurms
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Without --run: write what was found.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Look at this machine."""
+    with _exit_codes():
+        from rich.console import Console
+
+        settings = list(words or [])
+        if not run:
+            from nemo_minitron.doctor.show import look
+
+            if settings or slurm is not None or dry_run:
+                raise ConfigError("doctor: settings, --slurm and --dry-run belong to --run; add it, or leave them out")
+            if not look(Console(), json_file):
+                raise typer.Exit(1)
+            return
+        if json_file is not None:
+            raise ConfigError("doctor --run: the results go to doctor.json in output=...; leave --json out")
+        from nemo_minitron.config import load_doctor, load_slurm
+
+        config = load_doctor(settings)
+        if slurm is None:
+            _run_config(config, "doctor", dry_run)
+            return
+        cluster = load_slurm(slurm)
+        from nemo_minitron.stages.doctor import submit_doctor
+
+        submit_doctor(config, cluster, dry_run=dry_run, console=Console())
+
+
+@app.command("run", help="Run a pipeline of stages; what is done already is kept.", cls=_SettingsCommand)
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Submit the stages as Slurm jobs; with --dry-run, print their scripts.",
+            autocompletion=_slurms,
+        ),
+    ] = None,
+) -> None:
+    """Run a pipeline."""
+    with _exit_codes():
+        from nemo_minitron.config import load_pipeline, load_slurm
+
+        pipeline, stages = load_pipeline(config, overrides or [])
+        cluster = load_slurm(slurm) if slurm is not None else None
+        from rich.console import Console
+
+        if cluster is not None:
+            from nemo_minitron.cli.time_limits import time_warnings
+            from nemo_minitron.jobs.slurm_submit import submit
+
+            submit(
+                pipeline,
+                stages,
+                cluster,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                console=Console(),
+                time_warnings=time_warnings,
+            )
+            return
+        if dry_run:
+            from nemo_minitron.cli.dry_run import show_plans
+
+            show_plans(stages, Console(), config)
+            return
+        from nemo_minitron.cli.progress import ConsoleDisplay
+        from nemo_minitron.jobs.pipeline import run_pipeline
+
+        run_pipeline(pipeline, stages, overwrite=overwrite, display=ConsoleDisplay(Console()))
+
+
+@app.command(
+    "plan", help="Say what a recipe's trainings would cost on a cluster, before anything runs.", cls=_SettingsCommand
+)
+def plan(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|CONFIG",
+            help="Name of a shipped recipe, a pipeline, or a training's YAML.",
+            autocompletion=_configs,
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings that win over the file, and the cluster's: cluster.gpu=h100 cluster.gpus=64 cluster.mfu=0.4",
+            show_default=False,
+            autocompletion=_settings,
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layouts too.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the recipe as a pipeline for `minitron run`.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Layouts to show of each training.")] = 10,
+) -> None:
+    """Plan trainings."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from nemo_minitron.cli.plan import show_plan
+
+        show_plan(subject, overrides or [], Console(), plot=plot, save=save, rows=rows)
+
+
+@app.command("config", help="Print a commented configuration with every setting of a stage.")
+def config_template(
+    name: Annotated[str, typer.Argument(metavar="STAGE|pipeline|slurm", help="What it is for.", autocompletion=_names)],
+) -> None:
+    """Print a template."""
+    with _exit_codes():
+        from nemo_minitron.config.template import template
+
+        typer.echo(template(name), nl=False)
+
+
+@app.command("status", help="Show how far the pipeline in a directory is.")
+def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
+    """Show a pipeline's state."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from nemo_minitron.cli.progress import show_status
+
+        show_status(directory, Console())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"minitron {version('nemo-minitron')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overwrite: bool) -> None:
+    from nemo_minitron.config import load
+
+    config = load(stage, path, overrides)
+    if overwrite:
+        config = dataclasses.replace(config, overwrite=True)
+    _run_config(config, path, dry_run)
+
+
+def _run_config(config: StageConfig, source: str, dry_run: bool) -> None:
+    if dry_run:
+        from rich.console import Console
+
+        from nemo_minitron.cli.dry_run import show_plans
+
+        show_plans([config], Console(), source, alone=True)
+        return
+    from nemo_minitron.jobs.local import run_stage
+
+    def show(data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    record = run_stage(config, show)
+    typer.echo(f"{record['name']}: done in {record['seconds']:.1f} s, {config.output}")
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn errors into messages and exit codes."""
+    try:
+        yield
+    except MinitronError as error:
+        typer.echo(f"minitron: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("minitron: interrupted", err=True)
+        raise typer.Exit(130) from None
+    except ModuleNotFoundError as error:
+        from nemo_minitron.runtime.requirements import missing
+
+        message = missing(error, for_="this command")
+        if message is None:
+            raise
+        typer.echo(f"minitron: {message}", err=True)
+        raise typer.Exit(message.exit_code) from None
+    except Exception as error:
+        # A crashed rank's own traceback is in the message; ours would only show the launcher.
+        if type(error).__name__ != "StageCrashError":
+            raise
+        typer.echo(f"minitron: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

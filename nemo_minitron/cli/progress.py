@@ -1,0 +1,162 @@
+"""How a pipeline is shown: a line per stage while it runs, a table at its end, and ``minitron status``."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.output import archived_outputs
+from nemo_minitron.jobs.plans import human_bytes
+from nemo_minitron.jobs.records import read_record
+
+__all__ = ["ConsoleDisplay", "show_status"]
+
+_LINE_ENDS = re.compile(rb"[\r\n]+")
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class ConsoleDisplay:
+    """A :class:`~nemo_minitron.jobs.pipeline.Display` on a console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def stage(self, number: int, count: int, name: str) -> _Line:
+        """The line of a stage."""
+        return _Line(self._console, f"[{number}/{count}] {name}")
+
+    def note(self, text: str) -> None:
+        """A remark between stages."""
+        self._console.print(text, markup=False)
+
+    def summary(self, stages: Sequence[StageConfig], records: Sequence[dict[str, Any]], skipped: set[str]) -> None:
+        """The closing table."""
+        table = Table(title="Stages", title_justify="left")
+        for heading, justify in (
+            ("stage", "left"),
+            ("", "left"),
+            ("time", "right"),
+            ("peak memory", "right"),
+            ("output", "left"),
+        ):
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for config, record in zip(stages, records, strict=True):
+            peak = record.get("peak_rss_bytes")
+            state = "kept" if config.name in skipped else "made"
+            table.add_row(
+                config.name, state, _clock(record["seconds"]), human_bytes(peak) if peak else "", config.output
+            )
+        new = sum(record["seconds"] for c, record in zip(stages, records, strict=True) if c.name not in skipped)
+        table.caption = f"{len(stages) - len(skipped)} made in {_clock(new)}, {len(skipped)} kept"
+        self._console.print(table)
+
+
+def show_status(folder: Path, console: Console) -> None:
+    """Print how far the pipeline in ``folder`` is.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = folder / "pipeline.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: holds no pipeline (pipeline.json is missing); give the output of `minitron run`")
+    manifest = json.loads(path.read_text())
+    table = Table(title=f"{manifest['name']}: {folder}", title_justify="left")
+    for heading in ("stage", "state", "time", "output"):
+        table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
+    earlier: list[Path] = []
+    for stage in manifest["stages"]:
+        record = read_record(stage["output"])
+        state = "done" if record else "unfinished" if Path(stage["output"]).exists() else "-"
+        table.add_row(stage["name"], state, _clock(record["seconds"]) if record else "", stage["output"])
+        earlier += archived_outputs(stage["output"])
+    console.print(table)
+    if earlier:
+        console.print("Kept of other settings, and used again if they come back:", highlight=False)
+        for path in earlier:
+            console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+class _Line:
+    """One line of a stage: on a terminal a spinner, the time and the last thing that rank 0 printed."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name, self.last = console, name, ""
+        self.started = time.monotonic()
+        self._live: Live | None = None
+        self._spinner = Spinner("dots")
+
+    def __enter__(self) -> _Line:
+        if self.console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+        else:
+            self.console.print(f"{self.name} ...", highlight=False, markup=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def output(self, data: bytes) -> None:
+        """Keep the last line of what came."""
+        for piece in reversed(_LINE_ENDS.split(data)):
+            if text := _CONTROLS.sub("", piece.decode(errors="replace")).strip():
+                self.last = text
+                return
+
+    def _render(self) -> Spinner:
+        text = Text.assemble((self.name, "bold"), f"  {_clock(time.monotonic() - self.started)}  ", (self.last, "dim"))
+        text.truncate(max(20, self.console.width - 4), overflow="ellipsis")
+        self._spinner.update(text=text)
+        return self._spinner
+
+    def made(self, record: dict[str, Any]) -> None:
+        """Its figures, in green."""
+        self._close("green", _figures(record["metrics"]))
+
+    def kept(self) -> None:
+        """It was done before."""
+        self._close("dim", "done before")
+
+    def failed(self) -> None:
+        """It was refused, or crashed."""
+        self._close("red", "failed")
+
+    def interrupted(self, logs: Path) -> None:
+        """Where its logs are."""
+        self._close("red", f"interrupted; logs: {logs}")
+
+    def _close(self, style: str, note: str) -> None:
+        """Print how the stage ended."""
+        clock = _clock(time.monotonic() - self.started)
+        self.console.print(Text.assemble((self.name, "bold"), f"  {clock}  ", (note, style)))
+
+
+def _figures(metrics: dict[str, Any]) -> str:
+    """The plain numbers among a stage's metrics, on one line."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return (
+        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in list(numbers.items())[:5])
+        or "done"
+    )
+
+
+def _clock(seconds: float) -> str:
+    """``75`` -> ``1:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,1 @@
+"""Conversations: reading, templates, preferences, attributes."""

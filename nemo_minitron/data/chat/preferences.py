@@ -1,0 +1,125 @@
+"""Preference pairs: a prompt, a chosen and a rejected answer.
+
+A line is ``{"prompt": "..." or messages, "chosen": "..." or a message (or a list that ends in one), "rejected": ...}``,
+with ``chosen_reward`` and ``rejected_reward`` where there are any; ``conversations`` in the place of ``prompt`` is
+LLaMA-Factory's form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.data.chat.conversations import (
+    Chat,
+    Message,
+    check_order,
+    parse_message,
+    parse_messages,
+    read_package_records,
+    read_records,
+    text_of,
+)
+from nemo_minitron.errors import DataError
+
+__all__ = ["PREFERENCE_PACKAGES", "Preference", "parse_preference", "read_package_preferences", "read_preferences"]
+
+#: Pairs that come through pip alone.
+PREFERENCE_PACKAGES = ("llamafactory-dpo",)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One pair.
+
+    Attributes:
+        prompt: turns before the answer; the last is the user's.
+        chosen, rejected: the answers, different and not empty.
+        chosen_reward, rejected_reward: where the data give them.
+        where: file and line, for messages.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    where: str = ""
+
+    def chats(self) -> tuple[Chat, Chat]:
+        """The conversation with the chosen and with the rejected answer."""
+        both = (
+            Chat((*self.prompt, Message("assistant", answer)), where=self.where)
+            for answer in (self.chosen, self.rejected)
+        )
+        chosen, rejected = both
+        return chosen, rejected
+
+
+def read_preferences(path: str | Path) -> list[Preference]:
+    """All pairs of a JSONL or JSON file.
+
+    Raises:
+        DataError: as :func:`~nemo_minitron.data.chat.conversations.read_chats`.
+    """
+    return read_records(path, parse_preference)
+
+
+def read_package_preferences(name: str, cache_dir: str | Path) -> list[Preference]:
+    """The pairs that an installable package carries (:data:`PREFERENCE_PACKAGES`), in the package's order.
+
+    Raises:
+        DataError: for an unknown name, or as :func:`~nemo_minitron.data.packages.fetch`.
+    """
+    return read_package_records(name, cache_dir, PREFERENCE_PACKAGES, parse_preference)
+
+
+def parse_preference(record: Any) -> Preference:
+    """A line's object as a pair.
+
+    Raises:
+        DataError: what is wrong with it, without where it stands.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"a JSON object is needed, not {type(record).__name__}")
+    asked = next((key for key in ("prompt", "conversations", "messages") if key in record), None)
+    if missing := [key for key, there in (("prompt", asked), ("chosen", "chosen" in record),
+                                          ("rejected", "rejected" in record)) if not there]:  # fmt: skip
+        raise DataError(f"has no {' and no '.join(missing)}")
+    assert asked is not None
+    if isinstance(record[asked], str):
+        system = record.get("system")
+        prompt: tuple[Message, ...] = (Message("user", text_of(record[asked], asked)),)
+        if system:
+            prompt = (Message("system", text_of(system, "system")), *prompt)
+    else:
+        prompt = parse_messages(record[asked], system=record.get("system"))
+    check_order(prompt, answered=False)
+    if prompt[-1].role != "user":
+        raise DataError("the prompt ends with an answer; its last message must be the user's")
+    chosen, rejected = (_answer(record[name], name) for name in ("chosen", "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise DataError("chosen and rejected are the same")
+    first, second = (_reward(record.get(name), name) for name in ("chosen_reward", "rejected_reward"))
+    return Preference(prompt, chosen, rejected, chosen_reward=first, rejected_reward=second)
+
+
+def _answer(value: Any, name: str) -> str:
+    if isinstance(value, list) and value:  # the whole conversation: its last turn is the answer
+        value = value[-1]
+    if not isinstance(value, dict):
+        return text_of(value, name)
+    message = parse_message(value, name)
+    if message.role != "assistant":
+        raise DataError(f"{name} is a message of the {message.role}; the assistant's is needed")
+    return message.content
+
+
+def _reward(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{name}={value!r} is no number")
+    return float(value)

@@ -1,0 +1,215 @@
+"""Chat templates, and conversations as tokens with the answers marked.
+
+A template is data: jinja text as ``transformers`` runs it, the special tokens that it needs, the ends of an answer.
+An answer's tokens are found without help from the template: they are what the text of a conversation up to the answer
+has beyond the text up to the question with the generation prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemo_minitron.data.chat.attributes import attribute_string
+from nemo_minitron.data.chat.conversations import Chat, Message
+from nemo_minitron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["OWN", "TEMPLATES", "Rendered", "Template", "choose_template", "prompt_ids", "render"]
+
+OWN = "own"
+"""Names the template that the tokenizer carries."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """One chat template.
+
+    Attributes:
+        name: how configurations name it.
+        jinja: the template, in the dialect of ``transformers``.
+        tokens: special tokens that the tokenizer must have, each as one token.
+        ends: of an answer: generation stops at them.
+        label_start: what comes between the name of the assistant and the attribute values of its answer.
+    """
+
+    name: str
+    jinja: str
+    tokens: tuple[str, ...]
+    ends: tuple[str, ...]
+    label_start: str = "Attributes: "
+
+
+#: Named as NeMo-Aligner and the model cards name them.
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template(
+            "chatml",
+            "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+            "'<|im_end|>\\n' }}{%- endfor %}"
+            "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}",
+            tokens=("<|im_start|>", "<|im_end|>"),
+            ends=("<|im_end|>",),
+        ),
+        # Llama 3's model card: each header is followed by two line feeds, contents are stripped.
+        Template(
+            "llama3",
+            "{{ '<|begin_of_text|>' }}{%- for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+            "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+            "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
+            tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            ends=("<|eot_id|>",),
+        ),
+        # NeMo-Aligner's: a system turn always stands first, if empty; the next turn's start ends an answer. So each
+        # turn here writes the start of the next one.
+        Template(
+            "nemotron",
+            "{%- set first = messages[0]['role'] == 'system' %}{{ '<extra_id_0>System\\n' + "
+            "(messages[0]['content'] if first else '') + '\\n<extra_id_1>' }}"
+            "{%- for message in (messages[1:] if first else messages) %}"
+            "{{ message['role'] | capitalize + '\\n' + message['content'] + '\\n<extra_id_1>' }}{%- endfor %}"
+            "{%- if add_generation_prompt %}{{ 'Assistant\\n' }}{%- endif %}",
+            tokens=("<extra_id_0>", "<extra_id_1>"),
+            ends=("<extra_id_1>",),
+            label_start="<extra_id_2>",
+        ),
+    )
+}
+
+
+class Rendered(NamedTuple):
+    """A conversation as tokens.
+
+    Attributes:
+        ids: ``[n]``.
+        answers: ``[n]`` bool: the token belongs to an answer of the assistant or ends it.
+    """
+
+    ids: list[int]
+    answers: list[bool]
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = OWN) -> Template:
+    """A template that this tokenizer can run.
+
+    Args:
+        tokenizer: of the model.
+        name: of :data:`TEMPLATES`, or :data:`OWN`.
+
+    Raises:
+        DataError: for an unknown name, a tokenizer without a template of its own, or one that lacks special tokens
+            which the template needs.
+    """
+    where = tokenizer.name_or_path or "the tokenizer"
+    if name == OWN:
+        own = tokenizer.chat_template
+        if not isinstance(own, str):
+            raise DataError(f"{where}: carries no chat template; set template to one of {', '.join(TEMPLATES)}")
+        end = tokenizer.eos_token
+        ends = [mark for mark in ("<|im_end|>", "<|eot_id|>", "<extra_id_1>") if mark in own]
+        return Template(OWN, own, tokens=(), ends=tuple(ends or ([end] if end else [])))
+    if name not in TEMPLATES:
+        raise DataError(f"template={name!r}: is not known; known: {OWN}, {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    missing = [token for token in template.tokens if tokenizer.tokenize(token) != [token]]
+    if missing:
+        raise DataError(
+            f"template={name}: {where} has no special token {', '.join(missing)}; choose another template, or add the "
+            "tokens to the tokenizer and train them"
+        )
+    return template
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
+    """Ids of the tokens that end an answer, the tokenizer's end of text among them."""
+    ids = [tokenizer.convert_tokens_to_ids(mark) for mark in template.ends]
+    return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+
+
+def prompt_ids(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    attributes: Mapping[str, int] | None = None,
+) -> list[int]:
+    """Tokens of a prompt up to where the assistant begins to answer.
+
+    Args:
+        messages: the last one is the user's.
+        tokenizer: of the model.
+        template: as :func:`choose_template` gives it.
+        attributes: values that the answer shall have, for a model trained on them (SteerLM).
+    """
+    text = _text(messages, tokenizer, template, prompt=True) + _label(template, attributes)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def render(
+    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    last_answer_only: bool = False,
+    labelled: bool = False,
+) -> Rendered:
+    """Tokens of a conversation, and which of them are answers.
+
+    The ids are those that ``tokenizer.apply_chat_template`` gives. An answer's last token is the one that ends it;
+    white space that the template puts behind that is not part of it.
+
+    Args:
+        chat: ends with an answer.
+        tokenizer: a fast one (it tells which characters a token is from).
+        template: as :func:`choose_template` gives it.
+        last_answer_only: leave the earlier answers unmarked.
+        labelled: put the attribute values of the last answer before it, as :func:`prompt_ids` does; they are not
+            marked.
+
+    Raises:
+        DataError: where the template does not append turns, so that answers cannot be found.
+    """
+    label = _label(template, chat.attributes) if labelled else ""
+    messages = list(chat.messages)
+    if label:
+        messages[-1] = Message("assistant", label + messages[-1].content)
+    text = _text(messages, tokenizer, template)
+    spans = []
+    for number, message in enumerate(messages):
+        last = number == len(messages) - 1
+        if message.role != "assistant" or (last_answer_only and not last):
+            continue
+        before = _text(messages[:number], tokenizer, template, prompt=True) + (label if last else "")
+        after = _text(messages[: number + 1], tokenizer, template)
+        if not after.startswith(before) or not text.startswith(after):
+            raise DataError(
+                f"{chat.where or 'chat'}: the template {template.name} changes earlier turns when one is added, so the "
+                f"answers cannot be told from the rest; choose one of {', '.join(TEMPLATES)}"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    answers = [
+        any(start < high and end > low for low, high in spans) and end > start
+        for start, end in encoded["offset_mapping"]
+    ]
+    return Rendered(encoded["input_ids"], answers)
+
+
+def _label(template: Template, attributes: Mapping[str, int] | None) -> str:
+    return f"{template.label_start}{attribute_string(attributes)}\n" if attributes else ""
+
+
+def _text(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template, *, prompt: bool = False
+) -> str:
+    turns = [message._asdict() for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # a tokenizer's own template raises what it pleases
+        raise DataError(f"template {template.name}: {type(error).__name__}: {error}") from None
+    return str(text)

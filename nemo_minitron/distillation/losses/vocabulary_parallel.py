@@ -1,0 +1,273 @@
+"""Losses over logits whose vocabulary is split over a tensor-parallel group, in bounded memory.
+
+One autograd function runs any of :mod:`~nemo_minitron.distillation.losses.kernels` over chunks of tokens. Every rank
+computes its own columns, the few numbers that need all columns are reduced over the group, and the gradient is written
+down in the forward pass. No rank ever holds the logits of another, no logits are copied whole, and autograd never sees
+a collective, so no gradient is counted once per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.config import LossConfig
+from nemo_minitron.distillation.losses import kernels
+from nemo_minitron.distillation.losses.kernels import Columns, TopTokens
+from nemo_minitron.runtime.cpu.torch_patches import naming_no_device
+
+__all__ = [
+    "TokenLosses",
+    "vocabulary_parallel_cross_entropy",
+    "vocabulary_parallel_forward_kl",
+    "vocabulary_parallel_loss",
+    "vocabulary_parallel_top_k",
+]
+
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
+"""Size of one working buffer; four at most are alive at a time, whatever the number of tokens.
+
+A chunk should be worth its kernel launches and its two all-reduces."""
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of each token, ``[...]`` float32 (float64 for float64 logits), the same on every rank of the group.
+
+    Attributes:
+        total: what is trained on; the gradient flows from here alone.
+        divergence: of teacher and student, times T squared.
+        cross_entropy: with the labels; None where none were given.
+    """
+
+    total: torch.Tensor
+    divergence: torch.Tensor
+    cross_entropy: torch.Tensor | None = None
+
+
+def vocabulary_parallel_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | TopTokens,
+    group: dist.ProcessGroup,
+    *,
+    vocab_size: int,
+    loss: LossConfig,
+    labels: torch.Tensor | None = None,
+    inplace: bool = False,
+) -> TokenLosses:
+    """The loss of each token from vocabulary-parallel logits.
+
+    Equal in value and gradient to :mod:`nemo_minitron.distillation.losses.reference` on the gathered logits.
+
+    Memory above the inputs: one gradient in the student's dtype (none if ``inplace``), and four buffers of
+    :data:`CHUNK_BYTES`; for the forward KL without labels only five of ``kernels.BLOCK_BYTES``.
+
+    Communication a chunk of tokens, which for the forward KL without labels is all of them: an all-reduce of 2 and one
+    of 3 numbers a token for the KLs; one more of 2 numbers for Jensen-Shannon; see :func:`vocabulary_parallel_top_k`
+    for top-k; an all-reduce of 1 and one of 2 numbers a token for labels.
+
+    Args:
+        student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here. Contiguous, or it is copied whole.
+        teacher: ``[..., V/tp]`` logits of the same columns (contiguous too), or for "top_k" its likeliest
+            tokens, ``n`` being the number of the student's tokens.
+        group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
+        vocab_size: true vocabulary; columns from there on are padding, and take no part.
+        loss: which.
+        labels: ``[...]`` token ids; what lies outside the vocabulary (an ignored label) must be masked by the caller.
+            Their cross-entropy is worked out whenever they are given, whatever its weight.
+        inplace: write the gradient over the student's logits, which the caller then may not read again (as
+            Megatron's own vocabulary-parallel cross-entropy does with its logits).
+
+    Raises:
+        ValueError: if the shapes differ, labels are lacking, or the loss is impossible.
+    """
+    if faults := loss.faults():
+        raise ValueError("; ".join(faults))
+    if loss.label_weight and labels is None:
+        raise ValueError(f"label_weight={loss.label_weight}: needs labels")
+    columns = Columns.of(student.shape[-1], vocab_size, group)
+    blockwise = labels is None and _is_forward_kl(loss, teacher, vocab_size)
+    divergence = _divergence(student, teacher, columns, loss, vocab_size, blockwise)
+    kernel, weights = [divergence], [1 - loss.label_weight]
+    if labels is not None:
+        flat = labels.reshape(-1)
+        kernel.append(lambda chunk, q, out: kernels.cross_entropy(flat[chunk], q, columns))
+        weights.append(loss.label_weight)
+    total, parts = _Chunked.apply(student, columns, kernel, weights, inplace, blockwise)
+    shaped = parts.view(len(kernel), *student.shape[:-1])
+    return TokenLosses(total, shaped[0], shaped[1] if labels is not None else None)
+
+
+def vocabulary_parallel_forward_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    group: dist.ProcessGroup,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """``T^2 KL(p_teacher || p_student)`` of each token: :func:`vocabulary_parallel_loss` of the recipe's own loss."""
+    loss = LossConfig("forward_kl", temperature)
+    return vocabulary_parallel_loss(student, teacher, group, vocab_size=vocab_size, loss=loss, inplace=inplace).total
+
+
+def vocabulary_parallel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, *, vocab_size: int, inplace: bool = False
+) -> torch.Tensor:
+    """``-log p(label)`` of each token. Unlike Megatron's own, it leaves padding out, and copies no logits whole.
+
+    Args:
+        logits: ``[..., V/tp]``.
+        labels: ``[...]``.
+        group, vocab_size, inplace: as for :func:`vocabulary_parallel_loss`.
+    """
+    columns = Columns.of(logits.shape[-1], vocab_size, group)
+    flat = labels.reshape(-1)
+    kernel: Kernel = lambda chunk, q, out: kernels.cross_entropy(flat[chunk], q, columns)  # noqa: E731
+    total, _ = _Chunked.apply(logits, columns, [kernel], [1.0], inplace, False)
+    return total
+
+
+@torch.no_grad()
+def vocabulary_parallel_top_k(
+    teacher: torch.Tensor, group: dist.ProcessGroup, *, vocab_size: int, k: int, temperature: float = 1.0
+) -> TopTokens:
+    """The teacher's ``k`` likeliest tokens and the probability of all others, the same on every rank.
+
+    Communication a token: ``2 k`` numbers of every rank, one maximum and one sum. Memory: a chunk.
+
+    Args:
+        teacher: ``[..., V/tp]`` logits.
+        group, vocab_size: as for :func:`vocabulary_parallel_loss`.
+        k: less than ``vocab_size``.
+        temperature: of the distribution.
+    """
+    columns = Columns.of(teacher.shape[-1], vocab_size, group)
+    flat = teacher.reshape(-1, teacher.shape[-1])
+    found = [
+        kernels.top_k_of(columns.divided("p", flat[chunk, : columns.valid], temperature), columns, k=k)
+        for chunk in _chunks(flat, columns)
+    ]
+    return TopTokens(
+        torch.cat([one.tokens for one in found]),
+        torch.cat([one.log_probabilities for one in found]),
+        torch.cat([one.log_rest for one in found]),
+    )
+
+
+Kernel = Callable[[slice, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+"""``(chunk of tokens, [n, valid] logits of the student, room for their gradient) -> [n] losses, [n, valid] gradient``
+
+The logits are only read, unless the room is their own memory. The room is None where no gradient is wanted; it need not
+be used. The gradient may be None then."""
+
+
+def _divergence(
+    student: torch.Tensor,
+    teacher: torch.Tensor | TopTokens,
+    columns: Columns,
+    loss: LossConfig,
+    vocab_size: int,
+    blockwise: bool,
+) -> Kernel:
+    """Teacher against student at the loss's temperature."""
+    t = loss.temperature
+    if isinstance(teacher, TopTokens):
+        if loss.kind != "top_k":
+            raise ValueError(f"kind={loss.kind!r}: needs the teacher's logits, not only its likeliest tokens")
+        tokens = student[..., 0].numel()
+        if len(teacher.tokens) != tokens:
+            raise ValueError(f"the teacher's tokens are of {len(teacher.tokens)} positions, the student has {tokens}")
+
+        def top(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
+            value, gradient = kernels.top_k_kl(part, columns.divided("q", q, t), columns)
+            return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
+
+        return top
+
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape"
+        )
+    p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
+
+    def forward(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if out is not None and not blockwise:
+            out = columns.buffer("gradient", q)  # the next kernel reads the logits, which may be where the room is
+        return kernels.forward_kl(p_logits[chunk, : columns.valid], q, columns, temperature=t, out=out), out
+
+    def full(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        p, q = columns.divided("p", p_logits[chunk, : columns.valid], t), columns.divided("q", q, t)
+        if loss.kind == "reverse_kl":
+            value, gradient = kernels.reverse_kl(p, q, columns)
+        elif loss.kind == "jensen_shannon":
+            value, gradient = kernels.jensen_shannon(p, q, columns, beta=loss.beta)
+        else:
+            value, gradient = kernels.top_k_kl(kernels.top_k_of(p, columns, k=loss.k), q, columns)
+        # d/dz of T^2 D(z / T)
+        return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
+
+    return forward if _is_forward_kl(loss, teacher, vocab_size) else full
+
+
+def _is_forward_kl(loss: LossConfig, teacher: torch.Tensor | TopTokens, vocab_size: int) -> bool:
+    """Whether the loss is the forward KL, which top-k of all tokens is too."""
+    logits = not isinstance(teacher, TopTokens)
+    return loss.kind == "forward_kl" or (logits and loss.kind == "top_k" and loss.k >= vocab_size)
+
+
+class _Chunked(torch.autograd.Function):
+    """A weighted sum of kernels over chunks of tokens, its gradient kept from the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        columns: Columns,
+        chunk_kernels: list[Kernel],
+        weights: list[float],
+        inplace: bool,
+        blockwise: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = student.detach().reshape(-1, student.shape[-1])
+        gradient = None
+        if inplace:
+            gradient = logits
+        elif ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(logits)
+        parts = torch.empty(len(chunk_kernels), len(logits), dtype=kernels.wide(student), device=student.device)
+        with naming_no_device():
+            # The only kernel, and it goes through its tokens in blocks of its own: it takes all of them at once.
+            for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
+                summed, room = None, gradient if gradient is None else gradient[chunk, : columns.valid]
+                for index, (kernel, weight) in enumerate(zip(chunk_kernels, weights, strict=True)):
+                    parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid], room)
+                    if weight and one is not None:
+                        one = one if weight == 1 else one.mul_(weight)
+                        summed = one if summed is None else summed.add_(one)
+                if gradient is not None and summed is not None and not blockwise:
+                    gradient[chunk, : columns.valid] = summed
+        if gradient is not None:
+            gradient[:, columns.valid :] = 0
+            ctx.save_for_backward(gradient.view(student.shape))
+        total = sum(weight * part for weight, part in zip(weights, parts, strict=True) if weight)
+        ctx.mark_non_differentiable(parts)
+        return torch.as_tensor(total).view(student.shape[:-1]), parts
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_outputs[0][..., None].to(gradient.dtype)), None, None, None, None, None
+
+
+def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
+    """``[tokens, V/tp]`` in runs of tokens, as many on every rank of the group: each has the same number of columns."""
+    budget = CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"]
+    size = max(1, budget // (max(logits.shape[-1], 1) * kernels.wide(logits).itemsize))
+    return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]

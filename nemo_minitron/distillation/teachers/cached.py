@@ -1,0 +1,119 @@
+"""The teacher of a training that reads its logits from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_minitron.config import LossConfig
+from nemo_minitron.distillation.losses.kernels import TopTokens
+from nemo_minitron.distillation.teachers.documents import starts_of_positions
+from nemo_minitron.distillation.teachers.logit_cache import (
+    LogitCache,
+    Manifest,
+    Sample,
+    decode_logits,
+    decode_top,
+    sample_keys,
+)
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.context import rank_part
+from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.shape import padded_vocab
+
+if TYPE_CHECKING:
+    from nemo_minitron.distillation.losses.state_hooks import TeacherStates
+
+__all__ = ["CachedTeacher", "cached_loss"]
+
+
+def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
+    """The loss that is taken from a cache.
+
+    A cache of the ``k`` likeliest tokens gives the "top_k" loss, and "forward_kl" as the top-k loss of all that it has,
+    which is a lower bound. A cache of all log-probabilities gives every loss.
+
+    Raises:
+        ConfigError: for a loss that its tokens do not determine.
+    """
+    if manifest.k is None:
+        return loss
+    remedy = "write the cache with k=null, which keeps all log-probabilities, or use the teacher itself"
+    faults = []
+    if loss.kind not in ("forward_kl", "top_k"):
+        faults.append(
+            f"loss.kind={loss.kind}: needs the teacher's probability of every token, the cache has that of its "
+            f"{manifest.k} likeliest; {remedy}"
+        )
+    if loss.temperature != manifest.temperature:
+        faults.append(
+            f"loss.temperature={loss.temperature}: the mass that the cache's {manifest.k} tokens leave over is known "
+            f"at temperature {manifest.temperature:g} alone; {remedy}"
+        )
+    if loss.kind == "top_k" and loss.k > manifest.k:
+        faults.append(f"loss.k={loss.k}: the cache has {manifest.k} tokens; ask for no more, or {remedy}")
+    if faults:
+        raise ConfigError(faults)
+    k = loss.k if loss.kind == "top_k" else manifest.k
+    return LossConfig("top_k", loss.temperature, loss.beta, k, loss.label_weight)
+
+
+class CachedTeacher:
+    """Finds the samples of each micro-batch in a cache, in any order and under any layout.
+
+    Every rank of the last stage reads the samples of its data-parallel replica. Memory: the encoded samples of a
+    step's micro-batches.
+
+    Args:
+        cache: whose samples the training draws.
+        groups: the student's.
+        loss: as :func:`cached_loss` gives it.
+    """
+
+    states: TeacherStates | None = None
+
+    def __init__(self, cache: LogitCache, groups: Groups, loss: LossConfig) -> None:
+        self.cache, self.groups, self.loss = cache, groups, loss
+        self._device = groups.device.torch
+
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Sample]:
+        """Read the samples.
+
+        Args:
+            batches: with ``tokens`` and ``position_ids`` ``[b, s]``.
+
+        Returns:
+            On the last pipeline stage for each micro-batch its samples, stacked in the order ``[s (/cp), b, ...]`` of
+            Megatron's logits; elsewhere an empty list.
+
+        Raises:
+            DataError: for a sample that is not there or damaged.
+        """
+        if not self.groups.is_last_stage:
+            return []
+        found = []
+        for batch in batches:
+            starts = starts_of_positions(batch["position_ids"])
+            samples = [self.cache.read(key) for key in sample_keys(batch["tokens"], starts)]
+            stacked = {name: torch.stack([one[name] for one in samples], 1) for name in samples[0]}
+            found.append({name: rank_part(tensor, self.groups, dim=0) for name, tensor in stacked.items()})
+        return found
+
+    def logits(self, kept: Sample) -> torch.Tensor | TopTokens:
+        """What the loss takes: the likeliest tokens, or this rank's ``[s, b, V/tp]`` log-probabilities."""
+        if self.cache.manifest.k is not None:
+            top = decode_top(kept, k=self.loss.k)
+            return TopTokens(*(t.to(self._device) for t in (top.tokens, top.log_probabilities, top.log_rest)))
+        vocabulary, tensor = self.cache.manifest.vocab_size, self.groups.layout.tensor
+        columns = padded_vocab(vocabulary, tensor=tensor) // tensor
+        first = self.groups.tp_rank * columns
+        whole = decode_logits(kept)
+        mine = whole.new_zeros(*whole.shape[:-1], columns)
+        part = whole[..., first : first + columns]
+        mine[..., : part.shape[-1]] = part
+        return mine.to(self._device)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -1,0 +1,160 @@
+"""What a teacher is to a training, and the nearest one: the frozen model in the student's ranks and layout.
+
+It runs before the student, as a forward-only pass of Megatron's own schedule over the same micro-batches, so it needs
+nothing from the student's pipeline: no activations ride along, the depths of the two may differ, and tensor
+parallelism, pipeline parallelism and sequence parallelism work as in any Megatron model. What waits for the student is
+the last hidden state of each micro-batch, ``[s, b, H]``, and not its logits, which are V/H times larger; the output
+layer is applied when the loss asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from nemo_minitron.runtime.context import rank_batch
+from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.runtime.masks import documents_masked
+from nemo_minitron.runtime.model import build_model
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from nemo_minitron.checkpoints.base import Checkpoint
+    from nemo_minitron.distillation.losses.kernels import TopTokens
+    from nemo_minitron.distillation.losses.state_hooks import TeacherStates
+
+__all__ = ["Teacher", "TeacherSource"]
+
+
+class TeacherSource(Protocol):
+    """Where a training gets its teacher's logits from: a model near or far (:mod:`placement`), or a cache.
+
+    Attributes:
+        states: of the states inside the teacher; None where they are not to be had.
+    """
+
+    states: TeacherStates | None
+
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
+        """Prepare the micro-batches of a step; every rank calls it.
+
+        Returns:
+            On the last pipeline stage what is kept of each until its loss is taken, elsewhere an empty list.
+        """
+        ...
+
+    def logits(self, kept: Any) -> torch.Tensor | TopTokens:
+        """What the loss of a micro-batch takes, on the last pipeline stage: ``[s, b, V/tp]``, or likeliest tokens."""
+        ...
+
+    def close(self) -> None:
+        """The training is over."""
+        ...
+
+
+class Teacher:
+    """A model that only runs forward.
+
+    Memory: its weights, and for each micro-batch of a step one ``[s, b, H]`` on the last stage (``s / tp`` under
+    sequence parallelism).
+
+    Attributes:
+        states: keeps the states inside the teacher too, where intermediate losses need them.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], groups: Groups) -> None:
+        self.groups = groups
+        self.chunks = list(chunks)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        self.states: TeacherStates | None = None
+        self._last = self.chunks[-1] if groups.is_last_stage else None
+        self._output_weight: torch.Tensor | None = None
+        if self._last is not None:
+            if self._last.share_embeddings_and_output_weights:
+                self._output_weight = self._last.shared_embedding_or_output_weight()
+            # GPTModel then returns what its output layer would get; the decoder still applies the final norm.
+            self._last.post_process = False
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, groups: Groups, *, dtype: torch.dtype = torch.float32) -> Teacher:
+        """Build this rank's part of the teacher and fill it.
+
+        Raises:
+            ShapeError: if the layout cannot split it.
+            CheckpointError: if the checkpoint cannot be read.
+        """
+        from nemo_minitron.checkpoints.live import load_into
+
+        chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=dtype)
+        load_into(chunks, checkpoint, groups)
+        return cls(chunks, groups)
+
+    def drop_output_layer(self) -> None:
+        """Free its memory, where another applies it to the hidden states."""
+        if self._last is not None:
+            self._output_weight = None
+            self._last.output_layer = None
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Run the micro-batches.
+
+        Args:
+            batches: on every rank; each with ``tokens`` and ``position_ids`` ``[b, s]`` and ``attention_mask``
+                ``[b or 1, 1, s, s]`` (True where attention is not allowed), all of one shape.
+
+        Returns:
+            On the last pipeline stage one ``[s (/cp), b, H]`` a micro-batch, elsewhere an empty list.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        device = next(self.chunks[0].parameters()).device
+
+        def forward_step(data: Any, model: GPTModel) -> tuple[torch.Tensor, Any]:
+            batch = rank_batch(next(data), self.groups)
+            output = model(
+                batch["tokens"].to(device),
+                batch["position_ids"].to(device),
+                batch["attention_mask"].to(device),
+            )
+            return output, lambda hidden, non_loss_data=False: hidden
+
+        micro_batch, sequence = batches[0]["tokens"].shape
+        packed = any((batch["position_ids"][..., 1:] == 0).any() for batch in batches)
+        recorded = self.states.recorded() if self.states is not None else nullcontext()
+        with recorded, documents_masked(self.chunks, masked=packed):
+            outputs: list[torch.Tensor] = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=sequence,
+                micro_batch_size=micro_batch,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return outputs if self.groups.is_last_stage else []
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the output layer, on the last stage.
+
+        Args:
+            hidden: ``[s, b, H]``.
+
+        Returns:
+            ``[s, b, V/tp]``.
+        """
+        assert self._last is not None, "only the last pipeline stage has an output layer"
+        logits: torch.Tensor
+        logits, _ = self._last.output_layer(hidden, weight=self._output_weight)
+        return logits
+
+    def close(self) -> None:
+        """Nothing to end."""

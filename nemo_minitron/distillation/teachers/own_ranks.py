@@ -1,0 +1,300 @@
+"""A teacher on ranks of its own, which serve the student's.
+
+NeMo's strategy and Megatron's groups take the whole world to be theirs. So the processes of one launch part into two
+worlds before either starts ``torch.distributed``: the first ranks are the student's world, in which NeMo's trainer runs
+as ever; the others are the teacher's, with Megatron's groups in its own layout and no NeMo at all. Between them is one
+gloo group over all processes, outside of both worlds (:class:`Bridge`). Both use the launcher's store, the teacher's
+world and the bridge under prefixes of their own.
+
+The protocol: before each step the student's first rank sends every teacher rank a header, ``[op, m, b, s]``; the first
+rank of each of the student's replicas sends the ranks of the teacher's replicas the tokens that they are to run; the
+teacher's last stage delivers to the student's (:mod:`~nemo_minitron.distillation.teachers.placement`). A last header
+ends it. A world that fails closes its connections, which ends the other.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.distillation.teachers.frozen import Teacher
+from nemo_minitron.distillation.teachers.own_layout import OutputLayer, run_replica
+from nemo_minitron.distillation.teachers.placement import Transfer, deliver, packed_requests
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.device import Device, here
+from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints.base import Checkpoint
+    from nemo_minitron.distillation.losses.state_hooks import TeacherStates
+
+__all__ = ["Bridge", "RemoteTeacher", "becomes_teacher", "serve_teacher"]
+
+_END, _STEP = 0, 1
+_REQUESTS, _RESULTS = 1, 2
+"""Tags: what one rank sends another of each kind keeps its order."""
+
+
+def becomes_teacher(student: ParallelLayout, teacher: ParallelLayout) -> bool:
+    """Whether this process is one of the teacher's; if not, the student's world is all that it sees from here on.
+
+    Call it before anything starts ``torch.distributed`` or builds a trainer: it sets ``WORLD_SIZE`` and
+    ``LOCAL_WORLD_SIZE``, from which they learn how many processes there are.
+
+    Raises:
+        ConfigError: if the launched processes are not those of the two layouts.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != student.world_size + teacher.world_size:
+        raise ConfigError(
+            f"the student's layout needs {student.world_size} processes and the teacher's {teacher.world_size} further "
+            f"ones; {world} are running"
+        )
+    if rank >= student.world_size:
+        return True
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) - (rank - int(os.environ.get("LOCAL_RANK", rank)))
+    os.environ["WORLD_SIZE"] = str(student.world_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(local, student.world_size))
+    return False
+
+
+def _store(timeout: datetime.timedelta) -> dist.TCPStore:
+    """The launcher's store, or that of the student's first rank, as a further client.
+
+    The student's comes up a minute after these ranks have started, once NeMo is imported. A client that finds no server
+    tries again at ever longer intervals, so look for it first.
+
+    Raises:
+        ConfigError: if it does not come up.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection(address, timeout=10).close()
+            break
+        except OSError as error:
+            if time.monotonic() > limit:
+                raise ConfigError(
+                    f"the student's first rank does not answer at {address[0]}:{address[1]} ({error}); look at its log"
+                ) from error
+            time.sleep(0.2)
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+
+
+class Bridge:
+    """Messages between the two worlds, over gloo and through the memory of the hosts.
+
+    The student's ranks come first, the teacher's after them. Made on every process of both at once.
+
+    Args:
+        student, teacher: layouts.
+        rank: of this process among all.
+        timeout_minutes: after which a message that does not come is an error.
+    """
+
+    def __init__(self, student: ParallelLayout, teacher: ParallelLayout, *, rank: int, timeout_minutes: float) -> None:
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        self.first_teacher = student.world_size
+        self._group = dist.ProcessGroupGloo(
+            dist.PrefixStore("minitron-bridge", _store(timeout)),
+            rank,
+            student.world_size + teacher.world_size,
+            timeout,
+        )
+
+    def send(self, tensor: torch.Tensor, rank: int, tag: int) -> dist.Work:
+        """Start sending a tensor on the CPU."""
+        return self._group.send([tensor], rank, tag)
+
+    def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> torch.Tensor:
+        """Fill a tensor on the CPU."""
+        self._group.recv([tensor], rank, tag).wait()
+        return tensor
+
+    def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
+        """See :class:`~nemo_minitron.distillation.teachers.placement.Link`."""
+        works = [self.send(tensor.cpu(), rank, _RESULTS) for tensor, rank in sends]
+        for tensor, rank in receives:
+            host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+            self.receive(host, self.first_teacher + rank, _RESULTS)
+            if host is not tensor:
+                tensor.copy_(host)
+        for work in works:
+            work.wait()
+
+
+class RemoteTeacher:
+    """What the student's ranks have of a teacher that runs elsewhere.
+
+    Memory: on the last stage the teacher's output layer (see :class:`OutputLayer`), and for each micro-batch of a step
+    what is delivered. Communication a step: 8 bytes a token to each rank of one teacher replica, and the delivery. The
+    student waits for the teacher.
+
+    Args:
+        checkpoint: the teacher, of which the output layer alone is read.
+        groups: the student's.
+        layout: the teacher's.
+        dtype: of what is delivered.
+        timeout_minutes: of the bridge.
+    """
+
+    states: TeacherStates | None = None
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        groups: Groups,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        *,
+        timeout_minutes: float,
+    ) -> None:
+        self.groups, self.layout = groups, layout
+        self.transfer = Transfer(checkpoint.shape, groups.layout, layout)
+        self.bridge = Bridge(groups.layout, layout, rank=dist.get_rank(), timeout_minutes=timeout_minutes)
+        self._output = OutputLayer(checkpoint, self.transfer, groups, dtype)
+        self._like = torch.empty(0, dtype=dtype, device=groups.device.torch)
+
+    def _teachers(self, replica: int) -> list[int]:
+        """The bridge's ranks of a replica of the teacher."""
+        layout = self.layout
+        return [
+            self.bridge.first_teacher + layout.rank(tensor=tensor, data=replica, pipeline=stage)
+            for stage in range(layout.pipeline)
+            for tensor in range(layout.tensor)
+        ]
+
+    def _announce(self, header: list[int]) -> None:
+        if self.groups.is_main:
+            message = torch.tensor(header)
+            everyone = range(self.layout.world_size)
+            for work in [self.bridge.send(message, self.bridge.first_teacher + rank, _REQUESTS) for rank in everyone]:
+                work.wait()
+
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`; all student ranks call it."""
+        micro_batch_size, sequence = batches[0]["tokens"].shape
+        self._announce([_STEP, len(batches), micro_batch_size, sequence])
+        works = []
+        if self.groups.tp_rank == 0 and self.groups.is_first_stage:
+            requests = packed_requests(batches, torch.device("cpu"))
+            for replica in range(self.layout.data):
+                part = requests[_share(self.transfer, replica, self.groups.dp_rank, len(batches))]
+                if len(part):
+                    part = part.contiguous()
+                    works += [self.bridge.send(part, rank, _REQUESTS) for rank in self._teachers(replica)]
+        received = deliver(
+            self.transfer,
+            self.bridge,
+            {},
+            teacher_rank=None,
+            student_rank=dist.get_rank(),
+            micro_batches=len(batches),
+            micro_batch_size=micro_batch_size,
+            sequence=sequence,
+            like=self._like,
+        )
+        for work in works:
+            work.wait()
+        return received
+
+    def logits(self, kept: torch.Tensor) -> torch.Tensor:
+        """``[s, b, V/tp]`` in the student's layout."""
+        return self._output.logits(kept)
+
+    def close(self) -> None:
+        """Let the teacher's ranks end."""
+        self._announce([_END, 0, 0, 0])
+
+
+def _share(transfer: Transfer, replica: int, student_replica: int, micro_batches: int) -> slice:
+    """Of one student replica's micro-batches those that a teacher replica runs."""
+    numbers = transfer.replica(replica, micro_batches * transfer.student.data)
+    first = student_replica * micro_batches
+    start, stop = (min(max(end - first, 0), micro_batches) for end in (numbers.start, numbers.stop))
+    return slice(start, stop)
+
+
+def serve_teacher(
+    checkpoint: Checkpoint,
+    student: ParallelLayout,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    timeout_minutes: float,
+    seed: int = 1234,
+    device: Device | None = None,
+) -> int:
+    """What a rank of the teacher does: run what the student's ranks ask for until they are done.
+
+    Args:
+        checkpoint: the teacher.
+        student, layout: the student's layout, and the teacher's.
+        dtype: of its weights and activations, and of what is delivered.
+        timeout_minutes: without a message for so long, it gives up.
+        seed: of Megatron's random-state tracker.
+        device: of this process; None for what was decided on at its start.
+
+    Returns:
+        Steps served.
+
+    Raises:
+        ShapeError: if the layout cannot split it.
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    place = int(os.environ["RANK"])
+    device, timeout = device or here(), datetime.timedelta(minutes=timeout_minutes)
+    device.use()
+    dist.init_process_group(
+        device.backend,
+        store=dist.PrefixStore("minitron-teacher", _store(timeout)),
+        rank=place - student.world_size,
+        world_size=layout.world_size,
+        timeout=timeout,
+    )
+    groups = initialize(layout, device=device, seed=seed, timeout_minutes=timeout_minutes)
+    transfer = Transfer(checkpoint.shape, student, layout)
+    teacher = Teacher.load(checkpoint, groups, dtype=dtype)
+    if transfer.hidden:
+        teacher.drop_output_layer()
+    bridge = Bridge(student, layout, rank=place, timeout_minutes=timeout_minutes)
+    steps = 0
+    while True:
+        header = bridge.receive(torch.empty(4, dtype=torch.int64), 0, _REQUESTS)
+        op, micro_batches, micro_batch_size, sequence = header.tolist()
+        if op == _END:
+            return steps
+        parts = []
+        for replica in range(student.data):
+            share = _share(transfer, groups.dp_rank, replica, micro_batches)
+            if share.stop > share.start:
+                part = torch.empty(share.stop - share.start, 2, micro_batch_size, sequence, dtype=torch.int32)
+                parts.append(bridge.receive(part, student.rank(tensor=0, data=replica, pipeline=0), _REQUESTS))
+        first = transfer.replica(groups.dp_rank, micro_batches * student.data).start
+        results = run_replica(teacher, transfer, torch.cat(parts).to(device.torch), first) if parts else {}
+        deliver(
+            transfer,
+            bridge,
+            results,
+            teacher_rank=dist.get_rank(),
+            student_rank=None,
+            micro_batches=micro_batches,
+            micro_batch_size=micro_batch_size,
+            sequence=sequence,
+            like=torch.empty(0, dtype=dtype, device=device.torch),
+        )
+        steps += 1

@@ -1,0 +1,3 @@
+"""The training loop that distillation, correction and recovery share: NeMo's trainer, our data, metrics,
+checkpoints.
+"""

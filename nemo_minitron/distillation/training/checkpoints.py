@@ -1,0 +1,84 @@
+"""The checkpoints that a training keeps, as NeMo's own callbacks write them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+from nemo_minitron.distillation.training.outputs import directories, value_of
+
+__all__ = ["BestCheckpoint", "LastCheckpoint"]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the state after the last step: at each validation, and every so many steps.
+
+    Args:
+        directory: of the one checkpoint that is kept.
+        every: steps.
+    """
+
+    # NeMo's logger sets the class's own to the pattern of whichever callback comes last.
+    CHECKPOINT_NAME_LAST = "step={step}-last"
+
+    def __init__(self, directory: Path, *, every: int) -> None:
+        super().__init__(
+            dirpath=str(directory),
+            filename="step={step}",
+            auto_insert_metric_name=False,
+            monitor=None,
+            save_last=True,
+            save_top_k=0,  # the last one alone: it holds the optimizer too
+            every_n_train_steps=every,
+            save_optim_on_train_end=True,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        """The last step is saved when its validation is over: who finds it need not go on."""
+        if trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, *arguments)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save now, unless this step is saved."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the validation with the lowest value, beside NeMo's own checkpoint callback.
+
+    NeMo's class is made to be the trainer's only one: each would tidy the log directory when a training goes on, where
+    the second finds nothing left, and would rename the others' checkpoints after its own pattern.
+
+    Args:
+        directory: of the one checkpoint that is kept.
+        monitor: the value's name among the trainer's metrics.
+    """
+
+    def __init__(self, directory: Path, monitor: str) -> None:
+        super().__init__(
+            dirpath=str(directory),
+            # The value is read out of the name when a training goes on.
+            filename="{step}-{" + monitor + ":.8f}",
+            monitor=monitor,
+            save_last=False,
+            save_top_k=1,
+            save_weights_only=True,
+            every_n_epochs=1,  # at each validation
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find what an earlier process kept: its state may be older than its files."""
+        assert self.dirpath is not None
+        kept = sorted(directories(Path(self.dirpath)), key=value_of)
+        for path in kept[1:]:  # killed before it could be removed
+            shutil.rmtree(path, ignore_errors=True)  # by whichever rank comes first
+        best = kept[0] if kept else None
+        self.best_k_models = {} if best is None else {str(best): torch.tensor(value_of(best))}
+        self.kth_best_model_path = self.best_model_path = "" if best is None else str(best)
+        self.best_model_score = self.kth_value = self.best_k_models.get(self.best_model_path)

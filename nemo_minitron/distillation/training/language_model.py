@@ -1,0 +1,231 @@
+"""NeMo 2's GPT module trained on the text itself, by the vocabulary-parallel cross-entropy.
+
+What every training here shares is here too: to NeMo the model is a plain one of its family in every way. Its
+checkpoints name ``LlamaModel``, ``Qwen2Model``, ... as their class, so plain NeMo opens them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import fiddle as fdl
+import torch
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.nemo2.config import model_class
+from nemo_minitron.checkpoints.live import load_into
+from nemo_minitron.distillation.losses.balance import Balance
+from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
+from nemo_minitron.errors import NonFiniteError
+from nemo_minitron.runtime import versions
+from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
+
+if TYPE_CHECKING:
+    from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
+    from nemo.lightning.pytorch.optim import OptimizerModule
+
+__all__ = ["LM_LOSS", "LanguageModel", "LanguageModelLoss", "TokenLoss", "TrainedModel", "plain_context"]
+
+LM_LOSS = "lm_loss"
+"""Cross-entropy with the labels, nats a token, by its name in the metrics."""
+_TOKENS = "tokens"
+
+
+def plain_context(initial: Checkpoint, arguments: dict[str, Any]) -> fdl.Config[GPTModel]:
+    """What NeMo writes into the context of a checkpoint: the model as the plain one of its family that it is."""
+    plain = {name: value for name, value in arguments.items() if name in ("config", "optim", "tokenizer")}
+    return fdl.Config(model_class(initial.architecture.family), **plain)
+
+
+class TrainedModel(GPTModel):
+    """What every training shares; a base alone, as NeMo changes the classes of the models that it trains.
+
+    Args:
+        config: NeMo's configuration of the model. Its ``calculate_per_token_loss`` is switched on, so that the loss of
+            a step is the mean over all valid tokens of its global batch, however they fall on micro-batches and ranks.
+        initial: weights to start from.
+        layout: parallel layout.
+        optim, tokenizer: as in NeMo's ``GPTModel``.
+
+    Attributes:
+        balance: the values of the losses inside a model, where there are any.
+        further: values of the last step besides those of the loss, by their names in the metrics.
+    """
+
+    VALIDATED: ClassVar[tuple[str, ...]] = (LM_LOSS,)
+    """What a validation measures."""
+
+    _training_loss_reduction: TokenLoss | None
+    _validation_loss_reduction: TokenLoss | None
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        initial: Checkpoint,
+        layout: ParallelLayout,
+        optim: OptimizerModule | None = None,
+        tokenizer: TokenizerSpec | None = None,
+    ) -> None:
+        config.calculate_per_token_loss = True
+        super().__init__(config, optim=optim, tokenizer=tokenizer)
+        self._initial = initial
+        self._layout = layout
+        self.balance = Balance([], dynamic=False)
+        self.further: dict[str, float] = {}
+        # In a list, because a module assigned to an attribute would become a part of the model.
+        self._root: list[TrainedModel] = [self]
+
+    def io_init(self, **kwargs: Any) -> fdl.Config[GPTModel]:
+        """See :func:`plain_context`."""
+        return plain_context(kwargs["initial"], kwargs)
+
+    def reinit(self) -> TrainedModel:
+        """A further chunk of the model: NeMo asks for one a virtual stage.
+
+        Without this method NeMo would build what the context names, a plain model.
+        """
+        raise NotImplementedError
+
+    @property
+    def root(self) -> TrainedModel:
+        """The first chunk, which NeMo's trainer knows."""
+        return self._root[0]
+
+    @property
+    def groups(self) -> Groups:
+        """Megatron's groups, as NeMo's strategy made them."""
+        return current(self._layout)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the true vocabulary: the output layer's further columns are padding."""
+        return self._initial.shape.vocab_size
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build this rank's part of the model and fill it.
+
+        Not earlier: tied embeddings are reduced while models are built, which the stages must do in one order.
+        """
+        if hasattr(self, "module"):
+            return
+        super().configure_model(**versions.virtual_stage(vp_stage))
+        load_into([self.module], self._initial, self.groups)
+
+    def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere."""
+        return self.forward(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch["attention_mask"],
+        )
+
+    def loss_reduction(self, *, validation: bool) -> TokenLoss:
+        """The loss of this model."""
+        raise NotImplementedError
+
+    @property
+    def training_loss_reduction(self) -> TokenLoss:
+        """The loss that is trained on."""
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = self.loss_reduction(validation=False)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> TokenLoss:
+        """The same loss, with all that is measured beside it."""
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = self.loss_reduction(validation=True)
+        return self._validation_loss_reduction
+
+
+class LanguageModel(TrainedModel):
+    """A model trained on labels; arguments as of :class:`TrainedModel`."""
+
+    def reinit(self) -> LanguageModel:
+        """See :class:`TrainedModel`."""
+        chunk = LanguageModel(self.config, self._initial, self._layout)
+        chunk._root = self._root
+        return chunk
+
+    def loss_reduction(self, *, validation: bool) -> TokenLoss:
+        """Cross-entropy."""
+        return LanguageModelLoss(self, validation=validation)
+
+
+class TokenLoss(MegatronLossReduction):
+    """The loss of a micro-batch, summed over its valid tokens; Megatron divides by the tokens of the global batch.
+
+    Attributes:
+        values: means a valid token of the last step that was reduced, by their names in the metrics; the same on all
+            ranks of the last stage.
+        tokens: valid ones of that step.
+    """
+
+    NAME: ClassVar[str]
+    """Of the loss, in messages."""
+
+    def __init__(self, model: Any, *, validation: bool) -> None:
+        super().__init__()
+        # Past nn.Module's attribute registration: the model owns this loss.
+        object.__setattr__(self, "_model", model)
+        self.validation = validation
+        self.values: dict[str, float] = {}
+        self.tokens = 0.0
+
+    def measure(self, batch: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of each token that is trained on, ``[s, b]``, and what is reported, by name, the main value first.
+
+        Args:
+            batch: a micro-batch.
+            logits: ``[s, b, V/tp]``; in training the loss may overwrite them.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, batch: dict[str, Any], forward_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Args: a micro-batch and logits ``[b, s, V/tp]``. Returns: loss sum, valid tokens, report.
+
+        Raises:
+            NonFiniteError: before any gradient is computed.
+        """
+        # Sequence first, as the output layer wrote them: taken batch first, logits would be copied whole.
+        mask = batch["loss_mask"].float().T
+        losses, measured = self.measure(batch, forward_out.transpose(0, 1))
+        loss, tokens = (losses * mask).sum(), mask.sum()
+        if not torch.isfinite(loss):
+            step = self._model.root.trainer.global_step
+            raise NonFiniteError(
+                f"the {self.NAME} loss of step {step} is {loss.item()}; nothing was updated. "
+                "Lower lr, raise warmup_steps, or look for damaged weights with `minitron evaluate`"
+            )
+        self._model.balance.add_logits(loss, tokens)
+        report = {name: (values * mask).sum().detach() for name, values in measured.items()}
+        return loss, tokens.to(torch.int), {**report, _TOKENS: tokens}
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Mean of the main value a token over all micro-batches and data-parallel ranks, on the last stage."""
+        # The names come from the reports: of a virtual pipeline, another chunk's loss may have measured.
+        reports = losses_reduced_per_micro_batch
+        sums = torch.stack([torch.stack(list(report.values())) for report in reports]).sum(0)
+        torch.distributed.all_reduce(sums, group=self._model.groups.dp_cp)
+        self.tokens = sums[-1].item()
+        means = sums[:-1] / sums[-1]
+        self.values = dict(zip((name for name in reports[0] if name != _TOKENS), means.tolist(), strict=True))
+        return means[0]
+
+
+class LanguageModelLoss(TokenLoss):
+    """Cross-entropy with the labels over the true vocabulary."""
+
+    NAME = "language-model"
+
+    def measure(self, batch: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :class:`TokenLoss`."""
+        model: LanguageModel = self._model
+        losses = vocabulary_parallel_cross_entropy(
+            logits, batch["labels"].T, model.groups.tp, vocab_size=model.vocab_size, inplace=not self.validation
+        )
+        return losses, {LM_LOSS: losses.detach()}

@@ -1,0 +1,439 @@
+"""Start the processes of a job, show rank 0's output, bound their time, and say what became of each rank.
+
+One process is started as it is, several through torchrun on nemo_run's local executor
+(:mod:`nemo_minitron.jobs.torchrun`); a caller may bring another way (:mod:`nemo_minitron.jobs.ranks`). A job has a
+folder, which the launcher empties first::
+
+    rank-0.log, rank-1.log, ...    what each rank printed
+    rank-0.json, rank-1.json, ...  what became of it: a :class:`RankResult`
+    launcher.log                   what the launchers in between printed
+    nemo_run/                      nemo_run's own records (NEMORUN_HOME)
+
+Each rank calls :func:`attach` when it starts and :func:`save_result` when it ends. Exit codes carry no message, and
+torchrun and nemo_run each wrap their own around it; so the files decide, and the exit codes only end the wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from nemo_minitron import errors
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.environment import local_environment
+from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.requirements import missing
+from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
+
+__all__ = [
+    "Processes",
+    "RankResult",
+    "StageCrashError",
+    "Starter",
+    "attach",
+    "begin_attempt",
+    "clear_folder",
+    "launch",
+    "read_results",
+    "save_result",
+    "verdict",
+]
+
+LAUNCHER_VARIABLE = "MINITRON_LAUNCHER"
+ATTEMPT_VARIABLE = "MINITRON_ATTEMPT"
+"""Of the environment: which of the attempts of a cluster's job a rank belongs to."""
+_ATTEMPT = "attempt"
+#: Seconds that the other ranks get to end by themselves once one has failed.
+GRACE = 10.0
+POLL = 0.1
+
+
+class StageCrashError(Exception):
+    """A process of a job failed by no fault of the user's; the message holds its traceback and its log's path."""
+
+
+@dataclass
+class RankResult:
+    """What became of a rank.
+
+    Attributes:
+        rank: global rank.
+        status: "done", "refused" (a :class:`MinitronError`) or "crashed".
+        seconds: since the rank attached itself.
+        peak_rss_bytes: its largest resident size.
+        error: class name of the exception.
+        message: of the exception; of a crash the traceback.
+        metrics: what the job returned (JSON values).
+        time: when it ended, seconds since the epoch.
+    """
+
+    rank: int
+    status: str
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    error: str = ""
+    message: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+
+
+def attach(folder: Path) -> int:
+    """Called by a rank at its start: its output goes to its log, and it ends when the launcher does.
+
+    Returns:
+        The rank, from the environment that torchrun sets.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if LAUNCHER_VARIABLE in os.environ:  # a cluster's launcher ends its processes itself
+        end_with_launcher()
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return rank
+
+
+def end_with_launcher() -> None:
+    """End this process when the launcher is gone, so that killing ``minitron`` leaves nothing behind.
+
+    A thread looks every other second. Linux's parent-death signal would reach only the launcher's own child, not the
+    ranks below torchrun, and torchx's handler of it leaves torchrun running.
+    """
+    pid, born = os.environ[LAUNCHER_VARIABLE].split(":")
+
+    def watch() -> None:
+        while _is_alive(int(pid), float(born)):
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _is_alive(pid: int, born: float) -> bool:
+    """Whether the process that was started at ``born`` still runs (and is not another one of the same number)."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def begin_attempt(folder: Path, attempt: str) -> None:
+    """Rank 0 of a job that a cluster may start again: from now on, what ranks of earlier attempts leave does not count.
+
+    A node that hung, and was given up, may come to life again and find its peers gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / _ATTEMPT, attempt)
+
+
+def save_result(folder: Path, result: RankResult) -> None:
+    """Write a rank's result, whole or not at all; nothing if the job has begun anew without this rank."""
+    own, path = os.environ.get(ATTEMPT_VARIABLE), folder / _ATTEMPT
+    if own is not None and path.exists() and path.read_text() != own:
+        return
+    replace_file(folder / f"rank-{result.rank}.json", json.dumps(asdict(result), default=str))
+
+
+def failure(rank: int, error: BaseException) -> RankResult:
+    """The result of a rank that ended with ``error``."""
+    error = missing(error, for_="this stage") or error
+    if isinstance(error, MinitronError):
+        return RankResult(rank, "refused", error=type(error).__name__, message=str(error))
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return RankResult(rank, "crashed", error=type(error).__name__, message=text)
+
+
+class Processes(Protocol):
+    """The processes of a job, whatever started them.
+
+    Attributes:
+        returncode: None while any of them runs; then an exit code, or minus a signal.
+    """
+
+    returncode: int | None
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those that are to be ended, with all below them, to end the job."""
+
+    @property
+    def first_failure(self) -> tuple[int, int] | None:
+        """``(rank, exit code)`` of the rank that failed first, where that is known."""
+
+    def poll(self) -> int | None:
+        """Look whether they have ended."""
+
+    def wait(self) -> int:
+        """Wait for their end."""
+
+
+class Starter(Protocol):
+    """Starts the processes of a job in another way than :func:`launch` does, or returns None to leave it that."""
+
+    def __call__(
+        self, module: str, args: Sequence[str], *, world_size: int, environment: dict[str, str], log: Path
+    ) -> Processes | None:
+        """Start ``python -m module args`` on every rank.
+
+        Args:
+            module, args, world_size: see :func:`launch`.
+            environment: of all ranks, without what tells them apart.
+            log: takes what a rank prints before :func:`attach`.
+        """
+
+
+class _Started(subprocess.Popen[bytes]):
+    """A process, or torchrun with its ranks below it."""
+
+    first_failure = None  # torchrun writes it to its log
+
+    @property
+    def pids(self) -> list[int]:
+        return [self.pid]
+
+
+def launch(
+    module: str,
+    args: Sequence[str],
+    *,
+    world_size: int,
+    folder: Path,
+    threads: int | None = None,
+    timeout_minutes: float | None = None,
+    on_output: Callable[[bytes], None] | None = None,
+    starter: Starter | None = None,
+) -> list[RankResult]:
+    """Run ``python -m module args`` on ``world_size`` processes of this machine and wait.
+
+    Args:
+        module: takes its folder from :func:`job_folder`, calls :func:`attach` and :func:`save_result`.
+        args: words without blanks or quotes (torchx quotes them without a shell to undo it).
+        world_size: number of processes.
+        folder: the job's; emptied of an earlier job's files.
+        threads: of each process; None shares the cores that this process may use.
+        timeout_minutes: the job is stopped after this; None for no limit.
+        on_output: called with what rank 0 prints, as it comes.
+        starter: asked first to start the processes.
+
+    Returns:
+        The results by rank, all "done".
+
+    Raises:
+        MinitronError: (the class that the rank raised) if a rank refused the job, or on a timeout.
+        PreemptedError: after SIGTERM or SIGUSR1, which ranks that can stop in good order are told of.
+        StageCrashError: if a rank crashed, or ended without a result.
+    """
+    folder = folder.absolute()
+    clear_folder(folder)
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    command = [sys.executable, "-m", module, *args]
+    if world_size > 1:
+        command = [sys.executable, "-m", "nemo_minitron.jobs.torchrun", str(world_size), module, *args]
+    started = time.monotonic()
+    environment, path = _environment(folder, threads), folder / "launcher.log"
+    process: Processes | None = None
+    if starter is not None:
+        process = starter(module, args, world_size=world_size, environment=environment, log=path)
+    with path.open("ab") as log:
+        if process is None:
+            process = _Started(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # an interrupt reaches us alone, and we end the rest in order
+            )
+        tail = _Tail(folder / "rank-0.log", on_output)
+        limit = None if timeout_minutes is None else started + 60 * timeout_minutes
+        timed_out = False
+        try:
+            with Relay(folder) as relay:
+                timed_out = _wait(process, folder, limit, world_size, tail, relay)
+        finally:
+            if process.poll() is None:
+                _end(process)
+            tail.step()
+    if timed_out:
+        raise MinitronError(
+            f"stopped after {timeout_minutes:g} minutes (runtime.timeout_minutes); raise the limit or set it to null. "
+            f"Logs: {folder}"
+        )
+    return verdict(folder, world_size, process.returncode or 0, process.first_failure)
+
+
+def job_folder() -> Path:
+    """The folder of the job that this process belongs to."""
+    return Path(os.environ[FOLDER_VARIABLE])
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier job left; other files in the folder stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("rank-*.log", "rank-*.json", ".rank-*.partial.*", "rank-*.stoppable", "launcher.log"):
+        for stale in folder.glob(pattern):
+            stale.unlink()
+    shutil.rmtree(folder / "nemo_run", ignore_errors=True)
+    (folder / "nemo_run").mkdir()
+
+
+def _environment(folder: Path, threads: int) -> dict[str, str]:
+    """This process's environment and what the job's processes need."""
+    keep = local_environment(os.environ)
+    keep.pop(ATTEMPT_VARIABLE, None)  # of a rank that leads this job
+    interpreter = str(
+        Path(sys.executable).parent
+    )  # torchrun is found there even where the environment is not activated
+    keep |= {
+        FOLDER_VARIABLE: str(folder),
+        LAUNCHER_VARIABLE: f"{os.getpid()}:{psutil.Process().create_time()}",
+        "NEMORUN_HOME": str(folder / "nemo_run"),
+        "OMP_NUM_THREADS": str(threads),
+        "PATH": os.pathsep.join([interpreter, os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # NeMo-Aligner's bars, among others: stages show their own
+        "LOGLEVEL": "WARNING",  # torchrun's
+    }
+    if sys.stderr.isatty() and sys.stdout.isatty():  # rank 0 writes to a file that is shown on this terminal
+        keep |= {"TTY_COMPATIBLE": "1", "COLUMNS": str(shutil.get_terminal_size().columns)}
+    return keep
+
+
+class _Tail:
+    """Hands on what is appended to a file."""
+
+    def __init__(self, path: Path, on_output: Callable[[bytes], None] | None) -> None:
+        self.path, self.on_output, self.offset = path, on_output, 0
+
+    def step(self) -> None:
+        """Hand on what has come since the last step."""
+        if self.on_output is None or not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        self.offset += len(data)
+        if data:
+            self.on_output(data)
+
+
+def _wait(process: Processes, folder: Path, limit: float | None, world_size: int, tail: _Tail, relay: Relay) -> bool:
+    """Wait for the process or for what ends it: the time limit (True), a failed rank or a finished job that lingers."""
+    deadline = None
+    while process.poll() is None:
+        time.sleep(POLL)
+        tail.step()
+        relay.step()
+        now = time.monotonic()
+        if limit is not None and now > limit:
+            return True
+        if deadline is not None:
+            if now > deadline:
+                return False
+            continue
+        results = read_results(folder)
+        if any(result.status != "done" for result in results):
+            deadline = now + GRACE
+        elif len(results) == world_size:
+            deadline = now + 6 * GRACE
+    return False
+
+
+def _end(process: Processes) -> None:
+    """Terminate the processes of a job and all below them; kill what does not go in time."""
+    family: list[psutil.Process] = []
+    for pid in process.pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            family += [*root.children(recursive=True), root]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+def read_results(folder: Path) -> list[RankResult]:
+    """The results that are there, by rank."""
+    found = [RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    return sorted(found, key=lambda result: result.rank)
+
+
+def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, int] | None = None) -> list[RankResult]:
+    """The results if all ranks are done, else the one failure that explains the others.
+
+    Args:
+        folder: the job's.
+        world_size: number of ranks.
+        code: exit code of the launcher, for a rank that left no result.
+        first_failure: ``(rank, exit code)`` of the rank that failed first; None asks torchrun's log.
+
+    Raises:
+        MinitronError, StageCrashError: as :func:`launch`.
+    """
+    results = read_results(folder)
+    failed = sorted((r for r in results if r.status != "done"), key=lambda r: (r.status != "refused", r.time))
+    if failed and failed[0].status == "refused":
+        kind = getattr(errors, failed[0].error, MinitronError)
+        raise (kind if issubclass(kind, MinitronError) else MinitronError)(failed[0].message)
+    if len(results) == world_size and not failed:
+        return results
+    # A rank that was killed leaves no result; its peers then crash on the lost connection, which explains nothing.
+    silent = sorted(set(range(world_size)) - {result.rank for result in results})
+    first = first_failure or _first_failure(folder)
+    if failed and not (first is not None and first[0] in silent):
+        crash = failed[0]
+        raise StageCrashError(
+            f"{crash.message}\nRank {crash.rank} of {world_size} crashed. Log: {folder}/rank-{crash.rank}.log"
+        )
+    rank, code = first if first is not None and first[0] in silent else (silent[0], code)
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    hint = "; a process that needs more memory than the machine has ends so" if code == -signal.SIGKILL else ""
+    log = folder / f"rank-{rank}.log"
+    raise StageCrashError(
+        f"{_last_lines(log, folder / 'launcher.log')}"
+        f"Rank {rank} of {world_size} ended without a result ({how}{hint}). Log: {log}"
+    )
+
+
+def _first_failure(folder: Path) -> tuple[int, int] | None:
+    """``(rank, exit code)`` that torchrun's summary names as the root cause, if there is one."""
+    pattern = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+    for path in (folder / "nemo_run").rglob("stderr.log"):
+        if match := pattern.search(path.read_text(errors="replace")):
+            return int(match[1]), int(match[2])
+    return None
+
+
+def _last_lines(*paths: Path, count: int = 15) -> str:
+    """The end of the first of ``paths`` that says anything."""
+    for path in paths:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        if lines:
+            return "\n".join(lines[-count:]) + "\n"
+    return ""

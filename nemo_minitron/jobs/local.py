@@ -1,0 +1,113 @@
+"""Run one stage from its configuration: check the output, start the processes, write the record."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.jobs.atomic import check_output
+from nemo_minitron.jobs.launch import RankResult, Starter, launch
+from nemo_minitron.jobs.needs import check_needs
+from nemo_minitron.jobs.output import Output
+from nemo_minitron.jobs.ranks import forked
+from nemo_minitron.jobs.warm import warm_pool
+
+__all__ = ["level_of", "record_job", "run_output", "run_stage", "starter_of"]
+
+#: What the ranks of a stage import, of :data:`~nemo_minitron.jobs.warm.LEVELS`. One that needs more imports it itself.
+_LEVELS = {
+    "correct": "nemo",
+    "distill": "nemo",
+    "doctor": "torch",
+    "dpo": "aligner",
+    "export": "torch",
+    "import": "nemo",
+    "iterate": "nemo",
+    "label": "aligner",
+    "prune": "nemo",
+    "reinforce": "aligner",
+    "report": "torch",
+    "reward": "aligner",
+    "sft": "aligner",
+    "steerlm": "torch",
+    "steerlm2": "aligner",
+    "tokens": "torch",
+}
+
+
+def level_of(stage: str) -> str:
+    """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that a stage's processes are forked from."""
+    return _LEVELS.get(stage, "megatron")
+
+
+def starter_of(config: StageConfig) -> Starter | None:
+    """What :func:`~nemo_minitron.jobs.launch.launch` may start a stage's processes by; None where that is CUDA."""
+    return None if config.runtime.device == "cuda" else forked(level_of(config.STAGE))
+
+
+def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
+    """Run a stage in processes of its own and record what it did: see :func:`run_output`."""
+    return run_output(Output(config), on_output)
+
+
+def run_output(output: Output, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
+    """Make an output, by its stage in processes of its own, and record what it did.
+
+    On the CPU they are forked from the open :func:`~nemo_minitron.jobs.warm.warm_pool`; several processes open one for
+    themselves.
+
+    Args:
+        output: of a configuration that is complete and without faults.
+        on_output: called with what rank 0 prints.
+
+    Returns:
+        The record (:func:`~nemo_minitron.jobs.records.write_record`).
+
+    Raises:
+        MinitronError: what the stage refused.
+        StageCrashError: what it failed by.
+    """
+    config = output.config
+    # A stage that resumes keeps its output; another that finds one is refused before anything starts.
+    if not output.resumable:
+        check_output(config.output, config.overwrite)
+    output.check_resumable()
+    check_needs([config])
+    output.write_settings()
+    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    starter = starter_of(config)
+    pool = warm_pool(config.runtime.device) if config.processes > 1 and starter else contextlib.nullcontext()
+    with output.replacing(), pool:
+        output.begin()
+        results = launch(
+            "nemo_minitron.jobs.worker",
+            [config.STAGE],
+            world_size=config.processes,
+            folder=output.folder,
+            threads=config.runtime.threads,
+            timeout_minutes=config.runtime.timeout_minutes,
+            on_output=on_output,
+            starter=starter,
+        )
+        return record_job(output, results, started=started, seconds=time.monotonic() - clock)
+
+
+def record_job(output: Output, results: Sequence[RankResult], *, started: str, seconds: float) -> dict[str, Any]:
+    """Write the record of an output whose ranks have all ended well.
+
+    Args:
+        output: of the stage.
+        results: of its ranks.
+        started: ISO time.
+        seconds: wall time.
+    """
+    return output.finish(
+        results[0].metrics,
+        seconds,
+        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        started=started,
+    )

@@ -1,0 +1,143 @@
+"""Run stages one after the other, each in its own processes, leaving out what is already done.
+
+A stage is done when the record of its output was made from the same settings and the same inputs (their records'
+hashes). So a pipeline that was stopped, by an error or by a kill, goes on where it was when it is started again, and
+one whose settings have changed makes again what depends on them, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_minitron.config import PipelineConfig, StageConfig
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.local import run_output
+from nemo_minitron.jobs.needs import check_needs
+from nemo_minitron.jobs.output import Output
+from nemo_minitron.jobs.warm import warm_pool
+from nemo_minitron.runtime.files import replace_file
+
+__all__ = ["Display", "StageLine", "run_pipeline", "write_manifest"]
+
+
+class StageLine(Protocol):
+    """What is shown of one stage; entered while it runs."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def output(self, data: bytes) -> None:
+        """Rank 0 printed ``data``."""
+
+    def made(self, record: dict[str, Any]) -> None:
+        """It ended well."""
+
+    def kept(self) -> None:
+        """It was done before."""
+
+    def failed(self) -> None:
+        """It was refused, or crashed."""
+
+    def interrupted(self, logs: Path) -> None:
+        """The user stopped it."""
+
+
+class Display(Protocol):
+    """How a pipeline is shown (:class:`nemo_minitron.cli.progress.ConsoleDisplay`)."""
+
+    def stage(self, number: int, count: int, name: str) -> StageLine:
+        """The line of a stage."""
+
+    def note(self, text: str) -> None:
+        """A remark between stages."""
+
+    def summary(self, stages: Sequence[StageConfig], records: Sequence[dict[str, Any]], skipped: set[str]) -> None:
+        """All stages, at the end; ``skipped`` names those that were done before."""
+
+
+def run_pipeline(
+    pipeline: PipelineConfig, stages: list[StageConfig], *, overwrite: bool, display: Display
+) -> list[dict[str, Any]]:
+    """Run what is not done yet.
+
+    Args:
+        pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
+        overwrite: replace outputs that were made with other settings, instead of keeping them beside the new ones.
+        display: one line per stage, and the closing table.
+
+    Returns:
+        The stages' records.
+
+    Raises:
+        ConfigError: if another run works here.
+        MissingDependency: if a stage that is not done needs a package that is not there; nothing is started.
+        MinitronError, StageCrashError: what a stage failed by, with the stage's name; later stages are not started.
+    """
+    check_needs(config for config in stages if Output(config).state()[0] != "done")
+    folder = Path(pipeline.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cpu" if all(config.runtime.device == "cpu" for config in stages) else "auto"
+    with _locked(folder), warm_pool(device):
+        write_manifest(folder, pipeline, stages)
+        records, skipped = [], set()
+        for number, config in enumerate(stages, 1):
+            line = display.stage(number, len(stages), config.name)
+            output = Output(config)
+            state, reasons = output.state()
+            todo = output.prepare(overwrite=overwrite)
+            if state in ("changed", "begun"):
+                what = "comes back from" if todo is None else "made again for"
+                display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
+            if todo is None:
+                record = output.record()
+                skipped.add(config.name)
+                line.kept()
+            else:
+                record = _run(todo, line)
+            records.append(record or {})
+        display.summary(stages, records, skipped)
+    return records
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the directory while this one lives; the system drops the lock if it is killed."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder}: another `minitron run` is at work here; wait for it or stop it") from error
+        yield
+
+
+def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageConfig]) -> None:
+    """``pipeline.json``: the stages in order and where each writes; reports and ``minitron status`` read it."""
+    manifest = {
+        "name": pipeline.name,
+        "stages": [{"name": s.name, "stage": s.STAGE, "output": s.output} for s in stages],
+        "configs": {s.name: dataclasses.asdict(s) for s in stages},
+    }
+    replace_file(folder / "pipeline.json", json.dumps(manifest, indent=2, default=str) + "\n")
+
+
+def _run(output: Output, line: StageLine) -> dict[str, Any]:
+    """Run one stage under its line; a failure carries the stage's name."""
+    try:
+        with line:
+            record = run_output(output, line.output)
+    except Exception as error:
+        line.failed()
+        error.args = (f"stage {output.config.name}: {error}",)
+        raise
+    except KeyboardInterrupt:
+        line.interrupted(output.folder)
+        raise
+    line.made(record)
+    return record

@@ -1,0 +1,156 @@
+"""The record beside each output: what made it, from what, and when. An output with a record is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import StageConfig
+from nemo_minitron.runtime.files import is_earlier, replace_file
+
+__all__ = ["hashed_settings", "identity_of", "parents", "read_record", "record_path", "write_record"]
+
+
+RECORD_VERSION = 1
+#: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
+_NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
+_NOT_HASHED_RUNTIME = {"threads", "timeout_minutes", "collective_timeout_minutes"}
+
+
+def record_path(output: str | Path) -> Path:
+    """Where the record of an output lies: inside a directory, beside a file."""
+    output = Path(output)
+    return output.with_name(output.name + ".record.json") if output.suffix == ".nemo" else output / "record.json"
+
+
+def read_record(output: str | Path) -> dict[str, Any] | None:
+    """The record of an output, or None where there is none or it is not a whole one."""
+    try:
+        record = json.loads(record_path(output).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and record.get("version") == RECORD_VERSION else None
+
+
+def write_record(
+    config: StageConfig,
+    identity: dict[str, Any],
+    metrics: dict[str, Any],
+    seconds: float,
+    *,
+    peak_rss_bytes: int | None = None,
+    started: str | None = None,
+) -> dict[str, Any]:
+    """Write the record of an output, which declares the output whole.
+
+    Args:
+        config: the stage's resolved configuration.
+        identity: of the output, from :func:`identity_of`.
+        metrics: JSON values that the stage's ``run`` returned.
+        seconds: wall time.
+        peak_rss_bytes: largest resident size of any of its processes.
+        started: ISO time.
+
+    Returns:
+        The record: ``version, stage, name, hash, config, settings, parents, metrics, started, seconds, peak_rss_bytes,
+        versions``.
+    """
+    record = {
+        "version": RECORD_VERSION,
+        **identity,
+        "name": config.name or config.STAGE,
+        "config": dataclasses.asdict(config),
+        "metrics": metrics,
+        "started": started,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes,
+        "versions": _versions(),
+    }
+    path = record_path(config.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(record, indent=2, default=str) + "\n")
+    return record
+
+
+def identity_of(config: StageConfig) -> dict[str, Any]:
+    """What a stage's result depends on: its settings, and what its inputs hold.
+
+    Independent of where inputs and output lie, so that a moved run directory stays valid.
+
+    Returns:
+        ``stage, hash, settings, parents``, as records keep them.
+    """
+    settings, inputs = hashed_settings(config), parents(config)
+    hashes = {name: parent["hash"] for name, parent in inputs.items()}
+    return {
+        "stage": config.STAGE,
+        "hash": _digest([config.STAGE, settings, hashes]),
+        "settings": settings,
+        "parents": inputs,
+    }
+
+
+def hashed_settings(config: StageConfig) -> dict[str, Any]:
+    """The settings of a stage that its result depends on, paths of inputs left out."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_HASHED}
+    settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
+    if "data" in settings:
+        settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}
+    for path in config.INPUTS:
+        *sections, name = path.split(".")
+        section = settings
+        for part in sections:
+            section = section[part]
+        value = section[name]
+        section[name] = sorted(value) if isinstance(value, dict) else value is not None
+    return settings
+
+
+def parents(config: StageConfig) -> dict[str, dict[str, str]]:
+    """Each input of a stage as ``{field: {"path", "hash"}}``; the hash changes when the input is made differently."""
+    own = Path(config.output).absolute()
+    inputs = config.inputs()
+    return {name: {"path": path, "hash": _identity(Path(path).absolute(), own)} for name, path in inputs.items()}
+
+
+def _identity(path: Path, excluding: Path) -> str:
+    """What an input holds, as a hash: its record's, its nested records', or the sizes and times of its files."""
+    record = read_record(path)
+    if record is not None:
+        return record["hash"]
+    for parent in path.parents:  # a part of a recorded output (distill's model directory)
+        if (outer := read_record(parent)) is not None:
+            return _digest([outer["hash"], str(path.relative_to(parent))])
+    if path.is_dir():
+        records = {
+            p.parent.name: read_record(p.parent)
+            for p in sorted(path.glob("*/record.json"))
+            if p.parent != excluding and not is_earlier(p.parent)
+        }
+        if records:
+            return _digest({name: record["hash"] for name, record in records.items() if record})
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.is_relative_to(excluding)]
+        return _digest([(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    return _digest([path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what the result depends on, as installed."""
+    import platform
+    from importlib import metadata
+
+    packages = ("nemo-minitron", "nemo-toolkit", "nemo-run", "megatron-core", "torch", "transformers", "lightning")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

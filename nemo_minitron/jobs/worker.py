@@ -1,0 +1,90 @@
+"""``python -m nemo_minitron.jobs.worker STAGE [PART]``: what each process of a stage, or of a part of it, runs.
+
+The launcher says through the environment which folder is the job's; its ``config.yaml`` is the resolved configuration.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import StageConfig, load
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.launch import RankResult, attach, failure, job_folder, save_result
+from nemo_minitron.jobs.modules import stage_module
+from nemo_minitron.jobs.needs import check_needs
+from nemo_minitron.runtime import log
+from nemo_minitron.runtime.environment import order_kernels
+from nemo_minitron.runtime.memory import peak_rss_bytes
+from nemo_minitron.runtime.waits import limit_waits
+
+__all__ = ["main", "set_up"]
+
+
+def set_up(config: StageConfig) -> None:
+    """Device, threads and seeds of this process, before the stage imports the stack.
+
+    The seeds are the same on every rank; Megatron's own tracker sets those that must differ when the groups are made.
+    """
+    order_kernels(config)
+    limit_waits(config.runtime.collective_timeout_minutes)
+    import numpy as np
+    import torch
+
+    from nemo_minitron.runtime import cpu
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    cpu.prepare(config.runtime.device)
+    random.seed(config.runtime.seed)
+    np.random.seed(config.runtime.seed % 2**32)
+    torch.manual_seed(config.runtime.seed)
+
+
+def execute(stage: str, folder: Path, part: str | None = None) -> dict[str, Any]:
+    """Read the configuration, set up the process and run the stage, or the module ``part`` of it."""
+    config = load(stage, folder / "config.yaml")
+    check_needs([config])  # here too: what started this process may have another environment
+    module = stage_module(part or stage)
+    set_up(config)
+    return module.run(config)
+
+
+def main(stage: str, part: str | None = None) -> int:
+    """Run one rank of a stage, or of the part of it that a module of its own runs on several ranks.
+
+    Returns:
+        0 done, the error's own if refused (2; 75 if preempted), 1 crashed. The result file says more.
+    """
+    folder = job_folder()
+    rank = attach(folder)
+    logger = log.configure()
+    started = time.monotonic()
+    code = 0
+    try:
+        metrics = execute(stage, folder, part)
+        result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
+    except (Exception, SystemExit) as error:
+        result = failure(rank, error)
+        code = error.exit_code if isinstance(error, MinitronError) else 1
+        logger.log(logging.ERROR, "%s", result.message)
+    result.seconds = time.monotonic() - started
+    result.peak_rss_bytes = peak_rss_bytes()
+    save_result(folder, result)
+    if code:
+        # An ordinary exit would wait for threads and for process groups whose other members do not come.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    # At its end the interpreter would search all that the stack's imports made for cycles, which takes seconds.
+    gc.freeze()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

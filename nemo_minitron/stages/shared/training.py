@@ -1,0 +1,162 @@
+"""What the stages that train share: their plan, their blocks, the model they leave and the figures of their record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.config import CacheConfig, ParallelConfig
+from nemo_minitron.config.stages.distillation import TrainingConfig
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.shape import uniform_faults
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
+    from nemo_minitron.distillation.training.outputs import Trained
+    from nemo_minitron.distillation.training.schedule import Schedule
+
+__all__ = ["is_main", "plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
+
+
+def plan_training(
+    config: TrainingConfig,
+    models: dict[str, str],
+    trained: set[str],
+    written: str,
+    layouts: dict[str, ParallelConfig] | None = None,
+) -> StagePlan:
+    """What a training would read, write and cost.
+
+    Args:
+        config: of the stage.
+        models: role -> checkpoint of each model that is read.
+        trained: the roles that are trained; the others only run forward.
+        written: what the trained model is called.
+        layouts: of roles whose models are not laid out as the trained one is.
+    """
+    from nemo_minitron.data.inputs import data_inputs
+
+    data = data_inputs(config.data)
+    layout = config.parallel
+    output = Path(config.output)
+    found = StagePlan(
+        config.STAGE,
+        reads=[PlannedPath(path, role) for role, path in models.items()],
+        writes=[
+            PlannedPath(str(output / "model"), f"{written} (NeMo 2)"),
+            PlannedPath(str(output / "checkpoints"), "training state"),
+            PlannedPath(str(output / "metrics.jsonl"), "metrics of each step"),
+        ],
+        costs={"tokens": f"{human_count(config.tokens)} in {config.steps} steps"},
+        notes=data.notes,
+        faults=data.faults,
+    )
+    found.reads += [PlannedPath(path, what) for path, what in data.files]
+    counts = {}
+    for role, path in models.items():
+        shape = peek_shape(path)
+        if shape is None:
+            continue
+        own = (layouts or {}).get(role, layout)
+        faults = uniform_faults(shape, "training")
+        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
+        found.faults += [f"{role}: {fault}" for fault in faults]
+        counts[role] = axes.parameter_count(peek_family(path), shape)
+    if len(counts) == len(models):
+        ours = sum(count for role, count in counts.items() if role in trained)
+        others = sum(counts.values()) - ours
+        found.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
+        # Six operations a weight and token to train, two to run.
+        found.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)
+        bf16 = config.precision.startswith("bf16")
+        # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
+        # weights.
+        replicas = layout.data * layout.context
+        state = (2 + 4 + 12 / replicas) if bf16 else (4 + 4 + 8 / replicas)
+        rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
+        found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
+    return found
+
+
+def schedule_of(config: TrainingConfig) -> Schedule:
+    """The hyper-parameters of a stage."""
+    from nemo_minitron.distillation.training.schedule import Schedule
+
+    names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
+    return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
+
+
+def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
+    """Training and validation blocks; one rank prepares them, the others find them in the cache.
+
+    Args:
+        config: of the stage.
+        reader: the model whose tokenizer and vocabulary count.
+    """
+    from nemo_minitron.data import build_blocks
+
+    wanted = {
+        "train": config.steps * config.global_batch_size,
+        "held_out": config.validation_batches * config.global_batch_size,
+    }
+    train, validation = (
+        build_blocks(config.data, reader.tokenizer, split, blocks=blocks, vocab_size=reader.shape.vocab_size)
+        for split, blocks in wanted.items()
+    )
+    return train, validation
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes; also where there was nothing left to train, and no group was made."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, lineage: dict[str, Any]) -> None:
+    """From NeMo's training checkpoint to a plain one: weights alone, tokenizer and lineage beside them.
+
+    Args:
+        config: of the stage; the model lies at ``model`` in its output.
+        initial: what the training started from.
+        trained: what the training left; ``config.result`` says which of it.
+        lineage: of this training, added to that of ``initial``.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+    from nemo_minitron.checkpoints.record import write_record
+
+    chosen = trained.best if config.result == "best" else trained.last
+    if chosen is None:
+        raise MinitronError(
+            "result=best: no validation took place, so there is no best checkpoint; lower validate_every, or set "
+            "result=last"
+        )
+    dtype = "bfloat16" if config.precision.startswith("bf16") else "float32"
+    write_record(initial, chosen, dtype=dtype, form="nemo2")
+    model = dataclasses.replace(
+        open_checkpoint(chosen), tokenizer=initial.tokenizer, lineage={**initial.lineage, **lineage}
+    )
+    write_checkpoint(model, Path(config.output) / "model", "nemo2", dtype=initial.architecture.dtype, overwrite=True)
+
+
+def summary(metrics: Path) -> dict[str, Any]:
+    """The figures of a training: ``steps, tokens, tokens_per_second`` (median), and, as far as measured, ``first_`` and
+    ``last_`` of ``kl``, ``lm_loss``, ``validation_kl`` and ``validation_lm_loss``.
+    """
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line for line in lines if "split" not in line]
+    validations = [line for line in lines if line.get("split") == "validation"]
+    found: dict[str, Any] = {
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "tokens_per_second": sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2],
+    }
+    for prefix, measured in (("", steps), ("validation_", validations)):
+        for which, line in zip(("first", "last"), (measured[0], measured[-1]) if measured else (), strict=False):
+            found |= {f"{which}_{prefix}{key}": line[key] for key in ("kl", "lm_loss") if key in line}
+    return found

@@ -391,7 +391,6 @@ def test_formats_refuse_before_they_write(tmp_path):
 
 def test_live_models_scores_and_rounds_refuse(tmp_path):
     from nemo_minitron.distillation.compatibility import check_model
-
     from nemo_minitron.importance import magnitude_scores
     from nemo_minitron.pruning import DepthPrune, WidthPrune
     from nemo_minitron.runtime.device import decide

@@ -98,6 +98,7 @@ class Family:
         activation: of the MLP: "silu" or "squared_relu".
         normalization: Megatron's name: "RMSNorm" or "LayerNorm".
         zero_centered_norm: norm weights are stored minus one (``layernorm_zero_centered_gamma``, NeMo's "layernorm1p").
+        partial_rotary: RoPE may turn a part of each head; elsewhere it turns all of it.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     activation: str = "silu"
     normalization: str = "RMSNorm"
     zero_centered_norm: bool = False
+    partial_rotary: bool = False
 
     @property
     def gated(self) -> bool:
@@ -177,6 +179,7 @@ NEMOTRON = Family(
     activation="squared_relu",
     normalization="LayerNorm",
     zero_centered_norm=True,
+    partial_rotary=True,
 )
 MIXTRAL = Family(
     "mixtral",

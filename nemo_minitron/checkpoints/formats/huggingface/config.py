@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES, HFFamily, hf_family
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
@@ -50,7 +51,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         )
     key, family = readers[name]
     config = {**family.reads[name], **config}
-    if found := _unsupported(config, family):
+    if found := _unsupported(config, axes.family(key), family):
         raise CheckpointError(f"{source}: " + "; ".join(found))
     rope = config["rope_scaling"]
     try:
@@ -90,7 +91,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     return shape, architecture
 
 
-def _unsupported(config: dict[str, Any], family: HFFamily) -> list[str]:
+def _unsupported(config: dict[str, Any], table: axes.Family, family: HFFamily) -> list[str]:
     """Everything in a configuration that the family's table does not stand for."""
     rope, positions = config["rope_scaling"], config["max_position_embeddings"]
     found = [
@@ -102,7 +103,7 @@ def _unsupported(config: dict[str, Any], family: HFFamily) -> list[str]:
         found.append(
             f"rope_scaling of type {_rope_type(rope)!r} is not supported; supported: {', '.join(ROPE_SCALING)}"
         )
-    if config["partial_rotary_factor"] != 1 and not family.partial_rotary:
+    if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
         found.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
     window = config["sliding_window"] if config["use_sliding_window"] else None
     if window is not None and window < positions:
@@ -151,7 +152,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "vocab_size": shape.vocab_size,
         **family.writes,
     }
-    if family.partial_rotary:
+    if axes.family(architecture.family).partial_rotary:
         config["partial_rotary_factor"] = architecture.rotary_percent
     if family.expert:
         config |= {

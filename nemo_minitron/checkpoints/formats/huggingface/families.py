@@ -30,7 +30,6 @@ class HFFamily:
         expert: canonical name below ``...local_experts.E.`` -> names below ``model.layers.N.``, with ``{}`` for ``E``.
         outer: canonical name -> name, outside the layers.
         epsilon: key of the norms' epsilon.
-        partial_rotary: RoPE may turn a part of each head (``partial_rotary_factor``).
     """
 
     architecture: str
@@ -42,7 +41,6 @@ class HFFamily:
     outer: Mapping[str, str]
     expert: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     epsilon: str = "rms_norm_eps"
-    partial_rotary: bool = False
 
 
 _OUTER = {
@@ -160,7 +158,6 @@ HF_FAMILIES: dict[str, HFFamily] = {
         },
         outer=_OUTER | {"decoder.final_layernorm.bias": "model.norm.bias"},
         epsilon="norm_eps",
-        partial_rotary=True,
     ),
     "mixtral": HFFamily(
         "MixtralForCausalLM",

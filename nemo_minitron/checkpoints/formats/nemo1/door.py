@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.config import from_nemo1, to_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
-from nemo_minitron.checkpoints.formats.nemo2.door import COMMON, padded, parse_yaml
+from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.record import FILE_NAME, parse_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import (
     FILES,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
@@ -100,7 +99,7 @@ def required(table: axes.Family) -> dict[str, Any]:
         "multi_latent_attention": False,
         "seq_len_interpolation_factor": None,
     }
-    if not HF_FAMILIES[table.name].partial_rotary:
+    if not table.partial_rotary:
         needs["rotary_percent"] = 1.0
     return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
 

@@ -12,21 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
 from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
 
-__all__ = ["open_nemo2", "padded", "parse_yaml", "write_nemo2"]
-
-COMMON = {"epoch": 0, "global_step": 0, "state_dict": {}, "loops": {}, "callbacks": {}, "optimizer_states": []}
-
-
-def padded(vocab_size: int, multiple: int) -> int:
-    """Vocabulary rows as NeMo stores them at TP 1: the next multiple."""
-    return -(-vocab_size // multiple) * multiple
-
+__all__ = ["open_nemo2", "write_nemo2"]
 
 def open_nemo2(path: Path) -> Checkpoint:
     """Open a NeMo 2 checkpoint directory, ours or NeMo's own. Tensors are read later, one at a time.
@@ -135,21 +128,3 @@ def _find_tokenizer(context: Path, content: dict[str, Any]) -> Path | None:
         if inside and candidate.is_dir() and (found := find_tokenizer(candidate)):
             return found
     return None
-
-
-def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain data; ``path`` names it in messages.
-
-    Raises:
-        CheckpointError: if it is not that; tags that build Python objects are refused.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(data)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as plain YAML ({reason}); restore the file") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a model description; restore the file")
-    return content

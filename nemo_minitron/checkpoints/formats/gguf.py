@@ -19,7 +19,7 @@ from nemo_minitron.runtime.requirements import require
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
 
-__all__ = ["convert_gguf"]
+__all__ = ["convert_gguf", "is_gguf"]
 
 MAGIC = b"GGUF"
 FIELDS = (
@@ -42,6 +42,11 @@ CHATML = (
 
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """Values of ``tokenizer.ggml.pre`` for which llama.cpp splits numbers into single digits before byte-level BPE."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path has the name of a GGUF file."""
+    return path.suffix == ".gguf" and not path.is_dir()
 
 
 def convert_gguf(

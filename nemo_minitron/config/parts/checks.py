@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
-FORMATS = ("nemo2", "nemo", "hf")
+#: Checkpoint formats that are written. ``nemo_minitron.checkpoints.formats`` adds those that are registered with it.
+FORMATS = ["nemo2", "nemo", "hf"]
 DTYPES = ("float32", "bfloat16")
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
 DEPTH_FORMS = ("lowest", "contiguous", "greedy")

@@ -46,14 +46,14 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
         packages: that carry such data.
         copies: of the weights on a rank (2 with a reference policy).
     """
-    from nemo_minitron.alignment.export import NAMES
+    from nemo_minitron.alignment.export import output_name
 
     output, data, layout = Path(config.output), config.data, config.parallel
     found = StagePlan(
         config.STAGE,
         reads=[PlannedPath(config.model, "model")],
         writes=[
-            PlannedPath(str(output / NAMES[form]), f"aligned model ({form})")
+            PlannedPath(str(output / output_name(form)), f"aligned model ({form})")
             for form in dict.fromkeys(["nemo2", *config.formats])
         ],
     )

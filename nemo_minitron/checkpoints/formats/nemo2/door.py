@@ -7,19 +7,25 @@ names, so it is never opened here. Writing leaves the context to NeMo's own ``io
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
+from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
+from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
 
-__all__ = ["open_nemo2", "write_nemo2"]
+__all__ = ["is_nemo2", "open_nemo2", "write_nemo2"]
+
+
+def is_nemo2(path: Path) -> bool:
+    """Whether a path is a NeMo 2 directory, whole or not."""
+    return (path / "context").is_dir() or (path / "weights").is_dir()
+
 
 def open_nemo2(path: Path) -> Checkpoint:
     """Open a NeMo 2 checkpoint directory, ours or NeMo's own. Tensors are read later, one at a time.
@@ -53,14 +59,7 @@ def open_nemo2(path: Path) -> Checkpoint:
     )
 
 
-def write_nemo2(
-    checkpoint: Checkpoint,
-    directory: Path,
-    *,
-    dtype: str,
-    vocab_multiple: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
+def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:
     """Write a NeMo 2 directory into ``directory`` (which this creates; callers write aside).
 
     Raises:
@@ -72,6 +71,7 @@ def write_nemo2(
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
     directory.mkdir(parents=True)
+    dtype, vocab_multiple = options.dtype, options.vocab_multiple
     rows = padded(checkpoint.shape.vocab_size, vocab_multiple)
     write_torch_dist(
         checkpoint,
@@ -80,7 +80,7 @@ def write_nemo2(
         dtype=dtype,
         vocab_rows=rows,
         common=COMMON,
-        progress=progress,
+        progress=options.progress,
     )
     _write_context(checkpoint, directory / "context", dtype=dtype, rows=rows, multiple=vocab_multiple)
     write_record(checkpoint, directory, dtype=dtype, form="nemo2")

@@ -1,10 +1,9 @@
 """THE table: for every parameter, which axis each of its dimensions lies on and how tensor parallelism cuts it.
 
 Counting, slicing, sharding, checking and conversion all read this table. A new model family is a new entry in
-:data:`FAMILIES`, and one in the table of each checkpoint format that can hold it. What else depends on the inner order
-of a QKV matrix or of a gated MLP (:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): the parts in
-``checkpoints/formats/huggingface/names.py``, the heads' blocks in ``pruning/merging.py``, the sums in
-``importance/magnitude.py``, the states in ``distillation/losses/state_hooks.py``.
+:data:`FAMILIES`, and one in the table of each checkpoint format that can hold it. No other file knows the inner order
+of a QKV matrix or of a gated MLP (:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): :func:`split_qkv`, :func:`split_gate`,
+:func:`head_blocks` and their like take them apart.
 
 Canonical names are those that Megatron-core writes into a distributed checkpoint (the Transformer Engine spelling,
 with ``layer_norm_weight`` inside the linear that follows it), one name a layer and one an expert:
@@ -19,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -38,14 +37,20 @@ __all__ = [
     "Family",
     "KeptUnits",
     "Parameter",
+    "axis_parts",
     "axis_rows",
     "axis_size",
     "family",
+    "head_blocks",
+    "join_gate",
+    "join_qkv",
     "layer_parameters",
     "parameter",
     "parameter_count",
     "parameters",
     "shard_rows",
+    "split_gate",
+    "split_qkv",
 ]
 
 
@@ -340,3 +345,71 @@ def shard_rows(axis: Axis, size: int, *, rank: int, world: int) -> torch.Tensor:
         raise ShapeError(f"axis {axis.value} of {size // parts} cannot be split over tensor parallel {world}")
     run = size // (parts * world)
     return torch.cat([torch.arange(run) + part * (size // parts) + rank * run for part in range(parts)])
+
+
+def axis_parts(axis: Axis, shape: ModelShape) -> tuple[int, ...]:
+    """Global lengths of the parts that a dimension is made of, which other libraries keep as tensors of their own.
+
+    Queries, keys and values; gates and up-projections; elsewhere the whole dimension.
+    """
+    if axis is Axis.QKV:
+        groups = shape.num_query_groups * shape.head_dim
+        return shape.num_attention_heads * shape.head_dim, groups, groups
+    if axis is Axis.GATED_FFN:
+        return shape.ffn_hidden_size, shape.ffn_hidden_size
+    return (axis_size(axis, shape),)
+
+
+def split_qkv(tensor: torch.Tensor, shape: ModelShape, *, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values out of a tensor whose dimension ``dim`` lies on :attr:`Axis.QKV`.
+
+    Args:
+        tensor: ``[..., (heads + 2 groups) * head_dim, ...]``, global or one tensor-parallel rank's.
+        shape: of the model.
+        dim: the dimension.
+
+    Returns:
+        ``[..., heads * head_dim, ...]``, ``[..., groups * head_dim, ...]`` twice: of one group views, else copies.
+    """
+    dim, width = dim % tensor.ndim, shape.head_dim
+    rows = [shape.heads_per_group * width, width, width]
+    parts = tensor.unflatten(dim, (-1, sum(rows))).split(rows, dim=dim + 1)
+    return tuple(part.flatten(dim, dim + 1) for part in parts)
+
+
+def join_qkv(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """The inverse of :func:`split_qkv` for the first dimension of global tensors; a copy."""
+    import torch
+
+    grouped = [part.unflatten(0, (shape.num_query_groups, -1)) for part in (queries, keys, values)]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def split_gate(tensor: torch.Tensor, *, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """Gates and up-projections, as views, out of a global tensor of which ``dim`` lies on :attr:`Axis.GATED_FFN`."""
+    return tensor.chunk(2, dim)
+
+
+def join_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`split_gate` for the first dimension; a copy."""
+    import torch
+
+    return torch.cat([gate, up])
+
+
+def head_blocks(heads: Sequence[int], heads_per_group: int, *, keys_values: bool = False) -> list[int]:
+    """Where query heads lie on :attr:`Axis.QKV`, in blocks of ``head_dim`` rows.
+
+    Args:
+        heads: global numbers.
+        heads_per_group: query heads of a group.
+        keys_values: after each head the blocks of its group's key and value, too.
+    """
+    found = []
+    for head in heads:
+        group, within = divmod(head, heads_per_group)
+        first = group * (heads_per_group + 2)
+        found.append(first + within)
+        if keys_values:
+            found += [first + heads_per_group, first + heads_per_group + 1]
+    return found

@@ -77,14 +77,11 @@ class MergedHeads:
         return {name: (row, layer) for name, row, layer in axes.parameters(self.table, self.shape)}
 
     def _blocks(self, heads: Sequence[int]) -> torch.Tensor:
-        """Where the heads lie on the QKV axis, in blocks of ``head_dim`` rows."""
+        """Where the heads lie on the QKV axis, in blocks of ``head_dim`` rows; with keys and values of their own."""
         import torch
 
         q = self.shape.heads_per_group
-        queries = [head // q * (q + 2) + head % q for head in heads]
-        if q == 1:
-            return torch.tensor([block + part for block in queries for part in range(3)])
-        return torch.tensor(queries)
+        return torch.tensor(axes.head_blocks(heads, q, keys_values=q == 1))
 
 
 def merge_pruned_heads(checkpoint: Checkpoint, kept: KeptUnits, importance: torch.Tensor) -> Checkpoint:

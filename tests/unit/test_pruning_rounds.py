@@ -44,7 +44,7 @@ def checkpoint_of(shape: ModelShape):
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(axes.tensor_shape(row, shape), generator=generator)
-        for name, row, _ in axes.parameters(axes.MIXTRAL, shape)
+        for name, row, _ in axes.parameters(axes.FAMILIES["mixtral"], shape)
     }
     architecture = dataclasses.replace(checkpoint.architecture, family="mixtral", moe_router_topk=1)
     return dataclasses.replace(checkpoint, shape=shape, architecture=architecture, weights=DictWeights(tensors))

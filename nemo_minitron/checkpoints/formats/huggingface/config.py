@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES, HFFamily, hf_family
+from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.families.entry import HFFamily
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = ["from_hf", "read_json", "to_hf"]
@@ -43,7 +44,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             are named in one message.
     """
     names = config.get("architectures") or [config.get("model_type", "unknown")]
-    readers = {name: (key, family) for key, family in HF_FAMILIES.items() for name in family.reads}
+    readers = {name: (key, family) for key, family in hf_families().items() for name in family.reads}
     name = next((name for name in readers if name in names), None)
     if name is None:
         raise CheckpointError(

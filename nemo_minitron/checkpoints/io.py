@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.formats import FORMATS, Progress, WriteOptions, detect, written
+from nemo_minitron.checkpoints.formats import FORMATS, Progress, WriteOptions, detect, written_formats
 from nemo_minitron.checkpoints.saving import staging, write_aside
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError
@@ -60,7 +60,7 @@ def write_checkpoint(
     Args:
         checkpoint: any opened checkpoint, its ``weights`` possibly wrapped (pruned, cast).
         path: a directory for "hf" and "nemo2", a file for "nemo".
-        format: a name of :func:`~nemo_minitron.checkpoints.formats.written`: "hf", "nemo2" or "nemo".
+        format: a name of :func:`~nemo_minitron.checkpoints.formats.written_formats`: "hf", "nemo2" or "nemo".
         dtype: of the tensors written; None keeps the source's.
         vocab_multiple: NeMo formats store the vocabulary padded with zero rows to a multiple of this.
         overwrite: replace what stands at ``path``.
@@ -69,14 +69,15 @@ def write_checkpoint(
     Raises:
         CheckpointError: bad arguments, existing output, a damaged source, a full disk.
     """
-    entry = FORMATS.get(format)
-    if entry is None or entry.write is None:
-        raise CheckpointError(f"format {format!r} is not known; use one of {', '.join(written())}")
+    if format not in written_formats():
+        raise CheckpointError(f"format {format!r} is not known; use one of {', '.join(written_formats())}")
     if not isinstance(vocab_multiple, int) or vocab_multiple < 1:
         raise CheckpointError(f"vocab_multiple={vocab_multiple!r} must be a whole number of at least 1")
+    write = FORMATS[format].write
+    assert write is not None
     path, dtype = Path(path).expanduser(), dtype or checkpoint.architecture.dtype
     torch_dtype(dtype)
     options = WriteOptions(dtype, staging(path), vocab_multiple, progress)
     with write_aside(path, overwrite=overwrite) as partial:
-        entry.write(checkpoint, partial, options)
+        write(checkpoint, partial, options)
     return open_checkpoint(path)

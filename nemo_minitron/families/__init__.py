@@ -5,6 +5,8 @@ Algorithms read the axes through :mod:`nemo_minitron.axes`, formats the names. N
 
 from __future__ import annotations
 
+from nemo_minitron.config import tables
+from nemo_minitron.config.tables import Table
 from nemo_minitron.families.entry import Family
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
@@ -12,12 +14,10 @@ from nemo_minitron.families.nemotron import NEMOTRON
 from nemo_minitron.families.qwen2 import QWEN2
 from nemo_minitron.families.qwen3 import QWEN3
 
-__all__ = ["FAMILIES", "register"]
+__all__ = ["FAMILIES"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL)}
-"""By name. A checkpoint is of the first family that fits it."""
+OWN_FAMILIES = (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL)
 
-
-def register(family: Family) -> None:
-    """Add a family from outside the package, for this process."""
-    FAMILIES[family.name] = family
+FAMILIES: Table[Family] = tables.FAMILIES
+"""By name. A model is of the first family that fits it. ``FAMILIES.register(Family(...))`` adds one in this process,
+and the entry points ``nemo_minitron.families`` of an installed package do so in every process."""

@@ -106,6 +106,7 @@ class Family:
         nemo2: what NeMo 2 calls things, None where NeMo 2 does not know the family.
         nemo1: keys of a NeMo 1 ``model_config.yaml`` and the values that this table stands for; None where NeMo 1
             cannot hold the family.
+        note: what it has that Llama has not, in a few words.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Family:
     hf: HFFamily | None = None
     nemo2: NeMo2Family | None = None
     nemo1: Mapping[str, Any] | None = None
+    note: str = ""
 
     @property
     def gated(self) -> bool:

@@ -45,4 +45,5 @@ LLAMA = Family(
         scaled="Llama31Config",
     ),
     nemo1={"normalization": "rmsnorm", "qkv_bias": False, "activation": "fast-swiglu", "rotary_percentage": 1.0},
+    note="(Mistral without a sliding window is one)",
 )

@@ -55,4 +55,5 @@ MIXTRAL = Family(
     ),
     nemo2=NeMo2Family("mixtral", "MixtralConfig", "MixtralModel", ("MixtralConfig", "GPTConfig")),
     nemo1=None,  # it gives the experts of a mixture no width (``megatron_gpt_model.build_transformer_config``)
+    note="a mixture of experts with a softmax router",
 )

@@ -63,4 +63,5 @@ NEMOTRON = Family(
     ),
     nemo2=NeMo2Family("nemotron", "NemotronConfig", "NemotronModel", ("Nemotron", "GPTConfig"), rotary_percent=0.5),
     nemo1={"normalization": "layernorm1p", "qkv_bias": False, "activation": "squared-relu"},
+    note="LayerNorm with bias and weights stored minus one, squared ReLU without a gate, RoPE on a part of each head",
 )

@@ -34,4 +34,5 @@ QWEN2 = Family(
     ),
     nemo2=NeMo2Family("qwen2", "Qwen2Config", "Qwen2Model", ("Qwen2Config", "Qwen25Config", "GPTConfig")),
     nemo1={"normalization": "rmsnorm", "qkv_bias": True, "activation": "fast-swiglu", "rotary_percentage": 1.0},
+    note="bias of queries, keys and values",
 )

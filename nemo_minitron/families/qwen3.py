@@ -40,4 +40,5 @@ QWEN3 = Family(
     ),
     nemo2=NeMo2Family("qwen3", "Qwen3Config", "Qwen3Model", ("Qwen3Config", "GPTConfig")),
     nemo1=None,  # it builds its layers without QK norms (``megatron_gpt_model.get_specs``)
+    note="RMSNorm of each head's queries and keys",
 )

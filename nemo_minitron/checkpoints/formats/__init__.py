@@ -15,65 +15,57 @@ from nemo_minitron.checkpoints.formats.nemo1.door import is_nemo1, open_nemo1, w
 from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
 from nemo_minitron.checkpoints.formats.nemo2.door import is_nemo2, open_nemo2, write_nemo2
 from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
-from nemo_minitron.config.parts import FORMATS as OFFERED
+from nemo_minitron.config import tables
+from nemo_minitron.config.parts import written_formats
+from nemo_minitron.config.tables import Table
 
-__all__ = ["FORMATS", "Format", "Progress", "WriteOptions", "detect", "register", "written"]
+__all__ = ["FORMATS", "Format", "Progress", "WriteOptions", "detect", "written_formats"]
 
-FORMATS: dict[str, Format] = {
-    entry.name: entry
-    for entry in (
-        Format(
-            name="hf",
-            title="Hugging Face",
-            looks="config.json (Hugging Face)",
-            detect=is_hf,
-            open=open_hf,
-            write=write_hf,
-            loader=hf_logits,
-            safe_loader=True,
-        ),
-        Format(
-            name="nemo2",
-            title="NeMo 2",
-            looks="weights/ and context/ (NeMo 2)",
-            detect=is_nemo2,
-            open=open_nemo2,
-            write=write_nemo2,
-            loader=nemo2_logits,
-        ),
-        Format(
-            name="nemo",
-            title=".nemo",
-            looks="a .nemo file",
-            detect=is_nemo1,
-            open=open_nemo1,
-            write=write_nemo1,
-            loader=nemo1_logits,
-            suffix=".nemo",
-        ),
-        Format(
-            name="gguf",
-            title="GGUF",
-            looks="a .gguf file",
-            detect=is_gguf,
-            convert=convert_gguf,
-            suffix=".gguf",
-        ),
-    )
-}
-"""By name. A path is of the first format that detects it."""
+OWN_FORMATS = (
+    Format(
+        name="hf",
+        title="Hugging Face",
+        looks="config.json (Hugging Face)",
+        detect=is_hf,
+        open=open_hf,
+        write=write_hf,
+        loader=hf_logits,
+        safe_loader=True,
+    ),
+    Format(
+        name="nemo2",
+        title="NeMo 2",
+        looks="weights/ and context/ (NeMo 2)",
+        detect=is_nemo2,
+        open=open_nemo2,
+        write=write_nemo2,
+        loader=nemo2_logits,
+        write_needs=("nemo", "lightning"),
+    ),
+    Format(
+        name="nemo",
+        title=".nemo",
+        looks="a .nemo file",
+        detect=is_nemo1,
+        open=open_nemo1,
+        write=write_nemo1,
+        loader=nemo1_logits,
+        suffix=".nemo",
+    ),
+    Format(
+        name="gguf",
+        title="GGUF",
+        looks="a .gguf file",
+        detect=is_gguf,
+        convert=convert_gguf,
+        read_needs=("gguf",),
+        suffix=".gguf",
+    ),
+)
 
-
-def written() -> list[str]:
-    """The names of the formats that can be written. Settings offer the same: ``config.parts.FORMATS``."""
-    return [name for name, entry in FORMATS.items() if entry.write is not None]
-
-
-def register(entry: Format) -> None:
-    """Add a format from outside the package, for this process: to the table, and to what settings offer."""
-    FORMATS[entry.name] = entry
-    if entry.write is not None and entry.name not in OFFERED:
-        OFFERED.append(entry.name)
+FORMATS: Table[Format] = tables.FORMATS
+"""By name. A path is of the first format that detects it. ``FORMATS.register(Format(...))`` adds one in this process,
+and the entry points ``nemo_minitron.formats`` of an installed package do so in every process."""
 
 
 def detect(path: Path) -> Format | None:

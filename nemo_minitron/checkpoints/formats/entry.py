@@ -55,6 +55,8 @@ class Format:
             ``verify`` reads the result back into a plain Megatron-core model.
         safe_loader: the loader runs nothing that a file names. Another one only sees what the suite itself wrote.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
+        read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
+            a stage that imports, or exports, is refused before it starts.
     """
 
     name: str
@@ -67,6 +69,13 @@ class Format:
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
     safe_loader: bool = False
     suffix: str | None = None
+    read_needs: tuple[str, ...] = ()
+    write_needs: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """For ``--help``."""
+        return self.title
 
     @property
     def output_name(self) -> str:

@@ -113,13 +113,12 @@ def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, ti
     """``[rows, s, vocabulary rows]`` logits, which a process of its own takes from one of ``verification.loaders``."""
     from safetensors.torch import load_file, save_file
 
-    path, reader = checkpoint.path, FORMATS[checkpoint.format].open
+    path = checkpoint.path
     environment = local_environment(os.environ) | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out, log = Path(scratch, "tokens.safetensors"), Path(scratch, "out.safetensors"), Path(scratch, "log")
         save_file({"ids": ids}, tokens)
         args = [kind, str(path.resolve()), str(tokens), str(out), dtype]
-        args += [reader.__module__] if reader is not None else []
         try:
             code = _run(kind, args, environment, log, 60 * timeout_minutes)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
 """Logits of a checkpoint, in a process of its own.
 
-``python -m nemo_minitron.checkpoints.verification.loaders LOADER PATH TOKENS OUT DTYPE [MODULE]``, where LOADER is
+``python -m nemo_minitron.checkpoints.verification.loaders LOADER PATH TOKENS OUT DTYPE``, where LOADER is
 
 - the name of a format: its own library's, the ``loader`` of its entry in :mod:`nemo_minitron.checkpoints.formats`;
 - ``megatron``: a plain Megatron-core model filled by :func:`nemo_minitron.checkpoints.live.load_into`, which reads any
@@ -9,14 +9,13 @@
 
 A process of its own, because each of these sets up process groups and global state that a running stage must keep.
 TOKENS holds ``ids`` ``[rows, s]``; OUT gets ``logits`` ``[rows, s, vocabulary rows]`` in float32. Weights are
-rounded to DTYPE and computed with in float32. MODULE is imported first: it registers a format from outside the package.
+rounded to DTYPE and computed with in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -46,12 +45,10 @@ def _megatron(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return model_logits(chunks[0].eval(), ids)
 
 
-def main(kind: str, path: str, tokens: str, out: str, dtype: str, module: str | None = None) -> None:
+def main(kind: str, path: str, tokens: str, out: str, dtype: str) -> None:
     """Compute the logits and save them to ``out`` (safetensors)."""
     from safetensors.torch import load_file, save_file
 
-    if module is not None:
-        import_module(module)
     loader = _megatron if kind == "megatron" else FORMATS[kind].loader
     assert loader is not None, f"the format {kind} has no loader"
     with torch.no_grad():

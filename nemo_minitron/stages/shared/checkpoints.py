@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.formats import FORMATS, written
+from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, ConfigError
@@ -30,7 +30,7 @@ def format_faults(output: str, form: str) -> list[str]:
     suffix, needed = Path(output).suffix, FORMATS[form].suffix
     if needed is not None:
         return [] if suffix == needed else [f"output={output}: format={form} writes a file; end its name in {needed}"]
-    if any(suffix == FORMATS[name].suffix for name in written()):
+    if any(suffix == FORMATS[name].suffix for name in written_formats()):
         return [f"output={output}: format={form} writes a directory; choose a name that does not end in {suffix}"]
     return []
 

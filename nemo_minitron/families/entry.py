@@ -68,7 +68,7 @@ class HFFamily:
 
 @dataclass(frozen=True)
 class NeMo2Family:
-    """A family in NeMo 2.
+    """A family in NeMo 2. The defaults are for one that NeMo has no classes for: a ``GPTConfig`` then says it all.
 
     Attributes:
         module: below ``nemo.collections.llm.gpt.model``.
@@ -78,10 +78,10 @@ class NeMo2Family:
         scaled: class that is written where RoPE is scaled; None where NeMo has none.
     """
 
-    module: str
-    config: str
-    model: str
-    reads: tuple[str, ...]
+    module: str = "base"
+    config: str = "GPTConfig"
+    model: str = "GPTModel"
+    reads: tuple[str, ...] = ("GPTConfig",)
     rotary_percent: float = 1.0
     scaled: str | None = None
 

@@ -115,6 +115,10 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         "use_cpu_initialization": True,
         **NO_FUSIONS,
     }
+    if known.config == "GPTConfig":
+        from nemo_minitron.runtime.model import ACTIVATIONS as FUNCTIONS
+
+        values |= {**required(table), "activation_func": FUNCTIONS[table.activation], **values}
     if table.expert:
         values |= {
             "num_moe_experts": shape.num_moe_experts,

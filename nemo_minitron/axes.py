@@ -1,10 +1,9 @@
 """THE table: for every parameter, which axis each of its dimensions lies on and how tensor parallelism cuts it.
 
-Counting, slicing, sharding, checking and conversion all read this table. A new model family is a new entry in
-:data:`FAMILIES`, and one in the table of each checkpoint format that can hold it. What else depends on the inner order
-of a QKV matrix or of a gated MLP (:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): the parts in
-``checkpoints/formats/huggingface/names.py``, the heads' blocks in ``pruning/merging.py``, the sums in
-``importance/magnitude.py``, the states in ``distillation/losses/state_hooks.py``.
+Counting, slicing, sharding, checking and conversion all read this table. A model family is a file in
+:mod:`nemo_minitron.families`. No other file than this one knows the inner order of a QKV matrix or of a gated MLP
+(:attr:`Axis.QKV`, :attr:`Axis.GATED_FFN`): :func:`split_qkv`, :func:`split_gate`, :func:`head_blocks` and their like
+take them apart.
 
 Canonical names are those that Megatron-core writes into a distributed checkpoint (the Transformer Engine spelling,
 with ``layer_norm_weight`` inside the linear that follows it), one name a layer and one an expert:
@@ -19,12 +18,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.families import FAMILIES
+from nemo_minitron.families.entry import Axis, Family, Parameter
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.units import KeptUnits
 
@@ -39,16 +39,22 @@ __all__ = [
     "Family",
     "KeptUnits",
     "Parameter",
+    "axis_parts",
     "axis_rows",
     "axis_size",
     "entry",
     "family",
+    "head_blocks",
+    "join_gate",
+    "join_qkv",
     "layer_count",
     "layer_parameters",
     "parameter",
     "parameter_count",
     "parameters",
     "shard_rows",
+    "split_gate",
+    "split_qkv",
     "tensor_shape",
 ]
 
@@ -57,37 +63,6 @@ EXPERTS = "mlp.experts.local_experts."
 """Before an expert's number in the names of its parameters: Megatron's module of experts computed one by one."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
-
-
-class Axis(Enum):
-    """What one dimension of a parameter ranges over."""
-
-    HIDDEN = "hidden"  # channels of the residual stream
-    FFN = "ffn"  # MLP neurons
-    GATED_FFN = "gated_ffn"  # all gates, then all up-projections: 2 x neurons
-    HEADS = "heads"  # query heads x head_dim, heads in group order
-    QKV = "qkv"  # per group: its query heads, its key head, its value head, each x head_dim
-    VOCAB = "vocab"
-    HEAD_DIM = "head_dim"  # channels within a head (QK norm)
-    EXPERTS = "experts"  # experts of a mixture (rows of its router)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One row of a family's table.
-
-    Attributes:
-        axes: the axis of each dimension, outermost first.
-        tensor_parallel_dim: the dimension that TP cuts, or None where every TP rank holds all of it.
-        expert: which expert of its layer the parameter belongs to; set by :func:`parameters`, None outside experts.
-        part: what of its layer it belongs to, the norm before it included; a layer without that part does not have it.
-            None outside the layers.
-    """
-
-    axes: tuple[Axis, ...]
-    tensor_parallel_dim: int | None = None
-    expert: int | None = None
-    part: Literal["attention", "mlp"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,140 +92,11 @@ class Entry:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family as data: all that the algorithms need to know. None of them asks for a family's name.
-
-    Attributes:
-        name: key in :data:`FAMILIES`.
-        layer: parameters of one decoder layer, by name below ``decoder.layers.N.``.
-        first: parameters before the layers (first pipeline stage).
-        last: parameters after the layers (last pipeline stage).
-        expert: of a mixture of experts, parameters of one expert, by name below
-            ``decoder.layers.N.mlp.experts.local_experts.E.``; empty where the MLP is dense.
-        output: name of the output layer, absent where embeddings are tied.
-        activation: of the MLP: "silu" or "squared_relu".
-        normalization: Megatron's name: "RMSNorm" or "LayerNorm".
-        zero_centered_norm: norm weights are stored minus one (``layernorm_zero_centered_gamma``, NeMo's "layernorm1p").
-    """
-
-    name: str
-    layer: dict[str, Parameter]
-    first: dict[str, Parameter]
-    last: dict[str, Parameter]
-    expert: dict[str, Parameter] = field(default_factory=dict)
-    output: str = "output_layer.weight"
-    activation: str = "silu"
-    normalization: str = "RMSNorm"
-    zero_centered_norm: bool = False
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP has a gate beside its up-projection."""
-        return any(Axis.GATED_FFN in row.axes for row in (*self.layer.values(), *self.expert.values()))
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
-        return "self_attention.linear_qkv.bias" in self.layer
-
-    @property
-    def qk_layernorm(self) -> bool:
-        """Whether each head's queries and keys are normalised."""
-        return "self_attention.q_layernorm.weight" in self.layer
-
-
-_NORM = Parameter((Axis.HIDDEN,))
-_HEAD_NORM = Parameter((Axis.HEAD_DIM,))
-_EMBEDDING = Parameter((Axis.VOCAB, Axis.HIDDEN), tensor_parallel_dim=0)
-_FIRST = {"embedding.word_embeddings.weight": _EMBEDDING}
-_LAST = {"decoder.final_layernorm.weight": _NORM, "output_layer.weight": _EMBEDDING}
-
-
-def _part(part: Literal["attention", "mlp"], rows: dict[str, Parameter]) -> dict[str, Parameter]:
-    return {name: dataclasses.replace(row, part=part) for name, row in rows.items()}
-
-
-_ATTENTION = _part(
-    "attention",
-    {
-        "self_attention.linear_qkv.layer_norm_weight": _NORM,
-        "self_attention.linear_qkv.weight": Parameter((Axis.QKV, Axis.HIDDEN), tensor_parallel_dim=0),
-        "self_attention.linear_proj.weight": Parameter((Axis.HIDDEN, Axis.HEADS), tensor_parallel_dim=1),
-    },
-)
-_QKV_BIAS = _part("attention", {"self_attention.linear_qkv.bias": Parameter((Axis.QKV,), tensor_parallel_dim=0)})
-_QK_NORM = _part(
-    "attention",
-    {"self_attention.q_layernorm.weight": _HEAD_NORM, "self_attention.k_layernorm.weight": _HEAD_NORM},
-)
-_GATED = Parameter((Axis.GATED_FFN, Axis.HIDDEN), tensor_parallel_dim=0)
-_UP = Parameter((Axis.FFN, Axis.HIDDEN), tensor_parallel_dim=0)
-_DOWN = Parameter((Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1)
-_GATED_MLP = _part(
-    "mlp",
-    {
-        "mlp.linear_fc1.layer_norm_weight": _NORM,
-        "mlp.linear_fc1.weight": _GATED,
-        "mlp.linear_fc2.weight": _DOWN,
-    },
-)
-
-LLAMA = Family("llama", layer=_ATTENTION | _GATED_MLP, first=_FIRST, last=_LAST)
-"""Llama, and Mistral without sliding windows."""
-
-QWEN2 = Family(
-    "qwen2",
-    layer=_ATTENTION | _QKV_BIAS | _GATED_MLP,
-    first=_FIRST,
-    last=_LAST,
-)
-QWEN3 = Family(
-    "qwen3",
-    layer=_ATTENTION | _QK_NORM | _GATED_MLP,
-    first=_FIRST,
-    last=_LAST,
-)
-NEMOTRON = Family(
-    "nemotron",
-    layer=_ATTENTION
-    | _part("attention", {"self_attention.linear_qkv.layer_norm_bias": _NORM})
-    | _part(
-        "mlp",
-        {
-            "mlp.linear_fc1.layer_norm_weight": _NORM,
-            "mlp.linear_fc1.layer_norm_bias": _NORM,
-            "mlp.linear_fc1.weight": _UP,
-            "mlp.linear_fc2.weight": _DOWN,
-        },
-    ),
-    first=_FIRST,
-    last=_LAST | {"decoder.final_layernorm.bias": _NORM},
-    activation="squared_relu",
-    normalization="LayerNorm",
-    zero_centered_norm=True,
-)
-MIXTRAL = Family(
-    "mixtral",
-    # the router reads the norm's output too, so Megatron does not fuse it into the experts' first linear
-    layer=_ATTENTION
-    | _part(
-        "mlp",
-        {"pre_mlp_layernorm.weight": _NORM, "mlp.router.weight": Parameter((Axis.EXPERTS, Axis.HIDDEN))},
-    ),
-    first=_FIRST,
-    last=_LAST,
-    expert=_part("mlp", {"linear_fc1.weight": _GATED, "linear_fc2.weight": _DOWN}),
-)
-
-FAMILIES: dict[str, Family] = {one.name: one for one in (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL)}
-
-
 def family(name: str) -> Family:
     """The table of a family.
 
     Raises:
-        ShapeError: for a family that is not in :data:`FAMILIES`.
+        ShapeError: for a family that is not in :data:`~nemo_minitron.families.FAMILIES`.
     """
     if name not in FAMILIES:
         raise ShapeError(f"model family {name!r} is not known; known families: {', '.join(sorted(FAMILIES))}")
@@ -424,3 +270,71 @@ def shard_rows(axis: Axis, size: int, *, rank: int, world: int) -> torch.Tensor:
         raise ShapeError(f"axis {axis.value} of {size // parts} cannot be split over tensor parallel {world}")
     run = size // (parts * world)
     return torch.cat([torch.arange(run) + part * (size // parts) + rank * run for part in range(parts)])
+
+
+def axis_parts(axis: Axis, shape: ModelShape) -> tuple[int, ...]:
+    """Global lengths of the parts that a dimension is made of, which other libraries keep as tensors of their own.
+
+    Queries, keys and values; gates and up-projections; elsewhere the whole dimension.
+    """
+    if axis is Axis.QKV:
+        groups = shape.num_query_groups * shape.head_dim
+        return shape.num_attention_heads * shape.head_dim, groups, groups
+    if axis is Axis.GATED_FFN:
+        return shape.ffn_hidden_size, shape.ffn_hidden_size
+    return (axis_size(axis, shape),)
+
+
+def split_qkv(tensor: torch.Tensor, shape: ModelShape, *, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values out of a tensor whose dimension ``dim`` lies on :attr:`Axis.QKV`.
+
+    Args:
+        tensor: ``[..., (heads + 2 groups) * head_dim, ...]``, global or one tensor-parallel rank's.
+        shape: of the model.
+        dim: the dimension.
+
+    Returns:
+        ``[..., heads * head_dim, ...]``, ``[..., groups * head_dim, ...]`` twice: of one group views, else copies.
+    """
+    dim, width = dim % tensor.ndim, shape.head_dim
+    rows = [shape.heads_per_group * width, width, width]
+    parts = tensor.unflatten(dim, (-1, sum(rows))).split(rows, dim=dim + 1)
+    return tuple(part.flatten(dim, dim + 1) for part in parts)
+
+
+def join_qkv(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """The inverse of :func:`split_qkv` for the first dimension of global tensors; a copy."""
+    import torch
+
+    grouped = [part.unflatten(0, (shape.num_query_groups, -1)) for part in (queries, keys, values)]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def split_gate(tensor: torch.Tensor, *, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """Gates and up-projections, as views, out of a global tensor of which ``dim`` lies on :attr:`Axis.GATED_FFN`."""
+    return tensor.chunk(2, dim)
+
+
+def join_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`split_gate` for the first dimension; a copy."""
+    import torch
+
+    return torch.cat([gate, up])
+
+
+def head_blocks(heads: Sequence[int], heads_per_group: int, *, keys_values: bool = False) -> list[int]:
+    """Where query heads lie on :attr:`Axis.QKV`, in blocks of ``head_dim`` rows.
+
+    Args:
+        heads: global numbers.
+        heads_per_group: query heads of a group.
+        keys_values: after each head the blocks of its group's key and value, too.
+    """
+    found = []
+    for head in heads:
+        group, within = divmod(head, heads_per_group)
+        first = group * (heads_per_group + 2)
+        found.append(first + within)
+        if keys_values:
+            found += [first + heads_per_group, first + heads_per_group + 1]
+    return found

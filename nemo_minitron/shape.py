@@ -397,7 +397,7 @@ class Architecture:
     """The constants of a model that no pruning touches.
 
     Attributes:
-        family: key of the axes table (:data:`nemo_minitron.axes.FAMILIES`).
+        family: key of the axes table (:data:`nemo_minitron.families.FAMILIES`).
         norm_epsilon: epsilon of the normalisation layers.
         rotary_base: RoPE theta.
         rotary_percent: part of each head's channels that RoPE turns (HF's ``partial_rotary_factor``).

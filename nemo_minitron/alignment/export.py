@@ -11,18 +11,21 @@ from typing import Any
 
 from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
 from nemo_minitron.checkpoints.record import Record
 from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer, special_ids
 from nemo_minitron.data.chat.templates import Template
 from nemo_minitron.errors import CheckpointError
 
-__all__ = ["NAMES", "save_trained", "templated_tokenizer", "trained_checkpoint"]
-
-NAMES = {"nemo2": "model", "hf": "hf", "nemo": "model.nemo"}
-"""What each format is called below a stage's output."""
+__all__ = ["output_name", "save_trained", "templated_tokenizer", "trained_checkpoint"]
 
 logger = logging.getLogger(__name__)
+
+
+def output_name(form: str) -> str:
+    """What a format is called below a stage's output; the one that other stages go on with is ``model``."""
+    return "model" if form == "nemo2" else FORMATS[form].output_name
 
 
 def templated_tokenizer(source: Path, template: Template, directory: Path) -> Path:
@@ -106,7 +109,7 @@ def save_trained(
         output: of the stage.
         template: of the conversations that it was trained on; None keeps the tokenizer as it is.
         lineage: what was done, for ``minitron.json``.
-        formats: besides NeMo 2: "hf", "nemo".
+        formats: besides NeMo 2, names of formats: "hf", "nemo".
         check: load each of these by its own side's loader and compare its logits with the NeMo 2 model's.
 
     Returns:
@@ -123,7 +126,7 @@ def save_trained(
     found: dict[str, Any] = {}
     model = trained
     for form in dict.fromkeys(["nemo2", *formats]):
-        path = output / NAMES[form]
+        path = output / output_name(form)
         written = write_checkpoint(model, path, form, dtype=dtype, overwrite=True)
         difference = None
         if form == "nemo2":

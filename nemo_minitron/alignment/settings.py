@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.formats.nemo1.config import FAMILIES, to_nemo1
+from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families, to_nemo1
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -100,9 +100,10 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
         ConfigError: for samples longer than the model's context.
     """
     family, shape = checkpoint.architecture.family, checkpoint.shape
-    if family not in FAMILIES:
+    trained = nemo1_families()
+    if family not in trained:
         raise CheckpointError(
-            f"{checkpoint.path}: NeMo-Aligner trains {', '.join(FAMILIES)} models, this is a {family} model"
+            f"{checkpoint.path}: NeMo-Aligner trains {', '.join(trained)} models, this is a {family} model"
         )
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"{checkpoint.path} carries no tokenizer; put its files beside the weights")

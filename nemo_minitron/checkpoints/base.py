@@ -1,6 +1,6 @@
 """What every checkpoint is to the rest of the suite, whatever its format: sizes, constants, lazy tensors, tokenizer.
 
-A door (``huggingface.py``, ``nemo2.py``, ``nemo1.py``) opens a path as a :class:`Checkpoint` and writes one.
+A door (``formats/*/door.py``) opens a path as a :class:`Checkpoint` and writes one.
 Everything between two doors (pruning offline, casting, loading into a live model) is a function of :class:`Weights`,
 which reads one tensor at a time, so the memory of a conversion is one tensor and not one model.
 """
@@ -50,7 +50,7 @@ class Checkpoint:
         weights: its tensors.
         tokenizer: directory with HF tokenizer files (chat template included), or None where it carries none.
         path: where it was opened.
-        format: "hf", "nemo2" or "nemo".
+        format: its name in :data:`nemo_minitron.checkpoints.formats.FORMATS`.
         lineage: what it was made from; written beside the weights as ``minitron.json``.
     """
 

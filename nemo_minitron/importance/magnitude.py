@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from nemo_minitron.axes import Axis, axis_size, parameters
+from nemo_minitron.axes import Axis, parameters, split_gate, split_qkv
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.importance.scores import Scores
@@ -109,12 +109,13 @@ class _Sums:
         elif axis is Axis.FFN:
             self.ffn[layer, expert or 0] += squares
         elif axis is Axis.GATED_FFN:
-            self.ffn[layer, expert or 0] += squares.view(2, axis_size(Axis.FFN, shape)).sum(0)
+            gate, up = split_gate(squares)
+            self.ffn[layer, expert or 0] += gate + up
         elif axis is Axis.HEADS:
             self.heads[layer] += squares.view(shape.num_attention_heads, shape.head_dim).sum(1)
         elif axis is Axis.QKV:
-            blocks = squares.view(shape.num_query_groups, shape.heads_per_group + 2, shape.head_dim).sum(2)
-            self.heads[layer] += blocks[:, :-2].flatten()
-            self.keys_values[layer] += blocks[:, -2:].sum(1)
+            queries, keys, values = (part.view(-1, shape.head_dim).sum(1) for part in split_qkv(squares, shape))
+            self.heads[layer] += queries
+            self.keys_values[layer] += keys + values
         elif axis is Axis.EXPERTS:
             self.experts[layer] += squares

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import StageConfig
+from nemo_minitron.config.tables import FORMATS
 from nemo_minitron.errors import MissingDependency
 from nemo_minitron.runtime.requirements import faults
 
@@ -44,12 +45,12 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 def needs_of(config: StageConfig) -> tuple[str, ...]:
     """Keys of :data:`~nemo_minitron.runtime.requirements.PARTS` that a stage needs with these settings."""
     modules = list(_NEEDS.get(config.STAGE, _BASE))
-    if "nemo2" in getattr(config, "formats", ()):
-        modules += ["nemo", "lightning"]
+    for form in getattr(config, "formats", ()):
+        modules += FORMATS[form].write_needs
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
-    if str(getattr(config, "source", "")).endswith(".gguf"):
-        modules.append("gguf")
+    if (source := getattr(config, "source", None)) is not None:
+        modules += [need for entry in FORMATS.values() if entry.detect(Path(source)) for need in entry.read_needs]
     if any(Path(str(source.path)).suffix == ".parquet" for source in _sources(config)):
         modules.append("pyarrow")
     if any(source.dataset is not None for source in _sources(config)):

@@ -73,13 +73,13 @@ class MergedHeads:
 
 
 def _blocks(heads: Sequence[int], q: int) -> torch.Tensor:
-    """Where the heads lie on the QKV axis of a layer with ``q`` heads a group, in blocks of ``head_dim`` rows."""
+    """Where the heads lie on the QKV axis of a layer with ``q`` heads a group, in blocks of ``head_dim`` rows.
+
+    A head that has keys and values of its own takes them along.
+    """
     import torch
 
-    queries = [head // q * (q + 2) + head % q for head in heads]
-    if q == 1:
-        return torch.tensor([block + part for block in queries for part in range(3)])
-    return torch.tensor(queries)
+    return torch.tensor(axes.head_blocks(heads, q, keys_values=q == 1))
 
 
 def merge_pruned_heads(checkpoint: Checkpoint, kept: KeptUnits, importance: torch.Tensor) -> Checkpoint:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.formats import detect
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import Architecture, ModelShape
@@ -69,14 +70,11 @@ class StageRun:
 
     def parts(self) -> list[Part]:
         """The checkpoints directly inside its output."""
-        kinds = {"config.json": "Hugging Face", "context": "NeMo 2", "weights": "NeMo 2"}
         found = []
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else []:
-            kind = (
-                ".nemo" if path.suffix == ".nemo" else next((k for n, k in kinds.items() if (path / n).exists()), None)
-            )
-            if kind is not None:
-                found.append(Part(path.name, kind, _size(path)))
+            entry = detect(path)
+            if entry is not None and entry.write is not None:
+                found.append(Part(path.name, entry.title, _size(path)))
         return found
 
 

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.config import ExportConfig
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 
-__all__ = ["NAMES", "plan", "run"]
-
-NAMES = {"hf": "hf", "nemo2": "nemo2", "nemo": "model.nemo"}
-"""What each format is called below the output directory."""
+__all__ = ["plan", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ def plan(config: ExportConfig) -> StagePlan:
     found = StagePlan(
         "export",
         reads=[PlannedPath(config.model, "model")],
-        writes=[PlannedPath(str(output / NAMES[form]), f"model ({form})") for form in config.formats],
+        writes=[PlannedPath(str(output / FORMATS[form].output_name), f"model ({form})") for form in config.formats],
         costs=model_costs(config.model, config.dtype or "float32"),
         faults=conversion_faults(config.model, config.formats, verify=config.verify),
     )
@@ -55,8 +53,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with stage_output(config.output, config.overwrite) as output:
         for form in dict.fromkeys(config.formats):
-            written = write_checkpoint(named, output / NAMES[form], form, dtype=config.dtype)
+            written = write_checkpoint(named, output / FORMATS[form].output_name, form, dtype=config.dtype)
             figures = verified(source, written, verify if config.verify else None)
-            found[form] = {"path": str(Path(config.output) / NAMES[form]), "verification": figures}
+            found[form] = {"path": str(Path(config.output) / FORMATS[form].output_name), "verification": figures}
             logger.info("exported %s", found[form]["path"])
     return {"parameters": axes.parameter_count(source.family, source.shape), "formats": found}

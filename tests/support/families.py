@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.shape import ModelShape
 
@@ -24,14 +25,23 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-OWN: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"tie_word_embeddings": True},
-    "nemotron": {"partial_rotary_factor": 0.5},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
-}
-CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "nemotron": "Nemotron", "mixtral": "Mixtral"}
+
+
+def _own(table: axes.Family) -> dict[str, Any]:
+    """Settings that this family has beside :data:`SIZES`. Embeddings are tied in the families with QK norms."""
+    found: dict[str, Any] = {}
+    if table.qk_layernorm:
+        found["tie_word_embeddings"] = True
+    if table.partial_rotary:
+        found["partial_rotary_factor"] = 0.5
+    if table.expert:
+        found |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+    return found
+
+
+#: By family: what its tiny model is configured with, and the beginning of the names of transformers' classes.
+OWN = {name: _own(table) for name, table in axes.FAMILIES.items()}
+CLASSES = {name: table.hf.architecture.removesuffix("ForCausalLM") for name, table in axes.FAMILIES.items() if table.hf}
 
 
 def family_model(family: str, path: Path, *, seed: int = 0) -> Path:
@@ -44,7 +54,7 @@ def family_model(family: str, path: Path, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.2)
-            if parameter.ndim == 1 and not name.endswith("bias") and family != "nemotron":
+            if parameter.ndim == 1 and not name.endswith("bias") and not axes.family(family).zero_centered_norm:
                 parameter.add_(1.0)
     model.save_pretrained(path)
     return path

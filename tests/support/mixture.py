@@ -20,7 +20,7 @@ def random_mixture(*, seed: int = 0) -> Checkpoint:
     """Two of four experts a token."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for entry in axes.parameters(axes.MIXTRAL, MIXTURE):
+    for entry in axes.parameters(axes.FAMILIES["mixtral"], MIXTURE):
         tensor = torch.randn(entry.shape, generator=generator)
         tensors[entry.name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
     architecture = dataclasses.replace(ARCHITECTURE, family="mixtral", moe_router_topk=TOPK)

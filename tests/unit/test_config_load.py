@@ -128,7 +128,7 @@ def test_unresolvable_interpolations(write):
     ("stage", "text", "fault"),
     [
         ("import", "output: o", "source: give exactly one of source, package (none is given)"),
-        ("import", "output: o\nsource: a\nformat: onnx", "format=onnx: must be one of nemo2, nemo, hf"),
+        ("import", "output: o\nsource: a\nformat: onnx", "format=onnx: must be one of hf, nemo2, nemo"),
         ("prune", "model: m\noutput: o\nscores: s", "target: nothing is to be pruned"),
         ("prune", "model: m\noutput: o\ntarget: {num_layers: 2}", "scores: method=activation needs"),
         ("prune", "model: m\noutput: o\nscores: s\ntarget: {num_layers: 0}", "target.num_layers=0: must be above 0"),

@@ -206,7 +206,7 @@ def test_a_model_of_such_layers_is_pruned_further():
     kept = choose_units(None, mixed.shape, target, method="random", layers_to_drop=[1])
     pruned = prune_weights(mixed, kept)
     assert {name: tuple(tensor.shape) for name, tensor in tensors_of(pruned).items()} == {
-        entry.name: entry.shape for entry in axes.parameters(axes.LLAMA, target)
+        entry.name: entry.shape for entry in axes.parameters(axes.FAMILIES["llama"], target)
     }
     # layers that are named, and nothing else: no scores needed
     whole = target_shape(mixed.shape, {}, layers_to_drop=[1])
@@ -231,7 +231,7 @@ def test_a_mixture_of_experts_may_differ_in_width():
     assert kept.target(shape) == target
     pruned = prune_weights(random_checkpoint(shape, architecture=architecture), kept)
     found = {name: tuple(tensor.shape) for name, tensor in tensors_of(pruned).items()}
-    assert found == {entry.name: entry.shape for entry in axes.parameters(axes.MIXTRAL, target)}
+    assert found == {entry.name: entry.shape for entry in axes.parameters(axes.FAMILIES["mixtral"], target)}
     assert found["decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight"] == (24, 8)
     assert not any(name.startswith("decoder.layers.2.") and "mlp" in name for name in found)
 
@@ -499,7 +499,7 @@ def test_costs_are_the_sums_of_the_layers(shape, pipeline):
     """Of memory the weights and the cache, of a rank the parameters, and the operations."""
     if shape.num_layers < pipeline:
         return
-    table, model = axes.LLAMA, Model(shape)
+    table, model = axes.FAMILIES["llama"], Model(shape)
     ranks = stage_parameters(model, tensor=1, pipeline=pipeline)
     padded = shape.replace(vocab_size=128)
     tied = padded.vocab_size * shape.hidden_size if shape.tied_embeddings and pipeline > 1 else 0
@@ -524,7 +524,7 @@ def test_activations_are_the_sum_of_the_layers(fused):
     work = Workload(training=True, sequence_length=16, fused=fused)
 
     def kept(shape: ModelShape) -> float:
-        return MemoryCost(axes.LLAMA, shape, work).ranks(shape)[0].activations
+        return MemoryCost(axes.FAMILIES["llama"], shape, work).ranks(shape)[0].activations
 
     alike = [kept(SHAPE.replace(layers=(one,) * 4)) for one in sizes]
     assert kept(SHAPE.replace(layers=sizes * 2)) == pytest.approx(sum(alike) / 2, rel=1e-12)

@@ -102,7 +102,7 @@ def test_biases_are_merged_too_and_the_dtype_stays():
     generator = torch.Generator().manual_seed(0)
     tensors = {
         entry.name: torch.randn(entry.shape, generator=generator).bfloat16()
-        for entry in axes.parameters(axes.QWEN2, shape)
+        for entry in axes.parameters(axes.FAMILIES["qwen2"], shape)
     }
     llama = random_checkpoint(shape)
     architecture = dataclasses.replace(llama.architecture, family="qwen2")

@@ -43,7 +43,8 @@ def checkpoint_of(shape: ModelShape):
     checkpoint = random_checkpoint(shape.replace(num_moe_experts=None))
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        entry.name: torch.randn(entry.shape, generator=generator) for entry in axes.parameters(axes.MIXTRAL, shape)
+        entry.name: torch.randn(entry.shape, generator=generator)
+        for entry in axes.parameters(axes.FAMILIES["mixtral"], shape)
     }
     architecture = dataclasses.replace(checkpoint.architecture, family="mixtral", moe_router_topk=1)
     return dataclasses.replace(checkpoint, shape=shape, architecture=architecture, weights=DictWeights(tensors))

@@ -56,9 +56,9 @@ def test_a_uniform_shape_is_what_it_was(shape):
         "decoder.final_layernorm.weight": (h,),
         **({} if shape.tied_embeddings else {"output_layer.weight": (v, h)}),
     }
-    found = {entry.name: entry.shape for entry in axes.parameters(axes.LLAMA, shape)}
+    found = {entry.name: entry.shape for entry in axes.parameters(axes.FAMILIES["llama"], shape)}
     assert list(found.items()) == list(expected.items())
-    assert axes.parameter_count(axes.LLAMA, shape) == sum(map(math.prod, expected.values()))
+    assert axes.parameter_count(axes.FAMILIES["llama"], shape) == sum(map(math.prod, expected.values()))
 
 
 @given(uniform_shapes(), st.integers(0, 3))

@@ -1,1 +1,73 @@
-"""Checkpoint formats: a package or a module each."""
+"""The table of checkpoint formats, one entry each: what settings offer, what is detected, read, written and verified.
+
+The entries name functions of the formats' modules, none of which imports torch or NeMo before it is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
+from nemo_minitron.checkpoints.formats.huggingface.door import is_hf, open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
+from nemo_minitron.checkpoints.formats.nemo1.door import is_nemo1, open_nemo1, write_nemo1
+from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
+from nemo_minitron.checkpoints.formats.nemo2.door import is_nemo2, open_nemo2, write_nemo2
+from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
+from nemo_minitron.config import tables
+from nemo_minitron.config.parts import written_formats
+from nemo_minitron.config.tables import Table
+
+__all__ = ["FORMATS", "Format", "Progress", "WriteOptions", "detect", "written_formats"]
+
+OWN_FORMATS = (
+    Format(
+        name="hf",
+        title="Hugging Face",
+        looks="config.json (Hugging Face)",
+        detect=is_hf,
+        open=open_hf,
+        write=write_hf,
+        loader=hf_logits,
+        safe_loader=True,
+    ),
+    Format(
+        name="nemo2",
+        title="NeMo 2",
+        looks="weights/ and context/ (NeMo 2)",
+        detect=is_nemo2,
+        open=open_nemo2,
+        write=write_nemo2,
+        loader=nemo2_logits,
+        write_needs=("nemo", "lightning"),
+    ),
+    Format(
+        name="nemo",
+        title=".nemo",
+        looks="a .nemo file",
+        detect=is_nemo1,
+        open=open_nemo1,
+        write=write_nemo1,
+        loader=nemo1_logits,
+        suffix=".nemo",
+    ),
+    Format(
+        name="gguf",
+        title="GGUF",
+        looks="a .gguf file",
+        detect=is_gguf,
+        convert=convert_gguf,
+        read_needs=("gguf",),
+        suffix=".gguf",
+    ),
+)
+
+FORMATS: Table[Format] = tables.FORMATS
+"""By name. A path is of the first format that detects it. ``FORMATS.register(Format(...))`` adds one in this process,
+and the entry points ``nemo_minitron.formats`` of an installed package do so in every process."""
+
+
+def detect(path: Path) -> Format | None:
+    """The format of a path, by names alone; None where no format knows it."""
+    return next((entry for entry in FORMATS.values() if entry.detect(path)), None)

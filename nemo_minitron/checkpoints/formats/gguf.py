@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
+from nemo_minitron.checkpoints.formats.huggingface.door import open_hf
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
 from nemo_minitron.errors import CheckpointError
@@ -18,7 +19,7 @@ from nemo_minitron.runtime.requirements import require
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
 
-__all__ = ["convert_gguf"]
+__all__ = ["convert_gguf", "is_gguf"]
 
 MAGIC = b"GGUF"
 FIELDS = (
@@ -43,6 +44,11 @@ DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 """Values of ``tokenizer.ggml.pre`` for which llama.cpp splits numbers into single digits before byte-level BPE."""
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path has the name of a GGUF file."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
 def convert_gguf(
     source: str | Path, target: str | Path, *, dtype: str = "float32", overwrite: bool = False
 ) -> Checkpoint:
@@ -63,8 +69,6 @@ def convert_gguf(
             disk is full.
         MissingDependency: without the ``gguf`` package.
     """
-    from nemo_minitron.checkpoints import open_checkpoint
-
     source, target = Path(source).expanduser(), Path(target).expanduser()
     fields = _fields(source)
     if fields["general.architecture"] != "llama":
@@ -75,7 +79,7 @@ def convert_gguf(
         partial.mkdir(parents=True)
         content = _write_model(source, partial, dtype)
         _write_tokenizer(content, partial, fields)
-    checkpoint = open_checkpoint(target)
+    checkpoint = open_hf(target)
     assert checkpoint.tokenizer is not None
     check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
     return checkpoint

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.jobs.warm import end_process, reachable_pool
 from nemo_minitron.runtime.environment import local_environment
@@ -54,7 +55,7 @@ def verify(
 ) -> Verification:
     """Load ``target`` with its own side's loader and compare its logits with the source's.
 
-    A HF source is computed by transformers, a NeMo source by a plain Megatron-core model that is filled without
+    A HF source is computed by transformers, another source by a plain Megatron-core model that is filled without
     unpickling (NeMo's own loaders run what a file names; they only ever see targets, which we wrote). Each side runs in
     a process of its own and holds the whole model in float32; they run one after the other.
 
@@ -79,8 +80,11 @@ def verify(
     vocab = min(source.shape.vocab_size, target.shape.vocab_size)
     ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     dtype = target.architecture.dtype
-    expected = _logits("hf" if source.format == "hf" else "megatron", source.path, ids, dtype, timeout_minutes)
-    found = _logits(target.format, target.path, ids, dtype, timeout_minutes)
+    loaders = _loader_of(source, ours=False), _loader_of(target, ours=True)
+    expected, found = (
+        _logits(kind, checkpoint, ids, dtype, timeout_minutes)
+        for kind, checkpoint in zip(loaders, (source, target), strict=True)
+    )
     if source.shape.vocab_size != target.shape.vocab_size:
         raise CheckpointError(
             f"{target.path} has a vocabulary of {target.shape.vocab_size}, its source {source.path} of "
@@ -92,7 +96,7 @@ def verify(
         scale=expected.abs().max().item(),
         same_choice=(expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
         dtype=dtype,
-        loader=target.format,
+        loader=loaders[1],
     )
     # written so that NaN fails
     if not result.max_difference <= tolerance * result.scale:
@@ -103,10 +107,17 @@ def verify(
     return result
 
 
-def _logits(kind: str, path: Path, ids: torch.Tensor, dtype: str, timeout_minutes: float) -> torch.Tensor:
+def _loader_of(checkpoint: Checkpoint, *, ours: bool) -> str:
+    """Its format's own loader where there is one, and it is ours or the loader runs nothing that a file names."""
+    entry = FORMATS[checkpoint.format]
+    return entry.name if entry.loader is not None and (ours or entry.safe_loader) else "megatron"
+
+
+def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, timeout_minutes: float) -> torch.Tensor:
     """``[rows, s, vocabulary rows]`` logits, which a process of its own takes from one of ``verification.loaders``."""
     from safetensors.torch import load_file, save_file
 
+    path = checkpoint.path
     environment = local_environment(os.environ) | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out, log = Path(scratch, "tokens.safetensors"), Path(scratch, "out.safetensors"), Path(scratch, "log")

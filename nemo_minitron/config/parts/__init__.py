@@ -12,7 +12,6 @@ from nemo_minitron.config.parts.checks import (
     DEPTH_CRITERIA,
     DEPTH_FORMS,
     DTYPES,
-    FORMATS,
     LATENCIES,
     LOGIT_LOSSES,
     MEMORY_USES,
@@ -20,9 +19,11 @@ from nemo_minitron.config.parts.checks import (
     STATE_LOSSES,
     TEACHER_PLACEMENTS,
     choice,
+    format_list_faults,
     not_negative,
     one_of,
     positive,
+    written_formats,
 )
 from nemo_minitron.config.parts.cluster import ClusterConfig
 from nemo_minitron.config.parts.evaluation import HarnessConfig
@@ -50,7 +51,6 @@ __all__ = [
     "CorrectionConfig",
     "DataConfig",
     "DepthChoiceConfig",
-    "FORMATS",
     "HarnessConfig",
     "IntermediateConfig",
     "LATENCIES",
@@ -71,7 +71,9 @@ __all__ = [
     "TaskConfig",
     "VocabularyConfig",
     "choice",
+    "format_list_faults",
     "not_negative",
     "one_of",
     "positive",
+    "written_formats",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from nemo_minitron.config.tables import FORMATS
+
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
-FORMATS = ("nemo2", "nemo", "hf")
 DTYPES = ("float32", "bfloat16")
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
 DEPTH_FORMS = ("lowest", "contiguous", "greedy")
@@ -18,6 +19,17 @@ BALANCES = ("fixed", "dynamic")
 RECOMPUTE = ("none", "selective", "full")
 MEMORY_USES = ("inference", "training")
 LATENCIES = ("prefill", "decode")
+
+
+def written_formats() -> list[str]:
+    """The names of the checkpoint formats that can be written."""
+    return [name for name, entry in FORMATS.items() if entry.write is not None]
+
+
+def format_list_faults(names: Iterable[str]) -> list[str]:
+    """The faults of the entries of ``formats`` that cannot be written."""
+    known = written_formats()
+    return [f"formats: {name!r} must be one of {', '.join(known)}" for name in names if name not in known]
 
 
 def positive(config: Any, *names: str) -> list[str]:

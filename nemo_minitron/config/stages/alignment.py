@@ -7,7 +7,14 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import FORMATS, ChatDataConfig, ParallelConfig, choice, not_negative, positive
+from nemo_minitron.config.parts import (
+    ChatDataConfig,
+    ParallelConfig,
+    choice,
+    format_list_faults,
+    not_negative,
+    positive,
+)
 from nemo_minitron.config.stages.base import StageConfig
 
 PREFERENCE_LOSSES = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
@@ -81,7 +88,7 @@ class AlignConfig(StageConfig):
             *not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
             *choice(self, "precision", ("32", "bf16-mixed")),
             *(f"{b}: must lie in [0, 1)" for b in ("beta1", "beta2") if not 0 <= getattr(self, b) < 1),
-            *(f"formats: {form!r} must be one of {', '.join(FORMATS)}" for form in self.formats if form not in FORMATS),
+            *format_list_faults(self.formats),
         ]  # fmt: skip
         if self.min_lr > self.lr:
             found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DTYPES, FORMATS, choice, one_of
+from nemo_minitron.config.parts import DTYPES, choice, format_list_faults, one_of, written_formats
 from nemo_minitron.config.stages.base import StageConfig
 
 
@@ -42,7 +42,11 @@ class ImportConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Not exactly one origin, unknown choices."""
-        return [*one_of(self, "source", "package"), *choice(self, "format", FORMATS), *choice(self, "dtype", DTYPES)]
+        return [
+            *one_of(self, "source", "package"),
+            *choice(self, "format", written_formats()),
+            *choice(self, "dtype", DTYPES),
+        ]
 
 
 @dataclass
@@ -67,9 +71,7 @@ class ExportConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Unknown or no formats."""
-        found = [
-            f"formats: {name!r} must be one of {', '.join(FORMATS)}" for name in self.formats if name not in FORMATS
-        ]
+        found = format_list_faults(self.formats)
         if not self.formats:
-            found.append(f"formats: none is given; list any of {', '.join(FORMATS)}")
+            found.append(f"formats: none is given; list any of {', '.join(written_formats())}")
         return [*found, *choice(self, "dtype", DTYPES)]

@@ -8,7 +8,6 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
-    FORMATS,
     AggregationConfig,
     DataConfig,
     DepthChoiceConfig,
@@ -17,6 +16,7 @@ from nemo_minitron.config.parts import (
     VocabularyConfig,
     choice,
     positive,
+    written_formats,
 )
 from nemo_minitron.config.stages.base import StageConfig
 
@@ -61,7 +61,7 @@ class PruneConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
-        found = [*choice(self, "method", PRUNE_METHODS), *choice(self, "format", FORMATS)]
+        found = [*choice(self, "method", PRUNE_METHODS), *choice(self, "format", written_formats())]
         narrower = self.target.given().keys() - {"num_layers"}
         named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
         if self.method != "random" and self.scores is None and (narrower or not named):
@@ -134,7 +134,7 @@ class IterateConfig(StageConfig):
             *positive(self, "rounds", "samples", "micro_batch_size"),
             *choice(self, "spacing", ("geometric", "linear")),
             *choice(self, "estimator", ("activation", "taylor")),
-            *choice(self, "format", FORMATS),
+            *choice(self, "format", written_formats()),
         ]
         if not self.target.given():
             found.append("target: nothing is to be pruned; give at least one size of the target")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from nemo_minitron import axes
 from nemo_minitron.config import IntermediateConfig
 from nemo_minitron.distillation.losses.layer_maps import LayerMaps, layer_ranks
 from nemo_minitron.distillation.losses.states import STATE_LOSSES, attention_relations
@@ -310,12 +311,12 @@ class StudentLosses:
         columns = None
         if layout.context > 1:
             ours_whole, theirs_whole = (
-                _queries_keys_values(whole_sequence(mixed, self.groups.cp), shape, tensor) for mixed, shape in models
+                _queries_keys_values(whole_sequence(mixed, self.groups.cp), shape) for mixed, shape in models
             )
             columns = ours_whole, theirs_whole
         local = attention_relations(
-            _queries_keys_values(ours, self.plan.student, tensor),
-            _queries_keys_values(theirs, self.plan.teacher, tensor),
+            _queries_keys_values(ours, self.plan.student),
+            _queries_keys_values(theirs, self.plan.teacher),
             heads=heads // tensor,
             masked=self._batch["attention_mask"][:, 0].to(ours.device),
             columns=columns,
@@ -332,14 +333,10 @@ def initial_projection(layer: int, student: int, teacher: int) -> torch.Tensor:
     return torch.randn(teacher, student, generator=generator) * student**-0.5
 
 
-def _queries_keys_values(
-    mixed: torch.Tensor, shape: ModelShape, tensor: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _queries_keys_values(mixed: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``[s, b, (heads + 2 groups) head_dim / tp]`` as Megatron mixes them, group by group -> three ``[b, s, C/tp]``."""
-    groups, width = shape.num_query_groups // tensor, shape.head_dim
-    parts = mixed.transpose(0, 1).unflatten(-1, (groups, (shape.heads_per_group + 2) * width))
-    queries, keys, values = parts.split([shape.heads_per_group * width, width, width], dim=-1)
-    return queries.flatten(2), keys.flatten(2), values.flatten(2)
+    queries, keys, values = axes.split_qkv(mixed.transpose(0, 1), shape, dim=-1)
+    return queries, keys, values
 
 
 def _attached(state: torch.Tensor, loss: torch.Tensor, grad_scale_func: Any) -> torch.Tensor:

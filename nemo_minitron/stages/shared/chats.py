@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.formats.nemo1.config import FAMILIES
+from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families
 from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import AlignConfig, ChatDataConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat, read_chats, read_package_chats, split_held_out
@@ -47,14 +47,14 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
         packages: that carry such data.
         copies: of the weights on a rank (2 with a reference policy).
     """
-    from nemo_minitron.alignment.export import NAMES
+    from nemo_minitron.alignment.export import output_name
 
     output, data, layout = Path(config.output), config.data, config.parallel
     found = StagePlan(
         config.STAGE,
         reads=[PlannedPath(config.model, "model")],
         writes=[
-            PlannedPath(str(output / NAMES[form]), f"aligned model ({form})")
+            PlannedPath(str(output / output_name(form)), f"aligned model ({form})")
             for form in dict.fromkeys(["nemo2", *config.formats])
         ],
     )
@@ -68,9 +68,10 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
     if shape is None or architecture is None:
         return found
-    if architecture.family not in FAMILIES:
+    trained = nemo1_families()
+    if architecture.family not in trained:
         found.faults.append(
-            f"model={config.model}: NeMo-Aligner trains {', '.join(FAMILIES)} models, this is a {architecture.family} "
+            f"model={config.model}: NeMo-Aligner trains {', '.join(trained)} models, this is a {architecture.family} "
             "model"
         )
     if data.max_length > architecture.max_position_embeddings:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
 from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.checkpoints.saving import write_aside
@@ -36,12 +37,12 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def format_faults(output: str, form: str) -> list[str]:
-    """An output whose name and format contradict each other: ``.nemo`` is a file, the others are directories."""
-    is_file = Path(output).suffix == ".nemo"
-    if form == "nemo" and not is_file:
-        return [f"output={output}: format=nemo writes a file; end its name in .nemo"]
-    if form != "nemo" and is_file:
-        return [f"output={output}: format={form} writes a directory; choose a name that does not end in .nemo"]
+    """An output whose name and format contradict each other: one format is a file, another a directory."""
+    suffix, needed = Path(output).suffix, FORMATS[form].suffix
+    if needed is not None:
+        return [] if suffix == needed else [f"output={output}: format={form} writes a file; end its name in {needed}"]
+    if any(suffix == FORMATS[name].suffix for name in written_formats()):
+        return [f"output={output}: format={form} writes a directory; choose a name that does not end in {suffix}"]
     return []
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
-from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES, HFFamily, hf_family
+from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.families.entry import HFFamily
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
@@ -43,7 +45,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             are named in one message.
     """
     names = config.get("architectures") or [config.get("model_type", "unknown")]
-    readers = {name: (key, family) for key, family in HF_FAMILIES.items() for name in family.reads}
+    readers = {name: (key, family) for key, family in hf_families().items() for name in family.reads}
     name = next((name for name in readers if name in names), None)
     if name is None:
         raise CheckpointError(
@@ -51,7 +53,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         )
     key, family = readers[name]
     config = {**family.reads[name], **config}
-    if found := _unsupported(config, family):
+    if found := _unsupported(config, axes.family(key), family):
         raise CheckpointError(f"{source}: " + "; ".join(found))
     rope = config["rope_scaling"]
     try:
@@ -97,7 +99,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     return shape, architecture
 
 
-def _unsupported(config: dict[str, Any], family: HFFamily) -> list[str]:
+def _unsupported(config: dict[str, Any], table: axes.Family, family: HFFamily) -> list[str]:
     """Everything in a configuration that the family's table does not stand for."""
     rope, positions = config["rope_scaling"], config["max_position_embeddings"]
     found = [
@@ -109,7 +111,7 @@ def _unsupported(config: dict[str, Any], family: HFFamily) -> list[str]:
         found.append(
             f"rope_scaling of type {_rope_type(rope)!r} is not supported; supported: {', '.join(ROPE_SCALING)}"
         )
-    if config["partial_rotary_factor"] != 1 and not family.partial_rotary:
+    if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
         found.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
     window = config["sliding_window"] if config["use_sliding_window"] else None
     if window is not None and window < positions:
@@ -130,7 +132,7 @@ def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
     """Why a ``config.json`` of the family cannot state the layers of a shape; empty if it can."""
     if shape.uniform or hf_family(architecture.family).by_layer is not None:
         return []
-    able = ", ".join(name for name, family in HF_FAMILIES.items() if family.by_layer is not None)
+    able = ", ".join(name for name, family in hf_families().items() if family.by_layer is not None)
     return [
         f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of these "
         f"it has: {able})"
@@ -180,7 +182,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         **family.writes,
         **blocks,
     }
-    if family.partial_rotary:
+    if axes.family(architecture.family).partial_rotary:
         config["partial_rotary_factor"] = architecture.rotary_percent
     if family.expert:
         config |= {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
 from nemo_minitron.checkpoints.record import read_record, write_record
@@ -21,12 +22,15 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HFWeights", "open_hf", "write_hf"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["HFWeights", "is_hf", "open_hf", "write_hf"]
 
 SMALLEST_SHARD = 32 * 2**20
 """Bytes below which models are not split over files, whatever the size of their layers."""
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a path is a HF directory."""
+    return (path / "config.json").is_file()
 
 
 def open_hf(path: Path) -> Checkpoint:
@@ -171,7 +175,7 @@ class HFWeights:
             return handle.get_tensor(name)
 
 
-def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: Progress | None = None) -> None:
+def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:
     """Write a HF directory into ``directory`` (which this creates; callers write aside).
 
     Tensors are read, split and written one after the other, those outside the layers first. A shard is closed before it
@@ -181,6 +185,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
     Raises:
         CheckpointError: if transformers does not know the family, or no form of it whose layers differ in size.
     """
+    dtype, progress = options.dtype, options.progress
     shape, table = checkpoint.shape, checkpoint.family
     config = to_hf(shape, checkpoint.architecture, dtype=dtype)
     directory.mkdir(parents=True)

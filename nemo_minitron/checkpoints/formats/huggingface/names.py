@@ -1,9 +1,8 @@
 """Canonical names <-> Hugging Face names, one tensor at a time.
 
 A canonical tensor is made of one or several HF tensors. Which ones is said by
-:mod:`nemo_minitron.checkpoints.formats.huggingface.families`; how they are put together follows from the axis of the
-tensor's rows in :mod:`nemo_minitron.axes`: QKV rows go group by group, gated MLP rows are all gates and then all
-up-projections, every other tensor is one to one.
+:mod:`nemo_minitron.families`; how they are put together follows from the axis of the
+tensor's rows (:mod:`nemo_minitron.axes`): QKV rows are three tensors, gated MLP rows two, every other tensor is one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_minitron.axes import Axis
+from nemo_minitron.axes import Axis, axis_parts, axis_size, join_gate, join_qkv, split_gate, split_qkv
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_family
 from nemo_minitron.shape import ModelShape
 
@@ -42,15 +41,8 @@ def hf_shapes(axes: Sequence[Axis], shape: ModelShape) -> list[tuple[int, ...]]:
 
     Here and below ``shape`` has the sizes of the tensor's layer (:meth:`~nemo_minitron.shape.ModelShape.at`).
     """
-    from nemo_minitron.axes import axis_size
-
     rest = tuple(axis_size(axis, shape) for axis in axes[1:])
-    if axes[0] is Axis.QKV:
-        heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
-        return [(heads, *rest), (groups, *rest), (groups, *rest)]
-    if axes[0] is Axis.GATED_FFN:
-        return [(shape.ffn_hidden_size, *rest)] * 2
-    return [(axis_size(axes[0], shape), *rest)]
+    return [(rows, *rest) for rows in axis_parts(axes[0], shape)]
 
 
 def merge(axes: Sequence[Axis], parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
@@ -61,24 +53,19 @@ def merge(axes: Sequence[Axis], parts: Sequence[torch.Tensor], shape: ModelShape
     (the row order of ``megatron.core.transformer.attention.SelfAttention.linear_qkv``).
     Holds the parts and the result at once; a tensor of one part is returned as it is.
     """
-    import torch
-
     if axes[0] is Axis.QKV:
-        rest = parts[0].shape[1:]
-        grouped = [part.reshape(shape.num_query_groups, -1, *rest) for part in parts]
-        return torch.cat(grouped, dim=1).reshape(-1, *rest)
+        queries, keys, values = parts
+        return join_qkv(queries, keys, values, shape)
     if axes[0] is Axis.GATED_FFN:
-        return torch.cat(list(parts))
+        gate, up = parts
+        return join_gate(gate, up)
     return parts[0]
 
 
 def split(axes: Sequence[Axis], tensor: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
     """The canonical tensor -> HF tensors, contiguous: the inverse of :func:`merge`."""
     if axes[0] is Axis.QKV:
-        rest = tensor.shape[1:]
-        grouped = tensor.reshape(shape.num_query_groups, -1, *rest)
-        rows = [shape.heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim]
-        return [part.reshape(-1, *rest).contiguous() for part in grouped.split(rows, dim=1)]
-    if axes[0] is Axis.GATED_FFN:
-        return [part.contiguous() for part in tensor.chunk(2)]
-    return [tensor.contiguous()]
+        parts = split_qkv(tensor, shape)
+    else:
+        parts = split_gate(tensor) if axes[0] is Axis.GATED_FFN else (tensor,)
+    return [part.contiguous() for part in parts]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron import axes
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["from_nemo1", "to_nemo1"]
+__all__ = ["from_nemo1", "nemo1_families", "to_nemo1"]
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 
@@ -26,14 +28,6 @@ REQUIRED: dict[str, Any] = {
     "window_size": None,
 }
 """What every family here needs of a NeMo 1 GPT model. Keys that a file leaves out take :data:`DEFAULTS`."""
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"normalization": "rmsnorm", "qkv_bias": False, "activation": "fast-swiglu", "rotary_percentage": 1.0},
-    "qwen2": {"normalization": "rmsnorm", "qkv_bias": True, "activation": "fast-swiglu", "rotary_percentage": 1.0},
-    "nemotron": {"normalization": "layernorm1p", "qkv_bias": False, "activation": "squared-relu"},
-}
-"""What each family needs beside. NeMo 1 builds its layers without QK norms, and gives the experts of a mixture no width
-(``megatron_gpt_model.get_specs`` and ``build_transformer_config``), so the others cannot be there."""
 
 DEFAULTS: dict[str, Any] = {
     "mcore_gpt": False,
@@ -68,6 +62,11 @@ SAME = {"swiglu": "fast-swiglu"}
 """Other names of an activation."""
 
 
+def nemo1_families() -> dict[str, Mapping[str, Any]]:
+    """By name, the families that NeMo 1 can hold, with what each needs beside :data:`REQUIRED`."""
+    return {name: table.nemo1 for name, table in axes.FAMILIES.items() if table.nemo1 is not None}
+
+
 def from_nemo1(
     content: dict[str, Any], source: Path, rows: int, tokenizer: Path | None
 ) -> tuple[ModelShape, Architecture]:
@@ -95,7 +94,7 @@ def from_nemo1(
             for key, value in needs.items()
             if config[key] != value
         ]
-        for family, needs in FAMILIES.items()
+        for family, needs in nemo1_families().items()
     }
     family = min(unlike, key=lambda name: len(unlike[name]))
     if found := found + unlike[family]:
@@ -159,12 +158,13 @@ def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multi
     """
     import yaml
 
-    if architecture.family not in FAMILIES:
+    known = nemo1_families()
+    if architecture.family not in known:
         raise CheckpointError(
-            f"a .nemo cannot hold a {architecture.family} model (NeMo 1 holds {', '.join(FAMILIES)}); write the nemo2 "
+            f"a .nemo cannot hold a {architecture.family} model (NeMo 1 holds {', '.join(known)}); write the nemo2 "
             "or the hf format"
         )
-    base, needs = architecture.rotary_base, FAMILIES[architecture.family]
+    base, needs = architecture.rotary_base, known[architecture.family]
     config: dict[str, Any] = {
         "target": TARGET,
         "mcore_gpt": True,

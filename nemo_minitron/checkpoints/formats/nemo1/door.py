@@ -16,14 +16,14 @@ import io
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo1.config import from_nemo1, to_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
-from nemo_minitron.checkpoints.formats.nemo2.door import COMMON, padded, parse_yaml
+from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.record import FILE_NAME, parse_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import (
     FILES,
@@ -35,7 +35,7 @@ from nemo_minitron.checkpoints.tokenizer.files import (
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.shape import require_uniform
 
-__all__ = ["TOKENIZER", "Archive", "open_nemo1", "unpack_nemo1", "write_nemo1"]
+__all__ = ["TOKENIZER", "Archive", "is_nemo1", "open_nemo1", "unpack_nemo1", "write_nemo1"]
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
@@ -122,6 +122,11 @@ class Archive:
         self._places[name.as_posix()] = (member.offset_data, member.size)
 
 
+def is_nemo1(path: Path) -> bool:
+    """Whether a path is a ``.nemo`` file, or a directory that one was unpacked into."""
+    return (path.suffix == ".nemo" and path.is_file()) or (path / CONFIG).is_file()
+
+
 def open_nemo1(path: Path) -> Checkpoint:
     """Open a ``.nemo`` file, ours or NeMo's own. Tensors are read later, one at a time, in place.
 
@@ -154,18 +159,10 @@ def open_nemo1(path: Path) -> Checkpoint:
     )
 
 
-def write_nemo1(
-    checkpoint: Checkpoint,
-    file: Path,
-    files: Path,
-    *,
-    dtype: str,
-    vocab_multiple: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
+def write_nemo1(checkpoint: Checkpoint, file: Path, options: WriteOptions) -> None:
     """Write a ``.nemo`` to ``file`` (callers write aside).
 
-    The parts are collected in ``files`` first (a directory on the same disk, created), so the disk holds the model
+    The parts are collected in ``options.scratch`` first, so the disk holds the model
     twice for a moment; memory holds one layer and one embedding.
 
     Raises:
@@ -181,7 +178,8 @@ def write_nemo1(
             f"{checkpoint.path} carries no tokenizer, and NeMo cannot restore a .nemo without one; "
             f"put the tokenizer's files beside the weights, or write the nemo2 format"
         )
-    shape = checkpoint.shape
+    shape, files = checkpoint.shape, options.scratch
+    dtype, vocab_multiple, progress = options.dtype, options.vocab_multiple, options.progress
     check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
     rows = padded(shape.vocab_size, vocab_multiple)
     fixed = None if token_count(checkpoint.tokenizer) == shape.vocab_size else rows

@@ -1,59 +1,26 @@
 """NeMo 2's model configurations <-> (:class:`ModelShape`, :class:`Architecture`).
 
-What a family needs of a configuration follows from its axes table; :data:`NEMO_FAMILIES` adds NeMo's class names. The
-values written are those that NeMo's own importers from Hugging Face set (``nemo.collections.llm.gpt.model``).
+What a family needs of a configuration follows from its axes table; NeMo's class names are in
+:mod:`nemo_minitron.families`. The values written are those that NeMo's own importers from Hugging Face set
+(``nemo.collections.llm.gpt.model``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.families.entry import NeMo2Family
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = ["from_nemo2", "model_class", "nemo_config"]
 
-
-@dataclass(frozen=True)
-class NeMoFamily:
-    """A family in NeMo 2.
-
-    Attributes:
-        module: below ``nemo.collections.llm.gpt.model``.
-        config, model: classes in it that are written.
-        reads: beginnings of the names of configuration classes that may be of this family.
-        rotary_percent: what the configuration takes where a file is silent.
-    """
-
-    module: str
-    config: str
-    model: str
-    reads: tuple[str, ...]
-    rotary_percent: float = 1.0
-
-
-NEMO_FAMILIES: dict[str, NeMoFamily] = {
-    "llama": NeMoFamily(
-        "llama",
-        "LlamaConfig",
-        "LlamaModel",
-        ("LlamaConfig", "Llama2Config", "Llama3", "CodeLlamaConfig", "MistralConfig", "GPTConfig"),
-    ),
-    "qwen2": NeMoFamily("qwen2", "Qwen2Config", "Qwen2Model", ("Qwen2Config", "Qwen25Config", "GPTConfig")),
-    "qwen3": NeMoFamily("qwen3", "Qwen3Config", "Qwen3Model", ("Qwen3Config", "GPTConfig")),
-    "nemotron": NeMoFamily(
-        "nemotron", "NemotronConfig", "NemotronModel", ("Nemotron", "GPTConfig"), rotary_percent=0.5
-    ),
-    "mixtral": NeMoFamily("mixtral", "MixtralConfig", "MixtralModel", ("MixtralConfig", "GPTConfig")),
-}
 
 ACTIVATIONS = {"silu": "silu", "squared_relu": "squared_relu"}
 """Name in the axes table -> end of the function's name in a ``model.yaml``."""
@@ -100,7 +67,7 @@ def required(table: axes.Family) -> dict[str, Any]:
         "multi_latent_attention": False,
         "seq_len_interpolation_factor": None,
     }
-    if not HF_FAMILIES[table.name].partial_rotary:
+    if not table.partial_rotary:
         needs["rotary_percent"] = 1.0
     return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
 
@@ -148,6 +115,10 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         "use_cpu_initialization": True,
         **NO_FUSIONS,
     }
+    if known.config == "GPTConfig":
+        from nemo_minitron.runtime.model import ACTIVATIONS as FUNCTIONS
+
+        values |= {**required(table), "activation_func": FUNCTIONS[table.activation], **values}
     if table.expert:
         values |= {
             "num_moe_experts": shape.num_moe_experts,
@@ -156,12 +127,12 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         }
     module, name = import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.config
     if (scaling := architecture.rotary_scaling) is not None:
-        if architecture.family != "llama":
+        if known.scaled is None:
             raise CheckpointError(
                 f"NeMo has no scaled RoPE for the family {architecture.family!r}; write another format, or set "
                 "rope_scaling to null where no sequence is longer than its original_max_position_embeddings"
             )
-        name = "Llama31Config"
+        name = known.scaled
         values |= {
             "scale_factor": scaling["factor"],
             "low_freq_factor": scaling["low_freq_factor"],
@@ -192,9 +163,10 @@ def from_nemo2(
     if not isinstance(config, dict):
         raise CheckpointError(f"{source} has no model configuration; it is not a NeMo 2 language model's")
     name = str(config.get("_target_", "unknown")).rsplit(".", 1)[-1]
-    faults = {key: _unlike(config, axes.family(key)) for key in NEMO_FAMILIES if name.startswith(_known(key).reads)}
+    known = _nemo2_families()
+    faults = {key: _unlike(config, axes.family(key)) for key, form in known.items() if name.startswith(form.reads)}
     if not faults:
-        supported = dict.fromkeys(start for one in NEMO_FAMILIES.values() for start in one.reads)
+        supported = dict.fromkeys(start for form in known.values() for start in form.reads)
         raise CheckpointError(
             f"{source}: architecture {name} is not supported; supported: {', '.join(supported)} and their sizes"
         )
@@ -225,7 +197,7 @@ def from_nemo2(
             family=family,
             norm_epsilon=config["layernorm_epsilon"],
             rotary_base=float(config["rotary_base"]),
-            rotary_percent=float(config.get("rotary_percent", NEMO_FAMILIES[family].rotary_percent)),
+            rotary_percent=float(config.get("rotary_percent", known[family].rotary_percent)),
             rotary_scaling=_rotary_scaling(config),
             # the classes of some families have both, and their importers set only one
             max_position_embeddings=config.get("max_position_embeddings") or config["seq_length"],
@@ -244,13 +216,19 @@ def from_nemo2(
     return shape, architecture
 
 
-def _known(name: str) -> NeMoFamily:
-    if name not in NEMO_FAMILIES:
+def _nemo2_families() -> dict[str, NeMo2Family]:
+    """By name, the families that NeMo 2 knows."""
+    return {name: table.nemo2 for name, table in axes.FAMILIES.items() if table.nemo2 is not None}
+
+
+def _known(name: str) -> NeMo2Family:
+    known = _nemo2_families()
+    if name not in known:
         raise CheckpointError(
-            f"family {name!r} has no NeMo 2 form; write another format, or add it to NEMO_FAMILIES "
-            f"(there: {', '.join(NEMO_FAMILIES)})"
+            f"family {name!r} has no NeMo 2 form; write another format, or add the form to "
+            f"nemo_minitron/families/{name}.py (there: {', '.join(known)})"
         )
-    return NEMO_FAMILIES[name]
+    return known[name]
 
 
 def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:

@@ -7,26 +7,25 @@ names, so it is never opened here. Writing leaves the context to NeMo's own ``io
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
+from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import require_uniform
 
-__all__ = ["open_nemo2", "padded", "parse_yaml", "write_nemo2"]
-
-COMMON = {"epoch": 0, "global_step": 0, "state_dict": {}, "loops": {}, "callbacks": {}, "optimizer_states": []}
+__all__ = ["is_nemo2", "open_nemo2", "write_nemo2"]
 
 
-def padded(vocab_size: int, multiple: int) -> int:
-    """Vocabulary rows as NeMo stores them at TP 1: the next multiple."""
-    return -(-vocab_size // multiple) * multiple
+def is_nemo2(path: Path) -> bool:
+    """Whether a path is a NeMo 2 directory, whole or not."""
+    return (path / "context").is_dir() or (path / "weights").is_dir()
 
 
 def open_nemo2(path: Path) -> Checkpoint:
@@ -61,14 +60,7 @@ def open_nemo2(path: Path) -> Checkpoint:
     )
 
 
-def write_nemo2(
-    checkpoint: Checkpoint,
-    directory: Path,
-    *,
-    dtype: str,
-    vocab_multiple: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
+def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:
     """Write a NeMo 2 directory into ``directory`` (which this creates; callers write aside).
 
     Raises:
@@ -82,6 +74,7 @@ def write_nemo2(
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
     directory.mkdir(parents=True)
+    dtype, vocab_multiple = options.dtype, options.vocab_multiple
     rows = padded(checkpoint.shape.vocab_size, vocab_multiple)
     write_torch_dist(
         checkpoint,
@@ -90,7 +83,7 @@ def write_nemo2(
         dtype=dtype,
         vocab_rows=rows,
         common=COMMON,
-        progress=progress,
+        progress=options.progress,
     )
     _write_context(checkpoint, directory / "context", dtype=dtype, rows=rows, multiple=vocab_multiple)
     write_record(checkpoint, directory, dtype=dtype, form="nemo2")
@@ -138,21 +131,3 @@ def _find_tokenizer(context: Path, content: dict[str, Any]) -> Path | None:
         if inside and candidate.is_dir() and (found := find_tokenizer(candidate)):
             return found
     return None
-
-
-def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain data; ``path`` names it in messages.
-
-    Raises:
-        CheckpointError: if it is not that; tags that build Python objects are refused.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(data)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as plain YAML ({reason}); restore the file") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a model description; restore the file")
-    return content

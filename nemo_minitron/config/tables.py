@@ -1,0 +1,144 @@
+"""Tables of what a setting can name: formats, families. A package that is installed beside this one can add to them.
+
+A table is declared here, where the configuration can ask it for its names; its entries stand beside the code that they
+describe. Neither imports torch: an entry names its functions by :func:`deferred`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, TypeVar
+
+from nemo_minitron.errors import ConfigError
+
+__all__ = ["FAMILIES", "FORMATS", "Entry", "Table", "deferred"]
+
+
+class Entry(Protocol):
+    """What every entry has."""
+
+    @property
+    def name(self) -> str:
+        """In the configuration."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """A few words for ``--help``, or none."""
+        ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Table(Mapping[str, E]):
+    """Entries by name. They come from three places, in this order:
+
+    - the package's own, which are imported at the first look into the table;
+    - :meth:`register`, in this process alone;
+    - installed packages, by their entry points of ``group``: ``name = "module:ENTRY"``. These are looked for when a
+      name is met that is not there, or all names are asked for; the module is imported when its entry is needed.
+
+    Args:
+        what: an entry is, for messages.
+        own: ``module:NAME`` of the package's own entries; the module must not import torch.
+        group: of the entry points.
+    """
+
+    def __init__(self, what: str, *, own: str, group: str) -> None:
+        self.what, self.group = what, group
+        self._where = own
+        self._added: dict[str, E] = {}
+
+    def register(self, entry: E) -> E:
+        """Add an entry, in place of an added one of the same name.
+
+        Returns:
+            The entry.
+
+        Raises:
+            ConfigError: for a name of the package's own.
+        """
+        if entry.name in self._own:
+            raise ConfigError(f"{self.what} {entry.name!r}: is nemo_minitron's own; give yours another name")
+        self._added[entry.name] = entry
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Take out what :meth:`register` added under a name."""
+        self._added.pop(name, None)
+
+    def described(self) -> str:
+        """The names with the notes of those entries that are there already, for a setting's help."""
+        notes = {name: entry.note for name, entry in self._known().items()}
+        texts = [f'"{name}" ({notes[name]})' if notes.get(name) else f'"{name}"' for name in self]
+        return ", ".join(texts[:-1]) + f" or {texts[-1]}"
+
+    def __getitem__(self, name: str) -> E:
+        known = self._known()
+        return known[name] if name in known else self._load(self._installed[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known() or name in self._installed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._known(), *self._installed]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    @functools.cached_property
+    def _own(self) -> dict[str, E]:
+        module, _, name = self._where.partition(":")
+        return {entry.name: entry for entry in getattr(import_module(module), name)}
+
+    def _known(self) -> dict[str, E]:
+        return self._own | self._added
+
+    @functools.cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.group)}
+
+    def _load(self, point: EntryPoint) -> E:
+        where = f"{self.what} {point.name!r}: the installed package {point.dist.name if point.dist else '?'}"
+        try:
+            entry: E = point.load()
+        except Exception as error:  # whatever a foreign module raises
+            raise ConfigError(f"{where} cannot be imported ({error}); mend or remove it") from error
+        if entry.name != point.name:
+            raise ConfigError(f"{where} names it {entry.name!r} in {point.value}; give both the same name")
+        return self.register(entry)
+
+
+def deferred(path: str) -> Callable[..., Any]:
+    """A function or class that is imported when it is first called, so that a table of such is light.
+
+    Args:
+        path: ``module:name``.
+
+    Returns:
+        What calls it, with whatever it is called with.
+    """
+    module, _, name = path.partition(":")
+
+    @functools.cache
+    def target() -> Callable[..., Any]:
+        called: Callable[..., Any] = getattr(import_module(module), name)
+        return called
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target()(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+FAMILIES: Table[Any] = Table("model family", own="nemo_minitron.families:OWN_FAMILIES", group="nemo_minitron.families")
+"""Of :class:`~nemo_minitron.families.entry.Family`."""
+FORMATS: Table[Any] = Table(
+    "checkpoint format", own="nemo_minitron.checkpoints.formats:OWN_FORMATS", group="nemo_minitron.formats"
+)
+"""Of :class:`~nemo_minitron.checkpoints.formats.entry.Format`."""

@@ -1,8 +1,9 @@
 """What there is to set: each setting's type, default and meaning, taken from the dataclasses themselves.
 
 A field's type and default are the dataclass's; its meaning is its entry in the ``Attributes:`` section of the
-docstring. ``minitron <stage> --help``, ``minitron config``, the completion of the shell and ``docs/settings.md`` are
-all made of what stands here, so that nothing is said twice.
+docstring, with the names of the table that it chooses from (``TABLES`` of the class). ``minitron <stage> --help``,
+``minitron config``, the completion of the shell and ``docs/settings.md`` are all made of what stands here, so that
+nothing is said twice.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def direct_settings(
                 default=None if must else default,
                 must=must,
                 needed=needed.get(name),
-                text=next((documented(base)[field.name] for base in cls.__mro__ if field.name in documented(base)), ""),
+                text=_meaning(cls, field.name),
                 part=hint if dataclasses.is_dataclass(hint) else item,  # type: ignore[arg-type]
                 listed=item is not None,
             )
@@ -190,6 +191,13 @@ def settings_of(
             yield from settings_of(setting.part, None, f"{setting.name}[].", inner)
         else:
             yield from settings_of(setting.part, setting.default, f"{setting.name}.", needed)
+
+
+def _meaning(cls: type[Any], name: str) -> str:
+    """The words of the docstring, and what there is to choose from."""
+    text = next((documented(base)[name] for base in cls.__mro__ if name in documented(base)), "")
+    table = getattr(cls, "TABLES", {}).get(name)
+    return text if table is None else f"{text}: {table.described()}."
 
 
 def _order(setting: Setting) -> tuple[int, int]:

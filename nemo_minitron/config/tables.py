@@ -1,4 +1,4 @@
-"""Tables of what a setting can name: formats, families. A package that is installed beside this one can add to them.
+"""Tables of what a setting can name: formats, losses and the like. An installed package can add to them.
 
 A table is declared here, where the configuration can ask it for its names; its entries stand beside the code that they
 describe. Neither imports torch: an entry names its functions by :func:`deferred`.
@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["FAMILIES", "FORMATS", "Entry", "Table", "deferred"]
+__all__ = ["FAMILIES", "FORMATS", "LOGIT_LOSSES", "STATE_LOSSES", "Entry", "Table", "deferred"]
 
 
 class Entry(Protocol):
@@ -142,3 +142,11 @@ FORMATS: Table[Any] = Table(
     "checkpoint format", own="nemo_minitron.checkpoints.formats:OWN_FORMATS", group="nemo_minitron.formats"
 )
 """Of :class:`~nemo_minitron.checkpoints.formats.entry.Format`."""
+LOGIT_LOSSES: Table[Any] = Table(
+    "logit loss", own="nemo_minitron.distillation.losses.table:OWN_LOGIT_LOSSES", group="nemo_minitron.losses"
+)
+"""Of :class:`~nemo_minitron.distillation.losses.table.LogitLoss`."""
+STATE_LOSSES: Table[Any] = Table(
+    "state loss", own="nemo_minitron.distillation.losses.table:OWN_STATE_LOSSES", group="nemo_minitron.state_losses"
+)
+"""Of :class:`~nemo_minitron.distillation.losses.table.StateLoss`."""

@@ -85,18 +85,13 @@ def loss_inputs(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
 def reference_loss(
     settings: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
+    from nemo_minitron.config import LossConfig
     from nemo_minitron.distillation.losses import reference
+    from nemo_minitron.distillation.losses.table import LOGIT_LOSSES
 
-    temperature, weight = settings.get("temperature", 1.0), settings.get("label_weight", 0.0)
-    divergence = {
-        "forward_kl": lambda: reference.forward_kl(student, teacher, temperature=temperature),
-        "reverse_kl": lambda: reference.reverse_kl(student, teacher, temperature=temperature),
-        "jensen_shannon": lambda: reference.jensen_shannon(
-            student, teacher, beta=settings["beta"], temperature=temperature
-        ),
-        "top_k": lambda: reference.top_k_kl(student, teacher, k=settings["k"], temperature=temperature),
-    }[settings["kind"]]()
-    return (1 - weight) * divergence + weight * reference.cross_entropy(student, labels)
+    loss = LossConfig(**settings)
+    divergence = LOGIT_LOSSES[loss.kind].expected(student, teacher, loss)
+    return (1 - loss.label_weight) * divergence + loss.label_weight * reference.cross_entropy(student, labels)
 
 
 @pytest.mark.slow

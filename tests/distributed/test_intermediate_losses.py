@@ -256,7 +256,8 @@ def test_one_process_equals_transformers(case: str, models: Path, alone: dict[st
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.losses.layer_maps import proportional
     from nemo_minitron.distillation.losses.reference import forward_kl
-    from nemo_minitron.distillation.losses.states import STATE_LOSSES, attention_relations
+    from nemo_minitron.distillation.losses.states import attention_relations
+    from nemo_minitron.distillation.losses.table import STATE_LOSSES
 
     config, found = CASES[case], alone[case]
     projections = {name: p.clone().requires_grad_() for name, p in found["projections"].items()}
@@ -267,7 +268,7 @@ def test_one_process_equals_transformers(case: str, models: Path, alone: dict[st
     kl = forward_kl(student(data["tokens"]).logits, teacher(data["tokens"]).logits)
 
     def state_loss(kind: str, site: str, other: str, projection: str) -> torch.Tensor:
-        return STATE_LOSSES[kind](ours[site], theirs[other], projections.get(projection))
+        return STATE_LOSSES[kind].function(ours[site], theirs[other], projections.get(projection))
 
     parts = {
         "hidden": sum(

@@ -14,6 +14,7 @@ from support.tier import FLOAT32, close
 
 from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation.losses import reference, states, vocabulary_parallel
+from nemo_minitron.distillation.losses.table import LOGIT_LOSSES, STATE_LOSSES
 from nemo_minitron.generation.sampling import Sampling, choose, draws
 from nemo_minitron.importance.aggregation import AGGREGATIONS, aggregation
 
@@ -22,12 +23,6 @@ pytestmark = pytest.mark.gpu
 #: Values of a loss are sums in float32 whatever the logits are; a gradient is rounded to the logits' dtype.
 GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 8e-3}
 VOCAB, PADDED, TOKENS = 32_003, 32_128, 48
-FORMULAS = {
-    "forward_kl": reference.forward_kl,
-    "reverse_kl": reference.reverse_kl,
-    "jensen_shannon": reference.jensen_shannon,
-    "top_k": reference.top_k_kl,
-}
 
 
 def random(*sizes: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -51,19 +46,14 @@ def logits() -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def expected(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, loss: LossConfig) -> Any:
     """Loss of each token and gradient of their sum, by the formulas in float64."""
     z, p = student[..., :VOCAB].double().requires_grad_(), teacher[..., :VOCAB].double()
-    options: dict[str, Any] = {"temperature": loss.temperature}
-    if loss.kind == "top_k":
-        options["k"] = loss.k
-    if loss.kind == "jensen_shannon":
-        options["beta"] = loss.beta
-    value = (1 - loss.label_weight) * FORMULAS[loss.kind](z, p, **options)
+    value = (1 - loss.label_weight) * LOGIT_LOSSES[loss.kind].expected(z, p, loss)
     value = value + loss.label_weight * reference.cross_entropy(z, labels)
     value.sum().backward()
     return value.detach(), torch.nn.functional.pad(z.grad, (0, PADDED - VOCAB))
 
 
 @pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
-@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("kind", list(LOGIT_LOSSES))
 @pytest.mark.parametrize("label_weight", [0.0, 0.3])
 def test_divergences(groups: Any, place: torch.device, logits: Any, dtype: Any, kind: str, label_weight: float) -> None:
     student, teacher, labels = logits[dtype]
@@ -130,7 +120,7 @@ def test_intermediate_losses(place: torch.device, dtype: Any) -> None:
             return x.to(dtype).clone().to(device=where, dtype=kind)
 
         student = at(narrow).requires_grad_()
-        found = [loss(student, at(wide), at(matrix)) for loss in states.STATE_LOSSES.values()]
+        found = [loss.function(student, at(wide), at(matrix)) for loss in STATE_LOSSES.values()]
         projected = [at(x).requires_grad_() for x in ours]
         found.append(
             states.attention_relations(tuple(projected), tuple(map(at, theirs)), heads=4, masked=masked.to(where))

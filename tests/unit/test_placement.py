@@ -18,6 +18,7 @@ from support.distributed import run_distributed
 from support.meta import rank_of_world
 from support.tier_cases import checkpoint_of, positions_of
 
+from nemo_minitron.distillation.losses.table import LOGIT_LOSSES
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.cpu import torch_patches
 from nemo_minitron.runtime.device import Device
@@ -98,7 +99,7 @@ def test_a_router_is_not_left_on_the_cpu(groups: Any) -> None:
     assert {one.device.type for one in chunk.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon", "top_k"])
+@pytest.mark.parametrize("kind", list(LOGIT_LOSSES))
 @pytest.mark.parametrize("label_weight", [0.0, 0.3])
 def test_no_loss_mixes_devices(groups: Any, kind: str, label_weight: float) -> None:
     from nemo_minitron.config import LossConfig

@@ -11,8 +11,6 @@ AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 DTYPES = ("float32", "bfloat16")
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
 DEPTH_FORMS = ("lowest", "contiguous", "greedy")
-LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k")
-STATE_LOSSES = ("mse", "cosine")
 TEACHER_PLACEMENTS = ("shared", "own_layout", "own_ranks")
 BALANCES = ("fixed", "dynamic")
 #: Megatron's ``recompute_granularity``, by what is kept: everything, all but the attention's core, layers' inputs.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from nemo_minitron.config.parts.checks import BALANCES, LOGIT_LOSSES, STATE_LOSSES, choice, not_negative, positive
+from nemo_minitron.config.parts.checks import BALANCES, choice, not_negative, positive
+from nemo_minitron.config.tables import LOGIT_LOSSES, STATE_LOSSES, Table
 
 
 @dataclass
@@ -12,8 +14,7 @@ class LossConfig:
     """The loss of a token's logits, as defined in :mod:`nemo_minitron.distillation.losses.reference`.
 
     Attributes:
-        kind: "forward_kl" (the papers' choice), "reverse_kl", "jensen_shannon" or "top_k" (the teacher's likeliest
-            tokens and one ghost token for all others).
+        kind: divergence of teacher and student
         temperature: T of both distributions; the divergence comes times T squared.
         beta: weight of the teacher in "jensen_shannon".
         k: tokens that "top_k" keeps.
@@ -26,6 +27,8 @@ class LossConfig:
     beta: float = 0.5
     k: int = 64
     label_weight: float = 0.0
+
+    TABLES: ClassVar[dict[str, Table[Any]]] = {"kind": LOGIT_LOSSES}
 
     def faults(self) -> list[str]:
         """Unknown kinds and values out of range."""
@@ -62,9 +65,9 @@ class IntermediateConfig:
     """Losses between the states inside the two models, as in :mod:`nemo_minitron.distillation.losses.states`.
 
     Attributes:
-        hidden: "mse" or "cosine" between the hidden states that leave the mapped layers, the mean over these layers;
-            null for none.
-        embedding: the same between the outputs of the embeddings.
+        hidden: null for none, or the loss between the hidden states that leave the mapped layers, the mean over these
+            layers
+        embedding: the same between the outputs of the embeddings
         relation_heads: R of the attention relations, the mean over their mapped layers; null for none.
         layers: student layer -> teacher layer, counted from 0, of the hidden states; null maps each layer of a pruned
             student to the layer that it was, of any other to the teacher's at the same share of the depth.
@@ -83,6 +86,8 @@ class IntermediateConfig:
     embedding_weight: float = 1.0
     attention_weight: float = 1.0
     balance: str = "fixed"
+
+    TABLES: ClassVar[dict[str, Table[Any]]] = {"hidden": STATE_LOSSES, "embedding": STATE_LOSSES}
 
     def weights(self) -> dict[str, float]:
         """The weights of the losses that are asked for: "hidden", "embedding", "attention"."""

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from nemo_minitron import axes
 from nemo_minitron.config import IntermediateConfig
 from nemo_minitron.distillation.losses.layer_maps import LayerMaps, layer_ranks
-from nemo_minitron.distillation.losses.states import STATE_LOSSES, attention_relations
+from nemo_minitron.distillation.losses.states import attention_relations
+from nemo_minitron.distillation.losses.table import STATE_LOSSES
 from nemo_minitron.errors import ConfigError, NonFiniteError
 from nemo_minitron.runtime.context import whole_sequence
 from nemo_minitron.runtime.groups import Groups
@@ -292,7 +293,7 @@ class StudentLosses:
             kind = self.plan.config.hidden if site.part == "hidden" else self.plan.config.embedding
             assert kind is not None
             projection = self._projections[site].weight if site in self._projections else None
-            losses = STATE_LOSSES[kind](state, theirs, projection)
+            losses = STATE_LOSSES[kind].function(state, theirs, projection)
         loss = (losses * mask).sum()
         if not torch.isfinite(loss):
             where = f"layer {site.layer}" if site.layer >= 0 else "the embedding"

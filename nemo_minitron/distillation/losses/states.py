@@ -7,12 +7,10 @@ same functions on what its rank holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 
-__all__ = ["STATE_LOSSES", "attention_relations", "hidden_cosine", "hidden_mse"]
+__all__ = ["attention_relations", "hidden_cosine", "hidden_mse"]
 
 #: Below any score of a softmax; finite, so that what is masked gives 0 times a number, and not 0 times infinity.
 _MASKED = -1e30
@@ -47,13 +45,6 @@ def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor, projection: torc
     """
     ours, theirs = _projected(student, teacher, projection)
     return 1 - functional.cosine_similarity(ours, theirs, dim=-1)
-
-
-STATE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    "mse": hidden_mse,
-    "cosine": hidden_cosine,
-}
-"""By their names in the configuration."""
 
 
 def attention_relations(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation.losses import kernels
 from nemo_minitron.distillation.losses.kernels import Columns, TopTokens
+from nemo_minitron.distillation.losses.table import LOGIT_LOSSES, LogitLoss
 from nemo_minitron.runtime.cpu.torch_patches import naming_no_device
 
 __all__ = [
@@ -76,7 +77,7 @@ def vocabulary_parallel_loss(
             tokens, ``n`` being the number of the student's tokens.
         group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
         vocab_size: true vocabulary; columns from there on are padding, and take no part.
-        loss: which.
+        loss: which, of :data:`~nemo_minitron.distillation.losses.table.LOGIT_LOSSES`.
         labels: ``[...]`` token ids; what lies outside the vocabulary (an ignored label) must be masked by the caller.
             Their cross-entropy is worked out whenever they are given, whatever its weight.
         inplace: write the gradient over the student's logits, which the caller then may not read again (as
@@ -90,8 +91,11 @@ def vocabulary_parallel_loss(
     if loss.label_weight and labels is None:
         raise ValueError(f"label_weight={loss.label_weight}: needs labels")
     columns = Columns.of(student.shape[-1], vocab_size, group)
-    blockwise = labels is None and _is_forward_kl(loss, teacher, vocab_size)
-    divergence = _divergence(student, teacher, columns, loss, vocab_size, blockwise)
+    entry = LOGIT_LOSSES[loss.kind]
+    if entry.over_all is not None and not isinstance(teacher, TopTokens) and loss.k >= vocab_size:
+        entry = LOGIT_LOSSES[entry.over_all]
+    blockwise = labels is None and entry.fused is not None
+    divergence = _divergence(student, teacher, columns, loss, entry, blockwise)
     kernel, weights = [divergence], [1 - loss.label_weight]
     if labels is not None:
         flat = labels.reshape(-1)
@@ -161,10 +165,10 @@ def vocabulary_parallel_top_k(
 
 
 Kernel = Callable[[slice, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
-"""``(chunk of tokens, [n, valid] logits of the student, room for their gradient) -> [n] losses, [n, valid] gradient``
+"""``(chunk of tokens, [n, valid] logits of the student, out) -> [n] losses, [n, valid] gradient``
 
-The logits are only read, unless the room is their own memory. The room is None where no gradient is wanted; it need not
-be used. The gradient may be None then."""
+``out`` is a buffer for the gradient, which may be the memory of the logits, or None if no gradient is wanted, and the
+gradient may be None then. A kernel may ignore it and return a tensor of its own; the logits are read only otherwise."""
 
 
 def _divergence(
@@ -172,13 +176,14 @@ def _divergence(
     teacher: torch.Tensor | TopTokens,
     columns: Columns,
     loss: LossConfig,
-    vocab_size: int,
+    entry: LogitLoss,
     blockwise: bool,
 ) -> Kernel:
     """Teacher against student at the loss's temperature."""
-    t = loss.temperature
+    t, options = loss.temperature, entry.kernel_options(loss)
+    kernel, from_top_k, fused = entry.kernel, entry.from_top_k, entry.fused
     if isinstance(teacher, TopTokens):
-        if loss.kind != "top_k":
+        if from_top_k is None:
             raise ValueError(f"kind={loss.kind!r}: needs the teacher's logits, not only its likeliest tokens")
         tokens = student[..., 0].numel()
         if len(teacher.tokens) != tokens:
@@ -186,7 +191,7 @@ def _divergence(
 
         def top(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
-            value, gradient = kernels.top_k_kl(part, columns.divided("q", q, t), columns)
+            value, gradient = from_top_k(part, columns.divided("q", q, t), columns, **options)
             return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
         return top
@@ -197,29 +202,26 @@ def _divergence(
         )
     p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
 
-    def forward(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if out is not None and not blockwise:
-            out = columns.buffer("gradient", q)  # the next kernel reads the logits, which may be where the room is
-        return kernels.forward_kl(p_logits[chunk, : columns.valid], q, columns, temperature=t, out=out), out
+    if fused is not None:
+
+        def whole(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if out is not None and not blockwise:
+                out = columns.buffer("gradient", q)  # the next kernel reads the logits, whose memory `out` may be
+            return fused(p_logits[chunk, : columns.valid], q, columns, temperature=t, out=out, **options), out
+
+        return whole
 
     def full(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         p, q = columns.divided("p", p_logits[chunk, : columns.valid], t), columns.divided("q", q, t)
-        if loss.kind == "reverse_kl":
-            value, gradient = kernels.reverse_kl(p, q, columns)
-        elif loss.kind == "jensen_shannon":
-            value, gradient = kernels.jensen_shannon(p, q, columns, beta=loss.beta)
+        if from_top_k is not None:
+            value, gradient = from_top_k(kernels.top_k_of(p, columns, k=loss.k), q, columns, **options)
         else:
-            value, gradient = kernels.top_k_kl(kernels.top_k_of(p, columns, k=loss.k), q, columns)
+            assert kernel is not None, "an entry has one of the three"
+            value, gradient = kernel(p, q, columns, **options)
         # d/dz of T^2 D(z / T)
         return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
-    return forward if _is_forward_kl(loss, teacher, vocab_size) else full
-
-
-def _is_forward_kl(loss: LossConfig, teacher: torch.Tensor | TopTokens, vocab_size: int) -> bool:
-    """Whether the loss is the forward KL, which top-k of all tokens is too."""
-    logits = not isinstance(teacher, TopTokens)
-    return loss.kind == "forward_kl" or (logits and loss.kind == "top_k" and loss.k >= vocab_size)
+    return full
 
 
 class _Chunked(torch.autograd.Function):

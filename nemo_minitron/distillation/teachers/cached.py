@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 
 from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation.losses.kernels import TopTokens
+from nemo_minitron.distillation.losses.table import LOGIT_LOSSES
 from nemo_minitron.distillation.teachers.documents import starts_of_positions
 from nemo_minitron.distillation.teachers.logit_cache import (
     LogitCache,
@@ -32,8 +34,9 @@ __all__ = ["CachedTeacher", "cached_loss"]
 def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
     """The loss that is taken from a cache.
 
-    A cache of the ``k`` likeliest tokens gives the "top_k" loss, and "forward_kl" as the top-k loss of all that it has,
-    which is a lower bound. A cache of all log-probabilities gives every loss.
+    A cache of the ``k`` likeliest tokens gives the losses ``from_top_k``, and those that such a loss is over all tokens
+    ("forward_kl" of "top_k") by that loss over all tokens that it has, a lower bound. A cache of all log-probabilities
+    gives every loss.
 
     Raises:
         ConfigError: for a loss that its tokens do not determine.
@@ -42,7 +45,9 @@ def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
         return loss
     remedy = "write the cache with k=null, which keeps all log-probabilities, or use the teacher itself"
     faults = []
-    if loss.kind not in ("forward_kl", "top_k"):
+    entry = LOGIT_LOSSES[loss.kind]
+    partial = entry if entry.from_top_k else next((e for e in LOGIT_LOSSES.values() if e.over_all == entry.name), None)
+    if partial is None:
         faults.append(
             f"loss.kind={loss.kind}: needs the teacher's probability of every token, the cache has that of its "
             f"{manifest.k} likeliest; {remedy}"
@@ -52,12 +57,11 @@ def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
             f"loss.temperature={loss.temperature}: the mass that the cache's {manifest.k} tokens leave over is known "
             f"at temperature {manifest.temperature:g} alone; {remedy}"
         )
-    if loss.kind == "top_k" and loss.k > manifest.k:
+    if "k" in entry.options and loss.k > manifest.k:
         faults.append(f"loss.k={loss.k}: the cache has {manifest.k} tokens; ask for no more, or {remedy}")
-    if faults:
+    if faults or partial is None:
         raise ConfigError(faults)
-    k = loss.k if loss.kind == "top_k" else manifest.k
-    return LossConfig("top_k", loss.temperature, loss.beta, k, loss.label_weight)
+    return dataclasses.replace(loss, kind=partial.name, k=loss.k if "k" in entry.options else manifest.k)
 
 
 class CachedTeacher:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["FAMILIES", "FORMATS", "LOGIT_LOSSES", "STATE_LOSSES", "Entry", "Table", "deferred"]
+__all__ = ["ESTIMATORS", "FAMILIES", "FORMATS", "LOGIT_LOSSES", "STATE_LOSSES", "Entry", "Table", "deferred"]
 
 
 class Entry(Protocol):
@@ -136,6 +136,10 @@ def deferred(path: str) -> Callable[..., Any]:
     return call
 
 
+ESTIMATORS: Table[Any] = Table(
+    "estimator", own="nemo_minitron.importance.estimators:OWN_ESTIMATORS", group="nemo_minitron.estimators"
+)
+"""Of :class:`~nemo_minitron.importance.estimators.Estimator`."""
 FAMILIES: Table[Any] = Table("model family", own="nemo_minitron.families:OWN_FAMILIES", group="nemo_minitron.families")
 """Of :class:`~nemo_minitron.families.entry.Family`."""
 FORMATS: Table[Any] = Table(

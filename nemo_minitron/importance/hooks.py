@@ -18,13 +18,14 @@ site               activation                                                  u
 =================  ==========================================================  ===============================
 
 :class:`Recorder` knows where to read and keeps the statistics, O(units); what becomes of an activation is the
-estimator's business: :class:`ActivationRecorder` here, ``TaylorRecorder`` in :mod:`~nemo_minitron.importance.taylor`.
+estimator's business: :class:`ActivationRecorder` here, ``TaylorRecorder`` in :mod:`~nemo_minitron.importance.taylor`,
+others by their entries in :mod:`~nemo_minitron.importance.estimators`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,11 +37,12 @@ from nemo_minitron.errors import NonFiniteError, ShapeError
 from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion, aggregation
 from nemo_minitron.importance.experts import TokenPlaces, token_places
 from nemo_minitron.runtime.groups import Groups
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["SITES", "ActivationRecorder", "Key", "Recorder"]
+__all__ = ["SITES", "ActivationRecorder", "Key", "Reading", "Recorder"]
 
 SITES = ("input_norm", "attention", "mlp_norm", "ffn", "experts", "block")
 _MODULES = {
@@ -62,6 +64,26 @@ class Key(NamedTuple):
     expert: int = 0
 
 
+class Reading(NamedTuple):
+    """An activation on its way into the statistics.
+
+    Attributes:
+        key: what it is of.
+        x: ``[s, b, units * width]``, or ``[tokens, units * width]`` with ``places``.
+        width: channels of one unit, which become one value a token.
+        sequence_split: under sequence parallelism this rank has ``s/tp`` of the tokens.
+        partial: ``x`` is this tensor-parallel rank's summand of the activation.
+        places: where in the micro-batch an expert's tokens stand.
+    """
+
+    key: Key
+    x: torch.Tensor
+    width: int = 1
+    sequence_split: bool = False
+    partial: bool = False
+    places: TokenPlaces | None = None
+
+
 class Recorder(ABC):
     """Running statistics of one rank's chunks.
 
@@ -73,8 +95,6 @@ class Recorder(ABC):
             activation estimator ``[1, 1]``, the sum of cosines.
     """
 
-    #: Name in score files.
-    estimator: str = ""
     #: What :meth:`check_finite` calls the values read.
     reads: str = "an activation"
 
@@ -92,30 +112,22 @@ class Recorder(ABC):
     # ------------------------------------------------------------------------------------- what an estimator brings
 
     @abstractmethod
-    def read(
-        self,
-        key: Key,
-        x: torch.Tensor,
-        *,
-        width: int = 1,
-        sequence_split: bool = False,
-        partial: bool = False,
-        places: TokenPlaces | None = None,
-    ) -> None:
-        """Take an activation into the statistics.
-
-        Args:
-            key: what it is of.
-            x: ``[s, b, units * width]``, or ``[tokens, units * width]`` with ``places``.
-            width: channels of one unit, which become one value a token.
-            sequence_split: under sequence parallelism this rank has ``s/tp`` of the tokens.
-            partial: ``x`` is this tensor-parallel rank's summand of the activation.
-            places: where in the micro-batch an expert's tokens stand.
-        """
+    def read(self, reading: Reading) -> None:
+        """Take an activation into the statistics: :meth:`keep` of each criterion's values."""
 
     @abstractmethod
     def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take a layer's input and output, ``[s (/tp), b, H]``, into the statistics."""
+
+    def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
+        """``[L]`` scores of the layers, from what :meth:`read_block` kept on all ranks. Collective.
+
+        Args:
+            units: ``(site, size) -> [L, size]`` scores of a site by the criterion; here of "block", one a layer.
+            shape: of the whole model.
+            tokens: run by all data-parallel ranks together.
+        """
+        return units("block", 1)[:, 0]
 
     # ------------------------------------------------------------------------------------------------------- the hooks
 
@@ -150,7 +162,8 @@ class Recorder(ABC):
 
         def record_heads(module: Any, args: tuple[torch.Tensor, ...]) -> None:
             heads = attention.num_attention_heads_per_partition
-            self.read(Key(index, "attention"), args[0], width=args[0].shape[-1] // heads)  # [s, b, A/tp * head_dim]
+            width = args[0].shape[-1] // heads
+            self.read(Reading(Key(index, "attention"), args[0], width=width))  # [s, b, A/tp * head_dim]
 
         def record_block(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
@@ -172,7 +185,7 @@ class Recorder(ABC):
             return self._hook_fused_norm(key, linear)
 
         def record_output(module: Any, args: Any, output: torch.Tensor) -> None:
-            self.read(key, output, sequence_split=True)  # [s (/tp), b, H]
+            self.read(Reading(key, output, sequence_split=True))  # [s (/tp), b, H]
 
         return norm.register_forward_hook(record_output)
 
@@ -180,13 +193,13 @@ class Recorder(ABC):
         """Transformer Engine's layer-norm-linear does not show its norm's output; input and weight give it."""
 
         def record_input(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            self.read(key, fused_norm(module, args[0]), sequence_split=True)
+            self.read(Reading(key, fused_norm(module, args[0]), sequence_split=True))
 
         return linear.register_forward_pre_hook(record_input)
 
     def _hook_ffn(self, key: Key, linear: Any, places: list[TokenPlaces] | None = None) -> Any:
         def record_ffn(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            self.read(key, args[0], places=places[key.expert] if places else None)  # [s, b, F/tp]
+            self.read(Reading(key, args[0], places=places[key.expert] if places else None))  # [s, b, F/tp]
 
         return linear.register_forward_pre_hook(record_ffn)
 
@@ -202,8 +215,8 @@ class Recorder(ABC):
 
         def record_expert(expert: int) -> Any:
             def record(module: Any, args: Any, output: Any) -> None:
-                x = output[0]  # [tokens, H]
-                self.read(Key(index, "experts", expert), x, width=x.shape[-1], partial=True, places=places[expert])
+                x, key = output[0], Key(index, "experts", expert)  # [tokens, H]
+                self.read(Reading(key, x, width=x.shape[-1], partial=True, places=places[expert]))
 
             return record
 
@@ -266,35 +279,28 @@ class Recorder(ABC):
 class ActivationRecorder(Recorder):
     """Magnitudes of activations (arXiv 2407.14679, section 2.2); one pass serves any number of criteria."""
 
-    estimator = "activation"
-
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
         super().__init__(chunks, groups, criteria)
         for criterion in self.criteria:
             aggregation(criterion.sequence, "aggregation.sequence")
 
-    @torch.no_grad()
-    def read(
-        self,
-        key: Key,
-        x: torch.Tensor,
-        *,
-        width: int = 1,
-        sequence_split: bool = False,
-        partial: bool = False,
-        places: TokenPlaces | None = None,
-    ) -> None:
-        """Aggregate over the sequence; a unit of several channels counts by their L2 norm."""
-        x = x.detach()
-        if partial and self.groups.layout.tensor > 1:
+    def values(self, reading: Reading) -> torch.Tensor:
+        """``[s (/tp), b, units]``: what is aggregated. A unit of several channels counts by their L2 norm."""
+        x, width = reading.x.detach(), reading.width
+        if reading.partial and self.groups.layout.tensor > 1:
             x = x.contiguous().clone()
             dist.all_reduce(x, group=self.groups.tp)
         if width > 1:
             x = torch.linalg.vector_norm(x.unflatten(-1, (x.shape[-1] // width, width)), dim=-1)
-        if places is not None:
-            x = places.spread(x)
-        x = x[:, : self.rows]
-        split = sequence_split and self.groups.layout.sequence_parallel
+        if reading.places is not None:
+            x = reading.places.spread(x)
+        return x[:, : self.rows]
+
+    @torch.no_grad()
+    def read(self, reading: Reading) -> None:
+        """Aggregate over the sequence."""
+        x = self.values(reading)
+        split = reading.sequence_split and self.groups.layout.sequence_parallel
         length = x.shape[0] * (self.groups.layout.tensor if split else 1)
         by_sequence: dict[str, torch.Tensor] = {}
         for criterion in self.criteria:
@@ -304,7 +310,7 @@ class ActivationRecorder(Recorder):
                 if split:
                     statistics = sequence.all_reduce(statistics, self.groups.tp)
                 by_sequence[criterion.sequence] = sequence.finish(statistics, length)
-            self.keep(key, criterion, by_sequence[criterion.sequence])
+            self.keep(reading.key, criterion, by_sequence[criterion.sequence])
 
     @torch.no_grad()
     def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -315,6 +321,18 @@ class ActivationRecorder(Recorder):
         found = self.statistics.setdefault(Key(layer, "block"), {})
         total = cosines.sum(dtype=torch.float64).view(1, 1)
         found[self.criteria[0]] = found.get(self.criteria[0], 0) + total
+
+    def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
+        """``[L]``, 1 less the mean cosine over all tokens."""
+        groups = self.groups
+        device = next(self.chunks[0].parameters()).device
+        cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=device)
+        for key, found in self.statistics.items():
+            if key.site == "block":
+                cosines[key.layer] = found[self.criteria[0]][0, 0]
+        for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
+            dist.all_reduce(cosines, group=group)
+        return 1 - cosines.cpu() / tokens
 
 
 def _has(module: Any, path: str) -> bool:

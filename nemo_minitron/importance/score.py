@@ -13,9 +13,10 @@ import torch.distributed as dist
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import ConfigError, DataError, ShapeError
 from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion
-from nemo_minitron.importance.hooks import ActivationRecorder, Key, Recorder
+from nemo_minitron.importance.estimators import ESTIMATORS
+from nemo_minitron.importance.hooks import Key, Recorder
 from nemo_minitron.importance.scores import Scores
-from nemo_minitron.importance.taylor import TaylorRecorder, differentiable, sample_losses
+from nemo_minitron.importance.taylor import differentiable, sample_losses
 from nemo_minitron.runtime.forward import document_inputs
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.masks import FILLING, documents_masked
@@ -24,12 +25,9 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["ESTIMATORS", "collect", "score_criteria", "score_model"]
+__all__ = ["collect", "score_criteria", "score_model"]
 
 _PASSES_PER_CHECK = 8  # micro-batches between two looks for non-finite values
-
-#: Estimators that run the model. The magnitude of weights needs none (:mod:`nemo_minitron.importance.magnitude`).
-ESTIMATORS: dict[str, type[Recorder]] = {one.estimator: one for one in (ActivationRecorder, TaylorRecorder)}
 
 
 def score_model(
@@ -52,7 +50,8 @@ def score_model(
             and the sum that the Taylor estimator always takes.
         batch: aggregation over samples.
     """
-    criterion = Criterion(sequence or ("mean" if estimator == "activation" else "sum"), batch)
+    default = ESTIMATORS[estimator].default_sequence if estimator in ESTIMATORS else "mean"
+    criterion = Criterion(sequence or default, batch)
     (scores,) = score_criteria(
         chunks,
         blocks,
@@ -109,7 +108,7 @@ def score_criteria(
             :data:`~nemo_minitron.importance.aggregation.AGGREGATIONS`; for "taylor" the first is "sum".
         shape: of the whole model.
         micro_batch_size: blocks of one forward pass.
-        estimator: "activation" or "taylor".
+        estimator: one of :data:`~nemo_minitron.importance.estimators.ESTIMATORS` that runs the model.
         fingerprint: of the weights (:func:`~nemo_minitron.importance.scores.fingerprint`), kept with the scores.
         progress: called with the number of blocks done since its last call.
 
@@ -125,9 +124,13 @@ def score_criteria(
     pairs = [Criterion(*criterion) for criterion in criteria]
     if not pairs:
         raise ConfigError("criteria: none is given; give at least one pair of aggregations, as ('mean', 'l2')")
-    if estimator not in ESTIMATORS:
-        raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(ESTIMATORS)}")
-    recorder = ESTIMATORS[estimator](chunks, groups, pairs)
+    entry = ESTIMATORS.get(estimator)
+    if entry is None or entry.recorder is None:
+        able = [one.name for one in ESTIMATORS.values() if one.runs_model]
+        raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(able)}")
+    if faults := [fault for pair in pairs if (fault := entry.sequence_fault(pair.sequence))]:
+        raise ConfigError(faults)
+    recorder = entry.recorder(chunks, groups, pairs)
     if len(blocks.shape) != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise DataError(
             f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
@@ -144,14 +147,14 @@ def score_criteria(
             f"a sequence of {length} tokens cannot be split over parallel.tensor={groups.layout.tensor}; set "
             "data.sequence_length to a multiple of it, or parallel.sequence_parallel=false"
         )
-    gradients = isinstance(recorder, TaylorRecorder)
     with ExitStack() as stack:
-        stack.enter_context(differentiable(chunks) if gradients else torch.no_grad())
-        stack.enter_context(_prepared(chunks, logits=gradients))
+        stack.enter_context(differentiable(chunks) if entry.gradients else torch.no_grad())
+        stack.enter_context(_prepared(chunks, logits=entry.gradients))
         stack.enter_context(recorder.attached())
         stack.enter_context(documents_masked(chunks, blocks.segments is not None))
-        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress)
-    found = collect(recorder, shape, samples=len(blocks), tokens=length * len(blocks), fingerprint=fingerprint)
+        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress, gradients=entry.gradients)
+    tokens = length * len(blocks)
+    found = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
     return [found[pair] for pair in pairs]
 
 
@@ -176,6 +179,8 @@ def _run(
     micro_batch_size: int,
     vocab_size: int,
     progress: Callable[[int], None] | None,
+    *,
+    gradients: bool,
 ) -> None:
     layout = recorder.groups.layout
     mine = blocks[recorder.groups.dp_rank :: layout.data]
@@ -187,7 +192,7 @@ def _run(
     for start in range(0, longest, step):
         part = mine[start : start + step]
         passes = -(-min(step, longest - start) // unit) * unit // micro_batch_size
-        _run_schedule(recorder, part, passes, micro_batch_size, vocab_size, filler=blocks[:1])
+        _run_schedule(recorder, part, passes, micro_batch_size, vocab_size, blocks[:1], gradients=gradients)
         recorder.check_finite()
         if progress is not None:
             done = min(len(blocks), (start + step) * layout.data) - start * layout.data
@@ -201,11 +206,13 @@ def _run_schedule(
     micro_batch_size: int,
     vocab_size: int,
     filler: Blocks,
+    *,
+    gradients: bool,
 ) -> None:
     """``[n, s + 1]`` blocks in ``passes`` micro-batches; samples beyond ``n`` are ``filler`` and do not count."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    chunks, gradients = recorder.chunks, isinstance(recorder, TaylorRecorder)
+    chunks = recorder.chunks
     missing = passes * micro_batch_size - len(blocks)
     filled = Blocks.cat([blocks, *[filler] * missing])
     rows = [min(max(len(blocks) - i * micro_batch_size, 0), micro_batch_size) for i in range(passes)]
@@ -245,7 +252,13 @@ def _nothing(output: torch.Tensor, *, non_loss_data: bool = True) -> None:
 
 
 def collect(
-    recorder: Recorder, shape: ModelShape, *, samples: int, tokens: int, fingerprint: str | None = None
+    recorder: Recorder,
+    shape: ModelShape,
+    *,
+    samples: int,
+    tokens: int,
+    fingerprint: str | None = None,
+    estimator: str = "activation",
 ) -> dict[Criterion, Scores]:
     """Statistics of this rank's units over its samples -> scores of all units over all samples. Collective.
 
@@ -253,16 +266,22 @@ def collect(
         recorder: after its last pass; its statistics are used up.
         shape: of the whole model.
         samples, tokens: run by all data-parallel ranks together.
-        fingerprint: kept with the scores.
+        fingerprint, estimator: kept with the scores.
     """
     return {
-        criterion: _collect(recorder, criterion, shape, samples=samples, tokens=tokens, fingerprint=fingerprint)
+        criterion: _collect(recorder, criterion, shape, samples, tokens, fingerprint, estimator)
         for criterion in recorder.criteria
     }
 
 
 def _collect(
-    recorder: Recorder, criterion: Criterion, shape: ModelShape, *, samples: int, tokens: int, fingerprint: str | None
+    recorder: Recorder,
+    criterion: Criterion,
+    shape: ModelShape,
+    samples: int,
+    tokens: int,
+    fingerprint: str | None,
+    estimator: str,
 ) -> Scores:
     groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
     device = next(recorder.chunks[0].parameters()).device
@@ -284,35 +303,21 @@ def _collect(
 
     heads = units("attention", shape.num_attention_heads, tensor_parallel=True)
     norms = [units(site, shape.hidden_size) for site in ("input_norm", "mlp_norm")]
-    taylor = isinstance(recorder, TaylorRecorder)
     return Scores(
         ffn=units("ffn", shape.ffn_hidden_size, tensor_parallel=True, experts=experts),
         heads=heads,
         groups=torch.linalg.vector_norm(heads.view(layers, shape.num_query_groups, -1), dim=-1),
-        hidden=sum(norms, torch.zeros(())).sum(0),
-        layers=units("block", 1)[:, 0] if taylor else 1 - _cosines(recorder, shape) / tokens,
+        hidden=(norms[0] + norms[1]).sum(0),
+        layers=recorder.layer_scores(units, shape, tokens),
         experts=units("experts", 1, experts=experts)[..., 0] if experts else None,
         shape=shape,
         samples=samples,
         tokens=tokens,
-        estimator=recorder.estimator,
+        estimator=estimator,
         sequence=criterion.sequence,
         batch=criterion.batch,
         fingerprint=fingerprint,
     )
-
-
-def _cosines(recorder: Recorder, shape: ModelShape) -> torch.Tensor:
-    """``[L]`` sums over all tokens of the cosine of each layer's input and output."""
-    groups = recorder.groups
-    device = next(recorder.chunks[0].parameters()).device
-    cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=device)
-    for key, found in recorder.statistics.items():
-        if key.site == "block":
-            cosines[key.layer] = found[recorder.criteria[0]][0, 0]
-    for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
-        dist.all_reduce(cosines, group=group)
-    return cosines.cpu()
 
 
 def _gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.errors import ConfigError
-from nemo_minitron.importance.aggregation import Criterion
 from nemo_minitron.importance.experts import TokenPlaces
-from nemo_minitron.importance.hooks import Key, Recorder, fused_norm
+from nemo_minitron.importance.hooks import Key, Reading, Recorder, fused_norm
 from nemo_minitron.runtime.groups import Groups
 
 if TYPE_CHECKING:
@@ -38,32 +36,14 @@ class TaylorRecorder(Recorder):
     that autograd keeps.
     """
 
-    estimator = "taylor"
     reads = "an activation or gradient"
 
-    def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
-        super().__init__(chunks, groups, criteria)
-        for criterion in self.criteria:
-            if criterion.sequence != "sum":
-                raise ConfigError(
-                    f"aggregation.sequence={criterion.sequence!r}: estimator=taylor adds gradient x activation up over "
-                    "the sequence; leave it out (or give 'sum')"
-                )
-
-    def read(
-        self,
-        key: Key,
-        x: torch.Tensor,
-        *,
-        width: int = 1,
-        sequence_split: bool = False,
-        partial: bool = False,
-        places: TokenPlaces | None = None,
-    ) -> None:
+    def read(self, reading: Reading) -> None:
         """Wait for the gradient of an activation."""
-        rows, activation = self.rows, x.detach()
-        across = partial or (sequence_split and self.groups.layout.sequence_parallel)
-        x.register_hook(
+        key, rows, activation = reading.key, self.rows, reading.x.detach()
+        width, places = reading.width, reading.places
+        across = reading.partial or (reading.sequence_split and self.groups.layout.sequence_parallel)
+        reading.x.register_hook(
             lambda gradient: self._product(key, activation, gradient, width, rows, places=places, across=across)
         )
 

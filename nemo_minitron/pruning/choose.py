@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_minitron.axes import KeptUnits
+from nemo_minitron.config.stages.pruning import RANDOM
+from nemo_minitron.config.tables import ESTIMATORS
 from nemo_minitron.errors import ConfigError, NonFiniteError, ShapeError
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["METHODS", "UnitScores", "choose_units", "target_shape"]
-
-METHODS = ("activation", "taylor", "magnitude", "random")
+__all__ = ["UnitScores", "choose_units", "target_shape"]
 
 
 class UnitScores(Protocol):
@@ -128,8 +128,8 @@ def choose_units(
         ConfigError: for an unknown method, or no scores where they are needed.
         NonFiniteError: if a score is NaN or infinite.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    if method != RANDOM and method not in ESTIMATORS:
+        raise ConfigError(f"method={method!r}: must be one of {', '.join([*ESTIMATORS, RANDOM])}")
     kept_layers = None
     if layers_to_drop is not None and not _drop_faults(shape, layers_to_drop):
         kept_layers = _remaining(shape, layers_to_drop)
@@ -146,7 +146,7 @@ def choose_units(
             faults.append(f"num_layers={target.num_layers}: layers_to_drop leaves {left}; give one of the two")
     if faults:
         raise ShapeError(faults)
-    if method == "random":
+    if method == RANDOM:
         pick: _Picker = _Random(seed)
     elif scores is not None:
         pick = _Highest(scores, shape)

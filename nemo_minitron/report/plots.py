@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from nemo_minitron.config.tables import ESTIMATORS
 from nemo_minitron.report.collect import Curve, Run, ScoreSet
 
 if TYPE_CHECKING:
@@ -180,22 +181,13 @@ def training(run: Run, curve: Curve) -> Figure | None:
     )
 
 
-_LAYER_SCORES = {
-    "activation": (
-        "Block influence",
-        "1 − cosine of a layer's input and output: how much it changes the residual stream.",
-    ),
-    "taylor": ("First-order Taylor", "The loss's gradient times what a layer adds to the residual stream."),
-    "magnitude": ("Magnitude", "L2 norm of a layer's weights."),
-}
-
-
 def layers(scores: ScoreSet, run: Run) -> Figure | None:
     """Each layer's score; layers that the scored pruning dropped are pale."""
     if "layers" not in scores.arrays:
         return None
     values = scores.arrays["layers"]
-    what, meaning = _LAYER_SCORES[scores.info.get("estimator", "activation")]
+    estimator = ESTIMATORS.get(scores.info.get("estimator", "activation"))  # None: of a package that is not here
+    what, meaning = estimator.layer_score if estimator else ("Importance", "The estimator's score of a layer.")
     dropped = set() if run.kept is None else set(range(len(values))) - set(run.kept["layers"])
 
     def draw(canvas: Canvas, theme: Theme) -> None:

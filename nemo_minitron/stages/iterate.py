@@ -14,6 +14,7 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import IterateConfig
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
@@ -58,7 +59,7 @@ def plan(config: IterateConfig) -> StagePlan:
     table = peek_family(config.model)
     counts = [axes.parameter_count(table, one) for one in (shape, *shapes)]
     found.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
-    passes = 2 if config.estimator == "taylor" else 1
+    passes = ESTIMATORS[config.estimator].passes
     found.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
     return found
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
+from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
@@ -35,7 +36,7 @@ def plan(config: ScoreConfig) -> StagePlan:
     )
     if shape is not None:
         found.faults += uniform_faults(shape, "scoring")
-    if config.estimator == "magnitude":
+    if not config.runs_model:
         found.notes.append("reads one tensor at a time; no text, no forward pass")
         if shape is not None:
             found.costs.update(model_costs(config.model, config.runtime.dtype))
@@ -52,7 +53,7 @@ def plan(config: ScoreConfig) -> StagePlan:
         size = 2 if config.runtime.dtype == "bfloat16" else 4
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.
-        passes = 2 if config.estimator == "taylor" else 1
+        passes = ESTIMATORS[config.estimator].passes
         found.costs["FLOPs"] = human_count(2 * passes * count * tokens)
         found.costs["memory of a rank"] = f"about {human_bytes(count * size / (layout.tensor * layout.pipeline))}"
     return found
@@ -72,7 +73,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(config.model)
     started = time.monotonic()
-    found, is_main = (_by_magnitude if config.estimator == "magnitude" else _by_passes)(config, checkpoint)
+    found, is_main = (_by_passes if config.runs_model else _by_weights)(config, checkpoint)
     seconds = time.monotonic() - started
     scores = found[0]
     if is_main:
@@ -129,9 +130,11 @@ def _by_passes(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores
     return scores, groups.is_main
 
 
-def _by_magnitude(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores], bool]:
+def _by_weights(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores], bool]:
     """Scores from the weights, in the one process there is."""
-    from nemo_minitron.importance import fingerprint, magnitude_scores
+    from nemo_minitron.importance import fingerprint
 
+    score = ESTIMATORS[config.estimator].from_weights
+    assert score is not None, "else it runs the model"
     with progress_bar("scoring", len(checkpoint.weights.names())) as advance:
-        return [magnitude_scores(checkpoint, fingerprint=fingerprint(checkpoint), progress=advance)], True
+        return [score(checkpoint, fingerprint=fingerprint(checkpoint), progress=advance)], True

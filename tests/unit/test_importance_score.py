@@ -357,7 +357,7 @@ def test_unknown_aggregation(groups):
     [
         ({"criteria": []}, "criteria: none is given"),
         ({"estimator": "fisher"}, "estimator='fisher': must be one of activation, taylor"),
-        ({"estimator": "taylor", "criteria": [("mean", "l2")]}, "sequence='mean': estimator=taylor adds"),
+        ({"estimator": "taylor", "criteria": [("mean", "l2")]}, "sequence=mean: estimator=taylor always takes the sum"),
         ({"criteria": [("mean", "median")]}, "aggregation.batch='median'"),
     ],
 )

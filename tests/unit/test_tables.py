@@ -11,14 +11,14 @@ import pytest
 
 from nemo_minitron.config import LossConfig
 from nemo_minitron.config.describe import direct_settings
-from nemo_minitron.config.tables import LOGIT_LOSSES, STATE_LOSSES, Table
+from nemo_minitron.config.tables import ESTIMATORS, LOGIT_LOSSES, STATE_LOSSES, Table
 from nemo_minitron.errors import ConfigError
 
 FOREIGN = """
 from nemo_minitron.distillation.losses.table import LogitLoss
 LOSS = LogitLoss("foreign", reference=max, kernel=max, note="from outside")
 """
-TABLES = [LOGIT_LOSSES, STATE_LOSSES]
+TABLES = [ESTIMATORS, LOGIT_LOSSES, STATE_LOSSES]
 
 
 def installed(folder: Path, points: str, group: str = LOGIT_LOSSES.group) -> None:
@@ -107,7 +107,7 @@ def test_tables_are_light_and_look_for_packages_at_an_unknown_name_alone() -> No
         "real = metadata.entry_points\n"
         "metadata.entry_points = lambda **keys: looked.append(keys['group']) or real(**keys)\n"
         "from nemo_minitron.config import tables\n"
-        "for table in (tables.LOGIT_LOSSES, tables.STATE_LOSSES):\n"
+        "for table in (tables.ESTIMATORS, tables.LOGIT_LOSSES, tables.STATE_LOSSES):\n"
         "    assert next(iter(table._own)) in table\n"
         "assert not looked, looked\n"
         "assert 'unknown' not in tables.LOGIT_LOSSES\n"

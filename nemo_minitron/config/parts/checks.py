@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from nemo_minitron.config.tables import FORMATS
@@ -42,10 +42,12 @@ def not_negative(config: Any, *names: str) -> list[str]:
     return [f"{name}={value}: must be 0 or more" for name, value in values if value is not None and value < 0]
 
 
-def choice(config: Any, name: str, choices: Iterable[str]) -> list[str]:
-    """The fault of a field that is given and none of ``choices``."""
+def choice(config: Any, name: str, choices: Collection[str], *, also: Collection[str] = ()) -> list[str]:
+    """The fault of a field that is given and neither one of ``choices`` nor of ``also``."""
     value = getattr(config, name)
-    return [] if value is None or value in choices else [f"{name}={value}: must be one of {', '.join(choices)}"]
+    if value is None or value in choices or value in also:
+        return []
+    return [f"{name}={value}: must be one of {', '.join([*choices, *also])}"]
 
 
 def one_of(config: Any, *names: str) -> list[str]:

@@ -15,7 +15,7 @@ from nemo_minitron.config.stages.evaluation import EvaluateConfig, ReportConfig
 from nemo_minitron.config.stages.generation import GenerateConfig
 from nemo_minitron.config.stages.importance import DepthConfig, ScoreConfig, TokensConfig
 from nemo_minitron.config.stages.pipeline import PipelineConfig
-from nemo_minitron.config.stages.pruning import PRUNE_METHODS, IterateConfig, PruneConfig
+from nemo_minitron.config.stages.pruning import IterateConfig, PruneConfig
 from nemo_minitron.config.stages.search import SearchConfig
 from nemo_minitron.config.stages.steering import (
     LabelConfig,
@@ -74,7 +74,6 @@ __all__ = [
     "GenerateConfig",
     "ImportConfig",
     "IterateConfig",
-    "PRUNE_METHODS",
     "PipelineConfig",
     "PruneConfig",
     "ReportConfig",

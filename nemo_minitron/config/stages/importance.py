@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -17,6 +17,7 @@ from nemo_minitron.config.parts import (
     positive,
 )
 from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.tables import ESTIMATORS, Table
 
 
 @dataclass
@@ -25,8 +26,7 @@ class ScoreConfig(StageConfig):
 
     Attributes:
         model: checkpoint to score.
-        estimator: "activation" (forward passes alone), "taylor" (gradient x activation) or "magnitude" (of the weights:
-            in one process, without data).
+        estimator: what a unit's score is
         data: calibration text.
         samples: blocks of ``data.sequence_length`` tokens to run.
         micro_batch_size: blocks of one forward pass.
@@ -48,32 +48,37 @@ class ScoreConfig(StageConfig):
     also: list[AggregationConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    TABLES: ClassVar[dict[str, Table[Any]]] = {"estimator": ESTIMATORS}
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the estimator needs a model that runs; else it reads the weights, in one process."""
+        return self.estimator not in ESTIMATORS or ESTIMATORS[self.estimator].runs_model
+
     @property
     def layout(self) -> ParallelConfig:
-        """Magnitudes are read from the checkpoint, in one process."""
-        return ParallelConfig() if self.estimator == "magnitude" else self.parallel
+        """Weights are read from the checkpoint, in one process."""
+        return self.parallel if self.runs_model else ParallelConfig()
 
     @property
     def needs_gpu(self) -> bool:
-        """Magnitudes are those of the weights, which the CPU reads."""
-        return super().needs_gpu and (self.estimator != "magnitude" or self.runtime.device == "cuda")
+        """Weights are read by the CPU."""
+        return super().needs_gpu and (self.runs_model or self.runtime.device == "cuda")
 
     def criteria(self) -> list[tuple[str, str]]:
         """Pairs of aggregations over sequence and batch, that of ``aggregation`` first."""
-        own = {"taylor": "sum", "magnitude": "none"}.get(self.estimator, "mean")
+        own = ESTIMATORS[self.estimator].default_sequence
         return [(one.sequence or own, one.batch) for one in (self.aggregation, *self.also)]
 
     def faults(self) -> list[str]:
         """Nothing to run, unknown estimators, aggregations that the estimator does not have."""
-        found = [
-            *choice(self, "estimator", ("activation", "taylor", "magnitude")),
-            *positive(self, "samples", "micro_batch_size"),
-        ]
-        given = {one.sequence for one in (self.aggregation, *self.also)} - {None}
-        if self.estimator == "taylor" and given:
-            found.append(f"aggregation.sequence={given.pop()}: estimator=taylor sums over the sequence; leave it null")
-        if self.estimator == "magnitude" and self.also:
-            found.append("also: estimator=magnitude has nothing to aggregate; leave it out")
+        found = [*choice(self, "estimator", ESTIMATORS), *positive(self, "samples", "micro_batch_size")]
+        if self.estimator not in ESTIMATORS:
+            return found
+        given = [one.sequence for one in (self.aggregation, *self.also)]
+        found += dict.fromkeys(filter(None, map(ESTIMATORS[self.estimator].sequence_fault, given)))
+        if not self.runs_model and self.also:
+            found.append(f"also: estimator={self.estimator} has nothing to aggregate; leave it out")
         pairs = self.criteria()
         if len(set(pairs)) != len(pairs):
             found.append("also: a pair of aggregations is given twice")

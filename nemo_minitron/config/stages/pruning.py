@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -19,8 +19,10 @@ from nemo_minitron.config.parts import (
     written_formats,
 )
 from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.tables import ESTIMATORS, Table
 
-PRUNE_METHODS = ("activation", "taylor", "magnitude", "random")
+RANDOM = "random"
+"""The method that goes by no scores."""
 
 
 @dataclass
@@ -31,8 +33,7 @@ class PruneConfig(StageConfig):
         model: checkpoint to prune.
         scores: directory that ``score`` wrote; needed unless the method is "random", or nothing but layers and tokens
             goes and ``layers_to_drop`` or ``depth_scores`` say which layers.
-        method: "activation", "taylor" or "magnitude" keep the highest scores of that estimator, "random" draws the kept
-            units (a baseline).
+        method: "random" draws the kept units (a baseline); the name of an estimator keeps its highest scores
         target: sizes of the pruned model.
         vocabulary: a smaller vocabulary, which the tokenizer follows.
         merge_pruned_heads: add what tells pruned heads from kept ones to those (arXiv 2407.14679, section 2.3).
@@ -59,9 +60,11 @@ class PruneConfig(StageConfig):
     layers_to_drop: list[int] | None = None
     format: str = "nemo2"
 
+    TABLES: ClassVar[dict[str, Table[Any]]] = {"method": ESTIMATORS}
+
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
-        found = [*choice(self, "method", PRUNE_METHODS), *choice(self, "format", written_formats())]
+        found = [*choice(self, "method", ESTIMATORS, also=(RANDOM,)), *choice(self, "format", written_formats())]
         narrower = self.target.given().keys() - {"num_layers"}
         named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
         if self.method != "random" and self.scores is None and (narrower or not named):
@@ -108,8 +111,8 @@ class IterateConfig(StageConfig):
         target: sizes of the pruned model.
         rounds: number of rounds.
         spacing: how the shapes in between are spread, "geometric" (equal ratios) or "linear" (equal steps).
-        estimator, data, samples, micro_batch_size, aggregation, parallel: as in ``score``; the estimator
-            is "activation" or "taylor".
+        estimator: as in ``score``; one that runs the model.
+        data, samples, micro_batch_size, aggregation, parallel: as in ``score``.
         format: what to write: "nemo2", "nemo" or "hf".
     """
 
@@ -133,14 +136,14 @@ class IterateConfig(StageConfig):
         found = [
             *positive(self, "rounds", "samples", "micro_batch_size"),
             *choice(self, "spacing", ("geometric", "linear")),
-            *choice(self, "estimator", ("activation", "taylor")),
+            *choice(self, "estimator", ESTIMATORS),
             *choice(self, "format", written_formats()),
         ]
         if not self.target.given():
             found.append("target: nothing is to be pruned; give at least one size of the target")
-        if self.estimator == "taylor" and self.aggregation.sequence is not None:
-            found.append(
-                f"aggregation.sequence={self.aggregation.sequence}: estimator=taylor sums over the sequence; leave it "
-                "null"
-            )
+        if self.estimator in ESTIMATORS:
+            estimator = ESTIMATORS[self.estimator]
+            if not estimator.runs_model:
+                found.append(f"estimator={self.estimator}: goes by the weights; choose one that runs the model")
+            found += filter(None, [estimator.sequence_fault(self.aggregation.sequence)])
         return found

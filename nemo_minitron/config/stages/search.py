@@ -21,7 +21,8 @@ from nemo_minitron.config.parts import (
 )
 from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.stages.distillation import DistillConfig
-from nemo_minitron.config.stages.pruning import PRUNE_METHODS, PruneConfig
+from nemo_minitron.config.stages.pruning import PruneConfig
+from nemo_minitron.config.tables import ESTIMATORS
 
 
 @dataclass
@@ -108,7 +109,7 @@ class SearchConfig(StageConfig):
         found = [
             *positive(self, "max_candidates", "samples", "micro_batch_size"),
             *not_negative(self, "best"),
-            *choice(self, "method", PRUNE_METHODS[:3]),
+            *choice(self, "method", ESTIMATORS),
         ]
         if self.best > self.max_candidates > 0:
             found.append(f"best={self.best}: lies above max_candidates={self.max_candidates}")

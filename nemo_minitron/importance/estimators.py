@@ -1,0 +1,104 @@
+"""The estimators by their names in the configuration: one entry each, from which all else follows.
+
+Nothing heavy is imported; what an entry names is imported when it is first called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_minitron.config import tables
+from nemo_minitron.config.tables import Table, deferred
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.hooks import Recorder
+    from nemo_minitron.importance.scores import Scores
+
+__all__ = ["ESTIMATORS", "Estimator"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way to tell how much each unit matters. Exactly one of ``recorder`` and ``from_weights`` is given.
+
+    Attributes:
+        name: ``estimator`` of ``score`` and ``method`` of ``prune`` in the configuration, and in score files.
+        recorder: ``(chunks, groups, criteria) -> Recorder`` of a model that runs: what becomes of an activation
+            (:class:`~nemo_minitron.importance.hooks.Recorder`).
+        from_weights: ``(checkpoint, *, fingerprint, progress) -> Scores`` by the weights alone, in one process.
+        gradients: the recorder reads gradients too, so that each pass goes backward as well.
+        sequence: what it always does with the tokens of a sample, by a name for score files; None leaves it to the
+            aggregation that is asked for.
+        layer_score: what its scores of layers are called in a report, and what they mean.
+        note: a few words for ``--help``.
+    """
+
+    name: str
+    recorder: Callable[..., Recorder] | None = None
+    from_weights: Callable[..., Scores] | None = None
+    gradients: bool = False
+    sequence: str | None = None
+    layer_score: tuple[str, str] = ("Importance", "The estimator's score of a layer.")
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.recorder is None) == (self.from_weights is None):
+            raise ValueError(f"estimator {self.name!r}: give exactly one of recorder and from_weights")
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether it needs data, and a model that runs on it."""
+        return self.recorder is not None
+
+    @property
+    def passes(self) -> int:
+        """Passes through the model over each sample, of about the cost of one forward pass."""
+        return 0 if not self.runs_model else 2 if self.gradients else 1
+
+    @property
+    def default_sequence(self) -> str:
+        """What it does with the tokens of a sample where nothing else is asked for."""
+        return self.sequence or "mean"
+
+    def sequence_fault(self, sequence: str | None) -> str | None:
+        """What is wrong with an aggregation over the tokens of a sample that is asked for."""
+        if not self.runs_model or self.sequence is None or sequence in (None, self.sequence):
+            return None
+        return (
+            f"aggregation.sequence={sequence}: estimator={self.name} always takes the {self.sequence} over the "
+            "sequence; leave it out"
+        )
+
+
+OWN_ESTIMATORS = (
+    Estimator(
+        "activation",
+        recorder=deferred("nemo_minitron.importance.hooks:ActivationRecorder"),
+        layer_score=(
+            "Block influence",
+            "1 − cosine of a layer's input and output: how much it changes the residual stream.",
+        ),
+        note="forward passes alone",
+    ),
+    Estimator(
+        "taylor",
+        recorder=deferred("nemo_minitron.importance.taylor:TaylorRecorder"),
+        gradients=True,
+        sequence="sum",
+        layer_score=("First-order Taylor", "The loss's gradient times what a layer adds to the residual stream."),
+        note="gradient x activation",
+    ),
+    Estimator(
+        "magnitude",
+        from_weights=deferred("nemo_minitron.importance.magnitude:magnitude_scores"),
+        sequence="none",
+        layer_score=("Magnitude", "L2 norm of a layer's weights."),
+        note="of the weights: in one process, without data",
+    ),
+)
+
+ESTIMATORS: Table[Estimator] = tables.ESTIMATORS
+"""By name. ``ESTIMATORS.register(Estimator(...))`` adds one in this process, and the entry points
+``nemo_minitron.estimators`` of an installed package do so in every process, the ranks of ``minitron`` too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,15 @@ def losses() -> Table:
 def test_names_are_those_of_the_entries(table: Table) -> None:
     assert {name: entry.name for name, entry in table.items()} == {name: name for name in table}
     assert len(table) == len(list(table)) > 1
+
+
+@pytest.mark.parametrize(
+    ("table", "page"), [(LOGIT_LOSSES, "distillation"), (STATE_LOSSES, "distillation"), (ESTIMATORS, "pruning")]
+)
+def test_the_guides_name_every_entry(table: Table, page: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("| `"))
+    assert [name for name in table if not re.search(rf"\b{name}\b", rows)] == []
 
 
 def test_help_names_what_there_is() -> None:

@@ -20,6 +20,7 @@ from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
+from nemo_minitron.stages.shared.measuring import start_groups
 from nemo_minitron.stages.shared.training import training_blocks
 
 if TYPE_CHECKING:
@@ -85,13 +86,12 @@ def run(config: CacheConfig) -> dict[str, Any]:
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.frozen import Teacher
     from nemo_minitron.distillation.teachers.logit_cache import LogitCache
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.teacher)
-    layout = ParallelLayout(**vars(config.parallel))
-    check_model(checkpoint, layout, config.data.sequence_length)
+    check_model(checkpoint, ParallelLayout(**vars(config.parallel)), config.data.sequence_length)
     manifest = _manifest(config, checkpoint)
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = start_groups(config)
     _check_output(config, manifest)
     torch.distributed.barrier()
     if groups.is_main:

@@ -19,6 +19,7 @@ from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape, uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
+from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring, weights_of_rank
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import Family
@@ -33,23 +34,12 @@ logger = logging.getLogger(__name__)
 
 def plan(config: DepthConfig) -> StagePlan:
     """What :func:`run` would read, write and cost, and how much of it is done already."""
-    from nemo_minitron.data.inputs import data_inputs
-
-    data, layout, shape = data_inputs(config.data), config.parallel, peek_shape(config.model)
-    tokens = config.samples * config.data.sequence_length
-    found = StagePlan(
-        "depth",
-        reads=[PlannedPath(config.model, "model"), *(PlannedPath(path, what) for path, what in data.files)],
-        writes=[PlannedPath(config.output, "depth scores")],
-        costs={"calibration": f"{tokens:,} tokens in {config.samples:,} samples, for each candidate"},
-        notes=data.notes,
-        faults=data.faults,
-    )
+    layout, shape = config.parallel, peek_shape(config.model)
+    found = plan_measuring(config, "depth", PlannedPath(config.output, "depth scores"), repeated=", for each candidate")
     if config.task.path is not None:
         found.reads.append(PlannedPath(config.task.path, "task"))
     if config.task.given is not None:
         found.notes.append("FLOPs are those of the loss; the task adds its own, by the tokens of its choices")
-    found.faults += layout.sequence_faults(config.data.sequence_length)
     if shape is None:
         return found
     faults = uniform_faults(shape, "measuring depth")
@@ -58,16 +48,15 @@ def plan(config: DepthConfig) -> StagePlan:
     found.costs.update(model_costs(config.model, config.runtime.dtype))
     if faults:
         return found
-    size = 2 if config.runtime.dtype == "bfloat16" else 4
     family = peek_family(config.model)
     known, greedy = _candidates(config, shape)
     done = max(0, Journal.entries(Journal.beside(config.output)) - 1)  # without the whole model
     found.costs["candidates"] = f"{len(known) - 1 + sum(greedy):,}" + (f", {done:,} measured already" if done else "")
     found.costs["FLOPs"] = human_count(_flops(config, shape, family))
-    weights = axes.parameter_count(family, shape) * size / (layout.tensor * layout.pipeline)
-    found.costs["memory of a rank"] = f"about {human_bytes(weights)}"
+    found.costs["memory of a rank"] = weights_of_rank(config, config.model)
     if config.reuse_prefix:
-        states = tokens * shape.hidden_size * size / layout.data
+        size = 2 if config.runtime.dtype == "bfloat16" else 4
+        states = config.samples * config.data.sequence_length * shape.hidden_size * size / layout.data
         found.costs["hidden states kept"] = f"{human_bytes(states)} on the host of a pipeline stage"
     return found
 
@@ -111,30 +100,14 @@ def run(config: DepthConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for a checkpoint, text or task that cannot be used, or a loss that is not finite.
     """
-    import torch
-
-    from nemo_minitron.checkpoints import load_into, open_checkpoint
-    from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint, layer_importance
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
-    from nemo_minitron.runtime.model import build_model
 
     started = time.monotonic()
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
-    checkpoint = open_checkpoint(config.model)
+    measured = open_measured(config)
+    checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
     shape = checkpoint.shape
-    blocks = build_blocks(
-        config.data,
-        checkpoint.tokenizer,
-        "calibration",
-        blocks=config.samples,
-        vocab_size=shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-    )
     questions, task = _task(config, checkpoint)
-    chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
-    load_into(chunks, checkpoint, groups)
+    chunks = live_model(config, checkpoint, groups)
     weights = fingerprint(checkpoint)
     journal = depth_journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
     known, greedy = _candidates(config, shape)

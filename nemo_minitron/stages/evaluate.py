@@ -14,10 +14,11 @@ from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.atomic import stage_output
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import uniform_faults
+from nemo_minitron.stages.shared.measuring import live_model, start_groups, weights_of_rank
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -63,13 +64,12 @@ def plan(config: EvaluateConfig) -> StagePlan:
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]
-        size = 2 if config.runtime.dtype == "bfloat16" else 4
         found.costs["parameters"] = ", ".join(
             f"{name} {human_count(count)}" for name, count in zip(shapes, counts, strict=True)
         )
         # Two operations for each weight and token; attention scores are small beside it at these lengths.
         found.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
-        found.costs["memory of a rank"] = f"about {human_bytes(max(counts) * size / (layout.tensor * layout.pipeline))}"
+        found.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
     return found
 
 
@@ -85,10 +85,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         MinitronError: for a checkpoint or text that cannot be used.
     """
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = start_groups(config)
     checkpoints = {name: open_checkpoint(path) for name, path in config.models.items()}
     baseline = config.baseline or next(iter(checkpoints))
     blocks = _held_out(config, checkpoints, baseline)
@@ -136,16 +134,11 @@ def _evaluate(
     config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, Blocks]
 ) -> dict[str, Any]:
     """One model: build, load, measure, generate."""
-    import torch
-
-    from nemo_minitron.checkpoints.live import load_into
     from nemo_minitron.evaluation import generate, generate_megatron, held_out_loss
-    from nemo_minitron.runtime.model import build_model
 
     started = time.monotonic()
     shape = checkpoint.shape
-    chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
-    load_into(chunks, checkpoint, groups)
+    chunks = live_model(config, checkpoint, groups)
     total = sum(len(part) for part in blocks.values())
     with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
         loss = held_out_loss(

@@ -20,6 +20,7 @@ from nemo_minitron.runtime.journal import PLAIN, Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
+from nemo_minitron.stages.shared.measuring import live_model, start_groups
 
 if TYPE_CHECKING:
     import torch
@@ -87,18 +88,13 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for a model or prompts that cannot be used.
     """
-    import torch
-
-    from nemo_minitron.checkpoints import load_into, open_checkpoint
+    from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data import load_tokenizer
     from nemo_minitron.generation import Sampling, generate_tokens
     from nemo_minitron.generation.prompts import encode_prompts, prompt_title, read_prompts
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
-    from nemo_minitron.runtime.model import build_model
 
     started = time.monotonic()
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = start_groups(config)
     checkpoint = open_checkpoint(config.model)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     context = checkpoint.architecture.max_position_embeddings
@@ -113,8 +109,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
         attributes=config.attributes,
     )
     ends = (*ends, *checkpoint.architecture.end_tokens)
-    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
-    load_into(chunks, checkpoint, groups)
+    chunks = live_model(config, checkpoint, groups)
 
     total = len(prompts) * config.samples
     journal = Journal(Journal.beside(config.output), _subject(config, checkpoint, prompts, ends, max_length), PLAIN)
@@ -122,7 +117,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     pending = _pending(total, answers, next(chunks[0].parameters()).device)
     pending.sort(key=lambda request: (len(prompts[request // config.samples]), request))
     resumed, produced, clock = total - len(pending), 0, time.monotonic()
-    step = config.batch_size * layout.data
+    step = config.batch_size * config.parallel.data
     with progress_bar("answers", total, completed=resumed, shown=groups.is_main) as advance:
         for start in range(0, len(pending), step):
             requests = pending[start : start + step]

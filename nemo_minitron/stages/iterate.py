@@ -20,6 +20,7 @@ from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import require_uniform
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
+from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits
@@ -35,18 +36,10 @@ logger = logging.getLogger(__name__)
 
 def plan(config: IterateConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    from nemo_minitron.data.inputs import data_inputs
-
-    data, shape = data_inputs(config.data), peek_shape(config.model)
-    tokens = config.samples * config.data.sequence_length
-    found = StagePlan(
-        "iterate",
-        reads=[PlannedPath(config.model, "model"), *(PlannedPath(path, what) for path, what in data.files)],
-        writes=[PlannedPath(config.output, f"pruned model ({config.format})")],
-        costs={"calibration": f"{tokens:,} tokens in {config.samples:,} samples, in each round"},
-        notes=data.notes,
-        faults=[*data.faults, *format_faults(config.output, config.format)],
-    )
+    shape = peek_shape(config.model)
+    written = PlannedPath(config.output, f"pruned model ({config.format})")
+    found = plan_measuring(config, "iterate", written, repeated=", in each round")
+    found.faults += format_faults(config.output, config.format)
     if done := len(list(_rounds_folder(config).glob("round-*.json"))):
         found.notes.append(f"goes on after round {done} of {config.rounds}, if model, text and settings are the same")
     if shape is None:
@@ -60,6 +53,7 @@ def plan(config: IterateConfig) -> StagePlan:
     counts = [axes.parameter_count(table, one) for one in (shape, *shapes)]
     found.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
     passes = ESTIMATORS[config.estimator].passes
+    tokens = config.samples * config.data.sequence_length
     found.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
     return found
 
@@ -75,25 +69,13 @@ def run(config: IterateConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for a checkpoint or text that cannot be used, or a target that cannot be reached.
     """
-    from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint
     from nemo_minitron.pruning import choose_units, prune_weights
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
     started = time.monotonic()
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
-    checkpoint = open_checkpoint(config.model)
+    measured = open_measured(config)
+    checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
     shape = checkpoint.shape
-    blocks = build_blocks(
-        config.data,
-        checkpoint.tokenizer,
-        "calibration",
-        blocks=config.samples,
-        vocab_size=shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-    )
     shapes = _shapes(config, shape)
     journal = _Rounds(_rounds_folder(config), _subject(config, fingerprint(checkpoint), blocks, shapes), groups)
     kept, done = journal.resume(shape)
@@ -139,14 +121,9 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
 
 
 def _score(config: IterateConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups, label: str) -> Any:
-    import torch
-
-    from nemo_minitron.checkpoints import load_into
     from nemo_minitron.importance import score_model
-    from nemo_minitron.runtime.model import build_model
 
-    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
-    load_into(chunks, checkpoint, groups)
+    chunks = live_model(config, checkpoint, groups)
     with progress_bar(label, len(blocks), shown=groups.is_main) as advance:
         return score_model(
             chunks,

@@ -14,6 +14,7 @@ from nemo_minitron.jobs.output import claim_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.shared.chats import shorter, tokens_of
+from nemo_minitron.stages.shared.measuring import start_groups
 from nemo_minitron.stages.shared.steering import chat_inputs, plan_layout
 
 if TYPE_CHECKING:
@@ -54,14 +55,9 @@ def run(config: LabelConfig) -> dict[str, Any]:
 
     from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model, to_values
     from nemo_minitron.data.chat.labelled import open_chats
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
     from nemo_minitron.runtime.progress import progress_bar
 
-    groups = initialize(
-        ParallelLayout(**vars(config.parallel)),
-        seed=config.runtime.seed,
-        timeout_minutes=config.runtime.collective_timeout_minutes,
-    )
+    groups = start_groups(config)
     attribute_model = load_attribute_model(config.reward)
     scorer = AttributeScorer(attribute_model, groups)
     chats = open_chats(config.data.path, config.data.package, config.data.cache_dir)

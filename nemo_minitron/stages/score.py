@@ -11,13 +11,13 @@ from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
+from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring, weights_of_rank
 
 if TYPE_CHECKING:
-    from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.importance import Scores
 
 __all__ = ["plan", "run"]
@@ -27,35 +27,25 @@ logger = logging.getLogger(__name__)
 
 def plan(config: ScoreConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    from nemo_minitron.data.inputs import data_inputs
-
-    data, layout, shape = data_inputs(config.data), config.parallel, peek_shape(config.model)
-    tokens = config.samples * config.data.sequence_length
-    found = StagePlan(
-        "score", reads=[PlannedPath(config.model, "model")], writes=[PlannedPath(config.output, "scores")]
-    )
-    if shape is not None:
-        found.faults += uniform_faults(shape, "scoring")
+    layout, shape = config.parallel, peek_shape(config.model)
+    written = PlannedPath(config.output, "scores")
+    faults = [] if shape is None else uniform_faults(shape, "scoring")
     if not config.runs_model:
+        found = StagePlan("score", reads=[PlannedPath(config.model, "model")], writes=[written], faults=faults)
         found.notes.append("reads one tensor at a time; no text, no forward pass")
-        if shape is not None:
-            found.costs.update(model_costs(config.model, config.runtime.dtype))
+        found.costs.update(model_costs(config.model, config.runtime.dtype))
         return found
-    found.reads += [PlannedPath(path, what) for path, what in data.files]
-    found.costs["calibration"] = f"{tokens:,} tokens in {config.samples:,} samples"
-    found.notes += data.notes
-    found.faults += data.faults
-    found.faults += layout.sequence_faults(config.data.sequence_length)
+    found = plan_measuring(config, "score", written)
+    found.faults += faults
     if shape is not None:
         found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
         found.costs.update(model_costs(config.model, config.runtime.dtype))
         count = axes.parameter_count(peek_family(config.model), shape)
-        size = 2 if config.runtime.dtype == "bfloat16" else 4
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.
         passes = ESTIMATORS[config.estimator].passes
-        found.costs["FLOPs"] = human_count(2 * passes * count * tokens)
-        found.costs["memory of a rank"] = f"about {human_bytes(count * size / (layout.tensor * layout.pipeline))}"
+        found.costs["FLOPs"] = human_count(2 * passes * count * config.samples * config.data.sequence_length)
+        found.costs["memory of a rank"] = weights_of_rank(config, config.model)
     return found
 
 
@@ -68,12 +58,10 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for a checkpoint or text that cannot be used, or an activation that is not finite.
     """
-    from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.importance import save_criteria
 
-    checkpoint = open_checkpoint(config.model)
     started = time.monotonic()
-    found, is_main = (_by_passes if config.runs_model else _by_weights)(config, checkpoint)
+    found, is_main = (_by_passes if config.runs_model else _by_weights)(config)
     seconds = time.monotonic() - started
     scores = found[0]
     if is_main:
@@ -92,36 +80,20 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     }
 
 
-def _by_passes(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores], bool]:
+def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
     """Scores of every criterion from the running model, and whether this rank is the one that writes."""
-    import torch
-
-    from nemo_minitron.checkpoints import load_into
-    from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint, score_criteria
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
-    from nemo_minitron.runtime.model import build_model
 
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
-    shape = checkpoint.shape
-    blocks = build_blocks(
-        config.data,
-        checkpoint.tokenizer,
-        "calibration",
-        blocks=config.samples,
-        vocab_size=shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-    )
-    chunks = build_model(shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
-    load_into(chunks, checkpoint, groups)
-    with progress_bar("scoring", len(blocks), shown=groups.is_main) as advance:
+    measured = open_measured(config)
+    checkpoint, groups = measured.checkpoint, measured.groups
+    chunks = live_model(config, checkpoint, groups)
+    with progress_bar("scoring", len(measured.blocks), shown=groups.is_main) as advance:
         scores = score_criteria(
             chunks,
-            blocks,
+            measured.blocks,
             groups,
             criteria=config.criteria(),
-            shape=shape,
+            shape=checkpoint.shape,
             micro_batch_size=config.micro_batch_size,
             estimator=config.estimator,
             fingerprint=fingerprint(checkpoint),
@@ -130,10 +102,12 @@ def _by_passes(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores
     return scores, groups.is_main
 
 
-def _by_weights(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores], bool]:
+def _by_weights(config: ScoreConfig) -> tuple[list[Scores], bool]:
     """Scores from the weights, in the one process there is."""
+    from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.importance import fingerprint
 
+    checkpoint = open_checkpoint(config.model)
     score = ESTIMATORS[config.estimator].from_weights
     assert score is not None, "else it runs the model"
     with progress_bar("scoring", len(checkpoint.weights.names())) as advance:

@@ -22,6 +22,7 @@ from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.search import Sizes, by_candidate, search_journal
 from nemo_minitron.search.rank import FINDINGS
+from nemo_minitron.stages.shared.measuring import live_model, open_measured
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -81,21 +82,10 @@ def run(config: SearchConfig) -> dict[str, Any]:
         MinitronError: for a checkpoint, scores or text that cannot be used.
     """
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data import build_blocks
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
 
     work = Work.load(job_folder())
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
-    checkpoint = open_checkpoint(config.model)
-    blocks = build_blocks(
-        config.data,
-        checkpoint.tokenizer,
-        "calibration",
-        blocks=config.samples,
-        vocab_size=checkpoint.shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-    )
+    measured = open_measured(config)
+    checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
     # The leader has read and checked the journal; here it is only added to.
     journal = search_journal(config.output, {})
     if work.distilled is not None:
@@ -184,14 +174,9 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
 
 def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups) -> dict[str, Any]:
     """Calibration loss of a checkpoint, loaded for it."""
-    import torch
-
-    from nemo_minitron.checkpoints import load_into
     from nemo_minitron.evaluation import held_out_loss
-    from nemo_minitron.runtime.model import build_model
 
-    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
-    load_into(chunks, checkpoint, groups)
+    chunks = live_model(config, checkpoint, groups)
     mean = held_out_loss(
         chunks, groups, blocks, config.micro_batch_size, vocab_size=checkpoint.shape.vocab_size
     ).overall

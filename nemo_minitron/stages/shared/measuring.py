@@ -1,0 +1,124 @@
+"""What the stages that run a model share: their plan, the processes' groups, calibration blocks, a live model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.config import DataConfig, ParallelConfig, RuntimeConfig
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.data import Blocks
+    from nemo_minitron.runtime.groups import Groups
+
+__all__ = ["Measured", "live_model", "open_measured", "plan_measuring", "start_groups", "weights_of_rank"]
+
+
+class Running(Protocol):
+    """Settings of a stage that runs models."""
+
+    parallel: ParallelConfig
+    runtime: RuntimeConfig
+
+
+class Measuring(Running, Protocol):
+    """Settings of a stage that measures a model on calibration text."""
+
+    model: str
+    data: DataConfig
+    samples: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model to be measured, not live yet.
+
+    Attributes:
+        checkpoint: of the model.
+        groups: of this process.
+        blocks: ``[samples, s + 1]`` tokens of the calibration split, the same on every rank.
+    """
+
+    checkpoint: Checkpoint
+    groups: Groups
+    blocks: Blocks
+
+
+def plan_measuring(config: Measuring, stage: str, written: PlannedPath, *, repeated: str = "") -> StagePlan:
+    """The plan that all such stages share.
+
+    Args:
+        config: of the stage.
+        stage: its name.
+        written: its output.
+        repeated: how often the calibration text is run, ", in each round".
+    """
+    from nemo_minitron.data.inputs import data_inputs
+
+    data = data_inputs(config.data)
+    tokens = config.samples * config.data.sequence_length
+    return StagePlan(
+        stage,
+        reads=[PlannedPath(config.model, "model"), *(PlannedPath(path, what) for path, what in data.files)],
+        writes=[written],
+        costs={"calibration": f"{tokens:,} tokens in {config.samples:,} samples{repeated}"},
+        notes=data.notes,
+        faults=[*data.faults, *config.parallel.sequence_faults(config.data.sequence_length)],
+    )
+
+
+def weights_of_rank(config: Running, *models: str) -> str:
+    """Memory of the largest of the models' weights on a rank; their records are there."""
+    sizes = [
+        axes.parameter_count(peek_family(model), shape) for model in models if (shape := peek_shape(model)) is not None
+    ]
+    element = 2 if config.runtime.dtype == "bfloat16" else 4
+    return f"about {human_bytes(max(sizes) * element / (config.parallel.tensor * config.parallel.pipeline))}"
+
+
+def start_groups(config: Running) -> Groups:
+    """The groups of this process, by a stage's layout, seed and patience. Collective."""
+    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+
+    layout, runtime = ParallelLayout(**vars(config.parallel)), config.runtime
+    return initialize(layout, seed=runtime.seed, timeout_minutes=runtime.collective_timeout_minutes)
+
+
+def open_measured(config: Measuring) -> Measured:
+    """Start the groups, open the model, and cut its calibration blocks. Collective.
+
+    Raises:
+        MinitronError: for a checkpoint or text that cannot be used.
+    """
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.data import build_blocks
+
+    groups = start_groups(config)
+    checkpoint = open_checkpoint(config.model)
+    blocks = build_blocks(
+        config.data,
+        checkpoint.tokenizer,
+        "calibration",
+        blocks=config.samples,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
+    )
+    return Measured(checkpoint, groups, blocks)
+
+
+def live_model(config: Running, checkpoint: Checkpoint, groups: Groups) -> list[GPTModel]:
+    """This rank's part of a model, with its weights, in the precision that the stage asks for."""
+    import torch
+
+    from nemo_minitron.checkpoints import load_into
+    from nemo_minitron.runtime.model import build_model
+
+    chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
+    load_into(chunks, checkpoint, groups)
+    return chunks

@@ -13,11 +13,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 
 from nemo_minitron.runtime.masks import FILLING, attention_mask
 
-__all__ = ["Sample", "Samples", "collate", "pack"]
+__all__ = ["Sample", "collate", "pack"]
 
 
 class Sample(NamedTuple):
@@ -32,19 +31,6 @@ class Sample(NamedTuple):
     ids: list[int]
     trained: list[bool]
     lengths: tuple[int, ...]
-
-
-class Samples(Dataset[Sample]):
-    """A list as torch's data loader wants it."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
 
 
 def pack(samples: Sequence[Sample], max_length: int) -> list[Sample]:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.models.nlp.gpt.megatron_gpt_regression_reward_model import MegatronGPTRegressionRewardModel
 from omegaconf import open_dict
-from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss
-from nemo_minitron.alignment.session import Session, last_checkpoint, open_session
+from nemo_minitron.alignment.session import Session, open_session
 from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.alignment.supervised import supervised
 from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
@@ -26,7 +25,7 @@ from nemo_minitron.data.chat.attributes import AttributeSchema
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["NO_VALUE", "AttributeRewardModel", "ScoredSample", "ScoredSamples", "collate", "read_head", "train_reward"]
+__all__ = ["NO_VALUE", "AttributeRewardModel", "ScoredSample", "collate", "read_head", "train_reward"]
 
 NO_VALUE = -100.0
 """Aligner's ``loss_mask_val``: the label of an attribute that a sample has no value of."""
@@ -49,19 +48,6 @@ class ScoredSample(NamedTuple):
     def of(cls, ids: list[int], attributes: Mapping[str, int], schema: AttributeSchema) -> ScoredSample:
         """From values by name."""
         return cls(ids, [float(attributes[name]) if name in attributes else NO_VALUE for name in schema.names])
-
-
-class ScoredSamples(Dataset[ScoredSample]):
-    """A list as torch's data loader wants it."""
-
-    def __init__(self, samples: Sequence[ScoredSample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> ScoredSample:
-        return self.samples[index]
 
 
 def collate(batch: list[ScoredSample]) -> dict[str, torch.Tensor]:
@@ -152,20 +138,7 @@ def train_reward(
         skip=(_HEAD,),
     )
     _start_head(session, samples, schedule.seed)
-    loader, validation = (
-        session.loader(ScoredSamples(part), collate, training=training)
-        for part, training in ((samples, True), (held_out, False))
-    )
-    with session.training(
-        SupervisedTrainer,
-        loader,
-        validation,
-        label="attribute model",
-        max_minutes=schedule.max_minutes,
-        run_init_validation=session.state is None,
-    ) as trainer:
-        trainer.fit()
-    return last_checkpoint(directory)
+    return supervised(session, samples, held_out, collate, label="attribute model", max_minutes=schedule.max_minutes)
 
 
 def _settings(attributes: int, schedule: Schedule) -> dict[str, Any]:

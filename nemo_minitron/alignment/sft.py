@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 
-from nemo_minitron.alignment.batches import Sample, Samples, collate
+from nemo_minitron.alignment.batches import Sample, collate
 from nemo_minitron.alignment.metrics import FiniteLoss
-from nemo_minitron.alignment.session import last_checkpoint, open_session
+from nemo_minitron.alignment.session import open_session
 from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.alignment.supervised import supervised
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.masks import documents_masked
@@ -69,18 +69,5 @@ def train_sft(
         model={"get_attention_mask_from_fusion": not packed},
     )
     batch = collate(8 * (layout.tensor if layout.sequence_parallel else 1), masked=packed)
-    loader = session.loader(Samples(train), batch, training=True)
-    validation = session.loader(Samples(held_out), batch, training=False)
-    with (
-        documents_masked(session.chunks, packed),
-        session.training(
-            SupervisedTrainer,
-            loader,
-            validation,
-            label="fine-tuning",
-            max_minutes=schedule.max_minutes,
-            run_init_validation=session.state is None,
-        ) as trainer,
-    ):
-        trainer.fit()
-    return last_checkpoint(directory)
+    with documents_masked(session.chunks, packed):
+        return supervised(session, train, held_out, batch, label="fine-tuning", max_minutes=schedule.max_minutes)

@@ -8,18 +8,17 @@ answers' negative log-likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.models.nlp.gpt.gpt_steerlm_model import GPTSteerLMModel
-from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss
-from nemo_minitron.alignment.session import last_checkpoint, open_session
+from nemo_minitron.alignment.session import open_session
 from nemo_minitron.alignment.settings import Schedule
+from nemo_minitron.alignment.supervised import supervised
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
 
@@ -42,17 +41,6 @@ class Responses(NamedTuple):
     answers: list[list[int]]
     log_q: list[float]
     log_p: list[float]
-
-
-class _Groups(Dataset[Responses]):
-    def __init__(self, groups: Sequence[Responses]) -> None:
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> Responses:
-        return self.groups[index]
 
 
 def collate(batch: list[Responses]) -> dict[str, torch.Tensor]:
@@ -135,13 +123,4 @@ def train_steerlm2(
         model={"steerlm2": {"forward_micro_batch_size": 1, "micro_batch_size": 1}},
     )
     train, validation = answer(list(session.model.get_model_module_list()), session.groups)
-    loaders = [session.loader(_Groups(part), collate, training=part is train) for part in (train, validation)]
-    with session.training(
-        SupervisedTrainer,
-        *loaders,
-        label="SteerLM 2",
-        max_minutes=schedule.max_minutes,
-        run_init_validation=session.state is None,
-    ) as trainer:
-        trainer.fit()
-    return last_checkpoint(directory)
+    return supervised(session, train, validation, collate, label="SteerLM 2", max_minutes=schedule.max_minutes)

@@ -110,9 +110,10 @@ def labelled_rows(count: int) -> list[dict[str, Any]]:
 
 def gradients(model: str, out: str) -> dict[str, Any]:
     """Loss and some gradients of one batch by NeMo-Aligner's model as it is set up for training."""
-    from nemo_minitron.alignment.reward import AttributeRewardModel, ScoredSamples, _settings, _start_head, collate
+    from nemo_minitron.alignment.reward import AttributeRewardModel, _settings, _start_head, collate
     from nemo_minitron.alignment.session import open_session
     from nemo_minitron.alignment.settings import Schedule
+    from nemo_minitron.alignment.supervised import Listed
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -123,7 +124,7 @@ def gradients(model: str, out: str) -> dict[str, Any]:
         directory=Path(out), samples=4, held_out=4, max_length=32, model=_settings(2, schedule), skip=("rm_head",),
     )  # fmt: skip
     _start_head(session, batch, 7)
-    session.start(session.loader(ScoredSamples(batch), collate, training=True))
+    session.start(session.loader(Listed(batch), collate, training=True))
     aligner = session.model
     aligner.prepare_for_training_step()
     loss, _ = aligner.get_loss_and_metrics(collate(batch), forward_only=False)

@@ -6,43 +6,23 @@ Shape: arXiv 2408.11796, table 3, and the model card of ``nvidia/Mistral-NeMo-Mi
 
 from __future__ import annotations
 
-from nemo_minitron.recipes import published
+from nemo_minitron.recipes.published import OneShot
 from nemo_minitron.recipes.teachers import MISTRAL_NEMO_12B
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
-from nemo_minitron.planning import Recipe
+from nemo_minitron.config import ParallelConfig, TargetConfig
 
-NAME = "mistral-nemo-minitron-8b"
-TARGET = TargetConfig(hidden_size=4096, ffn_hidden_size=11520)
-#: 256 GPUs, 32 DGX nodes.
-LAYOUT = ParallelConfig(tensor=8, data=32, sequence_parallel=True)
-
-
-def recipe(
-    source: str = "models/Mistral-Nemo-Base-2407", data: DataConfig | None = None, layout: ParallelConfig = LAYOUT
-) -> Recipe:
-    """The pipeline.
-
-    Args:
-        source: HF directory of the teacher.
-        data: text to distil on; its blocks are 8,192 tokens.
-        layout: of teacher and student.
-    """
-    output, data = f"runs/{NAME}", data or published.text(8192)
-    teacher = f"{output}/corrected/model"
-    return Recipe(
-        NAME,
-        "Mistral-NeMo-12B -> Mistral-NeMo-Minitron-8B (arXiv 2408.11796)",
-        [
-            published.imported(source, output),
-            # The teacher's own learning rate is not published: that of Llama-3.1-8B's correction.
-            published.corrected(output, data, layout, batch=768, lr=6e-5),
-            published.scored(output, teacher, data, layout),
-            published.pruned(output, teacher, layout, target=TARGET, scores=f"{output}/scores"),
-            published.distilled(
-                output, data, layout, teacher=teacher, tokens=380e9, batch=768, lr=1e-4, min_lr=4.5e-7, warmup_steps=60
-            ),
-            published.exported(output),
-        ],
-        {source: MISTRAL_NEMO_12B},
-    )
+STUDENT = OneShot(
+    name="mistral-nemo-minitron-8b",
+    title="Mistral-NeMo-12B -> Mistral-NeMo-Minitron-8B (arXiv 2408.11796)",
+    source="models/Mistral-Nemo-Base-2407",
+    teacher=MISTRAL_NEMO_12B,
+    target=TargetConfig(hidden_size=4096, ffn_hidden_size=11520),
+    layout=ParallelConfig(tensor=8, data=32, sequence_parallel=True),  # 256 GPUs, 32 DGX nodes
+    # The teacher's own learning rate is not published: that of Llama-3.1-8B's correction.
+    correction_lr=6e-5,
+    tokens=380e9,
+    batch=768,
+    min_lr=4.5e-7,
+    warmup_steps=60,
+)
+recipe = STUDENT.recipe

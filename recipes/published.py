@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import (
@@ -23,11 +24,10 @@ from nemo_minitron.config import (
     SourceConfig,
     TargetConfig,
 )
+from nemo_minitron.planning import Model, Recipe
 
 if TYPE_CHECKING:
     import nemo_run as run
-
-    from nemo_minitron.planning import Recipe
 
 #: arXiv 2407.14679, section 4: samples for the importance of units.
 CALIBRATION_SAMPLES = 1024
@@ -151,6 +151,69 @@ def exported(output: str, model: str = "distilled") -> ExportConfig:
         name="export", output=f"{output}/export", model=f"{output}/{model}/model", formats=["hf", "nemo2"],
         runtime=RUNTIME,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """A student that is cut from its corrected teacher at once, as those of arXiv 2408.11796 are.
+
+    Attributes:
+        name: of the recipe.
+        title: what it makes of what, and where that is published.
+        source: HF directory of the teacher, unless another is given.
+        teacher: its sizes.
+        layout: of teacher and student, unless another is given.
+        correction_lr: peak learning rate of the teacher's correction.
+        tokens: of the distillation, in blocks of 8,192.
+        batch: blocks of a step, of the correction too.
+        min_lr, warmup_steps: of the distillation, whose peak learning rate is 1e-4.
+        target: sizes of the student, whose units are chosen by scores.
+        layers_to_drop: counted from 0, of a student that only has fewer layers; needs no scores.
+    """
+
+    name: str
+    title: str
+    source: str
+    teacher: Model
+    layout: ParallelConfig
+    correction_lr: float
+    tokens: float
+    batch: int
+    min_lr: float
+    warmup_steps: int
+    target: TargetConfig | None = None
+    layers_to_drop: Sequence[int] | None = None
+
+    def recipe(
+        self, source: str | None = None, data: DataConfig | None = None, layout: ParallelConfig | None = None
+    ) -> Recipe:
+        """The pipeline.
+
+        Args:
+            source: HF directory of the teacher.
+            data: text to distil on; its blocks are 8,192 tokens.
+            layout: of teacher and student.
+        """
+        source, layout, data = source or self.source, layout or self.layout, data or text(8192)
+        output = f"runs/{self.name}"
+        teacher, scores = f"{output}/corrected/model", None if self.target is None else f"{output}/scores"
+        cut = pruned(output, teacher, layout, target=self.target, layers_to_drop=self.layers_to_drop, scores=scores)
+        return Recipe(
+            self.name,
+            self.title,
+            [
+                imported(source, output),
+                corrected(output, data, layout, batch=self.batch, lr=self.correction_lr),
+                *([] if scores is None else [scored(output, teacher, data, layout)]),
+                cut,
+                distilled(
+                    output, data, layout, teacher=teacher, tokens=self.tokens, batch=self.batch, lr=1e-4,
+                    min_lr=self.min_lr, warmup_steps=self.warmup_steps,
+                ),
+                exported(output),
+            ],
+            {source: self.teacher},
+        )  # fmt: skip
 
 
 def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:

@@ -25,7 +25,7 @@ from nemo_minitron.config import (
     DistillConfig,
     IntermediateConfig,
     LossConfig,
-    ParallelConfig,
+    ParallelLayout,
     RuntimeConfig,
     SourceConfig,
 )
@@ -41,14 +41,14 @@ def distill(
     teacher: str | None,
     output: str,
     data: DataConfig,
-    parallel: ParallelConfig,
+    parallel: ParallelLayout,
     schedule: Schedule,
     loss: LossConfig,
     intermediate: IntermediateConfig,
     teacher_correction: CorrectionConfig,
     teacher_cache: str | None = None,
     teacher_placement: str = "shared",
-    teacher_parallel: ParallelConfig | None = None,
+    teacher_parallel: ParallelLayout | None = None,
     result: str = "last",
     resume: bool = True,
     overwrite: bool = False,
@@ -93,7 +93,7 @@ def distill(
             teacher_correction=teacher_correction,
             teacher_cache=teacher_cache,
             teacher_placement=teacher_placement,
-            teacher_parallel=teacher_parallel or ParallelConfig(),
+            teacher_parallel=teacher_parallel or ParallelLayout(),
             result=result,
             resume=resume,
             overwrite=overwrite,
@@ -153,7 +153,7 @@ def distillation_recipe(
         data=run.Config(
             DataConfig, sources=[run.Config(SourceConfig, name="corpus", path=text)], sequence_length=sequence_length
         ),
-        parallel=run.Config(ParallelConfig, tensor=tensor, pipeline=pipeline, data=processes // model, context=context),
+        parallel=run.Config(ParallelLayout, tensor=tensor, pipeline=pipeline, data=processes // model, context=context),
         schedule=run.Config(
             Schedule,
             steps=steps,

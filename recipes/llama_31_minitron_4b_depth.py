@@ -9,18 +9,18 @@ from __future__ import annotations
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import LLAMA_31_8B
 
-from nemo_minitron.config import DataConfig, ParallelConfig
+from nemo_minitron.config import DataConfig, ParallelLayout
 from nemo_minitron.planning import Recipe
 
 NAME = "llama-31-minitron-4b-depth"
 #: Counted from 0.
 DROPPED = range(15, 31)
 #: 256 GPUs, 32 DGX nodes.
-LAYOUT = ParallelConfig(tensor=4, data=64, sequence_parallel=True)
+LAYOUT = ParallelLayout(tensor=4, data=64, sequence_parallel=True)
 
 
 def recipe(
-    source: str = "models/Llama-3.1-8B", data: DataConfig | None = None, layout: ParallelConfig = LAYOUT
+    source: str = "models/Llama-3.1-8B", data: DataConfig | None = None, layout: ParallelLayout = LAYOUT
 ) -> Recipe:
     """The pipeline.
 

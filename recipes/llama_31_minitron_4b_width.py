@@ -9,17 +9,17 @@ from __future__ import annotations
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import LLAMA_31_8B
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
+from nemo_minitron.config import DataConfig, ParallelLayout, TargetConfig
 from nemo_minitron.planning import Recipe
 
 NAME = "llama-31-minitron-4b-width"
 TARGET = TargetConfig(hidden_size=3072, ffn_hidden_size=9216)
 #: 256 GPUs, 32 DGX nodes.
-LAYOUT = ParallelConfig(tensor=4, data=64, sequence_parallel=True)
+LAYOUT = ParallelLayout(tensor=4, data=64, sequence_parallel=True)
 
 
 def recipe(
-    source: str = "models/Llama-3.1-8B", data: DataConfig | None = None, layout: ParallelConfig = LAYOUT
+    source: str = "models/Llama-3.1-8B", data: DataConfig | None = None, layout: ParallelLayout = LAYOUT
 ) -> Recipe:
     """The pipeline.
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import MISTRAL_NEMO_12B
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
+from nemo_minitron.config import DataConfig, ParallelLayout, TargetConfig
 from nemo_minitron.planning import Recipe
 
 NAME = "mistral-nemo-minitron-8b"
 TARGET = TargetConfig(hidden_size=4096, ffn_hidden_size=11520)
 #: 256 GPUs, 32 DGX nodes.
-LAYOUT = ParallelConfig(tensor=8, data=32, sequence_parallel=True)
+LAYOUT = ParallelLayout(tensor=8, data=32, sequence_parallel=True)
 
 
 def recipe(
-    source: str = "models/Mistral-Nemo-Base-2407", data: DataConfig | None = None, layout: ParallelConfig = LAYOUT
+    source: str = "models/Mistral-Nemo-Base-2407", data: DataConfig | None = None, layout: ParallelLayout = LAYOUT
 ) -> Recipe:
     """The pipeline.
 

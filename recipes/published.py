@@ -16,7 +16,7 @@ from nemo_minitron.config import (
     DistillConfig,
     ExportConfig,
     ImportConfig,
-    ParallelConfig,
+    ParallelLayout,
     PruneConfig,
     RuntimeConfig,
     ScoreConfig,
@@ -52,7 +52,7 @@ def imported(source: str, output: str) -> ImportConfig:
     return ImportConfig(name="teacher", output=f"{output}/teacher", source=source, dtype="bfloat16", runtime=RUNTIME)
 
 
-def corrected(output: str, data: DataConfig, layout: ParallelConfig, *, batch: int, lr: float) -> CorrectConfig:
+def corrected(output: str, data: DataConfig, layout: ParallelLayout, *, batch: int, lr: float) -> CorrectConfig:
     """Teacher correction, arXiv 2408.11796, section 2: about 100 B tokens, 120 steps of warm-up, a fifth of the peak
     learning rate of the teacher's own training. Batch and smallest learning rate were the teacher's too, which are not
     published for all: these are the distillation's batch and a tenth of ``lr``.
@@ -75,7 +75,7 @@ def corrected(output: str, data: DataConfig, layout: ParallelConfig, *, batch: i
     )
 
 
-def scored(output: str, model: str, data: DataConfig, layout: ParallelConfig, name: str = "scores") -> ScoreConfig:
+def scored(output: str, model: str, data: DataConfig, layout: ParallelLayout, name: str = "scores") -> ScoreConfig:
     """Importance by forward passes: mean over the sequence, L2 over the samples."""
     return ScoreConfig(
         name=name,
@@ -91,7 +91,7 @@ def scored(output: str, model: str, data: DataConfig, layout: ParallelConfig, na
 def pruned(
     output: str,
     model: str,
-    layout: ParallelConfig,
+    layout: ParallelLayout,
     *,
     target: TargetConfig | None = None,
     layers_to_drop: Sequence[int] | None = None,
@@ -114,7 +114,7 @@ def pruned(
 def distilled(
     output: str,
     data: DataConfig,
-    layout: ParallelConfig,
+    layout: ParallelLayout,
     *,
     teacher: str,
     tokens: float,

@@ -357,6 +357,7 @@ class _Reader:
     def _fill(self, node: DictConfig, cls: type[Any], values: dict[str, Any], path: tuple[str | int, ...]) -> None:
         hints = typing.get_type_hints(cls)
         fields = [field.name for field in dataclasses.fields(cls)]
+        OmegaConf.set_readonly(node, False)  # that of a frozen dataclass is
         for key, value in values.items():
             here = (*path, key)
             if key not in fields:

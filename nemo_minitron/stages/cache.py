@@ -83,10 +83,10 @@ def run(config: CacheConfig) -> dict[str, Any]:
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.frozen import Teacher
     from nemo_minitron.distillation.teachers.logit_cache import LogitCache
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
 
     checkpoint = open_checkpoint(config.teacher)
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     check_model(checkpoint, layout, config.data.sequence_length)
     manifest = _manifest(config, checkpoint)
     groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)

@@ -40,10 +40,9 @@ def run(config: CorrectConfig) -> dict[str, Any]:
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.compatibility import check_model
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     model = open_checkpoint(config.model)
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     check_model(model, layout, config.data.sequence_length)
     output = Path(config.output)
     trained = finished(output, config.steps) if config.resume else None

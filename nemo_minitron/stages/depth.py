@@ -116,12 +116,13 @@ def run(config: DepthConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import load_into, open_checkpoint
     from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint, layer_importance
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
     from nemo_minitron.runtime.model import build_model
 
     started = time.monotonic()
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = initialize(
+        config.parallel, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes
+    )
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.shape
     blocks = build_blocks(

@@ -131,10 +131,9 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
     """Train, or on a rank of the teacher's own, for which None comes back, serve until the training is over."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.compatibility import check_model, check_pair
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     teacher = None
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     training: dict[str, Any] = {"layout": layout, "directory": Path(config.output), "resume": config.resume}
     if not config.taught:
         check_model(student, layout, config.data.sequence_length)
@@ -177,11 +176,10 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
 
 def _placement(config: DistillConfig) -> TeacherPlacement:
     from nemo_minitron.distillation.teachers.placement import TeacherPlacement
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     return TeacherPlacement(
         config.teacher_placement,
-        None if config.teacher_placement == "shared" else ParallelLayout(**vars(config.teacher_parallel)),
+        None if config.teacher_placement == "shared" else config.teacher_parallel,
         None if config.teacher_cache is None else Path(config.teacher_cache),
         timeout_minutes=max(60.0, config.runtime.collective_timeout_minutes),
     )

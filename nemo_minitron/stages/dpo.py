@@ -49,7 +49,6 @@ def run(config: DpoConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     if not config.resume:
         for old in Path(config.output).glob("round-*"):
@@ -83,7 +82,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
                 train,
                 held_out,
                 Preferences(**{name: getattr(config, name) for name in names}),
-                layout=ParallelLayout(**vars(config.parallel)),
+                layout=config.parallel,
                 schedule=schedule_of(config),
                 directory=directory,
                 max_length=config.data.max_length,

@@ -83,10 +83,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         MinitronError: for a checkpoint or text that cannot be used.
     """
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
 
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = initialize(
+        config.parallel, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes
+    )
     checkpoints = {name: open_checkpoint(path) for name, path in config.models.items()}
     baseline = config.baseline or next(iter(checkpoints))
     blocks = _held_out(config, checkpoints, baseline)

@@ -89,11 +89,11 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     from nemo_minitron.data import load_tokenizer
     from nemo_minitron.generation import Sampling, generate_tokens
     from nemo_minitron.generation.prompts import encode_prompts, prompt_title, read_prompts
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
     from nemo_minitron.runtime.model import build_model
 
     started = time.monotonic()
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
     checkpoint = open_checkpoint(config.model)
     tokenizer = load_tokenizer(checkpoint.tokenizer)

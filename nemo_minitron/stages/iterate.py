@@ -77,11 +77,12 @@ def run(config: IterateConfig) -> dict[str, Any]:
     from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint
     from nemo_minitron.pruning import choose_units, prune_weights
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
 
     started = time.monotonic()
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = initialize(
+        config.parallel, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes
+    )
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.shape
     blocks = build_blocks(

@@ -54,11 +54,11 @@ def run(config: LabelConfig) -> dict[str, Any]:
 
     from nemo_minitron.alignment.attribute_model import AttributeScorer, load_attribute_model, to_values
     from nemo_minitron.data.chat.labelled import open_chats
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
     from nemo_minitron.runtime.progress import progress_bar
 
     groups = initialize(
-        ParallelLayout(**vars(config.parallel)),
+        config.parallel,
         seed=config.runtime.seed,
         timeout_minutes=config.runtime.collective_timeout_minutes,
     )

@@ -57,7 +57,6 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.generation import Sampling
     from nemo_minitron.runtime.files import read_json_lines
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.model)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
@@ -94,7 +93,7 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
             kl_penalty=config.kl_penalty,
             batch_size=config.generation_batch,
         ),
-        layout=ParallelLayout(**vars(config.parallel)),
+        layout=config.parallel,
         schedule=schedule_of(config),
         directory=output,
         max_length=config.data.max_length,

@@ -53,7 +53,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.chat.labelled import labelled_chats, schema_of
     from nemo_minitron.runtime.files import read_json_lines
-    from nemo_minitron.runtime.groups import ParallelLayout, current
+    from nemo_minitron.runtime.groups import current
 
     source = open_checkpoint(config.model)
     data = labelled_chats(config.data, config.attributes, pairs=config.pairs)
@@ -61,7 +61,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     schema = schema_of(config.attributes).restricted({name for chat in data.train for name in chat.attributes})
     train, _, template = _samples(config, source, schema, data.train)
     held_out, numbers, _ = _samples(config, source, schema, data.held_out)
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     output = Path(config.output)
     last = train_reward(
         source,

@@ -95,11 +95,12 @@ def _by_passes(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[list[Scores
     from nemo_minitron.checkpoints import load_into
     from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint, score_criteria
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
     from nemo_minitron.runtime.model import build_model
 
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = initialize(
+        config.parallel, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes
+    )
     shape = checkpoint.shape
     blocks = build_blocks(
         config.data,

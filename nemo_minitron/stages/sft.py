@@ -36,7 +36,6 @@ def run(config: SftConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.model)
     chats = load_chats(config.data)
@@ -52,7 +51,7 @@ def run(config: SftConfig) -> dict[str, Any]:
         checkpoint,
         train,
         held_out,
-        layout=ParallelLayout(**vars(config.parallel)),
+        layout=config.parallel,
         schedule=schedule_of(config),
         directory=output,
         max_length=config.data.max_length,

@@ -47,7 +47,6 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
     from nemo_minitron.data.chat.templates import choose_template
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.runtime.files import read_json_lines
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     source = open_checkpoint(config.model)
     tokenizer = load_tokenizer(source.tokenizer)
@@ -60,7 +59,7 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
         len(train),
         len(held_out),
         lambda chunks, groups: sampler.answer(chunks, groups, train, held_out),
-        layout=ParallelLayout(**vars(config.parallel)),
+        layout=config.parallel,
         schedule=schedule_of(config),
         directory=output,
         max_length=config.data.max_length,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelConfig, PruneConfig, StageConfig
+from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelLayout, PruneConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs import local
 from nemo_minitron.jobs.folder import begin
@@ -169,7 +169,7 @@ def test_a_killed_training_goes_on_with_its_settings_in_any_layout(tmp_path: Pat
     begin(one)
     Path(one.output).mkdir()
     check_goes_on(one)
-    check_goes_on(dataclasses.replace(one, parallel=ParallelConfig(tensor=2), micro_batch_size=2, max_minutes=5.0))
+    check_goes_on(dataclasses.replace(one, parallel=ParallelLayout(tensor=2), micro_batch_size=2, max_minutes=5.0))
     with pytest.raises(ConfigError, match="was begun with other settings: steps: 300 then, 600 now; choose another"):
         check_goes_on(dataclasses.replace(one, steps=600))
     (tmp_path / "logs" / "out" / "begun.json").write_text("{")  # nothing is known
@@ -188,7 +188,7 @@ def test_a_setting_that_is_new_had_its_default(tmp_path: Path, known: str) -> No
     path.write_text(json.dumps(record | {"hash": "of fewer settings"}))
     assert stage_state(one) == ("done", [])
     check_goes_on(one)
-    wide = dataclasses.replace(one, parallel=ParallelConfig(context=2), intermediate=dataclasses.replace(
+    wide = dataclasses.replace(one, parallel=ParallelLayout(context=2), intermediate=dataclasses.replace(
         one.intermediate, hidden="mse"))  # fmt: skip
     state, reasons = stage_state(wide)
     assert state == "changed"

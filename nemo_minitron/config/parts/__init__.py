@@ -28,7 +28,7 @@ from nemo_minitron.config.parts.cluster import ClusterConfig
 from nemo_minitron.config.parts.evaluation import HarnessConfig
 from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
 from nemo_minitron.config.parts.losses import CorrectionConfig, IntermediateConfig, LossConfig
-from nemo_minitron.config.parts.process import ParallelConfig, RuntimeConfig
+from nemo_minitron.config.parts.process import ParallelLayout, RuntimeConfig
 from nemo_minitron.config.parts.pruning import AggregationConfig, DepthChoiceConfig, TargetConfig, VocabularyConfig
 from nemo_minitron.config.parts.search import AxisConfig, BudgetConfig, ShortDistillConfig, SpaceConfig
 from nemo_minitron.config.parts.text import DataConfig, SourceConfig, TaskConfig
@@ -57,7 +57,7 @@ __all__ = [
     "LOGIT_LOSSES",
     "LossConfig",
     "MEMORY_USES",
-    "ParallelConfig",
+    "ParallelLayout",
     "RECOMPUTE",
     "PromptsConfig",
     "RuntimeConfig",

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import FORMATS, ChatDataConfig, ParallelConfig, choice, not_negative, positive
+from nemo_minitron.config.parts import FORMATS, ChatDataConfig, ParallelLayout, choice, not_negative, positive
 from nemo_minitron.config.stages.base import StageConfig
 
 PREFERENCE_LOSSES = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
@@ -69,7 +69,7 @@ class AlignConfig(StageConfig):
     precision: str = "32"
     formats: list[str] = field(default_factory=list)
     verify: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Ranges, batches that do not divide, what NeMo-Aligner cannot run."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import ParallelConfig, RuntimeConfig
+from nemo_minitron.config.parts import ParallelLayout, RuntimeConfig
 
 
 @dataclass
@@ -46,9 +46,9 @@ class StageConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """The processes that the stage runs in; one, unless the stage has a ``parallel`` field."""
-        return getattr(self, "parallel", None) or ParallelConfig()
+        return getattr(self, "parallel", None) or ParallelLayout()
 
     @property
     def processes(self) -> int:
@@ -87,7 +87,7 @@ class StageConfig:
             f"{name}.context={layout.context}: only the trainings distill and correct share sequences out, by "
             "parallel.context; set it to 1"
             for name, layout in layouts.items()
-            if isinstance(layout, ParallelConfig) and layout.context > 1 and name not in self.CONTEXT_PARALLEL
+            if isinstance(layout, ParallelLayout) and layout.context > 1 and name not in self.CONTEXT_PARALLEL
         ]
 
     def faults(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DataConfig, ParallelConfig, choice, positive
+from nemo_minitron.config.parts import DataConfig, ParallelLayout, choice, positive
 from nemo_minitron.config.stages.base import StageConfig
 
 CACHE_VALUES = ("float16", "bfloat16", "int8", "float32")
@@ -46,7 +46,7 @@ class CacheConfig(StageConfig):
     micro_batch_size: int = 1
     samples_per_shard: int = 64
     resume: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
     def tokens(self) -> int:

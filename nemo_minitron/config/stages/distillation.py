@@ -14,7 +14,7 @@ from nemo_minitron.config.parts import (
     DataConfig,
     IntermediateConfig,
     LossConfig,
-    ParallelConfig,
+    ParallelLayout,
     choice,
     not_negative,
     positive,
@@ -80,7 +80,7 @@ class TrainingConfig(StageConfig):
     resume: bool = True
     precision: str = "32"
     recompute: str = "none"
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
     def validated(self) -> tuple[str, ...]:
@@ -176,7 +176,7 @@ class DistillConfig(TrainingConfig):
     teacher: str | None = MISSING
     teacher_cache: str | None = None
     teacher_placement: str = "shared"
-    teacher_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher_parallel: ParallelLayout = field(default_factory=ParallelLayout)
     loss: LossConfig = field(default_factory=LossConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     teacher_correction: CorrectionConfig = field(default_factory=CorrectionConfig)
@@ -231,9 +231,9 @@ class DistillConfig(TrainingConfig):
         where = f"teacher_placement={placement}"
         if self.teacher_cache is not None:
             where = f"teacher_cache={self.teacher_cache}"
-            if placement != "shared" or own != ParallelConfig():
+            if placement != "shared" or own != ParallelLayout():
                 found.append(f"{where}: is read by the student's ranks; leave out teacher_placement, teacher_parallel")
-        elif placement == "shared" and own != ParallelConfig():
+        elif placement == "shared" and own != ParallelLayout():
             found.append(f"{where}: has the student's layout; leave out teacher_parallel, or give the teacher its own")
         elif placement != "shared":
             if own.virtual_pipeline is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from nemo_minitron.config.parts import DTYPES, ParallelConfig, positive
+from nemo_minitron.config.parts import DTYPES, ParallelLayout, positive
 from nemo_minitron.config.stages.base import StageConfig
 
 __all__ = ["DOCTOR_CHECKS", "DoctorConfig"]
@@ -35,7 +35,7 @@ class DoctorConfig(StageConfig):
     precision: list[str] = field(default_factory=lambda: list(DTYPES))
     checks: list[str] = field(default_factory=list)
     minutes: float = 10.0
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
     def chosen(self) -> tuple[str, ...]:

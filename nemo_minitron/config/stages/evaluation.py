@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelConfig, positive
+from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelLayout, positive
 from nemo_minitron.config.stages.base import StageConfig
 
 
@@ -38,7 +38,7 @@ class EvaluateConfig(StageConfig):
     prompts: list[str] = field(default_factory=list)
     max_new_tokens: int = 48
     harness: HarnessConfig = field(default_factory=HarnessConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """No models, an unknown baseline, less than one block."""

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
     CHAT_TEMPLATES,
-    ParallelConfig,
+    ParallelLayout,
     PromptsConfig,
     SamplingConfig,
     choice,
@@ -47,7 +47,7 @@ class GenerateConfig(StageConfig):
     samples: int = 1
     batch_size: int = 8
     max_length: int | None = None
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Ranges, an unknown template, what plain text has no place for, samples that would all be the same."""

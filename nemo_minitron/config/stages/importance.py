@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
-    ParallelConfig,
+    ParallelLayout,
     TaskConfig,
     choice,
     not_negative,
@@ -46,12 +46,12 @@ class ScoreConfig(StageConfig):
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     also: list[AggregationConfig] = field(default_factory=list)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """Magnitudes are read from the checkpoint, in one process."""
-        return ParallelConfig() if self.estimator == "magnitude" else self.parallel
+        return ParallelLayout() if self.estimator == "magnitude" else self.parallel
 
     @property
     def needs_gpu(self) -> bool:
@@ -114,7 +114,7 @@ class DepthConfig(StageConfig):
     greedy_by: str = "loss"
     task: TaskConfig = field(default_factory=TaskConfig)
     reuse_prefix: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def inputs(self) -> dict[str, str]:
         """The model, and the task where it is a file."""

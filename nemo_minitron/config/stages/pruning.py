@@ -12,7 +12,7 @@ from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
     DepthChoiceConfig,
-    ParallelConfig,
+    ParallelLayout,
     TargetConfig,
     VocabularyConfig,
     choice,
@@ -53,7 +53,7 @@ class PruneConfig(StageConfig):
     target: TargetConfig = field(default_factory=TargetConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     merge_pruned_heads: bool = False
-    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
+    student_layout: ParallelLayout = field(default_factory=ParallelLayout)
     depth: DepthChoiceConfig = field(default_factory=DepthChoiceConfig)
     depth_scores: str | None = None
     layers_to_drop: list[int] | None = None
@@ -126,7 +126,7 @@ class IterateConfig(StageConfig):
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     format: str = "nemo2"
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Nothing to prune, unknown choices."""

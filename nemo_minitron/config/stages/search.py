@@ -11,7 +11,7 @@ from nemo_minitron.config.parts import (
     BudgetConfig,
     DataConfig,
     DepthChoiceConfig,
-    ParallelConfig,
+    ParallelLayout,
     ShortDistillConfig,
     SpaceConfig,
     TargetConfig,
@@ -60,7 +60,7 @@ class SearchConfig(StageConfig):
     depth_scores: str | None = None
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
+    student_layout: ParallelLayout = field(default_factory=ParallelLayout)
     max_candidates: int = 32
     data: DataConfig = field(default_factory=DataConfig)
     samples: int = 32
@@ -70,12 +70,12 @@ class SearchConfig(StageConfig):
     distill: ShortDistillConfig = field(default_factory=ShortDistillConfig)
     save_student: bool = False
     resume: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """One process leads; it starts the others when they are needed."""
-        return ParallelConfig()
+        return ParallelLayout()
 
     @property
     def started(self) -> int:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import AttributesConfig, ChatDataConfig, ParallelConfig, choice, not_negative, positive
+from nemo_minitron.config.parts import AttributesConfig, ChatDataConfig, ParallelLayout, choice, not_negative, positive
 from nemo_minitron.config.stages.alignment import AlignConfig, SftConfig
 from nemo_minitron.config.stages.base import StageConfig
 
@@ -66,7 +66,7 @@ class LabelConfig(StageConfig):
     micro_batch_size: int = 4
     batch: int = 64
     resume: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Sizes below 1, an interleaved schedule."""
@@ -139,9 +139,9 @@ class SteerlmConfig(AlignConfig):
     reward: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """One process leads; it starts the stages."""
-        return ParallelConfig()
+        return ParallelLayout()
 
     @property
     def started(self) -> int:

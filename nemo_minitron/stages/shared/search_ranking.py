@@ -82,11 +82,12 @@ def run(config: SearchConfig) -> dict[str, Any]:
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data import build_blocks
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
 
     work = Work.load(job_folder())
-    layout = ParallelLayout(**vars(config.parallel))
-    groups = initialize(layout, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes)
+    groups = initialize(
+        config.parallel, seed=config.runtime.seed, timeout_minutes=config.runtime.collective_timeout_minutes
+    )
     checkpoint = open_checkpoint(config.model)
     blocks = build_blocks(
         config.data,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
-from nemo_minitron.config import CacheConfig, ParallelConfig
+from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
@@ -29,7 +29,7 @@ def plan_training(
     models: dict[str, str],
     trained: set[str],
     written: str,
-    layouts: dict[str, ParallelConfig] | None = None,
+    layouts: dict[str, ParallelLayout] | None = None,
 ) -> StagePlan:
     """What a training would read, write and cost.
 

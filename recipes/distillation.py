@@ -27,9 +27,9 @@ from nemo_minitron.config import (
     LossConfig,
     ParallelLayout,
     RuntimeConfig,
+    Schedule,
     SourceConfig,
 )
-from nemo_minitron.distillation.training.schedule import Schedule
 from nemo_minitron.errors import ConfigError
 
 __all__ = ["distill", "distillation_recipe"]
@@ -52,6 +52,7 @@ def distill(
     result: str = "last",
     resume: bool = True,
     overwrite: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Distil, on every process that an executor started (as torchrun or Slurm do); what ``minitron distill`` runs.
 
@@ -70,6 +71,7 @@ def distill(
         result: "last" or "best" checkpoint as the model; see ``schedule.keep_best``.
         resume: go on from the last checkpoint in ``output``, under the same settings.
         overwrite: replace what is there.
+        seed: of every random generator, and so of the order of repeated passes over the data.
 
     Returns:
         The figures of the record, on rank 0.
@@ -97,7 +99,7 @@ def distill(
             result=result,
             resume=resume,
             overwrite=overwrite,
-            runtime=RuntimeConfig(seed=settings.pop("seed")),
+            runtime=RuntimeConfig(seed=seed),
             **settings,
         )
     )

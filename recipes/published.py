@@ -19,6 +19,7 @@ from nemo_minitron.config import (
     ParallelLayout,
     PruneConfig,
     RuntimeConfig,
+    Schedule,
     ScoreConfig,
     SourceConfig,
     TargetConfig,
@@ -163,8 +164,6 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
     import nemo_run as run
     from nemo_minitron.recipes.distillation import distill
 
-    from nemo_minitron.distillation.training.schedule import Schedule
-
     def deferred(value: Any) -> Any:
         """Dataclasses as nemo_run's configurations of them."""
         if isinstance(value, list):
@@ -178,8 +177,7 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
     for stage in recipe.stages:
         if not isinstance(stage, DistillConfig):
             continue
-        names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
-        schedule = Schedule(**{name: getattr(stage, name) for name in names}, seed=stage.runtime.seed)
+        schedule = Schedule(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(Schedule)})
         parts = ("data", "parallel", "loss", "intermediate", "teacher_correction")
         found[stage.name] = run.Partial(
             distill,
@@ -189,6 +187,7 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
             schedule=deferred(schedule),
             result=stage.result,
             resume=stage.resume,
+            seed=stage.runtime.seed,
             **{part: deferred(getattr(stage, part)) for part in parts},
         )
     return found

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.session import Session, last_checkpoint, open_session
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.data.chat.attributes import AttributeSchema
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -111,15 +111,16 @@ def train_reward(
     *,
     schema: AttributeSchema,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     directory: Path,
     max_length: int,
     resume: bool = True,
 ) -> Path:
     """Train. Every rank calls it.
 
-    The head starts at the mean of the training labels and at small weights drawn by ``schedule.seed``, the same under
-    every layout.
+    The head starts at the mean of the training labels and at small weights drawn by ``seed``, the same under every
+    layout.
 
     Args:
         checkpoint: what the decoder starts from.
@@ -127,6 +128,7 @@ def train_reward(
         schema: attributes of the head.
         layout: of the model.
         schedule: hyper-parameters.
+        seed: of the order of the samples and of the head's initial weights.
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         max_length: of a sample, in tokens.
         resume: go on from the last checkpoint in ``directory``.
@@ -142,6 +144,7 @@ def train_reward(
         checkpoint,
         layout=layout,
         schedule=schedule,
+        seed=seed,
         kind="rm",
         directory=directory,
         samples=len(samples),
@@ -151,7 +154,7 @@ def train_reward(
         model=_settings(len(schema.names), schedule),
         skip=(_HEAD,),
     )
-    _start_head(session, samples, schedule.seed)
+    _start_head(session, samples, seed)
     loader, validation = (
         session.loader(ScoredSamples(part), collate, training=training)
         for part, training in ((samples, True), (held_out, False))
@@ -168,7 +171,7 @@ def train_reward(
     return last_checkpoint(directory)
 
 
-def _settings(attributes: int, schedule: Schedule) -> dict[str, Any]:
+def _settings(attributes: int, schedule: AlignmentSchedule) -> dict[str, Any]:
     """What Aligner's reward models read beside a model's settings (``training_rm.yaml`` of its examples)."""
     return {
         "regression": {

@@ -17,6 +17,7 @@ from nemo_minitron.config.load import (
 )
 from nemo_minitron.config.parts import (
     AggregationConfig,
+    AlignmentSchedule,
     AttributesConfig,
     AxisConfig,
     BudgetConfig,
@@ -29,9 +30,11 @@ from nemo_minitron.config.parts import (
     IntermediateConfig,
     LossConfig,
     ParallelLayout,
+    Preferences,
     PromptsConfig,
     RuntimeConfig,
     SamplingConfig,
+    Schedule,
     ShortDistillConfig,
     SourceConfig,
     SpaceConfig,
@@ -71,6 +74,9 @@ from nemo_minitron.config.stages import (
 )
 
 __all__ = [
+    "AlignmentSchedule",
+    "Preferences",
+    "Schedule",
     "LabelConfig",
     "ReinforceConfig",
     "RewardConfig",

@@ -16,7 +16,6 @@ from nemo_minitron.stages.shared.training import (
     is_main,
     plan_training,
     save_model,
-    schedule_of,
     summary,
     training_blocks,
 )
@@ -51,9 +50,15 @@ def run(config: CorrectConfig) -> dict[str, Any]:
 
         from nemo_minitron.distillation.recipe import correct
 
-        schedule = schedule_of(config)
         trained = correct(
-            model, train, validation, layout=layout, schedule=schedule, directory=output, resume=config.resume
+            model,
+            train,
+            validation,
+            layout=layout,
+            schedule=config,
+            seed=config.runtime.seed,
+            directory=output,
+            resume=config.resume,
         )
     if not is_main():
         return {}

@@ -27,7 +27,6 @@ from nemo_minitron.stages.shared.training import (
     is_main,
     plan_training,
     save_model,
-    schedule_of,
     summary,
     training_blocks,
 )
@@ -134,14 +133,20 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
 
     teacher = None
     layout = config.parallel
-    training: dict[str, Any] = {"layout": layout, "directory": Path(config.output), "resume": config.resume}
+    training: dict[str, Any] = {
+        "layout": layout,
+        "schedule": config,
+        "seed": config.runtime.seed,
+        "directory": Path(config.output),
+        "resume": config.resume,
+    }
     if not config.taught:
         check_model(student, layout, config.data.sequence_length)
         train, validation = training_blocks(config, student)
 
         from nemo_minitron.distillation.recipe import correct
 
-        return correct(student, train, validation, schedule=schedule_of(config), **training)
+        return correct(student, train, validation, **training)
     kept, placement = None, _placement(config)
     if placement.cache is not None:
         check_model(student, layout, config.data.sequence_length)
@@ -164,7 +169,6 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         teacher,
         train,
         validation,
-        schedule=schedule_of(config),
         loss=config.loss,
         intermediate=config.intermediate,
         kept_layers=kept,

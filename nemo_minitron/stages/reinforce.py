@@ -11,7 +11,7 @@ from nemo_minitron.config import ReinforceConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,8 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
             batch_size=config.generation_batch,
         ),
         layout=config.parallel,
-        schedule=schedule_of(config),
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

@@ -9,7 +9,7 @@ from nemo_minitron.config import RewardConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, schedule_of, shorter, tokens_of
+from nemo_minitron.stages.shared.chats import align_plan, shorter, tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,8 @@ def run(config: RewardConfig) -> dict[str, Any]:
         held_out,
         schema=schema,
         layout=layout,
-        schedule=schedule_of(config),
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

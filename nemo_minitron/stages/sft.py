@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config import SftConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.jobs.plans import StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter, tokens_of
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter, tokens_of
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.batches import Sample
@@ -52,7 +52,8 @@ def run(config: SftConfig) -> dict[str, Any]:
         train,
         held_out,
         layout=config.parallel,
-        schedule=schedule_of(config),
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

@@ -11,7 +11,7 @@ from nemo_minitron.config import Steerlm2Config
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,8 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
         len(held_out),
         lambda chunks, groups: sampler.answer(chunks, groups, train, held_out),
         layout=config.parallel,
-        schedule=schedule_of(config),
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

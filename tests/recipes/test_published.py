@@ -109,7 +109,7 @@ def test_nemo_run(name):
         partial.schedule.lr = 1.0
         built = {part: fdl.build(getattr(partial, part)) for part in ("schedule", "data", "parallel", "loss")}
         assert built["schedule"].lr == 1.0
-        assert (built["schedule"].steps, built["schedule"].seed) == (stage.steps, stage.runtime.seed)
+        assert (built["schedule"].steps, partial.seed) == (stage.steps, stage.runtime.seed)
         assert (built["data"], built["parallel"], built["loss"]) == (stage.data, stage.parallel, stage.loss)
         assert (partial.student, partial.teacher, partial.output) == (stage.student, stage.teacher, stage.output)
 

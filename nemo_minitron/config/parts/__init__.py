@@ -28,12 +28,29 @@ from nemo_minitron.config.parts.cluster import ClusterConfig
 from nemo_minitron.config.parts.evaluation import HarnessConfig
 from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
 from nemo_minitron.config.parts.losses import CorrectionConfig, IntermediateConfig, LossConfig
+from nemo_minitron.config.parts.preferences import PREFERENCE_LOSSES, Preferences
 from nemo_minitron.config.parts.process import ParallelLayout, RuntimeConfig
 from nemo_minitron.config.parts.pruning import AggregationConfig, DepthChoiceConfig, TargetConfig, VocabularyConfig
+from nemo_minitron.config.parts.schedule import (
+    PRECISIONS,
+    AlignmentSchedule,
+    Schedule,
+    ShortAlignmentSchedule,
+    ShortSchedule,
+    batch_faults,
+)
 from nemo_minitron.config.parts.search import AxisConfig, BudgetConfig, ShortDistillConfig, SpaceConfig
 from nemo_minitron.config.parts.text import DataConfig, SourceConfig, TaskConfig
 
 __all__ = [
+    "AlignmentSchedule",
+    "PRECISIONS",
+    "PREFERENCE_LOSSES",
+    "Preferences",
+    "Schedule",
+    "ShortAlignmentSchedule",
+    "ShortSchedule",
+    "batch_faults",
     "AGGREGATIONS",
     "AggregationConfig",
     "AxisConfig",

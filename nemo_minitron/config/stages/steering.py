@@ -8,7 +8,15 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import AttributesConfig, ChatDataConfig, ParallelLayout, choice, not_negative, positive
+from nemo_minitron.config.parts import (
+    AttributesConfig,
+    ChatDataConfig,
+    ParallelLayout,
+    ShortAlignmentSchedule,
+    choice,
+    not_negative,
+    positive,
+)
 from nemo_minitron.config.stages.alignment import AlignConfig, SftConfig
 from nemo_minitron.config.stages.base import StageConfig
 
@@ -80,15 +88,14 @@ class LabelConfig(StageConfig):
 
 
 @dataclass
-class RewardTrainingConfig:
+class RewardTrainingConfig(ShortAlignmentSchedule):
     """The training of the attribute model within ``minitron steerlm``; what is not named here is the stage's.
 
     Attributes:
         model: checkpoint to start from; null takes the stage's ``model``.
         path, package: labelled conversations or pairs; the stage's ``data`` without either. Template, lengths and split
             are those of ``data``.
-        pairs, epochs, steps, micro_batch_size, global_batch_size, lr, min_lr, warmup_steps, validate_every, save_every:
-            as in ``minitron reward``.
+        pairs: as in ``minitron reward``.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "path")
@@ -97,15 +104,6 @@ class RewardTrainingConfig:
     path: str | None = None
     package: str | None = None
     pairs: bool = False
-    epochs: int = 1
-    steps: int | None = None
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    lr: float = 1e-5
-    min_lr: float = 1e-6
-    warmup_steps: int = 10
-    validate_every: int = 50
-    save_every: int = 50
 
     def faults(self) -> list[str]:
         """Two origins; the rest is left to the configuration of the stage, which is made of it."""
@@ -150,7 +148,7 @@ class SteerlmConfig(AlignConfig):
 
     def reward_stage(self) -> RewardConfig:
         """The training of the attribute model."""
-        names = {one.name for one in dataclasses.fields(RewardTrainingConfig)} - {"model", "path", "package"}
+        names = {"pairs", *(one.name for one in dataclasses.fields(ShortAlignmentSchedule))}
         data = self.data
         if self.reward.path or self.reward.package:
             data = dataclasses.replace(data, path=self.reward.path, package=self.reward.package, validation=None)

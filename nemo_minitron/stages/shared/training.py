@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
     from nemo_minitron.distillation.training.outputs import Trained
-    from nemo_minitron.distillation.training.schedule import Schedule
 
-__all__ = ["is_main", "plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
+__all__ = ["is_main", "plan_training", "save_model", "summary", "training_blocks"]
 
 
 def plan_training(
@@ -81,14 +80,6 @@ def plan_training(
         rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
     return found
-
-
-def schedule_of(config: TrainingConfig) -> Schedule:
-    """The hyper-parameters of a stage."""
-    from nemo_minitron.distillation.training.schedule import Schedule
-
-    names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
-    return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
 
 
 def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:

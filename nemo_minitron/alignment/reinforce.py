@@ -60,6 +60,7 @@ class Rollouts:
 
     Attributes:
         sampling: of an answer.
+        seed: of the draws.
         ends: ids that end one.
         vocab_size: true vocabulary.
         prompts_per_step, samples_per_prompt: of a step.
@@ -69,6 +70,7 @@ class Rollouts:
     """
 
     sampling: Sampling
+    seed: int
     ends: tuple[int, ...]
     vocab_size: int
     prompts_per_step: int
@@ -147,6 +149,7 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
                 self._groups,
                 rows * self._copies,
                 sampling=rollouts.sampling,
+                seed=rollouts.seed,
                 ends=rollouts.ends,
                 vocab_size=rollouts.vocab_size,
                 requests=range(self._request, self._request + count),

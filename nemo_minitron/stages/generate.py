@@ -87,7 +87,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 
     from nemo_minitron.checkpoints import load_into, open_checkpoint
     from nemo_minitron.data import load_tokenizer
-    from nemo_minitron.generation import Sampling, generate_tokens
+    from nemo_minitron.generation import generate_tokens
     from nemo_minitron.generation.prompts import encode_prompts, prompt_title, read_prompts
     from nemo_minitron.runtime.groups import initialize
     from nemo_minitron.runtime.model import build_model
@@ -126,7 +126,8 @@ def run(config: GenerateConfig) -> dict[str, Any]:
                 chunks,
                 groups,
                 [prompts[request // config.samples] for request in requests],
-                sampling=Sampling(**vars(config.sampling), seed=config.runtime.seed),
+                sampling=config.sampling,
+                seed=config.runtime.seed,
                 ends=ends,
                 vocab_size=checkpoint.shape.vocab_size,
                 max_length=max_length,

@@ -159,7 +159,7 @@ def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | No
     directory = Path(out) / "reinforce"
     prompts = [Prompt(number, list(range(130 + number, 133 + number + number % 5))) for number in range(64)]
     rollouts = Rollouts(
-        Sampling(max_new_tokens=6, seed=3), ends=tuple(range(128)), vocab_size=260, prompts_per_step=8,
+        Sampling(max_new_tokens=6), seed=3, ends=tuple(range(128)), vocab_size=260, prompts_per_step=8,
         samples_per_prompt=8, validation_prompts=64, kl_penalty=0.01, batch_size=64,
     )  # fmt: skip
     schedule = AlignmentSchedule(

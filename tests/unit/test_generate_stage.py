@@ -11,7 +11,7 @@ from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
 from support.text import write_tokenizer
 
-from nemo_minitron.config import GenerateConfig, ParallelLayout, PromptsConfig, SamplingConfig, load
+from nemo_minitron.config import GenerateConfig, ParallelLayout, PromptsConfig, Sampling, load
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.stages import generate
 
@@ -29,7 +29,7 @@ def make_config(tmp_path: Path, model: Path, output: str = "answers", **settings
         model=str(model),
         prompts=PromptsConfig(path=str(path)),
         output=str(tmp_path / output),
-        sampling=SamplingConfig(max_new_tokens=6, temperature=0.9),
+        sampling=Sampling(max_new_tokens=6, temperature=0.9),
         samples=3,
         batch_size=2,
         **settings,

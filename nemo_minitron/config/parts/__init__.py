@@ -26,7 +26,7 @@ from nemo_minitron.config.parts.checks import (
 )
 from nemo_minitron.config.parts.cluster import ClusterConfig
 from nemo_minitron.config.parts.evaluation import HarnessConfig
-from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
+from nemo_minitron.config.parts.generation import PromptsConfig, Sampling
 from nemo_minitron.config.parts.losses import CorrectionConfig, IntermediateConfig, LossConfig
 from nemo_minitron.config.parts.preferences import PREFERENCE_LOSSES, Preferences
 from nemo_minitron.config.parts.process import ParallelLayout, RuntimeConfig
@@ -79,7 +79,7 @@ __all__ = [
     "PromptsConfig",
     "RuntimeConfig",
     "STATE_LOSSES",
-    "SamplingConfig",
+    "Sampling",
     "TEACHER_PLACEMENTS",
     "ShortDistillConfig",
     "SourceConfig",

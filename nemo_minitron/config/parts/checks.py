@@ -23,7 +23,7 @@ LATENCIES = ("prefill", "decode")
 def positive(config: Any, *names: str) -> list[str]:
     """Faults of the named fields that are given and not above zero."""
     values = ((name, getattr(config, name)) for name in names)
-    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and value <= 0]
+    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and not value > 0]
 
 
 def not_negative(config: Any, *names: str) -> list[str]:

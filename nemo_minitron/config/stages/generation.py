@@ -11,7 +11,7 @@ from nemo_minitron.config.parts import (
     CHAT_TEMPLATES,
     ParallelLayout,
     PromptsConfig,
-    SamplingConfig,
+    Sampling,
     choice,
     positive,
 )
@@ -43,7 +43,7 @@ class GenerateConfig(StageConfig):
     system: str | None = None
     template: str = "own"
     attributes: dict[str, int] = field(default_factory=dict)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
     batch_size: int = 8
     max_length: int | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.folder import begin, job_folder_of, write_settings
 from nemo_minitron.jobs.launch import RankResult, Starter, launch
+from nemo_minitron.jobs.modules import reference_of
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.outputs import check_output, set_aside
 from nemo_minitron.jobs.ranks import forked
@@ -18,37 +19,12 @@ from nemo_minitron.jobs.records import write_record
 from nemo_minitron.jobs.reuse import check_goes_on
 from nemo_minitron.jobs.warm import warm_pool
 
-__all__ = ["level_of", "record_job", "run_stage", "starter_of"]
-
-#: What the ranks of a stage import, of :data:`~nemo_minitron.jobs.warm.LEVELS`. One that needs more imports it itself.
-_LEVELS = {
-    "correct": "nemo",
-    "distill": "nemo",
-    "doctor": "torch",
-    "dpo": "aligner",
-    "export": "torch",
-    "import": "nemo",
-    "iterate": "nemo",
-    "label": "aligner",
-    "prune": "nemo",
-    "reinforce": "aligner",
-    "report": "torch",
-    "reward": "aligner",
-    "sft": "aligner",
-    "steerlm": "torch",
-    "steerlm2": "aligner",
-    "tokens": "torch",
-}
-
-
-def level_of(stage: str) -> str:
-    """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that a stage's processes are forked from."""
-    return _LEVELS.get(stage, "megatron")
+__all__ = ["record_job", "run_stage", "starter_of"]
 
 
 def starter_of(config: StageConfig) -> Starter | None:
     """What :func:`~nemo_minitron.jobs.launch.launch` may start a stage's processes by; None where that is CUDA."""
-    return None if config.runtime.device == "cuda" else forked(level_of(config.STAGE))
+    return None if config.runtime.device == "cuda" else forked(config.LEVEL)
 
 
 def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
@@ -68,7 +44,6 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
         MinitronError: what the stage refused.
         StageCrashError: what it failed by.
     """
-    stage = config.STAGE
     # A stage that resumes keeps its output; another that finds one is refused before anything starts.
     if not getattr(config, "resume", False):
         check_output(config.output, config.overwrite)
@@ -83,7 +58,7 @@ def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = N
         begin(config)
         results = launch(
             "nemo_minitron.jobs.worker",
-            [stage],
+            [reference_of(config)],
             world_size=config.processes,
             folder=folder,
             threads=config.runtime.threads,

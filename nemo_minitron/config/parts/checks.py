@@ -5,6 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+__all__ = [
+    "AGGREGATIONS",
+    "BALANCES",
+    "DEPTH_CRITERIA",
+    "DEPTH_FORMS",
+    "DTYPES",
+    "FORMATS",
+    "LATENCIES",
+    "LOGIT_LOSSES",
+    "MEMORY_USES",
+    "RECOMPUTE",
+    "STATE_LOSSES",
+    "TEACHER_PLACEMENTS",
+    "choice",
+    "not_negative",
+    "one_of",
+    "positive",
+]
+
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 FORMATS = ("nemo2", "nemo", "hf")
 DTYPES = ("float32", "bfloat16")

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import one_of, positive
 
+__all__ = ["PromptsConfig", "Sampling"]
+
 
 @dataclass
 class PromptsConfig:

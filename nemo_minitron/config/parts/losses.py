@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.parts.checks import BALANCES, LOGIT_LOSSES, STATE_LOSSES, choice, not_negative, positive
 
+__all__ = ["CorrectionConfig", "IntermediateConfig", "LossConfig"]
+
 
 @dataclass
 class LossConfig:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.parts.checks import choice, not_negative, positive
 
+__all__ = ["PREFERENCE_LOSSES", "Preferences"]
+
 PREFERENCE_LOSSES = ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 
 

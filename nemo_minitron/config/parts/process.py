@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
 
+__all__ = ["ParallelLayout", "RuntimeConfig"]
+
 
 @dataclass(frozen=True)
 class ParallelLayout:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.parts.checks import RECOMPUTE, choice, not_negative, positive
 
+__all__ = ["AlignmentSchedule", "PRECISIONS", "Schedule", "ShortAlignmentSchedule", "ShortSchedule", "batch_faults"]
+
 PRECISIONS = ("32", "bf16-mixed")
 
 

@@ -9,6 +9,8 @@ from nemo_minitron.config.parts.checks import DTYPES, LATENCIES, MEMORY_USES, ch
 from nemo_minitron.config.parts.losses import LossConfig
 from nemo_minitron.config.parts.schedule import ShortSchedule
 
+__all__ = ["AxisConfig", "BudgetConfig", "ShortDistillConfig", "SpaceConfig"]
+
 
 @dataclass
 class AxisConfig:

@@ -16,7 +16,9 @@ from nemo_minitron.config.parts import (
     batch_faults,
     positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_ALIGNMENT, StageConfig
+
+__all__ = ["AlignConfig", "DpoConfig", "SftConfig"]
 
 
 @dataclass
@@ -33,6 +35,8 @@ class AlignConfig(AlignmentSchedule, StageConfig):
         parallel: layout of the model.
     """
 
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_ALIGNMENT
+    LEVEL: ClassVar[str] = "aligner"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation")
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "max_minutes", "save_every", "validate_every", "validation_batches", "formats",
@@ -70,6 +74,8 @@ class SftConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "sft"
+    HELP: ClassVar[str] = "Train a model on the answers of conversations."
+    MAKES_MODEL: ClassVar[bool] = True
 
     pack: bool = False
 
@@ -87,6 +93,8 @@ class DpoConfig(Preferences, AlignConfig):
     """
 
     STAGE: ClassVar[str] = "dpo"
+    HELP: ClassVar[str] = "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO."
+    MAKES_MODEL: ClassVar[bool] = True
     PATHS: ClassVar[tuple[str, ...]] = ("output", "reference", "rounds_data")
 
     lr: float = 1e-6

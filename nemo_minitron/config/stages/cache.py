@@ -8,7 +8,9 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import DataConfig, ParallelLayout, choice, positive
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+
+__all__ = ["CACHE_VALUES", "CacheConfig"]
 
 CACHE_VALUES = ("float16", "bfloat16", "int8", "float32")
 
@@ -34,6 +36,8 @@ class CacheConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "cache"
+    HELP: ClassVar[str] = "Keep a teacher's logits on disk, for trainings without it."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: str = MISSING

@@ -18,7 +18,9 @@ from nemo_minitron.config.parts import (
     batch_faults,
     choice,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_TRAINING, StageConfig
+
+__all__ = ["CorrectConfig", "DistillConfig", "TrainingConfig"]
 
 
 @dataclass
@@ -33,6 +35,9 @@ class TrainingConfig(Schedule, StageConfig):
         parallel: layout of the models.
     """
 
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TRAINING
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
@@ -93,6 +98,7 @@ class CorrectConfig(TrainingConfig):
     """
 
     STAGE: ClassVar[str] = "correct"
+    HELP: ClassVar[str] = "Train a model on text by the language-model loss: a teacher before it teaches."
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -117,6 +123,8 @@ class DistillConfig(TrainingConfig):
     """
 
     STAGE: ClassVar[str] = "distill"
+    HELP: ClassVar[str] = "Train a student on its teacher's logits."
+    ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
 
     student: str = MISSING

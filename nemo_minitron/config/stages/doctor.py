@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from nemo_minitron.config.parts import DTYPES, ParallelLayout, positive
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+
+__all__ = ["DOCTOR_CHECKS", "DoctorConfig"]
 
 __all__ = ["DOCTOR_CHECKS", "DoctorConfig"]
 
@@ -28,6 +30,9 @@ class DoctorConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "doctor"
+    HELP: ClassVar[str] = "Say what this machine has and what works on it; with --run, prove it."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL  # what single checks need besides, they lack
+    LEVEL: ClassVar[str] = "torch"
     REPEATS: ClassVar[bool] = True
 
     output: str = "doctor"

@@ -15,7 +15,9 @@ from nemo_minitron.config.parts import (
     choice,
     positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+
+__all__ = ["GenerateConfig"]
 
 
 @dataclass
@@ -36,6 +38,8 @@ class GenerateConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "generate"
+    HELP: ClassVar[str] = "Answer prompts with a model: for distillation on its answers, or to try it."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "prompts.path")
 
     model: str = MISSING

@@ -16,7 +16,9 @@ from nemo_minitron.config.parts import (
     not_negative,
     positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_MODEL, NEEDS_TORCH, StageConfig
+
+__all__ = ["DepthConfig", "ScoreConfig", "TokensConfig"]
 
 
 @dataclass
@@ -37,6 +39,8 @@ class ScoreConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "score"
+    HELP: ClassVar[str] = "Score every unit of a model by forward passes over calibration data."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -102,6 +106,8 @@ class DepthConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "depth"
+    HELP: ClassVar[str] = "Measure a model without some of its layers: loss and task score."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -147,6 +153,9 @@ class TokensConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "tokens"
+    HELP: ClassVar[str] = "Count the tokens of a text, for trimming a model's vocabulary."
+    NEEDS: ClassVar[tuple[str, ...]] = (*NEEDS_TORCH, "transformers")
+    LEVEL: ClassVar[str] = "torch"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
     NEEDS_GPU: ClassVar[bool] = False
 

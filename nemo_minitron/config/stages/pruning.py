@@ -20,6 +20,8 @@ from nemo_minitron.config.parts import (
 )
 from nemo_minitron.config.stages.base import StageConfig
 
+__all__ = ["IterateConfig", "PRUNE_METHODS", "PruneConfig"]
+
 PRUNE_METHODS = ("activation", "taylor", "magnitude", "random")
 
 
@@ -44,6 +46,10 @@ class PruneConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "prune"
+    HELP: ClassVar[str] = "Remove the units that matter least, down to a target shape."
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -114,6 +120,10 @@ class IterateConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "iterate"
+    HELP: ClassVar[str] = "Prune in rounds: score, prune, score what is left, prune again."
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING

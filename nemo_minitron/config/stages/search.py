@@ -23,6 +23,8 @@ from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.stages.distillation import DistillConfig
 from nemo_minitron.config.stages.pruning import PRUNE_METHODS, PruneConfig
 
+__all__ = ["SearchConfig"]
+
 
 @dataclass
 class SearchConfig(StageConfig):
@@ -51,6 +53,7 @@ class SearchConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "search"
+    HELP: ClassVar[str] = "Search the shapes within a budget for the one that loses least."
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
 
     model: str = MISSING

@@ -18,7 +18,17 @@ from nemo_minitron.config.parts import (
     positive,
 )
 from nemo_minitron.config.stages.alignment import AlignConfig, SftConfig
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_ALIGNMENT, NEEDS_TORCH, StageConfig
+
+__all__ = [
+    "LabelConfig",
+    "REWARD_RULES",
+    "ReinforceConfig",
+    "RewardConfig",
+    "RewardTrainingConfig",
+    "Steerlm2Config",
+    "SteerlmConfig",
+]
 
 REWARD_RULES = ("short", "long", "ends")
 
@@ -34,6 +44,7 @@ class RewardConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "reward"
+    HELP: ClassVar[str] = "Train a model that predicts the attribute values of answers."
 
     pairs: bool = False
     attributes: AttributesConfig = field(default_factory=AttributesConfig)
@@ -67,6 +78,9 @@ class LabelConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "label"
+    HELP: ClassVar[str] = "Predict the attribute values of answers, for conversations without them."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_ALIGNMENT
+    LEVEL: ClassVar[str] = "aligner"
     INPUTS: ClassVar[tuple[str, ...]] = ("reward", "data.path")
 
     reward: str = MISSING
@@ -126,6 +140,9 @@ class SteerlmConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "steerlm"
+    HELP: ClassVar[str] = "SteerLM: attribute model, labels, fine-tuning on answers given their attributes."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TORCH  # the stages that it starts say theirs
+    LEVEL: ClassVar[str] = "torch"
     LEADS: ClassVar[bool] = True
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -202,6 +219,7 @@ class Steerlm2Config(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "steerlm2"
+    HELP: ClassVar[str] = "SteerLM 2: draw such a model towards what the attribute model says of its answers."
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "base", "attribute_model", "data.path", "data.validation")
 
     base: str = MISSING
@@ -241,6 +259,8 @@ class ReinforceConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "reinforce"
+    HELP: ClassVar[str] = "REINFORCE: train a model on answers of its own, by their rewards."
+    MAKES_MODEL: ClassVar[bool] = True
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation", "reward")
 
     lr: float = 1e-6

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.shape import ModelShape
@@ -35,24 +35,28 @@ __all__ = [
     "EXPERTS",
     "FAMILIES",
     "Axis",
+    "Entry",
     "Family",
     "KeptUnits",
     "Parameter",
     "axis_rows",
     "axis_size",
+    "entry",
     "family",
+    "layer_count",
     "layer_parameters",
     "parameter",
     "parameter_count",
     "parameters",
     "shard_rows",
+    "tensor_shape",
 ]
 
 
 EXPERTS = "mlp.experts.local_experts."
 """Before an expert's number in the names of its parameters: Megatron's module of experts computed one by one."""
 
-_LAYER = re.compile(r"decoder\.layers\.\d+\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 
 
 class Axis(Enum):
@@ -76,11 +80,41 @@ class Parameter:
         axes: the axis of each dimension, outermost first.
         tensor_parallel_dim: the dimension that TP cuts, or None where every TP rank holds all of it.
         expert: which expert of its layer the parameter belongs to; set by :func:`parameters`, None outside experts.
+        part: what of its layer it belongs to, the norm before it included; a layer without that part does not have it.
+            None outside the layers.
     """
 
     axes: tuple[Axis, ...]
     tensor_parallel_dim: int | None = None
     expert: int | None = None
+    part: Literal["attention", "mlp"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A parameter of a model.
+
+    Attributes:
+        name: canonical.
+        row: of the family's table.
+        layer: that it lies in, or None.
+        sizes: of that layer; outside the layers, of the model.
+    """
+
+    name: str
+    row: Parameter
+    layer: int | None
+    sizes: ModelShape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its global shape."""
+        return tensor_shape(self.row, self.sizes)
+
+    @property
+    def count(self) -> int:
+        """Its numbers."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -131,47 +165,65 @@ _HEAD_NORM = Parameter((Axis.HEAD_DIM,))
 _EMBEDDING = Parameter((Axis.VOCAB, Axis.HIDDEN), tensor_parallel_dim=0)
 _FIRST = {"embedding.word_embeddings.weight": _EMBEDDING}
 _LAST = {"decoder.final_layernorm.weight": _NORM, "output_layer.weight": _EMBEDDING}
-_ATTENTION = {
-    "self_attention.linear_qkv.layer_norm_weight": _NORM,
-    "self_attention.linear_qkv.weight": Parameter((Axis.QKV, Axis.HIDDEN), tensor_parallel_dim=0),
-    "self_attention.linear_proj.weight": Parameter((Axis.HIDDEN, Axis.HEADS), tensor_parallel_dim=1),
-}
+
+
+def _part(part: Literal["attention", "mlp"], rows: dict[str, Parameter]) -> dict[str, Parameter]:
+    return {name: dataclasses.replace(row, part=part) for name, row in rows.items()}
+
+
+_ATTENTION = _part(
+    "attention",
+    {
+        "self_attention.linear_qkv.layer_norm_weight": _NORM,
+        "self_attention.linear_qkv.weight": Parameter((Axis.QKV, Axis.HIDDEN), tensor_parallel_dim=0),
+        "self_attention.linear_proj.weight": Parameter((Axis.HIDDEN, Axis.HEADS), tensor_parallel_dim=1),
+    },
+)
+_QKV_BIAS = _part("attention", {"self_attention.linear_qkv.bias": Parameter((Axis.QKV,), tensor_parallel_dim=0)})
+_QK_NORM = _part(
+    "attention",
+    {"self_attention.q_layernorm.weight": _HEAD_NORM, "self_attention.k_layernorm.weight": _HEAD_NORM},
+)
 _GATED = Parameter((Axis.GATED_FFN, Axis.HIDDEN), tensor_parallel_dim=0)
 _UP = Parameter((Axis.FFN, Axis.HIDDEN), tensor_parallel_dim=0)
 _DOWN = Parameter((Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1)
-_GATED_MLP = {
-    "mlp.linear_fc1.layer_norm_weight": _NORM,
-    "mlp.linear_fc1.weight": _GATED,
-    "mlp.linear_fc2.weight": _DOWN,
-}
+_GATED_MLP = _part(
+    "mlp",
+    {
+        "mlp.linear_fc1.layer_norm_weight": _NORM,
+        "mlp.linear_fc1.weight": _GATED,
+        "mlp.linear_fc2.weight": _DOWN,
+    },
+)
 
 LLAMA = Family("llama", layer=_ATTENTION | _GATED_MLP, first=_FIRST, last=_LAST)
 """Llama, and Mistral without sliding windows."""
 
 QWEN2 = Family(
     "qwen2",
-    layer=_ATTENTION | {"self_attention.linear_qkv.bias": Parameter((Axis.QKV,), tensor_parallel_dim=0)} | _GATED_MLP,
+    layer=_ATTENTION | _QKV_BIAS | _GATED_MLP,
     first=_FIRST,
     last=_LAST,
 )
 QWEN3 = Family(
     "qwen3",
-    layer=_ATTENTION
-    | {"self_attention.q_layernorm.weight": _HEAD_NORM, "self_attention.k_layernorm.weight": _HEAD_NORM}
-    | _GATED_MLP,
+    layer=_ATTENTION | _QK_NORM | _GATED_MLP,
     first=_FIRST,
     last=_LAST,
 )
 NEMOTRON = Family(
     "nemotron",
     layer=_ATTENTION
-    | {
-        "self_attention.linear_qkv.layer_norm_bias": _NORM,
-        "mlp.linear_fc1.layer_norm_weight": _NORM,
-        "mlp.linear_fc1.layer_norm_bias": _NORM,
-        "mlp.linear_fc1.weight": _UP,
-        "mlp.linear_fc2.weight": _DOWN,
-    },
+    | _part("attention", {"self_attention.linear_qkv.layer_norm_bias": _NORM})
+    | _part(
+        "mlp",
+        {
+            "mlp.linear_fc1.layer_norm_weight": _NORM,
+            "mlp.linear_fc1.layer_norm_bias": _NORM,
+            "mlp.linear_fc1.weight": _UP,
+            "mlp.linear_fc2.weight": _DOWN,
+        },
+    ),
     first=_FIRST,
     last=_LAST | {"decoder.final_layernorm.bias": _NORM},
     activation="squared_relu",
@@ -181,10 +233,14 @@ NEMOTRON = Family(
 MIXTRAL = Family(
     "mixtral",
     # the router reads the norm's output too, so Megatron does not fuse it into the experts' first linear
-    layer=_ATTENTION | {"pre_mlp_layernorm.weight": _NORM, "mlp.router.weight": Parameter((Axis.EXPERTS, Axis.HIDDEN))},
+    layer=_ATTENTION
+    | _part(
+        "mlp",
+        {"pre_mlp_layernorm.weight": _NORM, "mlp.router.weight": Parameter((Axis.EXPERTS, Axis.HIDDEN))},
+    ),
     first=_FIRST,
     last=_LAST,
-    expert={"linear_fc1.weight": _GATED, "linear_fc2.weight": _DOWN},
+    expert=_part("mlp", {"linear_fc1.weight": _GATED, "linear_fc2.weight": _DOWN}),
 )
 
 FAMILIES: dict[str, Family] = {one.name: one for one in (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL)}
@@ -201,29 +257,37 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def parameters(table: Family, shape: ModelShape) -> Iterator[tuple[str, Parameter, int | None]]:
-    """Every parameter of a model as ``(canonical name, row of the table, layer or None)``, in forward order.
+def parameters(table: Family, shape: ModelShape) -> Iterator[Entry]:
+    """Every parameter of a model, in forward order.
 
     Each expert's parameters come under names of their own, with :attr:`Parameter.expert` set in their rows.
     """
     for name, row in table.first.items():
-        yield name, row, None
-    for layer in range(shape.num_layers):
-        for name, row in layer_parameters(table, shape).items():
-            yield f"decoder.layers.{layer}.{name}", row, layer
+        yield Entry(name, row, None, shape)
+    for layer, sizes in enumerate(shape.each()):
+        for name, row in layer_parameters(table, sizes).items():
+            yield Entry(f"decoder.layers.{layer}.{name}", row, layer, sizes)
     for name, row in table.last.items():
         if not (shape.tied_embeddings and name == table.output):
-            yield name, row, None
+            yield Entry(name, row, None, shape)
 
 
-def layer_parameters(table: Family, shape: ModelShape) -> dict[str, Parameter]:
-    """The parameters of one layer with all its experts, by name below ``decoder.layers.N.``."""
-    experts = range((shape.num_moe_experts or 0) if table.expert else 0)
-    return table.layer | {
+def layer_parameters(table: Family, sizes: ModelShape) -> dict[str, Parameter]:
+    """The parameters of one layer with all its experts, by name below ``decoder.layers.N.``.
+
+    Args:
+        table: of the family.
+        sizes: of the layer (:meth:`~nemo_minitron.shape.ModelShape.at`). What it lacks, of size 0, has none, not even
+            the norm before it.
+    """
+    experts = range((sizes.num_moe_experts or 0) if table.expert else 0)
+    rows = table.layer | {
         f"{EXPERTS}{expert}.{name}": dataclasses.replace(row, expert=expert)
         for expert in experts
         for name, row in table.expert.items()
     }
+    there = {"attention": sizes.num_query_groups > 0, "mlp": sizes.ffn_hidden_size > 0}
+    return rows if all(there.values()) else {name: row for name, row in rows.items() if there[row.part or "mlp"]}
 
 
 def parameter(table: Family, name: str) -> Parameter:
@@ -235,34 +299,56 @@ def parameter(table: Family, name: str) -> Parameter:
     match = _LAYER.fullmatch(name)
     if match is None:
         return table.first[name] if name in table.first else table.last[name]
-    if match[1] is None:
-        return table.layer[match[2]]
-    return dataclasses.replace(table.expert[match[2]], expert=int(match[1]))
+    if match[2] is None:
+        return table.layer[match[3]]
+    return dataclasses.replace(table.expert[match[3]], expert=int(match[2]))
 
 
-def axis_size(axis: Axis, shape: ModelShape) -> int:
-    """Global length of a dimension that lies on ``axis``."""
-    s = shape
-    return {
-        Axis.HIDDEN: s.hidden_size,
-        Axis.FFN: s.ffn_hidden_size,
-        Axis.GATED_FFN: 2 * s.ffn_hidden_size,
-        Axis.HEADS: s.num_attention_heads * s.head_dim,
-        Axis.QKV: (s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim,
-        Axis.VOCAB: s.vocab_size,
-        Axis.HEAD_DIM: s.head_dim,
-        Axis.EXPERTS: s.num_moe_experts or 0,
-    }[axis]
+def entry(table: Family, shape: ModelShape, name: str) -> Entry:
+    """One parameter of a model, by its canonical name.
+
+    Raises:
+        KeyError: for a name that the family does not have.
+    """
+    match = _LAYER.fullmatch(name)
+    layer = None if match is None else int(match[1])
+    return Entry(name, parameter(table, name), layer, shape.at(layer))
 
 
-def tensor_shape(row: Parameter, shape: ModelShape) -> tuple[int, ...]:
-    """Global shape of a parameter."""
-    return tuple(axis_size(axis, shape) for axis in row.axes)
+def axis_size(axis: Axis, sizes: ModelShape) -> int:
+    """Global length of a dimension that lies on ``axis``, by the sizes of its layer."""
+    match axis:
+        case Axis.HIDDEN:
+            return sizes.hidden_size
+        case Axis.FFN:
+            return sizes.ffn_hidden_size
+        case Axis.GATED_FFN:
+            return 2 * sizes.ffn_hidden_size
+        case Axis.HEADS:
+            return sizes.num_attention_heads * sizes.head_dim
+        case Axis.QKV:
+            return (sizes.num_attention_heads + 2 * sizes.num_query_groups) * sizes.head_dim
+        case Axis.VOCAB:
+            return sizes.vocab_size
+        case Axis.HEAD_DIM:
+            return sizes.head_dim
+        case Axis.EXPERTS:
+            return sizes.num_moe_experts or 0
+
+
+def tensor_shape(row: Parameter, sizes: ModelShape) -> tuple[int, ...]:
+    """Global shape of a parameter, by the sizes of its layer."""
+    return tuple(axis_size(axis, sizes) for axis in row.axes)
+
+
+def layer_count(table: Family, sizes: ModelShape) -> int:
+    """Exact number of parameters of one layer, by its sizes."""
+    return sum(math.prod(tensor_shape(row, sizes)) for row in layer_parameters(table, sizes).values())
 
 
 def parameter_count(table: Family, shape: ModelShape) -> int:
     """Exact number of parameters, tied embeddings counted once and vocabulary padding not at all."""
-    return sum(math.prod(tensor_shape(row, shape)) for _, row, _ in parameters(table, shape))
+    return sum(one.count for one in parameters(table, shape))
 
 
 def _blocks(starts: torch.Tensor, length: int) -> torch.Tensor:
@@ -289,6 +375,7 @@ def axis_rows(
     """
     import torch
 
+    shape = shape.at(None if layer is None else kept.layers[layer])
     if axis is Axis.HEAD_DIM:
         return None
     if axis is Axis.VOCAB:

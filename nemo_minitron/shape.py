@@ -6,12 +6,23 @@ Names are Megatron's. Nothing here imports torch, so that plans and configuratio
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_minitron.errors import ShapeError
 
-__all__ = ["SIZES", "Architecture", "ModelShape", "padded_vocab"]
+__all__ = [
+    "LAYER_SIZES",
+    "SIZES",
+    "Architecture",
+    "LayerShape",
+    "ModelShape",
+    "padded_vocab",
+    "require_uniform",
+    "uniform_faults",
+]
 
 #: The sizes of a :class:`ModelShape` that pruning may change, without the vocabulary's. Megatron's configuration has
 #: them under the same names.
@@ -24,10 +35,31 @@ SIZES = (
     "num_moe_experts",
 )
 
+#: Those that a layer may have of its own, and what a layer of size 0 has not.
+LAYER_SIZES = {"ffn_hidden_size": "MLP", "num_query_groups": "attention"}
+
 
 @dataclass(frozen=True)
+class LayerShape:
+    """The sizes that one decoder layer has of its own, as in the models of Puzzle (arXiv 2411.19146).
+
+    Attributes:
+        ffn_hidden_size: width of its MLP; 0 for a layer without one, None for the model's.
+        num_query_groups: its key/value heads; 0 for a layer without attention, None for the model's. The query heads
+            are the model's in every layer with attention.
+    """
+
+    ffn_hidden_size: int | None = None
+    num_query_groups: int | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelShape:
     """The sizes of a GPT-style decoder. All are global: no parallel layout changes them.
+
+    A shape whose layers turn out to be all alike is the uniform shape. One whose layers differ has every layer's sizes
+    in ``layers`` and no ``ffn_hidden_size`` and ``num_query_groups`` of its own: reading these raises a ShapeError, and
+    :meth:`at` has each layer's.
 
     Attributes:
         num_layers: decoder layers.
@@ -41,6 +73,7 @@ class ModelShape:
         tied_embeddings: the output layer shares the word embedding.
         num_moe_experts: experts of each MLP, or None where it is dense. With experts, ``ffn_hidden_size`` is the width
             of one.
+        layers: one entry for each layer; None where all are alike.
     """
 
     num_layers: int
@@ -52,31 +85,129 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool = False
     num_moe_experts: int | None = None
+    layers: tuple[LayerShape, ...] | None = None
+
+    _MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if faults := self.faults():
             raise ShapeError(faults)
+        if self.layers is None:
+            return
+        layers = tuple(LayerShape(**{name: self._size(layer, name) for name in LAYER_SIZES}) for layer in self.layers)
+        alike = len(set(layers)) == 1
+        object.__setattr__(self, "layers", None if alike else layers)
+        for name in LAYER_SIZES:
+            if alike:
+                object.__setattr__(self, name, getattr(layers[0], name))
+            else:
+                del vars(self)[name]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises ShapeError for the sizes that layers have of their own; they are no attributes of this shape."""
+            if name in LAYER_SIZES:
+                raise ShapeError(f"{name}: the layers of this model have sizes of their own; ask shape.at(layer)")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModelShape):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values().items()))
+
+    def __repr__(self) -> str:
+        return f"ModelShape({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are alike."""
+        return self.layers is None
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.num_attention_heads // self.num_query_groups
+        """Query heads that share one key/value head; 0 without attention."""
+        return self.num_attention_heads // self.num_query_groups if self.num_query_groups else 0
+
+    def at(self, layer: int | None) -> ModelShape:
+        """The sizes of one layer: a uniform shape of as many layers; itself where all are alike.
+
+        Of a layer without an MLP ``ffn_hidden_size`` is 0, of one without attention ``num_query_groups`` and
+        ``num_attention_heads`` are.
+
+        Args:
+            layer: 0-based; None, for what lies outside the layers, gives the shape itself.
+        """
+        return self if self.layers is None or layer is None else self._each[layer]
+
+    def each(self) -> Sequence[ModelShape]:
+        """:meth:`at` of every layer, in order."""
+        return (self,) * self.num_layers if self.layers is None else self._each
+
+    @cached_property
+    def _each(self) -> tuple[ModelShape, ...]:
+        assert self.layers is not None
+        known: dict[LayerShape, ModelShape] = {}
+        for layer in self.layers:
+            sizes = self._values() | dataclasses.asdict(layer) | {"layers": None}
+            if not layer.num_query_groups:
+                sizes["num_attention_heads"] = 0
+            whole = layer.num_query_groups and layer.ffn_hidden_size
+            known[layer] = (ModelShape if whole else _PartialShape)(**sizes)
+        return tuple(known[layer] for layer in self.layers)
+
+    def _size(self, layer: LayerShape, name: str) -> int:
+        own: int | None = getattr(layer, name)
+        return vars(self)[name] if own is None else own
+
+    def _values(self) -> dict[str, Any]:
+        """The fields that this shape has, in order: without ``layers``, or without the sizes that layers have."""
+        mine = vars(self)
+        values = {field.name: mine[field.name] for field in dataclasses.fields(self) if field.name in mine}
+        if self.layers is None:
+            del values["layers"]
+        return values
 
     def faults(self) -> list[str]:
         """Everything that makes these sizes impossible, as one-line messages."""
         found = [
             f"{name}={value}: must be a whole number of at least 1"
-            for name, value in dataclasses.asdict(self).items()
-            if name != "tied_embeddings"
+            for name, value in self._values().items()
+            if name not in ("tied_embeddings", "layers")
             and not (name == "num_moe_experts" and value is None)
-            and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+            and not _is_size(value, 0 if name in self._MAY_BE_ZERO else 1)
         ]
-        if not found and self.num_attention_heads % self.num_query_groups:
-            found.append(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_query_groups={self.num_query_groups}: every group needs the same number of heads"
-            )
+        if found:
+            return found
+        if self.layers is not None:
+            return self._layer_faults(self.layers)
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            found.append(_uneven(self.num_attention_heads, self.num_query_groups))
         return found
+
+    def _layer_faults(self, layers: tuple[LayerShape, ...]) -> list[str]:
+        if len(layers) != self.num_layers:
+            return [f"layers: {len(layers)} entries for num_layers={self.num_layers}; each layer needs one"]
+        found = []
+        for name, part in LAYER_SIZES.items():
+            sizes = [self._size(layer, name) for layer in layers]
+            found += [
+                f"layer {number}: {name}={size}: must be a whole number, 0 for a layer without {part}"
+                for number, size in enumerate(sizes)
+                if not _is_size(size, 0)
+            ]
+            if not any(sizes):
+                found.append(f"layers: {name}=0 in all of them; at least one needs {part}")
+        if found:
+            return found
+        return [
+            f"layer {number}: {_uneven(self.num_attention_heads, groups)}"
+            for number, layer in enumerate(layers)
+            if (groups := self._size(layer, "num_query_groups")) and self.num_attention_heads % groups
+        ]
 
     def layout_faults(self, *, tensor: int, pipeline: int = 1) -> list[str]:
         """Why this shape cannot be split ``tensor`` ways by columns and ``pipeline`` ways by layers; empty if it can.
@@ -84,19 +215,27 @@ class ModelShape:
         Each message names the sizes that would fit.
         """
         found = []
-        for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
-            size = getattr(self, name)
-            if size % tensor:
-                fits = [t for t in range(1, min(size, 64) + 1) if size % t == 0]
-                found.append(
-                    f"{name}={size} cannot be split over parallel.tensor={tensor}; it fits parallel.tensor in {fits}"
-                )
+        for layer, shape in self._kinds():
+            for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
+                size = getattr(shape, name)
+                if size % tensor:
+                    fits = [t for t in range(1, min(size, 64) + 1) if size % t == 0]
+                    found.append(
+                        f"{_where(layer)}{name}={size} cannot be split over parallel.tensor={tensor}; it fits "
+                        f"parallel.tensor in {fits}"
+                    )
         if pipeline > self.num_layers:
             found.append(
                 f"num_layers={self.num_layers} cannot fill {pipeline} stages (parallel.pipeline, times "
                 f"virtual_pipeline); use at most {self.num_layers}"
             )
         return found
+
+    def _kinds(self) -> list[tuple[int | None, ModelShape]]:
+        """The different layers, each with the first of its kind; of a uniform model itself, with None."""
+        if self.layers is None:
+            return [(None, self)]
+        return [(self.layers.index(layer), self.at(self.layers.index(layer))) for layer in dict.fromkeys(self.layers)]
 
     def stage_sizes(self, stages: int) -> list[int]:
         """Layers of each pipeline stage, in order: as equal as can be, the first ones getting one more.
@@ -112,34 +251,145 @@ class ModelShape:
         each, more = divmod(self.num_layers, stages)
         return [each + (stage < more) for stage in range(stages)]
 
-    def prune_faults(self, target: ModelShape) -> list[str]:
-        """Why ``target`` cannot be reached from this shape by removing units; empty if it can."""
+    def prune_faults(self, target: ModelShape, *, layers: Sequence[int] | None = None) -> list[str]:
+        """Why ``target`` cannot be reached from this shape by removing units; empty if it can.
+
+        Args:
+            target: shape to reach.
+            layers: of this model, those that stay, where they are known. A model whose layers differ needs them, unless
+                all stay.
+        """
         found = []
         for field in dataclasses.fields(self):
+            if field.name in (*LAYER_SIZES, "layers") and not (self.uniform and target.uniform):
+                continue
             ours, theirs = getattr(self, field.name), getattr(target, field.name)
-            if field.name in ("head_dim", "tied_embeddings") or None in (ours, theirs):
+            if field.name in ("head_dim", "tied_embeddings", "layers") or None in (ours, theirs):
                 if ours != theirs:
                     found.append(f"{field.name}: pruning keeps it at {ours}, the target asks for {theirs}")
             elif theirs > ours:
                 found.append(f"{field.name}={theirs}: the model has only {ours}")
-        if not found and target.heads_per_group > self.heads_per_group:
-            found.append(
-                f"num_attention_heads={target.num_attention_heads} in num_query_groups={target.num_query_groups} "
-                f"needs {target.heads_per_group} heads a group; the model's groups have {self.heads_per_group}"
-            )
+        if found:
+            return found
+        if self.uniform and target.uniform:
+            return _group_faults(self, target)
+        if layers is None and not self.uniform and target.num_layers != self.num_layers:
+            return [f"num_layers={target.num_layers}: the model's layers differ in size; name those to drop"]
+        places = range(target.num_layers) if layers is None else layers
+        for place, (layer, theirs) in enumerate(zip(places, target.each(), strict=False)):
+            ours = self.at(layer)
+            grown = [
+                f"{name}={getattr(theirs, name)}: the model has only {getattr(ours, name)}"
+                for name in LAYER_SIZES
+                if getattr(theirs, name) > getattr(ours, name)
+            ]
+            of = _where(place) if place == layer else f"layer {place}, from the model's {layer}: "
+            found += [of + fault for fault in grown or _group_faults(ours, theirs)]
         return found
 
     def replace(self, **changes: Any) -> ModelShape:
-        """A copy with some sizes changed.
+        """A copy with some sizes changed. A size that layers have of their own is then that of every layer.
 
         Raises:
             ShapeError: if the result is impossible.
         """
-        return dataclasses.replace(self, **changes)
+        if self.layers is None:
+            return dataclasses.replace(self, **changes)
+        own = {name: size for name, size in changes.items() if name in LAYER_SIZES}
+        given = {"layers": tuple(dataclasses.replace(layer, **own) for layer in self.layers), **_largest(self.layers)}
+        return ModelShape(**(self._values() | given | changes))
+
+    def of_layers(self, layers: Sequence[int]) -> ModelShape:
+        """The shape of the model that has only these of the layers, with all their units."""
+        own = None if self.layers is None else tuple(self.layers[layer] for layer in layers)
+        return self.replace(num_layers=len(layers), layers=own)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, for JSON; read by :meth:`from_dict`."""
+        values = self._values()
+        if self.layers is not None:
+            values["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        return values
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ModelShape:
+        """The shape in what :meth:`to_dict` gave.
+
+        Raises:
+            ShapeError: if the sizes are impossible.
+            TypeError: if a size is missing, or there is something else.
+        """
+        if content.get("layers") is None:
+            return cls(**content)
+        layers = tuple(LayerShape(**layer) for layer in content["layers"])
+        return cls(**{**_largest(layers), **content, "layers": layers})
+
+
+class _PartialShape(ModelShape):
+    """The sizes of a layer that lacks a part: its sizes are 0, as they are of no model."""
+
+    _MAY_BE_ZERO = frozenset((*LAYER_SIZES, "num_attention_heads"))
+
+    __hash__ = ModelShape.__hash__
+
+
+def require_uniform(shape: ModelShape, what: str) -> None:
+    """Refuse a model whose layers differ in size, for ``what`` cannot work on one yet.
+
+    Raises:
+        ShapeError: naming two layers that differ.
+    """
+    if faults := uniform_faults(shape, what):
+        raise ShapeError(faults)
+
+
+def uniform_faults(shape: ModelShape, what: str) -> list[str]:
+    """Why :func:`require_uniform` would refuse a model, for a plan; empty if it would not."""
+    if shape.layers is None:
+        return []
+    other = next(number for number, layer in enumerate(shape.layers) if layer != shape.layers[0])
+    sizes = [
+        f"layer {number} has " + ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(layer).items())
+        for number, layer in ((0, shape.layers[0]), (other, shape.layers[other]))
+    ]
+    return [
+        f"{what}: takes no model whose layers differ in size ({'; '.join(sizes)}); such a model can be pruned, and "
+        "written and read in the Hugging Face format"
+    ]
+
+
+def _largest(layers: Iterable[LayerShape]) -> dict[str, int]:
+    """What stands for the model's sizes where each layer has its own."""
+    return {
+        name: max(sizes)
+        for name in LAYER_SIZES
+        if (sizes := [size for layer in layers if isinstance(size := getattr(layer, name), int)])
+    }
+
+
+def _is_size(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _uneven(heads: int, groups: int) -> str:
+    return (
+        f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}: every group needs the same "
+        "number of heads"
+    )
+
+
+def _group_faults(ours: ModelShape, theirs: ModelShape) -> list[str]:
+    """Whether groups would need more heads than they have."""
+    if theirs.heads_per_group <= ours.heads_per_group:
+        return []
+    return [
+        f"num_attention_heads={theirs.num_attention_heads} in num_query_groups={theirs.num_query_groups} "
+        f"needs {theirs.heads_per_group} heads a group; the model's groups have {ours.heads_per_group}"
+    ]
+
+
+def _where(layer: int | None) -> str:
+    return "" if layer is None else f"layer {layer}: "
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import LayerShape, ModelShape
 
 __all__ = ["KeptUnits"]
 
@@ -18,14 +18,16 @@ _EXPERT = re.compile(r"(\.local_experts\.)(\d+)(?=\.)")
 class KeptUnits:
     """The units that survive pruning, by global index in the unpruned model. The order given is the order kept.
 
-    ``ffn``, ``groups``, ``heads``, ``experts`` and ``expert_ffn`` have one entry for each *kept* layer.
+    ``ffn``, ``groups``, ``heads``, ``experts`` and ``expert_ffn`` have one entry for each *kept* layer. Layers may keep
+    different numbers of neurons and groups; of a part whose entry is empty nothing is left, not even its norm.
 
     Attributes:
         layers: kept layers, ascending.
         hidden: kept channels of the residual stream, the same in every layer.
         ffn: per kept layer, the kept neurons; of a mixture of experts, an empty tuple.
         groups: per kept layer, the kept query groups.
-        heads: per kept layer and kept group, the kept query heads (global head index), equally many in each group.
+        heads: per kept layer and kept group, the kept query heads (global head index), equally many in each group, and
+            in all in each layer with attention.
         experts: per kept layer, the kept experts; None where the MLPs are dense.
         expert_ffn: per kept layer and kept expert, the kept neurons of that expert; None where the MLPs are dense.
         vocab: kept token ids, ascending; None keeps all of them.
@@ -43,30 +45,42 @@ class KeptUnits:
     @classmethod
     def everything(cls, shape: ModelShape) -> KeptUnits:
         """Keep every unit: pruning with this is the identity."""
-        q, g, n, experts = shape.heads_per_group, shape.num_query_groups, shape.num_layers, shape.num_moe_experts
-        heads = tuple(tuple(range(group * q, (group + 1) * q)) for group in range(g))
-        neurons = tuple(range(shape.ffn_hidden_size))
+        each, experts = shape.each(), shape.num_moe_experts
+        neurons = [tuple(range(sizes.ffn_hidden_size)) for sizes in each]
+        there = [range((experts or 0) if width else 0) for width in neurons]
         return cls(
-            layers=tuple(range(n)),
+            layers=tuple(range(shape.num_layers)),
             hidden=tuple(range(shape.hidden_size)),
-            ffn=(neurons if experts is None else (),) * n,
-            groups=(tuple(range(g)),) * n,
-            heads=(heads,) * n,
-            experts=None if experts is None else (tuple(range(experts)),) * n,
-            expert_ffn=None if experts is None else ((neurons,) * experts,) * n,
+            ffn=tuple(neurons) if experts is None else ((),) * shape.num_layers,
+            groups=tuple(tuple(range(sizes.num_query_groups)) for sizes in each),
+            heads=tuple(_all_heads(sizes) for sizes in each),
+            experts=None if experts is None else tuple(map(tuple, there)),
+            expert_ffn=None
+            if experts is None
+            else tuple((width,) * len(some) for width, some in zip(neurons, there, strict=True)),
         )
 
     def target(self, shape: ModelShape) -> ModelShape:
         """The shape that remains of ``shape``."""
+        layers = tuple(
+            LayerShape(len(neurons), len(groups)) for neurons, groups in zip(self._neurons(), self.groups, strict=True)
+        )
         return shape.replace(
             num_layers=len(self.layers),
             hidden_size=len(self.hidden),
-            ffn_hidden_size=len(self.ffn[0] if self.expert_ffn is None else self.expert_ffn[0][0]),
-            num_query_groups=len(self.groups[0]),
-            num_attention_heads=sum(len(group) for group in self.heads[0]),
-            num_moe_experts=None if self.experts is None else len(self.experts[0]),
+            ffn_hidden_size=max(one.ffn_hidden_size or 0 for one in layers),
+            num_query_groups=max(one.num_query_groups or 0 for one in layers),
+            num_attention_heads=max(sum(map(len, heads)) for heads in self.heads),
+            num_moe_experts=None if self.experts is None else max(map(len, self.experts)),
             vocab_size=shape.vocab_size if self.vocab is None else len(self.vocab),
+            layers=layers,
         )
+
+    def _neurons(self) -> _Rows:
+        """Per kept layer, the kept neurons; of a mixture those of the first expert, who stands for all."""
+        if self.expert_ffn is None:
+            return self.ffn
+        return tuple(experts[0] if experts else () for experts in self.expert_ffn)
 
     def compose(self, later: KeptUnits) -> KeptUnits:
         """Units of the unpruned model that are left after pruning with these and then with ``later``.
@@ -141,29 +155,28 @@ class KeptUnits:
                 found.append(f"{name}: {len(rows)} layers of indices for {len(self.layers)} kept layers")
         if found:
             return found
-        for index in range(len(self.layers)):
-            found += self._attention_faults(index, shape) + self._mlp_faults(index, shape)
-        neurons = {len(one) for one in self.ffn}
-        if self.expert_ffn is not None:
-            neurons = {len(one) for layer in self.expert_ffn for one in layer}
+        for index, layer in enumerate(self.layers):
+            found += self._attention_faults(index, shape.at(layer)) + self._mlp_faults(index, shape.at(layer))
+        for name, rows in (("ffn", self._neurons()), ("groups", self.groups)):
+            if not any(rows):
+                found.append(f"{name}: nothing is kept in any layer")
         for name, counts in (
-            ("ffn", neurons),
-            ("groups", {len(x) for x in self.groups}),
-            ("heads", {sum(map(len, x)) for x in self.heads}),
-            ("experts", {len(x) for x in self.experts or ()}),
+            ("heads", {sum(map(len, one)) for one in self.heads} - {0}),
+            ("experts", {len(one) for one in self.experts or ()} - {0}),
         ):
             if len(counts) > 1:
-                found.append(f"{name}: layers keep different numbers ({sorted(counts)}); a uniform model needs one")
+                found.append(f"{name}: layers keep different numbers ({sorted(counts)}); all need the same")
         return found
 
     def _attention_faults(self, index: int, shape: ModelShape) -> list[str]:
+        """``shape`` has the sizes of the layer, as in :meth:`_mlp_faults`."""
         layer, q = self.layers[index], shape.heads_per_group
-        found = _indices(f"layer {layer} groups", self.groups[index], shape.num_query_groups)
+        found = _indices(f"layer {layer} groups", self.groups[index], shape.num_query_groups, least=0)
         if len(self.heads[index]) != len(self.groups[index]):
             return [*found, f"layer {layer} heads: one row of heads is needed for each kept group"]
         for group, heads in zip(self.groups[index], self.heads[index], strict=True):
             found += _indices(f"layer {layer} group {group} heads", heads, shape.num_attention_heads)
-            if any(head // q != group for head in heads):
+            if any(head // max(q, 1) != group for head in heads):
                 found.append(f"layer {layer} group {group}: a kept head belongs to another group")
         if len({len(heads) for heads in self.heads[index]}) > 1:
             found.append(f"layer {layer}: groups keep different numbers of heads")
@@ -172,23 +185,32 @@ class KeptUnits:
     def _mlp_faults(self, index: int, shape: ModelShape) -> list[str]:
         layer = self.layers[index]
         if self.experts is None or self.expert_ffn is None:
-            return _indices(f"layer {layer} ffn", self.ffn[index], shape.ffn_hidden_size)
-        found = _indices(f"layer {layer} experts", self.experts[index], shape.num_moe_experts or 0)
+            return _indices(f"layer {layer} ffn", self.ffn[index], shape.ffn_hidden_size, least=0)
+        found = _indices(f"layer {layer} experts", self.experts[index], shape.num_moe_experts or 0, least=0)
         if self.ffn[index]:
             found.append(f"layer {layer} ffn: must be empty, the neurons of experts are in expert_ffn")
         if len(self.expert_ffn[index]) != len(self.experts[index]):
             return [*found, f"layer {layer} expert_ffn: one row of neurons is needed for each kept expert"]
         for expert, neurons in zip(self.experts[index], self.expert_ffn[index], strict=True):
             found += _indices(f"layer {layer} expert {expert} ffn", neurons, shape.ffn_hidden_size)
+        if len(counts := {len(neurons) for neurons in self.expert_ffn[index]}) > 1:
+            found.append(f"layer {layer} ffn: experts keep different numbers ({sorted(counts)}); all need the same")
         return found
 
 
-def _indices(name: str, indices: tuple[int, ...], size: int) -> list[str]:
+def _all_heads(sizes: ModelShape) -> _Rows:
+    """The query heads of a layer, group by group."""
+    q = sizes.heads_per_group
+    return tuple(tuple(range(group * q, (group + 1) * q)) for group in range(sizes.num_query_groups))
+
+
+def _indices(name: str, indices: tuple[int, ...], size: int, *, least: int = 1) -> list[str]:
     found = []
-    if not indices:
+    if len(indices) < least:
         found.append(f"{name}: nothing is kept")
     if len(set(indices)) != len(indices):
         found.append(f"{name}: an index is repeated")
     if any(not 0 <= index < size for index in indices):
-        found.append(f"{name}: an index lies outside 0..{size - 1}")
+        where = f"outside 0..{size - 1}" if size else "in a part that the layer lacks"
+        found.append(f"{name}: an index lies {where}")
     return found

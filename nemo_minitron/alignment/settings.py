@@ -11,7 +11,7 @@ from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, uniform_faults
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -61,7 +61,7 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
 
     Raises:
         CheckpointError: for another family, or without a tokenizer.
-        ShapeError: for sizes that the layout does not divide.
+        ShapeError: for sizes that the layout does not divide, or layers that differ in size.
         ConfigError: for samples longer than the model's context.
     """
     family, shape = checkpoint.architecture.family, checkpoint.shape
@@ -71,7 +71,8 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
         )
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"{checkpoint.path} carries no tokenizer; put its files beside the weights")
-    faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    faults = uniform_faults(shape, "alignment")
+    faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     if not faults:
         faults = _pipeline_faults(shape, layout)
     if faults:

@@ -34,9 +34,9 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
         constants.pop(told_by_others, None)
     digest.update(json.dumps([checkpoint.shape.to_dict(), constants], sort_keys=True, default=str).encode())
     outer = {0, checkpoint.shape.num_layers - 1}
-    for name, row, layer in axes.parameters(checkpoint.family, checkpoint.shape):
-        if len(row.axes) == 1 or layer in outer:
-            tensor = checkpoint.weights.tensor(name).contiguous()
-            digest.update(f"{name} {tensor.dtype}".encode())
+    for entry in axes.parameters(checkpoint.family, checkpoint.shape):
+        if len(entry.row.axes) == 1 or entry.layer in outer:
+            tensor = checkpoint.weights.tensor(entry.name).contiguous()
+            digest.update(f"{entry.name} {tensor.dtype}".encode())
             digest.update(tensor.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -63,7 +63,7 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
         CheckpointError: if the model has a parameter that the checkpoint does not, or one of another shape.
     """
     table, shape = checkpoint.family, checkpoint.shape
-    rows = {name: row for name, row, _ in axes.parameters(table, shape)}
+    rows = {entry.name: entry.row for entry in axes.parameters(table, shape)}
     embedding = next(iter(table.first))
     rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)
     for chunk in chunks:

@@ -84,7 +84,9 @@ def parse_record(data: bytes, path: Path) -> Record:
                 f"{path} has format version {version}; this release reads {FORMAT_VERSION}. "
                 f"Use the release that wrote it"
             )
-        return Record(ModelShape(**content["shape"]), Architecture(**content["architecture"]), content["lineage"])
+        return Record(
+            ModelShape.from_dict(content["shape"]), Architecture(**content["architecture"]), content["lineage"]
+        )
     except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error
 
@@ -102,7 +104,7 @@ def peek_shape(checkpoint: str | Path) -> ModelShape | None:
     Raises:
         CheckpointError: if the file is there and cannot be read.
     """
-    return _peek(checkpoint, lambda content: ModelShape(**content["shape"]))
+    return _peek(checkpoint, lambda content: ModelShape.from_dict(content["shape"]))
 
 
 def peek_family(checkpoint: str | Path) -> Family:

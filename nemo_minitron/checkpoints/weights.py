@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -58,7 +57,7 @@ def dtype_name(dtypes: Sequence[torch.dtype], where: str) -> str:
 def names_and_shapes(architecture: Architecture, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every canonical tensor of a model with its global shape, in the order of the forward pass."""
     table = axes.family(architecture.family)
-    return {name: axes.tensor_shape(row, shape) for name, row, _ in axes.parameters(table, shape)}
+    return {entry.name: entry.shape for entry in axes.parameters(table, shape)}
 
 
 def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -74,9 +73,8 @@ def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tu
 def largest_part(architecture: Architecture, shape: ModelShape) -> int:
     """Elements of one layer or of one embedding, whichever are more: the unit in which conversion holds memory."""
     table = axes.family(architecture.family)
-    layer = sum(math.prod(axes.tensor_shape(row, shape)) for row in axes.layer_parameters(table, shape).values())
-    outer = [math.prod(axes.tensor_shape(row, shape)) for part in (table.first, table.last) for row in part.values()]
-    return max(layer, *outer)
+    outer = [axes.entry(table, shape, name).count for name in (*table.first, *table.last)]
+    return max(*outer, *(axes.layer_count(table, sizes) for sizes in set(shape.each())))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.output import archived_outputs
 from nemo_minitron.jobs.plans import human_bytes
 from nemo_minitron.jobs.records import read_record
-from nemo_minitron.jobs.reuse import earlier_outputs
 
 __all__ = ["ConsoleDisplay", "show_status"]
 
@@ -81,7 +81,7 @@ def show_status(folder: Path, console: Console) -> None:
         record = read_record(stage["output"])
         state = "done" if record else "unfinished" if Path(stage["output"]).exists() else "-"
         table.add_row(stage["name"], state, _clock(record["seconds"]) if record else "", stage["output"])
-        earlier += earlier_outputs(stage["output"])
+        earlier += archived_outputs(stage["output"])
     console.print(table)
     if earlier:
         console.print("Kept of other settings, and used again if they come back:", highlight=False)

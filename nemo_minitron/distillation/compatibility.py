@@ -9,6 +9,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.tokenizer.files import check_same_tokenizer
 from nemo_minitron.config import ParallelLayout
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
+from nemo_minitron.shape import uniform_faults
 
 __all__ = ["check_context", "check_model", "check_pair"]
 
@@ -27,7 +28,7 @@ def check_pair(
     Raises:
         CheckpointError: if their vocabularies or tokenizers differ.
         DataError: if the sequences are longer than either model's context.
-        ShapeError: if the layout cannot split either.
+        ShapeError: if the layout cannot split either, or layers of either differ in size.
     """
     if student.shape.vocab_size != teacher.shape.vocab_size:
         raise CheckpointError(
@@ -44,7 +45,7 @@ def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int)
 
     Raises:
         DataError: if the sequences are longer than its context.
-        ShapeError: if the layout cannot split it.
+        ShapeError: if the layout cannot split it, or its layers differ in size.
     """
     _check({"model": (model, layout)}, sequence_length)
 
@@ -83,6 +84,7 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
         if sequence_length > longest:
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
+        faults += [f"{name}: {fault}" for fault in uniform_faults(shape, "distillation")]
         faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
     trained, (checkpoint, layout) = next(iter(models.items()))
     if checkpoint.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:

@@ -125,11 +125,11 @@ def _write_model(path: Path, shape: ModelShape, layout: ParallelLayout, *, token
     )
     generator = torch.Generator().manual_seed(SEED + 100 + seed)
     tensors = {}
-    for name, row, _ in axes.parameters(axes.family(architecture.family), shape):
-        tensor = torch.randn(axes.tensor_shape(row, shape), generator=generator)
+    for entry in axes.parameters(axes.family(architecture.family), shape):
+        tensor = torch.randn(entry.shape, generator=generator)
         # Norms are around 1, and differ; what goes into a matrix keeps its size, and each layer matters.
         tensor = 1 + 0.2 * tensor if tensor.ndim == 1 else tensor * tensor.shape[-1] ** -0.5
-        tensors[name] = tensor.bfloat16().float()
+        tensors[entry.name] = tensor.bfloat16().float()
     memory = Checkpoint(shape, architecture, _InMemory(tensors), tokenizer, path, "memory")
     write_checkpoint(memory, path, "hf", dtype="float32")
 

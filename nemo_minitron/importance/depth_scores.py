@@ -139,7 +139,7 @@ class DepthScores:
             rows = [{"layers": [], **content["baseline"]}, *content["candidates"]]
             return cls(
                 measured=dict(_measurement(row) for row in rows),
-                shape=ModelShape(**content["shape"]),
+                shape=ModelShape.from_dict(content["shape"]),
                 **{name: content[name] for name in ("samples", "tokens", "task", "questions", "fingerprint")},
             )
         except FileNotFoundError:

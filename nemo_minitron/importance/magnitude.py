@@ -10,7 +10,7 @@ from nemo_minitron.axes import Axis, axis_size, parameters
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.importance.scores import Scores
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["magnitude_scores"]
 
@@ -37,11 +37,14 @@ def magnitude_scores(
 
     Raises:
         CheckpointError: if a tensor cannot be read.
+        ShapeError: if layers differ in size.
         NonFiniteError: if a weight is NaN or infinite, naming the tensor.
     """
     shape = checkpoint.shape
+    require_uniform(shape, "scoring")
     sums = _Sums(shape)
-    for name, row, layer in parameters(checkpoint.family, shape):
+    for entry in parameters(checkpoint.family, shape):
+        name, row, layer = entry.name, entry.row, entry.layer
         tensor = checkpoint.weights.tensor(name)
         total = 0.0
         for dimension, axis in enumerate(row.axes):

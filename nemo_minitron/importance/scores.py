@@ -16,7 +16,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
 from nemo_minitron.importance.subject import check_subject
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["Scores", "fingerprint", "save_criteria"]
 
@@ -60,6 +60,7 @@ class Scores:
     experts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        require_uniform(self.shape, "scoring")
         if self.experts is not None and self.shape.num_moe_experts is None:
             raise ShapeError("scores of experts: the model has none; score this model again")
         for name, expected in _sizes(self.shape).items():
@@ -125,7 +126,7 @@ class Scores:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error}); score the model again") from None
         try:
-            shape = ModelShape(**meta.pop("shape"))
+            shape = ModelShape.from_dict(meta.pop("shape"))
             sizes = _sizes(shape)
             if missing := [name for name in sizes if name not in tensors]:
                 raise CheckpointError(f"{file}: has no scores of {', '.join(missing)}; score the model again")
@@ -164,10 +165,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     # Sizes that a model does not have are left out, so that a size which only other families have changes nothing.
     sizes = {name: size for name, size in checkpoint.shape.to_dict().items() if size is not None}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
-    for name, row, layer in parameters(checkpoint.family, checkpoint.shape):
-        if len(row.axes) == 1 or layer == checkpoint.shape.num_layers - 1:
-            digest.update(name.encode())
-            digest.update(checkpoint.weights.tensor(name).float().contiguous().numpy().tobytes())
+    for entry in parameters(checkpoint.family, checkpoint.shape):
+        if len(entry.row.axes) == 1 or entry.layer == checkpoint.shape.num_layers - 1:
+            digest.update(entry.name.encode())
+            digest.update(checkpoint.weights.tensor(entry.name).float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -24,7 +24,11 @@ def check_subject(
         CheckpointError: if the weights differ.
     """
     ours, theirs = scored[0].to_dict(), model[0].to_dict()
-    if faults := [f"{k}: {ours[k]} in {where}, {theirs[k]} in the model" for k in ours if ours[k] != theirs[k]]:
+    if faults := [
+        f"{k}: {ours.get(k)} in {where}, {theirs.get(k)} in the model"
+        for k in {**ours, **theirs}
+        if ours.get(k) != theirs.get(k)
+    ]:
         raise ShapeError([f"{fault}; {remedy}" for fault in faults])
     if None not in (scored[1], model[1]) and scored[1] != model[1]:
         raise CheckpointError(

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.modules import stage_module
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.plans import StagePlan
-from nemo_minitron.jobs.reuse import goes_on_faults
 
 __all__ = ["plan_faults", "planned"]
 
@@ -37,7 +37,7 @@ def planned(
         try:
             plan = stage_module(config.STAGE).plan(config)
             if alone:
-                plan.faults += goes_on_faults(config)
+                plan.faults += Output(config).resume_faults()
         except MinitronError as error:
             yield name, config, None, produced, [str(error)]
             produced.add(config.output)

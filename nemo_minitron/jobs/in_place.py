@@ -18,8 +18,10 @@ import yaml
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs import slurm_environment
+from nemo_minitron.jobs.atomic import check_output
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.runtime.environment import hide_launchers
 
 __all__ = ["checked", "run_in_place"]
@@ -34,8 +36,8 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     """Run a stage on every process that an executor started; what ``minitron <stage>`` does in processes of its own.
 
     A launcher such as torchrun says which rank each is, or else Slurm's ``srun``. ``resume`` and ``overwrite`` mean the
-    same too: see :func:`~nemo_minitron.jobs.reuse.check_goes_on` and
-    :func:`~nemo_minitron.jobs.outputs.set_aside`.
+    same too: see :meth:`~nemo_minitron.jobs.output.Output.check_resumable` and
+    :meth:`~nemo_minitron.jobs.output.Output.replacing`.
 
     Args:
         config: of the stage; as many processes as its layout has must run.
@@ -47,7 +49,6 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
         ConfigError: with all that is wrong with the settings.
         MinitronError: as the stage.
     """
-    from nemo_minitron.jobs.records import write_record
     from nemo_minitron.jobs.worker import set_up
 
     config = checked(config)
@@ -65,24 +66,20 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
         )
     started = time.monotonic()
     set_up(config)
-    with _set_aside(config) as config:
-        metrics: dict[str, Any] = stage_module(config.STAGE).run(config)
+    with _prepared(config) as output:
+        metrics: dict[str, Any] = stage_module(config.STAGE).run(output.config)
         if metrics:
-            write_record(config.output, config, metrics, time.monotonic() - started)
+            output.finish(metrics, time.monotonic() - started)
     return metrics
 
 
 @contextlib.contextmanager
-def _set_aside(config: C) -> Iterator[C]:
-    """Rank 0 looks at the output, and sets it aside; no other begins before it has.
+def _prepared(config: StageConfig) -> Iterator[Output]:
+    """Rank 0 looks at the output, and makes room for a new one; no other rank begins before it has.
 
     Yields:
-        The configuration; a job that is queued again does not overwrite what it began.
+        The output; a job that is queued again does not overwrite what it began.
     """
-    from nemo_minitron.jobs.folder import begin
-    from nemo_minitron.jobs.outputs import check_output, set_aside
-    from nemo_minitron.jobs.reuse import began_before, check_goes_on
-
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store, key = None, f"minitron/stage-{next(_STAGES)}"  # what rank 0 says: whether to overwrite, or why it refuses
     if world > 1:
@@ -90,28 +87,29 @@ def _set_aside(config: C) -> Iterator[C]:
 
         # The process group meets there too, later: the store is kept until then, and has room for both.
         store, *_ = next(rendezvous("env://"))
+    output = Output(config)
     with contextlib.ExitStack() as replaced:
         if rank == 0:
             try:
-                if began_before(config):
-                    config = dataclasses.replace(config, overwrite=False)
-                if config.overwrite or not getattr(config, "resume", False):
-                    check_output(config.output, config.overwrite)
-                check_goes_on(config)
-                replaced.enter_context(set_aside(config))
-                begin(config)
+                if output.is_requeued_job():
+                    output = output.replaced_by(overwrite=False)
+                if output.config.overwrite or not output.resumable:
+                    check_output(output.path, output.config.overwrite)
+                output.check_resumable()
+                replaced.enter_context(output.replacing())
+                output.begin()
             except ConfigError as error:
                 if store is not None:
                     store.set(key, json.dumps({"refused": error.faults}))
                 raise
             if store is not None:
-                store.set(key, json.dumps({"overwrite": config.overwrite}))
+                store.set(key, json.dumps({"overwrite": output.config.overwrite}))
         elif store is not None:
-            told = json.loads(store.get(key))
-            if "refused" in told:
-                raise ConfigError(told["refused"])
-            config = dataclasses.replace(config, overwrite=told["overwrite"])
-        yield config
+            answer = json.loads(store.get(key))
+            if "refused" in answer:
+                raise ConfigError(answer["refused"])
+            output = output.replaced_by(overwrite=answer["overwrite"])
+        yield output
 
 
 def checked(config: C) -> C:

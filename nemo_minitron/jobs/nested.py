@@ -6,9 +6,8 @@ import sys
 from typing import Any
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.jobs.local import run_stage
-from nemo_minitron.jobs.pipeline import prepare
-from nemo_minitron.jobs.records import read_record
+from nemo_minitron.jobs.local import run_output
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.warm import keep_pool
 
 __all__ = ["run_child", "show_output"]
@@ -24,12 +23,13 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
         MinitronError: what the stage refused.
     """
     keep_pool(stage.runtime.device)
-    todo = prepare(stage)
+    output = Output(stage)
+    todo = output.prepare()
     if todo is None:
-        record = read_record(stage.output)
+        record = output.record()
         assert record is not None  # that is what "done" means
         return record
-    return run_stage(todo, show_output)
+    return run_output(todo, show_output)
 
 
 def show_output(data: bytes) -> None:

@@ -17,15 +17,13 @@ from typing import Any, Protocol
 
 from nemo_minitron.config import PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.jobs.folder import job_folder_of
-from nemo_minitron.jobs.local import run_stage
+from nemo_minitron.jobs.local import run_output
 from nemo_minitron.jobs.needs import check_needs
-from nemo_minitron.jobs.records import read_record
-from nemo_minitron.jobs.reuse import keep, recall, recall_begun, stage_state
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.warm import warm_pool
 from nemo_minitron.runtime.files import replace_file
 
-__all__ = ["Display", "StageLine", "prepare", "run_pipeline", "write_manifest"]
+__all__ = ["Display", "StageLine", "run_pipeline", "write_manifest"]
 
 
 class StageLine(Protocol):
@@ -82,7 +80,7 @@ def run_pipeline(
         MissingDependency: if a stage that is not done needs a package that is not there; nothing is started.
         MinitronError, StageCrashError: what a stage failed by, with the stage's name; later stages are not started.
     """
-    check_needs(config for config in stages if stage_state(config)[0] != "done")
+    check_needs(config for config in stages if Output(config).state()[0] != "done")
     folder = Path(pipeline.output)
     folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if all(config.runtime.device == "cpu" for config in stages) else "auto"
@@ -91,13 +89,14 @@ def run_pipeline(
         records, skipped = [], set()
         for number, config in enumerate(stages, 1):
             line = display.stage(number, len(stages), config.name)
-            state, reasons = stage_state(config)
-            todo = prepare(config, overwrite)
+            output = Output(config)
+            state, reasons = output.state()
+            todo = output.prepare(overwrite=overwrite)
             if state in ("changed", "begun"):
                 what = "comes back from" if todo is None else "made again for"
                 display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
             if todo is None:
-                record = read_record(config.output)
+                record = output.record()
                 skipped.add(config.name)
                 line.kept()
             else:
@@ -105,34 +104,6 @@ def run_pipeline(
             records.append(record or {})
         display.summary(stages, records, skipped)
     return records
-
-
-def prepare(config: StageConfig, overwrite: bool = False) -> StageConfig | None:
-    """What is to be run of a stage, and room for it. Call it on one rank, right before the stage starts.
-
-    An output of other settings or inputs is kept under its identity (:mod:`nemo_minitron.jobs.reuse`), or replaced
-    under ``overwrite``; one of just these, kept before, comes back. A stage that leads others keeps what they made:
-    they are asked one by one.
-
-    Args:
-        config: of the stage.
-        overwrite: replace what was made with other settings or inputs, instead of keeping it.
-
-    Returns:
-        The configuration to run it with, or None if it is done.
-    """
-    state, _ = stage_state(config)
-    if state == "done" or recall(config):
-        return None
-    changed = state in ("changed", "begun")
-    if changed and not (overwrite or config.overwrite):
-        if not (config.LEADS and getattr(config, "resume", False)):
-            keep(config)
-            recall_begun(config)
-        return config
-    if changed or (state == "unfinished" and not getattr(config, "resume", False)):
-        return dataclasses.replace(config, overwrite=True)
-    return config
 
 
 @contextlib.contextmanager
@@ -156,17 +127,17 @@ def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageCon
     replace_file(folder / "pipeline.json", json.dumps(manifest, indent=2, default=str) + "\n")
 
 
-def _run(config: StageConfig, line: StageLine) -> dict[str, Any]:
+def _run(output: Output, line: StageLine) -> dict[str, Any]:
     """Run one stage under its line; a failure carries the stage's name."""
     try:
         with line:
-            record = run_stage(config, line.output)
+            record = run_output(output, line.output)
     except Exception as error:
         line.failed()
-        error.args = (f"stage {config.name}: {error}",)
+        error.args = (f"stage {output.config.name}: {error}",)
         raise
     except KeyboardInterrupt:
-        line.interrupted(job_folder_of(config))
+        line.interrupted(output.folder)
         raise
     line.made(record)
     return record

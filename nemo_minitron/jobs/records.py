@@ -11,7 +11,7 @@ from typing import Any
 from nemo_minitron.config import StageConfig
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
-__all__ = ["config_hash", "hashed_settings", "identity_of", "parents", "read_record", "record_path", "write_record"]
+__all__ = ["hashed_settings", "identity_of", "parents", "read_record", "record_path", "write_record"]
 
 
 RECORD_VERSION = 1
@@ -36,19 +36,20 @@ def read_record(output: str | Path) -> dict[str, Any] | None:
 
 
 def write_record(
-    output: str | Path,
     config: StageConfig,
+    identity: dict[str, Any],
     metrics: dict[str, Any],
     seconds: float,
+    *,
     peak_rss_bytes: int | None = None,
     started: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``record.json`` beside an output, which declares the output whole.
+    """Write the record of an output, which declares the output whole.
 
     Args:
-        output: what the stage wrote.
         config: the stage's resolved configuration.
-        metrics: JSON values that its ``run`` returned.
+        identity: of the output, from :func:`identity_of`.
+        metrics: JSON values that the stage's ``run`` returned.
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
         started: ISO time.
@@ -59,7 +60,7 @@ def write_record(
     """
     record = {
         "version": RECORD_VERSION,
-        **identity_of(config),
+        **identity,
         "name": config.name or config.STAGE,
         "config": dataclasses.asdict(config),
         "metrics": metrics,
@@ -68,29 +69,27 @@ def write_record(
         "peak_rss_bytes": peak_rss_bytes,
         "versions": _versions(),
     }
-    path = record_path(output)
+    path = record_path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(record, indent=2, default=str) + "\n")
     return record
 
 
-def config_hash(config: StageConfig) -> str:
-    """Hash of everything a stage's result depends on: its settings and its parents' hashes.
+def identity_of(config: StageConfig) -> dict[str, Any]:
+    """What a stage's result depends on: its settings, and what its inputs hold.
 
     Independent of where inputs and output lie, so that a moved run directory stays valid.
+
+    Returns:
+        ``stage, hash, settings, parents``, as records keep them.
     """
-    return str(identity_of(config)["hash"])
-
-
-def identity_of(config: StageConfig) -> dict[str, Any]:
-    """What a stage's result depends on, as records keep it: ``stage, hash, settings, parents``."""
-    settings, found = hashed_settings(config), parents(config)
-    hashes = {name: parent["hash"] for name, parent in found.items()}
+    settings, inputs = hashed_settings(config), parents(config)
+    hashes = {name: parent["hash"] for name, parent in inputs.items()}
     return {
         "stage": config.STAGE,
         "hash": _digest([config.STAGE, settings, hashes]),
         "settings": settings,
-        "parents": found,
+        "parents": inputs,
     }
 
 
@@ -113,8 +112,8 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:
     """Each input of a stage as ``{field: {"path", "hash"}}``; the hash changes when the input is made differently."""
     own = Path(config.output).absolute()
-    found = config.inputs()
-    return {name: {"path": path, "hash": _identity(Path(path).absolute(), own)} for name, path in found.items()}
+    inputs = config.inputs()
+    return {name: {"path": path, "hash": _identity(Path(path).absolute(), own)} for name, path in inputs.items()}
 
 
 def _identity(path: Path, excluding: Path) -> str:
@@ -123,8 +122,8 @@ def _identity(path: Path, excluding: Path) -> str:
     if record is not None:
         return record["hash"]
     for parent in path.parents:  # a part of a recorded output (distill's model directory)
-        if (found := read_record(parent)) is not None:
-            return _digest([found["hash"], str(path.relative_to(parent))])
+        if (outer := read_record(parent)) is not None:
+            return _digest([outer["hash"], str(path.relative_to(parent))])
     if path.is_dir():
         records = {
             p.parent.name: read_record(p.parent)
@@ -148,10 +147,10 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     packages = ("nemo-minitron", "nemo-toolkit", "nemo-run", "megatron-core", "torch", "transformers", "lightning")
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

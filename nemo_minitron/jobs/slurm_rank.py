@@ -9,7 +9,6 @@ nodes. A job that runs again, because Slurm or the user queued it again, goes on
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -17,10 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_minitron.config import StageConfig, load
+from nemo_minitron.config import load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import slurm_environment
-from nemo_minitron.jobs.folder import begin, write_settings
 from nemo_minitron.jobs.launch import (
     ATTEMPT_VARIABLE,
     FOLDER_VARIABLE,
@@ -32,9 +30,7 @@ from nemo_minitron.jobs.launch import (
     verdict,
 )
 from nemo_minitron.jobs.local import record_job
-from nemo_minitron.jobs.outputs import set_aside
-from nemo_minitron.jobs.pipeline import prepare
-from nemo_minitron.jobs.reuse import began_before
+from nemo_minitron.jobs.output import Output
 
 __all__ = ["main"]
 
@@ -62,9 +58,10 @@ def main(folder: Path) -> int:
         )
         return 2
     replaced = contextlib.ExitStack()
+    output = Output(config)
     if rank == 0:
         begin_attempt(folder, attempt)
-        state = _prepare(config, folder, job["overwrite"], replaced)
+        state = _prepare(output, folder, job["overwrite"], replaced)
         (folder / f"ready-{attempt}").write_text(state)
     else:
         state = _wait_for(folder / f"ready-{attempt}")
@@ -74,27 +71,27 @@ def main(folder: Path) -> int:
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     code = work(job["stage"])  # a failure ends the process there
     with replaced:
-        return code if rank else _record(config, folder, world, started, clock)
+        return code if rank else _record(output, folder, world, started, clock)
 
 
-def _prepare(config: StageConfig, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
+def _prepare(output: Output, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
     """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
-    if began_before(config):
-        config, overwrite = dataclasses.replace(config, overwrite=False), False
-        write_settings(config, folder)
+    if output.is_requeued_job():
+        output, overwrite = output.replaced_by(overwrite=False), False
+        output.write_settings(folder)
     try:
-        found = prepare(config, overwrite)
-        if found is not None:
-            replaced.enter_context(set_aside(found))
-            if not getattr(found, "resume", False):  # one that resumes begins with nothing, and goes on if requeued
-                write_settings(found, folder)
+        todo = output.prepare(overwrite=overwrite)
+        if todo is not None:
+            replaced.enter_context(todo.replacing())
+            if not todo.resumable:  # one that resumes begins with nothing, and goes on if requeued
+                todo.write_settings(folder)
     except MinitronError as error:
         save_result(folder, failure(0, error))
         return f"refused: {error}"
-    if found is None:
+    if todo is None:
         return "done before"
     clear_folder(folder)
-    begin(found)
+    todo.begin()
     return "run"
 
 
@@ -108,7 +105,7 @@ def _wait_for(path: Path, patience: float = 600.0) -> str:
     return f"refused: rank 0 did not write {path}; is the folder shared by all nodes?"
 
 
-def _record(config: StageConfig, folder: Path, world: int, started: str, clock: float) -> int:
+def _record(output: Output, folder: Path, world: int, started: str, clock: float) -> int:
     """Rank 0, at the end: wait for the others' results and declare the output whole."""
     deadline = time.monotonic() + PATIENCE
     while len(read_results(folder)) < world and time.monotonic() < deadline:
@@ -118,7 +115,7 @@ def _record(config: StageConfig, folder: Path, world: int, started: str, clock: 
     except Exception as error:
         print(f"minitron: {error}", file=sys.stderr)
         return 2 if isinstance(error, MinitronError) else 1
-    record_job(config, results, started=started, seconds=time.monotonic() - clock)
+    record_job(output, results, started=started, seconds=time.monotonic() - clock)
     return 0
 
 

@@ -23,9 +23,8 @@ from rich.console import Console
 from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
 from nemo_minitron.config.paths import absolute
 from nemo_minitron.errors import ConfigError, MinitronError
-from nemo_minitron.jobs.folder import job_folder_of, write_settings
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.pipeline import write_manifest
-from nemo_minitron.jobs.reuse import stage_state
 from nemo_minitron.jobs.slurm_checks import depends_on, input_faults, mount_faults
 from nemo_minitron.runtime.cpu.quiet import quiet
 from nemo_minitron.runtime.environment import ORDERED_KERNELS, ordered_kernels
@@ -75,7 +74,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where its configuration, logs and results lie."""
-        return job_folder_of(self.config)
+        return Output(self.config).folder
 
 
 def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: bool) -> list[Job]:
@@ -90,7 +89,7 @@ def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: boo
     for config in stages:
         after = tuple(job.config.name for job in found if depends_on(config, job.config))
         # What an earlier job makes anew, this one has to make anew too.
-        if after or stage_state(config)[0] != "done":
+        if after or Output(config).state()[0] != "done":
             found.append(Job(config, overwrite or config.overwrite, after))
     return found
 
@@ -164,7 +163,7 @@ def submit(
 
 def _write(job: Job) -> None:
     """What the ranks read."""
-    write_settings(job.config, job.folder)
+    Output(job.config).write_settings()
     (job.folder / "job.json").write_text(json.dumps({"stage": job.config.STAGE, "overwrite": job.overwrite}) + "\n")
 
 

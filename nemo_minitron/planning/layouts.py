@@ -22,6 +22,8 @@ arXiv 2104.04473, section 2.2).
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +31,8 @@ from nemo_minitron.config.parts import ClusterConfig, ParallelLayout
 from nemo_minitron.planning.cluster import accelerator
 from nemo_minitron.planning.memory import MemoryCost, MemoryUse, Workload
 from nemo_minitron.planning.model import Model
-from nemo_minitron.planning.training import ForwardFlops, Training
+from nemo_minitron.planning.training import ForwardFlops, Training, layer_flops
+from nemo_minitron.shape import ModelShape
 
 __all__ = ["LayoutCost", "best_layout", "layout_cost", "layout_costs", "layout_faults"]
 
@@ -202,10 +205,13 @@ def _memory(training: Training, layout: ParallelLayout, recompute: str, micro_ba
     return cost.ranks(student.shape)
 
 
-def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[int]:
-    """Layers of each pipeline rank, its chunks together."""
-    sizes = model.shape.stage_sizes(layout.stages)
-    return [sum(sizes[stage :: layout.pipeline]) for stage in range(layout.pipeline)]
+def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[ModelShape]]:
+    """Layers of each pipeline rank, its chunks together: how many of which sizes."""
+    found: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
+    each = iter(model.shape.each())
+    for stage, size in enumerate(model.shape.stage_sizes(layout.stages)):
+        found[stage % layout.pipeline].update(itertools.islice(each, size))
+    return found
 
 
 def _stage_flops(training: Training, layout: ParallelLayout, recompute: str) -> float:
@@ -215,13 +221,14 @@ def _stage_flops(training: Training, layout: ParallelLayout, recompute: str) -> 
     for model, passes in ((training.student, 3), (training.teacher, 1)):
         if model is None:
             continue
-        flops = ForwardFlops.of(model, training.sequence_length)
-        layer = passes * (flops.layer + flops.core)
-        if model is training.student:
-            layer += {"none": 0.0, "selective": flops.core, "full": flops.layer + flops.core}[recompute]
         for stage, layers in enumerate(_layers_of_stages(model, layout)):
-            stages[stage] += layers * layer
-        stages[-1] += passes * flops.output
+            for sizes, count in layers.items():
+                matrices, core = layer_flops(model, sizes, training.sequence_length)
+                layer = passes * (matrices + core)
+                if model is training.student:
+                    layer += {"none": 0.0, "selective": core, "full": matrices + core}[recompute]
+                stages[stage] += count * layer
+        stages[-1] += passes * ForwardFlops.of(model, training.sequence_length).output
     return max(stages) * tokens / layout.tensor
 
 
@@ -242,7 +249,9 @@ def _tensor_bytes(training: Training, layout: ParallelLayout, recompute: str) ->
             layer += 2.0 + (1.0 if layout.sequence_parallel else 0.0) + (2.0 if recompute == "full" else 0.0)
         hidden = model.shape.hidden_size * reduce
         for stage, layers in enumerate(_layers_of_stages(model, layout)):
-            stages[stage] += layers * layer * hidden
+            for sizes, count in layers.items():
+                parts = (sizes.num_query_groups > 0) + (sizes.ffn_hidden_size > 0)
+                stages[stage] += count * layer * parts / 2 * hidden
         stages[0] += hidden
         stages[-1] += hidden if trained else 0.0
     return max(stages)
@@ -256,9 +265,9 @@ def _context_bytes(training: Training, layout: ParallelLayout, recompute: str) -
     for model, passes in ((training.student, 3 + (recompute != "none")), (training.teacher, 1)):
         if model is None:
             continue
-        layer = 2 * model.shape.num_query_groups * model.shape.head_dim * passes * around
         for stage, layers in enumerate(_layers_of_stages(model, layout)):
-            stages[stage] += layers * layer
+            for sizes, count in layers.items():
+                stages[stage] += count * (2 * sizes.num_query_groups * sizes.head_dim * passes * around)
     return max(stages)
 
 

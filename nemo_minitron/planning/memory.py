@@ -41,7 +41,10 @@ of the layer at work.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -161,12 +164,18 @@ class MemoryCost:
     def ranks(self, sizes: SizesLike) -> list[MemoryUse]:
         """One rank of each pipeline stage, in order."""
         work = self.work
-        chunks = work.virtual_pipeline or 1
-        each, more = divmod(sizes.num_layers, work.pipeline * chunks)
-        return [
-            self._rank(sizes, stage, [each + (chunk * work.pipeline + stage < more) for chunk in range(chunks)])
-            for stage in range(work.pipeline)
-        ]
+        runs = work.pipeline * (work.virtual_pipeline or 1)
+        each, more = divmod(sizes.num_layers, runs)
+        if not isinstance(sizes, ModelShape) or sizes.uniform:
+            counts = [
+                sum(each + (run < more) for run in range(stage, runs, work.pipeline)) for stage in range(work.pipeline)
+            ]
+            return [self._rank(sizes, stage, [(sizes, count)]) for stage, count in enumerate(counts)]
+        layers: list[Counter[ModelShape]] = [Counter() for _ in range(work.pipeline)]
+        own = iter(sizes.each())
+        for run in range(runs):
+            layers[run % work.pipeline].update(itertools.islice(own, each + (run < more)))
+        return [self._rank(sizes, stage, list(kinds.items())) for stage, kinds in enumerate(layers)]
 
     def _teacher_bytes(self, table: axes.Family, shape: ModelShape) -> list[float]:
         """Of each pipeline stage: weights, and what waits for the student."""
@@ -184,24 +193,22 @@ class MemoryCost:
         stages[-1] += tokens * shape.hidden_size / split * work.bytes
         return stages
 
-    def _rank(self, sizes: SizesLike, stage: int, chunks: list[int]) -> MemoryUse:
-        work, layers = self.work, sum(chunks)
-        first, last, constant, by_group, by_head, by_width = self._coefficients(sizes)
-        layer = (
-            constant
-            + by_group * sizes.num_query_groups
-            + by_head * sizes.num_attention_heads
-            + by_width * sizes.ffn_hidden_size
-        )
+    def _rank(self, sizes: SizesLike, stage: int, layers: Sequence[tuple[SizesLike, int]]) -> MemoryUse:
+        """``sizes`` are of the model, ``layers`` those of the stage: how many of which sizes."""
+        work = self.work
+        first, last, *_ = self._coefficients(sizes)
         ends = (first if stage == 0 else 0.0) + (last if stage == work.pipeline - 1 else 0.0)
         if self.shape.tied_embeddings and 0 < stage == work.pipeline - 1:
             ends += first  # the copy
-        weights = ends + layers * layer
+        weights = ends + sum(count * self._layer_weights(layer) for layer, count in layers)
         tokens = work.batch_size * work.sequence_length
         if not work.training:
-            cached = 2 * layers * tokens * sizes.num_query_groups / work.tensor * self.shape.head_dim
+            cached = sum(
+                2 * count * tokens * layer.num_query_groups / work.tensor * self.shape.head_dim
+                for layer, count in layers
+            )
             return MemoryUse(weights * work.bytes, cached * work.bytes)
-        activations = self._activations(sizes, stage, chunks) * tokens / work.context
+        activations = self._activations(sizes, stage, layers) * tokens / work.context
         if self.distilled and work.fused and stage == work.pipeline - 1:
             activations += _LOSS_BUFFERS
         return MemoryUse(
@@ -212,22 +219,22 @@ class MemoryCost:
             teacher=self._teacher[stage],
         )
 
-    def _activations(self, sizes: SizesLike, stage: int, chunks: list[int]) -> float:
+    def _activations(self, sizes: SizesLike, stage: int, layers: Sequence[tuple[SizesLike, int]]) -> float:
         """Bytes kept for each token of a micro-batch."""
-        work, layers = self.work, sum(chunks)
+        work = self.work
         split = work.tensor if work.sequence_parallel else 1
-        layer, norm = self._layer(sizes), self._norm(sizes)
+        whole, norm = [(self._layer(layer), there) for layer, there in layers if there], self._norm(sizes)
         # Micro-batches under way, in chunks: Megatron's warm-up of the plain and of the interleaved schedule.
-        count = len(chunks)
+        count = work.virtual_pipeline or 1
         under_way = work.pipeline - stage
         if count > 1:
             under_way = 2 * (work.pipeline - stage - 1) + (count - 1) * work.pipeline + 1
         full = work.recompute == "full"
-        kept = layers / count * under_way * (sizes.hidden_size / split if full else layer)
-        if full and layers:
-            kept += layer - sizes.hidden_size / split
-        if work.recompute == "selective" and layers and not work.fused:
-            heads = sizes.num_attention_heads / work.tensor
+        kept = sum(there / count * under_way * (sizes.hidden_size / split if full else layer) for layer, there in whole)
+        if full and whole:
+            kept += max(whole)[0] - sizes.hidden_size / split
+        if work.recompute == "selective" and whole and not work.fused:
+            heads = max(layer.num_attention_heads for layer, there in layers if there) / work.tensor
             kept += heads * (2 * work.context * self.shape.head_dim + self._probabilities())
         kept *= work.bytes
         if stage == work.pipeline - 1:
@@ -253,7 +260,7 @@ class MemoryCost:
         return self.work.sequence_length * (1 if self.work.bytes == 4 else 3)
 
     def _layer(self, sizes: SizesLike) -> float:
-        """Numbers that a layer keeps for a token."""
+        """Numbers that a layer keeps for a token; of a part that it lacks, none."""
         work, d = self.work, self.shape.head_dim
         heads, groups = sizes.num_attention_heads / work.tensor, sizes.num_query_groups / work.tensor
         whole = work.fused or work.recompute == "selective"  # the matrix of queries, keys and values stays
@@ -274,7 +281,23 @@ class MemoryCost:
             mlp = (3 if self.table.gated else 2) * width
         else:
             mlp = (4 if self.table.gated else 2) * width
+        if not sizes.num_query_groups:
+            return self._norm(sizes) + mlp
+        if not sizes.ffn_hidden_size:
+            return self._norm(sizes) + attention
         return 2 * self._norm(sizes) + attention + mlp
+
+    def _layer_weights(self, sizes: SizesLike) -> float:
+        """Weights of a layer on one rank."""
+        if isinstance(sizes, ModelShape) and not (sizes.num_query_groups and sizes.ffn_hidden_size):
+            return sum(self._size(row, sizes) for row in axes.layer_parameters(self.table, sizes).values())
+        _, _, constant, by_group, by_head, by_width = self._coefficients(sizes)
+        return (
+            constant
+            + by_group * sizes.num_query_groups
+            + by_head * sizes.num_attention_heads
+            + by_width * sizes.ffn_hidden_size
+        )
 
     def _coefficients(self, sizes: SizesLike) -> tuple[float, float, float, float, float, float]:
         """Weights of a rank: before the layers, after them, and of a layer: constant, a group, a head, a neuron."""
@@ -295,6 +318,7 @@ class MemoryCost:
 
     def _shape(self, sizes: SizesLike, groups: int, heads: int, width: int) -> ModelShape:
         return self.shape.replace(
+            layers=None,
             num_layers=1,
             hidden_size=sizes.hidden_size,
             ffn_hidden_size=width,

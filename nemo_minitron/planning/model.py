@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from nemo_minitron import axes
@@ -37,19 +36,19 @@ class Model:
     def parts(self) -> dict[str, int]:
         """Number of parameters of embedding, attention, MLP, norms and output layer; parts without any are left out."""
         found = dict.fromkeys(("embedding", "attention", "MLP", "norms", "output layer"), 0)
-        for name, row, _ in axes.parameters(self.table, self.shape):
-            found[_part(name, self.table)] += math.prod(axes.tensor_shape(row, self.shape))
+        for entry in axes.parameters(self.table, self.shape):
+            found[_part(entry, self.table)] += entry.count
         return {part: count for part, count in found.items() if count}
 
 
-def _part(name: str, table: axes.Family) -> str:
-    if "norm" in name:
+def _part(entry: axes.Entry, table: axes.Family) -> str:
+    if "norm" in entry.name:
         return "norms"
-    if name == table.output:
+    if entry.name == table.output:
         return "output layer"
-    if name in table.first:
+    if entry.name in table.first:
         return "embedding"
-    return "attention" if "self_attention" in name else "MLP"
+    return "attention" if entry.row.part == "attention" else "MLP"
 
 
 def stage_parameters(
@@ -78,13 +77,13 @@ def stage_parameters(
     rank_of_layer = [run % pipeline for run, size in enumerate(sizes) for _ in range(size)]
     ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(pipeline)]
 
-    def local(row: axes.Parameter) -> tuple[int, ...]:
-        shape = axes.tensor_shape(row, padded)
-        return tuple(size // tensor if dim == row.tensor_parallel_dim else size for dim, size in enumerate(shape))
+    def local(entry: axes.Entry) -> tuple[int, ...]:
+        cut = entry.row.tensor_parallel_dim
+        return tuple(size // tensor if dim == cut else size for dim, size in enumerate(entry.shape))
 
-    for name, row, layer in axes.parameters(model.table, padded):
-        rank = rank_of_layer[layer] if layer is not None else 0 if name in model.table.first else pipeline - 1
-        ranks[rank][name] = local(row)
+    for entry in axes.parameters(model.table, padded):
+        outer = 0 if entry.name in model.table.first else pipeline - 1
+        ranks[outer if entry.layer is None else rank_of_layer[entry.layer]][entry.name] = local(entry)
     if padded.tied_embeddings and pipeline > 1:
-        ranks[-1][model.table.output] = local(model.table.last[model.table.output])
+        ranks[-1][model.table.output] = local(axes.entry(model.table, padded, model.table.output))
     return ranks

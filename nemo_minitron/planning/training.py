@@ -8,8 +8,20 @@ from dataclasses import dataclass
 from nemo_minitron import axes
 from nemo_minitron.config.parts import ParallelLayout
 from nemo_minitron.planning.model import Model
+from nemo_minitron.shape import ModelShape
 
-__all__ = ["ForwardFlops", "Training"]
+__all__ = ["ForwardFlops", "Training", "layer_flops"]
+
+
+def layer_flops(model: Model, sizes: ModelShape, sequence_length: int) -> tuple[float, float]:
+    """``layer`` and ``core`` of :class:`ForwardFlops` for a layer of these sizes, which may lack a part."""
+    active = (model.architecture.moe_router_topk or 0) / (sizes.num_moe_experts or 1)
+    matrices = sum(
+        math.prod(axes.tensor_shape(row, sizes)) * (1.0 if row.expert is None else active)
+        for row in axes.layer_parameters(model.table, sizes).values()
+        if len(row.axes) == 2
+    )
+    return 2 * matrices, 2 * sequence_length * sizes.num_attention_heads * sizes.head_dim
 
 
 @dataclass(frozen=True)
@@ -20,8 +32,8 @@ class ForwardFlops:
     NeMo's ``flops_formulas`` does). Norms, activations, softmax and the embedding's look-up are left out.
 
     Attributes:
-        layer: one layer, without the core of its attention.
-        core: the core of one layer's attention: queries by keys, probabilities by values.
+        layer: one layer, without the core of its attention; where layers differ, their mean.
+        core: the core of one layer's attention: queries by keys, probabilities by values; likewise.
         output: the output layer.
         layers: number of them.
     """
@@ -34,16 +46,12 @@ class ForwardFlops:
     @classmethod
     def of(cls, model: Model, sequence_length: int) -> ForwardFlops:
         """Of a model at a length of its sequences."""
-        shape, table = model.shape, model.table
-        active = (model.architecture.moe_router_topk or 0) / (shape.num_moe_experts or 1)
-        matrices = sum(
-            math.prod(axes.tensor_shape(row, shape)) * (1.0 if row.expert is None else active)
-            for row in axes.layer_parameters(table, shape).values()
-            if len(row.axes) == 2
-        )
+        shape = model.shape
+        each = shape.each()
+        shares = [(each.count(sizes) / len(each), layer_flops(model, sizes, sequence_length)) for sizes in set(each)]
         return cls(
-            layer=2 * matrices,
-            core=2 * sequence_length * shape.num_attention_heads * shape.head_dim,
+            layer=sum(share * layer for share, (layer, _) in shares),
+            core=sum(share * core for share, (_, core) in shares),
             output=2 * shape.vocab_size * shape.hidden_size,
             layers=shape.num_layers,
         )

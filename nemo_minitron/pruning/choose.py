@@ -62,30 +62,36 @@ def target_shape(
 ) -> ModelShape:
     """The shape that a request stands for.
 
-    Sizes that are not given stay. Where only ``num_query_groups`` is given, every group keeps all its heads; where
-    ``layers_to_drop`` is given, it fixes ``num_layers``.
+    Sizes that are not given stay, those that layers have of their own in each layer. Where only ``num_query_groups`` is
+    given and all layers are alike, every group keeps all its heads; where ``layers_to_drop`` is given, it fixes
+    ``num_layers``.
 
     Raises:
         ShapeError: with every fault: sizes that do not exist or cannot be reached from ``shape``, layers that are
-            not there.
+            not there, or are not named where the model's layers differ in size.
     """
     sizes = dict(sizes)
-    if "num_query_groups" in sizes and "num_attention_heads" not in sizes:
+    if shape.uniform and "num_query_groups" in sizes and "num_attention_heads" not in sizes:
         sizes["num_attention_heads"] = sizes["num_query_groups"] * shape.heads_per_group
-    faults = []
+    faults, layers, left = [], None, shape
     if layers_to_drop is not None:
         faults = _drop_faults(shape, layers_to_drop)
-        left = shape.num_layers - len(set(layers_to_drop))
-        if sizes.setdefault("num_layers", left) != left:
+        remain = shape.num_layers - len(set(layers_to_drop))
+        if sizes.setdefault("num_layers", remain) != remain:
             faults.append(
                 f"num_layers={sizes['num_layers']}: dropping {len(set(layers_to_drop))} of {shape.num_layers} layers "
-                f"leaves {left}; give one of the two"
+                f"leaves {remain}; give one of the two"
             )
+        if not faults and not shape.uniform:
+            layers = _remaining(shape, layers_to_drop)
+            left = shape.of_layers(layers)
+    elif not shape.uniform and sizes.get("num_layers", shape.num_layers) != shape.num_layers:
+        faults = [f"num_layers={sizes.pop('num_layers')}: the model's layers differ in size; name those to drop"]
     try:
-        target = shape.replace(**sizes)
+        target = left.replace(**sizes)
     except ShapeError as error:
         raise ShapeError([*faults, *error.faults]) from None
-    if faults := [*faults, *shape.prune_faults(target)]:
+    if faults := [*faults, *shape.prune_faults(target, layers=layers)]:
         raise ShapeError(faults)
     return target
 
@@ -108,7 +114,7 @@ def choose_units(
     Args:
         scores: of the model; not needed (None) for the random method, nor where ``layers_to_drop`` is all that goes.
         shape: of the model.
-        target: shape to reach.
+        target: shape to reach. Its layers may have sizes of their own, each those of the layer that stays in its place.
         method: "random" draws units, the baseline of the same shape; the estimators' names keep the highest scores,
             which the caller has from that estimator.
         seed: of the random method.
@@ -124,7 +130,10 @@ def choose_units(
     """
     if method not in METHODS:
         raise ConfigError(f"method={method!r}: must be one of {', '.join(METHODS)}")
-    faults = shape.prune_faults(target)
+    kept_layers = None
+    if layers_to_drop is not None and not _drop_faults(shape, layers_to_drop):
+        kept_layers = _remaining(shape, layers_to_drop)
+    faults = shape.prune_faults(target, layers=kept_layers)
     if target.vocab_size != (shape.vocab_size if vocab is None else len(vocab)):
         faults.append(
             f"vocab_size={target.vocab_size}: {'no' if vocab is None else len(vocab)} token ids are given to keep; "
@@ -141,25 +150,24 @@ def choose_units(
         pick: _Picker = _Random(seed)
     elif scores is not None:
         pick = _Highest(scores, shape)
-    elif (layers_to_drop is not None or target.num_layers == shape.num_layers) and target == shape.replace(
-        num_layers=target.num_layers, vocab_size=target.vocab_size
-    ):
+    elif (kept_layers is not None or target.num_layers == shape.num_layers) and target == shape.of_layers(
+        range(shape.num_layers) if kept_layers is None else kept_layers
+    ).replace(vocab_size=target.vocab_size):
         pick = _everything  # the layers are named, and nothing else goes
     else:
         raise ConfigError(f"scores: method={method} needs the scores of the model; run `minitron score`")
 
-    if layers_to_drop is not None:
-        layers = [layer for layer in range(shape.num_layers) if layer not in layers_to_drop]
-    else:
+    layers = kept_layers
+    if layers is None:
         layers = pick("layers", (), range(shape.num_layers), target.num_layers)
-    q = shape.heads_per_group
-    neurons = range(shape.ffn_hidden_size), target.ffn_hidden_size
     ffn, groups, heads, experts, expert_ffn = [], [], [], [], []
-    for layer in layers:
-        groups.append(tuple(pick("groups", (layer,), range(shape.num_query_groups), target.num_query_groups)))
+    for layer, goal in zip(layers, target.each(), strict=True):
+        sizes = shape.at(layer)
+        q, neurons = sizes.heads_per_group, (range(sizes.ffn_hidden_size), goal.ffn_hidden_size)
+        groups.append(tuple(pick("groups", (layer,), range(sizes.num_query_groups), goal.num_query_groups)))
         heads.append(
             tuple(
-                tuple(pick("heads", (layer,), range(group * q, (group + 1) * q), target.heads_per_group))
+                tuple(pick("heads", (layer,), range(group * q, (group + 1) * q), goal.heads_per_group))
                 for group in groups[-1]
             )
         )
@@ -167,7 +175,8 @@ def choose_units(
             ffn.append(tuple(pick("ffn", (layer,), *neurons)))
         else:
             ffn.append(())
-            experts.append(tuple(pick("experts", (layer,), range(shape.num_moe_experts), target.num_moe_experts)))
+            some = target.num_moe_experts if goal.ffn_hidden_size else 0
+            experts.append(tuple(pick("experts", (layer,), range(shape.num_moe_experts), some)))
             expert_ffn.append(tuple(tuple(pick("ffn", (layer, expert), *neurons)) for expert in experts[-1]))
     return KeptUnits(
         layers=tuple(layers),
@@ -222,6 +231,10 @@ class _Highest:
                 f"{where} {axis}: the score of unit {bad[0]} is {values[bad[0]]}; score the model again".lstrip()
             )
         return sorted(sorted(candidates, key=lambda i: (-values[i], i))[:count])
+
+
+def _remaining(shape: ModelShape, layers_to_drop: Sequence[int]) -> list[int]:
+    return [layer for layer in range(shape.num_layers) if layer not in layers_to_drop]
 
 
 def _drop_faults(shape: ModelShape, layers_to_drop: Sequence[int]) -> list[str]:

@@ -10,11 +10,12 @@ from typing import Any
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.runtime.files import replace_file
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, require_uniform
 
-__all__ = ["FILE_NAME", "kept_path", "load_kept", "read_kept", "save_kept"]
+__all__ = ["FILE_NAME", "kept_path", "load_kept", "read_kept", "read_live_kept", "save_kept"]
 
 FILE_NAME = "kept.json"
+LIVE_PRUNING = "pruning a live model (DepthPrune, WidthPrune, PruneTransform)"
 FORMAT_VERSION = 2
 #: Version 1 had neither experts nor a vocabulary.
 _READABLE = (1, 2)
@@ -61,7 +62,7 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
             raise CheckpointError(
                 f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; prune again"
             )
-        shape = ModelShape(**content["shape"])
+        shape = ModelShape.from_dict(content["shape"])
         kept = KeptUnits(**{name: _tuples(value) for name, value in content["kept"].items()})
         faults = kept.faults(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShapeError) as error:
@@ -74,6 +75,20 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
 def read_kept(kept: KeptUnits | str | Path) -> tuple[KeptUnits, ModelShape | None]:
     """The units themselves, or those in a file with the shape that it says they are units of."""
     return load_kept(kept) if isinstance(kept, (str, os.PathLike)) else (kept, None)
+
+
+def read_live_kept(kept: KeptUnits | str | Path) -> tuple[KeptUnits, ModelShape | None]:
+    """:func:`read_kept` for the pruning of a live model, which needs layers that are all alike.
+
+    Raises:
+        ShapeError: if those of the model that the units are of differ in size, or those that are left of it.
+        CheckpointError: as :func:`load_kept`.
+    """
+    kept, shape = read_kept(kept)
+    if shape is not None:
+        for one in (shape, kept.target(shape)):
+            require_uniform(one, LIVE_PRUNING)
+    return kept, shape
 
 
 def _tuples(value: Any) -> Any:

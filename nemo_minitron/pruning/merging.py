@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nemo_minitron import axes
@@ -62,29 +61,25 @@ class MergedHeads:
         import torch
 
         tensor = self.inner.tensor(name)
-        row, layer = self._rows[name]
-        pairs = self.pairs.get(layer, ()) if layer is not None else ()
-        if Axis.QKV not in row.axes or not pairs:
+        entry = axes.entry(self.table, self.shape, name)
+        pairs = self.pairs.get(entry.layer, ()) if entry.layer is not None else ()
+        if Axis.QKV not in entry.row.axes or not pairs:
             return tensor
-        dim = row.axes.index(Axis.QKV)
-        kept, gone = (self._blocks([pair[side] for pair in pairs]) for side in (0, 1))
+        dim = entry.row.axes.index(Axis.QKV)
+        kept, gone = (_blocks([pair[side] for pair in pairs], entry.sizes.heads_per_group) for side in (0, 1))
         heads = tensor.unflatten(dim, (-1, self.shape.head_dim)).to(torch.promote_types(tensor.dtype, torch.float32))
         merged = heads.index_select(dim, kept).mul_(2).sub_(heads.index_select(dim, gone))
         return heads.index_copy(dim, kept, merged).flatten(dim, dim + 1).to(tensor.dtype)
 
-    @cached_property
-    def _rows(self) -> dict[str, tuple[axes.Parameter, int | None]]:
-        return {name: (row, layer) for name, row, layer in axes.parameters(self.table, self.shape)}
 
-    def _blocks(self, heads: Sequence[int]) -> torch.Tensor:
-        """Where the heads lie on the QKV axis, in blocks of ``head_dim`` rows."""
-        import torch
+def _blocks(heads: Sequence[int], q: int) -> torch.Tensor:
+    """Where the heads lie on the QKV axis of a layer with ``q`` heads a group, in blocks of ``head_dim`` rows."""
+    import torch
 
-        q = self.shape.heads_per_group
-        queries = [head // q * (q + 2) + head % q for head in heads]
-        if q == 1:
-            return torch.tensor([block + part for block in queries for part in range(3)])
-        return torch.tensor(queries)
+    queries = [head // q * (q + 2) + head % q for head in heads]
+    if q == 1:
+        return torch.tensor([block + part for block in queries for part in range(3)])
+    return torch.tensor(queries)
 
 
 def merge_pruned_heads(checkpoint: Checkpoint, kept: KeptUnits, importance: torch.Tensor) -> Checkpoint:
@@ -126,9 +121,9 @@ def head_pairs(shape: ModelShape, kept: KeptUnits, importance: torch.Tensor) -> 
     if not bool(importance.isfinite().all()):
         layer = int((~importance.isfinite()).any(dim=1).nonzero()[0])
         raise NonFiniteError(f"layer {layer} heads: a score is not finite; score the model again")
-    q = shape.heads_per_group
     found: dict[int, Pairs] = {}
     for position, layer in enumerate(kept.layers):
+        q = shape.at(layer).heads_per_group
         scores = importance[layer].tolist()
         if q == 1:
             families = [([head for group in kept.heads[position] for head in group], range(shape.num_attention_heads))]

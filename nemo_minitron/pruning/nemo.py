@@ -17,7 +17,7 @@ from torch import nn
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.pruning.kept import read_kept
+from nemo_minitron.pruning.kept import read_live_kept
 from nemo_minitron.pruning.live import gpt_chunks, set_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
 from nemo_minitron.pruning.wrapping import update_io
@@ -53,7 +53,7 @@ class PruneTransform(ModelTransform):
 
     def __init__(self, kept: KeptUnits | str | Path, *, family: str | None = None) -> None:
         super().__init__()
-        self.kept, self.shape = read_kept(kept)
+        self.kept, self.shape = read_live_kept(kept)
         if self.kept.vocab is not None:
             raise ShapeError(
                 "the kept units leave out a part of the vocabulary, which NeMo's tokenizer would not follow; prune the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["SPACINGS", "intermediate_shapes"]
 
@@ -33,8 +33,11 @@ def intermediate_shapes(
         tensor, pipeline: layout in which the shapes in between are scored.
 
     Raises:
-        ShapeError: if ``target`` cannot be reached from ``shape``, or the layout cannot hold one of the two.
+        ShapeError: if ``target`` cannot be reached from ``shape``, the layout cannot hold one of the two, or layers
+            differ in size.
     """
+    for one in (shape, target):
+        require_uniform(one, "pruning in rounds")
     faults = shape.prune_faults(target)
     for what, one in (("model", shape), ("target", target)):
         faults += [f"{what}: {fault}" for fault in one.layout_faults(tensor=tensor, pipeline=pipeline)]

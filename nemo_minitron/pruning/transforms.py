@@ -18,7 +18,7 @@ from torch import nn
 from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.pruning.kept import read_kept
+from nemo_minitron.pruning.kept import LIVE_PRUNING, read_live_kept
 from nemo_minitron.pruning.layer_moves import keep_layers, plan_layers
 from nemo_minitron.pruning.live import (
     apply_config,
@@ -34,7 +34,7 @@ from nemo_minitron.pruning.live import (
 from nemo_minitron.pruning.row_moves import take_rows
 from nemo_minitron.pruning.wrapping import bare
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
-from nemo_minitron.shape import SIZES, ModelShape, padded_vocab
+from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
 __all__ = ["DepthPrune", "WidthPrune"]
 
@@ -51,12 +51,13 @@ class DepthPrune:
         groups: of this process; None takes Megatron's current ones when the transform is called.
 
     Raises:
-        ShapeError: when called, if the layers are not there, or are fewer than the pipeline stages.
+        ShapeError: if the units leave layers of different sizes; when called, if the layers are not there, or are fewer
+            than the pipeline stages.
         CheckpointError: if the file cannot be read.
     """
 
     def __init__(self, kept: KeptUnits | str | Path, *, groups: Groups | None = None) -> None:
-        self.kept, self.shape = read_kept(kept)
+        self.kept, self.shape = read_live_kept(kept)
         self.groups = groups
 
     def __call__(self, module: nn.Module) -> nn.Module:
@@ -103,14 +104,15 @@ class WidthPrune:
         family: key of the model's axes table; None takes the one that has the model's parameters.
 
     Raises:
-        ShapeError: when called, if the units do not fit the model, or the target does not fit the layout.
+        ShapeError: if the units leave layers of different sizes; when called, if they do not fit the model, or the
+            target does not fit the layout.
         CheckpointError: if the file cannot be read.
     """
 
     def __init__(
         self, kept: KeptUnits | str | Path, *, groups: Groups | None = None, family: str | None = None
     ) -> None:
-        self.kept, self.shape = read_kept(kept)
+        self.kept, self.shape = read_live_kept(kept)
         self.groups = groups
         self.family = None if family is None else axes.family(family)
 
@@ -126,7 +128,7 @@ class WidthPrune:
         target = self._target(shape, groups.layout)
         _check_agreement(self.kept, groups.tp)
         table = self.family or live_family(chunks[0])
-        rows = {name: (row, layer) for name, row, layer in axes.parameters(table, shape)}
+        rows = {entry.name: (entry.row, entry.layer) for entry in axes.parameters(table, shape)}
         for chunk in chunks:
             if self.kept.experts is not None:
                 for part in chunk.decoder.layers:
@@ -167,6 +169,7 @@ class WidthPrune:
         if faults := self.kept.faults(unpruned):
             raise ShapeError(faults)
         target = self.kept.target(unpruned)
+        require_uniform(target, LIVE_PRUNING)
         if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
             raise ShapeError(faults)
         if self.kept.vocab is not None:

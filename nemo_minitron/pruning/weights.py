@@ -39,7 +39,7 @@ class PrunedWeights:
 
     def names(self) -> Sequence[str]:
         """Those of the pruned model: its layers are numbered anew."""
-        return [name for name, _, _ in axes.parameters(self.table, self.kept.target(self.shape))]
+        return list(self._entries)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The pruned tensor, in the stored dtype.
@@ -47,17 +47,17 @@ class PrunedWeights:
         Raises:
             KeyError: for a name that the pruned model does not have.
         """
-        row, layer = self._rows[name]
+        entry = self._entries[name]
         tensor = self.inner.tensor(self.kept.source(name))
-        for dim, axis in enumerate(row.axes):
-            rows = axes.axis_rows(axis, self.shape, self.kept, layer, row.expert)
+        for dim, axis in enumerate(entry.row.axes):
+            rows = axes.axis_rows(axis, self.shape, self.kept, entry.layer, entry.row.expert)
             if rows is not None:
                 tensor = tensor.index_select(dim, rows)
         return tensor.contiguous()
 
     @cached_property
-    def _rows(self) -> dict[str, tuple[axes.Parameter, int | None]]:
-        return {name: (row, layer) for name, row, layer in axes.parameters(self.table, self.kept.target(self.shape))}
+    def _entries(self) -> dict[str, axes.Entry]:
+        return {entry.name: entry for entry in axes.parameters(self.table, self.kept.target(self.shape))}
 
 
 def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str, Any] | None = None) -> Checkpoint:

@@ -247,7 +247,7 @@ def _model(stage: StageRun, run: Run) -> None:
         if content is None:
             continue
         try:
-            shape = ModelShape(**content["shape"])
+            shape = ModelShape.from_dict(content["shape"])
             table = axes.family(Architecture(**content["architecture"]).family)
         except (KeyError, TypeError, MinitronError) as error:
             run.remarks.append(f"{place.relative_to(run.path)} is not a model record ({error!r}); left out")

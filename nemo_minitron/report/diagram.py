@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.report.collect import Model, Run
 from nemo_minitron.report.plots import Figure, Theme, clean, draw_figure
+from nemo_minitron.report.tables import span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["shape_diagram"]
 
@@ -33,7 +36,7 @@ def shape_diagram(run: Run) -> Figure | None:
     models = models[:MOST]
     if len(models) < 2:
         return None
-    widest = max(max(_widths(model)) for model in models)
+    widest = max(_widest(model) for model in models)
     deepest = max(model.shape.num_layers for model in models)
 
     def draw(canvas: Canvas, theme: Theme) -> None:
@@ -54,7 +57,8 @@ def shape_diagram(run: Run) -> Figure | None:
         )  # fmt: skip
 
     told = "; ".join(
-        f"{m.name}: {m.shape.num_layers} layers, hidden {m.shape.hidden_size}, FFN {m.shape.ffn_hidden_size}, "
+        f"{m.name}: {m.shape.num_layers} layers, hidden {m.shape.hidden_size}, "
+        f"FFN {span(m.shape, 'ffn_hidden_size', '')}, "
         f"{m.shape.num_attention_heads} heads"
         for m in models
     )
@@ -72,9 +76,13 @@ def _layers(model: Model) -> tuple[int, ...]:
     return tuple(model.kept["layers"]) if model.kept is not None else tuple(range(model.shape.num_layers))
 
 
-def _widths(model: Model) -> tuple[int, int, int]:
-    shape = model.shape
-    return shape.ffn_hidden_size, shape.hidden_size, shape.num_attention_heads * shape.head_dim
+def _widths(sizes: ModelShape) -> tuple[int, int, int]:
+    """Of the three bars of a layer."""
+    return sizes.ffn_hidden_size, sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim
+
+
+def _widest(model: Model) -> int:
+    return max(max(_widths(sizes)) for sizes in model.shape.each())
 
 
 def _shades(theme: Theme, role: str) -> list[tuple[float, float, float, float]]:
@@ -87,13 +95,16 @@ def _shades(theme: Theme, role: str) -> list[tuple[float, float, float, float]]:
 def _silhouette(axes: Axes, model: Model, teacher: Model, deepest: int, theme: Theme) -> None:
     """One model."""
     layers = _layers(model)
-    # From the widest to the narrowest, so that none hides another.
-    parts = sorted(zip(_widths(model), _shades(theme, model.role), strict=True), key=lambda part: -part[0])
-    for width, colour in parts:
-        axes.barh(layers, [width] * len(layers), left=-width / 2, height=0.8, color=[colour])
+    each = [model.shape.at(position) for position in range(len(layers))]
+    for sizes in dict.fromkeys(each):
+        rows = [layer for layer, own in zip(layers, each, strict=True) if own == sizes]
+        # From the widest to the narrowest, so that none hides another.
+        parts = sorted(zip(_widths(sizes), _shades(theme, model.role), strict=True), key=lambda part: -part[0])
+        for width, colour in parts:
+            axes.barh(rows, [width] * len(rows), left=-width / 2, height=0.8, color=[colour])
     if model.kept is not None:
         gone = [layer for layer in range(deepest) if layer not in layers]
-        width = max(_widths(teacher))
+        width = _widest(teacher)
         axes.barh(
             gone, [width] * len(gone), left=-width / 2, height=0.7,
             facecolor="none", edgecolor=theme.faint, lw=0.8, ls=":",

@@ -229,7 +229,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
     values = scores.arrays["ffn"]
     ordered = -np.sort(-values.reshape(-1, values.shape[-1]), axis=1)
     rows = "layer" if values.ndim == 2 else "expert, layer by layer"
-    sizes = {model.shape.ffn_hidden_size for model in run.models if model.role == "pruned"}
+    sizes = {one.ffn_hidden_size for model in run.models if model.role == "pruned" for one in model.shape.each()}
     kept = sizes.pop() if len(sizes) == 1 else None
 
     def draw(canvas: Canvas, theme: Theme) -> None:

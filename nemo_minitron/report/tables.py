@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.report.collect import Run, StageRun
+from nemo_minitron.shape import ModelShape
 
 __all__ = [
     "Card",
@@ -119,14 +120,21 @@ def shape_table(run: Run) -> Table | None:
     rows = []
     for model in run.models:
         s = model.shape
-        sizes = (s.num_layers, s.hidden_size, s.ffn_hidden_size, s.num_attention_heads, s.num_query_groups, s.head_dim)
-        row = [model.name, *(f"{size:,}" for size in sizes), f"{s.vocab_size:,}", f"{model.parameters:,}"]
+        row = [model.name, f"{s.num_layers:,}", f"{s.hidden_size:,}", span(s, "ffn_hidden_size")]
+        row += [f"{s.num_attention_heads:,}", span(s, "num_query_groups"), f"{s.head_dim:,}"]
+        row += [f"{s.vocab_size:,}", f"{model.parameters:,}"]
         rows.append([*row, f"{model.parameters / teacher.parameters:.1%}"] if teacher else row)
     if teacher:
         headings.append(f"of {teacher.name}")
     tied = any(model.shape.tied_embeddings for model in run.models)
     caption = "Sizes of each model" + (" (embeddings tied: counted once)" if tied else "")
     return Table(caption, headings, rows, [model.role for model in run.models])
+
+
+def span(shape: ModelShape, name: str, form: str = ",") -> str:
+    """A size that layers may have of their own: its value, or from the least to the largest of the layers."""
+    sizes = sorted({getattr(one, name) for one in shape.each()})
+    return " – ".join(format(size, form) for size in dict.fromkeys((sizes[0], sizes[-1])))
 
 
 def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:

@@ -16,7 +16,7 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
-from nemo_minitron.shape import SIZES, Architecture, ModelShape, padded_vocab
+from nemo_minitron.shape import SIZES, Architecture, ModelShape, padded_vocab, require_uniform
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -72,8 +72,9 @@ def transformer_config(
     ``persist_layer_norm``, and the fused softmax is an extension that no wheel of Megatron-core has.
 
     Raises:
-        ShapeError: if the sizes and the constants contradict each other.
+        ShapeError: if the sizes and the constants contradict each other, or layers differ in size.
     """
+    require_uniform(shape, "a Megatron model")
     from megatron.core.transformer import TransformerConfig
 
     fused, table = device.transformer_engine, family(architecture.family)

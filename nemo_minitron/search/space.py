@@ -15,7 +15,7 @@ from typing import NamedTuple, overload
 
 from nemo_minitron import axes
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["Budget", "Cost", "ParameterCost", "SearchSpace", "ShapeSet", "Sizes", "axis_values", "spread"]
 
@@ -198,7 +198,8 @@ class SearchSpace:
         experts: least number of experts, the router's top-k.
 
     Raises:
-        ShapeError: if an axis has no candidate left, naming the constraint and what would fit.
+        ShapeError: if an axis has no candidate left, naming the constraint and what would fit; if the model's layers
+            differ in size.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class SearchSpace:
         pipeline: int = 1,
         experts: int = 1,
     ) -> None:
+        require_uniform(base, "a search of uniform shapes")
         self.base = base
         self.whole_groups = "num_query_groups" in values and "num_attention_heads" not in values
         self.values: dict[str, list[int | None]] = {}

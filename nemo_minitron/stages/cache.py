@@ -16,9 +16,10 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.jobs.outputs import MARKER, check_output
+from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.training import training_blocks
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def plan(config: CacheConfig) -> StagePlan:
     if shape is None:
         return found
     layout = config.parallel
+    found.faults += [f"teacher: {fault}" for fault in uniform_faults(shape, "a logit cache")]
     found.faults += [f"teacher: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
     if config.k is not None and config.k >= shape.vocab_size:
         found.faults.append(_too_many(config.k, shape.vocab_size))

@@ -13,11 +13,11 @@ from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import DepthConfig
 from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
 from nemo_minitron.importance.depth_scores import depth_journal
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def plan(config: DepthConfig) -> StagePlan:
     found.faults += layout.sequence_faults(config.data.sequence_length)
     if shape is None:
         return found
-    faults = depth_faults(shape.num_layers, config.block_lengths, config.greedy)
+    faults = uniform_faults(shape, "measuring depth")
+    faults += depth_faults(shape.num_layers, config.block_lengths, config.greedy)
     found.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     found.costs.update(model_costs(config.model, config.runtime.dtype))
     if faults:
@@ -85,7 +86,7 @@ def _candidates(config: DepthConfig, shape: ModelShape) -> tuple[list[Candidate]
 
 
 def _flops(config: DepthConfig, shape: ModelShape, family: Family) -> float:
-    """Operations for the loss of all candidates: two for each weight and token.
+    """Operations for the loss of all candidates of a model whose layers are all alike: two for each weight and token.
 
     Attention scores are small beside it at these lengths. Greedy rounds are counted without what they share.
     """
@@ -95,9 +96,8 @@ def _flops(config: DepthConfig, shape: ModelShape, family: Family) -> float:
     else:
         layers = sum(shape.num_layers - len(one) for one in known)
     layers += sum(count * (count - 1) for count in greedy)
-    one, two = (axes.parameter_count(family, shape.replace(num_layers=count)) for count in (1, 2))
     head = shape.vocab_size * shape.hidden_size
-    weights = (two - one) * layers + head * (len(known) + sum(greedy))
+    weights = axes.layer_count(family, shape) * layers + head * (len(known) + sum(greedy))
     return 2.0 * weights * config.samples * config.data.sequence_length
 
 

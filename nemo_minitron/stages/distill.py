@@ -60,7 +60,8 @@ def plan(config: DistillConfig) -> StagePlan:
         count = config.teacher_parallel.world_size
         found.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
     shapes = {role: peek_shape(path) for role, path in paths.items()}
-    if (ours := shapes["student"]) is not None and (theirs := shapes["teacher"]) is not None:
+    ours, theirs = shapes["student"], shapes["teacher"]
+    if ours is not None and theirs is not None and ours.uniform and theirs.uniform:
         _plan_intermediate(config, found, ours, theirs)
     return found
 

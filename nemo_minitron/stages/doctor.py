@@ -14,8 +14,8 @@ from rich.console import Console
 
 from nemo_minitron.config import DoctorConfig, PipelineConfig, SlurmConfig
 from nemo_minitron.errors import FailedChecksError
-from nemo_minitron.jobs.folder import job_folder_of
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 
 __all__ = ["plan", "run", "submit_doctor"]
@@ -48,7 +48,7 @@ def run(config: DoctorConfig) -> dict[str, Any]:
     from nemo_minitron.doctor.prove import prove
     from nemo_minitron.doctor.show import show_proof
 
-    folder = job_folder_of(config)
+    folder = Output(config).folder
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if "COLUMNS" in os.environ else 120)
     proof = prove(config, folder, say=lambda text: console.print(f"checking: {text}", markup=False, highlight=False))
@@ -90,5 +90,5 @@ def submit_doctor(config: DoctorConfig, slurm: SlurmConfig, *, dry_run: bool, co
     from nemo_minitron.jobs.slurm_submit import submit
 
     config = dataclasses.replace(config, name=config.name or config.STAGE)
-    pipeline = PipelineConfig(name=config.name, output=str(job_folder_of(config)))
+    pipeline = PipelineConfig(name=config.name, output=str(Output(config).folder))
     submit(pipeline, [config], slurm, overwrite=True, dry_run=dry_run, console=console)

@@ -13,10 +13,11 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import require
+from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -57,7 +58,8 @@ def plan(config: EvaluateConfig) -> StagePlan:
             found.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
-        faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        faults = uniform_faults(shape, "evaluation")
+        faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
         found.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]

@@ -9,9 +9,9 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ExportConfig
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.checkpoints import model_costs, verified
+from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 
 __all__ = ["NAMES", "plan", "run"]
 
@@ -29,6 +29,7 @@ def plan(config: ExportConfig) -> StagePlan:
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(str(output / NAMES[form]), f"model ({form})") for form in config.formats],
         costs=model_costs(config.model, config.dtype or "float32"),
+        faults=conversion_faults(config.model, config.formats, verify=config.verify),
     )
     if config.verify:
         found.notes.append("each result is loaded by its own side's loader and its logits compared")
@@ -47,6 +48,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 
     source = open_checkpoint(config.model)
+    check_conversion(source, config.formats, verify=config.verify)
     named = dataclasses.replace(
         source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
     )

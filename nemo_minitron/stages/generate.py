@@ -14,10 +14,11 @@ from nemo_minitron.checkpoints.record import peek_architecture, peek_shape
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
 from nemo_minitron.runtime.journal import PLAIN, Journal
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def plan(config: GenerateConfig) -> StagePlan:
         )
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
     if shape is None or architecture is None:
+        return found
+    if faults := uniform_faults(shape, "generation"):
+        found.faults += faults
         return found
     layout = config.parallel
     found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)

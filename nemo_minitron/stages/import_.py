@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.config import ImportConfig
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
-from nemo_minitron.stages.shared.checkpoints import format_faults, model_costs, staged_checkpoint, verified
+from nemo_minitron.stages.shared.checkpoints import (
+    check_conversion,
+    conversion_faults,
+    format_faults,
+    model_costs,
+    staged_checkpoint,
+    verified,
+)
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -35,6 +42,7 @@ def plan(config: ImportConfig) -> StagePlan:
     if config.source is not None:
         found.reads.append(PlannedPath(config.source, "model"))
         found.costs.update(model_costs(config.source, config.dtype or "float32"))
+        found.faults += conversion_faults(config.source, [config.format], verify=config.verify)
     elif config.package not in PACKAGES:
         found.faults.append(f"package={config.package}: is not known; known packages: {', '.join(sorted(PACKAGES))}")
     else:
@@ -56,6 +64,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import verify, write_checkpoint
 
     with _opened(config) as source:
+        check_conversion(source, [config.format], verify=config.verify)
         origin = config.source or config.package
         named = dataclasses.replace(source, lineage={"made_by": "import", "source": origin, **source.lineage})
         with staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path:

@@ -17,6 +17,7 @@ from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import require_uniform
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
     from nemo_minitron.pruning.choose import target_shape
     from nemo_minitron.pruning.rounds import intermediate_shapes
 
+    require_uniform(shape, "pruning in rounds")
     layout = config.parallel
     return intermediate_shapes(
         shape,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import LabelConfig
-from nemo_minitron.jobs.outputs import own_output
+from nemo_minitron.jobs.output import claim_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.shared.chats import shorter, tokens_of
@@ -72,7 +72,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
     rows = [ids for _, ids in chosen]
     key = _key(attribute_model.weight, rows)
     if groups.is_main:
-        own_output(config)
+        claim_output(config)
         journal = Path(config.output) / _JOURNAL
         known = _saved(journal, key) if config.resume else []
         replace_file(journal, "".join(json.dumps(line) + "\n" for line in [{"key": key}, *known]))

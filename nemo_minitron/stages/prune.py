@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
-from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
+from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint, written_faults
 from nemo_minitron.stages.shared.choosing import kept_units, read_scores
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def plan(config: PruneConfig) -> StagePlan:
             found.faults += error.faults
         else:
             found.faults += _layout_faults(config, target)
+            if (architecture := peek_architecture(config.model)) is not None:
+                found.faults += written_faults(target, architecture, [config.format])
             before, after = (axes.parameter_count(peek_family(config.model), one) for one in (shape, target))
             found.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
     found.notes.append("reads and writes one tensor at a time; no forward pass")
@@ -75,7 +77,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(config.model)
     target = target_shape(checkpoint.shape, _sizes(config), layers_to_drop=config.layers_to_drop)
-    if faults := _layout_faults(config, target):
+    if faults := _layout_faults(config, target) + written_faults(target, checkpoint.architecture, [config.format]):
         raise ShapeError(faults)
     scores = read_scores(config, checkpoint)
     kept = kept_units(config, checkpoint, target, scores)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def plan(config: ScoreConfig) -> StagePlan:
     found = StagePlan(
         "score", reads=[PlannedPath(config.model, "model")], writes=[PlannedPath(config.output, "scores")]
     )
+    if shape is not None:
+        found.faults += uniform_faults(shape, "scoring")
     if config.estimator == "magnitude":
         found.notes.append("reads one tensor at a time; no text, no forward pass")
         if shape is not None:

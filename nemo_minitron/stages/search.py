@@ -21,9 +21,8 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.launch import launch
 from nemo_minitron.jobs.local import starter_of
 from nemo_minitron.jobs.nested import run_child, show_output
-from nemo_minitron.jobs.outputs import own_output
+from nemo_minitron.jobs.output import Output, claim_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
-from nemo_minitron.jobs.records import hashed_settings, parents
 from nemo_minitron.jobs.warm import keep_pool
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.search import (
@@ -42,6 +41,7 @@ from nemo_minitron.search import (
     spread,
 )
 from nemo_minitron.search.rank import JOURNAL_NAME
+from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.search_ranking import BASE, Work
 from nemo_minitron.stages.shared.search_results import write_results
 
@@ -79,6 +79,9 @@ def plan(config: SearchConfig) -> StagePlan:
     if config.depth_scores is not None:
         found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
     if shape is None:
+        return found
+    if faults := uniform_faults(shape, "a search of uniform shapes"):
+        found.faults += faults
         return found
     layout = config.parallel
     found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
@@ -130,7 +133,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     costs = Costs(config, shape, checkpoint.family, topk=constants.moe_router_topk, rotary=constants.rotary_percent)
     # An empty space is told before anything is written or run.
     shapes = costs.space().fitting(costs.budgets())
-    output = own_output(config)
+    output = claim_output(config)
     journal = search_journal(output, _subject(config))
     known = by_candidate(journal.read())
     if config.budget.latency_ms is not None:
@@ -285,10 +288,11 @@ def _fitted_latency(
 
 def _subject(config: SearchConfig) -> dict[str, Any]:
     """What every result depends on."""
-    settings = {name: value for name, value in hashed_settings(config).items() if name not in _NOT_SUBJECT}
+    identity = Output(config).identity
+    settings = {name: value for name, value in identity["settings"].items() if name not in _NOT_SUBJECT}
     workload = ("batch_size", "sequence_length")
     settings["budget"] = {name: settings["budget"][name] for name in workload}
-    return settings | {name: parent["hash"] for name, parent in parents(config).items()}
+    return settings | {name: parent["hash"] for name, parent in identity["parents"].items()}
 
 
 def _finished(output: Path) -> int:

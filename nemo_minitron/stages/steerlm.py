@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_minitron.config import SteerlmConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
-from nemo_minitron.jobs.outputs import own_output
+from nemo_minitron.jobs.output import claim_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.stages.shared.chats import align_plan
 
@@ -51,7 +51,7 @@ def run(config: SteerlmConfig) -> dict[str, Any]:
     """
     from nemo_minitron.jobs.nested import run_child
 
-    own_output(config)
+    claim_output(config)
     reward = None if config.attribute_model else run_child(config.reward_stage())["metrics"]
     labels = run_child(config.label_stage())["metrics"]
     sft = run_child(config.sft_stage())["metrics"]

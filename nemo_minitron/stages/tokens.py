@@ -9,7 +9,7 @@ from typing import Any
 from nemo_minitron.checkpoints.tokenizer.trimming import FREQUENCIES
 from nemo_minitron.config import TokensConfig
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 
 __all__ = ["plan", "run"]

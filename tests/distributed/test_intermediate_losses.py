@@ -217,7 +217,7 @@ def test_gradients_equal_one_process(models: Path, alone: dict[str, Any], tmp_pa
     runs = [(case, layout) for case, layouts in LAYOUTS.items() for layout in layouts]
     for index, (case, layout) in enumerate(runs):
         shape, expected = open_checkpoint(models / case).shape, alone[case]
-        table = {name: row for name, row, _ in axes.parameters(axes.family("llama"), shape)}
+        table = {entry.name: entry.row for entry in axes.parameters(axes.family("llama"), shape)}
         seen = set()
         for rank in (found[index] for found in ranks):
             for name, gradient in rank["gradients"].items():

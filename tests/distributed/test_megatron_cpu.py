@@ -102,7 +102,7 @@ def train(cases: dict[str, tuple[str, ParallelLayout]]) -> dict[str, Any]:
 def gathered(results: list[dict[str, Any]], checkpoint: Any, world: int) -> dict[str, torch.Tensor]:
     """Global gradients out of every rank's shards, by canonical name."""
     table, shape = checkpoint.family, checkpoint.shape
-    rows = {name: row for name, row, _ in axes.parameters(table, shape)}
+    rows = {entry.name: entry.row for entry in axes.parameters(table, shape)}
     found: dict[str, torch.Tensor] = {}
     for result in sorted(results, key=lambda result: result["tp_rank"]):
         for name, shard in result["gradients"].items():

@@ -118,7 +118,8 @@ def kill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, kept: axes.Ke
     shape, table = checkpoint.shape, checkpoint.family
     hidden = complement(kept.hidden, shape.hidden_size)
     position = {layer: index for index, layer in enumerate(kept.layers)}
-    for name, row, layer in axes.parameters(table, shape):
+    for entry in axes.parameters(table, shape):
+        name, row, layer = entry.name, entry.row, entry.layer
         writes_hidden = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         if "word_embeddings" in name:
             tensors[name][:, hidden] = 0

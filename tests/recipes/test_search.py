@@ -17,6 +17,7 @@ from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import STAGES, ScoreConfig, SearchConfig, load
 from nemo_minitron.errors import ConfigError, MinitronError, ShapeError
 from nemo_minitron.jobs import nested
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.stages import score, search
 from nemo_minitron.stages.shared import search_ranking
 
@@ -97,7 +98,8 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | N
 
     calls: list[str] = []
 
-    def run_stage(stage: Any, on_output: Any = None) -> dict[str, Any]:
+    def run_output(output: Output, on_output: Any = None) -> dict[str, Any]:
+        stage = output.config
         if fail_at is not None and len(calls) == fail_at:
             raise MinitronError("stopped")
         calls.append(f"{stage.STAGE} {Path(stage.output).parent.name}")
@@ -105,7 +107,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | N
         shutil.copytree(home / "model", target, dirs_exist_ok=True)
         return {}
 
-    monkeypatch.setattr(nested, "run_stage", run_stage)
+    monkeypatch.setattr(nested, "run_output", run_output)
     return calls
 
 

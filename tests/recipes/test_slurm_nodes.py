@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -168,13 +169,17 @@ def test_a_pipeline_over_several_nodes(home: Path) -> None:
 
             def again(number: str, restarts: int) -> list[str]:
                 """Wait until a job that lost a node runs again, without Slurm's two minutes of patience; its nodes."""
+                pending: list[float] = []
 
                 def started() -> list[str]:
                     job = cluster.job(number)
                     if int(job["Restarts"]) < restarts:
                         return []
                     if job["JobState"] == "PENDING":
-                        cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+                        pending.append(time.monotonic())
+                        # A node refuses, for some seconds, a job that it has just cleaned up ("credential revoked").
+                        if pending[-1] - pending[0] > 8:
+                            cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
                     return nodes_of(number) if job["JobState"] == "RUNNING" else []
 
                 found: list[str] = cluster.wait(f"restart {restarts} of job {number}", started, 180)

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import PreemptedError, ShapeError
 from nemo_minitron.jobs import worker
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.runtime.stopping import StopRequest
 

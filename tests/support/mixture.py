@@ -20,9 +20,9 @@ def random_mixture(*, seed: int = 0) -> Checkpoint:
     """Two of four experts a token."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, row, _ in axes.parameters(axes.MIXTRAL, MIXTURE):
-        tensor = torch.randn(axes.tensor_shape(row, MIXTURE), generator=generator)
-        tensors[name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
+    for entry in axes.parameters(axes.MIXTRAL, MIXTURE):
+        tensor = torch.randn(entry.shape, generator=generator)
+        tensors[entry.name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
     architecture = dataclasses.replace(ARCHITECTURE, family="mixtral", moe_router_topk=TOPK)
     return Checkpoint(MIXTURE, architecture, DictWeights(tensors), None, Path("random"), "memory")
 

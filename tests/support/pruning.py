@@ -50,9 +50,9 @@ def random_checkpoint(
     """A random model in memory; ``change`` may edit its tensors. Norm weights are random too, around 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, row, _ in axes.parameters(axes.family(architecture.family), shape):
-        tensor = torch.randn(axes.tensor_shape(row, shape), generator=generator)
-        tensors[name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
+    for entry in axes.parameters(axes.family(architecture.family), shape):
+        tensor = torch.randn(entry.shape, generator=generator)
+        tensors[entry.name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
     if change is not None:
         change(tensors)
     return Checkpoint(shape, architecture, DictWeights(tensors), None, Path("random"), "memory")

@@ -1,4 +1,4 @@
-"""A stage of the alignment room that a signal stops, and that is started again."""
+"""A stage of the alignment package that a signal stops, and that is started again."""
 
 from __future__ import annotations
 

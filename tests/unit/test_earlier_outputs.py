@@ -11,10 +11,8 @@ import pytest
 from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelLayout, PruneConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs import local
-from nemo_minitron.jobs.folder import begin
-from nemo_minitron.jobs.pipeline import prepare
-from nemo_minitron.jobs.records import read_record, record_path, write_record
-from nemo_minitron.jobs.reuse import check_goes_on, earlier_outputs, recall, stage_state
+from nemo_minitron.jobs.output import Output, archived_outputs
+from nemo_minitron.jobs.records import read_record, record_path
 
 
 def make(config: StageConfig, content: str) -> None:
@@ -24,7 +22,7 @@ def make(config: StageConfig, content: str) -> None:
     else:
         output.mkdir()
         (output / "content").write_text(content)
-    write_record(output, config, {}, 1.0)
+    Output(config).finish({}, 1.0)
 
 
 def content(path: Path) -> str:
@@ -36,20 +34,21 @@ def test_settings_there_and_back(tmp_path: Path, name: str) -> None:
     one = PruneConfig(name="p", output=str(tmp_path / name), model="teacher")
     two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
     make(one, "one")
-    assert prepare(one) is None
-    assert stage_state(two) == ("changed", ["runtime.seed: 1234 then, 7 now"])
-    assert prepare(two) is two
+    assert Output(one).prepare() is None
+    assert Output(two).state() == ("changed", ["runtime.seed: 1234 then, 7 now"])
+    todo = Output(two).prepare()
+    assert todo is not None and todo.config is two
     assert not Path(one.output).exists()
     make(two, "two")
-    (kept,) = earlier_outputs(one.output)
+    (kept,) = archived_outputs(one.output)
     assert content(kept) == "one"
     assert kept.name.endswith(".nemo") == name.endswith(".nemo")
 
-    assert prepare(one) is None
+    assert Output(one).prepare() is None
     assert content(Path(one.output)) == "one"
     record = read_record(one.output)
     assert record is not None and record["settings"]["runtime"]["seed"] == 1234
-    (kept,) = earlier_outputs(one.output)
+    (kept,) = archived_outputs(one.output)
     assert content(kept) == "two"
     assert len(list(tmp_path.iterdir())) == (4 if name.endswith(".nemo") else 2)
 
@@ -58,33 +57,33 @@ def test_the_same_made_twice_is_kept_once(tmp_path: Path) -> None:
     one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
     two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
     make(one, "first")
-    prepare(two)
+    Output(two).prepare()
     make(one, "second")
-    prepare(two)
-    assert [content(path) for path in earlier_outputs(one.output)] == ["second"]
+    Output(two).prepare()
+    assert [content(path) for path in archived_outputs(one.output)] == ["second"]
 
 
 def test_what_is_not_whole_or_not_ours_is_left(tmp_path: Path) -> None:
     one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
     make(one, "one")
     other = dataclasses.replace(one, output=str(tmp_path / "other"))
-    prepare(dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7)))
-    (kept,) = earlier_outputs(one.output)
+    Output(dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))).prepare()
+    (kept,) = archived_outputs(one.output)
     (kept / "record.json").unlink()
-    assert not recall(one)
-    assert not recall(other)
+    assert not Output(one).restore()
+    assert not Output(other).restore()
     (tmp_path / "out@mine").mkdir()
-    assert earlier_outputs(one.output) == [kept]
+    assert archived_outputs(one.output) == [kept]
 
 
 def test_what_is_half_made_gives_way_to_what_was_whole(tmp_path: Path) -> None:
     one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
     two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
     make(one, "one")
-    prepare(two)
+    Output(two).prepare()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "half").touch()  # a run of the second that was killed
-    assert prepare(one) is None
+    assert Output(one).prepare() is None
     assert content(tmp_path / "out") == "one"
     assert (tmp_path / ".out.replaced" / "half").exists()
 
@@ -95,44 +94,44 @@ def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) 
     two = dataclasses.replace(one, lr=3e-4)
 
     def start(config: DistillConfig) -> None:
-        todo = prepare(config)
-        assert todo is config
-        begin(todo)
+        todo = Output(config).prepare()
+        assert todo is not None and todo.config is config
+        todo.begin()
 
     start(one)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "content").write_text("half of one")
     start(one)
     assert content(tmp_path / "out") == "half of one"
-    assert stage_state(two) == ("begun", ["lr: 0.0001 then, 0.0003 now"])
+    assert Output(two).state() == ("begun", ["lr: 0.0001 then, 0.0003 now"])
     start(two)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "content").write_text("half of two")
     start(one)
     assert content(tmp_path / "out") == "half of one"
-    assert [content(path) for path in earlier_outputs(one.output)] == ["half of two"]
+    assert [content(path) for path in archived_outputs(one.output)] == ["half of two"]
 
 
 def test_something_else_in_the_way_is_named(tmp_path: Path) -> None:
     one = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
     two = dataclasses.replace(one, runtime=dataclasses.replace(one.runtime, seed=7))
     make(one, "one")
-    prepare(two)
-    (kept,) = earlier_outputs(one.output)
+    Output(two).prepare()
+    (kept,) = archived_outputs(one.output)
     (kept / "record.json").unlink()
     make(one, "again")
     with pytest.raises(ConfigError, match="is in the way of an output that is to be kept there"):
-        prepare(two)
+        Output(two).prepare()
     assert content(tmp_path / "out") == "again"
 
 
 def test_overwrite_replaces(tmp_path: Path) -> None:
     one = ExportConfig(name="e", output=str(tmp_path / "out"), model="teacher")
     make(one, "one")
-    todo = prepare(dataclasses.replace(one, formats=["nemo"]), overwrite=True)
-    assert todo is not None and todo.overwrite
-    assert earlier_outputs(one.output) == []
+    todo = Output(dataclasses.replace(one, formats=["nemo"])).prepare(overwrite=True)
+    assert todo is not None and todo.config.overwrite
+    assert archived_outputs(one.output) == []
 
 
 def training(tmp_path: Path) -> DistillConfig:
@@ -159,21 +158,23 @@ def test_a_stage_by_itself_does_not_pass_off_what_others_made(tmp_path: Path, mo
     ]
     assert not started
     assert content(Path(one.output)) == "one"
-    check_goes_on(dataclasses.replace(two, overwrite=True))
+    Output(dataclasses.replace(two, overwrite=True)).check_resumable()
     with pytest.raises(ConfigError, match="stage: distill then, correct now"):
-        check_goes_on(CorrectConfig(output=one.output, model="t"))
+        Output(CorrectConfig(output=one.output, model="t")).check_resumable()
 
 
 def test_a_killed_training_goes_on_with_its_settings_in_any_layout(tmp_path: Path) -> None:
     one = training(tmp_path)
-    begin(one)
+    Output(one).begin()
     Path(one.output).mkdir()
-    check_goes_on(one)
-    check_goes_on(dataclasses.replace(one, parallel=ParallelLayout(tensor=2), micro_batch_size=2, max_minutes=5.0))
+    Output(one).check_resumable()
+    Output(
+        dataclasses.replace(one, parallel=ParallelLayout(tensor=2), micro_batch_size=2, max_minutes=5.0)
+    ).check_resumable()
     with pytest.raises(ConfigError, match="was begun with other settings: steps: 300 then, 600 now; choose another"):
-        check_goes_on(dataclasses.replace(one, steps=600))
+        Output(dataclasses.replace(one, steps=600)).check_resumable()
     (tmp_path / "logs" / "out" / "begun.json").write_text("{")  # nothing is known
-    check_goes_on(dataclasses.replace(one, steps=600))
+    Output(dataclasses.replace(one, steps=600)).check_resumable()
 
 
 @pytest.mark.parametrize("known", ["parallel.context", "intermediate"])
@@ -186,10 +187,10 @@ def test_a_setting_that_is_new_had_its_default(tmp_path: Path, known: str) -> No
     section, *rest = known.split(".")
     del (record["settings"][section] if rest else record["settings"])[(rest or [section])[0]]
     path.write_text(json.dumps(record | {"hash": "of fewer settings"}))
-    assert stage_state(one) == ("done", [])
-    check_goes_on(one)
+    assert Output(one).state() == ("done", [])
+    Output(one).check_resumable()
     wide = dataclasses.replace(one, parallel=ParallelLayout(context=2), intermediate=dataclasses.replace(
         one.intermediate, hidden="mse"))  # fmt: skip
-    state, reasons = stage_state(wide)
+    state, reasons = Output(wide).state()
     assert state == "changed"
     assert f"{'parallel.context: 1' if rest else 'intermediate.hidden: None'} then" in " ".join(reasons)

@@ -93,7 +93,10 @@ def test_constants_that_contradict_the_sizes():
         ({"experts": ((0, 1, 2), (0, 1))}, "expert_ffn: one row of neurons is needed for each kept expert"),
         ({"experts": ((0, 1, 2),)}, "experts: 1 layers of indices for 2 kept layers"),
         ({"expert_ffn": (((0, 1),) * 3, ((0, 1), (0, 1), (0, 30)))}, "expert 2 ffn: an index lies outside 0..23"),
-        ({"expert_ffn": (((0, 1),) * 3, ((0, 1), (0, 1), (0,)))}, r"ffn: layers keep different numbers \(\[1, 2\]\)"),
+        (
+            {"expert_ffn": (((0, 1),) * 3, ((0, 1), (0, 1), (0,)))},
+            r"ffn: experts keep different numbers \(\[1, 2\]\)",
+        ),
         ({"ffn": ((1,), ())}, "ffn: must be empty"),
         ({"vocab": (3, 2)}, "vocab: must ascend"),
         ({"vocab": (3, 131)}, "vocab: an index lies outside 0..130"),

@@ -17,6 +17,7 @@ from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, Sha
 from nemo_minitron.jobs import launch as launching
 from nemo_minitron.jobs import local, warm
 from nemo_minitron.jobs.launch import StageCrashError, launch, read_results
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.records import read_record
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -87,7 +88,7 @@ def test_one_process(tmp_path):
     assert record["config"]["runtime"]["seed"] == 5
     assert (Path(config.output) / "result.txt").read_text() == "5"
     assert b"rank 0 of 1" in shown.getvalue()
-    assert (local.job_folder_of(config) / "rank-0.log").read_bytes() == shown.getvalue()
+    assert (Output(config).folder / "rank-0.log").read_bytes() == shown.getvalue()
 
 
 def test_threads_are_given_or_shared(tmp_path):
@@ -103,7 +104,7 @@ def test_several_processes(tmp_path, fakes):
     assert record["metrics"]["world"] == 2
     assert b"rank 0 of 2" in shown.getvalue()
     assert b"rank 1" not in shown.getvalue()
-    folder = local.job_folder_of(config)
+    folder = Output(config).folder
     assert "rank 1 of 2" in (folder / "rank-1.log").read_text()
     assert (folder / "nemo_run" / "experiments").is_dir() == (fakes == "cold")
     assert not left_over(folder)
@@ -140,7 +141,7 @@ def test_a_crash_carries_the_traceback_and_the_log(tmp_path):
         local.run_stage(config)
     assert "Traceback" in str(error.value)
     assert "RuntimeError: a fault of ours" in str(error.value)
-    assert f"{local.job_folder_of(config)}/rank-0.log" in str(error.value)
+    assert f"{Output(config).folder}/rank-0.log" in str(error.value)
 
 
 def test_a_killed_process_is_named(tmp_path):
@@ -156,7 +157,7 @@ def test_a_time_limit_ends_the_job(tmp_path):
     with pytest.raises(MinitronError, match=r"stopped after 0\.0333.* minutes \(runtime\.timeout_minutes\)"):
         local.run_stage(config)
     assert time.monotonic() - started < 10
-    assert not left_over(local.job_folder_of(config))
+    assert not left_over(Output(config).folder)
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_one_failing_rank_ends_all_and_shows_once(tmp_path, name, kind, message)
         local.run_stage(config)
     assert str(error.value).count("Traceback") == (name == "crash")
     assert time.monotonic() - started < 60  # the peer sleeps for ten minutes
-    assert not left_over(local.job_folder_of(config))
+    assert not left_over(Output(config).folder)
 
 
 @pytest.mark.slow
@@ -183,7 +184,7 @@ def test_a_hang_of_several_is_bounded(tmp_path):
     config = job(tmp_path, "hang", tensor=2, timeout_minutes=8 / 60)
     with pytest.raises(MinitronError, match="stopped after"):
         local.run_stage(config)
-    assert not left_over(local.job_folder_of(config))
+    assert not left_over(Output(config).folder)
 
 
 @pytest.mark.slow
@@ -234,7 +235,7 @@ def signalled(tmp_path: Path, config: StageConfig, order: signal.Signals, ready:
         local.run_stage(config)
     sender.join()
     assert signal.getsignal(order) == before
-    assert not left_over(local.job_folder_of(config))
+    assert not left_over(Output(config).folder)
     return error.value
 
 
@@ -248,7 +249,7 @@ def test_a_signal_reaches_a_rank_that_can_stop(tmp_path):
 def test_a_signal_reaches_every_rank_that_can_stop(tmp_path):
     config = job(tmp_path, "stoppable", tensor=2)
     assert str(signalled(tmp_path, config, signal.SIGUSR1, 2)) == "stopped by SIGUSR1"
-    results = read_results(local.job_folder_of(config))
+    results = read_results(Output(config).folder)
     assert [result.error for result in results] == ["PreemptedError"] * 2
 
 
@@ -259,7 +260,7 @@ def test_a_signal_ends_what_cannot_stop_in_order(tmp_path):
 
 def test_an_earlier_jobs_results_do_not_count(tmp_path):
     config = job(tmp_path, "crash")
-    folder = local.job_folder_of(config)
+    folder = Output(config).folder
     with pytest.raises(StageCrashError):
         local.run_stage(config)
     local.run_stage(job(tmp_path))

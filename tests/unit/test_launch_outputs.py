@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
-from nemo_minitron.config import EvaluateConfig, ExportConfig, ReportConfig, RuntimeConfig
+from nemo_minitron.config import EvaluateConfig, ExportConfig, ReportConfig, RuntimeConfig, StageConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
-from nemo_minitron.jobs.outputs import stage_output
+from nemo_minitron.jobs.atomic import stage_output
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
-from nemo_minitron.jobs.records import config_hash, parents, read_record, record_path, write_record
+from nemo_minitron.jobs.records import parents, read_record, record_path
 
 
 def contents(folder: Path) -> set[str]:
@@ -67,7 +68,7 @@ def test_a_kill_leaves_the_earlier_output_and_the_next_run_clears_up(tmp_path):
     with stage_output(out) as aside:
         (aside / "a").write_text("1")
     code = (
-        "import time\nfrom nemo_minitron.jobs.outputs import stage_output\n"
+        "import time\nfrom nemo_minitron.jobs.atomic import stage_output\n"
         f"with stage_output({str(out)!r}, True) as aside:\n"
         "    (aside / 'a').write_text('2')\n    print('written', flush=True)\n    time.sleep(600)\n"
     )
@@ -107,13 +108,17 @@ def export(tmp_path: Path, **changes: object) -> ExportConfig:
     return dataclasses.replace(ExportConfig(model=str(tmp_path / "m"), output=str(tmp_path / "o")), **changes)
 
 
+def record(path: Path, config: StageConfig) -> None:
+    Output(dataclasses.replace(config, output=str(path))).finish({}, 1.0)
+
+
 def test_record_round_trip(tmp_path):
     (tmp_path / "o").mkdir()
-    record = write_record(tmp_path / "o", export(tmp_path), {"size": 3}, 1.5, peak_rss_bytes=7)
-    assert read_record(tmp_path / "o") == json.loads(json.dumps(record))
-    assert record["name"] == "export"
-    assert record["versions"]["nemo-minitron"]
-    assert record["hash"] == config_hash(export(tmp_path))
+    written = Output(export(tmp_path)).finish({"size": 3}, 1.5, peak_rss_bytes=7)
+    assert read_record(tmp_path / "o") == json.loads(json.dumps(written))
+    assert written["name"] == "export"
+    assert written["versions"]["nemo-minitron"]
+    assert written["hash"] == Output(export(tmp_path)).hash
     assert record_path("x/model.nemo") == Path("x/model.nemo.record.json")
     for broken in ("", "{", "[]", '{"version": 0}'):
         (tmp_path / "o" / "record.json").write_text(broken)
@@ -124,42 +129,42 @@ def test_the_hash_follows_settings_and_inputs_only(tmp_path):
     model = tmp_path / "m"
     model.mkdir()
     (model / "w").write_text("1")
-    base = config_hash(export(tmp_path))
+    base = Output(export(tmp_path)).hash
     for same in (
         {"output": "elsewhere"},
         {"overwrite": True},
         {"name": "n"},
         {"runtime": RuntimeConfig(threads=4, timeout_minutes=3.0)},
     ):
-        assert config_hash(export(tmp_path, **same)) == base
+        assert Output(export(tmp_path, **same)).hash == base
     for other in ({"formats": ["nemo"]}, {"runtime": RuntimeConfig(seed=2)}):
-        assert config_hash(export(tmp_path, **other)) != base
+        assert Output(export(tmp_path, **other)).hash != base
     (model / "w").write_text("23")
-    assert config_hash(export(tmp_path)) != base
+    assert Output(export(tmp_path)).hash != base
 
 
 def test_a_recorded_input_counts_by_its_record(tmp_path):
     first = tmp_path / "first"
     (first / "model").mkdir(parents=True)
-    write_record(first, export(tmp_path), {}, 1.0)
+    record(first, export(tmp_path))
     inside = export(tmp_path, model=str(first / "model"))
-    before = config_hash(inside)
+    before = Output(inside).hash
     (first / "model" / "w").write_text("x")  # the record vouches for what lies under it
-    assert config_hash(inside) == before
-    write_record(first, export(tmp_path, formats=["nemo2"]), {}, 1.0)
-    assert config_hash(inside) != before
+    assert Output(inside).hash == before
+    record(first, export(tmp_path, formats=["nemo2"]))
+    assert Output(inside).hash != before
 
 
 def test_a_report_depends_on_all_records_but_its_own(tmp_path):
     config = ReportConfig(run=str(tmp_path), output=str(tmp_path / "report"))
     (tmp_path / "a").mkdir()
-    write_record(tmp_path / "a", export(tmp_path), {}, 1.0)
-    before = config_hash(config)
+    record(tmp_path / "a", export(tmp_path))
+    before = Output(config).hash
     (tmp_path / "report").mkdir()
-    write_record(tmp_path / "report", config, {}, 1.0)
-    assert config_hash(config) == before
-    write_record(tmp_path / "a", export(tmp_path, formats=["nemo"]), {}, 1.0)
-    assert config_hash(config) != before
+    record(tmp_path / "report", config)
+    assert Output(config).hash == before
+    record(tmp_path / "a", export(tmp_path, formats=["nemo"]))
+    assert Output(config).hash != before
 
 
 def test_inputs_of_a_mapping(tmp_path):

@@ -81,7 +81,7 @@ def test_stage_parameters_of_every_rank_are_the_model():
             names = [name for stage in stages for name in stage]
             copies = ["output_layer.weight"] if tied and pipeline > 1 else []
             assert sorted(names) == sorted(
-                [*(name for name, _, _ in axes.parameters(model.table, model.shape)), *copies]
+                [*(entry.name for entry in axes.parameters(model.table, model.shape)), *copies]
             )
             held = sum(
                 math.prod(size) * (tensor if axes.parameter(model.table, name).tensor_parallel_dim is not None else 1)

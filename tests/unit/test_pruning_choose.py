@@ -60,7 +60,7 @@ def test_any_reachable_target_is_reached(pair, method, seed):
     for indices in (kept.layers, kept.hidden, *kept.ffn, *kept.groups, *(h for layer in kept.heads for h in layer)):
         assert list(indices) == sorted(indices)
     pruned = prune_weights(random_checkpoint(shape, seed=seed), kept)
-    expected = {name: axes.tensor_shape(row, target) for name, row, _ in axes.parameters(axes.LLAMA, target)}
+    expected = {entry.name: entry.shape for entry in axes.parameters(axes.LLAMA, target)}
     assert {name: tuple(pruned.weights.tensor(name).shape) for name in pruned.weights.names()} == expected
 
 

@@ -101,8 +101,8 @@ def test_biases_are_merged_too_and_the_dtype_stays():
     shape = SHAPE.replace(num_layers=1)
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(axes.tensor_shape(row, shape), generator=generator).bfloat16()
-        for name, row, _ in axes.parameters(axes.QWEN2, shape)
+        entry.name: torch.randn(entry.shape, generator=generator).bfloat16()
+        for entry in axes.parameters(axes.QWEN2, shape)
     }
     llama = random_checkpoint(shape)
     architecture = dataclasses.replace(llama.architecture, family="qwen2")

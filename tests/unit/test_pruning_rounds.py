@@ -43,8 +43,7 @@ def checkpoint_of(shape: ModelShape):
     checkpoint = random_checkpoint(shape.replace(num_moe_experts=None))
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(axes.tensor_shape(row, shape), generator=generator)
-        for name, row, _ in axes.parameters(axes.MIXTRAL, shape)
+        entry.name: torch.randn(entry.shape, generator=generator) for entry in axes.parameters(axes.MIXTRAL, shape)
     }
     architecture = dataclasses.replace(checkpoint.architecture, family="mixtral", moe_router_topk=1)
     return dataclasses.replace(checkpoint, shape=shape, architecture=architecture, weights=DictWeights(tensors))

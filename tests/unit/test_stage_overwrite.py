@@ -14,7 +14,8 @@ from support.distributed import run_distributed
 
 from nemo_minitron.config import ChatDataConfig, DistillConfig, LabelConfig, ParallelLayout
 from nemo_minitron.errors import ConfigError, DataError, PreemptedError
-from nemo_minitron.jobs.outputs import MARKER, own_output, set_aside
+from nemo_minitron.jobs.atomic import MARKER
+from nemo_minitron.jobs.output import Output, claim_output
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def names(output: Path) -> list[str]:
 
 
 def test_overwrite_begins_with_nothing_and_ends_with_the_new(output: Path) -> None:
-    with set_aside(config(output, overwrite=True)):
+    with Output(config(output, overwrite=True)).replacing():
         assert not output.exists()
         output.mkdir()
         (output / "metrics.jsonl").write_text("new\n")
@@ -43,13 +44,13 @@ def test_overwrite_begins_with_nothing_and_ends_with_the_new(output: Path) -> No
 
 
 def test_a_resume_finds_what_was_there(output: Path) -> None:
-    with set_aside(config(output)):
+    with Output(config(output)).replacing():
         assert (output / "checkpoints" / "step=8-last").is_dir()
     assert names(output) == ["distilled"]
 
 
 def test_a_refusal_costs_nothing(output: Path) -> None:
-    with pytest.raises(DataError), set_aside(config(output, overwrite=True)):
+    with pytest.raises(DataError), Output(config(output, overwrite=True)).replacing():
         output.mkdir()
         (output / "metrics.jsonl").write_text("new\n")
         raise DataError("no text")
@@ -59,11 +60,11 @@ def test_a_refusal_costs_nothing(output: Path) -> None:
 
 @pytest.mark.parametrize("error", [PreemptedError("stopped"), RuntimeError("crashed")])
 def test_what_can_be_gone_on_with_stays_and_so_does_the_old(output: Path, error: Exception) -> None:
-    with pytest.raises(type(error)), set_aside(config(output, overwrite=True)):
+    with pytest.raises(type(error)), Output(config(output, overwrite=True)).replacing():
         (output / "checkpoints").mkdir(parents=True)
         raise error
     assert names(output) == [".distilled.replaced", "distilled"]
-    with set_aside(config(output)):  # the same stage again, to its end
+    with Output(config(output)).replacing():  # the same stage again, to its end
         assert (output / "checkpoints").is_dir()
     assert names(output) == ["distilled"]
 
@@ -72,26 +73,29 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine"
     path.mkdir()
     (path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="was not written by minitron"), set_aside(config(path, overwrite=True)):
+    with (
+        pytest.raises(ConfigError, match="was not written by minitron"),
+        Output(config(path, overwrite=True)).replacing(),
+    ):
         pass
     assert (path / "thesis.tex").read_text() == "x"
 
 
 def test_an_output_of_its_own_is_marked_and_found_again(tmp_path: Path) -> None:
     stage = labelling(tmp_path)
-    assert own_output(stage) == tmp_path / "labels"
+    assert claim_output(stage) == tmp_path / "labels"
     (tmp_path / "labels" / "half").touch()
-    own_output(stage)
+    claim_output(stage)
     assert listing(tmp_path / "labels") == [MARKER, "half"]
     with pytest.raises(ConfigError, match="already exists; choose another output or pass --overwrite"):
-        own_output(labelling(tmp_path, resume=False))
+        claim_output(labelling(tmp_path, resume=False))
     # Also a stage that is told not to resume leaves the replacing to what is around it.
-    with set_aside(labelling(tmp_path, resume=False, overwrite=True)):
-        assert not own_output(labelling(tmp_path, resume=False)).joinpath("half").exists()
+    with Output(labelling(tmp_path, resume=False, overwrite=True)).replacing():
+        assert not claim_output(labelling(tmp_path, resume=False)).joinpath("half").exists()
     (tmp_path / "labels" / MARKER).unlink()
     (tmp_path / "labels" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="already exists"):
-        own_output(stage)
+        claim_output(stage)
 
 
 def listing(folder: Path) -> list[str]:
@@ -133,7 +137,7 @@ def run_stages(folder: str, processes: int, srun: bool = False) -> list[Any]:
             torch.distributed.barrier()
         if int(os.environ.get("RANK", "0")):
             return {}
-        own_output(config).joinpath(f"made-{len(seen)}").touch()
+        claim_output(config).joinpath(f"made-{len(seen)}").touch()
         if config.batch == 13:
             raise DataError("batch=13")
         return {"conversations": len(seen)}
@@ -161,7 +165,7 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path, monkeypatch: pytest.
 
     def run(config: LabelConfig) -> dict[str, Any]:
         lives.append(listing(Path(config.output)) if Path(config.output).exists() else None)
-        own_output(config).joinpath(f"life-{len(lives)}").touch()
+        claim_output(config).joinpath(f"life-{len(lives)}").touch()
         if len(lives) < 3:
             raise PreemptedError("the job's time is over")
         return {"lives": len(lives)}
@@ -171,7 +175,7 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path, monkeypatch: pytest.
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     stage = dataclasses.replace(labelling(tmp_path, overwrite=True), reward=str(tmp_path / "reward"))
-    own_output(labelling(tmp_path)).joinpath("old").touch()
+    claim_output(labelling(tmp_path)).joinpath("old").touch()
     for restart in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         with contextlib.suppress(PreemptedError):

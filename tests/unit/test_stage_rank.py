@@ -11,9 +11,7 @@ import yaml
 
 from nemo_minitron.config import DistillConfig, PruneConfig, load
 from nemo_minitron.config.parts import TargetConfig
-from nemo_minitron.jobs.folder import write_settings
-from nemo_minitron.jobs.records import write_record
-from nemo_minitron.jobs.reuse import earlier_outputs
+from nemo_minitron.jobs.output import Output, archived_outputs
 from nemo_minitron.jobs.slurm_rank import _prepare
 
 
@@ -25,15 +23,15 @@ def test_a_stage_that_is_made_again_tells_its_ranks(tmp_path: Path) -> None:
         return PruneConfig(name="pruned", output=str(output), model="m", method="random", target=target)
 
     output.mkdir()
-    record = write_record(output, config(3), {}, 1.0)
-    write_settings(config(2), folder)
+    record = Output(config(3)).finish({}, 1.0)
+    Output(config(2)).write_settings(folder)
     with ExitStack() as replaced:
-        assert _prepare(config(2), folder, True, replaced) == "run"
+        assert _prepare(Output(config(2)), folder, True, replaced) == "run"
         assert load("prune", folder / "config.yaml").overwrite is True
-        assert _prepare(config(3), folder, False, replaced) == "done before"
-        assert _prepare(config(2), folder, False, replaced) == "run"
+        assert _prepare(Output(config(3)), folder, False, replaced) == "done before"
+        assert _prepare(Output(config(2)), folder, False, replaced) == "run"
         assert load("prune", folder / "config.yaml").overwrite is False
-    assert [path.name for path in earlier_outputs(output)] == [f"pruned@{record['hash'][:12]}"]
+    assert [path.name for path in archived_outputs(output)] == [f"pruned@{record['hash'][:12]}"]
 
 
 def test_a_job_that_is_queued_again_goes_on_with_what_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,15 +39,15 @@ def test_a_job_that_is_queued_again_goes_on_with_what_it_began(tmp_path: Path, m
     config = DistillConfig(name="distilled", output=str(output), student="s", teacher="t", overwrite=True)
     output.mkdir()
     (output / "old").touch()
-    write_record(output, dataclasses.replace(config, steps=7), {}, 1.0)
-    write_settings(config, folder)
+    Output(dataclasses.replace(config, steps=7)).finish({}, 1.0)
+    Output(config).write_settings(folder)
     with pytest.raises(KeyboardInterrupt), ExitStack() as first:
-        assert _prepare(config, folder, False, first) == "run"
+        assert _prepare(Output(config), folder, False, first) == "run"
         assert not output.exists(), "what other settings made is to be replaced"
         (output / "checkpoints").mkdir(parents=True)
         raise KeyboardInterrupt  # the job runs out of time
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with ExitStack() as again:
-        assert _prepare(config, folder, False, again) == "run"
+        assert _prepare(Output(config), folder, False, again) == "run"
         assert (output / "checkpoints").is_dir()
         assert yaml.safe_load((folder / "config.yaml").read_text())["overwrite"] is False

@@ -14,6 +14,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.jobs.warm import end_process, reachable_pool
 from nemo_minitron.runtime.environment import local_environment
+from nemo_minitron.shape import require_uniform
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +70,12 @@ def verify(
 
     Raises:
         CheckpointError: if a loader fails or times out, the logits differ by more, or are not finite.
+        ShapeError: if layers differ in size; neither side has a loader of such models here.
     """
     import torch
 
+    for shape in (source.shape, target.shape):
+        require_uniform(shape, "comparing a conversion's logits (verify)")
     vocab = min(source.shape.vocab_size, target.shape.vocab_size)
     ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     dtype = target.architecture.dtype

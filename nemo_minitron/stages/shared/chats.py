@@ -21,6 +21,7 @@ from nemo_minitron.data.chat.preferences import (
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.batches import Sample
@@ -74,6 +75,7 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
         found.faults.append(
             f"data.max_length={data.max_length}: the model has a context of {architecture.max_position_embeddings}"
         )
+    found.faults += uniform_faults(shape, "alignment")
     found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     count = axes.parameter_count(peek_family(config.model), shape)
     found.costs["parameters"] = human_count(count)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
+from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.checkpoints.saving import write_aside
-from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.jobs.outputs import MARKER
+from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
+from nemo_minitron.jobs.atomic import MARKER
 from nemo_minitron.jobs.plans import human_bytes, human_count
+from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["format_faults", "model_costs", "staged_checkpoint", "verified"]
+__all__ = [
+    "check_conversion",
+    "conversion_faults",
+    "format_faults",
+    "model_costs",
+    "staged_checkpoint",
+    "verified",
+    "written_faults",
+]
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -32,6 +43,37 @@ def format_faults(output: str, form: str) -> list[str]:
     if form != "nemo" and is_file:
         return [f"output={output}: format={form} writes a directory; choose a name that does not end in .nemo"]
     return []
+
+
+def written_faults(shape: ModelShape, architecture: Architecture, formats: Sequence[str]) -> list[str]:
+    """Which of the formats cannot hold a model because its layers differ in size."""
+    found = layer_faults(shape, architecture) if "hf" in formats else []
+    for form in dict.fromkeys(formats):
+        found += [] if form == "hf" else uniform_faults(shape, f"format={form}")
+    return found
+
+
+def conversion_faults(model: str, formats: Sequence[str], *, verify: bool) -> list[str]:
+    """Why a model cannot be written in all the formats, and verified where asked for, as far as a plan can know."""
+    shape, architecture = peek_shape(model), peek_architecture(model)
+    return [] if shape is None or architecture is None else _conversion_faults(shape, architecture, formats, verify)
+
+
+def check_conversion(model: Checkpoint, formats: Sequence[str], *, verify: bool) -> None:
+    """:func:`conversion_faults` of an opened model, before it is written.
+
+    Raises:
+        ShapeError: with every fault.
+    """
+    if faults := _conversion_faults(model.shape, model.architecture, formats, verify):
+        raise ShapeError(faults)
+
+
+def _conversion_faults(
+    shape: ModelShape, architecture: Architecture, formats: Sequence[str], verify: bool
+) -> list[str]:
+    found = written_faults(shape, architecture, formats)
+    return found + (uniform_faults(shape, "verify=true, which compares logits") if verify else [])
 
 
 def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:

@@ -8,6 +8,7 @@ from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.shape import uniform_faults
 
 __all__ = ["chat_inputs", "plan_layout"]
 
@@ -31,4 +32,5 @@ def plan_layout(model: str, layout: ParallelLayout, found: StagePlan) -> None:
     """Add the layout's faults to a plan, where the model's shape is known."""
     shape = peek_shape(model)
     if shape is not None:
+        found.faults += uniform_faults(shape, "a Megatron model")
         found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)

@@ -14,6 +14,7 @@ from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -63,7 +64,8 @@ def plan_training(
         if shape is None:
             continue
         own = (layouts or {}).get(role, layout)
-        faults = shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
+        faults = uniform_faults(shape, "training")
+        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
         found.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import HF_FAMILIES, HFFamily, hf_family
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import Architecture, ModelShape
 
-__all__ = ["from_hf", "read_json", "to_hf"]
+__all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
 
 ROPE_SCALING = ("default", "llama3")
 
@@ -54,23 +55,29 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         raise CheckpointError(f"{source}: " + "; ".join(found))
     rope = config["rope_scaling"]
     try:
-        heads = config["num_attention_heads"]
+        heads, width = config["num_attention_heads"], config["intermediate_size"]
+        groups, layers = config["num_key_value_heads"] or heads, None
+        if family.by_layer is not None and name == family.by_layer[0]:
+            layers = read_blocks(config)
+            # stand for no layer: each block has its own
+            width, groups = 1, heads
         shape = ModelShape(
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
+            ffn_hidden_size=width,
             num_attention_heads=heads,
-            num_query_groups=config["num_key_value_heads"] or heads,
+            num_query_groups=groups,
             head_dim=config["head_dim"] or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config["tie_word_embeddings"]),
             num_moe_experts=config["num_local_experts"] if family.expert else None,
+            layers=layers,
         )
     except KeyError as error:
         raise CheckpointError(
             f"{source} lacks {error}; it is not a complete {family.model_type} configuration"
         ) from None
-    except (ShapeError, TypeError, ZeroDivisionError) as error:
+    except (CheckpointError, ShapeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     architecture = Architecture(
         family=key,
@@ -119,16 +126,37 @@ def _rope_type(rope: dict[str, Any] | None) -> str:
     return (rope.get("rope_type") or rope.get("type") or "default") if rope else "default"
 
 
+def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
+    """Why a ``config.json`` of the family cannot state the layers of a shape; empty if it can."""
+    if shape.uniform or hf_family(architecture.family).by_layer is not None:
+        return []
+    able = ", ".join(name for name, family in HF_FAMILIES.items() if family.by_layer is not None)
+    return [
+        f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of these "
+        f"it has: {able})"
+    ]
+
+
 def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[str, Any]:
     """The ``config.json`` of a model of these sizes whose tensors are stored as ``dtype``.
 
     ``head_dim`` is always explicit, because pruning leaves ``heads * head_dim`` and ``hidden`` unequal; transformers
-    reads it in every family here.
+    reads it in every family here. A model whose layers have sizes of their own is written as NVIDIA's Llama-Nemotron
+    models are, with ``block_configs``.
+
+    Raises:
+        CheckpointError: if the family has no form of such layers.
     """
     family = hf_family(architecture.family)
+    kind, blocks = (family.architecture, family.model_type), {}
+    if not shape.uniform:
+        if faults := layer_faults(shape, architecture):
+            raise CheckpointError(faults[0])
+        assert family.by_layer is not None
+        kind, blocks = family.by_layer, {"block_configs": write_blocks(shape)}
     config: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
+        "architectures": [kind[0]],
+        "model_type": kind[1],
         "attention_dropout": 0.0,
         "bos_token_id": architecture.bos_token_id,
         "eos_token_id": architecture.eos_token_id,
@@ -136,11 +164,11 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "head_dim": shape.head_dim,
         "hidden_size": shape.hidden_size,
         "initializer_range": 0.02,
-        "intermediate_size": shape.ffn_hidden_size,
+        "intermediate_size": None if blocks else shape.ffn_hidden_size,
         "max_position_embeddings": architecture.max_position_embeddings,
         "num_attention_heads": shape.num_attention_heads,
         "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": shape.num_query_groups,
+        "num_key_value_heads": None if blocks else shape.num_query_groups,
         family.epsilon: architecture.norm_epsilon,
         "rope_scaling": architecture.rotary_scaling,
         "rope_theta": architecture.rotary_base,
@@ -150,6 +178,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **family.writes,
+        **blocks,
     }
     if family.partial_rotary:
         config["partial_rotary_factor"] = architecture.rotary_percent

@@ -76,7 +76,7 @@ class HFWeights:
 
     def names(self) -> Sequence[str]:
         """Canonical names in the order of the forward pass."""
-        return [name for name, _, _ in axes.parameters(axes.family(self.family), self.shape)]
+        return [entry.name for entry in axes.parameters(axes.family(self.family), self.shape)]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The canonical tensor, in the stored dtype.
@@ -84,16 +84,14 @@ class HFWeights:
         Raises:
             CheckpointError: if one of its parts is missing, truncated, or of the wrong shape.
         """
-        row = axes.parameter(axes.family(self.family), name)
+        entry = axes.entry(axes.family(self.family), self.shape, name)
         parts = []
-        for part, expected in zip(
-            naming.hf_names(self.family, name), naming.hf_shapes(row.axes, self.shape), strict=True
-        ):
+        for part, expected in self._parts(entry).items():
             found = self._read(part)
             if tuple(found.shape) != expected:
                 raise _wrong_shape(self.files[part], part, tuple(found.shape), expected)
             parts.append(found)
-        return naming.merge(row.axes, parts, self.shape)
+        return naming.merge(entry.row.axes, parts, entry.sizes)
 
     def check(self) -> None:
         """Compare the stored names and shapes with the configuration, from the headers alone.
@@ -103,10 +101,8 @@ class HFWeights:
         """
         table = axes.family(self.family)
         expected: dict[str, tuple[int, ...]] = {}
-        for name, row, _ in axes.parameters(table, self.shape):
-            expected |= dict(
-                zip(naming.hf_names(self.family, name), naming.hf_shapes(row.axes, self.shape), strict=True)
-            )
+        for entry in axes.parameters(table, self.shape):
+            expected |= self._parts(entry)
         if missing := [name for name in expected if name not in self.files]:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} tensors that config.json asks for are missing, "
@@ -130,6 +126,11 @@ class HFWeights:
     def dtype(self) -> str:
         """The dtype that holds all stored tensors."""
         return dtype_name([dtype for _, dtype in self._headers().values()], str(self.path))
+
+    def _parts(self, entry: axes.Entry) -> dict[str, tuple[int, ...]]:
+        """HF names and shapes of what a canonical tensor is made of, in order."""
+        shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
+        return dict(zip(naming.hf_names(self.family, entry.name), shapes, strict=True))
 
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """HF name -> shape and dtype, without reading data."""
@@ -176,9 +177,13 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
     Tensors are read, split and written one after the other, those outside the layers first. A shard is closed before it
     would exceed one layer or one embedding, whichever is larger (or :data:`SMALLEST_SHARD`), so no more than that is
     held at a time.
+
+    Raises:
+        CheckpointError: if transformers does not know the family, or no form of it whose layers differ in size.
     """
-    directory.mkdir(parents=True)
     shape, table = checkpoint.shape, checkpoint.family
+    config = to_hf(shape, checkpoint.architecture, dtype=dtype)
+    directory.mkdir(parents=True)
     limit = max(SMALLEST_SHARD, largest_part(checkpoint.architecture, shape) * DTYPES[dtype])
     weights = CastWeights(checkpoint.weights, dtype)
     expected = writing_order(checkpoint.architecture, shape)
@@ -203,7 +208,8 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
         tensor = weights.tensor(name)
         if tuple(tensor.shape) != size:
             raise _wrong_shape(checkpoint.path, name, tuple(tensor.shape), size)
-        parts = naming.split(axes.parameter(table, name).axes, tensor, shape)
+        entry = axes.entry(table, shape, name)
+        parts = naming.split(entry.row.axes, tensor, entry.sizes)
         pending |= dict(zip(naming.hf_names(table.name, name), parts, strict=True))
         held, total = held + count, total + count
         del tensor, parts
@@ -211,7 +217,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, *, dtype: str, progress: P
             progress(name, index + 1, len(expected))
     close()
     _name_shards(directory, shards, total)
-    _write_json(directory / "config.json", to_hf(shape, checkpoint.architecture, dtype=dtype))
+    _write_json(directory / "config.json", config)
     ids = {
         key: value
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")

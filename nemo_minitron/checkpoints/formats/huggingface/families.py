@@ -29,6 +29,8 @@ class HFFamily:
         layer: canonical name below ``decoder.layers.N.`` -> names below ``model.layers.N.``.
         expert: canonical name below ``...local_experts.E.`` -> names below ``model.layers.N.``, with ``{}`` for ``E``.
         outer: canonical name -> name, outside the layers.
+        by_layer: class and type of models whose layers have sizes of their own (``block_configs``), one of ``reads``;
+            None where transformers' users know none.
         epsilon: key of the norms' epsilon.
         partial_rotary: RoPE may turn a part of each head (``partial_rotary_factor``).
     """
@@ -41,6 +43,7 @@ class HFFamily:
     layer: Mapping[str, tuple[str, ...]]
     outer: Mapping[str, str]
     expert: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_layer: tuple[str, str] | None = None
     epsilon: str = "rms_norm_eps"
     partial_rotary: bool = False
 
@@ -103,6 +106,8 @@ _QWEN2_DEFAULTS = _LLAMA_DEFAULTS | {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+#: Of NVIDIA's own class of Llama-Nemotron models; the sizes of its layers are in their blocks.
+_DECILM_DEFAULTS = _LLAMA_DEFAULTS | {"intermediate_size": None}
 _NO_BIAS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 HF_FAMILIES: dict[str, HFFamily] = {
@@ -110,9 +115,14 @@ HF_FAMILIES: dict[str, HFFamily] = {
         # without sliding windows a Mistral model computes exactly what a Llama model does
         "LlamaForCausalLM",
         "llama",
-        reads={"LlamaForCausalLM": _LLAMA_DEFAULTS, "MistralForCausalLM": _MISTRAL_DEFAULTS},
+        reads={
+            "LlamaForCausalLM": _LLAMA_DEFAULTS,
+            "MistralForCausalLM": _MISTRAL_DEFAULTS,
+            "DeciLMForCausalLM": _DECILM_DEFAULTS,
+        },
         needs=_NO_BIAS,
         writes=_NO_BIAS | {"pretraining_tp": 1},
+        by_layer=("DeciLMForCausalLM", "nemotron-nas"),
         layer=_ATTENTION | _GATED_MLP,
         outer=_OUTER,
     ),

@@ -38,7 +38,10 @@ def hf_names(family: str, name: str) -> tuple[str, ...]:
 
 
 def hf_shapes(axes: Sequence[Axis], shape: ModelShape) -> list[tuple[int, ...]]:
-    """Shapes of the HF tensors behind a canonical tensor with these axes, in the order of :func:`hf_names`."""
+    """Shapes of the HF tensors behind a canonical tensor with these axes, in the order of :func:`hf_names`.
+
+    Here and below ``shape`` has the sizes of the tensor's layer (:meth:`~nemo_minitron.shape.ModelShape.at`).
+    """
     from nemo_minitron.axes import axis_size
 
     rest = tuple(axis_size(axis, shape) for axis in axes[1:])

@@ -33,6 +33,7 @@ from nemo_minitron.checkpoints.tokenizer.files import (
     token_count,
 )
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.shape import require_uniform
 
 __all__ = ["TOKENIZER", "Archive", "open_nemo1", "unpack_nemo1", "write_nemo1"]
 
@@ -170,9 +171,11 @@ def write_nemo1(
     Raises:
         CheckpointError: if there is no tokenizer (NeMo 1 cannot restore without one) or it does not fit, or if NeMo 1
             cannot hold the family.
+        ShapeError: if layers differ in size.
     """
     from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 
+    require_uniform(checkpoint.shape, "the nemo format")
     if checkpoint.tokenizer is None:
         raise CheckpointError(
             f"{checkpoint.path} carries no tokenizer, and NeMo cannot restore a .nemo without one; "

@@ -17,6 +17,7 @@ from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
+from nemo_minitron.shape import require_uniform
 
 __all__ = ["open_nemo2", "padded", "parse_yaml", "write_nemo2"]
 
@@ -72,10 +73,12 @@ def write_nemo2(
 
     Raises:
         CheckpointError: if the tokenizer does not fit the vocabulary.
+        ShapeError: if layers differ in size.
         MissingDependency: where NeMo cannot be imported.
     """
     from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 
+    require_uniform(checkpoint.shape, "the nemo2 format")
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
     directory.mkdir(parents=True)

@@ -195,12 +195,12 @@ class TorchDistWeights:
 
     def names(self) -> Sequence[str]:
         """Canonical names in the order of the forward pass."""
-        return [name for name, _, _ in axes.parameters(axes.family(self.family), self.shape)]
+        return [entry.name for entry in axes.parameters(axes.family(self.family), self.shape)]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in the stored dtype, padding rows stripped."""
         key, place = self._locate(name)
-        size = axes.tensor_shape(axes.parameter(axes.family(self.family), name), self.shape)
+        size = axes.entry(axes.family(self.family), self.shape, name).shape
         region = [slice(0, length) for length in size]
         found = self.store.read(key, [*(slice(index, index + 1) for index in place), *region])
         return found.reshape(size).contiguous()
@@ -212,10 +212,10 @@ class TorchDistWeights:
             CheckpointError: for a tensor that is missing, of another shape, or has no place in the model.
         """
         table, known = axes.family(self.family), set()
-        for name, row, _ in axes.parameters(table, self.shape):
-            key, place = self._locate(name)
+        for entry in axes.parameters(table, self.shape):
+            key, place = self._locate(entry.name)
             known.add(key)
-            expected = axes.tensor_shape(row, self.shape)
+            row, expected = entry.row, entry.shape
             stacked, found = self.store.sizes[key][: len(place)], self.store.sizes[key][len(place) :]
             counts = [("layers", self.shape.num_layers), ("experts", self.shape.num_moe_experts)]
             counts = counts[len(counts) - len(place) :] if row.expert is not None else counts[: len(place)]

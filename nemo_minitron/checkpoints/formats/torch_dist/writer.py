@@ -2,8 +2,9 @@
 
 The files are written by ``torch.distributed.checkpoint`` itself; a :class:`SavePlanner` of ours tells it what there is
 and hands it one tensor at a time. What is written is what megatron-core 0.13 writes for a GPT model at TP 1, PP 1:
-layers stacked under one key with a leading layer dimension (a chunk a layer), ``_extra_state`` objects that hold None,
-``common.pt`` and ``metadata.json``. Megatron's loader cuts it up for any TP x PP.
+layers stacked under one key with a leading layer dimension (a chunk a layer), or, where they differ in size, under a
+key each; ``_extra_state`` objects that hold None, ``common.pt`` and ``metadata.json``. Megatron's loader cuts it up for
+any TP x PP.
 """
 
 from __future__ import annotations
@@ -157,10 +158,13 @@ class _Planner(dcp.SavePlanner):
         for name, sizes in self._shapes.items():
             if match := _LAYER.fullmatch(name):
                 shape = self._checkpoint.shape
-                key, place, stacked = f"{prefix}decoder.layers.{match[3]}", [int(match[1])], [shape.num_layers]
+                key, place, stacked = f"{prefix}decoder.layers.", [int(match[1])], [shape.num_layers]
+                if not shape.uniform:
+                    key, place, stacked = f"{key}{match[1]}.", [], []
                 if match[2] is not None:
-                    key = f"{prefix}decoder.layers.{_EXPERTS}{match[3]}"
+                    key += _EXPERTS
                     place, stacked = [*place, int(match[2])], [*stacked, shape.num_moe_experts or 0]
+                key += match[3]
                 ones = [1] * len(place)
                 source = _Source(name, match[1])
                 items.append(self._item(key, (*stacked, *sizes), (*place, *_zeros(sizes)), (*ones, *sizes), source))
@@ -194,22 +198,26 @@ class _Planner(dcp.SavePlanner):
         fails where one that it asks for is absent, and ignores others.
         """
         table, shape = self._checkpoint.family, self._checkpoint.shape
-        modules = [*_modules(table.layer), "self_attention.core_attention"]
-        places = [
-            (f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{shape.num_layers}", str(layer))
-            for layer in range(shape.num_layers)
-            for module in modules
-            if module != "mlp.router"
-        ]
+
+        def state(module: str, layer: int, expert: int | None = None) -> tuple[str, str]:
+            place = [(layer, shape.num_layers)] if shape.uniform else []
+            place += [] if expert is None else [(expert, shape.num_moe_experts or 0)]
+            at, of = (".".join(map(str, numbers)) for numbers in zip(*place or [(0, 1)], strict=True))
+            below = "" if shape.uniform else f"{layer}."
+            return f"{prefix}decoder.layers.{below}{module}._extra_state/shard_{at}_{of}", str(layer)
+
+        places = []
+        for layer, sizes in enumerate(shape.each()):
+            rows = axes.layer_parameters(table, sizes)
+            modules = _modules(name for name, row in rows.items() if row.expert is None)
+            modules += ["self_attention.core_attention"] if sizes.num_query_groups else []
+            places += [state(module, layer) for module in modules if module != "mlp.router"]
         places += [
-            (
-                f"{prefix}decoder.layers.{_EXPERTS}{module}._extra_state/"
-                f"shard_{layer}.{expert}_{shape.num_layers}.{shape.num_moe_experts}",
-                str(layer),
-            )
-            for layer in range(shape.num_layers)
+            state(_EXPERTS + module, layer, expert)
+            for layer, sizes in enumerate(shape.each())
             for expert in range(shape.num_moe_experts or 0)
             for module in _modules(table.expert)
+            if sizes.ffn_hidden_size
         ]
         final = "decoder.final_layernorm"
         places.append((f"{prefix}{final}._extra_state/shard_0_1", f"{final}.weight"))

@@ -1,4 +1,4 @@
-"""Outputs written aside and put in place when they are whole; what ``--overwrite`` may replace."""
+"""Directories written aside and put in place when they are whole; what ``--overwrite`` may replace."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_minitron.config import StageConfig
-from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
+from nemo_minitron.errors import ConfigError, MinitronError
 
-__all__ = ["MARKER", "check_output", "own_output", "set_aside", "stage_output"]
+__all__ = ["MARKER", "check_output", "stage_output"]
 
 
 #: Left in every directory that :func:`stage_output` finishes: like a record or ``minitron.json``, it says: ours.
@@ -88,54 +87,3 @@ def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def set_aside(config: StageConfig) -> Iterator[None]:
-    """Around a stage that can go on from what its output holds (it has a ``resume``), and is to make that anew.
-
-    This is all there is to ``overwrite`` of such a stage: it does not look at it itself.
-
-    What is there is moved to ``.<name>.replaced``, and removed when the block ends well. What a stage refuses costs
-    nothing: the old output comes back. A stage that fails otherwise, or is killed, can be gone on with; the old
-    output stays beside it until then.
-
-    Raises:
-        ConfigError: if what is there was not written by this suite.
-    """
-    path = Path(config.output)
-    old = path.with_name(f".{path.name}.replaced")
-    resumes = hasattr(config, "resume")  # also where it is off: other stages replace their output by stage_output
-    moved = resumes and config.overwrite and path.is_dir() and any(path.iterdir())
-    if moved:
-        if not any((path / part).exists() for part in ("checkpoints", "metrics.jsonl")):
-            check_output(path, overwrite=True)
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    try:
-        yield
-    except PreemptedError:
-        raise
-    except MinitronError:
-        if moved:
-            shutil.rmtree(path, ignore_errors=True)
-            old.rename(path)
-        raise
-    if resumes:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def own_output(config: StageConfig) -> Path:
-    """The output directory of a stage that resumes, there and marked as ours. One rank calls it.
-
-    ``overwrite`` is no matter of the stage: :func:`set_aside` has emptied the place.
-
-    Raises:
-        ConfigError: for a directory that is not ours, or for any that is there where ``resume`` is off.
-    """
-    output = Path(config.output)
-    if not ((output / MARKER).exists() and getattr(config, "resume", False)):
-        check_output(output, overwrite=False)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
-    return output

@@ -148,7 +148,7 @@ def answers(model: str, chats: list[Chat], *, quick: bool) -> dict[int, list[int
     for verbosity in range(5):
         rows = [prompt_ids(chat.prompt, tokenizer, template, {"verbosity": verbosity}) for chat in chats]
         given = generate_tokens(
-            chunks, groups, rows, sampling=Sampling(max_new_tokens=24 if quick else 80, temperature=0.7, seed=11),
+            chunks, groups, rows, sampling=Sampling(max_new_tokens=24 if quick else 80, temperature=0.7), seed=11,
             ends=end_ids(tokenizer, template), vocab_size=checkpoint.shape.vocab_size, batch_size=64,
         )  # fmt: skip
         texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in given]

@@ -20,7 +20,7 @@ from typing import Any
 
 import nemo_run as run
 
-from nemo_minitron.config import AlignConfig, ChatDataConfig, DpoConfig, ParallelConfig, RewardConfig, SftConfig
+from nemo_minitron.config import AlignConfig, ChatDataConfig, DpoConfig, ParallelLayout, RewardConfig, SftConfig
 from nemo_minitron.errors import ConfigError
 
 __all__ = ["align", "dpo_recipe", "reward_recipe", "sft_recipe"]
@@ -200,11 +200,11 @@ def _data(path: str, max_length: int) -> run.Config[ChatDataConfig]:
     return run.Config(ChatDataConfig, path=path, max_length=max_length, held_out_fraction=0.02, long="drop")
 
 
-def _layout(processes: int, tensor: int, pipeline: int) -> run.Config[ParallelConfig]:
+def _layout(processes: int, tensor: int, pipeline: int) -> run.Config[ParallelLayout]:
     if processes % (tensor * pipeline):
         raise ConfigError(
             f"num_nodes * devices = {processes}: is not a multiple of tensor * pipeline = {tensor * pipeline}; change "
             "either"
         )
     data = processes // (tensor * pipeline)
-    return run.Config(ParallelConfig, tensor=tensor, pipeline=pipeline, data=data, sequence_parallel=tensor > 1)
+    return run.Config(ParallelLayout, tensor=tensor, pipeline=pipeline, data=data, sequence_parallel=tensor > 1)

@@ -25,11 +25,11 @@ from nemo_minitron.config import (
     DistillConfig,
     IntermediateConfig,
     LossConfig,
-    ParallelConfig,
+    ParallelLayout,
     RuntimeConfig,
+    Schedule,
     SourceConfig,
 )
-from nemo_minitron.distillation.training.schedule import Schedule
 from nemo_minitron.errors import ConfigError
 
 __all__ = ["distill", "distillation_recipe"]
@@ -41,17 +41,18 @@ def distill(
     teacher: str | None,
     output: str,
     data: DataConfig,
-    parallel: ParallelConfig,
+    parallel: ParallelLayout,
     schedule: Schedule,
     loss: LossConfig,
     intermediate: IntermediateConfig,
     teacher_correction: CorrectionConfig,
     teacher_cache: str | None = None,
     teacher_placement: str = "shared",
-    teacher_parallel: ParallelConfig | None = None,
+    teacher_parallel: ParallelLayout | None = None,
     result: str = "last",
     resume: bool = True,
     overwrite: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Distil, on every process that an executor started (as torchrun or Slurm do); what ``minitron distill`` runs.
 
@@ -70,6 +71,7 @@ def distill(
         result: "last" or "best" checkpoint as the model; see ``schedule.keep_best``.
         resume: go on from the last checkpoint in ``output``, under the same settings.
         overwrite: replace what is there.
+        seed: of every random generator, and so of the order of repeated passes over the data.
 
     Returns:
         The figures of the record, on rank 0.
@@ -93,11 +95,11 @@ def distill(
             teacher_correction=teacher_correction,
             teacher_cache=teacher_cache,
             teacher_placement=teacher_placement,
-            teacher_parallel=teacher_parallel or ParallelConfig(),
+            teacher_parallel=teacher_parallel or ParallelLayout(),
             result=result,
             resume=resume,
             overwrite=overwrite,
-            runtime=RuntimeConfig(seed=settings.pop("seed")),
+            runtime=RuntimeConfig(seed=seed),
             **settings,
         )
     )
@@ -153,7 +155,7 @@ def distillation_recipe(
         data=run.Config(
             DataConfig, sources=[run.Config(SourceConfig, name="corpus", path=text)], sequence_length=sequence_length
         ),
-        parallel=run.Config(ParallelConfig, tensor=tensor, pipeline=pipeline, data=processes // model, context=context),
+        parallel=run.Config(ParallelLayout, tensor=tensor, pipeline=pipeline, data=processes // model, context=context),
         schedule=run.Config(
             Schedule,
             steps=steps,

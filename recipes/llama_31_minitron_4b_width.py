@@ -9,7 +9,7 @@ from __future__ import annotations
 from nemo_minitron.recipes.published import OneShot
 from nemo_minitron.recipes.teachers import LLAMA_31_8B
 
-from nemo_minitron.config import ParallelConfig, TargetConfig
+from nemo_minitron.config import ParallelLayout, TargetConfig
 
 STUDENT = OneShot(
     name="llama-31-minitron-4b-width",
@@ -17,7 +17,7 @@ STUDENT = OneShot(
     source="models/Llama-3.1-8B",
     teacher=LLAMA_31_8B,
     target=TargetConfig(hidden_size=3072, ffn_hidden_size=9216),
-    layout=ParallelConfig(tensor=4, data=64, sequence_parallel=True),  # 256 GPUs, 32 DGX nodes
+    layout=ParallelLayout(tensor=4, data=64, sequence_parallel=True),  # 256 GPUs, 32 DGX nodes
     # a fifth of the 3e-4 that Llama 3.1 8B was trained with (arXiv 2407.21783, table 3)
     correction_lr=6e-5,
     tokens=94e9,

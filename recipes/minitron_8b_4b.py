@@ -13,18 +13,18 @@ from __future__ import annotations
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import NEMOTRON_4_15B
 
-from nemo_minitron.config import DataConfig, ParallelConfig, TargetConfig
+from nemo_minitron.config import DataConfig, ParallelLayout, TargetConfig
 from nemo_minitron.planning import Recipe
 
 NAME = "minitron-8b-4b"
 TARGET_8B = TargetConfig(hidden_size=4096, ffn_hidden_size=16384)
 TARGET_4B = TargetConfig(hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24)
 #: 256 GPUs, 32 DGX nodes.
-LAYOUT = ParallelConfig(tensor=8, data=32, sequence_parallel=True)
+LAYOUT = ParallelLayout(tensor=8, data=32, sequence_parallel=True)
 
 
 def recipe(
-    source: str = "models/nemotron-4-15b", data: DataConfig | None = None, layout: ParallelConfig = LAYOUT
+    source: str = "models/nemotron-4-15b", data: DataConfig | None = None, layout: ParallelLayout = LAYOUT
 ) -> Recipe:
     """The pipeline.
 

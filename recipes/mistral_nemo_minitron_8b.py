@@ -9,7 +9,7 @@ from __future__ import annotations
 from nemo_minitron.recipes.published import OneShot
 from nemo_minitron.recipes.teachers import MISTRAL_NEMO_12B
 
-from nemo_minitron.config import ParallelConfig, TargetConfig
+from nemo_minitron.config import ParallelLayout, TargetConfig
 
 STUDENT = OneShot(
     name="mistral-nemo-minitron-8b",
@@ -17,7 +17,7 @@ STUDENT = OneShot(
     source="models/Mistral-Nemo-Base-2407",
     teacher=MISTRAL_NEMO_12B,
     target=TargetConfig(hidden_size=4096, ffn_hidden_size=11520),
-    layout=ParallelConfig(tensor=8, data=32, sequence_parallel=True),  # 256 GPUs, 32 DGX nodes
+    layout=ParallelLayout(tensor=8, data=32, sequence_parallel=True),  # 256 GPUs, 32 DGX nodes
     # The teacher's own learning rate is not published: that of Llama-3.1-8B's correction.
     correction_lr=6e-5,
     tokens=380e9,

@@ -17,9 +17,10 @@ from nemo_minitron.config import (
     DistillConfig,
     ExportConfig,
     ImportConfig,
-    ParallelConfig,
+    ParallelLayout,
     PruneConfig,
     RuntimeConfig,
+    Schedule,
     ScoreConfig,
     SourceConfig,
     TargetConfig,
@@ -52,7 +53,7 @@ def imported(source: str, output: str) -> ImportConfig:
     return ImportConfig(name="teacher", output=f"{output}/teacher", source=source, dtype="bfloat16", runtime=RUNTIME)
 
 
-def corrected(output: str, data: DataConfig, layout: ParallelConfig, *, batch: int, lr: float) -> CorrectConfig:
+def corrected(output: str, data: DataConfig, layout: ParallelLayout, *, batch: int, lr: float) -> CorrectConfig:
     """Teacher correction, arXiv 2408.11796, section 2: about 100 B tokens, 120 steps of warm-up, a fifth of the peak
     learning rate of the teacher's own training. Batch and smallest learning rate were the teacher's too, which are not
     published for all: these are the distillation's batch and a tenth of ``lr``.
@@ -75,7 +76,7 @@ def corrected(output: str, data: DataConfig, layout: ParallelConfig, *, batch: i
     )
 
 
-def scored(output: str, model: str, data: DataConfig, layout: ParallelConfig, name: str = "scores") -> ScoreConfig:
+def scored(output: str, model: str, data: DataConfig, layout: ParallelLayout, name: str = "scores") -> ScoreConfig:
     """Importance by forward passes: mean over the sequence, L2 over the samples."""
     return ScoreConfig(
         name=name,
@@ -91,7 +92,7 @@ def scored(output: str, model: str, data: DataConfig, layout: ParallelConfig, na
 def pruned(
     output: str,
     model: str,
-    layout: ParallelConfig,
+    layout: ParallelLayout,
     *,
     target: TargetConfig | None = None,
     layers_to_drop: Sequence[int] | None = None,
@@ -114,7 +115,7 @@ def pruned(
 def distilled(
     output: str,
     data: DataConfig,
-    layout: ParallelConfig,
+    layout: ParallelLayout,
     *,
     teacher: str,
     tokens: float,
@@ -175,7 +176,7 @@ class OneShot:
     title: str
     source: str
     teacher: Model
-    layout: ParallelConfig
+    layout: ParallelLayout
     correction_lr: float
     tokens: float
     batch: int
@@ -185,7 +186,7 @@ class OneShot:
     layers_to_drop: Sequence[int] | None = None
 
     def recipe(
-        self, source: str | None = None, data: DataConfig | None = None, layout: ParallelConfig | None = None
+        self, source: str | None = None, data: DataConfig | None = None, layout: ParallelLayout | None = None
     ) -> Recipe:
         """The pipeline.
 
@@ -226,8 +227,6 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
     import nemo_run as run
     from nemo_minitron.recipes.distillation import distill
 
-    from nemo_minitron.distillation.training.schedule import Schedule
-
     def deferred(value: Any) -> Any:
         """Dataclasses as nemo_run's configurations of them."""
         if isinstance(value, list):
@@ -241,8 +240,7 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
     for stage in recipe.stages:
         if not isinstance(stage, DistillConfig):
             continue
-        names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
-        schedule = Schedule(**{name: getattr(stage, name) for name in names}, seed=stage.runtime.seed)
+        schedule = Schedule(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(Schedule)})
         parts = ("data", "parallel", "loss", "intermediate", "teacher_correction")
         found[stage.name] = run.Partial(
             distill,
@@ -252,6 +250,7 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
             schedule=deferred(schedule),
             result=stage.result,
             resume=stage.resume,
+            seed=stage.runtime.seed,
             **{part: deferred(getattr(stage, part)) for part in parts},
         )
     return found

@@ -12,7 +12,7 @@ from nemo_minitron.config import (
     DistillConfig,
     ExportConfig,
     ImportConfig,
-    ParallelConfig,
+    ParallelLayout,
     PruneConfig,
     ScoreConfig,
     SourceConfig,
@@ -32,14 +32,14 @@ DATA = DataConfig(
 )
 
 
-def recipe(data: DataConfig = DATA, layout: ParallelConfig | None = None) -> Recipe:
+def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None) -> Recipe:
     """The pipeline.
 
     Args:
         data: text to distil on.
         layout: of teacher and student; one process unless given.
     """
-    output, layout = f"runs/{NAME}", layout or ParallelConfig()
+    output, layout = f"runs/{NAME}", layout or ParallelLayout()
     teacher = f"{output}/teacher"
     return Recipe(
         NAME,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,50 +16,31 @@ from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.pairs import Pair, Pairs, preference_statistics
 from nemo_minitron.alignment.session import Session, fill, last_checkpoint, open_session
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config import AlignmentSchedule, Preferences
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["DpoModel", "Preferences", "train_dpo"]
+__all__ = ["DpoModel", "train_dpo"]
 
 STATISTICS = "preferences.json"
 """What held-out pairs said before and after; its presence says that the training is done."""
 
 
-@dataclass(frozen=True)
-class Preferences:
-    """The loss, in Aligner's terms.
-
-    Attributes:
-        loss: "dpo", "ipo", "rpo_sq", "rpo_bwd_kl" or "rpo_fwd_kl".
-        beta: ``ref_policy_kl_penalty``.
-        reward_scale: ``gt_reward_scale``.
-        preference_loss_weight, sft_loss_weight: of the preference loss and the chosen answer's negative
-            log-likelihood.
-        preference_average_log_probs, sft_average_log_probs: divide log-probabilities by the answer's length.
-    """
-
-    loss: str = "dpo"
-    beta: float = 0.1
-    reward_scale: float = 1.0
-    preference_loss_weight: float = 1.0
-    sft_loss_weight: float = 0.0
-    preference_average_log_probs: bool = False
-    sft_average_log_probs: bool = False
-
-    def settings(self, micro_batch_size: int) -> dict[str, Any]:
-        """Aligner's ``model.dpo``."""
-        found = asdict(self)
-        return {
-            "preference_loss": found.pop("loss"),
-            "ref_policy_kl_penalty": found.pop("beta"),
-            "gt_reward_scale": found.pop("reward_scale"),
-            "log_prob_forward_micro_batch_size": micro_batch_size,
-            **found,
-        }
+def dpo_settings(preferences: Preferences, micro_batch_size: int) -> dict[str, Any]:
+    """Aligner's ``model.dpo``."""
+    return {
+        "preference_loss": preferences.loss,
+        "ref_policy_kl_penalty": preferences.beta,
+        "gt_reward_scale": preferences.reward_scale,
+        "log_prob_forward_micro_batch_size": micro_batch_size,
+        "preference_loss_weight": preferences.preference_loss_weight,
+        "sft_loss_weight": preferences.sft_loss_weight,
+        "preference_average_log_probs": preferences.preference_average_log_probs,
+        "sft_average_log_probs": preferences.sft_average_log_probs,
+    }
 
 
 class DpoModel(FiniteLoss, ValidationBatches, MegatronGPTDPOModel):
@@ -75,7 +55,8 @@ def train_dpo(
     preferences: Preferences,
     *,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     directory: Path,
     max_length: int,
     resume: bool = True,
@@ -91,6 +72,7 @@ def train_dpo(
         preferences: the loss.
         layout: of the model.
         schedule: hyper-parameters.
+        seed: of the order of the samples.
         directory: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and, at the end, ``preferences.json``.
         max_length: of a conversation's inputs, in tokens.
         resume: go on from the last checkpoint in ``directory``.
@@ -108,13 +90,14 @@ def train_dpo(
         checkpoint,
         layout=layout,
         schedule=schedule,
+        seed=seed,
         kind="dpo",
         directory=directory,
         samples=len(train),
         held_out=len(held_out),
         max_length=max_length,
         resume=resume,
-        model={"dpo": preferences.settings(schedule.micro_batch_size)},
+        model={"dpo": dpo_settings(preferences, schedule.micro_batch_size)},
     )
     model = session.model
     if reference is not checkpoint:

@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 
 from nemo_minitron.alignment.metrics import FiniteLoss, MetricsLog
 from nemo_minitron.alignment.session import Clock, Session, last_checkpoint, open_session
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.generation import Answer, Sampling, generate_tokens
 from nemo_minitron.runtime.cpu.tensorrt_llm import optional
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
@@ -60,6 +60,7 @@ class Rollouts:
 
     Attributes:
         sampling: of an answer.
+        seed: of the draws.
         ends: ids that end one.
         vocab_size: true vocabulary.
         prompts_per_step, samples_per_prompt: of a step.
@@ -69,6 +70,7 @@ class Rollouts:
     """
 
     sampling: Sampling
+    seed: int
     ends: tuple[int, ...]
     vocab_size: int
     prompts_per_step: int
@@ -77,7 +79,7 @@ class Rollouts:
     kl_penalty: float
     batch_size: int
 
-    def settings(self, schedule: Schedule) -> dict[str, Any]:
+    def settings(self, schedule: AlignmentSchedule) -> dict[str, Any]:
         """Aligner's ``model.reinforce``. It reads lengths and sampling, and this actor passes them over."""
         return {
             "length_params": {"max_length": self.sampling.max_new_tokens, "min_length": 1},
@@ -147,6 +149,7 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
                 self._groups,
                 rows * self._copies,
                 sampling=rollouts.sampling,
+                seed=rollouts.seed,
                 ends=rollouts.ends,
                 vocab_size=rollouts.vocab_size,
                 requests=range(self._request, self._request + count),
@@ -279,7 +282,8 @@ def train_reinforce(
     rollouts: Rollouts,
     *,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     directory: Path,
     max_length: int,
     resume: bool = True,
@@ -299,6 +303,7 @@ def train_reinforce(
         layout: of the model; data-parallel size 1 (Aligner's trainer gives each replica all the answers of a step).
         schedule: hyper-parameters; ``steps`` are those of answering, each of which takes ``prompts_per_step *
             samples_per_prompt / global_batch_size`` steps of the optimizer. ``epochs`` is not used.
+        seed: of the order of the samples.
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         max_length: of prompt and answer, in tokens.
         resume: go on from the last checkpoint in ``directory``.
@@ -318,6 +323,7 @@ def train_reinforce(
         checkpoint,
         layout=layout,
         schedule=replace(schedule, steps=updates),
+        seed=seed,
         kind="reinforce",
         directory=directory,
         samples=max(len(prompts), schedule.global_batch_size),
@@ -372,7 +378,7 @@ def _fit(
     *,
     steps: int,
     updates: int,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
 ) -> None:
     optimizer, scheduler = session.start(loaders[0](consumed_samples=0))
     log = MetricsLog(

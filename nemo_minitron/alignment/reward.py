@@ -16,11 +16,11 @@ from omegaconf import open_dict
 
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.session import Session, open_session
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.supervised import supervised
 from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.data.chat.attributes import AttributeSchema
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -97,15 +97,16 @@ def train_reward(
     *,
     schema: AttributeSchema,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     directory: Path,
     max_length: int,
     resume: bool = True,
 ) -> Path:
     """Train. Every rank calls it.
 
-    The head starts at the mean of the training labels and at small weights drawn by ``schedule.seed``, the same under
-    every layout.
+    The head starts at the mean of the training labels and at small weights drawn by ``seed``, the same under every
+    layout.
 
     Args:
         checkpoint: what the decoder starts from.
@@ -113,6 +114,7 @@ def train_reward(
         schema: attributes of the head.
         layout: of the model.
         schedule: hyper-parameters.
+        seed: of the order of the samples and of the head's initial weights.
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         max_length: of a sample, in tokens.
         resume: go on from the last checkpoint in ``directory``.
@@ -128,6 +130,7 @@ def train_reward(
         checkpoint,
         layout=layout,
         schedule=schedule,
+        seed=seed,
         kind="rm",
         directory=directory,
         samples=len(samples),
@@ -137,11 +140,11 @@ def train_reward(
         model=_settings(len(schema.names), schedule),
         skip=(_HEAD,),
     )
-    _start_head(session, samples, schedule.seed)
+    _start_head(session, samples, seed)
     return supervised(session, samples, held_out, collate, label="attribute model", max_minutes=schedule.max_minutes)
 
 
-def _settings(attributes: int, schedule: Schedule) -> dict[str, Any]:
+def _settings(attributes: int, schedule: AlignmentSchedule) -> dict[str, Any]:
     """What Aligner's reward models read beside a model's settings (``training_rm.yaml`` of its examples)."""
     return {
         "regression": {

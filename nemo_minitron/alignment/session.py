@@ -27,9 +27,10 @@ from nemo_aligner.utils.distributed import Timer
 from omegaconf import DictConfig
 
 from nemo_minitron.alignment.metrics import MetricsLog
-from nemo_minitron.alignment.settings import Schedule, aligner_settings, check_model, vocabulary_rows
+from nemo_minitron.alignment.settings import aligner_settings, check_model, total_steps, vocabulary_rows
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.device import here
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
@@ -166,7 +167,8 @@ def open_session(
     checkpoint: Checkpoint,
     *,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     kind: str,
     directory: Path,
     samples: int,
@@ -183,6 +185,7 @@ def open_session(
         checkpoint: initial weights and tokenizer.
         layout: of the model; must fill the world.
         schedule: hyper-parameters.
+        seed: of the order of the samples.
         kind: Aligner's name of the trainer's settings ("sft", "dpo", ...).
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         samples, held_out: of training and validation data.
@@ -195,11 +198,12 @@ def open_session(
         MinitronError: see :func:`~nemo_minitron.alignment.settings.check_model`; a DataError for too few samples.
     """
     check_model(checkpoint, layout, max_length=max_length)
-    steps = schedule.total_steps(samples)
+    steps = total_steps(schedule, samples)
     config = aligner_settings(
         checkpoint,
         layout,
         schedule,
+        seed=seed,
         kind=kind,
         steps=steps,
         samples=samples,

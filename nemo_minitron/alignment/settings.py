@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families, to_nemo1
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.device import Device, here
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -16,79 +16,44 @@ from nemo_minitron.shape import ModelShape, uniform_faults
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["Schedule", "aligner_settings", "check_model", "vocabulary_rows"]
+__all__ = ["aligner_settings", "check_model", "total_steps", "validation_batch", "vocabulary_rows"]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long, how fast and how often.
+def total_steps(schedule: AlignmentSchedule, samples: int) -> int:
+    """Optimizer steps of a training on so many samples; a last batch that is not full is left out, as Aligner does.
 
-    Attributes:
-        epochs: passes over the data.
-        steps: optimizer steps, or None for those of ``epochs``.
-        micro_batch_size, global_batch_size: in samples.
-        lr, min_lr, warmup_steps: linear warm-up, then cosine to ``min_lr`` at the last step.
-        weight_decay, beta1, beta2: AdamW.
-        clip_grad: largest gradient norm; 0 does not clip.
-        max_minutes: stop in good order, with a checkpoint, when they are over; None for no limit.
-        validate_every, save_every: steps; the second a multiple of the first.
-        validation_batches: global batches of a validation; None for all.
-        precision: "32" or "bf16-mixed".
-        seed: of the order of the samples.
+    Raises:
+        DataError: if they do not fill one global batch, or the warm-up leaves nothing of the steps.
     """
+    per_epoch = samples // schedule.global_batch_size
+    if not per_epoch:
+        raise DataError(
+            f"{samples} training samples do not fill one global batch of {schedule.global_batch_size}; give more data "
+            "or lower global_batch_size"
+        )
+    steps = schedule.steps or per_epoch * schedule.epochs
+    if 0 < steps <= schedule.warmup_steps:
+        raise DataError(
+            f"warmup_steps={schedule.warmup_steps} leaves nothing of the {steps} steps that {samples} samples make; "
+            "lower it or give more data"
+        )
+    return steps
 
-    epochs: int = 1
-    steps: int | None = None
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    lr: float = 1e-5
-    min_lr: float = 1e-6
-    warmup_steps: int = 10
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip_grad: float = 1.0
-    max_minutes: float | None = None
-    validate_every: int = 50
-    save_every: int = 50
-    validation_batches: int | None = None
-    precision: str = "32"
-    seed: int = 1234
 
-    def total_steps(self, samples: int) -> int:
-        """Optimizer steps of a training on so many samples; a last batch that is not full is left out, as Aligner does.
+def validation_batch(schedule: AlignmentSchedule, samples: int, data_parallel: int) -> int:
+    """Size of a global batch of validation: no more than the training's, and leaving out as few samples as can be.
 
-        Raises:
-            DataError: if they do not fill one global batch, or the warm-up leaves nothing of the steps.
-        """
-        per_epoch = samples // self.global_batch_size
-        if not per_epoch:
-            raise DataError(
-                f"{samples} training samples do not fill one global batch of {self.global_batch_size}; give more data "
-                "or lower global_batch_size"
-            )
-        steps = self.steps or per_epoch * self.epochs
-        if 0 < steps <= self.warmup_steps:
-            raise DataError(
-                f"warmup_steps={self.warmup_steps} leaves nothing of the {steps} steps that {samples} samples make; "
-                "lower it or give more data"
-            )
-        return steps
-
-    def validation_batch(self, samples: int, data_parallel: int) -> int:
-        """Size of a global batch of validation: no more than the training's, and leaving out as few samples as can be.
-
-        Raises:
-            DataError: if they do not fill one micro-batch on each data-parallel rank.
-        """
-        unit = self.micro_batch_size * data_parallel
-        sizes = range(unit, min(self.global_batch_size, samples) + 1, unit)
-        if not sizes:
-            raise DataError(
-                f"{samples} held-out samples do not fill one micro-batch of {self.micro_batch_size} on {data_parallel} "
-                "data-parallel ranks; set more aside (data.held_out_fraction) or lower micro_batch_size"
-            )
-        return max(sizes, key=lambda size: (samples // size * size, size))
+    Raises:
+        DataError: if they do not fill one micro-batch on each data-parallel rank.
+    """
+    unit = schedule.micro_batch_size * data_parallel
+    sizes = range(unit, min(schedule.global_batch_size, samples) + 1, unit)
+    if not sizes:
+        raise DataError(
+            f"{samples} held-out samples do not fill one micro-batch of {schedule.micro_batch_size} on {data_parallel} "
+            "data-parallel ranks; set more aside (data.held_out_fraction) or lower micro_batch_size"
+        )
+    return max(sizes, key=lambda size: (samples // size * size, size))
 
 
 def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: int) -> None:
@@ -133,8 +98,9 @@ def vocabulary_rows(vocab_size: int, tensor: int) -> int:
 def aligner_settings(
     checkpoint: Checkpoint,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
     *,
+    seed: int,
     kind: str,
     steps: int,
     samples: int,
@@ -149,6 +115,7 @@ def aligner_settings(
         checkpoint: the model to train.
         layout: of the model.
         schedule: hyper-parameters.
+        seed: of the order of the samples.
         kind: key of Aligner's own trainer settings below ``trainer`` ("sft", "dpo").
         steps: optimizer steps in all.
         samples, held_out: of training and validation data.
@@ -166,7 +133,7 @@ def aligner_settings(
     bf16 = schedule.precision.startswith("bf16")
     per_node = device.per_node(layout.world_size)
     batches = {"micro_batch_size": schedule.micro_batch_size, "global_batch_size": schedule.global_batch_size}
-    validation = schedule.validation_batch(held_out, layout.data)
+    validation = validation_batch(schedule, held_out, layout.data)
     settings = yaml.safe_load(
         to_nemo1(
             checkpoint.shape,
@@ -185,7 +152,7 @@ def aligner_settings(
         **_uneven_pipeline(checkpoint.shape, layout),
         "transformer_engine": device.transformer_engine,
         "megatron_amp_O2": device.is_cuda and bf16,
-        "seed": schedule.seed,
+        "seed": seed,
         "get_attention_mask_from_fusion": True,
         "data": {
             "num_workers": 0,

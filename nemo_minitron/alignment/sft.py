@@ -10,9 +10,9 @@ from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 from nemo_minitron.alignment.batches import Sample, collate
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.session import open_session
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.supervised import supervised
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.masks import documents_masked
 
@@ -29,7 +29,8 @@ def train_sft(
     held_out: Sequence[Sample],
     *,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     directory: Path,
     max_length: int,
     resume: bool = True,
@@ -44,6 +45,7 @@ def train_sft(
         train, held_out: samples; where any holds several conversations, attention is masked between them.
         layout: of the model.
         schedule: hyper-parameters.
+        seed: of the order of the samples.
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         max_length: of a sample's inputs, in tokens.
         resume: go on from the last checkpoint in ``directory``.
@@ -60,6 +62,7 @@ def train_sft(
         checkpoint,
         layout=layout,
         schedule=schedule,
+        seed=seed,
         kind="sft",
         directory=directory,
         samples=len(train),

@@ -17,9 +17,9 @@ from nemo_aligner.models.nlp.gpt.gpt_steerlm_model import GPTSteerLMModel
 
 from nemo_minitron.alignment.metrics import FiniteLoss
 from nemo_minitron.alignment.session import open_session
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.supervised import supervised
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
 
 __all__ = ["Responses", "SteerlmModel", "collate", "train_steerlm2"]
@@ -84,7 +84,8 @@ def train_steerlm2(
     answer: Callable[[list[Any], Groups], tuple[list[Responses], list[Responses]]],
     *,
     layout: ParallelLayout,
-    schedule: Schedule,
+    schedule: AlignmentSchedule,
+    seed: int = 1234,
     directory: Path,
     max_length: int,
     resume: bool = True,
@@ -98,6 +99,7 @@ def train_steerlm2(
             on, the same on every rank.
         layout: of the model.
         schedule: hyper-parameters; a sample is a prompt with its answers, a micro-batch one answer.
+        seed: of the order of the samples.
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         max_length: of a sample, in tokens.
         resume: go on from the last checkpoint in ``directory``.
@@ -114,6 +116,7 @@ def train_steerlm2(
         checkpoint,
         layout=layout,
         schedule=schedule,
+        seed=seed,
         kind="steerlm2",
         directory=directory,
         samples=prompts,

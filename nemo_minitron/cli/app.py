@@ -14,15 +14,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from nemo_minitron.config import STAGES, StageConfig
+from nemo_minitron.config.describe import summary
 from nemo_minitron.errors import ConfigError, MinitronError
-
-if TYPE_CHECKING:
-    from nemo_minitron.config import StageConfig
 
 __all__ = ["app", "main"]
 
@@ -98,34 +97,14 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read, written and spent; do nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
 
-_HELP = {
-    "import": "Take a model over: Hugging Face, GGUF, NeMo 2 or .nemo into the working format.",
-    "score": "Score every unit of a model by forward passes over calibration data.",
-    "depth": "Measure a model without some of its layers: loss and task score.",
-    "tokens": "Count the tokens of a text, for trimming a model's vocabulary.",
-    "iterate": "Prune in rounds: score, prune, score what is left, prune again.",
-    "search": "Search the shapes within a budget for the one that loses least.",
-    "prune": "Remove the units that matter least, down to a target shape.",
-    "correct": "Train a model on text by the language-model loss: a teacher before it teaches.",
-    "cache": "Keep a teacher's logits on disk, for trainings without it.",
-    "generate": "Answer prompts with a model: for distillation on its answers, or to try it.",
-    "distill": "Train a student on its teacher's logits.",
-    "sft": "Train a model on the answers of conversations.",
-    "dpo": "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO.",
-    "reward": "Train a model that predicts the attribute values of answers.",
-    "label": "Predict the attribute values of answers, for conversations without them.",
-    "steerlm": "SteerLM: attribute model, labels, fine-tuning on answers given their attributes.",
-    "steerlm2": "SteerLM 2: draw such a model towards what the attribute model says of its answers.",
-    "reinforce": "REINFORCE: train a model on answers of its own, by their rewards.",
-    "evaluate": "Held-out loss and sample answers of several models.",
-    "export": "Write a model as Hugging Face, NeMo 2 or .nemo, and check it.",
-    "report": "Write index.html and report.md of a run.",
-    "doctor": "Say what this machine has and what works on it; with --run, prove it.",
-}
+
+def _help(stage: str) -> str:
+    config = STAGES[stage]
+    return config.HELP or summary(config)
 
 
 def _stage_command(stage: str) -> None:
-    @app.command(stage, help=_HELP[stage], cls=_SettingsCommand)
+    @app.command(stage, help=_help(stage), cls=_SettingsCommand)
     def command(
         config: Config, overrides: Overrides = None, dry_run: DryRun = False, overwrite: Overwrite = False
     ) -> None:
@@ -133,12 +112,12 @@ def _stage_command(stage: str) -> None:
             _run_stage(stage, config, overrides or [], dry_run, overwrite)
 
 
-for _stage in _HELP:
-    if _stage not in ("generate", "report", "doctor"):
+for _stage in STAGES:
+    if _stage not in ("generate", "report", "doctor"):  # whose commands take more than a file
         _stage_command(_stage)
 
 
-@app.command("report", help=_HELP["report"], cls=_SettingsCommand)
+@app.command("report", help=_help("report"), cls=_SettingsCommand)
 def report(
     config: Annotated[
         str, typer.Argument(metavar="RUN|CONFIG", help="Directory of a run, or a YAML file.", autocompletion=_configs)
@@ -168,7 +147,7 @@ def report(
         _run_stage("report", config, words, dry_run, overwrite)
 
 
-@app.command("generate", help=_HELP["generate"], cls=_SettingsCommand)
+@app.command("generate", help=_help("generate"), cls=_SettingsCommand)
 def generate(
     config: Config,
     overrides: Overrides = None,
@@ -194,7 +173,7 @@ def generate(
         _run_stage("generate", config, settings, dry_run, overwrite)
 
 
-@app.command("doctor", help=_HELP["doctor"], cls=_SettingsCommand)
+@app.command("doctor", help=_help("doctor"), cls=_SettingsCommand)
 def doctor(
     words: Annotated[
         list[str] | None,

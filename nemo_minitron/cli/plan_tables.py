@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nemo_minitron.config import ClusterConfig, ParallelConfig
+from nemo_minitron.config import ClusterConfig, ParallelLayout
 from nemo_minitron.jobs.plans import human_count
 from nemo_minitron.planning import (
     RECOMPUTE,
@@ -173,13 +173,13 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:,.0f}" if count >= 1e10 else f"{count / 1e9:.1f}" if count else "-"
 
 
-def _sizes(layout: ParallelConfig) -> str:
+def _sizes(layout: ParallelLayout) -> str:
     virtual = f"({layout.virtual_pipeline})" if layout.virtual_pipeline else ""
     context = f" (CP {layout.context})" if layout.context > 1 else ""
     return f"{layout.tensor} x {layout.pipeline}{virtual} x {layout.data}{context}"
 
 
-def _name(layout: ParallelConfig) -> str:
+def _name(layout: ParallelLayout) -> str:
     virtual = f" (virtual {layout.virtual_pipeline})" if layout.virtual_pipeline else ""
     context = f" x CP {layout.context}" if layout.context > 1 else ""
     return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data}{context}"

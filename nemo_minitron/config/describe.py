@@ -14,7 +14,8 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 #: What a file can hold: the settings of a stage, of a pipeline, or of a Slurm cluster.
-CONFIGURATIONS: dict[str, type[Any]] = {**STAGES, "pipeline": PipelineConfig, "slurm": SlurmConfig}
+CONFIGURATIONS: Mapping[str, type[Any]] = ChainMap({"pipeline": PipelineConfig, "slurm": SlurmConfig}, STAGES)  # type: ignore[arg-type]
 #: The settings of ``minitron plan``, all below ``cluster``.
 CLUSTER = ClusterConfig
 

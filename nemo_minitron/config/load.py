@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from nemo_minitron.config.hints import item_class, type_words
 from nemo_minitron.config.slurm import SlurmConfig
-from nemo_minitron.config.stages import STAGES, DoctorConfig, PipelineConfig, StageConfig
+from nemo_minitron.config.stages import STAGES, DoctorConfig, PipelineConfig, StageConfig, find_stage
 from nemo_minitron.errors import ConfigError
 
 __all__ = [
@@ -93,7 +93,7 @@ def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageCo
     """The configuration of one stage.
 
     Args:
-        stage: key of :data:`~nemo_minitron.config.STAGES`.
+        stage: name of the stage, as :func:`~nemo_minitron.config.find_stage` takes it.
         path: YAML file or the name of a shipped one.
         overrides: ``key=value`` items that win over the file; values are YAML.
 
@@ -102,7 +102,7 @@ def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageCo
     """
     file = _File(path, overrides)
     reader = _Reader(file)
-    config = reader.read(STAGES[stage], file.values, ())
+    config = reader.read(find_stage(stage), file.values, ())
     file.raise_faults()
     return config
 
@@ -357,6 +357,7 @@ class _Reader:
     def _fill(self, node: DictConfig, cls: type[Any], values: dict[str, Any], path: tuple[str | int, ...]) -> None:
         hints = typing.get_type_hints(cls)
         fields = [field.name for field in dataclasses.fields(cls)]
+        OmegaConf.set_readonly(node, False)  # that of a frozen dataclass is
         for key, value in values.items():
             here = (*path, key)
             if key not in fields:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.tokenizer.files import check_same_tokenizer
-from nemo_minitron.config import ParallelConfig
+from nemo_minitron.config import ParallelLayout
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
-from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import uniform_faults
 
 __all__ = ["check_context", "check_model", "check_pair"]
@@ -94,7 +93,7 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "
             "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
         )
-    faults += ParallelConfig(**vars(layout)).sequence_faults(sequence_length)
+    faults += layout.sequence_faults(sequence_length)
     if checkpoint.shape.num_moe_experts is not None and layout.context > 1:
         faults.append(
             f"{trained}: parallel.context={layout.context}: the loss that balances the experts of a mixture is of "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.config import CorrectionConfig, IntermediateConfig, LossConfig
+from nemo_minitron.config import CorrectionConfig, IntermediateConfig, LossConfig, Schedule
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.compatibility import check_context, check_model, check_pair
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
@@ -22,7 +22,6 @@ from nemo_minitron.distillation.teachers.placement import TeacherPlacement
 from nemo_minitron.distillation.training.language_model import LanguageModel
 from nemo_minitron.distillation.training.loop import optimizer_config, optimizer_of, train, trained_config
 from nemo_minitron.distillation.training.outputs import Trained, finished
-from nemo_minitron.distillation.training.schedule import Schedule
 from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -37,6 +36,7 @@ def distill(
     *,
     layout: ParallelLayout,
     schedule: Schedule,
+    seed: int = 0,
     directory: Path,
     loss: LossConfig | None = None,
     intermediate: IntermediateConfig | None = None,
@@ -54,6 +54,7 @@ def distill(
             same on every rank.
         layout: of the student, and of the teacher where it has none of its own.
         schedule: hyper-parameters.
+        seed: of the order of repeated passes over the data.
         directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
         loss: of a token's logits; None for forward KL at temperature 1.
         intermediate: losses of the states inside the models; None for none.
@@ -98,6 +99,7 @@ def distill(
             validation_blocks,
             layout=layout,
             schedule=schedule,
+            seed=seed,
             directory=directory,
             resume=resume,
             callbacks=[TeacherFirst(model), *([CorrectTeacher(model)] if learning else [])],
@@ -130,6 +132,7 @@ def correct(
     *,
     layout: ParallelLayout,
     schedule: Schedule,
+    seed: int = 0,
     directory: Path,
     resume: bool = True,
 ) -> Trained:
@@ -139,7 +142,7 @@ def correct(
 
     Args:
         initial: weights to start from.
-        train_blocks, validation_blocks, layout, schedule, directory, resume: as for :func:`distill`.
+        train_blocks, validation_blocks, layout, schedule, seed, directory, resume: as for :func:`distill`.
 
     Raises:
         MinitronError: see :func:`check_model` and :func:`~nemo_minitron.distillation.training.loop.train`.
@@ -155,6 +158,7 @@ def correct(
         validation_blocks,
         layout=layout,
         schedule=schedule,
+        seed=seed,
         directory=directory,
         resume=resume,
         title="correcting",

@@ -124,9 +124,8 @@ def references(checks: Sequence[str], folder: Path, config: DoctorConfig | None 
 
 def _make_material(config: DoctorConfig, folder: Path) -> None:
     from nemo_minitron.doctor.material import make_material
-    from nemo_minitron.runtime.groups import ParallelLayout
 
-    make_material(folder, ParallelLayout(**vars(config.parallel)))
+    make_material(folder, config.parallel)
 
 
 def _cases(config: DoctorConfig) -> tuple[list[Case], list[Row]]:

@@ -161,7 +161,7 @@ class MegatronLM(TemplateLM):
             raise DataError(f"a task asks for {new} new tokens of a model with a context of {self.max_length}")
         sampled = {name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings}
         greedy = not settings["do_sample"]
-        sampling = Sampling(max_new_tokens=new, greedy=greedy, seed=self.seed, **({} if greedy else sampled))
+        sampling = Sampling(max_new_tokens=new, greedy=greedy, **({} if greedy else sampled))
         longest = max((len(self.tokenizer.encode(text, add_special_tokens=False)) for text in until), default=0)
 
         def stop(answer: list[int]) -> bool:
@@ -173,6 +173,7 @@ class MegatronLM(TemplateLM):
             self.groups,
             [self.tok_encode(text)[-(self.max_length - new) :] for text in texts],
             sampling=sampling,
+            seed=self.seed,
             ends=self.ends,
             vocab_size=self.vocab_size,
             max_length=self.max_length,

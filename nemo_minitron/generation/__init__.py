@@ -8,15 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_minitron._lazy import lazy
+from nemo_minitron.config import Sampling
 
 if TYPE_CHECKING:
     from nemo_minitron.generation.decode import Answer, generate_tokens
-    from nemo_minitron.generation.sampling import Sampling
 
 __all__ = ["Answer", "Sampling", "generate_tokens"]
 
 # torch is imported when something is asked for, not when a plan merely imports the package
-__getattr__ = lazy(
-    __name__,
-    {"Answer": "decode", "Sampling": "sampling", "generate_tokens": "decode"},
-)
+__getattr__ = lazy(__name__, {"Answer": "decode", "generate_tokens": "decode"})

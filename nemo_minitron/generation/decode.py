@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.config import Sampling
 from nemo_minitron.errors import DataError, NonFiniteError
-from nemo_minitron.generation.sampling import Sampling, choose, draws
+from nemo_minitron.generation.sampling import check_sampling, choose, draws
 from nemo_minitron.runtime.forward import evaluating
 from nemo_minitron.runtime.groups import Groups
 
@@ -43,6 +44,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
+    seed: int = 1234,
     ends: Iterable[int],
     vocab_size: int,
     max_length: int | None = None,
@@ -71,6 +73,7 @@ def generate_tokens(
         groups: of this process; data-parallel ranks share the prompts out.
         prompts: token ids of each, the same on every rank.
         sampling: how tokens are chosen.
+        seed: of the draws.
         ends: ids that end an answer.
         vocab_size: true vocabulary; logits beyond it are padding.
         max_length: longest text, prompt and answer together; None for no limit.
@@ -80,13 +83,15 @@ def generate_tokens(
         progress: called with the number of prompts answered since its last call.
 
     Raises:
+        ConfigError: for a sampling that leaves nothing to draw from.
         DataError: for prompts without a token, with an id beyond the vocabulary, or that fill ``max_length`` already.
         NonFiniteError: where a logit is NaN.
     """
     requests = range(len(prompts)) if requests is None else requests
+    check_sampling(sampling, seed)
     _check(prompts, vocab_size, max_length)
     texts = [
-        _Text(number, list(ids), sampling, request, max_length)
+        _Text(number, list(ids), sampling, seed, request, max_length)
         for number, (ids, request) in enumerate(zip(prompts, requests, strict=True))
     ]
     # Neighbours in length share a batch, and every replica gets its share of the long ones.
@@ -128,6 +133,7 @@ class _Text:
     number: int
     prompt: list[int]
     sampling: Sampling
+    seed: int
     request: int
     max_length: int | None
     answer: list[int] = field(default_factory=list)
@@ -139,7 +145,10 @@ class _Text:
         self.limit = self.sampling.max_new_tokens
         if self.max_length is not None:
             self.limit = min(self.limit, self.max_length - len(self.prompt))
-        self.drawn = [0.0] * self.limit if self.sampling.greedy else draws(self.sampling, self.request).tolist()
+        count = self.sampling.max_new_tokens
+        self.drawn = [0.0] * self.limit
+        if not self.sampling.greedy:
+            self.drawn = draws(count, seed=self.seed, request=self.request).tolist()
 
     def extend(self, token: int, logprob: float) -> None:
         self.ids.append(token)

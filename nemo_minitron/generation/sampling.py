@@ -6,67 +6,43 @@ batch, nor on how many processes the model is laid over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemo_minitron.config import Sampling
 from nemo_minitron.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sampling", "choose", "draws"]
+__all__ = ["check_sampling", "choose", "draws"]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn.
-
-    Attributes:
-        max_new_tokens: longest answer, its end token included.
-        greedy: take the likeliest token; the settings below have no effect then.
-        temperature: the logits are divided by it.
-        top_k: draw from the k likeliest tokens only; None from all.
-        top_p: draw from the likeliest tokens that together hold this much of the probability (Holtzman et al., 2020),
-            after ``top_k``.
-        seed: of the draws.
+def check_sampling(sampling: Sampling, seed: int) -> None:
+    """Refuse settings that leave nothing to draw from.
 
     Raises:
-        ConfigError: for values that leave nothing to draw from; all of them at once.
+        ConfigError: with all of them at once.
     """
-
-    max_new_tokens: int = 256
-    greedy: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"sampling.{name}={getattr(self, name)}: must be above 0"
-            for name in ("max_new_tokens", "temperature", "top_k")
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
-        if not 0 < self.top_p <= 1:
-            faults.append(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            faults.append(f"sampling.seed={self.seed}: must lie between 0 and 2**63 - 1")
-        if faults:
-            raise ConfigError(faults)
+    faults = [f"sampling.{fault}" for fault in sampling.faults()]
+    if not 0 <= seed < 2**63:
+        faults.append(f"seed={seed}: must lie between 0 and 2**63 - 1")
+    if faults:
+        raise ConfigError(faults)
 
 
-def draws(sampling: Sampling, request: int) -> torch.Tensor:
-    """``[max_new_tokens]`` float64 numbers in [0, 1): those of one request, from a counter-based generator (Philox).
+def draws(count: int, *, seed: int, request: int) -> torch.Tensor:
+    """``[count]`` float64 numbers in [0, 1): those of one request, from a counter-based generator (Philox).
 
     Args:
-        sampling: its seed and length are used.
+        count: how many; fewer are the first of more.
+        seed: 0 or more.
         request: number of the request, 0 or more.
     """
     import numpy as np
     import torch
 
-    generator = np.random.Generator(np.random.Philox(key=np.array([sampling.seed, request], dtype=np.uint64)))
-    return torch.from_numpy(generator.random(sampling.max_new_tokens))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, request], dtype=np.uint64)))
+    return torch.from_numpy(generator.random(count))
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,42 +11,18 @@ from typing import Any
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.atomic import check_output
 from nemo_minitron.jobs.launch import RankResult, Starter, launch
+from nemo_minitron.jobs.modules import reference_of
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.ranks import forked
 from nemo_minitron.jobs.warm import warm_pool
 
-__all__ = ["level_of", "record_job", "run_output", "run_stage", "starter_of"]
-
-#: What the ranks of a stage import, of :data:`~nemo_minitron.jobs.warm.LEVELS`. One that needs more imports it itself.
-_LEVELS = {
-    "correct": "nemo",
-    "distill": "nemo",
-    "doctor": "torch",
-    "dpo": "aligner",
-    "export": "torch",
-    "import": "nemo",
-    "iterate": "nemo",
-    "label": "aligner",
-    "prune": "nemo",
-    "reinforce": "aligner",
-    "report": "torch",
-    "reward": "aligner",
-    "sft": "aligner",
-    "steerlm": "torch",
-    "steerlm2": "aligner",
-    "tokens": "torch",
-}
-
-
-def level_of(stage: str) -> str:
-    """The level of :data:`~nemo_minitron.jobs.warm.LEVELS` that a stage's processes are forked from."""
-    return _LEVELS.get(stage, "megatron")
+__all__ = ["record_job", "run_output", "run_stage", "starter_of"]
 
 
 def starter_of(config: StageConfig) -> Starter | None:
     """What :func:`~nemo_minitron.jobs.launch.launch` may start a stage's processes by; None where that is CUDA."""
-    return None if config.runtime.device == "cuda" else forked(level_of(config.STAGE))
+    return None if config.runtime.device == "cuda" else forked(config.LEVEL)
 
 
 def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
@@ -85,7 +61,7 @@ def run_output(output: Output, on_output: Callable[[bytes], None] | None = None)
         output.begin()
         results = launch(
             "nemo_minitron.jobs.worker",
-            [config.STAGE],
+            [reference_of(config)],
             world_size=config.processes,
             folder=output.folder,
             threads=config.runtime.threads,

@@ -5,24 +5,43 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.errors import MinitronError
 
-__all__ = ["stage_module"]
+__all__ = ["reference_of", "stage_module"]
 
-#: Modules whose name would be a keyword.
-_MODULES = {"import": "import_"}
+
+def reference_of(config: StageConfig) -> str:
+    """What another process finds the stage of a configuration by: see :func:`~nemo_minitron.config.find_stage`.
+
+    Raises:
+        MinitronError: for a class of the script that runs, which no other process can import.
+    """
+    module = type(config).__module__
+    if module == "__main__":
+        raise MinitronError(
+            f"stage {config.STAGE}: its configuration is defined in the script that runs, which the stage's processes "
+            "cannot import; put it into a module of its own"
+        )
+    return config.STAGE if module.startswith("nemo_minitron.") else f"{module}:{config.STAGE}"
 
 
 def stage_module(stage: str) -> ModuleType:
     """The module of a stage, with its ``plan`` and ``run``.
 
+    Args:
+        stage: its name, or what :func:`reference_of` gives; or the name of a module below ``nemo_minitron.stages`` that
+            runs a part of one.
+
     Raises:
         MinitronError: if this installation has no such stage.
     """
-    name = f"nemo_minitron.stages.{_MODULES.get(stage, stage)}"
+    stage = stage.rpartition(":")[2]
+    config = STAGES.get(stage, StageConfig)
+    name = config.MODULE or f"nemo_minitron.stages.{stage}"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name == name:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise MinitronError(f"stage {stage}: is not part of this installation ({name} is missing)") from error
         raise

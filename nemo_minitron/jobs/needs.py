@@ -1,4 +1,4 @@
-"""What each stage needs of NVIDIA's stack and other packages, checked before anything starts."""
+"""Whether what a stage needs is there, of NVIDIA's stack and other packages; checked before anything starts."""
 
 from __future__ import annotations
 
@@ -13,38 +13,10 @@ from nemo_minitron.runtime.requirements import faults
 
 __all__ = ["check_needs", "needs_of"]
 
-_BASE = ("torch", "numpy")
-_MODEL = (*_BASE, "transformers", "megatron")
-_LIGHTNING = ("lightning", "tensorboard")
-_TRAINING = (*_MODEL, "nemo", *_LIGHTNING)
-_ALIGNMENT = (*_MODEL, "nemo 1", *_LIGHTNING, "hydra", "nemo_aligner")
-
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "import": (*_BASE, "transformers"),
-    "score": _MODEL,
-    "depth": _MODEL,
-    "tokens": (*_BASE, "transformers"),
-    "prune": _BASE,
-    "correct": _TRAINING,
-    "distill": _TRAINING,
-    "cache": _MODEL,
-    "generate": _MODEL,
-    "evaluate": _MODEL,
-    "export": _BASE,
-    "report": (*_BASE, "matplotlib"),
-    "doctor": _MODEL,  # what single checks need besides, they lack
-    "sft": _ALIGNMENT,
-    "dpo": _ALIGNMENT,
-    "reward": _ALIGNMENT,
-    "label": _ALIGNMENT,
-    "steerlm2": _ALIGNMENT,
-    "reinforce": _ALIGNMENT,
-}
-
 
 def needs_of(config: StageConfig) -> tuple[str, ...]:
     """Keys of :data:`~nemo_minitron.runtime.requirements.PARTS` that a stage needs with these settings."""
-    modules = list(_NEEDS.get(config.STAGE, _BASE))
+    modules = list(config.NEEDS)
     for form in getattr(config, "formats", ()):
         modules += FORMATS[form].write_needs
     if getattr(getattr(config, "harness", None), "tasks", None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.parts import ClusterConfig, ParallelConfig
+from nemo_minitron.config.parts import ClusterConfig, ParallelLayout
 
 __all__ = ["Accelerator", "accelerator"]
 
@@ -25,19 +25,19 @@ class Accelerator:
     link: float
     network: float
 
-    def tensor_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
+    def tensor_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
         """Of the tensor-parallel group: neighbours, as Megatron numbers the ranks tensor, context, data, pipeline."""
         return self.link if layout.tensor <= gpus_per_node else self.network
 
-    def context_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
+    def context_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
         """Of the context-parallel group."""
         return self.link if layout.tensor * layout.context <= gpus_per_node else self.network
 
-    def data_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
+    def data_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
         """Of the data-parallel group."""
         return self.link if layout.tensor * layout.context * layout.data <= gpus_per_node else self.network
 
-    def pipeline_bandwidth(self, layout: ParallelConfig, gpus_per_node: int) -> float:
+    def pipeline_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
         """Between neighbouring pipeline stages."""
         return self.link if layout.world_size <= gpus_per_node else self.network
 

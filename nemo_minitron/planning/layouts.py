@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nemo_minitron.config.parts import ClusterConfig, ParallelConfig
+from nemo_minitron.config.parts import ClusterConfig, ParallelLayout
 from nemo_minitron.planning.cluster import accelerator
 from nemo_minitron.planning.memory import MemoryCost, MemoryUse, Workload
 from nemo_minitron.planning.model import Model
@@ -53,7 +53,7 @@ class LayoutCost:
         mfu: model FLOPs of the training over the peak of all GPUs for that time.
     """
 
-    layout: ParallelConfig
+    layout: ParallelLayout
     recompute: str
     ranks: list[MemoryUse]
     fits: bool
@@ -78,7 +78,7 @@ class LayoutCost:
         return self.seconds["bubble"] / (self.seconds["bubble"] + self.seconds["arithmetic"])
 
 
-def layout_faults(training: Training, layout: ParallelConfig) -> list[str]:
+def layout_faults(training: Training, layout: ParallelLayout) -> list[str]:
     """Why a training cannot run under a layout; empty if it can."""
     found = []
     for who, model in (("student", training.student), ("teacher", training.teacher)):
@@ -99,7 +99,7 @@ def layout_faults(training: Training, layout: ParallelConfig) -> list[str]:
     return found + layout.sequence_faults(training.sequence_length)
 
 
-def layout_cost(training: Training, layout: ParallelConfig, recompute: str, cluster: ClusterConfig) -> LayoutCost:
+def layout_cost(training: Training, layout: ParallelLayout, recompute: str, cluster: ClusterConfig) -> LayoutCost:
     """What a training costs under a layout that :func:`layout_faults` does not object to."""
     gpu, per_node = accelerator(cluster), cluster.gpus_per_node
     micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
@@ -171,14 +171,14 @@ def _order(cost: LayoutCost) -> tuple[float, int, int]:
     return cost.step_seconds, cost.layout.tensor, cost.layout.pipeline
 
 
-def _candidates(gpus: int, per_node: int) -> Iterator[ParallelConfig]:
+def _candidates(gpus: int, per_node: int) -> Iterator[ParallelLayout]:
     for tensor in (size for size in range(1, min(gpus, per_node) + 1) if gpus % size == 0 and per_node % size == 0):
         rest = gpus // tensor
         for pipeline in (size for size in range(1, rest + 1) if rest % size == 0):
-            yield ParallelConfig(tensor, pipeline, rest // pipeline, sequence_parallel=tensor > 1)
+            yield ParallelLayout(tensor, pipeline, rest // pipeline, sequence_parallel=tensor > 1)
 
 
-def _memory(training: Training, layout: ParallelConfig, recompute: str, micro_batches: int) -> list[MemoryUse]:
+def _memory(training: Training, layout: ParallelLayout, recompute: str, micro_batches: int) -> list[MemoryUse]:
     work = Workload(
         training=True,
         batch_size=training.micro_batch_size,
@@ -205,7 +205,7 @@ def _memory(training: Training, layout: ParallelConfig, recompute: str, micro_ba
     return cost.ranks(student.shape)
 
 
-def _layers_of_stages(model: Model, layout: ParallelConfig) -> list[Counter[ModelShape]]:
+def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[ModelShape]]:
     """Layers of each pipeline rank, its chunks together: how many of which sizes."""
     found: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
     each = iter(model.shape.each())
@@ -214,7 +214,7 @@ def _layers_of_stages(model: Model, layout: ParallelConfig) -> list[Counter[Mode
     return found
 
 
-def _stage_flops(training: Training, layout: ParallelConfig, recompute: str) -> float:
+def _stage_flops(training: Training, layout: ParallelLayout, recompute: str) -> float:
     """Operations of the busiest rank for a micro-batch, recomputed ones included."""
     tokens = training.micro_batch_size * training.sequence_length / layout.context
     stages = [0.0] * layout.pipeline
@@ -232,7 +232,7 @@ def _stage_flops(training: Training, layout: ParallelConfig, recompute: str) -> 
     return max(stages) * tokens / layout.tensor
 
 
-def _tensor_bytes(training: Training, layout: ParallelConfig, recompute: str) -> float:
+def _tensor_bytes(training: Training, layout: ParallelLayout, recompute: str) -> float:
     """Sent by the busiest rank to its tensor-parallel group for a micro-batch."""
     if layout.tensor == 1:
         return 0.0
@@ -257,7 +257,7 @@ def _tensor_bytes(training: Training, layout: ParallelConfig, recompute: str) ->
     return max(stages)
 
 
-def _context_bytes(training: Training, layout: ParallelConfig, recompute: str) -> float:
+def _context_bytes(training: Training, layout: ParallelLayout, recompute: str) -> float:
     """Sent by the busiest rank to its context-parallel group for a micro-batch."""
     tokens = training.micro_batch_size * training.sequence_length
     around = (layout.context - 1) / layout.context * tokens * training.bytes / layout.tensor
@@ -271,7 +271,7 @@ def _context_bytes(training: Training, layout: ParallelConfig, recompute: str) -
     return max(stages)
 
 
-def _pipeline_bytes(training: Training, layout: ParallelConfig) -> float:
+def _pipeline_bytes(training: Training, layout: ParallelLayout) -> float:
     """Sent by a rank to other stages for a micro-batch."""
     if layout.pipeline == 1:
         return 0.0

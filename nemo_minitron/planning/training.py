@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nemo_minitron import axes
-from nemo_minitron.config.parts import ParallelConfig
+from nemo_minitron.config.parts import ParallelLayout
 from nemo_minitron.planning.model import Model
 from nemo_minitron.shape import ModelShape
 
@@ -85,7 +85,7 @@ class Training:
     global_batch_size: int
     micro_batch_size: int
     sequence_length: int
-    layout: ParallelConfig
+    layout: ParallelLayout
     recompute: str = "none"
     bytes: int = 2
 

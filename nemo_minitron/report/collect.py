@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats import detect
+from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import Architecture, ModelShape
@@ -171,7 +172,7 @@ def collect(directory: str | Path) -> Run:
         reader = {"score": _scores, "correct": _curve, "distill": _curve, "evaluate": _evaluation}.get(stage.stage)
         if reader is not None:
             reader(stage, run)
-        if stage.stage in ("import", "correct", "prune", "iterate", "distill", "sft", "dpo", "reinforce"):
+        if _config_class(stage).MAKES_MODEL:
             _model(stage, run)
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():
@@ -227,12 +228,15 @@ def stage_of(path: str, run: Run) -> StageRun | None:
     return next((s for s in run.stages if place.is_relative_to(Path(s.config["output"]).absolute())), None)
 
 
+def _config_class(stage: StageRun) -> type[StageConfig]:
+    """That of its configuration; the base's where what made the record is not installed."""
+    return STAGES.get(stage.stage, StageConfig)
+
+
 def _role(stage: StageRun) -> str:
-    if stage.stage == "prune":
-        return "random" if stage.config.get("method") == "random" else "pruned"
-    return {"import": "teacher", "iterate": "pruned", "distill": "distilled", "export": "distilled"}.get(
-        stage.stage, "other"
-    )
+    if stage.stage == "prune" and stage.config.get("method") == "random":
+        return "random"
+    return _config_class(stage).ROLE
 
 
 def _model(stage: StageRun, run: Run) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from nemo_minitron.config import ParallelConfig, StageConfig
+from nemo_minitron.config import ParallelLayout, StageConfig
 
 __all__ = [
     "ORDERED_KERNELS",
@@ -60,7 +60,7 @@ def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def ordered_kernels(config: StageConfig) -> bool:
     """Whether Megatron demands :data:`ORDERED_KERNELS` of a stage: for tensor, sequence or context parallelism."""
-    layouts = [value for value in vars(config).values() if isinstance(value, ParallelConfig)]
+    layouts = [value for value in vars(config).values() if isinstance(value, ParallelLayout)]
     return any(layout.tensor > 1 or layout.context > 1 for layout in layouts)
 
 

@@ -16,45 +16,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nemo_minitron.config import ParallelLayout
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.device import Device, here
 
 __all__ = ["Groups", "ParallelLayout", "SecondLayout", "current", "current_groups", "destroy", "initialize"]
-
-
-@dataclass(frozen=True)
-class ParallelLayout:
-    """How a model is spread over processes.
-
-    Attributes:
-        tensor: tensor-parallel size (columns and rows of each matrix).
-        pipeline: pipeline-parallel size (runs of layers).
-        data: data-parallel size (samples).
-        virtual_pipeline: model chunks per pipeline stage, or None for one (Megatron's interleaved schedule).
-        sequence_parallel: split the activations between the matrices by sequence over the tensor group.
-        context: context-parallel size (parts of each sequence, :mod:`~nemo_minitron.runtime.context`).
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    virtual_pipeline: int | None = None
-    sequence_parallel: bool = False
-    context: int = 1
-
-    @property
-    def world_size(self) -> int:
-        """Processes in all."""
-        return self.tensor * self.pipeline * self.data * self.context
-
-    @property
-    def stages(self) -> int:
-        """Runs of layers that the model is cut into."""
-        return self.pipeline * (self.virtual_pipeline or 1)
-
-    def rank(self, *, tensor: int, data: int, pipeline: int, context: int = 0) -> int:
-        """Global rank of a place, in the order of Megatron's groups (``tp-cp-ep-dp-pp``)."""
-        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
 
 
 @dataclass(frozen=True)

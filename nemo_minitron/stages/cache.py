@@ -86,10 +86,9 @@ def run(config: CacheConfig) -> dict[str, Any]:
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.frozen import Teacher
     from nemo_minitron.distillation.teachers.logit_cache import LogitCache
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.teacher)
-    check_model(checkpoint, ParallelLayout(**vars(config.parallel)), config.data.sequence_length)
+    check_model(checkpoint, config.parallel, config.data.sequence_length)
     manifest = _manifest(config, checkpoint)
     groups = start_groups(config)
     _check_output(config, manifest)

@@ -16,7 +16,6 @@ from nemo_minitron.stages.shared.training import (
     is_main,
     plan_training,
     save_model,
-    schedule_of,
     summary,
     training_blocks,
 )
@@ -40,10 +39,9 @@ def run(config: CorrectConfig) -> dict[str, Any]:
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.compatibility import check_model
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     model = open_checkpoint(config.model)
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     check_model(model, layout, config.data.sequence_length)
     output = Path(config.output)
     trained = finished(output, config.steps) if config.resume else None
@@ -52,9 +50,15 @@ def run(config: CorrectConfig) -> dict[str, Any]:
 
         from nemo_minitron.distillation.recipe import correct
 
-        schedule = schedule_of(config)
         trained = correct(
-            model, train, validation, layout=layout, schedule=schedule, directory=output, resume=config.resume
+            model,
+            train,
+            validation,
+            layout=layout,
+            schedule=config,
+            seed=config.runtime.seed,
+            directory=output,
+            resume=config.resume,
         )
     if not is_main():
         return {}

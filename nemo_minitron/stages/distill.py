@@ -27,7 +27,6 @@ from nemo_minitron.stages.shared.training import (
     is_main,
     plan_training,
     save_model,
-    schedule_of,
     summary,
     training_blocks,
 )
@@ -132,18 +131,23 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
     """Train, or on a rank of the teacher's own, for which None comes back, serve until the training is over."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.compatibility import check_model, check_pair
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     teacher = None
-    layout = ParallelLayout(**vars(config.parallel))
-    training: dict[str, Any] = {"layout": layout, "directory": Path(config.output), "resume": config.resume}
+    layout = config.parallel
+    training: dict[str, Any] = {
+        "layout": layout,
+        "schedule": config,
+        "seed": config.runtime.seed,
+        "directory": Path(config.output),
+        "resume": config.resume,
+    }
     if not config.taught:
         check_model(student, layout, config.data.sequence_length)
         train, validation = training_blocks(config, student)
 
         from nemo_minitron.distillation.recipe import correct
 
-        return correct(student, train, validation, schedule=schedule_of(config), **training)
+        return correct(student, train, validation, **training)
     kept, placement = None, _placement(config)
     if placement.cache is not None:
         check_model(student, layout, config.data.sequence_length)
@@ -166,7 +170,6 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         teacher,
         train,
         validation,
-        schedule=schedule_of(config),
         loss=config.loss,
         intermediate=config.intermediate,
         kept_layers=kept,
@@ -178,11 +181,10 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
 
 def _placement(config: DistillConfig) -> TeacherPlacement:
     from nemo_minitron.distillation.teachers.placement import TeacherPlacement
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     return TeacherPlacement(
         config.teacher_placement,
-        None if config.teacher_placement == "shared" else ParallelLayout(**vars(config.teacher_parallel)),
+        None if config.teacher_placement == "shared" else config.teacher_parallel,
         None if config.teacher_cache is None else Path(config.teacher_cache),
         timeout_minutes=max(60.0, config.runtime.collective_timeout_minutes),
     )

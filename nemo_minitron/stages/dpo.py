@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config import DpoConfig
 from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES, Preference
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_preferences, schedule_of, shorter, tokens_of
+from nemo_minitron.stages.shared.chats import align_plan, load_preferences, shorter, tokens_of
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.pairs import Pair
@@ -49,7 +48,6 @@ def run(config: DpoConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     if not config.resume:
         for old in Path(config.output).glob("round-*"):
@@ -59,7 +57,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
     data = [_pairs(config, first, path) for path in paths]
     data = data * config.rounds if len(data) == 1 else data
 
-    from nemo_minitron.alignment.dpo import STATISTICS, Preferences, train_dpo
+    from nemo_minitron.alignment.dpo import STATISTICS, train_dpo
     from nemo_minitron.alignment.export import save_trained, trained_checkpoint
     from nemo_minitron.alignment.session import last_checkpoint
 
@@ -67,7 +65,6 @@ def run(config: DpoConfig) -> dict[str, Any]:
     fixed = None
     if config.reference != "round":
         fixed = first if config.reference == "first" else open_checkpoint(config.reference)
-    names = [field.name for field in dataclasses.fields(Preferences)]
     # Every rank looks before any of them trains. A round counts if those before it do.
     finished = [(output / f"round-{number}" / STATISTICS).is_file() for number in _rounds(config)]
     finished = [all(finished[:number]) for number in _rounds(config)]
@@ -82,9 +79,10 @@ def run(config: DpoConfig) -> dict[str, Any]:
                 fixed or policy,
                 train,
                 held_out,
-                Preferences(**{name: getattr(config, name) for name in names}),
-                layout=ParallelLayout(**vars(config.parallel)),
-                schedule=schedule_of(config),
+                config,
+                layout=config.parallel,
+                schedule=config,
+                seed=config.runtime.seed,
                 directory=directory,
                 max_length=config.data.max_length,
                 resume=config.resume,

@@ -90,7 +90,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data import load_tokenizer
-    from nemo_minitron.generation import Sampling, generate_tokens
+    from nemo_minitron.generation import generate_tokens
     from nemo_minitron.generation.prompts import encode_prompts, prompt_title, read_prompts
 
     started = time.monotonic()
@@ -125,7 +125,8 @@ def run(config: GenerateConfig) -> dict[str, Any]:
                 chunks,
                 groups,
                 [prompts[request // config.samples] for request in requests],
-                sampling=Sampling(**vars(config.sampling), seed=config.runtime.seed),
+                sampling=config.sampling,
+                seed=config.runtime.seed,
                 ends=ends,
                 vocab_size=checkpoint.shape.vocab_size,
                 max_length=max_length,

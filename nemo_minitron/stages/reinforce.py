@@ -11,7 +11,7 @@ from nemo_minitron.config import ReinforceConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,6 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.generation import Sampling
     from nemo_minitron.runtime.files import read_json_lines
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.model)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
@@ -84,8 +83,8 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
-                seed=config.runtime.seed,
             ),
+            seed=config.runtime.seed,
             ends=end_ids(tokenizer, template),
             vocab_size=checkpoint.shape.vocab_size,
             prompts_per_step=config.prompts_per_step,
@@ -94,8 +93,9 @@ def run(config: ReinforceConfig) -> dict[str, Any]:
             kl_penalty=config.kl_penalty,
             batch_size=config.generation_batch,
         ),
-        layout=ParallelLayout(**vars(config.parallel)),
-        schedule=schedule_of(config),
+        layout=config.parallel,
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

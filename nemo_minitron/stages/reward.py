@@ -9,7 +9,7 @@ from nemo_minitron.config import RewardConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, schedule_of, shorter, tokens_of
+from nemo_minitron.stages.shared.chats import align_plan, shorter, tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.data.chat.labelled import labelled_chats, schema_of
     from nemo_minitron.runtime.files import read_json_lines
-    from nemo_minitron.runtime.groups import ParallelLayout, current
+    from nemo_minitron.runtime.groups import current
 
     source = open_checkpoint(config.model)
     data = labelled_chats(config.data, config.attributes, pairs=config.pairs)
@@ -61,7 +61,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
     schema = schema_of(config.attributes).restricted({name for chat in data.train for name in chat.attributes})
     train, _, template = _samples(config, source, schema, data.train)
     held_out, numbers, _ = _samples(config, source, schema, data.held_out)
-    layout = ParallelLayout(**vars(config.parallel))
+    layout = config.parallel
     output = Path(config.output)
     last = train_reward(
         source,
@@ -69,7 +69,8 @@ def run(config: RewardConfig) -> dict[str, Any]:
         held_out,
         schema=schema,
         layout=layout,
-        schedule=schedule_of(config),
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

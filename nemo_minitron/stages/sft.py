@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config import SftConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.jobs.plans import StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter, tokens_of
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter, tokens_of
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.batches import Sample
@@ -36,7 +36,6 @@ def run(config: SftConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     checkpoint = open_checkpoint(config.model)
     chats = load_chats(config.data)
@@ -52,8 +51,9 @@ def run(config: SftConfig) -> dict[str, Any]:
         checkpoint,
         train,
         held_out,
-        layout=ParallelLayout(**vars(config.parallel)),
-        schedule=schedule_of(config),
+        layout=config.parallel,
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,

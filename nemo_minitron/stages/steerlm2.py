@@ -11,7 +11,7 @@ from nemo_minitron.config import Steerlm2Config
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, schedule_of, shorter
+from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,6 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
     from nemo_minitron.data.chat.templates import choose_template
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.runtime.files import read_json_lines
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     source = open_checkpoint(config.model)
     tokenizer = load_tokenizer(source.tokenizer)
@@ -60,8 +59,9 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
         len(train),
         len(held_out),
         lambda chunks, groups: sampler.answer(chunks, groups, train, held_out),
-        layout=ParallelLayout(**vars(config.parallel)),
-        schedule=schedule_of(config),
+        layout=config.parallel,
+        schedule=config,
+        seed=config.runtime.seed,
         directory=output,
         max_length=config.data.max_length,
         resume=config.resume,
@@ -125,7 +125,8 @@ class _Sampler:
             chunks,
             groups,
             rows,
-            sampling=Sampling(max_new_tokens=config.max_new_tokens, seed=config.runtime.seed),
+            sampling=Sampling(max_new_tokens=config.max_new_tokens),
+            seed=config.runtime.seed,
             ends=end_ids(self.tokenizer, self.template),
             vocab_size=self.source.shape.vocab_size,
             batch_size=config.generation_batch,

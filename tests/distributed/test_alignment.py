@@ -43,7 +43,7 @@ BETA = 0.2
 def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], die: int | None = None) -> dict[str, Any]:
     """Run stages one after the other in one process; with ``die``, the last is killed in the middle of that step."""
     from nemo_minitron.alignment.metrics import MetricsLog
-    from nemo_minitron.config import ChatDataConfig, DpoConfig, ParallelConfig, SftConfig
+    from nemo_minitron.config import ChatDataConfig, DpoConfig, ParallelLayout, SftConfig
     from nemo_minitron.errors import NonFiniteError
     from nemo_minitron.stages import dpo, sft
 
@@ -56,7 +56,7 @@ def align(folder: str, out: str, tensor: int, pipeline: int, jobs: list[str], di
         logged(self, metrics, step, prefix)
 
     common: dict[str, Any] = COMMON | {
-        "model": str(root / "model"), "parallel": ParallelConfig(tensor=tensor, pipeline=pipeline),
+        "model": str(root / "model"), "parallel": ParallelLayout(tensor=tensor, pipeline=pipeline),
     }  # fmt: skip
     found: dict[str, Any] = {}
     for job in jobs:

@@ -10,7 +10,7 @@ import pytest
 from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
 
-from nemo_minitron.config import GenerateConfig, PromptsConfig, SamplingConfig, load
+from nemo_minitron.config import GenerateConfig, PromptsConfig, Sampling, load
 from nemo_minitron.stages import generate
 
 TEMPLATE = (
@@ -44,7 +44,7 @@ def test_a_student_learns_from_its_teachers_answers(tmp_path: Path) -> None:
     answered = GenerateConfig(
         model=str(models["teacher"]),
         prompts=PromptsConfig(texts=prompts),
-        sampling=SamplingConfig(max_new_tokens=16, temperature=0.7),
+        sampling=Sampling(max_new_tokens=16, temperature=0.7),
         samples=3,
         batch_size=16,
         output=str(tmp_path / "answers"),

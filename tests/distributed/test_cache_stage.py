@@ -12,7 +12,7 @@ from support.distributed import run_distributed
 from support.text import sentences, write_jsonl
 
 from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.config import CacheConfig, DataConfig, DistillConfig, LossConfig, ParallelConfig, SourceConfig
+from nemo_minitron.config import CacheConfig, DataConfig, DistillConfig, LossConfig, ParallelLayout, SourceConfig
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.stages import cache, distill
 from nemo_minitron.stages.shared.training import training_blocks
@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheConfig, list[di
     )
     config = CacheConfig(
         teacher=str(folder / "teacher"), output=str(folder / "logits"), data=data, steps=5, global_batch_size=2,
-        validation_batches=2, k=4, micro_batch_size=3, samples_per_shard=2, parallel=ParallelConfig(data=2),
+        validation_batches=2, k=4, micro_batch_size=3, samples_per_shard=2, parallel=ParallelLayout(data=2),
     )  # fmt: skip
     return config, run_distributed(stages_case, 2, folder, timeout=200, config=config)[0]
 
@@ -118,13 +118,13 @@ def test_a_cache_of_something_else_is_refused(made: tuple[CacheConfig, list[dict
         ({"teacher_cache": None, "teacher": "t", "teacher_placement": "far"}, "must be one of shared"),
         (
             {"teacher_cache": None, "teacher": "t", "teacher_placement": "own_layout",
-             "teacher_parallel": ParallelConfig(tensor=2)},
+             "teacher_parallel": ParallelLayout(tensor=2)},
             "makes 2 ranks of the 1",
         ),
-        ({"teacher_cache": None, "teacher": "t", "teacher_parallel": ParallelConfig(tensor=2)}, "leave out teacher"),
+        ({"teacher_cache": None, "teacher": "t", "teacher_parallel": ParallelLayout(tensor=2)}, "leave out teacher"),
         (
             {"teacher_cache": None, "teacher": "t", "teacher_placement": "own_ranks",
-             "teacher_parallel": ParallelConfig(pipeline=2, virtual_pipeline=2)},
+             "teacher_parallel": ParallelLayout(pipeline=2, virtual_pipeline=2)},
             "virtual_pipeline=2: a teacher only runs forward",
         ),
     ],

@@ -21,7 +21,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def config(home: Path, name: str) -> Any:
     """3 layers, 76 neurons, 48 channels in two equal steps to 2, 36, 30."""
-    from nemo_minitron.config import DataConfig, IterateConfig, ParallelConfig, SourceConfig, TargetConfig
+    from nemo_minitron.config import DataConfig, IterateConfig, ParallelLayout, SourceConfig, TargetConfig
 
     return IterateConfig(
         model=str(home / "model"),
@@ -38,7 +38,7 @@ def config(home: Path, name: str) -> Any:
         samples=4,
         micro_batch_size=2,
         format="hf",
-        parallel=ParallelConfig(**LAYOUTS.get(name.removeprefix("again-"), {})),
+        parallel=ParallelLayout(**LAYOUTS.get(name.removeprefix("again-"), {})),
     )
 
 

@@ -21,8 +21,8 @@ def trainings(models: str, out: str) -> dict[str, int]:
     from megatron.core.tensor_parallel.random import CheckpointFunction
 
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import Schedule
     from nemo_minitron.distillation.recipe import distill
-    from nemo_minitron.distillation.training.schedule import Schedule
     from nemo_minitron.runtime.groups import ParallelLayout
 
     calls = 0

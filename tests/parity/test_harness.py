@@ -47,9 +47,9 @@ def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
     os.environ.update(
         HF_DATASETS_CACHE=f"{folder}/cache", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", DISABLE_MULTIPROC="1"
     )
-    from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelConfig, SourceConfig
+    from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelLayout, SourceConfig
     from nemo_minitron.evaluation.harness import run_tasks
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
     from nemo_minitron.stages import evaluate as stage
 
     found: dict[str, Any] = {"layouts": []}
@@ -66,7 +66,7 @@ def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
         ),
         tokens=64,
         harness=HarnessConfig(tasks=["choice", "question"], include_path=tasks, batch_size=2),
-        parallel=ParallelConfig(data=2),
+        parallel=ParallelLayout(data=2),
     )  # fmt: skip
     found["stage"] = stage.run(config)["models"]["model"]["harness"]
     if os.environ["RANK"] == "0":

@@ -14,7 +14,7 @@ import pytest
 from nemo_minitron.recipes.distillation import distillation_recipe
 from support.checkpoints import tiny_checkpoint
 
-from nemo_minitron.config import ParallelConfig
+from nemo_minitron.config import ParallelLayout
 from nemo_minitron.errors import ConfigError
 
 
@@ -88,7 +88,7 @@ def test_a_recipe_runs_under_a_local_executor(tmp_path):
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
     recipe = tiny(tmp_path)
-    recipe.teacher_placement, recipe.teacher_parallel = "own_ranks", run.Config(ParallelConfig)
+    recipe.teacher_placement, recipe.teacher_parallel = "own_ranks", run.Config(ParallelLayout)
     (tmp_path / "recipe").write_text(ZlibJSONSerializer().serialize(recipe))
     code = (
         "import sys, nemo_run as run\n"

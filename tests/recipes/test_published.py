@@ -109,7 +109,7 @@ def test_nemo_run(name):
         partial.schedule.lr = 1.0
         built = {part: fdl.build(getattr(partial, part)) for part in ("schedule", "data", "parallel", "loss")}
         assert built["schedule"].lr == 1.0
-        assert (built["schedule"].steps, built["schedule"].seed) == (stage.steps, stage.runtime.seed)
+        assert (built["schedule"].steps, partial.seed) == (stage.steps, stage.runtime.seed)
         assert (built["data"], built["parallel"], built["loss"]) == (stage.data, stage.parallel, stage.loss)
         assert (partial.student, partial.teacher, partial.output) == (stage.student, stage.teacher, stage.output)
 
@@ -123,13 +123,12 @@ def test_every_rank_on_the_meta_device_and_the_export():
     from nemo_minitron.checkpoints.formats.huggingface.config import to_hf
     from nemo_minitron.checkpoints.live import canonical_parameters
     from nemo_minitron.runtime import cpu
-    from nemo_minitron.runtime.groups import ParallelLayout
 
     cpu.prepare()
     try:
         for (name, stage), (parameters, *_) in PUBLISHED.items():
             training = trainings(name)[stage]
-            layout = ParallelLayout(**vars(training.layout))
+            layout = training.layout
             cost = layout_cost(training, training.layout, "none", ClusterConfig())
             assert cost.fits, name
             per_stage = layout.tensor * layout.data

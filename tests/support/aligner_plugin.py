@@ -56,8 +56,9 @@ def dummy_gpt_model(tmp_path: Path) -> Any:
     from nemo_aligner.utils.train_script_utils import resolve_and_create_trainer
     from support.chats import SPECIAL, chat_checkpoint, chat_tokenizer
 
-    from nemo_minitron.alignment.settings import Schedule, aligner_settings
+    from nemo_minitron.alignment.settings import aligner_settings
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import AlignmentSchedule
     from nemo_minitron.runtime.groups import ParallelLayout
 
     path = chat_checkpoint(tmp_path / "model")
@@ -65,5 +66,6 @@ def dummy_gpt_model(tmp_path: Path) -> Any:
     checkpoint = open_checkpoint(path)
     sizes: dict[str, Any] = {"steps": 1, "samples": 8, "held_out": 8, "max_length": 64, "model": {}}
     data = int(os.environ.get("WORLD_SIZE", "1"))
-    config = aligner_settings(checkpoint, ParallelLayout(data=data), Schedule(), kind="sft", **sizes)
+    layout, schedule = ParallelLayout(data=data), AlignmentSchedule()
+    config = aligner_settings(checkpoint, layout, schedule, seed=1234, kind="sft", **sizes)
     return MegatronGPTModel(config.model, resolve_and_create_trainer(config, "sft"))

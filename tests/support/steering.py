@@ -52,8 +52,8 @@ def train(model: str, out: str, layout: dict[str, int], dies_after: int | None =
     """Train the attribute model; metrics by step, its head, its predictions by NeMo-Aligner and by ours."""
     from nemo_minitron.alignment.attribute_model import AttributeModel, AttributeScorer
     from nemo_minitron.alignment.reward import read_head, train_reward
-    from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import AlignmentSchedule
     from nemo_minitron.data.chat.attributes import AttributeSchema
     from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout, current
@@ -63,7 +63,7 @@ def train(model: str, out: str, layout: dict[str, int], dies_after: int | None =
     data = Dying(samples(32, 1))
     if dies_after is not None:
         data.left = dies_after * BATCH
-    schedule = Schedule(
+    schedule = AlignmentSchedule(
         steps=STEPS, micro_batch_size=2, global_batch_size=BATCH, lr=1e-2, min_lr=1e-3, warmup_steps=1,
         validate_every=SAVED, save_every=SAVED,
     )  # fmt: skip
@@ -112,13 +112,13 @@ def gradients(model: str, out: str) -> dict[str, Any]:
     """Loss and some gradients of one batch by NeMo-Aligner's model as it is set up for training."""
     from nemo_minitron.alignment.reward import AttributeRewardModel, _settings, _start_head, collate
     from nemo_minitron.alignment.session import open_session
-    from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.alignment.supervised import Listed
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import AlignmentSchedule
     from nemo_minitron.runtime.groups import ParallelLayout
 
     batch = samples(4, 5)
-    schedule = Schedule(steps=2, micro_batch_size=4, global_batch_size=4, warmup_steps=1)
+    schedule = AlignmentSchedule(steps=2, micro_batch_size=4, global_batch_size=4, warmup_steps=1)
     session = open_session(
         AttributeRewardModel, open_checkpoint(model), layout=ParallelLayout(), schedule=schedule, kind="rm",
         directory=Path(out), samples=4, held_out=4, max_length=32, model=_settings(2, schedule), skip=("rm_head",),
@@ -142,8 +142,8 @@ def gradients(model: str, out: str) -> dict[str, Any]:
 def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
     """REINFORCE by a rule: a point for an even first token, and a little for a short answer."""
     from nemo_minitron.alignment.reinforce import Prompt, Rollouts, train_reinforce
-    from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import AlignmentSchedule
     from nemo_minitron.generation import Sampling
     from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
@@ -160,10 +160,10 @@ def reinforce(model: str, out: str, layout: dict[str, int], dies_after: int | No
     directory = Path(out) / "reinforce"
     prompts = [Prompt(number, list(range(130 + number, 133 + number + number % 5))) for number in range(64)]
     rollouts = Rollouts(
-        Sampling(max_new_tokens=6, seed=3), ends=tuple(range(128)), vocab_size=260, prompts_per_step=8,
+        Sampling(max_new_tokens=6), seed=3, ends=tuple(range(128)), vocab_size=260, prompts_per_step=8,
         samples_per_prompt=8, validation_prompts=64, kl_penalty=0.01, batch_size=64,
     )  # fmt: skip
-    schedule = Schedule(
+    schedule = AlignmentSchedule(
         steps=STEPS, micro_batch_size=64, global_batch_size=64, lr=5e-3, min_lr=1e-3, warmup_steps=1,
         validate_every=SAVED, save_every=SAVED,
     )  # fmt: skip
@@ -204,13 +204,13 @@ def responses(count: int, seed: int) -> list[Any]:
 
 def steerlm2(model: str, out: str, layout: dict[str, int], dies_after: int | None = None) -> dict[str, Any]:
     """SteerLM 2 on given answers."""
-    from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.alignment.steerlm2 import train_steerlm2
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import AlignmentSchedule
     from nemo_minitron.runtime.files import read_json_lines
     from nemo_minitron.runtime.groups import ParallelLayout
 
-    schedule = Schedule(
+    schedule = AlignmentSchedule(
         steps=STEPS2, global_batch_size=BATCH, lr=1e-3, min_lr=1e-4, warmup_steps=1, validate_every=SAVED2,
         save_every=SAVED2,
     )  # fmt: skip

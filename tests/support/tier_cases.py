@@ -128,11 +128,13 @@ def _answers(chunks: list[Any], groups: Any, vocab: int) -> dict[str, torch.Tens
 
     prompts = [tokens(1, length, seed=length, vocab=vocab)[0].tolist() for length in (3, 7, 8)]
     found = {}
-    for name, sampling in (
-        ("greedy", Sampling(max_new_tokens=6, greedy=True)),
-        ("drawn", Sampling(max_new_tokens=6, temperature=0.7, top_k=20, top_p=0.9, seed=5)),
+    for name, sampling, seed in (
+        ("greedy", Sampling(max_new_tokens=6, greedy=True), 1234),
+        ("drawn", Sampling(max_new_tokens=6, temperature=0.7, top_k=20, top_p=0.9), 5),
     ):
-        answers = generate_tokens(chunks, groups, prompts, sampling=sampling, ends=[], vocab_size=vocab, batch_size=3)
+        answers = generate_tokens(
+            chunks, groups, prompts, sampling=sampling, seed=seed, ends=[], vocab_size=vocab, batch_size=3
+        )
         found[f"{name} answers"] = torch.tensor([answer.tokens for answer in answers])
         found[f"{name} log-probabilities"] = torch.tensor([answer.logprobs for answer in answers])
     return found

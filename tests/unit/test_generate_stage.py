@@ -11,7 +11,7 @@ from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
 from support.text import write_tokenizer
 
-from nemo_minitron.config import GenerateConfig, ParallelConfig, PromptsConfig, SamplingConfig, load
+from nemo_minitron.config import GenerateConfig, ParallelLayout, PromptsConfig, Sampling, load
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.stages import generate
 
@@ -29,7 +29,7 @@ def make_config(tmp_path: Path, model: Path, output: str = "answers", **settings
         model=str(model),
         prompts=PromptsConfig(path=str(path)),
         output=str(tmp_path / output),
-        sampling=SamplingConfig(max_new_tokens=6, temperature=0.9),
+        sampling=Sampling(max_new_tokens=6, temperature=0.9),
         samples=3,
         batch_size=2,
         **settings,
@@ -97,7 +97,7 @@ def test_answers_have_the_form_of_training_data_and_survive_a_stop(model: Path, 
     assert len({line["messages"][-1]["content"] for line in lines}) > 3  # samples differ
     # Neither the layout nor the batch changes the answers.
     laid = make_config(
-        tmp_path, model, "laid", parallel=ParallelConfig(data=2), attributes={"verbosity": 1}, system="w8"
+        tmp_path, model, "laid", parallel=ParallelLayout(data=2), attributes={"verbosity": 1}, system="w8"
     )
     laid.batch_size = 1
     run_distributed(run_stage, 2, tmp_path, config=laid)

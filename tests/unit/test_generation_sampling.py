@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.generation import Sampling
-from nemo_minitron.generation.sampling import choose, draws
+from nemo_minitron.generation import Sampling, generate_tokens
+from nemo_minitron.generation.sampling import check_sampling, choose, draws
 
 
 def logits(rows: int = 4, size: int = 20) -> torch.Tensor:
@@ -63,11 +63,11 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 
 def test_draws_follow_from_seed_and_request_alone() -> None:
-    short, long = Sampling(max_new_tokens=4), Sampling(max_new_tokens=9)
-    assert torch.equal(draws(short, 7), draws(long, 7)[:4])
-    assert not torch.equal(draws(long, 7), draws(long, 8))
-    assert not torch.equal(draws(long, 7), draws(Sampling(max_new_tokens=9, seed=1), 7))
-    everything = torch.cat([draws(long, request) for request in range(500)])
+    nine = draws(9, seed=1234, request=7)
+    assert torch.equal(draws(4, seed=1234, request=7), nine[:4])
+    assert not torch.equal(nine, draws(9, seed=1234, request=8))
+    assert not torch.equal(nine, draws(9, seed=1, request=7))
+    everything = torch.cat([draws(9, seed=1234, request=request) for request in range(500)])
     assert 0 <= float(everything.min()) < float(everything.max()) < 1
     assert float(everything.mean()) == pytest.approx(0.5, abs=0.02)
 
@@ -80,10 +80,12 @@ def test_damaged_logits_are_seen() -> None:
 
 def test_settings_that_leave_nothing_are_refused_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        Sampling(max_new_tokens=0, temperature=0.0, top_k=-1, top_p=1.5, seed=-1)
+        check_sampling(Sampling(max_new_tokens=0, temperature=0.0, top_k=-1, top_p=1.5), seed=-1)
     assert [fault.split(":")[0] for fault in error.value.faults] == [
         "sampling.max_new_tokens=0", "sampling.temperature=0.0", "sampling.top_k=-1", "sampling.top_p=1.5",
-        "sampling.seed=-1",
+        "seed=-1",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="temperature=nan"):
-        Sampling(temperature=float("nan"))
+        check_sampling(Sampling(temperature=float("nan")), seed=1)
+    with pytest.raises(ConfigError, match="sampling.top_k=0"):
+        generate_tokens([], None, [[1]], sampling=Sampling(top_k=0), ends=[], vocab_size=4)  # type: ignore[arg-type]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import grimp
 import pytest
 
 from nemo_minitron.config import STAGES
 from nemo_minitron.jobs.modules import stage_module
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,8 @@ def test_a_circle_is_found(imports):
     assert set(circle(changed)) == {below, "nemo_minitron.data.build"}
 
 
-def test_the_contract_names_every_stage():
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (independent,) = (contract for contract in contracts if contract["type"] == "independence")
-    assert set(independent["modules"]) == {stage_module(stage).__name__ for stage in STAGES}
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_its_module(stage):
+    module = stage_module(stage)
+    assert callable(module.plan)
+    assert callable(module.run)

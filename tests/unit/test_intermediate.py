@@ -12,12 +12,11 @@ import torch
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.record import write_record
-from nemo_minitron.config import IntermediateConfig, ParallelConfig, load
+from nemo_minitron.config import IntermediateConfig, ParallelLayout, load
 from nemo_minitron.distillation.losses.layer_maps import layer_maps, layer_ranks, proportional
 from nemo_minitron.distillation.losses.states import attention_relations, hidden_cosine, hidden_mse
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.kept import save_kept
-from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import Architecture, ModelShape
 from nemo_minitron.stages.distill import plan
 
@@ -166,4 +165,4 @@ def test_layers_can_be_given_in_the_file_and_on_the_command_line(tmp_path: Path)
     config = load("distill", file, ["intermediate.layers={0: 2}", "intermediate.hidden=cosine"])
     assert (config.intermediate.layers, config.intermediate.hidden) == ({0: 2}, "cosine")
     assert config.intermediate.weights() == {"hidden": 1.0}
-    assert config.parallel == ParallelConfig()
+    assert config.parallel == ParallelLayout()

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.config import ExportConfig, ParallelConfig, RuntimeConfig, ScoreConfig, StageConfig
+from nemo_minitron.config import ExportConfig, ParallelLayout, RuntimeConfig, ScoreConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, ShapeError
 from nemo_minitron.jobs import launch as launching
 from nemo_minitron.jobs import local, warm
@@ -58,7 +58,7 @@ def job(tmp_path: Path, name: str = "work", tensor: int = 1, **runtime: object) 
         model="m",
         output=str(tmp_path / "run dir" / "out"),  # with a blank: it must survive every launcher in between
         data=typed,  # type: ignore[arg-type]
-        parallel=ParallelConfig(tensor=tensor),
+        parallel=ParallelLayout(tensor=tensor),
         runtime=RuntimeConfig(**runtime),  # type: ignore[arg-type]
     )
 

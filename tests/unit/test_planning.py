@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nemo_minitron import axes
 from nemo_minitron.cli.plan import read_cluster, read_subject, show_plan, trainings_of, write_pipeline
-from nemo_minitron.config import ClusterConfig, ParallelConfig, load_pipeline
+from nemo_minitron.config import ClusterConfig, ParallelLayout, load_pipeline
 from nemo_minitron.errors import ConfigError, ShapeError
 from nemo_minitron.planning import (
     ForwardFlops,
@@ -37,7 +37,7 @@ CLUSTER = ClusterConfig()
 
 
 def training(**changes: object) -> Training:
-    base = Training("t", STUDENT, TEACHER, 10, 64, 2, 128, ParallelConfig(2, 1, 4, sequence_parallel=True))
+    base = Training("t", STUDENT, TEACHER, 10, 64, 2, 128, ParallelLayout(2, 1, 4, sequence_parallel=True))
     return dataclasses.replace(base, **changes)
 
 
@@ -98,7 +98,7 @@ def test_stage_parameters_of_every_rank_are_the_model():
 
 def test_traffic_of_a_step():
     """Against the sums of the module's text, for two micro-batches of 2 x 128 tokens on a rank."""
-    layout = ParallelConfig(2, 2, 16)
+    layout = ParallelLayout(2, 2, 16)
     cost = layout_cost(training(layout=layout), layout, "none", CLUSTER)
     tokens, half = 2 * 128 * 2, 0.5  # bytes of a weight times tokens; (t - 1) / t
     # first stage: 4 student and 5 teacher layers, and the embeddings
@@ -117,14 +117,14 @@ def test_traffic_of_a_step():
     assert sequence.sent["pipeline"] == cost.sent["pipeline"] / 2
     again = layout_cost(training(), layout, "full", CLUSTER)
     assert again.sent["tensor"] - cost.sent["tensor"] == 2 * 2 * half * 2 * 4 * student
-    alone = layout_cost(training(), ParallelConfig(), "none", CLUSTER)
+    alone = layout_cost(training(), ParallelLayout(), "none", CLUSTER)
     assert set(alone.sent.values()) == {0.0}
 
 
 def test_context_parallelism_divides_tokens():
     """Half of the tokens, and of all that depends on them; the ring of keys and values is new."""
-    half = ParallelConfig(2, 2, 4, context=2)
-    one, two = (layout_cost(training(), layout, "none", CLUSTER) for layout in (ParallelConfig(2, 2, 4), half))
+    half = ParallelLayout(2, 2, 4, context=2)
+    one, two = (layout_cost(training(), layout, "none", CLUSTER) for layout in (ParallelLayout(2, 2, 4), half))
     assert two.sent["tensor"] == one.sent["tensor"] / 2
     assert two.sent["pipeline"] == one.sent["pipeline"] / 2
     assert two.seconds["arithmetic"] == pytest.approx(one.seconds["arithmetic"] / 2)
@@ -139,25 +139,25 @@ def test_context_parallelism_divides_tokens():
 
 
 def test_time_of_a_step():
-    alone = layout_cost(training(teacher=None), ParallelConfig(), "none", CLUSTER)
+    alone = layout_cost(training(teacher=None), ParallelLayout(), "none", CLUSTER)
     assert alone.mfu == pytest.approx(CLUSTER.mfu)
     assert alone.step_seconds == pytest.approx(training(teacher=None).flops_per_step / (989e12 * 0.4))
     assert alone.gpu_hours == pytest.approx(alone.step_seconds * 10 / 3600)
-    full = layout_cost(training(teacher=None), ParallelConfig(), "full", CLUSTER)
+    full = layout_cost(training(teacher=None), ParallelLayout(), "full", CLUSTER)
     output = ForwardFlops.of(STUDENT, 128).output
     layers = ForwardFlops.of(STUDENT, 128).total - output
     assert full.step_seconds / alone.step_seconds == pytest.approx(
         (4 * layers + 3 * output) / (3 * layers + 3 * output)
     )
-    single = layout_cost(training(teacher=None, bytes=4), ParallelConfig(), "none", CLUSTER)
+    single = layout_cost(training(teacher=None, bytes=4), ParallelLayout(), "none", CLUSTER)
     assert single.step_seconds == pytest.approx(2 * alone.step_seconds)
     # tensor groups beyond a node go over the network
-    layout = ParallelConfig(4, 1, 1)
+    layout = ParallelLayout(4, 1, 1)
     near, far = (layout_cost(training(), layout, "none", ClusterConfig(gpus_per_node=n)) for n in (4, 2))
     assert far.seconds["tensor"] == pytest.approx(near.seconds["tensor"] * 450 / 50)
     # a virtual pipeline halves the bubble
-    plain = layout_cost(training(), ParallelConfig(1, 4, 2), "none", CLUSTER)
-    virtual = layout_cost(training(), ParallelConfig(1, 4, 2, virtual_pipeline=2), "none", CLUSTER)
+    plain = layout_cost(training(), ParallelLayout(1, 4, 2), "none", CLUSTER)
+    virtual = layout_cost(training(), ParallelLayout(1, 4, 2, virtual_pipeline=2), "none", CLUSTER)
     assert virtual.seconds["bubble"] == pytest.approx(plain.seconds["bubble"] / 2)
 
 
@@ -191,7 +191,7 @@ def test_the_best_layout_is_the_fastest_that_fits():
         assert cost.recompute == ("none" if without.fits or cost == without else "full")
     assert best_layout(layout_costs(training(), ClusterConfig(gpus=8, memory_gib=0.01))) is None
     assert layout_costs(training(), ClusterConfig(gpus=11)) == []  # neither 64 sequences nor 8 layers go over 11
-    assert "global_batch_size=64" in layout_faults(training(), ParallelConfig(1, 1, 7))[0]
+    assert "global_batch_size=64" in layout_faults(training(), ParallelLayout(1, 1, 7))[0]
 
 
 def test_clusters_and_faults(tmp_path):

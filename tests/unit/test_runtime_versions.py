@@ -6,14 +6,23 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from nemo_minitron.config import (
+    STAGES,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HarnessConfig,
+    ImportConfig,
+    ScoreConfig,
+    SourceConfig,
+)
 from nemo_minitron.errors import MissingDependency, ShapeError
-from nemo_minitron.jobs.needs import _NEEDS, check_needs, needs_of
+from nemo_minitron.jobs.needs import check_needs, needs_of
 from nemo_minitron.runtime import requirements, versions
 from nemo_minitron.runtime.cpu.patching import Patch, PatchSet
 
@@ -94,26 +103,22 @@ def test_an_import_error_of_a_known_package_is_explained_and_no_other(monkeypatc
 
 
 def test_stages_say_together_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron.config import STAGES
-
-    leading = {"iterate", "search", "steerlm", "pipeline"}  # these start other stages, which say it themselves
-    assert set(_NEEDS) == set(STAGES) - leading
+    for config in STAGES.values():
+        assert set(config.NEEDS) <= set(requirements.PARTS), config
     monkeypatch.setitem(sys.modules, "megatron.core", None)
-    stages = [SimpleNamespace(STAGE=name, name=name) for name in ("score", "prune", "evaluate")]
+    stages = [STAGES[name]() for name in ("score", "prune", "evaluate")]
     with pytest.raises(MissingDependency) as caught:
-        check_needs(stages)  # type: ignore[arg-type]
+        check_needs(stages)
     (line,) = str(caught.value).splitlines()
     assert line.startswith("score and evaluate need megatron-core>=0.12 (not installed): pip install")
 
 
 def test_settings_add_needs() -> None:
-    harness = SimpleNamespace(tasks=["arc_easy"])
-    assert "lm_eval" in needs_of(SimpleNamespace(STAGE="evaluate", harness=harness))  # type: ignore[arg-type]
-    assert "gguf" in needs_of(SimpleNamespace(STAGE="import", source="a/model.gguf"))  # type: ignore[arg-type]
-    assert "nemo" in needs_of(SimpleNamespace(STAGE="export", formats=["nemo2"]))  # type: ignore[arg-type]
-    sources = [SimpleNamespace(path="a.parquet", dataset=None), SimpleNamespace(path=None, dataset="b")]
-    config = SimpleNamespace(STAGE="score", data=SimpleNamespace(sources=sources))
-    assert {"pyarrow", "datasets"} <= set(needs_of(config))  # type: ignore[arg-type]
+    assert "lm_eval" in needs_of(EvaluateConfig(harness=HarnessConfig(tasks=["arc_easy"])))
+    assert "gguf" in needs_of(ImportConfig(source="a/model.gguf"))
+    assert "nemo" in needs_of(ExportConfig(formats=["nemo2"]))
+    sources = [SourceConfig(path="a.parquet"), SourceConfig(dataset="b")]
+    assert {"pyarrow", "datasets"} <= set(needs_of(ScoreConfig(data=DataConfig(sources=sources))))
 
 
 def test_a_patch_is_for_the_versions_it_says(pretend: dict[str, str | None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.distributed import run_distributed
 
-from nemo_minitron.config import ChatDataConfig, DistillConfig, LabelConfig, ParallelConfig
+from nemo_minitron.config import ChatDataConfig, DistillConfig, LabelConfig, ParallelLayout
 from nemo_minitron.errors import ConfigError, DataError, PreemptedError
 from nemo_minitron.jobs.atomic import MARKER
 from nemo_minitron.jobs.output import Output, claim_output
@@ -146,7 +146,7 @@ def run_stages(folder: str, processes: int, srun: bool = False) -> list[Any]:
     for settings in ({}, {"resume": False}, {}, {"overwrite": True}, {"overwrite": True, "batch": 13}, {}):
         try:
             made = in_place.run_in_place(
-                labelling(root, parallel=ParallelConfig(tensor=processes), **settings)  # type: ignore[arg-type]
+                labelling(root, parallel=ParallelLayout(tensor=processes), **settings)  # type: ignore[arg-type]
             )
         except (ConfigError, DataError) as error:
             seen.append(str(error))
@@ -204,7 +204,7 @@ def test_a_stage_in_place_of_one_process(tmp_path: Path, monkeypatch: pytest.Mon
     told = [said.format(tmp_path / "labels") if isinstance(said, str) else said for said in EXPECTED]
     assert run_stages(str(tmp_path), 1) == told
     with pytest.raises(ConfigError, match="the layout makes 2 processes, 1 were started; give the executor as many"):
-        in_place.run_in_place(labelling(tmp_path, parallel=ParallelConfig(tensor=2)))
+        in_place.run_in_place(labelling(tmp_path, parallel=ParallelLayout(tensor=2)))
 
 
 @pytest.mark.slow

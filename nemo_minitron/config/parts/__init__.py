@@ -2,74 +2,20 @@
 
 A field without a default (``MISSING``) must be given. ``faults()`` reports what a dataclass's own fields can show to be
 wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs.
+
+Each module's ``__all__`` says what it offers.
 """
 
-from nemo_minitron.config.parts.attributes import ATTRIBUTE_SCHEMAS, AttributesConfig
-from nemo_minitron.config.parts.chat import CHAT_TEMPLATES, ChatDataConfig
-from nemo_minitron.config.parts.checks import (
-    AGGREGATIONS,
-    BALANCES,
-    DEPTH_CRITERIA,
-    DEPTH_FORMS,
-    DTYPES,
-    LATENCIES,
-    MEMORY_USES,
-    RECOMPUTE,
-    TEACHER_PLACEMENTS,
-    choice,
-    format_list_faults,
-    not_negative,
-    one_of,
-    positive,
-    written_formats,
-)
-from nemo_minitron.config.parts.cluster import ClusterConfig
-from nemo_minitron.config.parts.evaluation import HarnessConfig
-from nemo_minitron.config.parts.generation import PromptsConfig, SamplingConfig
-from nemo_minitron.config.parts.losses import CorrectionConfig, IntermediateConfig, LossConfig
-from nemo_minitron.config.parts.process import ParallelConfig, RuntimeConfig
-from nemo_minitron.config.parts.pruning import AggregationConfig, DepthChoiceConfig, TargetConfig, VocabularyConfig
-from nemo_minitron.config.parts.search import AxisConfig, BudgetConfig, ShortDistillConfig, SpaceConfig
-from nemo_minitron.config.parts.text import DataConfig, SourceConfig, TaskConfig
-
-__all__ = [
-    "AGGREGATIONS",
-    "AggregationConfig",
-    "AxisConfig",
-    "BALANCES",
-    "BudgetConfig",
-    "CHAT_TEMPLATES",
-    "ATTRIBUTE_SCHEMAS",
-    "AttributesConfig",
-    "ChatDataConfig",
-    "ClusterConfig",
-    "DEPTH_CRITERIA",
-    "DEPTH_FORMS",
-    "DTYPES",
-    "CorrectionConfig",
-    "DataConfig",
-    "DepthChoiceConfig",
-    "HarnessConfig",
-    "IntermediateConfig",
-    "LATENCIES",
-    "LossConfig",
-    "MEMORY_USES",
-    "ParallelConfig",
-    "RECOMPUTE",
-    "PromptsConfig",
-    "RuntimeConfig",
-    "SamplingConfig",
-    "TEACHER_PLACEMENTS",
-    "ShortDistillConfig",
-    "SourceConfig",
-    "SpaceConfig",
-    "TargetConfig",
-    "TaskConfig",
-    "VocabularyConfig",
-    "choice",
-    "format_list_faults",
-    "not_negative",
-    "one_of",
-    "positive",
-    "written_formats",
-]
+from nemo_minitron.config.parts.attributes import *
+from nemo_minitron.config.parts.chat import *
+from nemo_minitron.config.parts.checks import *
+from nemo_minitron.config.parts.cluster import *
+from nemo_minitron.config.parts.evaluation import *
+from nemo_minitron.config.parts.generation import *
+from nemo_minitron.config.parts.losses import *
+from nemo_minitron.config.parts.preferences import *
+from nemo_minitron.config.parts.process import *
+from nemo_minitron.config.parts.pruning import *
+from nemo_minitron.config.parts.schedule import *
+from nemo_minitron.config.parts.search import *
+from nemo_minitron.config.parts.text import *

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from nemo_minitron.config.parts.checks import choice, positive
 
+__all__ = ["ATTRIBUTE_SCHEMAS", "AttributesConfig"]
+
 ATTRIBUTE_SCHEMAS = ("helpsteer", "oasst", "own")
 
 

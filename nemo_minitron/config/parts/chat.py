@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
 
+__all__ = ["CHAT_TEMPLATES", "ChatDataConfig"]
+
 CHAT_TEMPLATES = ("own", "chatml", "llama3", "nemotron")
 
 

@@ -7,6 +7,24 @@ from typing import Any
 
 from nemo_minitron.config.tables import FORMATS
 
+__all__ = [
+    "AGGREGATIONS",
+    "BALANCES",
+    "DEPTH_CRITERIA",
+    "DEPTH_FORMS",
+    "DTYPES",
+    "LATENCIES",
+    "MEMORY_USES",
+    "RECOMPUTE",
+    "TEACHER_PLACEMENTS",
+    "choice",
+    "format_list_faults",
+    "not_negative",
+    "one_of",
+    "positive",
+    "written_formats",
+]
+
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 DTYPES = ("float32", "bfloat16")
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
@@ -33,7 +51,7 @@ def format_list_faults(names: Iterable[str]) -> list[str]:
 def positive(config: Any, *names: str) -> list[str]:
     """Faults of the named fields that are given and not above zero."""
     values = ((name, getattr(config, name)) for name in names)
-    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and value <= 0]
+    return [f"{name}={value}: must be above 0" for name, value in values if value is not None and not value > 0]
 
 
 def not_negative(config: Any, *names: str) -> list[str]:

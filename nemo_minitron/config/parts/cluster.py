@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.parts.checks import choice, positive
 
+__all__ = ["ClusterConfig", "GPUS"]
+
 GPUS = ("a100", "h100", "h200", "b200")
 
 

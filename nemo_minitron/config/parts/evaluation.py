@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import not_negative, positive
 
+__all__ = ["HarnessConfig"]
+
 
 @dataclass
 class HarnessConfig:

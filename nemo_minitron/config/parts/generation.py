@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import one_of, positive
 
+__all__ = ["PromptsConfig", "Sampling"]
+
 
 @dataclass
 class PromptsConfig:
@@ -42,16 +44,19 @@ class PromptsConfig:
         return found
 
 
-@dataclass
-class SamplingConfig:
+@dataclass(frozen=True)
+class Sampling:
     """How answers are drawn; the seed is the process's.
+
+    The settings and what :func:`~nemo_minitron.generation.generate_tokens` takes are this one class.
 
     Attributes:
         max_new_tokens: longest answer, its end token included.
         greedy: take the likeliest token; the settings below have no effect then.
         temperature: the logits are divided by it.
         top_k: draw from the k likeliest tokens only; null from all.
-        top_p: draw from the likeliest tokens that together hold this much of the probability, after ``top_k``.
+        top_p: draw from the likeliest tokens that together hold this much of the probability (Holtzman et al., 2020),
+            after ``top_k``.
     """
 
     max_new_tokens: int = 256

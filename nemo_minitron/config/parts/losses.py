@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from nemo_minitron.config.parts.checks import BALANCES, choice, not_negative, positive
 from nemo_minitron.config.tables import LOGIT_LOSSES, STATE_LOSSES, Table
 
+__all__ = ["CorrectionConfig", "IntermediateConfig", "LossConfig"]
+
 
 @dataclass
 class LossConfig:

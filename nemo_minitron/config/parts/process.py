@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
 
+__all__ = ["ParallelLayout", "RuntimeConfig"]
 
-@dataclass
-class ParallelConfig:
+
+@dataclass(frozen=True)
+class ParallelLayout:
     """How a model is laid over processes. ``tensor * pipeline * data * context`` processes are started.
+
+    The settings and what algorithms take are this one class.
 
     Attributes:
         tensor: ranks that share each layer (Megatron's tensor_model_parallel_size).
@@ -37,6 +41,10 @@ class ParallelConfig:
     def stages(self) -> int:
         """Pipeline stages, virtual ones counted."""
         return self.pipeline * (self.virtual_pipeline or 1)
+
+    def rank(self, *, tensor: int, data: int, pipeline: int, context: int = 0) -> int:
+        """Global rank of a place, in the order of Megatron's groups (``tp-cp-ep-dp-pp``)."""
+        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
 
     def sequence_faults(self, length: int) -> list[str]:
         """Why sequences of ``data.sequence_length`` cannot be sharded over tensor- and context-parallel ranks."""

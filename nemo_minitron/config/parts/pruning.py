@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import AGGREGATIONS, DEPTH_CRITERIA, DEPTH_FORMS, choice, positive
 
+__all__ = ["AggregationConfig", "DepthChoiceConfig", "TargetConfig", "VocabularyConfig"]
+
 
 @dataclass
 class AggregationConfig:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from nemo_minitron.config.parts.checks import DTYPES, LATENCIES, MEMORY_USES, choice, positive
 from nemo_minitron.config.parts.losses import LossConfig
+from nemo_minitron.config.parts.schedule import ShortSchedule
+
+__all__ = ["AxisConfig", "BudgetConfig", "ShortDistillConfig", "SpaceConfig"]
 
 
 @dataclass
@@ -127,21 +130,14 @@ class BudgetConfig:
 
 
 @dataclass
-class ShortDistillConfig:
+class ShortDistillConfig(ShortSchedule):
     """The short distillation that ranks the best shapes of a search; its data are the search's.
 
     Attributes:
-        steps, micro_batch_size, global_batch_size, lr, min_lr, warmup_steps, loss, precision: as in ``distill``.
+        loss: as in ``distill``.
     """
 
-    steps: int = 300
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 10
     loss: LossConfig = field(default_factory=LossConfig)
-    precision: str = "32"
 
     def faults(self) -> list[str]:
         """Left to the distillation's own configuration, which the search makes of it."""

@@ -11,6 +11,8 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
 
+__all__ = ["DOCUMENTS", "DataConfig", "ORIGINS", "PACKINGS", "SourceConfig", "TaskConfig", "looks_like_path"]
+
 DOCUMENTS = ("join", "mask")
 PACKINGS = ("stream", "best_fit")
 ORIGINS = ("path", "package", "dataset", "megatron", "chat")

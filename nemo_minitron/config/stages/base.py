@@ -1,15 +1,39 @@
-"""What every stage has."""
+"""What every stage has, and the table of all stages."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import ParallelConfig, RuntimeConfig
+from nemo_minitron.config.parts import ParallelLayout, RuntimeConfig
+from nemo_minitron.errors import ConfigError
+
+__all__ = [
+    "NEEDS_ALIGNMENT",
+    "NEEDS_MODEL",
+    "NEEDS_TORCH",
+    "NEEDS_TRAINING",
+    "STAGES",
+    "StageConfig",
+    "find_stage",
+]
+
+#: The configuration of each stage, by its name on the command line.
+STAGES: dict[str, type[StageConfig]] = {}
+
+#: What stages need of NVIDIA's stack and other packages (``NEEDS``).
+NEEDS_TORCH = ("torch", "numpy")
+NEEDS_MODEL = (*NEEDS_TORCH, "transformers", "megatron")
+NEEDS_TRAINING = (*NEEDS_MODEL, "nemo", "lightning", "tensorboard")
+NEEDS_ALIGNMENT = (*NEEDS_MODEL, "nemo 1", "lightning", "tensorboard", "hydra", "nemo_aligner")
+
+#: Commands of ``minitron`` that are no stages, and words that stand where the name of one may.
+_RESERVED = ("run", "plan", "config", "status", "pipeline", "slurm")
 
 
 @dataclass
@@ -23,7 +47,21 @@ class StageConfig:
         runtime: device, seed and limits of the stage's processes.
     """
 
+    #: Name on the command line and in pipelines. A class that gives one is a stage; one without is a base of stages.
     STAGE: ClassVar[str] = ""
+    #: What it does, in the list of commands; empty takes the first line of the docstring.
+    HELP: ClassVar[str] = ""
+    #: The module with its ``plan`` and ``run``; empty for ``nemo_minitron.stages.<name>``.
+    MODULE: ClassVar[str] = ""
+    #: What must be installed, keys of :data:`~nemo_minitron.runtime.requirements.PARTS`; checked before it starts.
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TORCH
+    #: What is imported before its processes are forked, a key of :data:`~nemo_minitron.jobs.warm.LEVELS`. A stage that
+    #: needs more imports it itself.
+    LEVEL: ClassVar[str] = "megatron"
+    #: Reports look for a model in its output.
+    MAKES_MODEL: ClassVar[bool] = False
+    #: What that model is to a run, one of :data:`~nemo_minitron.report.collect.ROLES`.
+    ROLE: ClassVar[str] = "other"
     #: Fields that name something another stage may have written.
     INPUTS: ClassVar[tuple[str, ...]] = ()
     #: Further fields that are paths.
@@ -40,15 +78,27 @@ class StageConfig:
     #: begun. None: the stage itself finds out what of its output it can go on with, or does not go on at all.
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Enter a stage in :data:`STAGES`."""
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("STAGE", "")
+        if not name:
+            return
+        known = STAGES.get(name)
+        if name in _RESERVED or (known is not None and _place(known) != _place(cls)):
+            holder = "a word of the command line" if known is None else _place(known)
+            raise ConfigError(f"{_place(cls)}: STAGE={name!r} is {holder} already; choose another name")
+        STAGES[name] = cls
+
     name: str = ""
     output: str = MISSING
     overwrite: bool = False
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """The processes that the stage runs in; one, unless the stage has a ``parallel`` field."""
-        return getattr(self, "parallel", None) or ParallelConfig()
+        return getattr(self, "parallel", None) or ParallelLayout()
 
     @property
     def processes(self) -> int:
@@ -87,9 +137,37 @@ class StageConfig:
             f"{name}.context={layout.context}: only the trainings distill and correct share sequences out, by "
             "parallel.context; set it to 1"
             for name, layout in layouts.items()
-            if isinstance(layout, ParallelConfig) and layout.context > 1 and name not in self.CONTEXT_PARALLEL
+            if isinstance(layout, ParallelLayout) and layout.context > 1 and name not in self.CONTEXT_PARALLEL
         ]
 
     def faults(self) -> list[str]:
         """What the stage's own fields show to be wrong."""
         return []
+
+
+def find_stage(name: str) -> type[StageConfig]:
+    """The configuration of a stage.
+
+    Args:
+        name: key of :data:`STAGES`, or ``module:name`` for one that the import of a module enters there.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    module, colon, name = name.rpartition(":")
+    if colon and name not in STAGES:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            raise ConfigError(
+                f"{name}: is a stage of {module}, which cannot be imported here; install it, or put it on PYTHONPATH"
+            ) from error
+    if name not in STAGES:
+        raise ConfigError(f"{name}: is no stage; stages: {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+def _place(cls: type[StageConfig]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

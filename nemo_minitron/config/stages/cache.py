@@ -7,8 +7,10 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DataConfig, ParallelConfig, choice, positive
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.parts import DataConfig, ParallelLayout, choice, positive
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+
+__all__ = ["CACHE_VALUES", "CacheConfig"]
 
 CACHE_VALUES = ("float16", "bfloat16", "int8", "float32")
 
@@ -34,6 +36,8 @@ class CacheConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "cache"
+    HELP: ClassVar[str] = "Keep a teacher's logits on disk, for trainings without it."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: str = MISSING
@@ -46,7 +50,7 @@ class CacheConfig(StageConfig):
     micro_batch_size: int = 1
     samples_per_shard: int = 64
     resume: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,9 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import DTYPES, choice, format_list_faults, one_of, written_formats
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_TORCH, StageConfig
+
+__all__ = ["ExportConfig", "ImportConfig"]
 
 
 @dataclass
@@ -25,6 +27,12 @@ class ImportConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "import"
+    HELP: ClassVar[str] = "Take a model over: Hugging Face, GGUF, NeMo 2 or .nemo into the working format."
+    MODULE: ClassVar[str] = "nemo_minitron.stages.import_"  # the name itself is a keyword
+    NEEDS: ClassVar[tuple[str, ...]] = (*NEEDS_TORCH, "transformers")
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "teacher"
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
     PATHS: ClassVar[tuple[str, ...]] = ("output", "cache_dir")
     NEEDS_GPU: ClassVar[bool] = False
@@ -61,6 +69,9 @@ class ExportConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "export"
+    HELP: ClassVar[str] = "Write a model as Hugging Face, NeMo 2 or .nemo, and check it."
+    LEVEL: ClassVar[str] = "torch"
+    ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
     NEEDS_GPU: ClassVar[bool] = False
 

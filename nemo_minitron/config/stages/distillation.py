@@ -8,51 +8,36 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
-    RECOMPUTE,
     TEACHER_PLACEMENTS,
     CorrectionConfig,
     DataConfig,
     IntermediateConfig,
     LossConfig,
-    ParallelConfig,
+    ParallelLayout,
+    Schedule,
+    batch_faults,
     choice,
-    not_negative,
-    positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_TRAINING, StageConfig
+
+__all__ = ["CorrectConfig", "DistillConfig", "TrainingConfig"]
 
 
 @dataclass
-class TrainingConfig(StageConfig):
+class TrainingConfig(Schedule, StageConfig):
     """What every training on text has.
 
     Attributes:
         data: training text; its held-out split validates.
-        steps: optimizer steps.
-        micro_batch_size: blocks of one forward pass on one data-parallel rank.
-        global_batch_size: blocks of one optimizer step.
-        lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
-        min_lr: learning rate at the last step.
-        warmup_steps: steps of the linear warm-up.
-        weight_decay: weight decay of AdamW.
-        beta1, beta2: AdamW's coefficients of the running averages of the gradient and of its square.
-        clip_grad: norm that gradients are clipped to; 0 for no clipping.
-        max_minutes: stop in good order when this time is used up; null for no limit.
-        validate_every: steps between validations.
-        validation_batches: global batches of one validation.
-        log_every: steps between two lines of metrics.
-        save_every: steps between checkpoints.
-        keep_best: beside the last checkpoint, keep the weights of the validation with the lowest "kl" or "lm_loss";
-            null keeps none.
-        result: which of them becomes the stage's model, "last" or "best".
+        result: which checkpoint becomes the stage's model, "last" or "best".
         resume: go on from the last checkpoint in ``output``, under the same settings; layout, micro-batches, time limit
             and intervals may change.
-        precision: "32" or "bf16-mixed".
-        recompute: activations that the backward pass computes again instead of keeping them: "none", "selective" (the
-            core of the attention) or "full" (whole layers; not with intermediate losses).
         parallel: layout of the models.
     """
 
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TRAINING
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
@@ -60,27 +45,9 @@ class TrainingConfig(StageConfig):
     )  # fmt: skip
 
     data: DataConfig = field(default_factory=DataConfig)
-    steps: int = 300
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 10
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_grad: float = 1.0
-    max_minutes: float | None = None
-    validate_every: int = 50
-    validation_batches: int = 8
-    log_every: int = 1
-    save_every: int = 100
-    keep_best: str | None = None
     result: str = "last"
     resume: bool = True
-    precision: str = "32"
-    recompute: str = "none"
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
     def validated(self) -> tuple[str, ...]:
@@ -95,30 +62,15 @@ class TrainingConfig(StageConfig):
     def faults(self) -> list[str]:
         """Ranges, a batch that does not divide, a schedule that does not fit."""
         found = [
-            *positive(
-                self, "steps", "micro_batch_size", "global_batch_size", "lr", "max_minutes",
-                "validate_every", "validation_batches", "log_every", "save_every",
-            ),
-            *not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad"),
-            *choice(self, "precision", ("32", "bf16-mixed")),
-            *choice(self, "recompute", RECOMPUTE),
+            *super().faults(),
             *choice(self, "keep_best", self.validated),
             *choice(self, "result", ("last", "best")),
-            *(f"{b}: must lie in [0, 1)" for b in ("beta1", "beta2") if not 0 <= getattr(self, b) < 1),
-        ]  # fmt: skip
+            *(unfilled := batch_faults(self, self.parallel.data)),
+        ]
         if self.result == "best" and self.keep_best is None:
             found.append(f"result=best: none is kept; set keep_best to one of {', '.join(self.validated)}")
-        if self.min_lr > self.lr:
-            found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
-        if self.warmup_steps > 0 and self.warmup_steps >= self.steps > 0:
-            found.append(f"warmup_steps={self.warmup_steps}: leaves nothing of steps={self.steps}")
         one_pass = self.micro_batch_size * self.parallel.data
-        if one_pass > 0 and self.global_batch_size > 0 and self.global_batch_size % one_pass:
-            found.append(
-                f"global_batch_size={self.global_batch_size}: is not a multiple of "
-                f"micro_batch_size * parallel.data = {one_pass}"
-            )
-        elif one_pass > 0 and self.parallel.virtual_pipeline and self.parallel.pipeline > 0:
+        if not unfilled and one_pass > 0 and self.parallel.virtual_pipeline and self.parallel.pipeline > 0:
             passes = self.global_batch_size // one_pass
             if passes % self.parallel.pipeline:
                 found.append(
@@ -146,6 +98,7 @@ class CorrectConfig(TrainingConfig):
     """
 
     STAGE: ClassVar[str] = "correct"
+    HELP: ClassVar[str] = "Train a model on text by the language-model loss: a teacher before it teaches."
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -170,13 +123,15 @@ class DistillConfig(TrainingConfig):
     """
 
     STAGE: ClassVar[str] = "distill"
+    HELP: ClassVar[str] = "Train a student on its teacher's logits."
+    ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
 
     student: str = MISSING
     teacher: str | None = MISSING
     teacher_cache: str | None = None
     teacher_placement: str = "shared"
-    teacher_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher_parallel: ParallelLayout = field(default_factory=ParallelLayout)
     loss: LossConfig = field(default_factory=LossConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     teacher_correction: CorrectionConfig = field(default_factory=CorrectionConfig)
@@ -231,9 +186,9 @@ class DistillConfig(TrainingConfig):
         where = f"teacher_placement={placement}"
         if self.teacher_cache is not None:
             where = f"teacher_cache={self.teacher_cache}"
-            if placement != "shared" or own != ParallelConfig():
+            if placement != "shared" or own != ParallelLayout():
                 found.append(f"{where}: is read by the student's ranks; leave out teacher_placement, teacher_parallel")
-        elif placement == "shared" and own != ParallelConfig():
+        elif placement == "shared" and own != ParallelLayout():
             found.append(f"{where}: has the student's layout; leave out teacher_parallel, or give the teacher its own")
         elif placement != "shared":
             if own.virtual_pipeline is not None:

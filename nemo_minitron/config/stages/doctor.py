@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from nemo_minitron.config.parts import DTYPES, ParallelConfig, positive
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.parts import DTYPES, ParallelLayout, positive
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+
+__all__ = ["DOCTOR_CHECKS", "DoctorConfig"]
 
 __all__ = ["DOCTOR_CHECKS", "DoctorConfig"]
 
@@ -28,6 +30,9 @@ class DoctorConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "doctor"
+    HELP: ClassVar[str] = "Say what this machine has and what works on it; with --run, prove it."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL  # what single checks need besides, they lack
+    LEVEL: ClassVar[str] = "torch"
     REPEATS: ClassVar[bool] = True
 
     output: str = "doctor"
@@ -35,7 +40,7 @@ class DoctorConfig(StageConfig):
     precision: list[str] = field(default_factory=lambda: list(DTYPES))
     checks: list[str] = field(default_factory=list)
     minutes: float = 10.0
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
     def chosen(self) -> tuple[str, ...]:

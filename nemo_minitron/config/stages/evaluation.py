@@ -7,8 +7,10 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelConfig, positive
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelLayout, positive
+from nemo_minitron.config.stages.base import NEEDS_MODEL, NEEDS_TORCH, StageConfig
+
+__all__ = ["EvaluateConfig", "ReportConfig"]
 
 
 @dataclass
@@ -28,6 +30,8 @@ class EvaluateConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "evaluate"
+    HELP: ClassVar[str] = "Held-out loss and sample answers of several models."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("models", "harness.include_path")
 
     models: dict[str, str] = field(default_factory=dict)
@@ -38,7 +42,7 @@ class EvaluateConfig(StageConfig):
     prompts: list[str] = field(default_factory=list)
     max_new_tokens: int = 48
     harness: HarnessConfig = field(default_factory=HarnessConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """No models, an unknown baseline, less than one block."""
@@ -69,6 +73,9 @@ class ReportConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "report"
+    HELP: ClassVar[str] = "Write index.html and report.md of a run."
+    NEEDS: ClassVar[tuple[str, ...]] = (*NEEDS_TORCH, "matplotlib")
+    LEVEL: ClassVar[str] = "torch"
     INPUTS: ClassVar[tuple[str, ...]] = ("run",)
     PATHS: ClassVar[tuple[str, ...]] = ("output", "others")
     NEEDS_GPU: ClassVar[bool] = False

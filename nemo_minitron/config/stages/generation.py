@@ -9,13 +9,15 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
     CHAT_TEMPLATES,
-    ParallelConfig,
+    ParallelLayout,
     PromptsConfig,
-    SamplingConfig,
+    Sampling,
     choice,
     positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+
+__all__ = ["GenerateConfig"]
 
 
 @dataclass
@@ -36,6 +38,8 @@ class GenerateConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "generate"
+    HELP: ClassVar[str] = "Answer prompts with a model: for distillation on its answers, or to try it."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "prompts.path")
 
     model: str = MISSING
@@ -43,11 +47,11 @@ class GenerateConfig(StageConfig):
     system: str | None = None
     template: str = "own"
     attributes: dict[str, int] = field(default_factory=dict)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
     batch_size: int = 8
     max_length: int | None = None
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Ranges, an unknown template, what plain text has no place for, samples that would all be the same."""

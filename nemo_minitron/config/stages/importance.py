@@ -10,14 +10,16 @@ from omegaconf import MISSING
 from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
-    ParallelConfig,
+    ParallelLayout,
     TaskConfig,
     choice,
     not_negative,
     positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_MODEL, NEEDS_TORCH, StageConfig
 from nemo_minitron.config.tables import ESTIMATORS, Table
+
+__all__ = ["DepthConfig", "ScoreConfig", "TokensConfig"]
 
 
 @dataclass
@@ -37,6 +39,8 @@ class ScoreConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "score"
+    HELP: ClassVar[str] = "Score every unit of a model by forward passes over calibration data."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -46,7 +50,7 @@ class ScoreConfig(StageConfig):
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     also: list[AggregationConfig] = field(default_factory=list)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     TABLES: ClassVar[dict[str, Table[Any]]] = {"estimator": ESTIMATORS}
 
@@ -56,9 +60,9 @@ class ScoreConfig(StageConfig):
         return self.estimator not in ESTIMATORS or ESTIMATORS[self.estimator].runs_model
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """Weights are read from the checkpoint, in one process."""
-        return self.parallel if self.runs_model else ParallelConfig()
+        return self.parallel if self.runs_model else ParallelLayout()
 
     @property
     def needs_gpu(self) -> bool:
@@ -107,6 +111,8 @@ class DepthConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "depth"
+    HELP: ClassVar[str] = "Measure a model without some of its layers: loss and task score."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -119,7 +125,7 @@ class DepthConfig(StageConfig):
     greedy_by: str = "loss"
     task: TaskConfig = field(default_factory=TaskConfig)
     reuse_prefix: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def inputs(self) -> dict[str, str]:
         """The model, and the task where it is a file."""
@@ -152,6 +158,9 @@ class TokensConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "tokens"
+    HELP: ClassVar[str] = "Count the tokens of a text, for trimming a model's vocabulary."
+    NEEDS: ClassVar[tuple[str, ...]] = (*NEEDS_TORCH, "transformers")
+    LEVEL: ClassVar[str] = "torch"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
     NEEDS_GPU: ClassVar[bool] = False
 

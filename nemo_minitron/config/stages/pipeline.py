@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+__all__ = ["PipelineConfig"]
+
 
 @dataclass
 class PipelineConfig:

@@ -11,7 +11,7 @@ from nemo_minitron.config.parts import (
     AggregationConfig,
     DataConfig,
     DepthChoiceConfig,
-    ParallelConfig,
+    ParallelLayout,
     TargetConfig,
     VocabularyConfig,
     choice,
@@ -20,6 +20,8 @@ from nemo_minitron.config.parts import (
 )
 from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.tables import ESTIMATORS, Table
+
+__all__ = ["IterateConfig", "PruneConfig", "RANDOM"]
 
 RANDOM = "random"
 """The method that goes by no scores."""
@@ -45,6 +47,10 @@ class PruneConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "prune"
+    HELP: ClassVar[str] = "Remove the units that matter least, down to a target shape."
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -54,7 +60,7 @@ class PruneConfig(StageConfig):
     target: TargetConfig = field(default_factory=TargetConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     merge_pruned_heads: bool = False
-    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
+    student_layout: ParallelLayout = field(default_factory=ParallelLayout)
     depth: DepthChoiceConfig = field(default_factory=DepthChoiceConfig)
     depth_scores: str | None = None
     layers_to_drop: list[int] | None = None
@@ -117,6 +123,10 @@ class IterateConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "iterate"
+    HELP: ClassVar[str] = "Prune in rounds: score, prune, score what is left, prune again."
+    LEVEL: ClassVar[str] = "nemo"
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -129,7 +139,7 @@ class IterateConfig(StageConfig):
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     format: str = "nemo2"
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Nothing to prune, unknown choices."""

@@ -11,7 +11,7 @@ from nemo_minitron.config.parts import (
     BudgetConfig,
     DataConfig,
     DepthChoiceConfig,
-    ParallelConfig,
+    ParallelLayout,
     ShortDistillConfig,
     SpaceConfig,
     TargetConfig,
@@ -23,6 +23,8 @@ from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.stages.distillation import DistillConfig
 from nemo_minitron.config.stages.pruning import PruneConfig
 from nemo_minitron.config.tables import ESTIMATORS
+
+__all__ = ["SearchConfig"]
 
 
 @dataclass
@@ -52,6 +54,7 @@ class SearchConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "search"
+    HELP: ClassVar[str] = "Search the shapes within a budget for the one that loses least."
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
 
     model: str = MISSING
@@ -61,7 +64,7 @@ class SearchConfig(StageConfig):
     depth_scores: str | None = None
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    student_layout: ParallelConfig = field(default_factory=ParallelConfig)
+    student_layout: ParallelLayout = field(default_factory=ParallelLayout)
     max_candidates: int = 32
     data: DataConfig = field(default_factory=DataConfig)
     samples: int = 32
@@ -71,12 +74,12 @@ class SearchConfig(StageConfig):
     distill: ShortDistillConfig = field(default_factory=ShortDistillConfig)
     save_student: bool = False
     resume: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """One process leads; it starts the others when they are needed."""
-        return ParallelConfig()
+        return ParallelLayout()
 
     @property
     def started(self) -> int:

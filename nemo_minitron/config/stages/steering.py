@@ -8,9 +8,27 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import AttributesConfig, ChatDataConfig, ParallelConfig, choice, not_negative, positive
+from nemo_minitron.config.parts import (
+    AttributesConfig,
+    ChatDataConfig,
+    ParallelLayout,
+    ShortAlignmentSchedule,
+    choice,
+    not_negative,
+    positive,
+)
 from nemo_minitron.config.stages.alignment import AlignConfig, SftConfig
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import NEEDS_ALIGNMENT, NEEDS_TORCH, StageConfig
+
+__all__ = [
+    "LabelConfig",
+    "REWARD_RULES",
+    "ReinforceConfig",
+    "RewardConfig",
+    "RewardTrainingConfig",
+    "Steerlm2Config",
+    "SteerlmConfig",
+]
 
 REWARD_RULES = ("short", "long", "ends")
 
@@ -26,6 +44,7 @@ class RewardConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "reward"
+    HELP: ClassVar[str] = "Train a model that predicts the attribute values of answers."
 
     pairs: bool = False
     attributes: AttributesConfig = field(default_factory=AttributesConfig)
@@ -59,6 +78,9 @@ class LabelConfig(StageConfig):
     """
 
     STAGE: ClassVar[str] = "label"
+    HELP: ClassVar[str] = "Predict the attribute values of answers, for conversations without them."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_ALIGNMENT
+    LEVEL: ClassVar[str] = "aligner"
     INPUTS: ClassVar[tuple[str, ...]] = ("reward", "data.path")
 
     reward: str = MISSING
@@ -66,7 +88,7 @@ class LabelConfig(StageConfig):
     micro_batch_size: int = 4
     batch: int = 64
     resume: bool = True
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def faults(self) -> list[str]:
         """Sizes below 1, an interleaved schedule."""
@@ -80,15 +102,14 @@ class LabelConfig(StageConfig):
 
 
 @dataclass
-class RewardTrainingConfig:
+class RewardTrainingConfig(ShortAlignmentSchedule):
     """The training of the attribute model within ``minitron steerlm``; what is not named here is the stage's.
 
     Attributes:
         model: checkpoint to start from; null takes the stage's ``model``.
         path, package: labelled conversations or pairs; the stage's ``data`` without either. Template, lengths and split
             are those of ``data``.
-        pairs, epochs, steps, micro_batch_size, global_batch_size, lr, min_lr, warmup_steps, validate_every, save_every:
-            as in ``minitron reward``.
+        pairs: as in ``minitron reward``.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "path")
@@ -97,15 +118,6 @@ class RewardTrainingConfig:
     path: str | None = None
     package: str | None = None
     pairs: bool = False
-    epochs: int = 1
-    steps: int | None = None
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    lr: float = 1e-5
-    min_lr: float = 1e-6
-    warmup_steps: int = 10
-    validate_every: int = 50
-    save_every: int = 50
 
     def faults(self) -> list[str]:
         """Two origins; the rest is left to the configuration of the stage, which is made of it."""
@@ -128,6 +140,9 @@ class SteerlmConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "steerlm"
+    HELP: ClassVar[str] = "SteerLM: attribute model, labels, fine-tuning on answers given their attributes."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TORCH  # the stages that it starts say theirs
+    LEVEL: ClassVar[str] = "torch"
     LEADS: ClassVar[bool] = True
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -139,9 +154,9 @@ class SteerlmConfig(AlignConfig):
     reward: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
 
     @property
-    def layout(self) -> ParallelConfig:
+    def layout(self) -> ParallelLayout:
         """One process leads; it starts the stages."""
-        return ParallelConfig()
+        return ParallelLayout()
 
     @property
     def started(self) -> int:
@@ -150,7 +165,7 @@ class SteerlmConfig(AlignConfig):
 
     def reward_stage(self) -> RewardConfig:
         """The training of the attribute model."""
-        names = {one.name for one in dataclasses.fields(RewardTrainingConfig)} - {"model", "path", "package"}
+        names = {"pairs", *(one.name for one in dataclasses.fields(ShortAlignmentSchedule))}
         data = self.data
         if self.reward.path or self.reward.package:
             data = dataclasses.replace(data, path=self.reward.path, package=self.reward.package, validation=None)
@@ -204,6 +219,7 @@ class Steerlm2Config(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "steerlm2"
+    HELP: ClassVar[str] = "SteerLM 2: draw such a model towards what the attribute model says of its answers."
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "base", "attribute_model", "data.path", "data.validation")
 
     base: str = MISSING
@@ -243,6 +259,8 @@ class ReinforceConfig(AlignConfig):
     """
 
     STAGE: ClassVar[str] = "reinforce"
+    HELP: ClassVar[str] = "REINFORCE: train a model on answers of its own, by their rewards."
+    MAKES_MODEL: ClassVar[bool] = True
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation", "reward")
 
     lr: float = 1e-6

@@ -20,6 +20,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
+from nemo_minitron.config import Schedule
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.compatibility import check_context
 from nemo_minitron.distillation.training.blocks_module import BlockDataModule, DocumentMasks
@@ -28,7 +29,6 @@ from nemo_minitron.distillation.training.guards import FiniteGradients, Preempti
 from nemo_minitron.distillation.training.language_model import TrainedModel
 from nemo_minitron.distillation.training.metrics import VALIDATION, ExactPosition, ProgressBar, StepMetrics
 from nemo_minitron.distillation.training.outputs import Trained, remove_unfinished
-from nemo_minitron.distillation.training.schedule import Schedule
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime import versions
@@ -165,6 +165,7 @@ def train(
     *,
     layout: ParallelLayout,
     schedule: Schedule,
+    seed: int = 0,
     directory: Path,
     resume: bool = True,
     callbacks: Sequence[pl.Callback] = (),
@@ -180,6 +181,7 @@ def train(
             same on every rank.
         layout: of the model.
         schedule: hyper-parameters.
+        seed: of the order of repeated passes over the data.
         directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
         resume: go on from the last whole checkpoint in ``directory``.
         callbacks: what the loss needs, before those of this function.
@@ -203,7 +205,7 @@ def train(
         steps=schedule.steps,
         micro_batch_size=schedule.micro_batch_size,
         global_batch_size=schedule.global_batch_size,
-        seed=schedule.seed,
+        seed=seed,
     )
     trainer = trainer_of(initial.shape, layout, schedule)
     # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_minitron.checkpoints.base import Checkpoint
-    from nemo_minitron.config import ParallelConfig
+    from nemo_minitron.config import ParallelLayout
     from nemo_minitron.doctor.material import Material
-    from nemo_minitron.runtime.groups import Groups, ParallelLayout
+    from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["CHECKS", "Check", "Context", "Quantity", "Row", "compare", "measure", "module_of", "reference_of"]
 
@@ -79,7 +79,7 @@ class Check:
     quantities: Mapping[str, Quantity]
     needs: tuple[str, ...] = ()
 
-    def refuses(self, parallel: ParallelConfig) -> str | None:
+    def refuses(self, parallel: ParallelLayout) -> str | None:
         """Why it cannot run under a layout that other checks can, or with what is installed; None if it can."""
         if self.name == "sft" and parallel.virtual_pipeline is not None:
             return "NeMo-Aligner has no interleaved pipeline schedule (parallel.virtual_pipeline)"

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from nemo_minitron.alignment.batches import Sample
 from nemo_minitron.alignment.export import trained_checkpoint
-from nemo_minitron.alignment.settings import Schedule
 from nemo_minitron.alignment.sft import train_sft
+from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.doctor.checks import Context
 from nemo_minitron.doctor.checks.distill import update_of
 from nemo_minitron.runtime.files import read_json_lines
@@ -26,7 +26,7 @@ def run(context: Context) -> dict[str, torch.Tensor]:
         _samples(context, batch, seed=6),
         _samples(context, batch, seed=7),
         layout=context.layout,
-        schedule=Schedule(
+        schedule=AlignmentSchedule(
             steps=1,
             micro_batch_size=1,
             global_batch_size=batch,

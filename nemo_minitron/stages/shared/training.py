@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.record import peek_family, peek_shape
-from nemo_minitron.config import CacheConfig, ParallelConfig
+from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
     from nemo_minitron.distillation.training.outputs import Trained
-    from nemo_minitron.distillation.training.schedule import Schedule
 
-__all__ = ["is_main", "plan_training", "save_model", "schedule_of", "summary", "training_blocks"]
+__all__ = ["is_main", "plan_training", "save_model", "summary", "training_blocks"]
 
 
 def plan_training(
@@ -30,7 +29,7 @@ def plan_training(
     models: dict[str, str],
     trained: set[str],
     written: str,
-    layouts: dict[str, ParallelConfig] | None = None,
+    layouts: dict[str, ParallelLayout] | None = None,
 ) -> StagePlan:
     """What a training would read, write and cost.
 
@@ -83,14 +82,6 @@ def plan_training(
         rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
     return found
-
-
-def schedule_of(config: TrainingConfig) -> Schedule:
-    """The hyper-parameters of a stage."""
-    from nemo_minitron.distillation.training.schedule import Schedule
-
-    names = [field.name for field in dataclasses.fields(Schedule) if field.name != "seed"]
-    return Schedule(**{name: getattr(config, name) for name in names}, seed=config.runtime.seed)
 
 
 def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:

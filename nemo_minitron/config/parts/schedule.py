@@ -1,0 +1,181 @@
+"""How long, how fast and how often a model is trained.
+
+A stage's configuration is one of these classes, and the training takes it as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.parts.checks import RECOMPUTE, choice, not_negative, positive
+
+__all__ = ["AlignmentSchedule", "PRECISIONS", "Schedule", "ShortAlignmentSchedule", "ShortSchedule", "batch_faults"]
+
+PRECISIONS = ("32", "bf16-mixed")
+
+
+@dataclass
+class ShortSchedule:
+    """What even a short training on text sets.
+
+    Attributes:
+        steps: optimizer steps.
+        micro_batch_size: blocks of one forward pass on one data-parallel rank.
+        global_batch_size: blocks of one optimizer step.
+        lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
+        min_lr: learning rate at the last step.
+        warmup_steps: steps of the linear warm-up.
+        precision: "32" or "bf16-mixed".
+    """
+
+    steps: int = 300
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 10
+    precision: str = "32"
+
+    def faults(self) -> list[str]:
+        """Ranges, and a warm-up that leaves nothing."""
+        return [*positive(self, "steps"), *_rate_faults(self), *choice(self, "precision", PRECISIONS)]
+
+
+@dataclass
+class Schedule(ShortSchedule):
+    """The hyper-parameters of a training on text.
+
+    Attributes:
+        weight_decay: weight decay of AdamW.
+        beta1, beta2: AdamW's coefficients of the running averages of the gradient and of its square.
+        clip_grad: norm that gradients are clipped to; 0 for no clipping.
+        max_minutes: stop in good order, with a checkpoint, when this time is used up; null for no limit.
+        validate_every: steps between validations.
+        validation_batches: global batches of one validation.
+        log_every: steps between two lines of metrics.
+        save_every: steps between checkpoints.
+        keep_best: beside the last checkpoint, keep the weights of the validation with the lowest "kl" or "lm_loss";
+            null keeps none.
+        recompute: activations that the backward pass computes again instead of keeping them: "none", "selective" (the
+            core of the attention) or "full" (whole layers; not with intermediate losses).
+    """
+
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+    max_minutes: float | None = None
+    validate_every: int = 50
+    validation_batches: int = 8
+    log_every: int = 1
+    save_every: int = 100
+    keep_best: str | None = None
+    recompute: str = "none"
+
+    def faults(self) -> list[str]:
+        """The base's and further ranges."""
+        return [
+            *super().faults(),
+            *_optimizer_faults(self),
+            *positive(self, "validate_every", "validation_batches", "log_every", "save_every"),
+            *choice(self, "recompute", RECOMPUTE),
+        ]
+
+
+@dataclass
+class ShortAlignmentSchedule:
+    """What even a training that is a part of another stage sets, with NeMo-Aligner.
+
+    Attributes:
+        epochs: passes over the data.
+        steps: optimizer steps; null takes those of ``epochs``, a number wins over it.
+        micro_batch_size: samples of one forward pass on one data-parallel rank.
+        global_batch_size: samples of one optimizer step.
+        lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
+        min_lr: learning rate at the last step.
+        warmup_steps: steps of the linear warm-up.
+        validate_every: steps between validations.
+        save_every: steps between checkpoints, a multiple of ``validate_every``.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    lr: float = 1e-5
+    min_lr: float = 1e-6
+    warmup_steps: int = 10
+    validate_every: int = 50
+    save_every: int = 50
+
+    def faults(self) -> list[str]:
+        """Ranges, a warm-up that leaves nothing, intervals that NeMo-Aligner cannot keep."""
+        found = [*positive(self, "epochs", "steps", "validate_every", "save_every"), *_rate_faults(self)]
+        if self.validate_every > 0 and self.save_every > 0 and self.save_every % self.validate_every:
+            found.append(
+                f"save_every={self.save_every}: is not a multiple of validate_every={self.validate_every}; "
+                "NeMo-Aligner validates before it saves"
+            )
+        return found
+
+
+@dataclass
+class AlignmentSchedule(ShortAlignmentSchedule):
+    """The hyper-parameters of a training with NeMo-Aligner.
+
+    Attributes:
+        weight_decay: weight decay of AdamW.
+        beta1, beta2: AdamW's coefficients of the running averages of the gradient and of its square.
+        clip_grad: norm that gradients are clipped to; 0 for no clipping.
+        max_minutes: stop in good order, with a checkpoint, when this time is used up; null for no limit.
+        validation_batches: global batches of one validation; null takes all.
+        precision: "32" or "bf16-mixed".
+    """
+
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_grad: float = 1.0
+    max_minutes: float | None = None
+    validation_batches: int | None = None
+    precision: str = "32"
+
+    def faults(self) -> list[str]:
+        """The base's and further ranges."""
+        return [
+            *super().faults(),
+            *_optimizer_faults(self),
+            *positive(self, "validation_batches"),
+            *choice(self, "precision", PRECISIONS),
+        ]
+
+
+def batch_faults(schedule: ShortSchedule | ShortAlignmentSchedule, data: int) -> list[str]:
+    """Why a global batch is not whole micro-batches of so many data-parallel ranks."""
+    one_pass = schedule.micro_batch_size * data
+    if one_pass <= 0 or schedule.global_batch_size <= 0 or schedule.global_batch_size % one_pass == 0:
+        return []
+    return [
+        f"global_batch_size={schedule.global_batch_size}: is not a multiple of "
+        f"micro_batch_size * parallel.data = {one_pass}"
+    ]
+
+
+def _rate_faults(schedule: ShortSchedule | ShortAlignmentSchedule) -> list[str]:
+    found = [
+        *positive(schedule, "micro_batch_size", "global_batch_size", "lr"),
+        *not_negative(schedule, "min_lr", "warmup_steps"),
+    ]
+    if schedule.min_lr > schedule.lr:
+        found.append(f"min_lr={schedule.min_lr}: lies above lr={schedule.lr}")
+    if schedule.steps is not None and 0 < schedule.steps <= schedule.warmup_steps:
+        found.append(f"warmup_steps={schedule.warmup_steps}: leaves nothing of steps={schedule.steps}")
+    return found
+
+
+def _optimizer_faults(schedule: Schedule | AlignmentSchedule) -> list[str]:
+    return [
+        *positive(schedule, "max_minutes"),
+        *not_negative(schedule, "weight_decay", "clip_grad"),
+        *(f"{b}: must lie in [0, 1)" for b in ("beta1", "beta2") if not 0 <= getattr(schedule, b) < 1),
+    ]

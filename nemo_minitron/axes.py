@@ -194,7 +194,7 @@ def layer_count(table: Family, sizes: ModelShape) -> int:
 
 def parameter_count(table: Family, shape: ModelShape) -> int:
     """Exact number of parameters, tied embeddings counted once and vocabulary padding not at all."""
-    return sum(one.count for one in parameters(table, shape))
+    return sum(item.count for item in parameters(table, shape))
 
 
 def _blocks(starts: torch.Tensor, length: int) -> torch.Tensor:
@@ -330,11 +330,11 @@ def head_blocks(heads: Sequence[int], heads_per_group: int, *, keys_values: bool
         heads_per_group: query heads of a group.
         keys_values: after each head the blocks of its group's key and value, too.
     """
-    found = []
+    blocks = []
     for head in heads:
         group, within = divmod(head, heads_per_group)
         first = group * (heads_per_group + 2)
-        found.append(first + within)
+        blocks.append(first + within)
         if keys_values:
-            found += [first + heads_per_group, first + heads_per_group + 1]
-    return found
+            blocks += [first + heads_per_group, first + heads_per_group + 1]
+    return blocks

@@ -173,36 +173,36 @@ class ModelShape:
 
     def faults(self) -> list[str]:
         """Everything that makes these sizes impossible, as one-line messages."""
-        found = [
+        faults = [
             f"{name}={value}: must be a whole number of at least 1"
             for name, value in self._values().items()
             if name not in ("tied_embeddings", "layers")
             and not (name == "num_moe_experts" and value is None)
             and not _is_size(value, 0 if name in self._MAY_BE_ZERO else 1)
         ]
-        if found:
-            return found
+        if faults:
+            return faults
         if self.layers is not None:
             return self._layer_faults(self.layers)
         if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
-            found.append(_uneven(self.num_attention_heads, self.num_query_groups))
-        return found
+            faults.append(_uneven(self.num_attention_heads, self.num_query_groups))
+        return faults
 
     def _layer_faults(self, layers: tuple[LayerShape, ...]) -> list[str]:
         if len(layers) != self.num_layers:
             return [f"layers: {len(layers)} entries for num_layers={self.num_layers}; each layer needs one"]
-        found = []
+        faults = []
         for name, part in LAYER_SIZES.items():
             sizes = [self._size(layer, name) for layer in layers]
-            found += [
+            faults += [
                 f"layer {number}: {name}={size}: must be a whole number, 0 for a layer without {part}"
                 for number, size in enumerate(sizes)
                 if not _is_size(size, 0)
             ]
             if not any(sizes):
-                found.append(f"layers: {name}=0 in all of them; at least one needs {part}")
-        if found:
-            return found
+                faults.append(f"layers: {name}=0 in all of them; at least one needs {part}")
+        if faults:
+            return faults
         return [
             f"layer {number}: {_uneven(self.num_attention_heads, groups)}"
             for number, layer in enumerate(layers)
@@ -214,22 +214,22 @@ class ModelShape:
 
         Each message names the sizes that would fit.
         """
-        found = []
+        faults = []
         for layer, shape in self._kinds():
             for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
                 size = getattr(shape, name)
                 if size % tensor:
                     fits = [t for t in range(1, min(size, 64) + 1) if size % t == 0]
-                    found.append(
+                    faults.append(
                         f"{_where(layer)}{name}={size} cannot be split over parallel.tensor={tensor}; it fits "
                         f"parallel.tensor in {fits}"
                     )
         if pipeline > self.num_layers:
-            found.append(
+            faults.append(
                 f"num_layers={self.num_layers} cannot fill {pipeline} stages (parallel.pipeline, times "
                 f"virtual_pipeline); use at most {self.num_layers}"
             )
-        return found
+        return faults
 
     def _kinds(self) -> list[tuple[int | None, ModelShape]]:
         """The different layers, each with the first of its kind; of a uniform model itself, with None."""
@@ -259,18 +259,18 @@ class ModelShape:
             layers: of this model, those that stay, where they are known. A model whose layers differ needs them, unless
                 all stay.
         """
-        found = []
+        faults = []
         for field in dataclasses.fields(self):
             if field.name in (*LAYER_SIZES, "layers") and not (self.uniform and target.uniform):
                 continue
             ours, theirs = getattr(self, field.name), getattr(target, field.name)
             if field.name in ("head_dim", "tied_embeddings", "layers") or None in (ours, theirs):
                 if ours != theirs:
-                    found.append(f"{field.name}: pruning keeps it at {ours}, the target asks for {theirs}")
+                    faults.append(f"{field.name}: pruning keeps it at {ours}, the target asks for {theirs}")
             elif theirs > ours:
-                found.append(f"{field.name}={theirs}: the model has only {ours}")
-        if found:
-            return found
+                faults.append(f"{field.name}={theirs}: the model has only {ours}")
+        if faults:
+            return faults
         if self.uniform and target.uniform:
             return _group_faults(self, target)
         if layers is None and not self.uniform and target.num_layers != self.num_layers:
@@ -284,8 +284,8 @@ class ModelShape:
                 if getattr(theirs, name) > getattr(ours, name)
             ]
             of = _where(place) if place == layer else f"layer {place}, from the model's {layer}: "
-            found += [of + fault for fault in grown or _group_faults(ours, theirs)]
-        return found
+            faults += [of + fault for fault in grown or _group_faults(ours, theirs)]
+        return faults
 
     def replace(self, **changes: Any) -> ModelShape:
         """A copy with some sizes changed. A size that layers have of their own is then that of every layer.

@@ -68,8 +68,8 @@ class KeptUnits:
         return shape.replace(
             num_layers=len(self.layers),
             hidden_size=len(self.hidden),
-            ffn_hidden_size=max(one.ffn_hidden_size or 0 for one in layers),
-            num_query_groups=max(one.num_query_groups or 0 for one in layers),
+            ffn_hidden_size=max(layer.ffn_hidden_size or 0 for layer in layers),
+            num_query_groups=max(layer.num_query_groups or 0 for layer in layers),
             num_attention_heads=max(sum(map(len, heads)) for heads in self.heads),
             num_moe_experts=None if self.experts is None else max(map(len, self.experts)),
             vocab_size=shape.vocab_size if self.vocab is None else len(self.vocab),
@@ -136,66 +136,66 @@ class KeptUnits:
 
     def faults(self, shape: ModelShape) -> list[str]:
         """Everything that makes these units impossible for a model of ``shape``; empty if they are fine."""
-        found = _indices("layers", self.layers, shape.num_layers) + _indices("hidden", self.hidden, shape.hidden_size)
+        faults = _indices("layers", self.layers, shape.num_layers) + _indices("hidden", self.hidden, shape.hidden_size)
         if list(self.layers) != sorted(self.layers):
-            found.append("layers: must ascend")
+            faults.append("layers: must ascend")
         if self.vocab is not None:
-            found += _indices("vocab", self.vocab, shape.vocab_size)
+            faults += _indices("vocab", self.vocab, shape.vocab_size)
             if list(self.vocab) != sorted(self.vocab):
-                found.append("vocab: must ascend")
+                faults.append("vocab: must ascend")
         mixture = shape.num_moe_experts is not None
         for name in ("experts", "expert_ffn"):
             if (getattr(self, name) is not None) is not mixture:
-                found.append(
+                faults.append(
                     f"{name}: is {'needed for' if mixture else 'not for'} a model of {shape.num_moe_experts} experts"
                 )
         for name in ("ffn", "groups", "heads", "experts", "expert_ffn"):
             rows = getattr(self, name)
             if rows is not None and len(rows) != len(self.layers):
-                found.append(f"{name}: {len(rows)} layers of indices for {len(self.layers)} kept layers")
-        if found:
-            return found
+                faults.append(f"{name}: {len(rows)} layers of indices for {len(self.layers)} kept layers")
+        if faults:
+            return faults
         for index, layer in enumerate(self.layers):
-            found += self._attention_faults(index, shape.at(layer)) + self._mlp_faults(index, shape.at(layer))
+            faults += self._attention_faults(index, shape.at(layer)) + self._mlp_faults(index, shape.at(layer))
         for name, rows in (("ffn", self._neurons()), ("groups", self.groups)):
             if not any(rows):
-                found.append(f"{name}: nothing is kept in any layer")
+                faults.append(f"{name}: nothing is kept in any layer")
         for name, counts in (
-            ("heads", {sum(map(len, one)) for one in self.heads} - {0}),
-            ("experts", {len(one) for one in self.experts or ()} - {0}),
+            ("heads", {sum(map(len, indices)) for indices in self.heads} - {0}),
+            ("experts", {len(indices) for indices in self.experts or ()} - {0}),
         ):
             if len(counts) > 1:
-                found.append(f"{name}: layers keep different numbers ({sorted(counts)}); all need the same")
-        return found
+                faults.append(f"{name}: layers keep different numbers ({sorted(counts)}); all need the same")
+        return faults
 
     def _attention_faults(self, index: int, shape: ModelShape) -> list[str]:
         """``shape`` has the sizes of the layer, as in :meth:`_mlp_faults`."""
         layer, q = self.layers[index], shape.heads_per_group
-        found = _indices(f"layer {layer} groups", self.groups[index], shape.num_query_groups, least=0)
+        faults = _indices(f"layer {layer} groups", self.groups[index], shape.num_query_groups, least=0)
         if len(self.heads[index]) != len(self.groups[index]):
-            return [*found, f"layer {layer} heads: one row of heads is needed for each kept group"]
+            return [*faults, f"layer {layer} heads: one row of heads is needed for each kept group"]
         for group, heads in zip(self.groups[index], self.heads[index], strict=True):
-            found += _indices(f"layer {layer} group {group} heads", heads, shape.num_attention_heads)
+            faults += _indices(f"layer {layer} group {group} heads", heads, shape.num_attention_heads)
             if any(head // max(q, 1) != group for head in heads):
-                found.append(f"layer {layer} group {group}: a kept head belongs to another group")
+                faults.append(f"layer {layer} group {group}: a kept head belongs to another group")
         if len({len(heads) for heads in self.heads[index]}) > 1:
-            found.append(f"layer {layer}: groups keep different numbers of heads")
-        return found
+            faults.append(f"layer {layer}: groups keep different numbers of heads")
+        return faults
 
     def _mlp_faults(self, index: int, shape: ModelShape) -> list[str]:
         layer = self.layers[index]
         if self.experts is None or self.expert_ffn is None:
             return _indices(f"layer {layer} ffn", self.ffn[index], shape.ffn_hidden_size, least=0)
-        found = _indices(f"layer {layer} experts", self.experts[index], shape.num_moe_experts or 0, least=0)
+        faults = _indices(f"layer {layer} experts", self.experts[index], shape.num_moe_experts or 0, least=0)
         if self.ffn[index]:
-            found.append(f"layer {layer} ffn: must be empty, the neurons of experts are in expert_ffn")
+            faults.append(f"layer {layer} ffn: must be empty, the neurons of experts are in expert_ffn")
         if len(self.expert_ffn[index]) != len(self.experts[index]):
-            return [*found, f"layer {layer} expert_ffn: one row of neurons is needed for each kept expert"]
+            return [*faults, f"layer {layer} expert_ffn: one row of neurons is needed for each kept expert"]
         for expert, neurons in zip(self.experts[index], self.expert_ffn[index], strict=True):
-            found += _indices(f"layer {layer} expert {expert} ffn", neurons, shape.ffn_hidden_size)
+            faults += _indices(f"layer {layer} expert {expert} ffn", neurons, shape.ffn_hidden_size)
         if len(counts := {len(neurons) for neurons in self.expert_ffn[index]}) > 1:
-            found.append(f"layer {layer} ffn: experts keep different numbers ({sorted(counts)}); all need the same")
-        return found
+            faults.append(f"layer {layer} ffn: experts keep different numbers ({sorted(counts)}); all need the same")
+        return faults
 
 
 def _all_heads(sizes: ModelShape) -> _Rows:
@@ -205,12 +205,12 @@ def _all_heads(sizes: ModelShape) -> _Rows:
 
 
 def _indices(name: str, indices: tuple[int, ...], size: int, *, least: int = 1) -> list[str]:
-    found = []
+    faults = []
     if len(indices) < least:
-        found.append(f"{name}: nothing is kept")
+        faults.append(f"{name}: nothing is kept")
     if len(set(indices)) != len(indices):
-        found.append(f"{name}: an index is repeated")
+        faults.append(f"{name}: an index is repeated")
     if any(not 0 <= index < size for index in indices):
         where = f"outside 0..{size - 1}" if size else "in a part that the layer lacks"
-        found.append(f"{name}: an index lies {where}")
-    return found
+        faults.append(f"{name}: an index lies {where}")
+    return faults

@@ -151,7 +151,7 @@ class AttributeScorer:
         import torch.distributed as dist
 
         groups = self.groups
-        found = torch.zeros(len(rows), len(self.schema.names), dtype=torch.float64)
+        predictions = torch.zeros(len(rows), len(self.schema.names), dtype=torch.float64)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
         with torch.no_grad():
@@ -159,14 +159,14 @@ class AttributeScorer:
                 if number % groups.layout.data == groups.dp_rank:
                     values = self._forward([rows[row] for row in batch])
                     if values is not None and groups.tp_rank == 0:
-                        found[batch] = values.double().cpu()
+                        predictions[batch] = values.double().cpu()
                 if progress is not None:
                     progress(len(batch))
         # One rank has each row; the sum over the rest, which are zero, gives it to all.
         device = self.weight.device
-        found = found.to(device)
-        dist.all_reduce(found)
-        return found.float().cpu()
+        predictions = predictions.to(device)
+        dist.all_reduce(predictions)
+        return predictions.float().cpu()
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor | None:
         """``[b, A]`` on the last stage, None on the others."""

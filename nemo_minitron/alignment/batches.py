@@ -94,7 +94,7 @@ def _collate(batch: list[Sample], *, multiple: int, masked: bool) -> dict[str, t
             positions[row, here] = torch.arange(length - 1)
             segments[row, here] = number
             at, first = at + length - 1, first + length
-    found = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
+    collated = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
     if masked:
-        found["attention_mask"] = attention_mask(segments)
-    return found
+        collated["attention_mask"] = attention_mask(segments)
+    return collated

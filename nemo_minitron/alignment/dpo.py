@@ -136,8 +136,8 @@ def _before(session: Session, measure: Any) -> dict[str, float]:
     if session.state is not None:
         if not path.is_file():
             raise CheckpointError(f"{path} is gone, which the training that is resumed wrote; set resume=false")
-        found: dict[str, float] = json.loads(path.read_text())
-        return found
+        reference: dict[str, float] = json.loads(path.read_text())
+        return reference
     before: dict[str, float] = measure()
     if session.groups.is_main:
         replace_file(path, json.dumps(before) + "\n")

@@ -123,7 +123,7 @@ def save_trained(
         tokenizer = templated_tokenizer(tokenizer, template, output / "tokenizer")
     trained = trained_checkpoint(source, last, tokenizer=tokenizer, lineage=lineage)
     dtype = source.architecture.dtype
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     model = trained
     for form in dict.fromkeys(["nemo2", *formats]):
         path = output / output_name(form)
@@ -133,6 +133,6 @@ def save_trained(
             model = open_checkpoint(path)
         elif check:
             difference = verify(model, written).max_difference
-        found[form] = {"path": str(path), "max_difference": difference}
+        metadata[form] = {"path": str(path), "max_difference": difference}
         logger.info("wrote %s", path)
-    return found
+    return metadata

@@ -186,10 +186,10 @@ def read_head(last: Path) -> tuple[torch.Tensor, torch.Tensor]:
         CheckpointError: if it has none.
     """
     store = TorchDist(last)
-    found = []
+    candidates = []
     for part in ("weight", "bias"):
         key = next((name for name in store.sizes if name.removeprefix("model.") == f"{_HEAD}.{part}"), None)
         if key is None:
             raise CheckpointError(f"{last} holds no {_HEAD}.{part}; it is not a training of `minitron reward`")
-        found.append(store.read(key, [slice(0, size) for size in store.sizes[key]]))
-    return found[0], found[1]
+        candidates.append(store.read(key, [slice(0, size) for size in store.sizes[key]]))
+    return candidates[0], candidates[1]

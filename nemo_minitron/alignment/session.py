@@ -156,10 +156,10 @@ def last_checkpoint(directory: Path) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    found = [path for path in (directory / "checkpoints").glob("*-last") if path.is_dir()]
-    if not found:
+    checkpoints = [path for path in (directory / "checkpoints").glob("*-last") if path.is_dir()]
+    if not checkpoints:
         raise CheckpointError(f"{directory}/checkpoints holds no checkpoint; the training saved none")
-    return max(found, key=_steps_of)
+    return max(checkpoints, key=_steps_of)
 
 
 def open_session(
@@ -252,9 +252,9 @@ def _add_checkpoints(trainer: Trainer, directory: Path) -> None:
     NeMo's ``exp_manager`` would do that too, and on a resume move all other files of the output away.
     """
     callback = _Checkpoints(directory)
-    found = sorted(directory.glob("*-last"), key=_steps_of)
-    if found:
-        trainer.ckpt_path = callback.last_model_path = str(found[-1])
+    saved = sorted(directory.glob("*-last"), key=_steps_of)
+    if saved:
+        trainer.ckpt_path = callback.last_model_path = str(saved[-1])
     trainer.callbacks.append(callback)
 
 
@@ -307,8 +307,8 @@ def _clear(checkpoints: Path, *, everything: bool) -> None:
 
 def _steps_of(checkpoint: Path) -> int:
     """The step that a checkpoint's name tells."""
-    found = re.search(r"step=(\d+)", checkpoint.name)
-    return int(found[1]) if found else -1
+    match = re.search(r"step=(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1
 
 
 class Clock(Timer):

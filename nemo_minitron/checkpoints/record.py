@@ -113,10 +113,10 @@ def peek_family(checkpoint: str | Path) -> Family:
     Raises:
         CheckpointError: if the file is missing or cannot be read.
     """
-    found = _peek(checkpoint, lambda content: family(content["architecture"]["family"]))
-    if found is None:
+    stated = _peek(checkpoint, lambda content: family(content["architecture"]["family"]))
+    if stated is None:
         raise CheckpointError(f"{checkpoint}: has no minitron.json; open the checkpoint to know its family")
-    return found
+    return stated
 
 
 def peek_architecture(checkpoint: str | Path) -> Architecture | None:

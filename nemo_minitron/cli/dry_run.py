@@ -28,10 +28,10 @@ def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *,
         ConfigError: with every fault that the plans found, after the tables are printed.
     """
     faults: list[str] = []
-    for name, config, plan, produced, found in planned(configs, alone=alone):
+    for name, config, plan, produced, of_stage in planned(configs, alone=alone):
         if plan is not None:
             console.print(_table(name, config, plan, produced))
-        faults += [f"{name}: {fault}" for fault in found]
+        faults += [f"{name}: {fault}" for fault in of_stage]
     if faults:
         raise ConfigError(faults, source=source)
 

@@ -87,7 +87,9 @@ def show_plan(
     for note in notes:
         console.print(f"note: {note}")
     if plot is not None:
-        plot_layouts([(one.name, of) for one, of in zip(trainings, costs, strict=True)], cluster, plot, rows=rows)
+        plot_layouts(
+            [(training.name, of) for training, of in zip(trainings, costs, strict=True)], cluster, plot, rows=rows
+        )
         console.print(f"plot: {plot}")
     if save is not None:
         console.print(f"pipeline: {save}")
@@ -99,7 +101,9 @@ def read_cluster(overrides: Sequence[str]) -> ClusterConfig:
     Raises:
         ConfigError: with every fault.
     """
-    return load_part(ClusterConfig, [one.removeprefix(_PREFIX) for one in overrides if one.startswith(_PREFIX)])
+    return load_part(
+        ClusterConfig, [override.removeprefix(_PREFIX) for override in overrides if override.startswith(_PREFIX)]
+    )
 
 
 def read_subject(name: str, overrides: Sequence[str]) -> Subject:
@@ -113,7 +117,7 @@ def read_subject(name: str, overrides: Sequence[str]) -> Subject:
     Raises:
         ConfigError: if there is none, or with every fault of its settings.
     """
-    overrides = [one for one in overrides if not one.startswith(_PREFIX)]
+    overrides = [override for override in overrides if not override.startswith(_PREFIX)]
     if name in recipe_names():
         recipe = load_recipe(name)
         if not overrides:
@@ -158,7 +162,7 @@ def trainings_of(subject: Subject) -> tuple[list[Training], list[str]]:
         ConfigError: with each model whose sizes are not known.
     """
     models = {_key(path): model for path, model in subject.models.items()}
-    found: list[Training] = []
+    trainings: list[Training] = []
     notes: list[str] = []
     faults: list[str] = []
     for config in subject.stages:
@@ -169,7 +173,7 @@ def trainings_of(subject: Subject) -> tuple[list[Training], list[str]]:
             elif isinstance(config, PruneConfig | IterateConfig):
                 models[_key(config.output)] = _pruned(config, _model(config.model, models))
             elif (training := _training(name, config, models)) is not None:
-                found.append(training)
+                trainings.append(training)
                 notes += _teacher_notes(name, config)
                 models[_key(f"{config.output}/model")] = training.student
             elif isinstance(config, AlignConfig):
@@ -179,7 +183,7 @@ def trainings_of(subject: Subject) -> tuple[list[Training], list[str]]:
             faults += [f"{name}: {fault}" for fault in getattr(error, "faults", [str(error)])]
     if faults:
         raise ConfigError(faults, source=subject.title)
-    return found, notes
+    return trainings, notes
 
 
 def _is_training(cls: type[StageConfig]) -> bool:
@@ -215,14 +219,14 @@ def _teacher_notes(name: str, config: StageConfig) -> list[str]:
     """What the plan of a distillation leaves out."""
     if not isinstance(config, DistillConfig):
         return []
-    found = []
+    notes = []
     if config.teacher_cache is not None:
-        found.append(f"{name}: the teacher's logits come from a cache; reading them is not counted")
+        notes.append(f"{name}: the teacher's logits come from a cache; reading them is not counted")
     elif config.teacher_placement != "shared":
-        found.append(f"{name}: teacher_placement={config.teacher_placement} is planned as if it were shared")
+        notes.append(f"{name}: teacher_placement={config.teacher_placement} is planned as if it were shared")
     if config.teacher_correction != CorrectionConfig():
-        found.append(f"{name}: the teacher's own training meanwhile is not counted")
-    return found
+        notes.append(f"{name}: the teacher's own training meanwhile is not counted")
+    return notes
 
 
 def _length(config: DistillConfig | CorrectConfig | SftConfig) -> int:

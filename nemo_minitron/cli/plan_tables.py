@@ -39,16 +39,16 @@ def show_costs(
     Returns:
         Every layout of each training, the fastest first.
     """
-    found = []
+    shown = []
     for training in trainings:
         costs = layout_costs(training, cluster)
-        found.append(costs)
+        shown.append(costs)
         console.print(_parameters(training))
         console.print(_summary(training, cluster, costs))
         if (table := _memory(training, cluster, costs)) is not None:
             console.print(table)
         console.print(_layouts(training, costs, rows))
-    return found
+    return shown
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -62,8 +62,8 @@ def _parameters(training: Training) -> Table:
     models = {"student": training.student} | ({} if training.teacher is None else {"teacher": training.teacher})
     table = _table(f"{training.name}: parameters", "", *models)
     parts = [model.parts() for model in models.values()]
-    for part in dict.fromkeys(part for one in parts for part in one):
-        table.add_row(part, *(f"{one[part]:,}" if part in one else "" for one in parts))
+    for part in dict.fromkeys(part for names in parts for part in names):
+        table.add_row(part, *(f"{names[part]:,}" if part in names else "" for names in parts))
     table.add_section()
     table.add_row("in all", *(f"{model.parameters:,}" for model in models.values()), style="bold")
     return table

@@ -24,7 +24,7 @@ def time_warnings(configs: Sequence[StageConfig], submitted: Sequence[StageConfi
     if not slurm.gpus_per_node:
         return []
     cluster = ClusterConfig(gpu=slurm.gpu, gpus_per_node=slurm.gpus_per_node)
-    found = []
+    warnings = []
     for number, config in enumerate(configs):
         if config not in submitted or not config.needs_gpu:
             continue
@@ -33,15 +33,15 @@ def time_warnings(configs: Sequence[StageConfig], submitted: Sequence[StageConfi
             trainings, _ = trainings_of(Subject("", list(configs[: number + 1])))
         except MinitronError:
             continue
-        training = next((one for one in trainings if one.name == config.name), None)
+        training = next((candidate for candidate in trainings if candidate.name == config.name), None)
         if training is None or layout_faults(training, training.layout):
             continue
         estimate = layout_cost(training, training.layout, training.recompute, cluster).step_seconds * training.steps
         request = slurm.request(config)
         runs = slurm.retries + 1
         if (limit := seconds_of(request.time) * runs) < estimate:
-            found.append(
+            warnings.append(
                 f"stage {config.name}: is estimated to take {estimate / 3600:,.1f} hours on {slurm.gpu}, and {runs} "
                 f"runs of {request.time} (time, retries) are {limit / 3600:,.1f}; raise time, stage_time or retries"
             )
-    return found
+    return warnings

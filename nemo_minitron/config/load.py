@@ -118,9 +118,9 @@ def load_part(part: type[Part], overrides: Sequence[str]) -> Part:
         ConfigError: with every fault.
     """
     file = _File(None, overrides)
-    found: Part = _Reader(file).read(part, file.values, ())
+    part_config: Part = _Reader(file).read(part, file.values, ())
     file.raise_faults()
-    return found
+    return part_config
 
 
 def load_doctor(words: Sequence[str]) -> DoctorConfig:
@@ -300,8 +300,10 @@ class _File:
                     out[key] = walk(node._get_node(key), value, here)
                     continue
                 try:
-                    found = value if value == "???" else node[key]
-                    out[key] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+                    resolved = value if value == "???" else node[key]
+                    out[key] = (
+                        OmegaConf.to_container(resolved, resolve=True) if OmegaConf.is_config(resolved) else resolved
+                    )
                 except OmegaConfBaseException as error:
                     self.fault(here, f"{_dotted(here)}={value}: cannot be resolved ({str(error).splitlines()[0]})")
                     out[key] = value

@@ -23,14 +23,14 @@ _WRITTEN = ("output", "cache_dir")
 
 def paths_of(config: Any) -> dict[str, str]:
     """Every path of a configuration by its setting, such as ``data.sources[0].path``."""
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
 
     def note(setting: str, path: str) -> str:
-        found[setting] = path
+        paths[setting] = path
         return path
 
     _mapped(config, note, "")
-    return found
+    return paths
 
 
 def absolute(config: C) -> C:
@@ -64,16 +64,16 @@ def _mapped(config: Any, change: Callable[[str, str], str], prefix: str) -> Any:
         value, setting = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             changed[field.name] = _mapped(value, change, f"{setting}.")
-        elif isinstance(value, list) and any(dataclasses.is_dataclass(one) for one in value):
-            changed[field.name] = [_mapped(one, change, f"{setting}[{n}].") for n, one in enumerate(value)]
+        elif isinstance(value, list) and any(dataclasses.is_dataclass(item) for item in value):
+            changed[field.name] = [_mapped(item, change, f"{setting}[{n}].") for n, item in enumerate(value)]
         elif field.name not in names:
             continue
         elif isinstance(value, str):
             changed[field.name] = change(setting, value) if is_path(field.name, value) else value
         elif isinstance(value, list):
             changed[field.name] = [
-                change(f"{setting}[{n}]", one) if is_path(field.name, one) else one for n, one in enumerate(value)
+                change(f"{setting}[{n}]", item) if is_path(field.name, item) else item for n, item in enumerate(value)
             ]
         elif isinstance(value, dict):
-            changed[field.name] = {key: change(f"{setting}.{key}", one) for key, one in value.items()}
+            changed[field.name] = {key: change(f"{setting}.{key}", item) for key, item in value.items()}
     return dataclasses.replace(config, **changed)

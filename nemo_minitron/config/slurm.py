@@ -73,12 +73,12 @@ class CpuConfig:
 
     def faults(self) -> list[str]:
         """Malformed times, settings of a partition that is not named."""
-        found = positive(self, "tasks_per_node", "cpus_per_task")
+        faults = positive(self, "tasks_per_node", "cpus_per_task")
         if self.time is not None and not _TIME.fullmatch(str(self.time)):
-            found.append(f"time={self.time}: must be [D-]HH:MM:SS, in quotes")
+            faults.append(f"time={self.time}: must be [D-]HH:MM:SS, in quotes")
         if self.partition is None and self != CpuConfig():
-            found.append("partition: must be given where anything of a CPU partition is")
-        return found
+            faults.append("partition: must be given where anything of a CPU partition is")
+        return faults
 
 
 @dataclass
@@ -138,32 +138,32 @@ class SlurmConfig:
 
     def faults(self) -> list[str]:
         """Malformed times, mounts without a container, SSH without a user."""
-        found = [
+        faults = [
             *choice(self, "gpu", GPUS),
             *positive(self, "tasks_per_node", "cpus_per_task"),
             *not_negative(self, "gpus_per_node", "retries"),
         ]
         for name, value in (("time", self.time), *((f"stage_time.{k}", v) for k, v in self.stage_time.items())):
             if not _TIME.fullmatch(str(value)):
-                found.append(f"{name}={value}: must be [D-]HH:MM:SS, in quotes")
+                faults.append(f"{name}={value}: must be [D-]HH:MM:SS, in quotes")
         if self.gpus_per_node == 0 and self.tasks_per_node is None:
-            found.append("tasks_per_node: must be given for nodes without GPUs")
+            faults.append("tasks_per_node: must be given for nodes without GPUs")
         if self.container_mounts and self.container_image is None:
-            found.append("container_mounts: there is no container; give container_image, or no mounts")
-        found += [
+            faults.append("container_mounts: there is no container; give container_image, or no mounts")
+        faults += [
             f"container_mounts: {mount!r} must be host:container, both absolute"
             for mount in self.container_mounts
             if ":" not in mount or not all(part.startswith("/") for part in mount.split(":")[:2])
         ]
         if self.container_image is not None and "/" in self.python and not self.python.startswith("/"):
-            found.append(f"python={self.python}: is a path inside the container; give it absolute, or a bare name")
+            faults.append(f"python={self.python}: is a path inside the container; give it absolute, or a bare name")
         if self.host is not None and self.job_dir is not None and not self.job_dir.startswith("/"):
-            found.append(f"job_dir={self.job_dir}: lies on another machine; give it absolute")
+            faults.append(f"job_dir={self.job_dir}: lies on another machine; give it absolute")
         if self.host is not None and (self.user is None or self.job_dir is None):
-            found.append("host: SSH also needs user and job_dir")
+            faults.append("host: SSH also needs user and job_dir")
         if self.signal is not None and not _SIGNAL.fullmatch(self.signal):
-            found.append(f"signal={self.signal}: must be NAME@seconds, as USR1@180")
-        return found
+            faults.append(f"signal={self.signal}: must be NAME@seconds, as USR1@180")
+        return faults
 
     def is_path(self, name: str, value: str) -> bool:
         """An image may also be one of a registry, an interpreter one of the container or of ``PATH``."""
@@ -212,17 +212,17 @@ class SlurmConfig:
     def stage_faults(self, configs: Iterable[StageConfig]) -> list[str]:
         """Layouts that do not fill nodes, and times of what is neither a stage of the pipeline nor a kind of stage."""
         configs = list(configs)
-        found = [fault for config in configs for fault in self._node_faults(config)]
+        faults = [fault for config in configs for fault in self._node_faults(config)]
         names = [config.name for config in configs]
         for name in self.stage_time:
             if name not in names and name not in STAGES:
                 near = difflib.get_close_matches(name, [*names, *STAGES], n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                found.append(
+                faults.append(
                     f"stage_time.{name}: no stage is called so, nor a kind of stage{hint}; the stages are "
                     f"{', '.join(names)}"
                 )
-        return found
+        return faults
 
     def _node_faults(self, config: StageConfig) -> list[str]:
         """Why the processes of a stage cannot be spread over whole nodes."""

@@ -150,5 +150,5 @@ class Blocks:
 
     def by_domain(self) -> dict[str, Blocks]:
         """The blocks of each source that has any."""
-        found = {name: self[self.domain == index] for index, name in enumerate(self.domains)}
-        return {name: blocks for name, blocks in found.items() if len(blocks)}
+        parts = {name: self[self.domain == index] for index, name in enumerate(self.domains)}
+        return {name: blocks for name, blocks in parts.items() if len(blocks)}

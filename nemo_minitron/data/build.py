@@ -118,27 +118,27 @@ def _cached_blocks(
     folder = _folder(config, Path(str(tokenizer_dir)), split, blocks)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        found = _read(folder)
-        if found is None:
+        cached = _read(folder)
+        if cached is None:
             packed = [_Packed(source, token_stream(source, config, tokenizer)) for source in config.all_sources()]
             _make(config, packed, split, blocks, tokenizer.eos_token_id, folder)
-            found = _read(folder)
-    if found is None:
+            cached = _read(folder)
+    if cached is None:
         raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
-    blocks_found, ids = found
+    blocks_found, ids = cached
     _check_ids(blocks_found, ids, str(tokenizer_dir), vocab_size)
     return blocks_found
 
 
-def _check_ids(found: Blocks, ids: tuple[int, int], tokenizer_dir: str, vocab_size: int | None) -> None:
+def _check_ids(blocks: Blocks, ids: tuple[int, int], tokenizer_dir: str, vocab_size: int | None) -> None:
     """Every id, from the lowest to the highest, has an embedding."""
     lowest, highest = ids
     if lowest >= 0 and (vocab_size is None or highest < vocab_size):
         return
     bad = lowest if lowest < 0 else highest
-    domain = int(found.domain[(found.tokens == bad).any(dim=1)][0])
+    domain = int(blocks.domain[(blocks.tokens == bad).any(dim=1)][0])
     raise DataError(
-        f"source {found.domains[domain]!r} with the tokenizer {tokenizer_dir}: gives the id {bad}, the model's "
+        f"source {blocks.domains[domain]!r} with the tokenizer {tokenizer_dir}: gives the id {bad}, the model's "
         f"vocabulary only has {vocab_size} entries; use the tokenizer that belongs to the model"
     )
 
@@ -187,15 +187,15 @@ class _Packed:
 
     def _learned(self, packing: Packing, *, masked: bool) -> np.ndarray:
         """``[n]`` bool: blocks with a label that is learned."""
-        found = np.zeros(len(packing), dtype=bool)
+        mask = np.zeros(len(packing), dtype=bool)
         for block in range(len(packing)):
             for piece in range(packing.first[block], packing.first[block + 1]):
                 start, length = packing.start[piece], packing.length[piece]
                 learned = self.stream.answers(packing.document[piece], start, start + length)
                 # the first token of a document, or of the block, is no label
                 skip = masked or piece == packing.first[block]
-                found[block] |= bool(learned[int(skip) :].any())
-        return found
+                mask[block] |= bool(learned[int(skip) :].any())
+        return mask
 
     def fill(self, block: int, row: dict[str, np.ndarray], end: int) -> None:
         """Write a block into the rows of the arrays that there are."""
@@ -224,15 +224,15 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
     import torch
 
     taken: list[np.ndarray] = []
-    for one in packed:
-        table = one.stream.table
+    for part in packed:
+        table = part.stream.table
         new = ~seen_in(table.keys, taken)
         taken.append(table.keys)
         numbers = np.nonzero(new)[0]
         dealt = deal(type(table)(*(column[numbers] for column in table)), config)
-        one.pack(numbers[dealt[split]], config, split)
-        _check_enough(one, config, split)
-    counts = _quotas([one.source.weight for one in packed], [one.available for one in packed], blocks)
+        part.pack(numbers[dealt[split]], config, split)
+        _check_enough(part, config, split)
+    counts = _quotas([part.source.weight for part in packed], [part.available for part in packed], blocks)
     length = config.sequence_length
     if blocks is not None and sum(counts) < blocks:
         raise DataError(
@@ -245,7 +245,7 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
     order = torch.randperm(len(domain), generator=torch.Generator().manual_seed(config.seed)).numpy()
 
     wanted = ["tokens", "domain", *(["segments"] if config.documents == "mask" else [])]
-    wanted += ["loss_mask"] if any(one.stream.answers is not None for one in packed) else []
+    wanted += ["loss_mask"] if any(part.stream.answers is not None for part in packed) else []
     for left in folder.parent.glob(f".{folder.name}.partial.*"):
         shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
@@ -267,35 +267,35 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
         for array in arrays.values():
             array.flush()
         del arrays
-        content = {"domains": [one.source.name for one in packed], "arrays": wanted, "ids": [lowest, highest]}
+        content = {"domains": [part.source.name for part in packed], "arrays": wanted, "ids": [lowest, highest]}
         (aside / _CONTENT).write_text(json.dumps(content), encoding="utf-8")
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if config.packing == "best_fit" and split != "calibration":
-        share = 1 - sum(one.packing.tokens for one in packed if one.packing) / max(
-            1, sum(one.available for one in packed) * (length + 1)
+        share = 1 - sum(part.packing.tokens for part in packed if part.packing) / max(
+            1, sum(part.available for part in packed) * (length + 1)
         )
         logger.info("%s split: %.1f %% of the blocks is filling", split, 100 * share)
 
 
-def _check_enough(one: _Packed, config: DataConfig, split: str) -> None:
+def _check_enough(part: _Packed, config: DataConfig, split: str) -> None:
     """Refuse a source that has no block.
 
     Raises:
         DataError: saying what to change.
     """
-    if one.available:
+    if part.available:
         return
-    name, length = one.source.name, config.sequence_length + 1
-    if one.dropped:
+    name, length = part.source.name, config.sequence_length + 1
+    if part.dropped:
         raise DataError(
-            f"source {name!r}: none of the {one.dropped} blocks of its {split} split holds a label that counts, all "
+            f"source {name!r}: none of the {part.dropped} blocks of its {split} split holds a label that counts, all "
             "tokens are masked; raise sequence_length, so that answers and their questions share a block, or check "
             "the answers"
         )
     raise DataError(
-        f"source {name!r}: its {split} split has {one.tokens} tokens, less than one block of "
+        f"source {name!r}: its {split} split has {part.tokens} tokens, less than one block of "
         f"sequence_length + 1 = {length}; give it more text"
         + (f", a larger {split}_fraction" if split != "train" else "")
         + " or a smaller sequence_length"
@@ -353,12 +353,12 @@ def _read(folder: Path) -> tuple[Blocks, tuple[int, int]] | None:
     try:
         content = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
         # Copy on write: whoever changes a block changes no file.
-        found = {
+        arrays = {
             name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))
             for name in content["arrays"]
         }
         lowest, highest = content["ids"]
-        return Blocks(domains=tuple(content["domains"]), **found), (int(lowest), int(highest))
+        return Blocks(domains=tuple(content["domains"]), **arrays), (int(lowest), int(highest))
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: is damaged (%s); it is made anew", folder, error)
         shutil.rmtree(folder, ignore_errors=True)

@@ -42,8 +42,8 @@ def file_digest(path: Path, cache_dir: str | Path) -> str:
 def _read(kept: Path) -> dict[str, list[object]]:
     """What is kept; nothing where the file is missing or damaged."""
     try:
-        found = json.loads(kept.read_text(encoding="utf-8"))
+        digests = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    good = isinstance(found, dict) and all(isinstance(entry, list) and len(entry) == 3 for entry in found.values())
-    return found if good else {}
+    good = isinstance(digests, dict) and all(isinstance(entry, list) and len(entry) == 3 for entry in digests.values())
+    return digests if good else {}

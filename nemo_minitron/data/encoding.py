@@ -93,7 +93,7 @@ class Encoder:
             tokenizer = Tokenizer.from_str(self.backend)
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            return lambda texts: [self._closed(one.ids) for one in tokenizer.encode_batch(list(texts))]
+            return lambda texts: [self._closed(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
         from nemo_minitron.data.tokenizer import load_tokenizer
 
         slow = load_tokenizer(self.directory)
@@ -110,14 +110,14 @@ class Encoder:
         template = choose_template(tokenizer, self.template)
 
         def encode(chats: Sequence[Chat]) -> list[Encoded]:
-            found = []
+            encoded = []
             for chat in chats:
                 rendered = render(chat, tokenizer, template)
                 closed = self._closed(rendered.ids).ids
                 answers = np.zeros(len(closed), dtype=bool)
                 answers[: len(rendered.answers)] = rendered.answers
-                found.append(Encoded(closed, answers))
-            return found
+                encoded.append(Encoded(closed, answers))
+            return encoded
 
         return encode
 
@@ -154,13 +154,13 @@ def encode_all(
     if workers is None or workers == 1:
         encode = encoder.ready()
         for batch in _chain(ahead, batches):
-            yield from zip([key for key, *_ in batch], encode([one for _, one, _ in batch]), strict=True)
+            yield from zip([key for key, *_ in batch], encode([text for _, text, _ in batch]), strict=True)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(encoder,)) as pool:
         running: deque[tuple[list[Any], Future[list[Encoded]]]] = deque()
         try:
             for batch in _chain(ahead, batches):
-                running.append(([key for key, *_ in batch], pool.submit(_encode, [one for _, one, _ in batch])))
+                running.append(([key for key, *_ in batch], pool.submit(_encode, [text for _, text, _ in batch])))
                 if len(running) > 2 * workers:
                     keys, future = running.popleft()
                     yield from zip(keys, future.result(), strict=True)
@@ -178,9 +178,9 @@ def encode_all(
 def _batches(documents: Iterable[tuple[Any, Any, int]]) -> Iterator[list[tuple[Any, Any, int]]]:
     batch: list[tuple[Any, Any, int]] = []
     characters = 0
-    for one in documents:
-        batch.append(one)
-        characters += one[2]
+    for document in documents:
+        batch.append(document)
+        characters += document[2]
         if len(batch) == BATCH_ITEMS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

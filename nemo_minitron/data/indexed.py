@@ -120,15 +120,15 @@ class IndexedStream:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """``[stop - start]`` int64 of a document."""
-        found = []
+        parts = []
         low, high = self._begins[self._first[document]] + start, self._begins[self._first[document]] + stop
         sequence = int(np.searchsorted(self._begins, low, side="right")) - 1
         while low < high and sequence < self._past[document]:
             offset = int(low - self._begins[sequence])
             count = int(min(high, self._begins[sequence + 1]) - low)
             if count:
-                found.append(self._data.get(sequence, offset=offset, length=count).astype(np.int64))
+                parts.append(self._data.get(sequence, offset=offset, length=count).astype(np.int64))
             low, sequence = low + count, sequence + 1
         if stop > self._sizes[document]:
-            found.append(np.array([self._end]))
-        return np.concatenate(found)
+            parts.append(np.array([self._end]))
+        return np.concatenate(parts)

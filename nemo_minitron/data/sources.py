@@ -100,10 +100,10 @@ def source_files(source: SourceConfig) -> list[Path]:
     """
     pattern = source.path or source.chat
     assert pattern is not None
-    found = [path for path in _matches(pattern) if path.is_file()]
-    if not found:
+    files = [path for path in _matches(pattern) if path.is_file()]
+    if not files:
         raise DataError(f"source {source.name!r}: no file matches {pattern}; correct the path")
-    return found
+    return files
 
 
 def dataset_files(source: SourceConfig) -> list[Path]:
@@ -113,10 +113,10 @@ def dataset_files(source: SourceConfig) -> list[Path]:
         DataError: for what looks like a path and is none.
     """
     assert source.dataset is not None
-    found = _matches(source.dataset)
-    if not found and looks_like_path(source.dataset):
+    files = _matches(source.dataset)
+    if not files and looks_like_path(source.dataset):
         raise DataError(f"source {source.name!r}: dataset {source.dataset} does not exist; correct the path")
-    return found
+    return files
 
 
 def _matches(pattern: str) -> list[Path]:

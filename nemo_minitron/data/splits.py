@@ -55,24 +55,24 @@ def deal(table: DocumentTable, config: DataConfig) -> dict[str, np.ndarray]:
                 places[at] = SPLITS.index(split)
                 filled[split] += size
                 break
-    found = {split: order[places == number] for number, split in enumerate(SPLITS)}
+    parts = {split: order[places == number] for number, split in enumerate(SPLITS)}
     for split in (*shares, "train"):
-        donor = max(SPLITS, key=lambda name: len(found[name]))
-        if not len(found[split]) and len(found[donor]) > 1:
-            shortest = int(np.argmin(table.sizes[found[donor]]))
-            found[split] = found[donor][shortest : shortest + 1]
-            found[donor] = np.delete(found[donor], shortest)
-    return found
+        donor = max(SPLITS, key=lambda name: len(parts[name]))
+        if not len(parts[split]) and len(parts[donor]) > 1:
+            shortest = int(np.argmin(table.sizes[parts[donor]]))
+            parts[split] = parts[donor][shortest : shortest + 1]
+            parts[donor] = np.delete(parts[donor], shortest)
+    return parts
 
 
 def seen_in(keys: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
     """``[d]`` bool: documents whose ``[d, 32]`` key is among those of other sources."""
-    found = np.zeros(len(keys), dtype=bool)
+    seen = np.zeros(len(keys), dtype=bool)
     for other in others:
         near = np.nonzero(np.isin(keys[:, :8].copy().view("u8")[:, 0], other[:, :8].copy().view("u8")[:, 0]))[0]
         if len(near):  # nearly always the very same: look at the whole key
             mine = keys[near].copy().view("u8")[:, 0]
             rows = np.nonzero(np.isin(other[:, :8].copy().view("u8")[:, 0], mine))[0]
             known = {other[row].tobytes() for row in rows}
-            found[near] |= np.array([keys[row].tobytes() in known for row in near])
-    return found
+            seen[near] |= np.array([keys[row].tobytes() in known for row in near])
+    return seen

@@ -91,13 +91,13 @@ def token_stream(source: SourceConfig, config: DataConfig, tokenizer: PreTrained
     folder = Path(config.cache_dir) / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        found = _Kept.open(folder)
-        if found is None:
+        kept = _Kept.open(folder)
+        if kept is None:
             _make(source, config, encoder, folder)
-            found = _Kept.open(folder)
-    if found is None:
+            kept = _Kept.open(folder)
+    if kept is None:
         raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
-    return found
+    return kept
 
 
 class _Kept:
@@ -138,15 +138,15 @@ class _Kept:
         with safe_open(folder / "documents.safetensors", framework="np") as file:
             sums = json.loads(file.metadata()["checksums"])
             table = DocumentTable(*(file.get_tensor(name) for name in DocumentTable._fields))
-        found = {}
+        arrays = {}
         for name, dtype in (("tokens.bin", np.int32), ("answers.bin", np.uint8)):
             if name in sums:
-                found[name] = np.memmap(folder / name, dtype, "r")
-                if len(found[name]) != int(table.lengths.sum()):
-                    raise ValueError(f"{name} holds {len(found[name])} tokens of {int(table.lengths.sum())}")
-                if found[name].nbytes <= _CHECKED_BYTES and zlib.crc32(found[name]) != sums[name]:  # type: ignore[arg-type]
+                arrays[name] = np.memmap(folder / name, dtype, "r")
+                if len(arrays[name]) != int(table.lengths.sum()):
+                    raise ValueError(f"{name} holds {len(arrays[name])} tokens of {int(table.lengths.sum())}")
+                if arrays[name].nbytes <= _CHECKED_BYTES and zlib.crc32(arrays[name]) != sums[name]:  # type: ignore[arg-type]
                     raise ValueError(f"{name} has another checksum")
-        return cls(table, found["tokens.bin"], found.get("answers.bin"))
+        return cls(table, arrays["tokens.bin"], arrays.get("answers.bin"))
 
 
 class _Writer:
@@ -258,7 +258,7 @@ def source_state(source: SourceConfig, cache_dir: str | Path) -> object:
         files = list(pair(source.megatron))
     elif source.dataset is not None:
         named = dataset_files(source)
-        files = [file for one in named for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
+        files = [file for entry in named for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
         if not named:  # on the hub: its fingerprint follows the revision
             dataset = open_dataset(source.dataset, source.dataset_split, [])
             return [source.dataset, source.dataset_split, dataset._fingerprint]

@@ -197,8 +197,8 @@ def _torch_build() -> tuple[str | None, str | None]:
         return None, None
     path = Path(spec.origin).with_name("version.py")
     text = path.read_text(errors="replace") if path.is_file() else ""
-    found = [re.search(rf"^{name}\b.*?=\s*'([^']+)'", text, re.M) for name in ("cuda", "hip")]
-    cuda, hip = (match[1] if match else None for match in found)
+    versions = [re.search(rf"^{name}\b.*?=\s*'([^']+)'", text, re.M) for name in ("cuda", "hip")]
+    cuda, hip = (match[1] if match else None for match in versions)
     return cuda, hip
 
 
@@ -214,17 +214,17 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         code, out = _output([program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
     if code:
         return (), (out.splitlines() or ["nvidia-smi gives no answer"])[0]
-    found = []
+    gpus = []
     for line in out.splitlines():
         name, memory, free, driver, *compute = (part.strip() for part in line.split(","))
         known = bool(compute) and compute[0][:1].isdigit()
-        found.append(Gpu(name, _mebibytes(memory), _mebibytes(free), driver, compute[0] if known else None))
+        gpus.append(Gpu(name, _mebibytes(memory), _mebibytes(free), driver, compute[0] if known else None))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip():
         return (), "CUDA_VISIBLE_DEVICES is empty"
     if visible is not None and all(part.strip().isdigit() for part in visible.split(",")):
-        found = [found[int(part)] for part in visible.split(",") if int(part) < len(found)]
-    return tuple(found), ""
+        gpus = [gpus[int(part)] for part in visible.split(",") if int(part) < len(gpus)]
+    return tuple(gpus), ""
 
 
 def _mebibytes(text: str) -> int:
@@ -233,8 +233,8 @@ def _mebibytes(text: str) -> int:
 
 def _nccl() -> str | None:
     """Of torch's wheel, or of the system, whose library says it."""
-    if (found := _version(_NCCL, "nccl")) is not None:
-        return found
+    if (version := _version(_NCCL, "nccl")) is not None:
+        return version
     with contextlib.suppress(OSError, AttributeError):
         number = ctypes.c_int()
         ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))

@@ -62,14 +62,14 @@ class Leader:
 
     def run(self, group: str, cases: list[Case]) -> dict[Case, Outcome]:
         """Run the cases of a group. Every rank calls it with the same ones, and gets the same outcomes."""
-        found: dict[Case, Outcome] = {}
+        outcomes: dict[Case, Outcome] = {}
         for attempt in range(len(cases)):
-            left = [case for case in cases if case not in found]
+            left = [case for case in cases if case not in outcomes]
             if not left:
                 break
             self.say(", ".join(dict.fromkeys(CHECKS[check].title for check, _ in left)))
-            found |= self._attempt(f"{group}-{attempt}", left)
-        return found
+            outcomes |= self._attempt(f"{group}-{attempt}", left)
+        return outcomes
 
     def _attempt(self, name: str, cases: list[Case]) -> dict[Case, Outcome]:
         """One set of children: outcomes of the cases that they came to."""
@@ -158,19 +158,19 @@ def merged(cases: list[Case], ranks: list[dict[str, Any]]) -> dict[Case, Outcome
     by_case: list[dict[Case, dict[str, Any]]] = [
         {(line["check"], line["precision"]): line for line in rank["events"]} for rank in ranks
     ]
-    found: dict[Case, Outcome] = {}
+    outcomes: dict[Case, Outcome] = {}
     for case in cases:
         last = [events.get(case) for events in by_case]
         if all(line is not None and line["event"] == "done" for line in last):
             details: dict[str, Any] = {}
             for line in last:
                 details = {**(line or {})["details"], **details}
-            found[case] = Outcome(seconds=max((line or {})["seconds"] for line in last), details=details)
+            outcomes[case] = Outcome(seconds=max((line or {})["seconds"] for line in last), details=details)
         elif any(last):
-            found[case] = Outcome(_reason(last, ranks))
-    if not found:
-        found[cases[0]] = Outcome(_reason([None] * len(ranks), ranks))
-    return found
+            outcomes[case] = Outcome(_reason(last, ranks))
+    if not outcomes:
+        outcomes[cases[0]] = Outcome(_reason([None] * len(ranks), ranks))
+    return outcomes
 
 
 def _reason(last: Sequence[dict[str, Any] | None], ranks: list[dict[str, Any]]) -> str:

@@ -111,7 +111,7 @@ def _run(job: Job, check: str, precision: str) -> tuple[float, dict[str, Any]]:
     )
     context.details["device"] = device_name(here())
     started = time.monotonic()
-    found = (reference_of if job.reference else measure)(check, context)
+    measured = (reference_of if job.reference else measure)(check, context)
     seconds = time.monotonic() - started
     from safetensors.torch import save
 
@@ -119,7 +119,7 @@ def _run(job: Job, check: str, precision: str) -> tuple[float, dict[str, Any]]:
 
     values = Path(job.values)
     values.mkdir(parents=True, exist_ok=True)
-    content = save({name: tensor.contiguous() for name, tensor in found.items()})
+    content = save({name: tensor.contiguous() for name, tensor in measured.items()})
     replace_file(values / f"{case}.rank-{rank}.safetensors", content)
     return seconds, context.details
 

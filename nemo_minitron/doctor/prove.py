@@ -88,9 +88,9 @@ def prove(config: DoctorConfig, folder: Path, *, say: Callable[[str], None] = pr
         rows += _rows(case, outcomes[case], work / "values", ranks.world, expected, missing)
     rows.sort(key=lambda row: list(CHECKS).index(row.check))
     bandwidth = [
-        {**one, "precision": precision}
+        {**measured, "precision": precision}
         for (_, precision), outcome in outcomes.items()
-        for one in outcome.details.get("bandwidth", [])
+        for measured in outcome.details.get("bandwidth", [])
     ]
     device = next((o.details["device"] for o in outcomes.values() if "device" in o.details), "")
     shutil.rmtree(work, ignore_errors=True)
@@ -174,14 +174,14 @@ class _Reference:
             self._thread.join()
         if self._error is not None:
             raise self._error
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        values: dict[str, dict[str, torch.Tensor]] = {}
         missing: dict[str, str] = {}
         for case, outcome in self._outcomes.items():
             if outcome.reason:
                 missing[case[0]] = outcome.reason
             else:
-                found[case[0]] = _values(self._leader.work / "values", case, 1)
-        return found, missing
+                values[case[0]] = _values(self._leader.work / "values", case, 1)
+        return values, missing
 
 
 def _rows(
@@ -198,22 +198,22 @@ def _rows(
         reason = f"there is no CPU reference: {missing.get(name, 'it was not made')}"
     if reason:
         return [Row(name, precision, "", "failed", seconds=outcome.seconds, reason=reason)]
-    found = _values(values, case, world)
-    return compare(CHECKS[name], precision, found, expected[name], seconds=outcome.seconds)
+    measured = _values(values, case, world)
+    return compare(CHECKS[name], precision, measured, expected[name], seconds=outcome.seconds)
 
 
 def _values(folder: Path, case: Case, world: int, *, patience: float = 30.0) -> dict[str, torch.Tensor]:
     """What all ranks measured, merged."""
     from safetensors.torch import load_file
 
-    found: dict[str, torch.Tensor] = {}
+    values_by_name: dict[str, torch.Tensor] = {}
     deadline = time.monotonic() + patience  # a shared disk may show another node's file a little later
     for rank in range(world):
         path = folder / f"{case[0]}-{case[1]}.rank-{rank}.safetensors"
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(POLL)
-        found |= load_file(path)
-    return found
+        values_by_name |= load_file(path)
+    return values_by_name
 
 
 def _silent(text: str) -> None:

@@ -127,14 +127,14 @@ def show_proof(proof: Proof, config: DoctorConfig, console: Console) -> None:
         speeds = Table(title="All-reduce", title_justify="left")
         for heading in ("group", "ranks", "size", "precision", "time", "bus bandwidth"):
             speeds.add_column(heading, justify="left" if heading == "group" else "right")
-        for one in proof.bandwidth:
+        for entry in proof.bandwidth:
             speeds.add_row(
-                one["group"],
-                str(one["ranks"]),
-                _bytes(one["bytes"]),
-                one["precision"],
-                f"{1e3 * one['seconds']:.2f} ms",
-                f"{one['bus_gb_per_s']:.2f} GB/s",
+                entry["group"],
+                str(entry["ranks"]),
+                _bytes(entry["bytes"]),
+                entry["precision"],
+                f"{1e3 * entry['seconds']:.2f} ms",
+                f"{entry['bus_gb_per_s']:.2f} GB/s",
             )
         console.print(speeds)
     elif "allreduce" in config.chosen and parallel.world_size == 1:

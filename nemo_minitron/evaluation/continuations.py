@@ -74,16 +74,16 @@ def continuation_scores(
             filled = -(-len(mine) // unit) * unit if mine else 0
             texts = [pairs[number] for number in mine] + [pairs[shared[-1]]] * (filled - len(mine))
             if texts:
-                found = _run(chunks, groups, texts, batch_size, vocab_size, max_length, device)
+                scores = _run(chunks, groups, texts, batch_size, vocab_size, max_length, device)
                 if groups.is_last_stage:
-                    table[mine] = found[: len(mine)]
+                    table[mine] = scores[: len(mine)]
             if progress is not None:
                 progress(len(shared))
     dist.broadcast(table, src=dist.get_global_rank(groups.pp, layout.pipeline - 1), group=groups.pp)
     dist.all_reduce(table, group=groups.dp)
     if not torch.isfinite(table).all():
         raise NonFiniteError("the model gave log-likelihoods that are NaN or infinite; its weights are damaged")
-    return [(float(one), bool(greedy)) for one, greedy in table.tolist()]
+    return [(float(score), bool(greedy)) for score, greedy in table.tolist()]
 
 
 def _run(
@@ -121,7 +121,7 @@ def _run(
         return model(inputs, positions, None), collect
 
     iterators = [iter(batches) for _ in chunks]
-    found = get_forward_backward_func()(
+    outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -131,7 +131,7 @@ def _run(
         forward_only=True,
         collect_non_loss_data=True,
     )
-    return torch.cat(found) if groups.is_last_stage else torch.zeros(len(texts), 2, dtype=torch.float64)
+    return torch.cat(outputs) if groups.is_last_stage else torch.zeros(len(texts), 2, dtype=torch.float64)
 
 
 def _scores(

@@ -79,7 +79,7 @@ def generate(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{hf_dir}: transformers cannot load it ({error})") from error
     model.eval()
-    found = []
+    answers = []
     for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt)
         with torch.no_grad():
@@ -95,8 +95,8 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
         answer = output[0, len(ids) :].tolist()
-        found.append(_generation(tokenizer, prompt, answer))
-    return found
+        answers.append(_generation(tokenizer, prompt, answer))
+    return answers
 
 
 def generate_megatron(

@@ -145,14 +145,14 @@ class MegatronLM(TemplateLM):
         kinds: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             kinds[json.dumps(request.args[1], sort_keys=True)].append(number)
-        found = [""] * len(requests)
+        generated = [""] * len(requests)
         with progress_bar("answers", len(requests), shown=self.groups.is_main) as advance:
             for kind, numbers in kinds.items():
                 texts = [requests[number].args[0] for number in numbers]
                 answers = self._answers(texts, numbers, json.loads(kind), advance)
                 for number, answer in zip(numbers, answers, strict=True):
-                    found[number] = answer
-        return found
+                    generated[number] = answer
+        return generated
 
     def _answers(self, texts: list[str], numbers: list[int], kind: dict[str, Any], progress: Any) -> list[str]:
         settings = normalize_gen_kwargs(kind, DEFAULT_NEW_TOKENS)
@@ -182,12 +182,12 @@ class MegatronLM(TemplateLM):
             stop=stop if until else None,
             progress=progress,
         )
-        found = []
+        cut = []
         for answer in answers:
             tokens = answer.tokens[:-1] if answer.tokens[-1] in self.ends else answer.tokens
             text = self.tokenizer.decode(tokens)
-            found.append(text[: min([len(text), *(text.find(one) for one in until if one in text)])])
-        return found
+            cut.append(text[: min([len(text), *(text.find(mark) for mark in until if mark in text)])])
+        return cut
 
 
 def run_tasks(
@@ -247,7 +247,7 @@ def run_tasks(
     if not single:
         return said if model.groups.is_main else {}
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model,
             tasks=[built.get(task, task) for task in single],
             num_fewshot=num_fewshot,
@@ -263,23 +263,23 @@ def run_tasks(
         )
     except (OSError, ValueError) as error:  # what `datasets` raises for data that are not there
         raise DataError(f"harness.tasks={', '.join(tasks)}: {type(error).__name__}: {error}") from error
-    if found is None or not model.groups.is_main:  # the harness computes metrics on the first process of a machine
+    if results is None or not model.groups.is_main:  # the harness computes metrics on the first process of a machine
         return {}
     return {
         **said,
-        **{name: _result(found, name) for name in found["results"]},
+        **{name: _result(results, name) for name in results["results"]},
     }
 
 
-def _result(found: dict[str, Any], name: str) -> dict[str, Any]:
+def _result(results: dict[str, Any], name: str) -> dict[str, Any]:
     metrics = {
-        key.removesuffix(",none"): value for key, value in found["results"][name].items() if _is_metric(key, value)
+        key.removesuffix(",none"): value for key, value in results["results"][name].items() if _is_metric(key, value)
     }
     return {
         "metrics": metrics,
-        "samples": found["n-samples"][name]["effective"] if name in found["n-samples"] else None,
-        "num_fewshot": found["n-shot"].get(name),
-        "version": found["versions"].get(name),
+        "samples": results["n-samples"][name]["effective"] if name in results["n-samples"] else None,
+        "num_fewshot": results["n-shot"].get(name),
+        "version": results["versions"].get(name),
     }
 
 

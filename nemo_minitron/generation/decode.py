@@ -112,7 +112,7 @@ def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_length: int | 
         if not len(ids):
             faults.append(f"prompt {number}: has no token; write a longer one")
         elif not 0 <= min(ids) <= max(ids) < vocab_size:
-            wrong = next(one for one in ids if not 0 <= one < vocab_size)
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
             faults.append(
                 f"prompt {number}: token id {wrong} is not in the model's vocabulary of {vocab_size}; use the "
                 "tokenizer that belongs to the model"
@@ -200,10 +200,10 @@ class _Decoder:
         held = min(len(text.prompt) for text in rows)  # tokens of each row that the cache holds after the next pass
         tokens = torch.tensor([text.ids[:held] for text in rows])
         while True:
-            found, logprobs = self._next(tokens, rows, context, None)
+            ids, logprobs = self._next(tokens, rows, context, None)
             # A row whose text goes on already is fed that; one that is done runs along until the batch is cut.
             open_ = [index for index, text in enumerate(rows) if len(text.ids) == held and not text.finish]
-            self._extend([rows[index] for index in open_], found[open_], logprobs[open_])
+            self._extend([rows[index] for index in open_], ids[open_], logprobs[open_])
             live = [index for index, text in enumerate(rows) if not text.finish]
             if not live:
                 return
@@ -238,11 +238,11 @@ class _Decoder:
             context: the cache.
             last: ``[b]`` position of each row's last token; None: the model gives the logits of the last alone.
         """
-        found = self._logits(tokens.to(self.device), context, last)
+        logits = self._logits(tokens.to(self.device), context, last)
         chosen = torch.zeros(2, len(texts), dtype=torch.float64, device=self.device)
         if self.groups.is_last_stage:
             drawn = [text.drawn[len(text.answer)] if not text.finish else 0.0 for text in texts]
-            token, logprob = choose(found, self.sampling, torch.tensor(drawn, dtype=torch.float64, device=self.device))
+            token, logprob = choose(logits, self.sampling, torch.tensor(drawn, dtype=torch.float64, device=self.device))
             chosen = torch.stack([token.double(), logprob])
         dist.broadcast(chosen, src=self.source, group=self.groups.model)
         if not torch.isfinite(chosen[1]).all():
@@ -270,7 +270,7 @@ class _Decoder:
             return torch.cat(everyone, dim=-1)[:, : self.vocab_size]
 
         # The interleaved schedule runs no fewer micro-batches than there are stages: all are the same.
-        found = get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[None] * len(self.chunks) if len(self.chunks) > 1 else None,
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
@@ -280,7 +280,7 @@ class _Decoder:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        return found[0] if self.groups.is_last_stage else torch.empty(0)
+        return outputs[0] if self.groups.is_last_stage else torch.empty(0)
 
 
 def _keep_rows(context: StaticInferenceContext, rows: torch.Tensor) -> None:
@@ -308,6 +308,6 @@ def _gathered(
     answers = []
     for row in table.tolist():
         count = int(row[0])
-        tokens = [int(one) for one in row[2 : 2 + count]]
+        tokens = [int(token) for token in row[2 : 2 + count]]
         answers.append(Answer(tokens, row[2 + longest : 2 + longest + count], _FINISH[int(row[1])]))
     return answers

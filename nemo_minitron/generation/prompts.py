@@ -44,13 +44,13 @@ def read_prompts(config: PromptsConfig, *, system: str | None = None) -> list[Ch
         chats = _read_lines(Path(str(config.path)))
     else:
         chats = read_chats(str(config.path), answered=False)
-    found = []
+    prompts = []
     for chat in chats[: config.limit]:
         messages = chat.prompt
         if system is not None and messages[0].role != "system":
             messages = (Message("system", system), *messages)
-        found.append(replace(chat, messages=messages, attributes={}))
-    return found
+        prompts.append(replace(chat, messages=messages, attributes={}))
+    return prompts
 
 
 def _question(text: str, where: str) -> Chat:
@@ -64,10 +64,12 @@ def _read_lines(path: Path) -> list[Chat]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason}); convert it") from None
-    found = [_question(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    questions = [
+        _question(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not questions:
         raise DataError(f"{path}: is empty; give a file with at least one line")
-    return found
+    return questions
 
 
 def encode_prompts(
@@ -94,7 +96,7 @@ def encode_prompts(
             an answer, or that plain text has no form for; all of them with their lines.
     """
     chosen = None if template == PLAIN else choose_template(tokenizer, template)
-    found, faults = [], []
+    encoded, faults = [], []
     for chat in chats:
         where = chat.where.rpartition(", ")[2]
         if chosen is not None:
@@ -108,9 +110,9 @@ def encode_prompts(
             faults.append(f"{where}: gives no token; write a longer one")
         elif len(ids) >= max_length:
             faults.append(f"{where}: {len(ids)} tokens leave no room for an answer in a context of {max_length}")
-        found.append(list(ids))
+        encoded.append(list(ids))
     if faults:
         raise bad_lines(title, faults)
     if chosen is not None:
-        return found, end_ids(tokenizer, chosen)
-    return found, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        return encoded, end_ids(tokenizer, chosen)
+    return encoded, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

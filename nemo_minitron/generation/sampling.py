@@ -88,10 +88,10 @@ def _draw(weights: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return _first(cumulated > drawn.to(weights.device)[:, None] * cumulated[:, -1:])
 
 
-def _first(found: torch.Tensor) -> torch.Tensor:
+def _first(hits: torch.Tensor) -> torch.Tensor:
     """``[b, n]`` bool -> ``[b]`` position of the first True; 0 where a row has none (its logits are NaN)."""
     import torch
 
-    positions = torch.arange(found.shape[-1], device=found.device)
-    first = positions.where(found, found.shape[-1]).amin(dim=-1)
-    return first.where(first < found.shape[-1], 0)
+    positions = torch.arange(hits.shape[-1], device=hits.device)
+    first = positions.where(hits, hits.shape[-1]).amin(dim=-1)
+    return first.where(first < hits.shape[-1], 0)

@@ -123,12 +123,12 @@ class ScoreDuringValidation(pl.Callback):
         self._recorder = None
 
     def _check_shape(self, chunks: list[Any]) -> None:
-        found = shape_of(chunks[0].config)
+        live = shape_of(chunks[0].config)
         if faults := [
-            f"{name}={getattr(self.shape, name)}: the model that is validated has {getattr(found, name)}; give its own "
+            f"{name}={getattr(self.shape, name)}: the model that is validated has {getattr(live, name)}; give its own "
             "shape"
             for name in SIZES
-            if getattr(self.shape, name) != getattr(found, name)
+            if getattr(self.shape, name) != getattr(live, name)
         ]:
             raise ShapeError(faults)
 

@@ -54,11 +54,11 @@ def layers_run(num_layers: int, candidates: Sequence[Candidate]) -> int:
 
 def depth_faults(num_layers: int, block_lengths: Sequence[int], greedy: int) -> list[str]:
     """Why so many layers cannot be left out of ``num_layers``; empty if they can."""
-    found = [
+    faults = [
         f"block_lengths: a block of {length} cannot be left out of {num_layers} layers; give 1 to {num_layers - 1}"
         for length in block_lengths
         if not 1 <= length < num_layers
     ]
     if not 0 <= greedy < num_layers:
-        found.append(f"greedy={greedy}: of {num_layers} layers at most {num_layers - 1} can be left out")
-    return found
+        faults.append(f"greedy={greedy}: of {num_layers} layers at most {num_layers - 1} can be left out")
+    return faults

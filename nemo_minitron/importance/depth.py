@@ -149,9 +149,9 @@ def layer_importance(
 
     run(
         [
-            one
+            measurement
             for candidates in rounds(shape.num_layers, single=single, block_lengths=block_lengths)
-            for one in candidates
+            for measurement in candidates
         ]
     )
     chosen: Candidate = ()
@@ -210,9 +210,11 @@ def _name(layers: Candidate) -> str:
     return f"layers {layers[0]}-{layers[-1]}" if run else f"layers {', '.join(map(str, layers))}"
 
 
-def _shared(found: dict[Candidate, Measurement], chunks: list[GPTModel]) -> dict[Candidate, Measurement]:
+def _shared(measurements: dict[Candidate, Measurement], chunks: list[GPTModel]) -> dict[Candidate, Measurement]:
     """What global rank 0 found, on every rank."""
-    text = json.dumps([[layers, one.loss, one.accuracy] for layers, one in found.items()]).encode()
+    text = json.dumps(
+        [[layers, measurement.loss, measurement.accuracy] for layers, measurement in measurements.items()]
+    ).encode()
     device = next(chunks[0].parameters()).device
     size = torch.tensor(len(text), device=device)
     dist.broadcast(size, src=0)

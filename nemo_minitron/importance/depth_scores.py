@@ -57,13 +57,13 @@ class DepthScores:
     def __post_init__(self) -> None:
         if () not in self.measured:
             raise ShapeError("depth scores: the whole model was not measured; run `minitron depth` again")
-        for layers, one in self.measured.items():
+        for layers, measurement in self.measured.items():
             if list(layers) != sorted(set(layers)) or any(not 0 <= n < self.shape.num_layers for n in layers):
                 raise ShapeError(f"depth scores: {list(layers)} are no layers of a model of {self.shape.num_layers}")
-            numbers = [one.loss, *([] if one.accuracy is None else [one.accuracy])]
+            numbers = [measurement.loss, *([] if measurement.accuracy is None else [measurement.accuracy])]
             if not all(math.isfinite(number) for number in numbers):
                 raise ShapeError(f"depth scores: {numbers} without layers {list(layers)} is not finite")
-            if (one.accuracy is None) != (self.task is None):
+            if (measurement.accuracy is None) != (self.task is None):
                 raise ShapeError(f"depth scores: without layers {list(layers)} the task was not measured, or none is")
 
     def costs(self, criterion: str) -> dict[Candidate, tuple[float, ...]]:
@@ -76,7 +76,7 @@ class DepthScores:
         """
         whole = self.measured[()]
         if criterion == "loss":
-            return {layers: (one.loss - whole.loss,) for layers, one in self.measured.items() if layers}
+            return {layers: (measurement.loss - whole.loss,) for layers, measurement in self.measured.items() if layers}
         if criterion != "task":
             raise ConfigError(f"criterion={criterion!r}: must be loss or task")
         if whole.accuracy is None:
@@ -84,9 +84,9 @@ class DepthScores:
                 "criterion=task: no task was measured; run `minitron depth` with task.path or task.builtin"
             )
         return {
-            layers: (whole.accuracy - one.accuracy, one.loss - whole.loss)
-            for layers, one in self.measured.items()
-            if layers and one.accuracy is not None
+            layers: (whole.accuracy - measurement.accuracy, measurement.loss - whole.loss)
+            for layers, measurement in self.measured.items()
+            if layers and measurement.accuracy is not None
         }
 
     def check(self, shape: ModelShape, model_fingerprint: str | None, *, where: str) -> None:
@@ -116,7 +116,9 @@ class DepthScores:
             "questions": self.questions,
             "baseline": _values(self.measured[()]),
             "candidates": [
-                {"layers": layers, **_values(one)} for layers, one in sorted(self.measured.items()) if layers
+                {"layers": layers, **_values(measurement)}
+                for layers, measurement in sorted(self.measured.items())
+                if layers
             ],
         }
         replace_file(path, json.dumps(content, indent=1) + "\n")
@@ -152,8 +154,8 @@ class DepthScores:
             raise CheckpointError(f"{path}: is not readable ({error}); run `minitron depth` again") from None
 
 
-def _values(one: Measurement) -> dict[str, float]:
-    return {"loss": one.loss, **({} if one.accuracy is None else {"accuracy": one.accuracy})}
+def _values(measurement: Measurement) -> dict[str, float]:
+    return {"loss": measurement.loss, **({} if measurement.accuracy is None else {"accuracy": measurement.accuracy})}
 
 
 def _measurement(row: dict[str, Any]) -> tuple[Candidate, Measurement]:

@@ -59,9 +59,9 @@ def token_places(routing: torch.Tensor, hidden: torch.Size, groups: Groups) -> l
         parts = [torch.empty_like(everyone) for _ in range(tensor)]
         dist.all_gather(parts, everyone, group=groups.tp)
         everyone = torch.cat(parts)
-    found = []
+    places = []
     for column in everyone.T:
         tokens = column.nonzero().flatten()
         rows = (tokens < length * batch).nonzero().flatten()
-        found.append(TokenPlaces(rows, tokens[rows], length, batch))
-    return found
+        places.append(TokenPlaces(rows, tokens[rows], length, batch))
+    return places

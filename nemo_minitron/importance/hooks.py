@@ -261,8 +261,8 @@ class Recorder(ABC):
         """
         bad = [
             key.layer * len(SITES) + SITES.index(key.site)
-            for key, found in self.statistics.items()
-            if not all(bool(torch.isfinite(statistics).all()) for statistics in found.values())
+            for key, values in self.statistics.items()
+            if not all(bool(torch.isfinite(statistics).all()) for statistics in values.values())
         ]
         device = next(self.chunks[0].parameters()).device
         first = torch.tensor(min(bad, default=_FINITE), dtype=torch.int64, device=device)
@@ -318,18 +318,18 @@ class ActivationRecorder(Recorder):
         before, after = before[:, : self.rows].detach(), after[:, : self.rows].detach()
         wide = torch.promote_types(before.dtype, torch.float32)
         cosines = F.cosine_similarity(before.to(wide), after.to(wide), dim=-1)
-        found = self.statistics.setdefault(Key(layer, "block"), {})
+        sums = self.statistics.setdefault(Key(layer, "block"), {})
         total = cosines.sum(dtype=torch.float64).view(1, 1)
-        found[self.criteria[0]] = found.get(self.criteria[0], 0) + total
+        sums[self.criteria[0]] = sums.get(self.criteria[0], 0) + total
 
     def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
         """``[L]``, 1 less the mean cosine over all tokens."""
         groups = self.groups
         device = next(self.chunks[0].parameters()).device
         cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=device)
-        for key, found in self.statistics.items():
+        for key, sums in self.statistics.items():
             if key.site == "block":
-                cosines[key.layer] = found[self.criteria[0]][0, 0]
+                cosines[key.layer] = sums[self.criteria[0]][0, 0]
         for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
             dist.all_reduce(cosines, group=group)
         return 1 - cosines.cpu() / tokens

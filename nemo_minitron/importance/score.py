@@ -154,8 +154,8 @@ def score_criteria(
         stack.enter_context(documents_masked(chunks, blocks.segments is not None))
         _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress, gradients=entry.gradients)
     tokens = length * len(blocks)
-    found = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
-    return [found[pair] for pair in pairs]
+    scores = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
+    return [scores[pair] for pair in pairs]
 
 
 @contextmanager
@@ -295,8 +295,8 @@ def _collect(
             statistics = recorder.statistics.get(Key(layer, site, expert), {}).get(criterion)
             if statistics is None:  # an expert that this rank's samples did not reach
                 statistics = batch.statistics(scores.new_zeros(1, local), 0)
-            found = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
-            scores[layer, expert] = _gather(found, groups.tp) if tensor_parallel else found
+            finished = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
+            scores[layer, expert] = _gather(finished, groups.tp) if tensor_parallel else finished
         # Each layer is on one pipeline stage; the others hold zeros for it.
         dist.all_reduce(scores, group=groups.pp)
         return (scores if experts else scores[:, 0]).cpu()

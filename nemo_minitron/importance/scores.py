@@ -66,9 +66,9 @@ class Scores:
         for name, expected in _sizes(self.shape).items():
             tensor = getattr(self, name)
             if tensor is None or tuple(tensor.shape) != expected:
-                found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+                actual = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
                 raise ShapeError(
-                    f"scores of {name}: {found} where the model needs {list(expected)}; score the whole model again"
+                    f"scores of {name}: {actual} where the model needs {list(expected)}; score the whole model again"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
@@ -131,10 +131,10 @@ class Scores:
             if missing := [name for name in sizes if name not in tensors]:
                 raise CheckpointError(f"{file}: has no scores of {', '.join(missing)}; score the model again")
             for name, expected in sizes.items():
-                found = tuple(tensors[name].shape)
-                if found != expected and len(found) == len(expected) and found[0] < shape.num_layers != found[0]:
+                size = tuple(tensors[name].shape)
+                if size != expected and len(size) == len(expected) and size[0] < shape.num_layers != size[0]:
                     raise CheckpointError(
-                        f"{file}: {name} has the scores of {found[0]} layers, the model has {shape.num_layers}; "
+                        f"{file}: {name} has the scores of {size[0]} layers, the model has {shape.num_layers}; "
                         "score the whole model again"
                     )
             return cls(**{name: tensors[name].double() for name in sizes}, shape=shape, **meta)
@@ -152,8 +152,8 @@ def save_criteria(scores: Sequence[Scores], path: Path) -> None:
     Not atomic by itself: ``path`` is a directory that the caller puts in place.
     """
     scores[0].save(path, overwrite=True)
-    for one in scores[1:]:
-        one.save(path / "criteria" / f"{one.sequence}-{one.batch}")
+    for other in scores[1:]:
+        other.save(path / "criteria" / f"{other.sequence}-{other.batch}")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

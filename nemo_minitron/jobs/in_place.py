@@ -122,9 +122,9 @@ def checked(config: C) -> C:
         path = Path(scratch) / "config.yaml"
         path.write_text(yaml.safe_dump(dataclasses.asdict(config)), encoding="utf-8")
         try:
-            found = load(config.STAGE, path)
+            loaded = load(config.STAGE, path)
         except ConfigError as error:
             # The lines of a file that nobody wrote say nothing.
             raise ConfigError([fault.split(": ", 1)[-1] for fault in error.faults], source=config.STAGE) from None
-    assert isinstance(found, type(config))
-    return found
+    assert isinstance(loaded, type(config))
+    return loaded

@@ -380,8 +380,8 @@ def _end(process: Processes) -> None:
 
 def read_results(folder: Path) -> list[RankResult]:
     """The results that are there, by rank."""
-    found = [RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
-    return sorted(found, key=lambda result: result.rank)
+    results = [RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    return sorted(results, key=lambda result: result.rank)
 
 
 def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, int] | None = None) -> list[RankResult]:

@@ -41,8 +41,8 @@ def check_needs(stages: Iterable[StageConfig]) -> None:
         modules = needs_of(config)
         subject = "alignment" if "nemo_aligner" in modules else config.STAGE
         needs.setdefault(subject, {}).update(dict.fromkeys(modules))
-    if found := faults(needs):
-        raise MissingDependency("\n".join(found))
+    if lacking := faults(needs):
+        raise MissingDependency("\n".join(lacking))
 
 
 def _sources(config: StageConfig) -> list[Any]:

@@ -85,13 +85,13 @@ def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: boo
     """
     if faults := slurm.stage_faults(stages):
         raise ConfigError(faults)
-    found: list[Job] = []
+    jobs: list[Job] = []
     for config in stages:
-        after = tuple(job.config.name for job in found if depends_on(config, job.config))
+        after = tuple(job.config.name for job in jobs if depends_on(config, job.config))
         # What an earlier job makes anew, this one has to make anew too.
         if after or Output(config).state()[0] != "done":
-            found.append(Job(config, overwrite or config.overwrite, after))
-    return found
+            jobs.append(Job(config, overwrite or config.overwrite, after))
+    return jobs
 
 
 def submit(
@@ -237,7 +237,7 @@ def _script(job: Job, slurm: SlurmConfig) -> run.Script:
 
 def _scripts(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, aside: Path) -> dict[str, str]:
     """The sbatch script of each job; what it waits for stands in it as ``<name of the stage>``."""
-    found: dict[str, str] = {}
+    scripts: dict[str, str] = {}
     with _experiment(name, aside) as experiment:
         for job in jobs:
             executor = _executor(job, slurm, home)
@@ -246,8 +246,8 @@ def _scripts(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, asi
         experiment.dryrun(log=False, delete_exp_dir=False)
         for job, task in zip(jobs, experiment.jobs, strict=True):
             path = Path(experiment._exp_dir) / f"{task.executor.job_name}_sbatch.sh"
-            found[job.config.name] = path.read_text().replace(str(aside / "nemo_run"), str(home / "nemo_run"))
-    return found
+            scripts[job.config.name] = path.read_text().replace(str(aside / "nemo_run"), str(home / "nemo_run"))
+    return scripts
 
 
 def _submit(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path) -> dict[str, str]:

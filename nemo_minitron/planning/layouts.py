@@ -80,23 +80,23 @@ class LayoutCost:
 
 def layout_faults(training: Training, layout: ParallelLayout) -> list[str]:
     """Why a training cannot run under a layout; empty if it can."""
-    found = []
+    problems = []
     for who, model in (("student", training.student), ("teacher", training.teacher)):
         if model is not None:
             faults = model.shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
-            found += [f"{who}: {fault}" for fault in faults]
+            problems += [f"{who}: {fault}" for fault in faults]
     one_pass = training.micro_batch_size * layout.data
     if training.global_batch_size % one_pass:
-        found.append(
+        problems.append(
             f"global_batch_size={training.global_batch_size}: is not a multiple of micro_batch_size * parallel.data = "
             f"{one_pass}"
         )
     elif layout.virtual_pipeline and training.global_batch_size // one_pass % layout.pipeline:
-        found.append(
+        problems.append(
             f"global_batch_size={training.global_batch_size}: makes {training.global_batch_size // one_pass} "
             f"micro-batches a rank; virtual pipeline stages need a multiple of parallel.pipeline={layout.pipeline}"
         )
-    return found + layout.sequence_faults(training.sequence_length)
+    return problems + layout.sequence_faults(training.sequence_length)
 
 
 def layout_cost(training: Training, layout: ParallelLayout, recompute: str, cluster: ClusterConfig) -> LayoutCost:
@@ -146,18 +146,18 @@ def layout_costs(training: Training, cluster: ClusterConfig) -> list[LayoutCost]
     """
     own = training.layout
     gpus = cluster.gpus or own.world_size
-    found: list[LayoutCost] = []
+    layouts: list[LayoutCost] = []
     if own.world_size == gpus and not layout_faults(training, own):
-        found.append(layout_cost(training, own, training.recompute, cluster))
+        layouts.append(layout_cost(training, own, training.recompute, cluster))
     for layout in _candidates(gpus, cluster.gpus_per_node):
-        if layout_faults(training, layout) or (layout == own and found and found[0].fits):
+        if layout_faults(training, layout) or (layout == own and layouts and layouts[0].fits):
             continue
         # Selective recomputation saves nothing where the kernels of the attention are fused.
         costs = [layout_cost(training, layout, recompute, cluster) for recompute in ("none", "full")]
         chosen = next((cost for cost in costs if cost.fits), costs[-1])
-        if chosen not in found:
-            found.append(chosen)
-    return sorted(found, key=_order)
+        if chosen not in layouts:
+            layouts.append(chosen)
+    return sorted(layouts, key=_order)
 
 
 def best_layout(costs: list[LayoutCost]) -> LayoutCost | None:
@@ -207,11 +207,11 @@ def _memory(training: Training, layout: ParallelLayout, recompute: str, micro_ba
 
 def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[ModelShape]]:
     """Layers of each pipeline rank, its chunks together: how many of which sizes."""
-    found: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
+    layers: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
     each = iter(model.shape.each())
     for stage, size in enumerate(model.shape.stage_sizes(layout.stages)):
-        found[stage % layout.pipeline].update(itertools.islice(each, size))
-    return found
+        layers[stage % layout.pipeline].update(itertools.islice(each, size))
+    return layers
 
 
 def _stage_flops(training: Training, layout: ParallelLayout, recompute: str) -> float:

@@ -308,12 +308,12 @@ class MemoryCost:
                 shape = self._shape(sizes, groups, heads, width)
                 return sum(self._size(row, shape) for row in axes.layer_parameters(self.table, shape).values())
 
-            one, shape = count(), self._shape(sizes, 1, 2, 1)
-            by_group, by_head, by_width = count(groups=2) - one, one - count(heads=1), count(width=2) - one
+            base, shape = count(), self._shape(sizes, 1, 2, 1)
+            by_group, by_head, by_width = count(groups=2) - base, base - count(heads=1), count(width=2) - base
             first = sum(self._size(row, shape) for row in self.table.first.values())
             tied = {self.table.output} if self.shape.tied_embeddings else set()
             last = sum(self._size(row, shape) for name, row in self.table.last.items() if name not in tied)
-            self._kept[key] = (first, last, one - by_group - 2 * by_head - by_width, by_group, by_head, by_width)
+            self._kept[key] = (first, last, base - by_group - 2 * by_head - by_width, by_group, by_head, by_width)
         return self._kept[key]
 
     def _shape(self, sizes: SizesLike, groups: int, heads: int, width: int) -> ModelShape:

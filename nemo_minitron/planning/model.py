@@ -35,10 +35,10 @@ class Model:
 
     def parts(self) -> dict[str, int]:
         """Number of parameters of embedding, attention, MLP, norms and output layer; parts without any are left out."""
-        found = dict.fromkeys(("embedding", "attention", "MLP", "norms", "output layer"), 0)
+        counts = dict.fromkeys(("embedding", "attention", "MLP", "norms", "output layer"), 0)
         for entry in axes.parameters(self.table, self.shape):
-            found[_part(entry, self.table)] += entry.count
-        return {part: count for part, count in found.items() if count}
+            counts[_part(entry, self.table)] += entry.count
+        return {part: count for part, count in counts.items() if count}
 
 
 def _part(entry: axes.Entry, table: axes.Family) -> str:

@@ -86,16 +86,16 @@ def load_recipe(name: str) -> Recipe:
 
 def _settings(config: Any) -> dict[str, Any]:
     """Fields of a configuration that differ from their defaults, nested ones likewise."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
         if value == default:
             continue
         if dataclasses.is_dataclass(value):
-            found[field.name] = _settings(value)
+            settings[field.name] = _settings(value)
         elif isinstance(value, list):
-            found[field.name] = [_settings(item) if dataclasses.is_dataclass(item) else item for item in value]
+            settings[field.name] = [_settings(item) if dataclasses.is_dataclass(item) else item for item in value]
         else:
-            found[field.name] = value
-    return found
+            settings[field.name] = value
+    return settings

@@ -238,13 +238,13 @@ def _remaining(shape: ModelShape, layers_to_drop: Sequence[int]) -> list[int]:
 
 
 def _drop_faults(shape: ModelShape, layers_to_drop: Sequence[int]) -> list[str]:
-    found = [
+    faults = [
         f"layers_to_drop: {layer} is not a layer of the model, which has 0..{shape.num_layers - 1}"
         for layer in layers_to_drop
         if not 0 <= layer < shape.num_layers
     ]
     if len(set(layers_to_drop)) != len(layers_to_drop):
-        found.append(f"layers_to_drop={list(layers_to_drop)}: a layer is named twice")
-    if not found and len(layers_to_drop) == shape.num_layers:
-        found.append(f"layers_to_drop: names all {shape.num_layers} layers; leave at least one")
-    return found
+        faults.append(f"layers_to_drop={list(layers_to_drop)}: a layer is named twice")
+    if not faults and len(layers_to_drop) == shape.num_layers:
+        faults.append(f"layers_to_drop: names all {shape.num_layers} layers; leave at least one")
+    return faults

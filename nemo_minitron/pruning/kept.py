@@ -86,8 +86,8 @@ def read_live_kept(kept: KeptUnits | str | Path) -> tuple[KeptUnits, ModelShape 
     """
     kept, shape = read_kept(kept)
     if shape is not None:
-        for one in (shape, kept.target(shape)):
-            require_uniform(one, LIVE_PRUNING)
+        for sizes in (shape, kept.target(shape)):
+            require_uniform(sizes, LIVE_PRUNING)
     return kept, shape
 
 

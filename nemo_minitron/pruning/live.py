@@ -92,15 +92,15 @@ def live_family(chunk: GPTModel) -> axes.Family:
     Raises:
         ShapeError: if there is none.
     """
-    found = {name.split(".", 3)[3] for name, _ in canonical_parameters(chunk) if name.startswith("decoder.layers.")}
+    names = {name.split(".", 3)[3] for name, _ in canonical_parameters(chunk) if name.startswith("decoder.layers.")}
     for table in axes.FAMILIES.values():
         if (
-            set(axes.layer_parameters(table, live_shape(chunk))) == found
+            set(axes.layer_parameters(table, live_shape(chunk))) == names
             and table.gated == chunk.config.gated_linear_unit
         ):
             return table
     known = set().union(*(axes.layer_parameters(table, live_shape(chunk)) for table in axes.FAMILIES.values()))
-    which = f"{sorted(found - known)[0]} is in none of them" if found - known else "its parameters are not those of any"
+    which = f"{sorted(names - known)[0]} is in none of them" if names - known else "its parameters are not those of any"
     raise ShapeError(
         f"the model fits no axes table ({', '.join(axes.FAMILIES)}): {which}; "
         "add its family, see docs/model-families.md"

@@ -121,7 +121,7 @@ def head_pairs(shape: ModelShape, kept: KeptUnits, importance: torch.Tensor) -> 
     if not bool(importance.isfinite().all()):
         layer = int((~importance.isfinite()).any(dim=1).nonzero()[0])
         raise NonFiniteError(f"layer {layer} heads: a score is not finite; score the model again")
-    found: dict[int, Pairs] = {}
+    by_layer: dict[int, Pairs] = {}
     for position, layer in enumerate(kept.layers):
         q = shape.at(layer).heads_per_group
         scores = importance[layer].tolist()
@@ -139,5 +139,5 @@ def head_pairs(shape: ModelShape, kept: KeptUnits, importance: torch.Tensor) -> 
             going = [head for head in ranked if head not in stay]
             # head K with head K + 1, head K - 1 with head K + 2, ...
             pairs += zip(reversed(staying), going, strict=False)
-        found[layer] = tuple(sorted(pairs))
-    return found
+        by_layer[layer] = tuple(sorted(pairs))
+    return by_layer

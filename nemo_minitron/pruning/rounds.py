@@ -36,14 +36,14 @@ def intermediate_shapes(
         ShapeError: if ``target`` cannot be reached from ``shape``, the layout cannot hold one of the two, or layers
             differ in size.
     """
-    for one in (shape, target):
-        require_uniform(one, "pruning in rounds")
+    for given in (shape, target):
+        require_uniform(given, "pruning in rounds")
     faults = shape.prune_faults(target)
-    for what, one in (("model", shape), ("target", target)):
-        faults += [f"{what}: {fault}" for fault in one.layout_faults(tensor=tensor, pipeline=pipeline)]
+    for what, given in (("model", shape), ("target", target)):
+        faults += [f"{what}: {fault}" for fault in given.layout_faults(tensor=tensor, pipeline=pipeline)]
     if faults:
         raise ShapeError(faults)
-    found, before = [], shape
+    shapes, before = [], shape
 
     def between(start: int, end: int, done: int, multiple: int, least: int = 1) -> int:
         share = done / rounds
@@ -69,6 +69,6 @@ def intermediate_shapes(
             num_moe_experts=experts,
         )
         if now not in (before, target):
-            found.append(now)
+            shapes.append(now)
             before = now
-    return [*found, target]
+    return [*shapes, target]

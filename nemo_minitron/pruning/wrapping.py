@@ -87,12 +87,12 @@ def _has_state(optimizer: Any) -> bool:
     """Whether an optimizer, Megatron's or torch's, has taken a step."""
     inner = getattr(optimizer, "mcore_optimizer", optimizer)
     chained = getattr(inner, "chained_optimizers", [inner])
-    states = [getattr(one, "optimizer", one) for one in chained]
+    states = [getattr(part, "optimizer", part) for part in chained]
     return any(
         float(torch.as_tensor(entry["step"])) > 0
-        for one in states
-        if one is not None
-        for entry in one.state.values()
+        for part in states
+        if part is not None
+        for entry in part.state.values()
         if isinstance(entry, dict) and "step" in entry
     )
 

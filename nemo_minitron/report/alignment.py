@@ -15,7 +15,7 @@ def alignment_tables(run: Run) -> list[Table]:
     """A table for each kind of alignment stage that the run holds; a record that lacks the figures is named in
     :attr:`~nemo_minitron.report.collect.Run.remarks`.
     """
-    found = []
+    tables = []
     for kind, (caption, headings, rows_of) in _KINDS.items():
         rows: list[list[str]] = []
         for stage in run.stages:
@@ -26,8 +26,8 @@ def alignment_tables(run: Run) -> list[Table]:
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 run.remarks.append(f"the metrics of {stage.name} are incomplete ({error!r}); left out")
         if rows:
-            found.append(Table(caption, ["stage", *headings], rows))
-    return found
+            tables.append(Table(caption, ["stage", *headings], rows))
+    return tables
 
 
 def _sft(metrics: dict[str, Any]) -> list[list[str]]:
@@ -40,21 +40,21 @@ def _dpo(metrics: dict[str, Any]) -> list[list[str]]:
     for number, statistics in enumerate(metrics["rounds"]):
         before, after = statistics["before"], statistics["after"]
         values = [f"{number + 1}", f"{metrics['pairs'][number]:,}", f"{metrics['held_out'][number]:,}"]
-        values += [f"{one['accuracy']:.0%}" for one in (before, after)]
-        rows.append([*values, *(f"{one['margin']:.3f}" for one in (before, after))])
+        values += [f"{result['accuracy']:.0%}" for result in (before, after)]
+        rows.append([*values, *(f"{result['margin']:.3f}" for result in (before, after))])
     return rows
 
 
 def _reward(metrics: dict[str, Any]) -> list[list[str]]:
     return [
-        [name, _number(one["mse"]), _number(one["mse_of_mean"]), _number(one["correlation"])]
-        for name, one in metrics["attributes"].items()
+        [name, _number(row["mse"]), _number(row["mse_of_mean"]), _number(row["correlation"])]
+        for name, row in metrics["attributes"].items()
     ]
 
 
 def _reinforce(metrics: dict[str, Any]) -> list[list[str]]:
     first, last = metrics["first"], metrics["last"]
-    return [[f"{metrics['steps']:,}", *(_number(one["reward"]) for one in (first, last)), _number(metrics["kl"])]]
+    return [[f"{metrics['steps']:,}", *(_number(step["reward"]) for step in (first, last)), _number(metrics["kl"])]]
 
 
 def _number(value: float | None) -> str:

@@ -41,7 +41,7 @@ def card_content(run: Run, title: str, *, base_model: str | None, license_name: 
         "boxes": tables.step_boxes(run),
         "shapes": tables.shape_table(run),
         "training": [_training(stage) for stage in run.stages if "steps" in stage.config],
-        "evaluations": [{"table": tables.loss_table(run, found)} for _, found in run.evaluations],
+        "evaluations": [{"table": tables.loss_table(run, evaluation)} for _, evaluation in run.evaluations],
         "tokens": f"{run.trained_tokens:,}",
         "lineage": lineage_table(run),
         "versions": tables.versions(run),
@@ -58,7 +58,7 @@ def _training(stage: Any) -> str:
 
 def _results(run: Run, small: Model) -> list[dict[str, Any]]:
     """Held-out loss in the Hub's ``model-index`` form."""
-    found = []
+    results = []
     for _, evaluation in run.evaluations:
         for name, model in evaluation["models"].items():
             if run.roles.get(name) == small.role:
@@ -68,11 +68,11 @@ def _results(run: Run, small: Model) -> list[dict[str, Any]]:
                     "name": "held-out loss, nats a token",
                 }
                 sources = ", ".join(sorted(model["domains"]))
-                found.append(
+                results.append(
                     {
                         "task": {"type": "text-generation"},
                         "dataset": {"type": "text", "name": f"held-out text ({sources})"},
                         "metrics": [metric],
                     }
                 )
-    return found
+    return results

@@ -71,12 +71,12 @@ class StageRun:
 
     def parts(self) -> list[Part]:
         """The checkpoints directly inside its output."""
-        found = []
+        parts = []
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else []:
             entry = detect(path)
             if entry is not None and entry.write is not None:
-                found.append(Part(path.name, entry.title, _size(path)))
-        return found
+                parts.append(Part(path.name, entry.title, _size(path)))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def collect(directory: str | Path) -> Run:
 
 
 def _stages(path: Path, run: Run) -> list[StageRun]:
-    found = []
+    stages = []
     for file in [*path.glob("*/record.json"), *path.glob("*.nemo.record.json")]:
         record = _json(file, run)
         if record is None:
@@ -199,8 +199,8 @@ def _stages(path: Path, run: Run) -> list[StageRun]:
             run.remarks.append(f"{file.relative_to(path)} is not a record of a stage ({error!r}); left out")
             continue
         if stage.stage != "report":
-            found.append(stage)
-    return sorted(found, key=lambda stage: (str(stage.record.get("started") or ""), stage.name))
+            stages.append(stage)
+    return sorted(stages, key=lambda stage: (str(stage.record.get("started") or ""), stage.name))
 
 
 def _size(path: Path) -> int:

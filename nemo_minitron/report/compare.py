@@ -78,9 +78,9 @@ def _overview(runs: list[Run], labels: list[str]) -> Table:
     rows = []
     for label, run in zip(labels, runs, strict=True):
         small, teacher = run.small, run.teacher
-        best = {name: value for _, found in run.evaluations for name, value in found["models"].items()}
+        best = {name: value for _, evaluation in run.evaluations for name, value in evaluation["models"].items()}
         loss = next((best[name]["loss"] for name in best if run.roles.get(name) == "distilled"), None)
-        won = [recovery.share for _, found in run.evaluations for recovery in recoveries(run, found)]
+        won = [recovery.share for _, evaluation in run.evaluations for recovery in recoveries(run, evaluation)]
         tokens = run.trained_tokens
         rows.append(
             [
@@ -99,7 +99,10 @@ def _overview(runs: list[Run], labels: list[str]) -> Table:
 
 def _losses(runs: list[Run], labels: list[str]) -> Table | None:
     """Held-out loss of each model of each run."""
-    by_run = [{name: model for _, found in run.evaluations for name, model in found["models"].items()} for run in runs]
+    by_run = [
+        {name: model for _, evaluation in run.evaluations for name, model in evaluation["models"].items()}
+        for run in runs
+    ]
     names = list(dict.fromkeys(name for models in by_run for name in models))
     if not names:
         return None
@@ -111,7 +114,7 @@ def _losses(runs: list[Run], labels: list[str]) -> Table | None:
             loss = f"{models[name]['loss']:.3f}" if name in models else "–"
             cells.append(loss if error is None else f"{loss} ± {error:.3f}")
         rows.append([name, *cells])
-    tokens = {found["tokens"] for run in runs for _, found in run.evaluations}
+    tokens = {evaluation["tokens"] for run in runs for _, evaluation in run.evaluations}
     same = "" if len(tokens) == 1 else "; the runs scored different numbers of tokens"
     caption = f"Held-out loss in nats per token, with its standard error{same}"
     roles = [next((run.roles[name] for run in runs if name in run.roles), "other") for name in names]
@@ -120,16 +123,16 @@ def _losses(runs: list[Run], labels: list[str]) -> Table | None:
 
 def _settings(runs: list[Run], labels: list[str]) -> Table | None:
     """Settings of stages of one name that differ between the runs."""
-    found: list[dict[str, str]] = []
+    changed: list[dict[str, str]] = []
     for run in runs:
         flat: dict[str, str] = {}
         for stage in run.stages:
             flat |= {f"{stage.name}.{key}": str(value) for key, value in _leaves(stage.config)}
-        found.append(flat)
+        changed.append(flat)
     there = [{stage.name for stage in run.stages} for run in runs]
     rows = []
-    for key in dict.fromkeys(key for flat in found for key in flat):
-        values = [flat.get(key, "–") for flat in found]
+    for key in dict.fromkeys(key for flat in changed for key in flat):
+        values = [flat.get(key, "–") for flat in changed]
         if len(set(values)) > 1 and all(key.split(".")[0] in names for names in there):
             rows.append([key, *values])
     for name in dict.fromkeys(stage.name for run in runs for stage in run.stages):

@@ -221,7 +221,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
     values = scores.arrays["ffn"]
     ordered = -np.sort(-values.reshape(-1, values.shape[-1]), axis=1)
     rows = "layer" if values.ndim == 2 else "expert, layer by layer"
-    sizes = {one.ffn_hidden_size for model in run.models if model.role == "pruned" for one in model.shape.each()}
+    sizes = {layer.ffn_hidden_size for model in run.models if model.role == "pruned" for layer in model.shape.each()}
     kept = sizes.pop() if len(sizes) == 1 else None
 
     def draw(canvas: Canvas, theme: Theme) -> None:
@@ -377,11 +377,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _lost_heads(kept: dict[str, Any], count: int) -> list[tuple[int, int]]:
     """``(layer, head)`` of the heads that kept layers lost."""
-    found = []
+    lost = []
     for layer, groups in zip(kept["layers"], kept["heads"], strict=True):
         stay = {head for group in groups for head in group}
-        found += [(layer, head) for head in range(count) if head not in stay]
-    return found
+        lost += [(layer, head) for head in range(count) if head not in stay]
+    return lost
 
 
 def _steps(curve: Curve) -> int:

@@ -21,10 +21,17 @@ _SCALES = {
 
 def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells, the best candidate first; a column stands where any candidate has its value."""
-    columns: list[tuple[str, Any]] = [("candidate", lambda one: one["name"])]
-    ranked = [one for one in search["candidates"] if one["loss"] is not None and one["state"] != "outside"]
-    before = {one["name"]: number for number, one in enumerate(sorted(ranked, key=lambda one: one["loss"]), 1)}
-    columns += [("parameters", lambda one: f"{one['parameters'] / 1e6:.1f} M")]
+    columns: list[tuple[str, Any]] = [("candidate", lambda candidate: candidate["name"])]
+    ranked = [
+        candidate
+        for candidate in search["candidates"]
+        if candidate["loss"] is not None and candidate["state"] != "outside"
+    ]
+    before = {
+        candidate["name"]: number
+        for number, candidate in enumerate(sorted(ranked, key=lambda candidate: candidate["loss"]), 1)
+    }
+    columns += [("parameters", lambda candidate: f"{candidate['parameters'] / 1e6:.1f} M")]
     for key, heading, form in (
         ("memory", "memory", lambda value: f"{value / 2**30:.3f} GiB"),
         ("prefill", "prefill", lambda value: f"{1e3 * value:.1f} ms"),
@@ -34,12 +41,21 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ("loss", "loss, untrained", lambda value: f"{value:.4f}"),
         ("distilled_loss", "loss, distilled", lambda value: f"{value:.4f}"),
     ):
-        if any(one[key] is not None for one in search["candidates"]):
-            columns.append((heading, lambda one, key=key, form=form: "" if one[key] is None else form(one[key])))
+        if any(candidate[key] is not None for candidate in search["candidates"]):
+            columns.append(
+                (heading, lambda candidate, key=key, form=form: "" if candidate[key] is None else form(candidate[key]))
+            )
     columns.append(
-        ("rank before", lambda one: str(before[one["name"]]) if one["name"] in before else one["outside"] or "")
+        (
+            "rank before",
+            lambda candidate: (
+                str(before[candidate["name"]]) if candidate["name"] in before else candidate["outside"] or ""
+            ),
+        )
     )
-    return [heading for heading, _ in columns], [[cell(one) for _, cell in columns] for one in search["candidates"]]
+    return [heading for heading, _ in columns], [
+        [cell(candidate) for _, cell in columns] for candidate in search["candidates"]
+    ]
 
 
 def table(search: dict[str, Any]) -> str:
@@ -52,20 +68,20 @@ def table(search: dict[str, Any]) -> str:
 
 def notes(search: dict[str, Any]) -> list[str]:
     """One line each: how many shapes, the unpruned model, whether distillation changed the order."""
-    found = [
+    notes = [
         f"{search['shapes']:,} shapes are within the budget; {len(search['candidates']):,} were measured"
         + (f", spread over all of them, and {search['left_out']:,} left out." if search["left_out"] else "."),
         f"Losses are nats per token over {search['tokens']:,} calibration tokens; the unpruned model's is "
         f"{search['unpruned']['loss']:.4f}.",
     ]
-    distilled = [one for one in search["candidates"] if one["distilled_loss"] is not None]
+    distilled = [candidate for candidate in search["candidates"] if candidate["distilled_loss"] is not None]
     if len(distilled) > 1:
-        same = distilled == sorted(distilled, key=lambda one: one["loss"])
-        found.append(
+        same = distilled == sorted(distilled, key=lambda candidate: candidate["loss"])
+        notes.append(
             f"Distilling the {len(distilled)} best on {search['distill_tokens']:,} tokens each "
             f"{'kept' if same else 'changed'} their order (Kendall's tau {_tau(search['kendall_tau'])})."
         )
-    return found
+    return notes
 
 
 def _tau(value: float | None) -> str:
@@ -74,8 +90,12 @@ def _tau(value: float | None) -> str:
 
 def pareto(search: dict[str, Any]) -> Figure | None:
     """Loss against each cost, untrained and distilled, with the fronts; None where there is nothing ranked."""
-    ranked = [one for one in search["candidates"] if one["loss"] is not None and one["state"] != "outside"]
-    costs = [cost for cost in search["pareto"] if any(one[cost] is not None for one in ranked)]
+    ranked = [
+        candidate
+        for candidate in search["candidates"]
+        if candidate["loss"] is not None and candidate["state"] != "outside"
+    ]
+    costs = [cost for cost in search["pareto"] if any(candidate[cost] is not None for candidate in ranked)]
     if not costs:
         return None
     stages = [("loss", "untrained", "pruned", "s"), ("distilled_loss", "distilled", "distilled", "D")]
@@ -86,14 +106,19 @@ def pareto(search: dict[str, Any]) -> Figure | None:
         ):
             scale, label = _SCALES[cost]
             for loss, word, role, marker in stages:
-                known = [one for one in ranked if one[loss] is not None]
-                points = [(scale * one[cost], one[loss]) for one in known]
+                known = [candidate for candidate in ranked if candidate[loss] is not None]
+                points = [(scale * candidate[cost], candidate[loss]) for candidate in known]
                 if points:
                     axes.scatter(
                         *zip(*points, strict=True), color=theme.colour(role), marker=marker, s=26, label=word, zorder=3
                     )
                 front = search["pareto"][cost].get(loss, [])
-                line = [(scale * one[cost], one[loss]) for name in front for one in known if one["name"] == name]
+                line = [
+                    (scale * candidate[cost], candidate[loss])
+                    for name in front
+                    for candidate in known
+                    if candidate["name"] == name
+                ]
                 if len(line) > 1:
                     axes.plot(*zip(*line, strict=True), color=theme.colour(role), lw=1.2, zorder=2)
             axes.set_xlabel(label)
@@ -102,7 +127,7 @@ def pareto(search: dict[str, Any]) -> Figure | None:
                 axes.legend(frameon=False, labelcolor=theme.ink)
             clean(axes, theme, grid="both")
 
-    best = next(one for one in search["candidates"] if one["name"] == search["best"])
+    best = next(candidate for candidate in search["candidates"] if candidate["name"] == search["best"])
     after = "" if best["distilled_loss"] is None else f", {best['distilled_loss']:.3f} distilled"
     return draw_figure(
         "pareto",

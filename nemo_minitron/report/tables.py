@@ -71,7 +71,7 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
     """For each distilled model whose student and teacher were evaluated too."""
     models = evaluation["models"]
     by_path = {Path(model["path"]).absolute(): name for name, model in models.items()}
-    found = []
+    recoveries = []
     for name, model in models.items():
         origin = run.origins.get(name, {})
         if "student" not in origin or "teacher" not in origin:
@@ -81,18 +81,18 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
             continue
         gap = models[student]["loss"] - models[teacher]["loss"]
         if gap > 0:
-            found.append(Recovery(name, student, teacher, (models[student]["loss"] - model["loss"]) / gap))
-    return found
+            recoveries.append(Recovery(name, student, teacher, (models[student]["loss"] - model["loss"]) / gap))
+    return recoveries
 
 
 def cards(run: Run) -> list[Card]:
     """The figures at the top: as many as the run can show."""
-    found = []
+    cards = []
     teacher = run.teacher
     small = next((m for role in ("distilled", "pruned") for m in run.models if m.role == role), None)
     if teacher is not None and small is not None:
         share = 1 - small.parameters / teacher.parameters
-        found.append(Card("parameters", count(small.parameters), f"of {count(teacher.parameters)}: {share:.0%} fewer"))
+        cards.append(Card("parameters", count(small.parameters), f"of {count(teacher.parameters)}: {share:.0%} fewer"))
     for _, evaluation in run.evaluations[:1]:
         models = evaluation["models"]
         role_of = {run.roles.get(name, "other"): name for name in reversed(models)}
@@ -100,15 +100,15 @@ def cards(run: Run) -> list[Card]:
         if best is not None:
             base = evaluation["baseline"]
             detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
-            found.append(Card("held-out loss", f"{models[best]['loss']:.3f}", detail))
+            cards.append(Card("held-out loss", f"{models[best]['loss']:.3f}", detail))
         if "pruned" in role_of and "random" in role_of:
             ours, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
-            found.append(Card("scored pruning", f"{ours:.2f}", f"random pruning, same shape: {drawn:.2f}"))
+            cards.append(Card("scored pruning", f"{ours:.2f}", f"random pruning, same shape: {drawn:.2f}"))
         for recovery in recoveries(run, evaluation)[:1]:
             detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
-            found.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
-    found.append(Card("time", duration(sum(stage.seconds for stage in run.stages)), f"{len(run.stages)} stages"))
-    return found
+            cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
+    cards.append(Card("time", duration(sum(stage.seconds for stage in run.stages)), f"{len(run.stages)} stages"))
+    return cards
 
 
 def shape_table(run: Run) -> Table | None:
@@ -133,7 +133,7 @@ def shape_table(run: Run) -> Table | None:
 
 def span(shape: ModelShape, name: str, form: str = ",") -> str:
     """A size that layers may have of their own: its value, or from the least to the largest of the layers."""
-    sizes = sorted({getattr(one, name) for one in shape.each()})
+    sizes = sorted({getattr(layer, name) for layer in shape.each()})
     return " – ".join(format(size, form) for size in dict.fromkeys((sizes[0], sizes[-1])))
 
 
@@ -171,7 +171,7 @@ def benchmark_table(run: Run, evaluation: dict[str, Any]) -> Table | None:
     rows = []
     for task in dict.fromkeys(task for results in models.values() for task in results):
         metrics = [results[task]["metrics"] for results in models.values() if task in results]
-        for metric in dict.fromkeys(name for one in metrics for name in one if "_stderr" not in name):
+        for metric in dict.fromkeys(name for values in metrics for name in values if "_stderr" not in name):
             cells = [_metric(results.get(task, {}).get("metrics", {}), metric) for results in models.values()]
             rows.append([task, metric, *cells])
     if not rows:
@@ -245,25 +245,25 @@ def _box_note(stage: StageRun, run: Run) -> str:
 
 def generations(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """``[(prompt, [(model, answer), …]), …]``; the turns of conversations with the number of their question."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    answers: dict[str, list[tuple[str, str]]] = {}
     for name, model in evaluation["models"].items():
         for answer in model.get("generations", []):
-            found.setdefault(answer["prompt"], []).append((name, answer["text"]))
+            answers.setdefault(answer["prompt"], []).append((name, answer["text"]))
         for task, result in (model.get("harness") or {}).items():
-            for one in result.get("answers", []):  # conversations, which have no metrics
-                for turn, (asked, text) in enumerate(zip(one["turns"], one["answers"], strict=True), 1):
-                    found.setdefault(f"{task} {one['question']}, turn {turn}: {asked}", []).append((name, text))
-    return list(found.items())
+            for chat in result.get("answers", []):  # conversations, which have no metrics
+                for turn, (asked, text) in enumerate(zip(chat["turns"], chat["answers"], strict=True), 1):
+                    answers.setdefault(f"{task} {chat['question']}, turn {turn}: {asked}", []).append((name, text))
+    return list(answers.items())
 
 
 def versions(run: Run) -> Table:
     """Versions that the stages recorded; where they differ, all of them."""
-    found: dict[str, list[str]] = {}
+    versions: dict[str, list[str]] = {}
     for stage in run.stages:
         for package, version in (stage.record.get("versions") or {}).items():
-            if version not in found.setdefault(package, []):
-                found[package].append(version)
-    return Table("Versions", ["package", "version"], [[name, ", ".join(v)] for name, v in found.items()])
+            if version not in versions.setdefault(package, []):
+                versions[package].append(version)
+    return Table("Versions", ["package", "version"], [[name, ", ".join(v)] for name, v in versions.items()])
 
 
 def count(number: float) -> str:

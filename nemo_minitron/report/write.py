@@ -72,17 +72,17 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path, *, titl
     Raises:
         DataError: if one of them holds no finished stage.
     """
-    found = compare(run_dirs)
+    comparison = compare(run_dirs)
     content = {
-        "title": title or " and ".join(found.labels),
+        "title": title or " and ".join(comparison.labels),
         "written": _moment(datetime.datetime.now(datetime.UTC)),
-        "found": found,
+        "found": comparison,
     }
     environment, out = _environment(), Path(output)
     _write(environment, "compare.html.j2", content, out / "index.html")
     _write(environment, "compare.md.j2", content, out / "report.md")
-    _write_figures(found.figures, out)
-    return found
+    _write_figures(comparison.figures, out)
+    return comparison
 
 
 def _environment() -> jinja2.Environment:

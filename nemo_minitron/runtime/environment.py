@@ -52,10 +52,10 @@ def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
     What the host's name resolves to, if it resolves, does not matter then. An interface that the user named for gloo or
     NCCL stays.
     """
-    found = {**_without_ranks(environment), "MASTER_ADDR": LOOPBACK, "PET_LOCAL_ADDR": LOOPBACK}
+    variables = {**_without_ranks(environment), "MASTER_ADDR": LOOPBACK, "PET_LOCAL_ADDR": LOOPBACK}
     if Path("/sys/class/net/lo").exists():
-        found.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return found
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return variables
 
 
 def ordered_kernels(config: StageConfig) -> bool:

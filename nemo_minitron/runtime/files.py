@@ -23,14 +23,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file up to its first line that is not whole; none where there is no file."""
-    found = []
+    records = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                found.append(json.loads(line))
+                records.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-    return found
+    return records
 
 
 def is_earlier(output: Path) -> bool:

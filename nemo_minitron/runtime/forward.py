@@ -102,9 +102,9 @@ def block_losses(
                 (blocks[some], counted[some], None if segments is None else segments[some, :-1])
                 for some in part.split(micro_batch_size)
             ]
-            found = _run_schedule(chunks, batches, vocab_size)
+            outputs = _run_schedule(chunks, batches, vocab_size)
             if groups.is_last_stage:
-                losses[start : start + len(part)] = torch.cat(found).cpu()
+                losses[start : start + len(part)] = torch.cat(outputs).cpu()
             if progress is not None:
                 progress(min(len(part) * layout.data, max(0, len(blocks) - start * layout.data)))
     # To a device that the backend can send from.

@@ -61,16 +61,16 @@ def documents_masked(chunks: Sequence[GPTModel], masked: bool = True) -> Iterato
     """
     from megatron.core.transformer.enums import AttnMaskType
 
-    found = [
+    masks = [
         (module, module.attn_mask_type)
         for chunk in (chunks if masked else ())
         for module in chunk.modules()
         if getattr(module, "attn_mask_type", None) is AttnMaskType.causal and hasattr(module, "core_attention")
     ]
-    for module, _ in found:
+    for module, _ in masks:
         module.attn_mask_type = AttnMaskType.arbitrary
     try:
         yield
     finally:
-        for module, kind in found:
+        for module, kind in masks:
             module.attn_mask_type = kind

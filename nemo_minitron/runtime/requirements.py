@@ -111,9 +111,9 @@ def require(*modules: str, for_: str) -> None:
     Raises:
         MissingDependency: naming everything that is missing or too old.
     """
-    found = faults({for_: modules})
-    if found:
-        raise MissingDependency("\n".join(found))
+    lacking = faults({for_: modules})
+    if lacking:
+        raise MissingDependency("\n".join(lacking))
 
 
 def missing(error: BaseException, *, for_: str) -> MissingDependency | None:
@@ -124,8 +124,8 @@ def missing(error: BaseException, *, for_: str) -> MissingDependency | None:
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     name = error.name.partition(".")[0]
-    found = faults({for_: [name]}) if name in _BY_MODULE else []
-    return MissingDependency(found[0]) if found else None
+    lacking = faults({for_: [name]}) if name in _BY_MODULE else []
+    return MissingDependency(lacking[0]) if lacking else None
 
 
 def _joined(names: list[str]) -> str:

@@ -75,10 +75,10 @@ class Timer:
         models = (self._build(shape), self._unpruned)
         times: tuple[list[tuple[float, float]], ...] = ([], [])
         for _ in range(self.repeats + 1):
-            for model, found in zip(models, times, strict=True):
-                found.append(self._run(model))
+            for model, measured in zip(models, times, strict=True):
+                measured.append(self._run(model))
         ours, whole = (
-            Latency(*(statistics.median(column) for column in zip(*found[1:], strict=True))) for found in times
+            Latency(*(statistics.median(column) for column in zip(*measured[1:], strict=True))) for measured in times
         )
         return ours, whole
 

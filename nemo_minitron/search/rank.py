@@ -119,7 +119,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     One beats another if it is no worse in both and better in one; of equal pairs the first stays.
     """
     best, front = float("inf"), []
-    for position in sorted(range(len(points)), key=lambda one: (*points[one], one)):
+    for position in sorted(range(len(points)), key=lambda index: (*points[index], index)):
         if points[position][1] < best:
             best = points[position][1]
             front.append(position)

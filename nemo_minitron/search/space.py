@@ -88,10 +88,10 @@ class ParameterCost:
 
     def __call__(self, sizes: Sizes) -> int:
         """The count."""
-        found = self._kept.get((sizes.hidden_size, sizes.num_moe_experts))
-        if found is None:
-            found = self._kept[sizes.hidden_size, sizes.num_moe_experts] = self._coefficients(sizes)
-        outside, constant, by_group, by_head, by_width = found
+        cost = self._kept.get((sizes.hidden_size, sizes.num_moe_experts))
+        if cost is None:
+            cost = self._kept[sizes.hidden_size, sizes.num_moe_experts] = self._coefficients(sizes)
+        outside, constant, by_group, by_head, by_width = cost
         layer = constant + by_group * sizes.num_query_groups + by_head * sizes.num_attention_heads
         return outside + sizes.num_layers * (layer + by_width * sizes.ffn_hidden_size)
 
@@ -100,10 +100,10 @@ class ParameterCost:
             given = Sizes(sizes.hidden_size, groups, heads, sizes.num_moe_experts, layers, width)
             return axes.parameter_count(self.table, self.shape.replace(**given._asdict()))
 
-        one = count()
-        layer = count(layers=2) - one
-        by_group, by_head, by_width = count(groups=2) - one, one - count(heads=1), count(width=2) - one
-        return one - layer, layer - by_group - 2 * by_head - by_width, by_group, by_head, by_width
+        base = count()
+        layer = count(layers=2) - base
+        by_group, by_head, by_width = count(groups=2) - base, base - count(heads=1), count(width=2) - base
+        return base - layer, layer - by_group - 2 * by_head - by_width, by_group, by_head, by_width
 
 
 def axis_values(
@@ -137,14 +137,14 @@ def axis_values(
     top = own if maximum is None else maximum
     if top > own:
         raise ShapeError(f"space.{name}.max={top}: the model has only {own}; pruning does not grow it")
-    found = list(range(-(-minimum // multiple) * multiple, top + 1, multiple))
-    if not found:
+    sizes = list(range(-(-minimum // multiple) * multiple, top + 1, multiple))
+    if not sizes:
         near = sorted({top // multiple * multiple, -(-minimum // multiple) * multiple} - {0})
         raise ShapeError(
             f"space.{name}: there is no multiple of {multiple} from {minimum} to {top}; the nearest are "
             f"{', '.join(map(str, near))}"
         )
-    return found
+    return sizes
 
 
 class ShapeSet(Sequence[ModelShape]):
@@ -251,10 +251,10 @@ class SearchSpace:
         Raises:
             ShapeError: if there is none, with the budget that excludes all and the nearest shapes that would fit.
         """
-        found = ShapeSet(self.base, list(self._runs(budgets)))
-        if not len(found):
+        shapes = ShapeSet(self.base, list(self._runs(budgets)))
+        if not len(shapes):
             raise ShapeError(self._reasons(budgets))
-        return found
+        return shapes
 
     def _widths(self) -> list[int]:
         return self.values["ffn_hidden_size"]  # type: ignore[return-value]
@@ -351,14 +351,17 @@ def spread(shapes: ShapeSet, count: int) -> list[int]:
     for _ in range(20):
         owner = np.stack([((points - centre) ** 2).sum(axis=1) for centre in centres]).argmin(axis=0)
         centres = np.stack(
-            [points[owner == one].mean(axis=0) if (owner == one).any() else centres[one] for one in range(count)]
+            [
+                points[owner == cluster].mean(axis=0) if (owner == cluster).any() else centres[cluster]
+                for cluster in range(count)
+            ]
         )
     taken: list[int] = []
     for centre in centres:
         order = ((points - centre) ** 2).sum(axis=1)
         order[taken] = np.inf
         taken.append(int(order.argmin()))
-    return sorted(int(seen[one]) for one in taken)
+    return sorted(int(seen[cluster]) for cluster in taken)
 
 
 def _along(cost: Cost, sizes: Sizes) -> Callable[[int], float]:

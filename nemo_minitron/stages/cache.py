@@ -37,7 +37,7 @@ def plan(config: CacheConfig) -> StagePlan:
     from nemo_minitron.data.inputs import data_inputs
 
     data = data_inputs(config.data)
-    found = StagePlan(
+    plan = StagePlan(
         "cache",
         reads=[PlannedPath(config.teacher, "teacher"), *(PlannedPath(path, what) for path, what in data.files)],
         writes=[PlannedPath(config.output, "logit cache")],
@@ -47,20 +47,20 @@ def plan(config: CacheConfig) -> StagePlan:
     )
     shape = peek_shape(config.teacher)
     if shape is None:
-        return found
+        return plan
     layout = config.parallel
-    found.faults += [f"teacher: {fault}" for fault in uniform_faults(shape, "a logit cache")]
-    found.faults += [f"teacher: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
+    plan.faults += [f"teacher: {fault}" for fault in uniform_faults(shape, "a logit cache")]
+    plan.faults += [f"teacher: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
     if config.k is not None and config.k >= shape.vocab_size:
-        found.faults.append(_too_many(config.k, shape.vocab_size))
+        plan.faults.append(_too_many(config.k, shape.vocab_size))
     parameters = axes.parameter_count(peek_family(config.teacher), shape)
-    found.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(2 * parameters * config.tokens)}
+    plan.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(2 * parameters * config.tokens)}
     width = {"float32": 4, "int8": 1}.get(config.values, 2)
     per_token = (
         shape.vocab_size * width if config.k is None else config.k * (width + (3 if shape.vocab_size > 65536 else 2))
     )
-    found.costs["size on disk"] = f"{human_bytes(per_token * config.tokens)}, {human_bytes(per_token)} a token"
-    return found
+    plan.costs["size on disk"] = f"{human_bytes(per_token * config.tokens)}, {human_bytes(per_token)} a token"
+    return plan
 
 
 def _too_many(k: int, vocab_size: int) -> str:
@@ -157,10 +157,10 @@ def _check_output(config: CacheConfig, manifest: Manifest) -> None:
     if config.overwrite:
         check_output(output, True)
         return
-    found = Manifest.read(output)
-    if found is None:
+    manifest_there = Manifest.read(output)
+    if manifest_there is None:
         check_output(output, False)
-    elif differences := found.differences(manifest):
+    elif differences := manifest_there.differences(manifest):
         raise ConfigError(
             [f"{output} holds a cache with {difference}" for difference in differences]
             + ["write this one to another output, or replace it with --overwrite"]

@@ -35,30 +35,30 @@ logger = logging.getLogger(__name__)
 def plan(config: DepthConfig) -> StagePlan:
     """What :func:`run` would read, write and cost, and how much of it is done already."""
     layout, shape = config.parallel, peek_shape(config.model)
-    found = plan_measuring(config, "depth", PlannedPath(config.output, "depth scores"), repeated=", for each candidate")
+    plan = plan_measuring(config, "depth", PlannedPath(config.output, "depth scores"), repeated=", for each candidate")
     if config.task.path is not None:
-        found.reads.append(PlannedPath(config.task.path, "task"))
+        plan.reads.append(PlannedPath(config.task.path, "task"))
     if config.task.given is not None:
-        found.notes.append("FLOPs are those of the loss; the task adds its own, by the tokens of its choices")
+        plan.notes.append("FLOPs are those of the loss; the task adds its own, by the tokens of its choices")
     if shape is None:
-        return found
+        return plan
     faults = uniform_faults(shape, "measuring depth")
     faults += depth_faults(shape.num_layers, config.block_lengths, config.greedy)
-    found.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
-    found.costs.update(model_costs(config.model, config.runtime.dtype))
+    plan.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    plan.costs.update(model_costs(config.model, config.runtime.dtype))
     if faults:
-        return found
+        return plan
     family = peek_family(config.model)
     known, greedy = _candidates(config, shape)
     done = max(0, Journal.entries(Journal.beside(config.output)) - 1)  # without the whole model
-    found.costs["candidates"] = f"{len(known) - 1 + sum(greedy):,}" + (f", {done:,} measured already" if done else "")
-    found.costs["FLOPs"] = human_count(_flops(config, shape, family))
-    found.costs["memory of a rank"] = weights_of_rank(config, config.model)
+    plan.costs["candidates"] = f"{len(known) - 1 + sum(greedy):,}" + (f", {done:,} measured already" if done else "")
+    plan.costs["FLOPs"] = human_count(_flops(config, shape, family))
+    plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
     if config.reuse_prefix:
         size = 2 if config.runtime.dtype == "bfloat16" else 4
         states = config.samples * config.data.sequence_length * shape.hidden_size * size / layout.data
-        found.costs["hidden states kept"] = f"{human_bytes(states)} on the host of a pipeline stage"
-    return found
+        plan.costs["hidden states kept"] = f"{human_bytes(states)} on the host of a pipeline stage"
+    return plan
 
 
 def _candidates(config: DepthConfig, shape: ModelShape) -> tuple[list[Candidate], list[int]]:
@@ -83,7 +83,7 @@ def _flops(config: DepthConfig, shape: ModelShape, family: Family) -> float:
     if config.reuse_prefix:
         layers = layers_run(shape.num_layers, known)
     else:
-        layers = sum(shape.num_layers - len(one) for one in known)
+        layers = sum(shape.num_layers - len(layers_left_out) for layers_left_out in known)
     layers += sum(count * (count - 1) for count in greedy)
     head = shape.vocab_size * shape.hidden_size
     weights = axes.layer_count(family, shape) * layers + head * (len(known) + sum(greedy))
@@ -166,7 +166,7 @@ def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], 
 
 def _subject(config: DepthConfig, weights: str, blocks: Blocks, questions: list[Question]) -> dict[str, Any]:
     """What each result depends on, so that a journal of something else is not taken up. Not the parallel layout."""
-    task = json.dumps([[one.prompt, one.choices, one.answer] for one in questions])
+    task = json.dumps([[question.prompt, question.choices, question.answer] for question in questions])
     return {
         "fingerprint": weights,
         "blocks": blocks.content()[:32],

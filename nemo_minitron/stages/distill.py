@@ -49,24 +49,24 @@ def plan(config: DistillConfig) -> StagePlan:
         paths.pop("teacher", None)  # compared, not run
     layouts = {} if config.teacher_placement == "shared" else {"teacher": config.teacher_parallel}
     trained = {"student"} if config.teacher_correction.lr is None else {"student", "teacher"}
-    found = plan_training(config, paths, trained, "distilled model", layouts)
+    plan = plan_training(config, paths, trained, "distilled model", layouts)
     if not config.taught:
-        found.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
-        return found
+        plan.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
+        return plan
     if cache is not None:
-        found.reads.append(PlannedPath(cache, "logit cache"))
-        return found
+        plan.reads.append(PlannedPath(cache, "logit cache"))
+        return plan
     if config.teacher_placement == "own_ranks":
         count = config.teacher_parallel.world_size
-        found.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
+        plan.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
     shapes = {role: peek_shape(path) for role, path in paths.items()}
     ours, theirs = shapes["student"], shapes["teacher"]
     if ours is not None and theirs is not None and ours.uniform and theirs.uniform:
-        _plan_intermediate(config, found, ours, theirs)
-    return found
+        _plan_intermediate(config, plan, ours, theirs)
+    return plan
 
 
-def _plan_intermediate(config: DistillConfig, found: StagePlan, student: ModelShape, teacher: ModelShape) -> None:
+def _plan_intermediate(config: DistillConfig, plan: StagePlan, student: ModelShape, teacher: ModelShape) -> None:
     """Faults of the intermediate losses with these models, or where each is taken."""
     if not config.intermediate.weights():
         return
@@ -74,15 +74,15 @@ def _plan_intermediate(config: DistillConfig, found: StagePlan, student: ModelSh
         kept = _kept_layers(config, student, teacher)
         maps = layer_maps(config.intermediate, student, teacher, tensor=config.parallel.tensor, kept_layers=kept)
     except ConfigError as error:
-        found.faults += error.faults
+        plan.faults += error.faults
         return
     except CheckpointError as error:
-        found.faults.append(str(error))
+        plan.faults.append(str(error))
         return
     for name, layers in (("hidden", maps.hidden), ("attention", maps.attention)):
         if layers:
             pairs = ", ".join(f"{ours}-{theirs}" for ours, theirs in sorted(layers.items()))
-            found.notes.append(f"{name} loss of the layers (student-teacher) {pairs}")
+            plan.notes.append(f"{name} loss of the layers (student-teacher) {pairs}")
 
 
 def _kept_layers(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> tuple[int, ...] | None:
@@ -229,13 +229,13 @@ def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.logit_cache import LogitCache, sample_keys
 
-    found = LogitCache(cache)
-    found.check(
+    logits = LogitCache(cache)
+    logits.check(
         vocab_size=student.shape.vocab_size,
         sequence_length=config.data.sequence_length,
         tokenizer=None if student.tokenizer is None else tokenizer_fingerprint(student.tokenizer),
         teacher=None if config.teacher is None else model_fingerprint(open_checkpoint(config.teacher)),
     )
-    cached_loss(config.loss, found.manifest)
+    cached_loss(config.loss, logits.manifest)
     for split, part in blocks.items():
-        found.require(sample_keys(*block_starts(part)), what=f"the {split} blocks")
+        logits.require(sample_keys(*block_starts(part)), what=f"the {split} blocks")

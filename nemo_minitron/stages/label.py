@@ -27,14 +27,14 @@ _JOURNAL = "scores.jsonl"
 
 def plan(config: LabelConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = StagePlan(
+    plan = StagePlan(
         "label",
         reads=[PlannedPath(config.reward, "attribute model")],
         writes=[PlannedPath(str(Path(config.output) / "labelled.jsonl"), "labelled conversations")],
     )
-    chat_inputs(config.data, found)
-    plan_layout(str(Path(config.reward) / "model"), config.parallel, found)
-    return found
+    chat_inputs(config.data, plan)
+    plan_layout(str(Path(config.reward) / "model"), config.parallel, plan)
+    return plan
 
 
 def run(config: LabelConfig) -> dict[str, Any]:

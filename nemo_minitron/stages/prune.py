@@ -35,32 +35,32 @@ def plan(config: PruneConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
     from nemo_minitron.pruning.choose import target_shape
 
-    found = StagePlan(
+    plan = StagePlan(
         "prune",
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(config.output, f"pruned model ({config.format})")],
         faults=format_faults(config.output, config.format),
     )
     if config.method != "random" and config.scores is not None:
-        found.reads.append(PlannedPath(config.scores, "scores"))
+        plan.reads.append(PlannedPath(config.scores, "scores"))
     if config.vocabulary.frequencies is not None:
-        found.reads.append(PlannedPath(config.vocabulary.frequencies, "token frequencies"))
+        plan.reads.append(PlannedPath(config.vocabulary.frequencies, "token frequencies"))
     if config.depth_scores is not None:
-        found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
+        plan.reads.append(PlannedPath(config.depth_scores, "depth scores"))
     shape = peek_shape(config.model)
     if shape is not None:
         try:
             target = target_shape(shape, _sizes(config), layers_to_drop=config.layers_to_drop)
         except ShapeError as error:
-            found.faults += error.faults
+            plan.faults += error.faults
         else:
-            found.faults += _layout_faults(config, target)
+            plan.faults += _layout_faults(config, target)
             if (architecture := peek_architecture(config.model)) is not None:
-                found.faults += written_faults(target, architecture, [config.format])
-            before, after = (axes.parameter_count(peek_family(config.model), one) for one in (shape, target))
-            found.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
-    found.notes.append("reads and writes one tensor at a time; no forward pass")
-    return found
+                plan.faults += written_faults(target, architecture, [config.format])
+            before, after = (axes.parameter_count(peek_family(config.model), size) for size in (shape, target))
+            plan.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
+    plan.notes.append("reads and writes one tensor at a time; no forward pass")
+    return plan
 
 
 def run(config: PruneConfig) -> dict[str, Any]:
@@ -141,12 +141,12 @@ def _lineage(config: PruneConfig, scores: Scores | None) -> dict[str, Any]:
         drop = {} if config.layers_to_drop is None else {"depth": {"layers_to_drop": config.layers_to_drop}}
         return {"method": config.method, "seed": config.runtime.seed} | drop | vocabulary
     depth = {"criterion": config.depth.criterion, "form": config.depth.form, "scores": config.depth_scores}
-    found: dict[str, Any] = {
+    lineage: dict[str, Any] = {
         "method": config.method,
         "depth": {"layers_to_drop": config.layers_to_drop} if config.layers_to_drop is not None else depth,
     } | vocabulary
     if scores is not None:
         aggregation = {"sequence": scores.sequence, "batch": scores.batch}
-        found |= {"merge_pruned_heads": config.merge_pruned_heads}
-        found |= {"scores": config.scores, "samples": scores.samples, "aggregation": aggregation}
-    return found
+        lineage |= {"merge_pruned_heads": config.merge_pruned_heads}
+        lineage |= {"scores": config.scores, "samples": scores.samples, "aggregation": aggregation}
+    return lineage

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 def plan(config: ReinforceConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = align_plan(config, CHAT_PACKAGES, copies=2)
+    plan = align_plan(config, CHAT_PACKAGES, copies=2)
     if config.reward is not None:
-        found.reads.append(PlannedPath(config.reward, "attribute model"))
+        plan.reads.append(PlannedPath(config.reward, "attribute model"))
     if config.steps is not None:
         answers = config.steps * config.prompts_per_step * config.samples_per_prompt
-        found.costs["answers"] = f"{answers} in {config.steps} steps"
-    return found
+        plan.costs["answers"] = f"{answers} in {config.steps} steps"
+    return plan
 
 
 def run(config: ReinforceConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         if config.others:
             compared = write_comparison([config.run, *config.others], output, title=config.title)
             return {"runs": len(compared.runs), "remarks": [r for run in compared.runs for r in run.remarks]}
-        found = write_report(
+        written = write_report(
             config.run, output, title=config.title, base_model=config.base_model, license_name=config.license
         )
-    return {"stages": len(found.stages), "remarks": found.remarks}
+    return {"stages": len(written.stages), "remarks": written.remarks}

@@ -24,14 +24,14 @@ __all__ = ["plan", "run"]
 
 def plan(config: RewardConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = align_plan(config, (*CHAT_PACKAGES, *PREFERENCE_PACKAGES))
-    found.writes = [
+    plan = align_plan(config, (*CHAT_PACKAGES, *PREFERENCE_PACKAGES))
+    plan.writes = [
         PlannedPath(str(Path(config.output) / "model"), "decoder of the attribute model (NeMo 2)"),
         PlannedPath(str(Path(config.output) / "head.safetensors"), "its head"),
     ]
     if config.attributes.derive:
-        found.notes.append("labels of answers that carry none are derived by rules")
-    return found
+        plan.notes.append("labels of answers that carry none are derived by rules")
+    return plan
 
 
 def run(config: RewardConfig) -> dict[str, Any]:
@@ -114,12 +114,12 @@ def _samples(
     from nemo_minitron.alignment.reward import ScoredSample
 
     samples, template = tokens_of(chats, source, config.data)
-    found = [
+    encoded = [
         (ScoredSample.of(sample.ids, chat.attributes, schema), number, chat.where)
         for number, (sample, chat) in enumerate(zip(samples, chats, strict=True))
         if chat.attributes
     ]
-    kept = shorter(found, [len(sample.ids) for sample, *_ in found], [where for *_, where in found], config.data)
+    kept = shorter(encoded, [len(sample.ids) for sample, *_ in encoded], [where for *_, where in encoded], config.data)
     return [sample for sample, *_ in kept], [number for _, number, _ in kept], template
 
 
@@ -131,19 +131,19 @@ def _errors(
 
     from nemo_minitron.alignment.reward import NO_VALUE
 
-    labels, found = torch.tensor([sample.values for sample in samples]), {}
+    labels, errors = torch.tensor([sample.values for sample in samples]), {}
     for column, name in enumerate(schema.names):
         given = labels[:, column] != NO_VALUE
         if not given.any():
             continue
         wanted, got = labels[given, column].double(), scores[given, column].double()
         spread = bool(wanted.std(correction=0) > 0 and got.std(correction=0) > 0)
-        found[name] = {
+        errors[name] = {
             "mse": float((got - wanted).square().mean()),
             "mse_of_mean": float(wanted.var(correction=0)),
             "correlation": float(torch.corrcoef(torch.stack([wanted, got]))[0, 1]) if spread else None,
         }
-    return found
+    return errors
 
 
 def _pair_accuracy(scores: torch.Tensor, numbers: list[int], preferred: list[bool | None]) -> dict[str, Any]:

@@ -31,22 +31,22 @@ def plan(config: ScoreConfig) -> StagePlan:
     written = PlannedPath(config.output, "scores")
     faults = [] if shape is None else uniform_faults(shape, "scoring")
     if not config.runs_model:
-        found = StagePlan("score", reads=[PlannedPath(config.model, "model")], writes=[written], faults=faults)
-        found.notes.append("reads one tensor at a time; no text, no forward pass")
-        found.costs.update(model_costs(config.model, config.runtime.dtype))
-        return found
-    found = plan_measuring(config, "score", written)
-    found.faults += faults
+        plan = StagePlan("score", reads=[PlannedPath(config.model, "model")], writes=[written], faults=faults)
+        plan.notes.append("reads one tensor at a time; no text, no forward pass")
+        plan.costs.update(model_costs(config.model, config.runtime.dtype))
+        return plan
+    plan = plan_measuring(config, "score", written)
+    plan.faults += faults
     if shape is not None:
-        found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
-        found.costs.update(model_costs(config.model, config.runtime.dtype))
+        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        plan.costs.update(model_costs(config.model, config.runtime.dtype))
         count = axes.parameter_count(peek_family(config.model), shape)
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.
         passes = ESTIMATORS[config.estimator].passes
-        found.costs["FLOPs"] = human_count(2 * passes * count * config.samples * config.data.sequence_length)
-        found.costs["memory of a rank"] = weights_of_rank(config, config.model)
-    return found
+        plan.costs["FLOPs"] = human_count(2 * passes * count * config.samples * config.data.sequence_length)
+        plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
+    return plan
 
 
 def run(config: ScoreConfig) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     from nemo_minitron.importance import save_criteria
 
     started = time.monotonic()
-    found, is_main = (_by_passes if config.runs_model else _by_weights)(config)
+    result, is_main = (_by_passes if config.runs_model else _by_weights)(config)
     seconds = time.monotonic() - started
-    scores = found[0]
+    scores = result[0]
     if is_main:
         with stage_output(config.output, config.overwrite) as output:
-            save_criteria(found, output)
+            save_criteria(result, output)
         logger.info("scored %s tokens in %.1f s (%.0f/s)", f"{scores.tokens:,}", seconds, scores.tokens / seconds)
     return {
         "estimator": scores.estimator,
@@ -75,7 +75,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "tokens_per_second": round(scores.tokens / seconds, 1),
         "aggregation": {"sequence": scores.sequence, "batch": scores.batch},
-        "criteria": [f"{one.sequence}-{one.batch}" for one in found],
+        "criteria": [f"{kind.sequence}-{kind.batch}" for kind in result],
         "layers": [round(value, 6) for value in scores.layers.tolist()],
     }
 

@@ -64,7 +64,7 @@ def plan(config: SearchConfig) -> StagePlan:
 
     data, shape = data_inputs(config.data), peek_shape(config.model)
     length = config.data.sequence_length
-    found = StagePlan(
+    plan = StagePlan(
         "search",
         reads=[
             PlannedPath(config.model, "model"),
@@ -77,41 +77,41 @@ def plan(config: SearchConfig) -> StagePlan:
         faults=data.faults,
     )
     if config.depth_scores is not None:
-        found.reads.append(PlannedPath(config.depth_scores, "depth scores"))
+        plan.reads.append(PlannedPath(config.depth_scores, "depth scores"))
     if shape is None:
-        return found
+        return plan
     if faults := uniform_faults(shape, "a search of uniform shapes"):
-        found.faults += faults
-        return found
+        plan.faults += faults
+        return plan
     layout = config.parallel
-    found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
+    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline)
     try:
         costs = Costs(config, shape, peek_family(config.model), **_peek_constants(config.model))
         shapes = costs.space().fitting(costs.budgets())
         chosen = [shapes.sizes(position) for position in spread(shapes, config.max_candidates)]
     except MinitronError as error:
-        found.faults += getattr(error, "faults", [str(error)])
-        return found
+        plan.faults += getattr(error, "faults", [str(error)])
+        return plan
     counts = [costs.parameters(sizes) for sizes in chosen]
     own = costs.parameters(Sizes.of(shape))
     left_out = len(shapes) - len(chosen)
-    found.costs["shapes"] = f"{len(shapes):,} within the budget, {len(chosen):,} to rank" + (
+    plan.costs["shapes"] = f"{len(shapes):,} within the budget, {len(chosen):,} to rank" + (
         f", spread over all ({left_out:,} left out)" if left_out else ""
     )
-    found.costs["parameters"] = f"{human_count(own)} -> {human_count(min(counts))} to {human_count(max(counts))}"
-    found.costs["FLOPs of the ranking"] = human_count(2 * config.samples * length * (sum(counts) + own))
+    plan.costs["parameters"] = f"{human_count(own)} -> {human_count(min(counts))} to {human_count(max(counts))}"
+    plan.costs["FLOPs of the ranking"] = human_count(2 * config.samples * length * (sum(counts) + own))
     best = min(config.best, len(chosen))
     if best:
         tokens = config.distill.steps * config.distill.global_batch_size * length
         each = (6 * sum(counts) / len(counts) + 2 * own) * tokens
-        found.costs["distillation"] = (
+        plan.costs["distillation"] = (
             f"{best} candidates, {human_count(tokens)} tokens in {config.distill.steps} steps each"
         )
-        found.costs["FLOPs of the distillation"] = human_count(best * each)
+        plan.costs["FLOPs of the distillation"] = human_count(best * each)
     done = _finished(Path(config.output))
     if done:
-        found.notes.append(f"{done} results of an earlier run are there and are taken up")
-    return found
+        plan.notes.append(f"{done} results of an earlier run are there and are taken up")
+    return plan
 
 
 def run(config: SearchConfig) -> dict[str, Any]:
@@ -149,13 +149,15 @@ def run(config: SearchConfig) -> dict[str, Any]:
         _rank(config, output, work)
         known = by_candidate(journal.read())
     results = _results(config, costs, names, known)
-    within = sorted((one for one in results if one.state != "outside"), key=lambda one: (one.loss, one.name))
+    within = sorted(
+        (result for result in results if result.state != "outside"), key=lambda result: (result.loss, result.name)
+    )
     if not within:
         raise MinitronError(_none_within(config, results))
-    for number, one in enumerate(within[: config.best], 1):
-        _distil(config, output, journal, one, f"{number} of {min(config.best, len(within))}")
+    for number, result in enumerate(within[: config.best], 1):
+        _distil(config, output, journal, result, f"{number} of {min(config.best, len(within))}")
     results = _results(config, costs, names, by_candidate(journal.read()))
-    found = write_results(
+    written = write_results(
         config,
         output,
         results,
@@ -163,8 +165,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
         total=len(shapes),
         left_out=_left_out(shapes, chosen),
     )
-    _tidy(config, output, found["best"])
-    return {**_figures(found), "resumed": resumed, "seconds": round(time.monotonic() - started, 3)}
+    _tidy(config, output, written["best"])
+    return {**_figures(written), "resumed": resumed, "seconds": round(time.monotonic() - started, 3)}
 
 
 class Costs:
@@ -231,12 +233,12 @@ class Costs:
 
     def budgets(self, latency: LatencyCost | None = None) -> list[Budget]:
         """Those of parameters and memory, and where it is known, of fitted latency (with room for the fit's error)."""
-        budget, found = self.config.budget, []
+        budget, budgets = self.config.budget, []
         wanted = budget.parameters
         if budget.share is not None:
             wanted = budget.share * self.parameters(Sizes.of(self.shape))
         if wanted is not None:
-            found.append(
+            budgets.append(
                 Budget(
                     "parameters",
                     wanted * (1 - budget.tolerance),
@@ -248,22 +250,22 @@ class Costs:
         floor = budget.floor if wanted is None else 0.0
         if budget.memory_gib is not None:
             high = budget.memory_gib * 2**30
-            found.append(Budget("memory_gib", floor * high, high, self.memory, human_bytes))
+            budgets.append(Budget("memory_gib", floor * high, high, self.memory, human_bytes))
         if budget.latency_ms is not None and latency is not None:
             high = budget.latency_ms / 1000
             room = min(latency.error, 0.5)
-            found.append(
+            budgets.append(
                 Budget(
                     "latency_ms", floor * high * (1 - room), high * (1 + room), latency, lambda s: f"{1000 * s:.1f} ms"
                 )
             )
-        return found
+        return budgets
 
 
 def _peek_constants(model: str) -> dict[str, Any]:
     """What the costs need of a checkpoint's constants, from its record alone."""
-    found = peek_architecture(model)
-    return {} if found is None else {"topk": found.moe_router_topk, "rotary": found.rotary_percent}
+    stated = peek_architecture(model)
+    return {} if stated is None else {"topk": stated.moe_router_topk, "rotary": stated.rotary_percent}
 
 
 def _fitted_latency(
@@ -325,22 +327,22 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
 
 
 def _distil(
-    config: SearchConfig, output: Path, journal: Journal[tuple[str, dict[str, Any]]], one: Result, label: str
+    config: SearchConfig, output: Path, journal: Journal[tuple[str, dict[str, Any]]], result: Result, label: str
 ) -> None:
     """Prune, distil and measure one candidate, as far as that is not done."""
-    if one.distilled_loss is not None:
+    if result.distilled_loss is not None:
         return
-    folder = output / "candidates" / one.name
-    given = {name: size for name, size in one.sizes._asdict().items() if size is not None}
-    logger.info("distilling %s: %s", label, one.name)
+    folder = output / "candidates" / result.name
+    given = {name: size for name, size in result.sizes._asdict().items() if size is not None}
+    logger.info("distilling %s: %s", label, result.name)
     started = time.monotonic()
     student = config.pruning(str(folder / "student"), TargetConfig(**given))
     distilled = config.distillation(str(folder / "distilled"), student.output)
     for stage in (student, distilled):
         run_child(stage)
     seconds = round(time.monotonic() - started, 1)
-    _rank(config, output, Work([one.sizes], distilled=str(folder / "distilled" / "model")))
-    journal.append([(one.name, {"distill_seconds": seconds})])
+    _rank(config, output, Work([result.sizes], distilled=str(folder / "distilled" / "model")))
+    journal.append([(result.name, {"distill_seconds": seconds})])
     for part in ("student", "distilled/checkpoints"):
         shutil.rmtree(folder / part, ignore_errors=True)
 
@@ -349,22 +351,22 @@ def _results(
     config: SearchConfig, costs: Costs, names: dict[str, Sizes], known: dict[str, dict[str, Any]]
 ) -> list[Result]:
     """What is known of each candidate of this search."""
-    fields = {one.name for one in dataclasses.fields(Result)} - {"sizes", "parameters", "memory", "outside"}
-    budget, found = config.budget, []
+    fields = {field.name for field in dataclasses.fields(Result)} - {"sizes", "parameters", "memory", "outside"}
+    budget, results = config.budget, []
     for name, sizes in names.items():
         values = {key: value for key, value in known.get(name, {}).items() if key in fields}
         measured, outside = values.get(budget.latency_of), None
         if budget.latency_ms is not None and measured is not None and 1000 * measured > budget.latency_ms:
             outside = f"{budget.latency_of} {1000 * measured:.1f} ms"
-        found.append(
+        results.append(
             Result(sizes, costs.parameters(sizes), memory=round(costs.memory(sizes)), outside=outside, **values)
         )
-    return found
+    return results
 
 
 def _none_within(config: SearchConfig, results: list[Result]) -> str:
     what = config.budget.latency_of
-    fastest = min(results, key=lambda one: getattr(one, what))
+    fastest = min(results, key=lambda result: getattr(result, what))
     return (
         f"budget.latency_ms={config.budget.latency_ms}: no candidate's {what} is within it; the fastest takes "
         f"{1000 * getattr(fastest, what):.2f} ms ({fastest.name}); raise it or widen the space"
@@ -374,13 +376,13 @@ def _none_within(config: SearchConfig, results: list[Result]) -> str:
 def _left_out(shapes: ShapeSet, chosen: list[int]) -> list[Sizes]:
     """The shapes within the budget that are not ranked, at most 100,000 of them."""
     taken = set(chosen)
-    found = []
+    left_out = []
     for position in range(len(shapes)):
         if position not in taken:
-            found.append(shapes.sizes(position))
-            if len(found) == 100_000:
+            left_out.append(shapes.sizes(position))
+            if len(left_out) == 100_000:
                 break
-    return found
+    return left_out
 
 
 def _tidy(config: SearchConfig, output: Path, best: str) -> None:
@@ -392,17 +394,17 @@ def _tidy(config: SearchConfig, output: Path, best: str) -> None:
         shutil.rmtree(output / "candidates", ignore_errors=True)
 
 
-def _figures(found: dict[str, Any]) -> dict[str, Any]:
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
     """The record's metrics."""
-    states = [one["state"] for one in found["candidates"]]
-    best = next(one for one in found["candidates"] if one["name"] == found["best"])
+    states = [candidate["state"] for candidate in results["candidates"]]
+    best = next(candidate for candidate in results["candidates"] if candidate["name"] == results["best"])
     return {
-        "shapes": found["shapes"],
+        "shapes": results["shapes"],
         "candidates": len(states),
         "outside": states.count("outside"),
         "ranked": states.count("ranked") + states.count("distilled"),
         "distilled": states.count("distilled"),
         "best": best["name"],
         **{name: best[name] for name in ("parameters", "loss", "distilled_loss")},
-        "kendall_tau": found["kendall_tau"],
+        "kendall_tau": results["kendall_tau"],
     }

@@ -22,22 +22,22 @@ def plan(config: SteerlmConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
     from nemo_minitron.jobs.modules import stage_module
 
-    found = align_plan(config, CHAT_PACKAGES)
+    plan = align_plan(config, CHAT_PACKAGES)
     output = Path(config.output)
-    found.writes = [
+    plan.writes = [
         PlannedPath(str(output / "attribute_model"), "attribute model"),
         PlannedPath(str(output / "labels" / "labelled.jsonl"), "labelled conversations"),
         PlannedPath(str(output / "sft" / "model"), "model that follows attributes (NeMo 2)"),
     ]
     if config.attribute_model is not None:
-        found.writes.pop(0)
-        found.reads.append(PlannedPath(config.attribute_model, "attribute model"))
-        return found
+        plan.writes.pop(0)
+        plan.reads.append(PlannedPath(config.attribute_model, "attribute model"))
+        return plan
     of_reward: StagePlan = stage_module("reward").plan(config.reward_stage())
-    found.reads += [item for item in of_reward.reads if item not in found.reads]
-    found.faults += [f"reward: {fault}" for fault in of_reward.faults if fault not in found.faults]
-    found.notes += [note for note in of_reward.notes if note not in found.notes]
-    return found
+    plan.reads += [item for item in of_reward.reads if item not in plan.reads]
+    plan.faults += [f"reward: {fault}" for fault in of_reward.faults if fault not in plan.faults]
+    plan.notes += [note for note in of_reward.notes if note not in plan.notes]
+    return plan
 
 
 def run(config: SteerlmConfig) -> dict[str, Any]:

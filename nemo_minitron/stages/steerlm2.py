@@ -25,9 +25,9 @@ __all__ = ["plan", "run"]
 
 def plan(config: Steerlm2Config) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    found = align_plan(config, CHAT_PACKAGES)
-    found.reads += [PlannedPath(config.attribute_model, "attribute model"), PlannedPath(config.base, "base model")]
-    return found
+    plan = align_plan(config, CHAT_PACKAGES)
+    plan.reads += [PlannedPath(config.attribute_model, "attribute model"), PlannedPath(config.base, "base model")]
+    return plan
 
 
 def run(config: Steerlm2Config) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class _Sampler:
         ]
         plain = [prompt_ids(chat.prompt, self.tokenizer, self.template) for chat in chats]
         likelihoods = self._log_likelihoods(groups, plain, [answer.tokens for answer in answers])
-        found = [
+        sampled = [
             Responses(
                 ids,
                 [answers[at].tokens for at in here],
@@ -160,7 +160,7 @@ class _Sampler:
             for number, (_, ids) in enumerate(asked)
             for here in [range(number * count, (number + 1) * count)]
         ]
-        return found[: len(parts[0])], found[len(parts[0]) :]
+        return sampled[: len(parts[0])], sampled[len(parts[0]) :]
 
     def _log_likelihoods(self, groups: Groups, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
         """``log P(y|x)`` of the base model, without attribute values."""

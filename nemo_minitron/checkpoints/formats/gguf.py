@@ -97,10 +97,10 @@ def _fields(source: Path) -> dict[str, Any]:
             raise CheckpointError(f"{source} is not a GGUF file")
     try:
         reader = GGUFReader(source, "r")
-        found = {key: field.contents() if (field := reader.get_field(key)) is not None else None for key in FIELDS}
+        fields = {key: field.contents() if (field := reader.get_field(key)) is not None else None for key in FIELDS}
     except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{source} is truncated or damaged ({error}); fetch it again") from error
-    return found
+    return fields
 
 
 def _write_model(source: Path, directory: Path, dtype: str) -> dict[str, Any]:

@@ -135,8 +135,8 @@ def check_same_tokenizer(models: Mapping[str, Path | None]) -> None:
     (first, reference), *others = given.items()
     expected = _meaning(reference)
     for name, directory in others:
-        found = _meaning(directory)
-        if faults := [fault for part in expected if (fault := _difference(part, expected[part], found.get(part)))]:
+        meaning = _meaning(directory)
+        if faults := [fault for part in expected if (fault := _difference(part, expected[part], meaning.get(part)))]:
             raise CheckpointError(
                 f"{first} ({reference}) and {name} ({directory}) have different tokenizers: {'; '.join(faults)}. Their "
                 "token ids do not mean the same, so neither their logits nor their losses can be compared; use models "
@@ -178,16 +178,16 @@ def _ends(directory: Path) -> dict[str, int]:
     return {name: number for name, number in special_ids(directory).items() if name != "pad_token_id"}
 
 
-def _difference(part: str, one: dict[Any, Any] | None, other: dict[Any, Any] | None) -> str | None:
+def _difference(part: str, expected: dict[Any, Any] | None, other: dict[Any, Any] | None) -> str | None:
     """What differs between two tables, with an example."""
-    if one is None or other is None or one == other:
+    if expected is None or other is None or expected == other:
         return None
     if part == "special tokens":  # a file that does not name one contradicts nothing
-        one, other = ({key: table[key] for key in one.keys() & other.keys()} for table in (one, other))
-    different = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        expected, other = ({key: table[key] for key in expected.keys() & other.keys()} for table in (expected, other))
+    different = [key for key in {**expected, **other} if expected.get(key) != other.get(key)]
     if not different:
         return None
     example = different[0]
     what = "order" if part == "merges" else "id"
-    values = [f"{what} {table[example]}" if example in table else "none" for table in (one, other)]
+    values = [f"{what} {table[example]}" if example in table else "none" for table in (expected, other)]
     return f"{len(different)} {part} differ ({example!r} has {values[0]} and {values[1]})"

@@ -82,7 +82,7 @@ def read_frequencies(path: Path) -> TokenFrequencies:
     Raises:
         DataError: naming the file and the line.
     """
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     tokenizer = None
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -93,14 +93,14 @@ def read_frequencies(path: Path) -> TokenFrequencies:
             parts = line.split()
             if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
                 raise DataError(f"{path}, line {number}: {line[:80]!r} is not a token id and a count")
-            if int(parts[0]) in found:
+            if int(parts[0]) in counts:
                 raise DataError(f"{path}, line {number}: token {parts[0]} is counted twice")
-            found[int(parts[0])] = int(parts[1])
+            counts[int(parts[0])] = int(parts[1])
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); run `minitron tokens`") from None
-    if not found:
+    if not counts:
         raise DataError(f"{path}: counts no tokens; run `minitron tokens`")
-    return TokenFrequencies(found, tokenizer, str(path))
+    return TokenFrequencies(counts, tokenizer, str(path))
 
 
 def write_frequencies(counts: Sequence[int], path: Path, *, tokenizer: Path, comment: str) -> None:
@@ -220,7 +220,7 @@ def renumber(architecture: Architecture, kept: Sequence[int]) -> Architecture:
     def renumbered(name: str) -> Any:
         value = getattr(architecture, name)
         try:
-            return [new[one] for one in value] if isinstance(value, list) else None if value is None else new[value]
+            return [new[token] for token in value] if isinstance(value, list) else None if value is None else new[value]
         except KeyError as error:
             raise ShapeError(f"{name}={value}: token {error} is not among the kept tokens; keep it") from None
 
@@ -250,24 +250,24 @@ def _read(directory: Path) -> dict[str, Any]:
 def _ids(content: dict[str, Any]) -> dict[str, int]:
     """Token -> id, of the model and of the added tokens."""
     vocabulary = content["model"]["vocab"]
-    found = (
+    ids = (
         dict(vocabulary)
         if isinstance(vocabulary, dict)
         else {piece: index for index, (piece, _) in enumerate(vocabulary)}
     )
-    return found | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
 
 
 def _required(content: dict[str, Any], ids: Mapping[str, int]) -> set[int]:
     model = content["model"]
-    found = {token["id"] for token in content.get("added_tokens") or []} | _mentioned(content.get("post_processor"))
-    found |= {ids[token] for token in (model.get("unk_token"),) if token in ids}
-    found |= {index for index in (model.get("unk_id"),) if index is not None}
+    required = {token["id"] for token in content.get("added_tokens") or []} | _mentioned(content.get("post_processor"))
+    required |= {ids[token] for token in (model.get("unk_token"),) if token in ids}
+    required |= {index for index in (model.get("unk_id"),) if index is not None}
     if content.get("padding"):
-        found.add(content["padding"]["pad_id"])
+        required.add(content["padding"]["pad_id"])
     if model["type"] == "Unigram":
         # An unknown character costs ten more than the least likely piece: that stays, or segmentations would change.
-        found.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))
+        required.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))
     alphabet = _byte_alphabet() if _uses_bytes(content) else set()
     spelled = not alphabet and not model.get("byte_fallback") and model["type"] != "WordLevel"
     # Spelled in bytes, the mark of a space would come back as the mark: text is restored before bytes are.
@@ -277,8 +277,8 @@ def _required(content: dict[str, Any], ids: Mapping[str, int]) -> set[int]:
         single = len(token.removeprefix(marks[0]).removesuffix(marks[1])) == 1
         stands_for_space = single and not token.isascii() and token in spaces
         if token in alphabet or _BYTE.fullmatch(token) or (spelled and single) or stands_for_space:
-            found.add(index)
-    return found
+            required.add(index)
+    return required
 
 
 def _uses_bytes(content: dict[str, Any]) -> bool:
@@ -323,7 +323,7 @@ def _parents(content: dict[str, Any], ids: Mapping[str, int]) -> dict[int, tuple
     if model["type"] != "BPE":
         return {}
     ranks = {_pair(merge): rank for rank, merge in enumerate(model["merges"])}
-    found = {}
+    parents = {}
     for token, index in model["vocab"].items():
         parts = _symbols(token, model)
         passed = list(parts)
@@ -333,23 +333,23 @@ def _parents(content: dict[str, Any], ids: Mapping[str, int]) -> dict[int, tuple
                 break  # not built by merges: a whole word that is looked up, or an added token
             parts[place : place + 2] = [_joined(parts[place : place + 2], model)]
             passed.append(parts[place])
-        found[index] = tuple({ids[part] for part in passed if part in ids} - {index})
-    return found
+        parents[index] = tuple({ids[part] for part in passed if part in ids} - {index})
+    return parents
 
 
 def _mentioned(part: Any) -> set[int]:
     """Ids inside a post-processor."""
-    found: set[int] = set()
-    _renumbered(part, _Seen(found))
-    return found
+    ids: set[int] = set()
+    _renumbered(part, _Seen(ids))
+    return ids
 
 
 class _Seen(dict[int, int]):
     """Renumbers nothing, and notes what it is asked for."""
 
-    def __init__(self, found: set[int]) -> None:
+    def __init__(self, ids: set[int]) -> None:
         super().__init__()
-        self._found = found
+        self._found = ids
 
     def __missing__(self, index: int) -> int:
         self._found.add(index)
@@ -359,7 +359,7 @@ class _Seen(dict[int, int]):
 def _renumbered(part: Any, new: Mapping[int, int]) -> Any:
     """Ids inside a post-processor: ``ids`` of templates, ``[token, id]`` of BERT's ``sep`` and ``cls``."""
     if isinstance(part, list):
-        return [_renumbered(one, new) for one in part]
+        return [_renumbered(item, new) for item in part]
     if not isinstance(part, dict):
         return part
     out = {}

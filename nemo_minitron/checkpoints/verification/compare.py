@@ -81,7 +81,7 @@ def verify(
     ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     dtype = target.architecture.dtype
     loaders = _loader_of(source, ours=False), _loader_of(target, ours=True)
-    expected, found = (
+    expected, logits = (
         _logits(kind, checkpoint, ids, dtype, timeout_minutes)
         for kind, checkpoint in zip(loaders, (source, target), strict=True)
     )
@@ -90,11 +90,11 @@ def verify(
             f"{target.path} has a vocabulary of {target.shape.vocab_size}, its source {source.path} of "
             f"{source.shape.vocab_size}; convert it again"
         )
-    expected, found = expected[..., :vocab], found[..., :vocab]
+    expected, logits = expected[..., :vocab], logits[..., :vocab]
     result = Verification(
-        max_difference=(expected - found).abs().max().item(),
+        max_difference=(expected - logits).abs().max().item(),
         scale=expected.abs().max().item(),
-        same_choice=(expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
+        same_choice=(expected.argmax(-1) == logits.argmax(-1)).float().mean().item(),
         dtype=dtype,
         loader=loaders[1],
     )

@@ -31,14 +31,14 @@ class AttributesConfig:
 
     def faults(self) -> list[str]:
         """Unknown schema, own attributes without names or names without being own."""
-        found = [*choice(self, "schema", ATTRIBUTE_SCHEMAS), *positive(self, "highest")]
+        faults = [*choice(self, "schema", ATTRIBUTE_SCHEMAS), *positive(self, "highest")]
         if self.schema == "own" and not self.names:
-            found.append("names: schema=own needs the names of its attributes")
+            faults.append("names: schema=own needs the names of its attributes")
         if self.schema != "own" and self.names:
-            found.append(f"names: schema={self.schema} has its own; set schema=own or leave them out")
+            faults.append(f"names: schema={self.schema} has its own; set schema=own or leave them out")
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        found += [f"names: {name!r} is given twice" for name in twice]
-        found += [
+        faults += [f"names: {name!r} is given twice" for name in twice]
+        faults += [
             f"names: {name!r} must be letters, digits and underscores" for name in self.names if not name.isidentifier()
         ]
-        return found
+        return faults

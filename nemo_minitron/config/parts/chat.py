@@ -44,7 +44,7 @@ class ChatDataConfig:
 
     def faults(self) -> list[str]:
         """Not exactly one origin, a split that leaves nothing."""
-        found = [
+        faults = [
             *one_of(self, "path", "package"),
             *choice(self, "template", CHAT_TEMPLATES),
             *choice(self, "long", ("refuse", "drop")),
@@ -52,5 +52,5 @@ class ChatDataConfig:
             *not_negative(self, "seed"),
         ]
         if self.validation is None and not 0 < self.held_out_fraction < 1:
-            found.append(f"held_out_fraction={self.held_out_fraction}: must lie between 0 and 1")
-        return found
+            faults.append(f"held_out_fraction={self.held_out_fraction}: must lie between 0 and 1")
+        return faults

@@ -41,13 +41,13 @@ class ClusterConfig:
 
     def faults(self) -> list[str]:
         """Unknown kinds and ranges."""
-        found = [
+        faults = [
             *choice(self, "gpu", GPUS),
             *positive(
                 self, "gpus", "gpus_per_node", "memory_gib", "usable", "teraflops", "link_gb_per_s",
                 "network_gb_per_s", "mfu", "price",
             ),
         ]  # fmt: skip
-        found += [f"{name}={getattr(self, name)}: is a share; give at most 1" for name in ("usable", "mfu")
+        faults += [f"{name}={getattr(self, name)}: is a share; give at most 1" for name in ("usable", "mfu")
                   if getattr(self, name) > 1]  # fmt: skip
-        return found
+        return faults

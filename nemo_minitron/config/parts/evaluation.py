@@ -35,9 +35,9 @@ class HarnessConfig:
 
     def faults(self) -> list[str]:
         """Ranges, tasks given twice, a directory without tasks to take from it."""
-        found = [*positive(self, "limit", "batch_size"), *not_negative(self, "num_fewshot")]
+        faults = [*positive(self, "limit", "batch_size"), *not_negative(self, "num_fewshot")]
         if twice := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
-            found.append(f"tasks: {', '.join(twice)} is given twice")
+            faults.append(f"tasks: {', '.join(twice)} is given twice")
         if self.include_path is not None and not self.tasks:
-            found.append(f"include_path={self.include_path}: no tasks are named; list those to run")
-        return found
+            faults.append(f"include_path={self.include_path}: no tasks are named; list those to run")
+        return faults

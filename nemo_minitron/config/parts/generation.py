@@ -37,11 +37,11 @@ class PromptsConfig:
 
     def faults(self) -> list[str]:
         """Not exactly one origin, empty questions."""
-        found = [*one_of(self, "path", "package", "texts"), *positive(self, "limit")]
+        faults = [*one_of(self, "path", "package", "texts"), *positive(self, "limit")]
         if self.texts is not None and not self.texts:
-            found.append("texts: is empty; give at least one question")
-        found += [f"texts[{number}]: is empty" for number, text in enumerate(self.texts or []) if not text.strip()]
-        return found
+            faults.append("texts: is empty; give at least one question")
+        faults += [f"texts[{number}]: is empty" for number, text in enumerate(self.texts or []) if not text.strip()]
+        return faults
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sampling:
 
     def faults(self) -> list[str]:
         """Values that leave nothing to draw from."""
-        found = positive(self, "max_new_tokens", "temperature", "top_k", "top_p")
+        faults = positive(self, "max_new_tokens", "temperature", "top_k", "top_p")
         if self.top_p > 1:
-            found.append(f"top_p={self.top_p}: must be at most 1")
-        return found
+            faults.append(f"top_p={self.top_p}: must be at most 1")
+        return faults

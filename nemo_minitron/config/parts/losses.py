@@ -34,12 +34,14 @@ class LossConfig:
 
     def faults(self) -> list[str]:
         """Unknown kinds and values out of range."""
-        found = [*choice(self, "kind", LOGIT_LOSSES), *positive(self, "temperature", "k")]
+        faults = [*choice(self, "kind", LOGIT_LOSSES), *positive(self, "temperature", "k")]
         if not 0 < self.beta < 1:
-            found.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
+            faults.append(f"beta={self.beta}: must lie between 0 and 1; their limits are forward_kl and reverse_kl")
         if not 0 <= self.label_weight <= 1:
-            found.append(f"label_weight={self.label_weight}: must lie in [0, 1], 1 being the language-model loss alone")
-        return found
+            faults.append(
+                f"label_weight={self.label_weight}: must lie in [0, 1], 1 being the language-model loss alone"
+            )
+        return faults
 
 
 @dataclass
@@ -56,10 +58,10 @@ class CorrectionConfig:
 
     def faults(self) -> list[str]:
         """A schedule that rises."""
-        found = [*positive(self, "lr"), *not_negative(self, "min_lr")]
+        faults = [*positive(self, "lr"), *not_negative(self, "min_lr")]
         if self.lr is not None and self.min_lr > self.lr:
-            found.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
-        return found
+            faults.append(f"min_lr={self.min_lr}: lies above lr={self.lr}")
+        return faults
 
 
 @dataclass
@@ -98,7 +100,7 @@ class IntermediateConfig:
 
     def faults(self) -> list[str]:
         """Unknown choices, values out of range, options of a loss that is not asked for."""
-        found = [
+        faults = [
             *choice(self, "hidden", STATE_LOSSES),
             *choice(self, "embedding", STATE_LOSSES),
             *choice(self, "balance", BALANCES),
@@ -107,9 +109,9 @@ class IntermediateConfig:
         for name, loss in (("layers", "hidden"), ("attention_layers", "relation_heads")):
             layers = getattr(self, name)
             if layers is not None and getattr(self, loss) is None:
-                found.append(f"{name}={layers}: is of the loss {loss}, which is not asked for")
+                faults.append(f"{name}={layers}: is of the loss {loss}, which is not asked for")
             elif layers is not None and not layers:
-                found.append(f"{name}={{}}: maps no layer; leave it null for the automatic map")
+                faults.append(f"{name}={{}}: maps no layer; leave it null for the automatic map")
         if self.balance == "dynamic" and not self.weights():
-            found.append("balance=dynamic: there is no intermediate loss to balance; ask for one")
-        return found
+            faults.append("balance=dynamic: there is no intermediate loss to balance; ask for one")
+        return faults

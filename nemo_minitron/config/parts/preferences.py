@@ -36,11 +36,11 @@ class Preferences:
 
     def faults(self) -> list[str]:
         """Unknown losses, weights that leave no loss."""
-        found = [
+        faults = [
             *choice(self, "loss", PREFERENCE_LOSSES),
             *positive(self, "beta", "reward_scale"),
             *not_negative(self, "preference_loss_weight", "sft_loss_weight"),
         ]
         if self.preference_loss_weight == 0 and self.sft_loss_weight == 0:
-            found.append("preference_loss_weight and sft_loss_weight are both 0: no loss is left")
-        return found
+            faults.append("preference_loss_weight and sft_loss_weight are both 0: no loss is left")
+        return faults

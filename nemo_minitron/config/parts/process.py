@@ -69,12 +69,12 @@ class ParallelLayout:
 
     def faults(self) -> list[str]:
         """Sizes below 1 and options that need a size above 1."""
-        found = positive(self, "tensor", "pipeline", "data", "virtual_pipeline", "context")
-        if not found and self.virtual_pipeline is not None and self.pipeline == 1:
-            found.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
-        if not found and self.sequence_parallel and self.tensor == 1:
-            found.append("sequence_parallel=true: needs parallel.tensor above 1; set it to false")
-        return found
+        faults = positive(self, "tensor", "pipeline", "data", "virtual_pipeline", "context")
+        if not faults and self.virtual_pipeline is not None and self.pipeline == 1:
+            faults.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
+        if not faults and self.sequence_parallel and self.tensor == 1:
+            faults.append("sequence_parallel=true: needs parallel.tensor above 1; set it to false")
+        return faults
 
 
 @dataclass

@@ -55,11 +55,11 @@ class TargetConfig:
 
     def faults(self) -> list[str]:
         """Sizes below 1 and heads that do not fill their groups."""
-        found = positive(self, *(f.name for f in dataclasses.fields(self)))
+        faults = positive(self, *(f.name for f in dataclasses.fields(self)))
         heads, groups = self.num_attention_heads, self.num_query_groups
-        if not found and heads is not None and groups is not None and heads % groups:
-            found.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
-        return found
+        if not faults and heads is not None and groups is not None and heads % groups:
+            faults.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")
+        return faults
 
 
 @dataclass
@@ -78,11 +78,11 @@ class VocabularyConfig:
 
     def faults(self) -> list[str]:
         """One without the other."""
-        found = positive(self, "size")
+        faults = positive(self, "size")
         if (self.size is None) != (self.frequencies is None):
             missing = "size" if self.size is None else "frequencies"
-            found.append(f"{missing}: a vocabulary is trimmed to a size by frequencies; give both or none")
-        return found
+            faults.append(f"{missing}: a vocabulary is trimmed to a size by frequencies; give both or none")
+        return faults
 
 
 @dataclass
@@ -100,10 +100,10 @@ class DepthChoiceConfig:
 
     def faults(self) -> list[str]:
         """Unknown choices, influence chosen greedily."""
-        found = [
+        faults = [
             *choice(self, "criterion", DEPTH_CRITERIA),
             *choice(self, "form", DEPTH_FORMS),
         ]
         if self.criterion == "block_influence" and self.form == "greedy":
-            found.append("form=greedy: block influence is measured once; choose lowest, or criterion=loss")
-        return found
+            faults.append("form=greedy: block influence is measured once; choose lowest, or criterion=loss")
+        return faults

@@ -110,13 +110,13 @@ class ShortAlignmentSchedule:
 
     def faults(self) -> list[str]:
         """Ranges, a warm-up that leaves nothing, intervals that NeMo-Aligner cannot keep."""
-        found = [*positive(self, "epochs", "steps", "validate_every", "save_every"), *_rate_faults(self)]
+        faults = [*positive(self, "epochs", "steps", "validate_every", "save_every"), *_rate_faults(self)]
         if self.validate_every > 0 and self.save_every > 0 and self.save_every % self.validate_every:
-            found.append(
+            faults.append(
                 f"save_every={self.save_every}: is not a multiple of validate_every={self.validate_every}; "
                 "NeMo-Aligner validates before it saves"
             )
-        return found
+        return faults
 
 
 @dataclass
@@ -162,15 +162,15 @@ def batch_faults(schedule: ShortSchedule | ShortAlignmentSchedule, data: int) ->
 
 
 def _rate_faults(schedule: ShortSchedule | ShortAlignmentSchedule) -> list[str]:
-    found = [
+    faults = [
         *positive(schedule, "micro_batch_size", "global_batch_size", "lr"),
         *not_negative(schedule, "min_lr", "warmup_steps"),
     ]
     if schedule.min_lr > schedule.lr:
-        found.append(f"min_lr={schedule.min_lr}: lies above lr={schedule.lr}")
+        faults.append(f"min_lr={schedule.min_lr}: lies above lr={schedule.lr}")
     if schedule.steps is not None and 0 < schedule.steps <= schedule.warmup_steps:
-        found.append(f"warmup_steps={schedule.warmup_steps}: leaves nothing of steps={schedule.steps}")
-    return found
+        faults.append(f"warmup_steps={schedule.warmup_steps}: leaves nothing of steps={schedule.steps}")
+    return faults
 
 
 def _optimizer_faults(schedule: Schedule | AlignmentSchedule) -> list[str]:

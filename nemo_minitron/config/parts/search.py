@@ -30,18 +30,18 @@ class AxisConfig:
 
     def faults(self) -> list[str]:
         """Sizes below 1, contradictions."""
-        found = positive(self, "min", "max", "multiple")
+        faults = positive(self, "min", "max", "multiple")
         if self.values is not None:
-            found += [f"values: {value} must be above 0" for value in self.values if value <= 0]
+            faults += [f"values: {value} must be above 0" for value in self.values if value <= 0]
             if not self.values:
-                found.append("values: is empty; leave it null to keep the model's own size")
+                faults.append("values: is empty; leave it null to keep the model's own size")
             if (self.min, self.max, self.multiple) != (None, None, 1):
-                found.append("values: names the candidates already; leave min, max and multiple out")
+                faults.append("values: names the candidates already; leave min, max and multiple out")
         elif self.min is None and (self.max is not None or self.multiple != 1):
-            found.append("min: is needed with max or multiple; or give values")
+            faults.append("min: is needed with max or multiple; or give values")
         elif self.min is not None and self.max is not None and self.min > self.max:
-            found.append(f"min={self.min}: lies above max={self.max}")
-        return found
+            faults.append(f"min={self.min}: lies above max={self.max}")
+        return faults
 
 
 @dataclass
@@ -66,7 +66,7 @@ class SpaceConfig:
 
     def given(self) -> dict[str, AxisConfig]:
         """The axes that are searched."""
-        axes = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: axis for name, axis in axes.items() if axis != AxisConfig()}
 
     def faults(self) -> list[str]:
@@ -112,7 +112,7 @@ class BudgetConfig:
 
     def faults(self) -> list[str]:
         """No budget, two of the same kind, values out of range."""
-        found = [
+        faults = [
             *positive(self, "parameters", "share", "memory_gib", "latency_ms", "batch_size", "sequence_length"),
             *choice(self, "memory_of", MEMORY_USES),
             *choice(self, "latency_of", LATENCIES),
@@ -121,12 +121,12 @@ class BudgetConfig:
               if not 0 <= getattr(self, name) < 1),
         ]  # fmt: skip
         if self.share is not None and self.share > 1:
-            found.append(f"share={self.share}: pruning does not grow a model; give at most 1")
+            faults.append(f"share={self.share}: pruning does not grow a model; give at most 1")
         if self.parameters is not None and self.share is not None:
-            found.append("parameters: give one of parameters and share, not both")
+            faults.append("parameters: give one of parameters and share, not both")
         if all(value is None for value in (self.parameters, self.share, self.memory_gib, self.latency_ms)):
-            found.append("parameters: no budget is given; set parameters, share, memory_gib or latency_ms")
-        return found
+            faults.append("parameters: no budget is given; set parameters, share, memory_gib or latency_ms")
+        return faults
 
 
 @dataclass

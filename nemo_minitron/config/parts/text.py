@@ -64,14 +64,14 @@ class SourceConfig:
 
     def faults(self) -> list[str]:
         """Not exactly one origin, options that it does not take, or nothing to read."""
-        found = [*one_of(self, *ORIGINS), *positive(self, "weight", "max_characters")]
+        faults = [*one_of(self, *ORIGINS), *positive(self, "weight", "max_characters")]
         if self.dataset_split is not None and self.dataset is None:
-            found.append(f"dataset_split={self.dataset_split}: only a dataset has splits")
+            faults.append(f"dataset_split={self.dataset_split}: only a dataset has splits")
         if self.template != "own" and self.chat is None:
-            found.append(f"template={self.template}: only chat takes a template")
+            faults.append(f"template={self.template}: only chat takes a template")
         if self.max_characters is not None and self.megatron is not None:
-            found.append(f"max_characters={self.max_characters}: megatron files hold tokens; lower its weight instead")
-        return found
+            faults.append(f"max_characters={self.max_characters}: megatron files hold tokens; lower its weight instead")
+        return faults
 
 
 @dataclass
@@ -124,25 +124,25 @@ class DataConfig:
 
     def faults(self) -> list[str]:
         """No or doubled sources, splits that leave nothing to train on."""
-        found = [*positive(self, "sequence_length", "workers"), *not_negative(self, "seed")]
-        found += [*choice(self, "documents", DOCUMENTS), *choice(self, "packing", PACKINGS)]
+        faults = [*positive(self, "sequence_length", "workers"), *not_negative(self, "seed")]
+        faults += [*choice(self, "documents", DOCUMENTS), *choice(self, "packing", PACKINGS)]
         if self.packing == "best_fit" and self.documents == "join":
-            found.append("packing=best_fit: keeps documents whole, so it needs documents=mask")
+            faults.append("packing=best_fit: keeps documents whole, so it needs documents=mask")
         if not self.sources and not self.blend:
-            found.append("sources: none is given; list at least one {name, path} or {name, package}")
+            faults.append("sources: none is given; list at least one {name, path} or {name, package}")
         blend_faults = self._blend_faults()
         sources = self.sources if blend_faults else self.all_sources()
         names = [source.name for source in sources]
-        found += blend_faults
-        found += [
+        faults += blend_faults
+        faults += [
             f"sources: the name {name!r} is given twice" for name in sorted({n for n in names if names.count(n) > 1})
         ]
         fractions = ("calibration_fraction", "held_out_fraction")
         outside = [name for name in fractions if not 0 < getattr(self, name) < 1]
-        found += [f"{name}={getattr(self, name)}: must lie between 0 and 1" for name in outside]
+        faults += [f"{name}={getattr(self, name)}: must lie between 0 and 1" for name in outside]
         if not outside and self.calibration_fraction + self.held_out_fraction >= 1:
-            found.append("calibration_fraction + held_out_fraction must stay below 1: nothing is left to train on")
-        return found
+            faults.append("calibration_fraction + held_out_fraction must stay below 1: nothing is left to train on")
+        return faults
 
     def _blend_faults(self) -> list[str]:
         if len(self.blend) == 1:
@@ -189,7 +189,7 @@ class TaskConfig:
 
     def faults(self) -> list[str]:
         """Two tasks, no questions."""
-        found = positive(self, "questions")
+        faults = positive(self, "questions")
         if self.path is not None and self.builtin is not None:
-            found.append("path: give one of path and builtin, not both")
-        return found
+            faults.append("path: give one of path and builtin, not both")
+        return faults

@@ -52,17 +52,17 @@ class AlignConfig(AlignmentSchedule, StageConfig):
 
     def faults(self) -> list[str]:
         """Ranges, batches that do not divide, what NeMo-Aligner cannot run."""
-        found = [
+        faults = [
             *super().faults(),
             *format_list_faults(self.formats),
             *batch_faults(self, self.parallel.data),
         ]
         if self.parallel.virtual_pipeline is not None:
-            found.append(
+            faults.append(
                 f"parallel.virtual_pipeline={self.parallel.virtual_pipeline}: NeMo-Aligner has no interleaved "
                 "schedule; set it to null"
             )
-        return found
+        return faults
 
 
 @dataclass
@@ -111,21 +111,21 @@ class DpoConfig(Preferences, AlignConfig):
 
     def inputs(self) -> dict[str, str]:
         """The base's, each round's data, and a reference that is a checkpoint."""
-        found = super().inputs()
-        found |= {f"rounds_data.{number}": path for number, path in enumerate(self.rounds_data, 1)}
+        inputs = super().inputs()
+        inputs |= {f"rounds_data.{number}": path for number, path in enumerate(self.rounds_data, 1)}
         if self.is_path("reference", self.reference):
-            found["reference"] = self.reference
-        return found
+            inputs["reference"] = self.reference
+        return inputs
 
     def faults(self) -> list[str]:
         """The base's, unknown losses, weights that leave no loss, rounds without data."""
-        found = [
+        faults = [
             *Preferences.faults(self),
             *AlignConfig.faults(self),
             *positive(self, "rounds"),
         ]
         if self.chosen_reward < self.rejected_reward:
-            found.append(f"chosen_reward={self.chosen_reward}: lies below rejected_reward={self.rejected_reward}")
+            faults.append(f"chosen_reward={self.chosen_reward}: lies below rejected_reward={self.rejected_reward}")
         if self.rounds_data and len(self.rounds_data) != self.rounds:
-            found.append(f"rounds_data: names {len(self.rounds_data)} files for rounds={self.rounds}")
-        return found
+            faults.append(f"rounds_data: names {len(self.rounds_data)} files for rounds={self.rounds}")
+        return faults

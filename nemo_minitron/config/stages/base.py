@@ -121,14 +121,14 @@ class StageConfig:
 
     def inputs(self) -> dict[str, str]:
         """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""
-        found: dict[str, str] = {}
+        inputs: dict[str, str] = {}
         for name in self.INPUTS:
             value = attrgetter(name)(self)
             if isinstance(value, dict):
-                found.update({f"{name}.{key}": path for key, path in value.items()})
+                inputs.update({f"{name}.{key}": path for key, path in value.items()})
             elif value is not None:
-                found[name] = value
-        return found
+                inputs[name] = value
+        return inputs
 
     def context_faults(self) -> list[str]:
         """Layouts with context parallelism, where nothing makes use of it."""

@@ -82,7 +82,7 @@ class ExportConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Unknown or no formats."""
-        found = format_list_faults(self.formats)
+        faults = format_list_faults(self.formats)
         if not self.formats:
-            found.append(f"formats: none is given; list any of {', '.join(written_formats())}")
-        return [*found, *choice(self, "dtype", DTYPES)]
+            faults.append(f"formats: none is given; list any of {', '.join(written_formats())}")
+        return [*faults, *choice(self, "dtype", DTYPES)]

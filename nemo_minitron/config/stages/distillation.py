@@ -61,29 +61,29 @@ class TrainingConfig(Schedule, StageConfig):
 
     def faults(self) -> list[str]:
         """Ranges, a batch that does not divide, a schedule that does not fit."""
-        found = [
+        faults = [
             *super().faults(),
             *choice(self, "keep_best", self.validated),
             *choice(self, "result", ("last", "best")),
             *(unfilled := batch_faults(self, self.parallel.data)),
         ]
         if self.result == "best" and self.keep_best is None:
-            found.append(f"result=best: none is kept; set keep_best to one of {', '.join(self.validated)}")
+            faults.append(f"result=best: none is kept; set keep_best to one of {', '.join(self.validated)}")
         one_pass = self.micro_batch_size * self.parallel.data
         if not unfilled and one_pass > 0 and self.parallel.virtual_pipeline and self.parallel.pipeline > 0:
             passes = self.global_batch_size // one_pass
             if passes % self.parallel.pipeline:
-                found.append(
+                faults.append(
                     f"global_batch_size={self.global_batch_size}: makes {passes} micro-batches a rank; virtual "
                     f"pipeline stages need a multiple of parallel.pipeline={self.parallel.pipeline}"
                 )
-        found += self.parallel.sequence_faults(self.data.sequence_length)
+        faults += self.parallel.sequence_faults(self.data.sequence_length)
         if self.parallel.context > 1 and self.data.documents == "mask":
-            found.append(
+            faults.append(
                 f"parallel.context={self.parallel.context}: Transformer Engine's attention takes no masks of documents "
                 "where sequences are shared out; set data.documents=join, or parallel.context=1"
             )
-        return found
+        return faults
 
 
 @dataclass
@@ -154,24 +154,26 @@ class DistillConfig(TrainingConfig):
 
     def inputs(self) -> dict[str, str]:
         """The teacher, or its cache, counts only where it is read."""
-        found = super().inputs()
-        return found if self.taught else {name: path for name, path in found.items() if not name.startswith("teacher")}
+        inputs = super().inputs()
+        return (
+            inputs if self.taught else {name: path for name, path in inputs.items() if not name.startswith("teacher")}
+        )
 
     def faults(self) -> list[str]:
         """Those of every training, a teacher that is lacking, and one that cannot be where it is put."""
-        found = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
+        faults = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
         if self.teacher is None and self.teacher_cache is None and self.taught:
-            found.append(
+            faults.append(
                 "teacher=null: there is something to learn from it; name a checkpoint or a teacher_cache, or train on "
                 "the labels alone with loss.label_weight=1 and no intermediate losses"
             )
-        found += self._context_faults()
+        faults += self._context_faults()
         if self.recompute == "full" and self.intermediate.weights():
-            found.append(
+            faults.append(
                 "recompute=full: intermediate losses are taken inside the layers, which would run twice; use "
                 "selective, or no intermediate losses"
             )
-        return found + self._placement_faults()
+        return faults + self._placement_faults()
 
     def _context_faults(self) -> list[str]:
         if self.parallel.context == 1 or self.teacher_placement == "shared":
@@ -182,38 +184,38 @@ class DistillConfig(TrainingConfig):
         ]
 
     def _placement_faults(self) -> list[str]:
-        own, placement, found = self.teacher_parallel, self.teacher_placement, []
+        own, placement, faults = self.teacher_parallel, self.teacher_placement, []
         where = f"teacher_placement={placement}"
         if self.teacher_cache is not None:
             where = f"teacher_cache={self.teacher_cache}"
             if placement != "shared" or own != ParallelLayout():
-                found.append(f"{where}: is read by the student's ranks; leave out teacher_placement, teacher_parallel")
+                faults.append(f"{where}: is read by the student's ranks; leave out teacher_placement, teacher_parallel")
         elif placement == "shared" and own != ParallelLayout():
-            found.append(f"{where}: has the student's layout; leave out teacher_parallel, or give the teacher its own")
+            faults.append(f"{where}: has the student's layout; leave out teacher_parallel, or give the teacher its own")
         elif placement != "shared":
             if own.virtual_pipeline is not None:
-                found.append(
+                faults.append(
                     f"teacher_parallel.virtual_pipeline={own.virtual_pipeline}: a teacher only runs forward, where "
                     "virtual stages gain nothing; set it to null"
                 )
             if placement == "own_layout" and own.world_size != self.parallel.world_size:
-                found.append(
+                faults.append(
                     f"{where}: teacher_parallel makes {own.world_size} ranks of the {self.parallel.world_size} that "
                     "parallel makes; they must be as many"
                 )
             length = self.data.sequence_length
-            found += [fault.replace("parallel.", "teacher_parallel.") for fault in own.sequence_faults(length)]
+            faults += [fault.replace("parallel.", "teacher_parallel.") for fault in own.sequence_faults(length)]
         if self.teacher_correction.lr is not None and (
             not self.taught or self.teacher_cache is not None or placement != "shared"
         ):
             where_not = where if self.taught else "loss.label_weight=1"
-            found.append(
+            faults.append(
                 f"{where_not}: teacher_correction trains a teacher in the student's ranks and layout; use "
                 "teacher_placement=shared without a cache and something to learn, or teacher_correction.lr=null"
             )
         if self.intermediate.weights() and (self.teacher_cache is not None or placement != "shared"):
-            found.append(
+            faults.append(
                 f"{where}: intermediate losses need the teacher's states in the student's ranks and layout; use "
                 "teacher_placement=shared without a cache, or no intermediate losses"
             )
-        return found
+        return faults

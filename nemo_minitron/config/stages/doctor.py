@@ -49,14 +49,16 @@ class DoctorConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Unknown precisions and checks, no time."""
-        found = [
-            f"precision: {one!r} must be one of {', '.join(DTYPES)}" for one in self.precision if one not in DTYPES
+        faults = [
+            f"precision: {precision!r} must be one of {', '.join(DTYPES)}"
+            for precision in self.precision
+            if precision not in DTYPES
         ]
         if not self.precision:
-            found.append(f"precision: none is given; choose of {', '.join(DTYPES)}")
-        found += [
-            f"checks: {one!r} must be one of {', '.join(DOCTOR_CHECKS)}"
-            for one in self.checks
-            if one not in DOCTOR_CHECKS
+            faults.append(f"precision: none is given; choose of {', '.join(DTYPES)}")
+        faults += [
+            f"checks: {precision!r} must be one of {', '.join(DOCTOR_CHECKS)}"
+            for precision in self.checks
+            if precision not in DOCTOR_CHECKS
         ]
-        return [*found, *positive(self, "minutes")]
+        return [*faults, *positive(self, "minutes")]

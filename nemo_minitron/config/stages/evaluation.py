@@ -46,16 +46,16 @@ class EvaluateConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """No models, an unknown baseline, less than one block."""
-        found = positive(self, "tokens", "micro_batch_size", "max_new_tokens")
+        faults = positive(self, "tokens", "micro_batch_size", "max_new_tokens")
         if not self.models:
-            found.append("models: none is given; map at least one name to a path")
+            faults.append("models: none is given; map at least one name to a path")
         if self.baseline is not None and self.baseline not in self.models:
-            found.append(f"baseline={self.baseline}: is none of the models ({', '.join(self.models)})")
+            faults.append(f"baseline={self.baseline}: is none of the models ({', '.join(self.models)})")
         if 0 < self.tokens < self.data.sequence_length:
-            found.append(
+            faults.append(
                 f"tokens={self.tokens}: less than one block of data.sequence_length={self.data.sequence_length}"
             )
-        return found
+        return faults
 
 
 @dataclass

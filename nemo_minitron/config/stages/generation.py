@@ -55,17 +55,17 @@ class GenerateConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Ranges, an unknown template, what plain text has no place for, samples that would all be the same."""
-        found = [
+        faults = [
             *positive(self, "samples", "batch_size", "max_length"),
             *choice(self, "template", (*CHAT_TEMPLATES, "none")),
             *(f"attributes.{name}={value}: must be 0 or more" for name, value in self.attributes.items() if value < 0),
         ]
         if self.template == "none":
-            found += [
+            faults += [
                 f"{name}: has no place in plain text; choose a template, or leave it out"
                 for name in ("system", "attributes")
                 if getattr(self, name)
             ]
         if self.sampling.greedy and self.samples > 1:
-            found.append(f"samples={self.samples}: greedy answers to one prompt are all the same; set it to 1")
-        return found
+            faults.append(f"samples={self.samples}: greedy answers to one prompt are all the same; set it to 1")
+        return faults

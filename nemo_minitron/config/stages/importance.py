@@ -72,21 +72,21 @@ class ScoreConfig(StageConfig):
     def criteria(self) -> list[tuple[str, str]]:
         """Pairs of aggregations over sequence and batch, that of ``aggregation`` first."""
         own = ESTIMATORS[self.estimator].default_sequence
-        return [(one.sequence or own, one.batch) for one in (self.aggregation, *self.also)]
+        return [(aggregation.sequence or own, aggregation.batch) for aggregation in (self.aggregation, *self.also)]
 
     def faults(self) -> list[str]:
         """Nothing to run, unknown estimators, aggregations that the estimator does not have."""
-        found = [*choice(self, "estimator", ESTIMATORS), *positive(self, "samples", "micro_batch_size")]
+        faults = [*choice(self, "estimator", ESTIMATORS), *positive(self, "samples", "micro_batch_size")]
         if self.estimator not in ESTIMATORS:
-            return found
-        given = [one.sequence for one in (self.aggregation, *self.also)]
-        found += dict.fromkeys(filter(None, map(ESTIMATORS[self.estimator].sequence_fault, given)))
+            return faults
+        given = [aggregation.sequence for aggregation in (self.aggregation, *self.also)]
+        faults += dict.fromkeys(filter(None, map(ESTIMATORS[self.estimator].sequence_fault, given)))
         if not self.runs_model and self.also:
-            found.append(f"also: estimator={self.estimator} has nothing to aggregate; leave it out")
+            faults.append(f"also: estimator={self.estimator} has nothing to aggregate; leave it out")
         pairs = self.criteria()
         if len(set(pairs)) != len(pairs):
-            found.append("also: a pair of aggregations is given twice")
-        return found
+            faults.append("also: a pair of aggregations is given twice")
+        return faults
 
 
 @dataclass
@@ -133,17 +133,17 @@ class DepthConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Nothing to measure, lengths below 1, a criterion without its task."""
-        found = [
+        faults = [
             *positive(self, "samples", "micro_batch_size"),
             *not_negative(self, "greedy"),
             *choice(self, "greedy_by", ("loss", "task")),
             *(f"block_lengths: {length} must be above 0" for length in self.block_lengths if length <= 0),
         ]
         if not self.single and not self.block_lengths and not self.greedy:
-            found.append("single: nothing is to be measured; set single=true, block_lengths or greedy")
+            faults.append("single: nothing is to be measured; set single=true, block_lengths or greedy")
         if self.greedy and self.greedy_by == "task" and self.task.given is None:
-            found.append("greedy_by=task: there is no task; set task.path or task.builtin")
-        return found
+            faults.append("greedy_by=task: there is no task; set task.path or task.builtin")
+        return faults
 
 
 @dataclass

@@ -70,40 +70,42 @@ class PruneConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
-        found = [*choice(self, "method", ESTIMATORS, also=(RANDOM,)), *choice(self, "format", written_formats())]
+        faults = [*choice(self, "method", ESTIMATORS, also=(RANDOM,)), *choice(self, "format", written_formats())]
         narrower = self.target.given().keys() - {"num_layers"}
         named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
         if self.method != "random" and self.scores is None and (narrower or not named):
-            found.append(f"scores: method={self.method} needs the directory that `minitron score` wrote")
+            faults.append(f"scores: method={self.method} needs the directory that `minitron score` wrote")
         if not self.target.given() and not self.layers_to_drop and self.vocabulary.size is None:
-            found.append(
+            faults.append(
                 "target: nothing is to be pruned; give at least one size of the target, layers_to_drop or "
                 "vocabulary.size"
             )
         if self.merge_pruned_heads and (self.scores is None or self.method == "random"):
-            found.append("merge_pruned_heads: needs scores, and a method that goes by them, to know which heads matter")
+            faults.append(
+                "merge_pruned_heads: needs scores, and a method that goes by them, to know which heads matter"
+            )
         measured = self.depth.criterion in ("loss", "task")
         if measured and self.depth_scores is None:
-            found.append(
+            faults.append(
                 f"depth_scores: criterion={self.depth.criterion} needs the directory that `minitron depth` wrote"
             )
         if self.depth_scores is not None and not measured:
-            found.append(
+            faults.append(
                 "depth_scores: is read by depth.criterion=loss or task alone; set one of them or leave it null"
             )
         if self.depth != DepthChoiceConfig() and self.method == "random":
-            found.append("depth: method=random draws the layers; leave depth out")
+            faults.append("depth: method=random draws the layers; leave depth out")
         if self.depth != DepthChoiceConfig() and self.layers_to_drop is not None:
-            found.append("layers_to_drop: names the layers already; leave depth out")
+            faults.append("layers_to_drop: names the layers already; leave depth out")
         if self.layers_to_drop is not None:
-            found += [
+            faults += [
                 f"layers_to_drop: {n} is not a layer number (they count from 0)" for n in self.layers_to_drop if n < 0
             ]
             if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
-                found.append(f"layers_to_drop={self.layers_to_drop}: a layer is named twice")
+                faults.append(f"layers_to_drop={self.layers_to_drop}: a layer is named twice")
             if self.layers_to_drop and self.target.num_layers is not None:
-                found.append("layers_to_drop: already fixes the depth; leave target.num_layers null")
-        return found
+                faults.append("layers_to_drop: already fixes the depth; leave target.num_layers null")
+        return faults
 
 
 @dataclass
@@ -143,17 +145,17 @@ class IterateConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Nothing to prune, unknown choices."""
-        found = [
+        faults = [
             *positive(self, "rounds", "samples", "micro_batch_size"),
             *choice(self, "spacing", ("geometric", "linear")),
             *choice(self, "estimator", ESTIMATORS),
             *choice(self, "format", written_formats()),
         ]
         if not self.target.given():
-            found.append("target: nothing is to be pruned; give at least one size of the target")
+            faults.append("target: nothing is to be pruned; give at least one size of the target")
         if self.estimator in ESTIMATORS:
             estimator = ESTIMATORS[self.estimator]
             if not estimator.runs_model:
-                found.append(f"estimator={self.estimator}: goes by the weights; choose one that runs the model")
-            found += filter(None, [estimator.sequence_fault(self.aggregation.sequence)])
-        return found
+                faults.append(f"estimator={self.estimator}: goes by the weights; choose one that runs the model")
+            faults += filter(None, [estimator.sequence_fault(self.aggregation.sequence)])
+        return faults

@@ -100,7 +100,7 @@ class SearchConfig(StageConfig):
 
     def distillation(self, output: str, student: str) -> DistillConfig:
         """The stage that distils one of the students; it validates at its start and its end."""
-        short = {one.name: getattr(self.distill, one.name) for one in fields(self.distill)}
+        short = {field.name: getattr(self.distill, field.name) for field in fields(self.distill)}
         return DistillConfig(
             output=output, runtime=self.runtime, student=student, teacher=self.model, data=self.data,
             parallel=self.parallel, validate_every=self.distill.steps, validation_batches=1,
@@ -109,19 +109,19 @@ class SearchConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Nothing to rank, and what pruning and distilling would refuse."""
-        found = [
+        faults = [
             *positive(self, "max_candidates", "samples", "micro_batch_size"),
             *not_negative(self, "best"),
             *choice(self, "method", ESTIMATORS),
         ]
         if self.best > self.max_candidates > 0:
-            found.append(f"best={self.best}: lies above max_candidates={self.max_candidates}")
+            faults.append(f"best={self.best}: lies above max_candidates={self.max_candidates}")
         if self.save_student and self.best == 0:
-            found.append("save_student=true: no student is distilled with best=0")
+            faults.append("save_student=true: no student is distilled with best=0")
         some = TargetConfig(num_layers=1)
-        found += self.pruning("", some).faults()
+        faults += self.pruning("", some).faults()
         if self.best:
-            found += [f"distill.{fault}" for fault in self.distillation("", "").faults()]
+            faults += [f"distill.{fault}" for fault in self.distillation("", "").faults()]
         if self.timed and self.parallel.world_size > 1:
-            found.append("measure_latency: candidates are timed in one process; set parallel to 1 x 1 x 1")
-        return found
+            faults.append("measure_latency: candidates are timed in one process; set parallel to 1 x 1 x 1")
+        return faults

@@ -51,17 +51,17 @@ class RewardConfig(AlignConfig):
 
     def faults(self) -> list[str]:
         """The base's, and pairs that nothing labels."""
-        found = super().faults()
+        faults = super().faults()
         if self.pairs and not self.attributes.derive:
-            found.append("pairs=true: the values of a pair's answers are derived; set attributes.derive=true")
+            faults.append("pairs=true: the values of a pair's answers are derived; set attributes.derive=true")
         if self.formats:
-            found.append("formats: a reward model is kept as NeMo 2 with its head beside it; leave formats empty")
+            faults.append("formats: a reward model is kept as NeMo 2 with its head beside it; leave formats empty")
         if self.parallel.sequence_parallel:
-            found.append(
+            faults.append(
                 "parallel.sequence_parallel=true: NeMo-Aligner's reward head reads the last token of an unsplit "
                 "sequence; set it to false"
             )
-        return found
+        return faults
 
 
 @dataclass
@@ -92,13 +92,13 @@ class LabelConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Sizes below 1, an interleaved schedule."""
-        found = positive(self, "micro_batch_size", "batch")
+        faults = positive(self, "micro_batch_size", "batch")
         if self.parallel.virtual_pipeline is not None:
-            found.append(
+            faults.append(
                 f"parallel.virtual_pipeline={self.parallel.virtual_pipeline}: labelling has no interleaved schedule; "
                 "set it to null"
             )
-        return found
+        return faults
 
 
 @dataclass
@@ -165,11 +165,11 @@ class SteerlmConfig(AlignConfig):
 
     def reward_stage(self) -> RewardConfig:
         """The training of the attribute model."""
-        names = {"pairs", *(one.name for one in dataclasses.fields(ShortAlignmentSchedule))}
+        names = {"pairs", *(field.name for field in dataclasses.fields(ShortAlignmentSchedule))}
         data = self.data
         if self.reward.path or self.reward.package:
             data = dataclasses.replace(data, path=self.reward.path, package=self.reward.package, validation=None)
-        base = {one.name: getattr(self, one.name) for one in dataclasses.fields(AlignConfig)}
+        base = {field.name: getattr(self, field.name) for field in dataclasses.fields(AlignConfig)}
         base |= {name: getattr(self.reward, name) for name in names}
         base |= {
             "name": "", "output": f"{self.output}/attribute_model", "formats": [], "overwrite": False,
@@ -186,7 +186,7 @@ class SteerlmConfig(AlignConfig):
 
     def sft_stage(self) -> SftConfig:
         """The fine-tuning on the labelled conversations."""
-        base = {one.name: getattr(self, one.name) for one in dataclasses.fields(AlignConfig)}
+        base = {field.name: getattr(self, field.name) for field in dataclasses.fields(AlignConfig)}
         data = dataclasses.replace(
             self.data, path=f"{self.output}/labels/labelled.jsonl", package=None, validation=None, labelled=True
         )
@@ -194,11 +194,11 @@ class SteerlmConfig(AlignConfig):
 
     def faults(self) -> list[str]:
         """What its stages would refuse."""
-        found = super().faults()
+        faults = super().faults()
         if self.attribute_model is None:
-            known = set(found)
-            found += [f"reward: {fault}" for fault in self.reward_stage().faults() if fault not in known]
-        return found
+            known = set(faults)
+            faults += [f"reward: {fault}" for fault in self.reward_stage().faults() if fault not in known]
+        return faults
 
 
 @dataclass
@@ -233,10 +233,10 @@ class Steerlm2Config(AlignConfig):
 
     def faults(self) -> list[str]:
         """The base's, no answers to choose from."""
-        found = [*super().faults(), *positive(self, "deviation", "max_new_tokens", "generation_batch")]
+        faults = [*super().faults(), *positive(self, "deviation", "max_new_tokens", "generation_batch")]
         if self.samples_per_prompt < 2:
-            found.append(f"samples_per_prompt={self.samples_per_prompt}: weights need at least 2 answers")
-        return found
+            faults.append(f"samples_per_prompt={self.samples_per_prompt}: weights need at least 2 answers")
+        return faults
 
 
 @dataclass
@@ -280,7 +280,7 @@ class ReinforceConfig(AlignConfig):
 
     def faults(self) -> list[str]:
         """The base's, no reward or two, batches that do not divide."""
-        found = [
+        faults = [
             *super().faults(),
             *choice(self, "rule", REWARD_RULES),
             *positive(
@@ -290,30 +290,30 @@ class ReinforceConfig(AlignConfig):
             *not_negative(self, "kl_penalty"),
         ]  # fmt: skip
         if (self.reward is None) == (self.rule is None):
-            found.append("reward: give exactly one of reward and rule")
+            faults.append("reward: give exactly one of reward and rule")
         if self.weights and self.reward is None:
-            found.append("weights: are of the attributes that reward predicts; rule has none")
+            faults.append("weights: are of the attributes that reward predicts; rule has none")
         if self.samples_per_prompt < 2:
-            found.append(f"samples_per_prompt={self.samples_per_prompt}: the baseline needs at least 2")
+            faults.append(f"samples_per_prompt={self.samples_per_prompt}: the baseline needs at least 2")
         answers = self.prompts_per_step * self.samples_per_prompt
         if self.global_batch_size > 0 and answers % self.global_batch_size:
-            found.append(
+            faults.append(
                 f"global_batch_size={self.global_batch_size}: does not divide the {answers} answers of a step "
                 "(prompts_per_step * samples_per_prompt)"
             )
         if self.parallel.data != 1:
-            found.append(
+            faults.append(
                 f"parallel.data={self.parallel.data}: NeMo-Aligner's ReinforceTrainer trains every replica on all "
                 "answers of a step; set it to 1"
             )
         if self.micro_batch_size > 0 and self.validation_prompts % self.micro_batch_size:
-            found.append(
+            faults.append(
                 f"validation_prompts={self.validation_prompts}: is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
         if self.max_new_tokens >= self.data.max_length:
-            found.append(
+            faults.append(
                 f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt in "
                 f"data.max_length={self.data.max_length}"
             )
-        return found
+        return faults

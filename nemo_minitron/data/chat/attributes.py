@@ -46,8 +46,8 @@ class AttributeSchema:
     def faults(self, attributes: Mapping[str, int]) -> list[str]:
         """Unknown names and values out of range."""
         unknown = [name for name in attributes if name not in self.names]
-        found = [f"unknown attribute {name!r}; {self.name} has {', '.join(self.names)}" for name in unknown]
-        return found + [
+        faults = [f"unknown attribute {name!r}; {self.name} has {', '.join(self.names)}" for name in unknown]
+        return faults + [
             f"{name}={value}: must lie from 0 to {self.highest}"
             for name, value in attributes.items()
             if name in self.names and not 0 <= value <= self.highest
@@ -85,7 +85,7 @@ def choose_schema(name: str, names: Sequence[str] = (), highest: int | None = No
 def attribute_string(attributes: Mapping[str, int], schema: AttributeSchema | None = None) -> str:
     """The text form, in the order of the schema; without one, of the known schema that has all the names."""
     if schema is None:
-        schema = next((one for one in SCHEMAS.values() if set(attributes) <= set(one.names)), None)
+        schema = next((candidate for candidate in SCHEMAS.values() if set(attributes) <= set(candidate.names)), None)
     order = [name for name in (schema.names if schema else attributes) if name in attributes]
     return ",".join(f"{name}:{attributes[name]}" for name in order)
 
@@ -96,13 +96,13 @@ def parse_attribute_string(text: str) -> dict[str, int]:
     Raises:
         DataError: for anything else.
     """
-    found = {}
+    values = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*[=:]\s*(-?\d+)\s*", part)
-        if match is None or match[1] in found:
+        if match is None or match[1] in values:
             raise DataError(f"attributes {text!r}: {part!r} is no name=number, or the name again; write verbosity=1")
-        found[match[1]] = int(match[2])
-    return found
+        values[match[1]] = int(match[2])
+    return values
 
 
 def check_attributes(chats: Sequence[Chat], schema: AttributeSchema, title: str, *, needed: bool = False) -> None:
@@ -153,15 +153,15 @@ def derive_attributes(
         "verbosity": _parts([float(len(answer.split())) for answer in answers], schema.highest + 1),
         "complexity": _parts([reading_grade(answer) for answer in answers], schema.highest + 1),
     }
-    found = []
+    derived = []
     for number, chat in enumerate(chats):
         values = {name: of[number] for name, of in parts.items()}
         if preferred is not None and (chosen := preferred[number]) is not None:
             values |= dict.fromkeys(("helpfulness", "correctness", "quality"), schema.highest if chosen else 0)
         values |= dict(chat.attributes)
         assert chat.answer is not None
-        found.append(chat.answered(chat.answer, {name: values[name] for name in schema.names if name in values}))
-    return found
+        derived.append(chat.answered(chat.answer, {name: values[name] for name in schema.names if name in values}))
+    return derived
 
 
 def _parts(values: Sequence[float], count: int) -> list[int]:

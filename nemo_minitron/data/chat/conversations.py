@@ -89,8 +89,8 @@ class Chat:
 
     def record(self) -> dict[str, Any]:
         """The ``messages`` form of a line."""
-        found: dict[str, Any] = {"messages": [message._asdict() for message in self.messages]}
-        return found | ({"attributes": dict(self.attributes)} if self.attributes else {})
+        content: dict[str, Any] = {"messages": [message._asdict() for message in self.messages]}
+        return content | ({"attributes": dict(self.attributes)} if self.attributes else {})
 
 
 def read_chats(path: str | Path, *, answered: bool = True) -> list[Chat]:
@@ -181,8 +181,8 @@ def parse_messages(value: Any, *, system: Any = None) -> tuple[Message, ...]:
         raise DataError(f"messages must be a list, not {type(value).__name__}")
     if not value:
         raise DataError("messages is empty")
-    found = [Message("system", text_of(system, "system"))] if system else []
-    return (*found, *(parse_message(turn, f"message {number}") for number, turn in enumerate(value, 1)))
+    messages = [Message("system", text_of(system, "system"))] if system else []
+    return (*messages, *(parse_message(turn, f"message {number}") for number, turn in enumerate(value, 1)))
 
 
 def parse_message(turn: Any, name: str) -> Message:
@@ -263,9 +263,9 @@ def read_package_records(name: str, cache_dir: str | Path, known: Sequence[str],
     if name not in known:
         raise DataError(f"package {name!r} carries no such data; known: {', '.join(known)}")
     return [
-        one
+        record
         for member, content in packages.archive_members(name, cache_dir)
-        for one in _parse_array(content, f"{name}/{member}", parse)
+        for record in _parse_array(content, f"{name}/{member}", parse)
     ]
 
 
@@ -280,11 +280,11 @@ def _parse_array(content: bytes, title: str, parse: Callable[[Any], T]) -> list[
 
 
 def _parse_all(items: Iterable[tuple[str, Any]], title: str, parse: Callable[[Any], T]) -> list[T]:
-    found, faults = [], []
+    chats, faults = [], []
     for where, item in items:
         try:
             record = json.loads(item.decode("utf-8-sig")) if isinstance(item, bytes) else item
-            one = parse(record)
+            chat = parse(record)
         except UnicodeDecodeError as error:
             faults.append(f"{where}: not UTF-8 ({error.reason})")
         except json.JSONDecodeError as error:
@@ -292,12 +292,12 @@ def _parse_all(items: Iterable[tuple[str, Any]], title: str, parse: Callable[[An
         except DataError as error:
             faults.append(f"{where}: {error}")
         else:
-            found.append(replace(one, where=f"{title}, {where}") if hasattr(one, "where") else one)  # type: ignore[type-var]
+            chats.append(replace(chat, where=f"{title}, {where}") if hasattr(chat, "where") else chat)  # type: ignore[type-var]
     if faults:
         raise bad_lines(title, faults)
-    if not found:
+    if not chats:
         raise DataError(f"{title}: is empty; give a file with at least one line")
-    return found
+    return chats
 
 
 def bad_lines(title: str, faults: Sequence[str]) -> DataError:

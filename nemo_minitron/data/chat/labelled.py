@@ -66,7 +66,7 @@ def labelled_chats(config: ChatDataConfig, attributes: AttributesConfig, *, pair
         check_attributes(chats, schema, title, needed=not attributes.derive)
         parts.append(list(zip(chats, preferred, strict=True)))
     if attributes.derive:  # on one scale for both parts
-        together = [one for part in parts for one in part]
+        together = [labelled for part in parts for labelled in part]
         derived = derive_attributes([chat for chat, _ in together], schema, [chosen for _, chosen in together])
         relabelled = iter(derived)
         parts = [[(next(relabelled), chosen) for _, chosen in part] for part in parts]
@@ -88,5 +88,7 @@ def _read(
     if not pairs and package not in PREFERENCE_PACKAGES:
         chats = open_chats(path, package, cache_dir)
         return chats, [None] * len(chats)
-    found = read_preferences(path) if path is not None else read_package_preferences(str(package), cache_dir)
-    return [chat for pair in found for chat in pair.chats()], [chosen for _ in found for chosen in (True, False)]
+    preferences = read_preferences(path) if path is not None else read_package_preferences(str(package), cache_dir)
+    return [chat for pair in preferences for chat in pair.chats()], [
+        chosen for _ in preferences for chosen in (True, False)
+    ]

@@ -82,12 +82,12 @@ class Plan:
 
     def moves(self) -> list[tuple[Site, int, int]]:
         """What the teacher's ranks send to the student's: ``(teacher's site, from, to)``, each once, in one order."""
-        found = {
+        moves = {
             (theirs, self.teacher_ranks[theirs.layer], self.student_ranks[ours.layer])
             for ours, theirs in self.sites.items()
             if ours.part != "embedding"
         }
-        return sorted(move for move in found if move[1] != move[2])
+        return sorted(move for move in moves if move[1] != move[2])
 
     def weight(self, site: Site) -> float:
         """Of a site's loss: the weight of its part over the number of its sites."""
@@ -105,8 +105,8 @@ def _modules(chunk: GPTModel) -> Iterator[tuple[Site, torch.nn.Module]]:
 
 def _first(output: Any) -> torch.Tensor:
     """The state in a module's output: layers return ``(hidden, context)``, Megatron's linears ``(output, bias)``."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 class TeacherStates:
@@ -226,7 +226,7 @@ class StudentLosses:
 
     def _add_projections(self, chunk: GPTModel, sites: list[Site]) -> dict[Site, torch.nn.Linear]:
         student, teacher = self.plan.student.hidden_size, self.plan.teacher.hidden_size
-        found = {}
+        projections = {}
         for site in sites:
             if site.part == "attention" or student == teacher:
                 continue
@@ -234,11 +234,11 @@ class StudentLosses:
             with torch.no_grad():
                 linear.weight.copy_(initial_projection(site.layer, student, teacher))
             linear.weight.sequence_parallel = self.groups.layout.sequence_parallel
-            found[site] = linear.to(next(chunk.parameters()).device)
-        if found:
-            names = {site: "embedding" if site.layer < 0 else f"hidden_{site.layer}" for site in found}
-            chunk.intermediate = torch.nn.ModuleDict({names[site]: linear for site, linear in found.items()})
-        return found
+            projections[site] = linear.to(next(chunk.parameters()).device)
+        if projections:
+            names = {site: "embedding" if site.layer < 0 else f"hidden_{site.layer}" for site in projections}
+            chunk.intermediate = torch.nn.ModuleDict({names[site]: linear for site, linear in projections.items()})
+        return projections
 
     @contextmanager
     def micro_batch(self, batch: dict[str, Any], states: dict[Site, torch.Tensor]) -> Iterator[None]:

@@ -60,7 +60,7 @@ class LogitLoss:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if sum(one is not None for one in (self.kernel, self.from_top_k, self.fused)) != 1:
+        if sum(form is not None for form in (self.kernel, self.from_top_k, self.fused)) != 1:
             raise ValueError(f"logit loss {self.name!r}: give exactly one of kernel, from_top_k and fused")
 
     def kernel_options(self, loss: LossConfig) -> dict[str, Any]:

@@ -153,14 +153,14 @@ def vocabulary_parallel_top_k(
     """
     columns = Columns.of(teacher.shape[-1], vocab_size, group)
     flat = teacher.reshape(-1, teacher.shape[-1])
-    found = [
+    parts = [
         kernels.top_k_of(columns.divided("p", flat[chunk, : columns.valid], temperature), columns, k=k)
         for chunk in _chunks(flat, columns)
     ]
     return TopTokens(
-        torch.cat([one.tokens for one in found]),
-        torch.cat([one.log_probabilities for one in found]),
-        torch.cat([one.log_rest for one in found]),
+        torch.cat([top.tokens for top in parts]),
+        torch.cat([top.log_probabilities for top in parts]),
+        torch.cat([top.log_rest for top in parts]),
     )
 
 
@@ -249,10 +249,10 @@ class _Chunked(torch.autograd.Function):
             for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
                 summed, room = None, gradient if gradient is None else gradient[chunk, : columns.valid]
                 for index, (kernel, weight) in enumerate(zip(chunk_kernels, weights, strict=True)):
-                    parts[index, chunk], one = kernel(chunk, logits[chunk, : columns.valid], room)
-                    if weight and one is not None:
-                        one = one if weight == 1 else one.mul_(weight)
-                        summed = one if summed is None else summed.add_(one)
+                    parts[index, chunk], derivative = kernel(chunk, logits[chunk, : columns.valid], room)
+                    if weight and derivative is not None:
+                        derivative = derivative if weight == 1 else derivative.mul_(weight)
+                        summed = derivative if summed is None else summed.add_(derivative)
                 if gradient is not None and summed is not None and not blockwise:
                     gradient[chunk, : columns.valid] = summed
         if gradient is not None:

@@ -94,10 +94,10 @@ def fill_cache(
         if groups.layout.virtual_pipeline:
             rows = (*rows, *[rows[-1]] * (-len(rows) % groups.layout.pipeline))
         kept = teacher.run([model_inputs(tokens[row], starts[row]) for row in rows])
-        found: list[Sample] = []
+        samples: list[Sample] = []
         for hidden in kept:
-            found += _encoded(teacher.logits(hidden), groups, manifest, keep=writes)
-        pending += [(keys[index], sample) for index, sample in zip(part, found, strict=False)]
+            samples += _encoded(teacher.logits(hidden), groups, manifest, keep=writes)
+        pending += [(keys[index], sample) for index, sample in zip(part, samples, strict=False)]
         while len(pending) >= samples_per_shard:
             write_shard(cache.directory, manifest, pending[:samples_per_shard])
             del pending[:samples_per_shard]

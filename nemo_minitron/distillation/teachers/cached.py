@@ -97,13 +97,13 @@ class CachedTeacher:
         """
         if not self.groups.is_last_stage:
             return []
-        found = []
+        logits = []
         for batch in batches:
             starts = starts_of_positions(batch["position_ids"])
             samples = [self.cache.read(key) for key in sample_keys(batch["tokens"], starts)]
-            stacked = {name: torch.stack([one[name] for one in samples], 1) for name in samples[0]}
-            found.append({name: rank_part(tensor, self.groups, dim=0) for name, tensor in stacked.items()})
-        return found
+            stacked = {name: torch.stack([sample[name] for sample in samples], 1) for name in samples[0]}
+            logits.append({name: rank_part(tensor, self.groups, dim=0) for name, tensor in stacked.items()})
+        return logits
 
     def logits(self, kept: Sample) -> torch.Tensor | TopTokens:
         """What the loss takes: the likeliest tokens, or this rank's ``[s, b, V/tp]`` log-probabilities."""

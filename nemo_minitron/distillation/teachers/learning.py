@@ -198,9 +198,9 @@ class LearningTeacher:
         optimizer = self.optimizer.mcore_optimizer.sharded_state_dict(
             model, is_loading=loading, sharding_type="fully_sharded_model_space"
         )
-        found = {"model": model, "optimizer": optimizer}
-        add_prefix_for_sharding(found, f"{_STATE}.")
-        return found
+        state = {"model": model, "optimizer": optimizer}
+        add_prefix_for_sharding(state, f"{_STATE}.")
+        return state
 
     def restore(self, weights: Path) -> None:
         """Go on from the state in a training checkpoint's ``weights`` directory.

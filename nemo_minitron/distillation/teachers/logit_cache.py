@@ -122,10 +122,10 @@ class Manifest:
             if version != FORMAT_VERSION:
                 raise DataError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
             content.pop("bytes_per_token")
-            found = cls(**content)
-            if found.values not in VALUE_BYTES:
-                raise ValueError(f"values={found.values!r}")
-            return found
+            manifest = cls(**content)
+            if manifest.values not in VALUE_BYTES:
+                raise ValueError(f"values={manifest.values!r}")
+            return manifest
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} cannot be read ({error}); write the cache again with `minitron cache --overwrite`"

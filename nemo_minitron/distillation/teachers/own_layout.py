@@ -68,7 +68,7 @@ def run_replica(teacher: Teacher, transfer: Transfer, requests: torch.Tensor, fi
     kept = teacher.run([model_inputs(tokens, starts) for tokens, starts in requests])
     if not transfer.hidden:
         kept = [teacher.logits(hidden) for hidden in kept]
-    return {first + index: one for index, one in enumerate(kept)}
+    return {first + index: logits for index, logits in enumerate(kept)}
 
 
 class _World:

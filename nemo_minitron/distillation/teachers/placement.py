@@ -91,7 +91,7 @@ class Transfer:
 
     def pieces(self, sequence: int) -> list[Piece]:
         """The parts of one micro-batch; together each receiver gets all that it needs, once."""
-        found = []
+        pieces = []
         for receiver in range(self.student.tensor):
             first, last = self.extent(self.student, receiver, sequence)
             whole = self.hidden and not self.teacher.sequence_parallel
@@ -101,8 +101,8 @@ class Transfer:
                 begin, end = self.extent(self.teacher, sender, sequence)
                 start, stop = max(first, begin), min(last, end)
                 if start < stop:
-                    found.append(Piece(sender, receiver, start, stop))
-        return found
+                    pieces.append(Piece(sender, receiver, start, stop))
+        return pieces
 
     def replica(self, number: int, count: int) -> range:
         """The micro-batches that a replica of the teacher runs.

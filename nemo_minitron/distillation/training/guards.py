@@ -19,11 +19,11 @@ __all__ = ["FiniteGradients", "Preemption", "finite_gradients", "largest"]
 
 def largest(value: float, groups: Groups) -> float:
     """The largest value among all ranks of a training, which all call it: two all-reduces of one number."""
-    found = torch.tensor(value, dtype=torch.float64, device=groups.device.torch)
+    reduced = torch.tensor(value, dtype=torch.float64, device=groups.device.torch)
     for group in (groups.model, groups.dp_cp):
         if dist.get_world_size(group) > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
-    return found.item()
+            dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
+    return reduced.item()
 
 
 def finite_gradients(chunks: Sequence[Any], groups: Groups, whose: str) -> None:
@@ -91,7 +91,9 @@ class Preemption(pl.Callback):
         over = trainer.global_step >= trainer.max_steps  # and saved anyway
         if over or not largest(float(self._request.came or 0), pl_module.groups):
             return
-        next(one for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)).save(trainer)
+        next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)).save(
+            trainer
+        )
         raise PreemptedError(
             f"stopped by a signal after step {trainer.global_step} of {trainer.max_steps}: its state is saved. "
             "The same command goes on from there"

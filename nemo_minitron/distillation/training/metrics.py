@@ -132,7 +132,7 @@ class StepMetrics(pl.Callback):
     def _mean(self, name: str) -> float:
         """Of a value, over the tokens of the validation's steps; 0 on stages that do not know it."""
         weighed = zip(self._validation, self._validated, strict=True)
-        return sum(found[name] * tokens for found, tokens in weighed) / max(1.0, sum(self._validated))
+        return sum(values[name] * tokens for values, tokens in weighed) / max(1.0, sum(self._validated))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the file."""
@@ -191,8 +191,8 @@ class ProgressBar(pl.Callback):
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         if self._advance is not None:
-            found = trainer.callback_metrics.get("reduced_train_loss")
-            loss = f"loss {float(found):.3f}, " if found is not None else ""
+            reduced = trainer.callback_metrics.get("reduced_train_loss")
+            loss = f"loss {float(reduced):.3f}, " if reduced is not None else ""
             self._advance(1, f"{loss}{self.tokens_per_step / seconds:,.0f} tokens/s")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -27,8 +27,8 @@ class Trained:
 
 def directories(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder."""
-    found = [path for path in folder.glob("step=*") if path.is_dir()]
-    return sorted(path for path in found if not path.with_name(path.name + UNFINISHED).exists())
+    folders = [path for path in folder.glob("step=*") if path.is_dir()]
+    return sorted(path for path in folders if not path.with_name(path.name + UNFINISHED).exists())
 
 
 def finished(directory: Path, steps: int) -> Trained | None:

@@ -213,21 +213,21 @@ def measure(name: str, context: Context) -> dict[str, torch.Tensor]:
     Returns:
         The quantities that this rank holds, on the CPU.
     """
-    found: dict[str, torch.Tensor] = module_of(name).run(context)
-    return found
+    values: dict[str, torch.Tensor] = module_of(name).run(context)
+    return values
 
 
 def reference_of(name: str, context: Context) -> dict[str, torch.Tensor]:
     """What :func:`measure` must come near, in this process: one, on the CPU, with a layout of one."""
     module = module_of(name)
-    found: dict[str, torch.Tensor] = getattr(module, "reference", module.run)(context)
-    return found
+    values: dict[str, torch.Tensor] = getattr(module, "reference", module.run)(context)
+    return values
 
 
 def compare(
     check: Check,
     precision: str,
-    found: Mapping[str, torch.Tensor],
+    actual: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
     *,
     seconds: float | None = None,
@@ -247,12 +247,12 @@ def compare(
     for name, quantity in check.quantities.items():
         tolerance = quantity.tolerance(precision)
         difference, reason = None, ""
-        if name not in found or name not in expected:
-            reason = f"{'the check' if name not in found else 'the CPU reference'} has no {name}"
-        elif found[name].shape != expected[name].shape:
-            reason = f"has shape {list(found[name].shape)}, on the CPU {list(expected[name].shape)}"
+        if name not in actual or name not in expected:
+            reason = f"{'the check' if name not in actual else 'the CPU reference'} has no {name}"
+        elif actual[name].shape != expected[name].shape:
+            reason = f"has shape {list(actual[name].shape)}, on the CPU {list(expected[name].shape)}"
         else:
-            difference = _difference(found[name], expected[name], by_norm=quantity.by_norm)
+            difference = _difference(actual[name], expected[name], by_norm=quantity.by_norm)
             if not math.isfinite(difference):
                 reason = "is not finite"
             elif difference > tolerance:
@@ -264,9 +264,9 @@ def compare(
     return rows
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor, *, by_norm: bool) -> float:
+def _difference(actual: torch.Tensor, expected: torch.Tensor, *, by_norm: bool) -> float:
     """Relative difference; infinite or NaN where either is."""
-    ours, theirs = found.double(), expected.double()
+    ours, theirs = actual.double(), expected.double()
     if by_norm:
         apart, scale = (ours - theirs).norm(), theirs.norm()
     else:

@@ -24,7 +24,7 @@ def run(context: Context) -> dict[str, torch.Tensor]:
     """
     groups = context.groups()
     device = groups.device.torch
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     extremes = [1.0, 1.0]
     layout = context.layout
     measured = [("world", dist.group.WORLD, layout.world_size)]
@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, torch.Tensor]:
         for count in SIZES[device.type]:
             seconds, low, high = _all_reduce(group, count, context.dtype, device)
             extremes = [min(extremes[0], low), max(extremes[1], high)]
-            found.append(
+            rows.append(
                 {
                     "group": name,
                     "ranks": size,
@@ -51,14 +51,14 @@ def run(context: Context) -> dict[str, torch.Tensor]:
                     "bus_gb_per_s": count / seconds * 2 * (size - 1) / size / 1e9,
                 }
             )
-    context.details["bandwidth"] = found
+    context.details["bandwidth"] = rows
     # Of all ranks: what one of them lacks is not seen by the others.
     worst = torch.tensor([-extremes[0], extremes[1]], dtype=torch.float64)
     everyone: list[Any] = [None] * layout.world_size
     dist.all_gather_object(everyone, worst.tolist())
     if not groups.is_main:
         return {}
-    return {"sum": torch.tensor([min(-one[0] for one in everyone), max(one[1] for one in everyone)])}
+    return {"sum": torch.tensor([min(-times[0] for times in everyone), max(times[1] for times in everyone)])}
 
 
 def reference(context: Context) -> dict[str, torch.Tensor]:

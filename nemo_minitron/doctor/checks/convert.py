@@ -22,9 +22,9 @@ def run(context: Context) -> dict[str, torch.Tensor]:
         write_checkpoint(context.material.teacher, nemo2, "nemo2", dtype=context.precision)
         write_checkpoint(open_checkpoint(nemo2), hf, "hf", dtype="float32")
     dist.barrier()
-    found = {"hf": _by_transformers(hf, context)} if groups.is_main else {}
+    loaded = {"hf": _by_transformers(hf, context)} if groups.is_main else {}
     logits = logits_of(context.model(open_checkpoint(nemo2), groups), groups, context)
-    return found if logits is None else {**found, "nemo2": logits}
+    return loaded if logits is None else {**loaded, "nemo2": logits}
 
 
 def reference(context: Context) -> dict[str, torch.Tensor]:

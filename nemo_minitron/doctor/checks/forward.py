@@ -40,7 +40,7 @@ def logits_of(chunks: list[Any], groups: Groups, context: Context) -> torch.Tens
 
     iterators = [iter(tokens.split(1)) for _ in chunks]
     with evaluating(chunks):
-        found = get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
@@ -52,7 +52,7 @@ def logits_of(chunks: list[Any], groups: Groups, context: Context) -> torch.Tens
         )
     if not groups.is_last_stage or groups.tp_rank or groups.dp_rank:
         return None
-    return torch.cat(found)[..., : context.material.teacher.shape.vocab_size].contiguous()
+    return torch.cat(outputs)[..., : context.material.teacher.shape.vocab_size].contiguous()
 
 
 def _gathered(logits: torch.Tensor, *, groups: Groups, non_loss_data: bool = True) -> torch.Tensor:

@@ -23,14 +23,14 @@ def run(context: Context) -> dict[str, torch.Tensor]:
     wide = padded_vocab(VOCABULARY, tensor=context.layout.tensor)
     mine = slice(*(wide // context.layout.tensor * place for place in (groups.tp_rank, groups.tp_rank + 1)))
     ours, theirs = (
-        torch.nn.functional.pad(one, (0, wide - VOCABULARY))[:, mine].to(device, context.dtype).contiguous()
-        for one in (student, teacher)
+        torch.nn.functional.pad(logits, (0, wide - VOCABULARY))[:, mine].to(device, context.dtype).contiguous()
+        for logits in (student, teacher)
     )
     ours.requires_grad_()
-    found = vocabulary_parallel_forward_kl(
+    losses = vocabulary_parallel_forward_kl(
         ours, theirs, groups.tp, vocab_size=VOCABULARY, temperature=TEMPERATURE
     )  # fmt: skip
-    (found * weights.to(device)).sum().backward()
+    (losses * weights.to(device)).sum().backward()
     assert ours.grad is not None
     gradient = ours.grad.float().contiguous()
     parts = [torch.empty_like(gradient) for _ in range(context.layout.tensor)]
@@ -38,12 +38,12 @@ def run(context: Context) -> dict[str, torch.Tensor]:
     if groups.tp_rank or groups.dp_rank or groups.pp_rank:
         return {}
     whole = torch.cat(parts, dim=-1).cpu()
-    return {"kl": found.detach().float().cpu(), "gradient": whole[:, :VOCABULARY].contiguous()}
+    return {"kl": losses.detach().float().cpu(), "gradient": whole[:, :VOCABULARY].contiguous()}
 
 
 def reference(context: Context) -> dict[str, torch.Tensor]:
     """The definition, differentiated by autograd."""
-    student, teacher, weights = (one.double() for one in _logits())
+    student, teacher, weights = (tensor.double() for tensor in _logits())
     student.requires_grad_()
     q = torch.log_softmax(student / TEMPERATURE, dim=-1)
     p = torch.log_softmax(teacher / TEMPERATURE, dim=-1)

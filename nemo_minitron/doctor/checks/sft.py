@@ -53,8 +53,8 @@ def run(context: Context) -> dict[str, torch.Tensor]:
 
 def _samples(context: Context, count: int, *, seed: int) -> list[Sample]:
     """Random conversations of different lengths, of which the second half is trained."""
-    found = []
+    samples = []
     for index, row in enumerate(context.material.blocks(count, seed=seed).tolist()):
         ids = row[: len(row) - index % 5]
-        found.append(Sample(ids, [place >= len(ids) // 2 for place in range(len(ids))], (len(ids),)))
-    return found
+        samples.append(Sample(ids, [place >= len(ids) // 2 for place in range(len(ids))], (len(ids),)))
+    return samples

@@ -35,7 +35,7 @@ def json_lines(content: bytes, where: str, fields: dict[str, type]) -> list[dict
         lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error})") from None
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     bad: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -46,12 +46,12 @@ def json_lines(content: bytes, where: str, fields: dict[str, type]) -> list[dict
             bad.append(f"line {number}: not JSON ({error})")
             continue
         bad += [f"line {number}: {fault}" for fault in field_faults(record, fields)]
-        found.append(record)
+        records.append(record)
     if bad:
         raise DataError("\n".join([f"{where}: {len(bad)} faults:", *(f"  - {fault}" for fault in bad[:20])]))
-    if not found:
+    if not records:
         raise DataError(f"{where}: no lines; the package is not the pinned one")
-    return found
+    return records
 
 
 def field_faults(record: Any, fields: dict[str, type]) -> list[str]:

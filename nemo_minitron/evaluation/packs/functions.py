@@ -48,8 +48,8 @@ def task(pack: Pack, cache_dir: Path) -> dict[str, Any]:
     faults: list[str] = []
     documents = []
     for question in questions:
-        if found := _faults(question, truths.get(question["id"])):
-            faults += [f"{question['id']}: {fault}" for fault in found]
+        if wrong := _faults(question, truths.get(question["id"])):
+            faults += [f"{question['id']}: {fault}" for fault in wrong]
             continue
         documents.append(
             {
@@ -107,7 +107,7 @@ def call_is_right(call: Call | None, functions: list[dict[str, Any]], allowed: d
     ((name, values),) = allowed.items()
     if call is None or call[0] != name:
         return False
-    parameters = next(one["parameters"] for one in functions if one["name"] == name)
+    parameters = next(function["parameters"] for function in functions if function["name"] == name)
     given = call[1]
     if any(required not in given for required in parameters["required"]):
         return False
@@ -138,8 +138,8 @@ def _dotted(node: ast.expr) -> str | None:
 def _lists(value: Any) -> Any:
     """Tuples as lists, which is what the data's JSON made of them."""
     if isinstance(value, list | tuple):
-        return [_lists(one) for one in value]
-    return {key: _lists(one) for key, one in value.items()} if isinstance(value, dict) else value
+        return [_lists(item) for item in value]
+    return {key: _lists(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _typed(value: Any, declared: str, choices: list[Any]) -> bool:
@@ -157,12 +157,12 @@ def _equal(value: Any, choice: Any) -> bool:
     if isinstance(value, list) and isinstance(choice, list):
         # Within a list the leaderboard does not take an integer for a real number.
         return len(value) == len(choice) and all(
-            type(one) is type(other) and _equal(one, other) for one, other in zip(value, choice, strict=True)
+            type(item) is type(other) and _equal(item, other) for item, other in zip(value, choice, strict=True)
         )
     if isinstance(value, dict) and isinstance(choice, dict):
-        options = {key: one if isinstance(one, list) else [one] for key, one in choice.items()}
+        options = {key: item if isinstance(item, list) else [item] for key, item in choice.items()}
         return all(key in value or "" in some for key, some in options.items()) and all(
-            key in options and any(_equal(one, option) for option in options[key]) for key, one in value.items()
+            key in options and any(_equal(item, option) for option in options[key]) for key, item in value.items()
         )
     return value == choice
 
@@ -173,7 +173,7 @@ def _plain(text: str) -> str:
 
 def _prompt(question: dict[str, Any]) -> str:
     asked = "\n".join(message["content"] for message in question["question"][0])
-    listed = "\n".join(json.dumps(one, ensure_ascii=False) for one in question["function"])
+    listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in question["function"])
     return (
         f"These functions can be called:\n{listed}\n\n"
         "Answer the request with one call in Python's form, arguments by name, as in "
@@ -210,6 +210,6 @@ def _faults(question: dict[str, Any], truth: Any) -> list[str]:
     ((name, values),) = truth[0].items()
     if name not in names:
         faults.append(f"the answer calls {name}, which is not described")
-    if not isinstance(values, dict) or not all(isinstance(one, list) for one in values.values()):
+    if not isinstance(values, dict) or not all(isinstance(value, list) for value in values.values()):
         faults.append("the answer's values are not lists")
     return faults

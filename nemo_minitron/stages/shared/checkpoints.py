@@ -48,10 +48,10 @@ def format_faults(output: str, form: str) -> list[str]:
 
 def written_faults(shape: ModelShape, architecture: Architecture, formats: Sequence[str]) -> list[str]:
     """Which of the formats cannot hold a model because its layers differ in size."""
-    found = layer_faults(shape, architecture) if "hf" in formats else []
+    faults = layer_faults(shape, architecture) if "hf" in formats else []
     for form in dict.fromkeys(formats):
-        found += [] if form == "hf" else uniform_faults(shape, f"format={form}")
-    return found
+        faults += [] if form == "hf" else uniform_faults(shape, f"format={form}")
+    return faults
 
 
 def conversion_faults(model: str, formats: Sequence[str], *, verify: bool) -> list[str]:
@@ -73,8 +73,8 @@ def check_conversion(model: Checkpoint, formats: Sequence[str], *, verify: bool)
 def _conversion_faults(
     shape: ModelShape, architecture: Architecture, formats: Sequence[str], verify: bool
 ) -> list[str]:
-    found = written_faults(shape, architecture, formats)
-    return found + (uniform_faults(shape, "verify=true, which compares logits") if verify else [])
+    faults = written_faults(shape, architecture, formats)
+    return faults + (uniform_faults(shape, "verify=true, which compares logits") if verify else [])
 
 
 def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:
@@ -129,14 +129,14 @@ def verified(
     """Compare the logits of a conversion; the figures for the record, or None where it is not asked for."""
     if verify is None:
         return None
-    found = verify(source, target)
+    difference = verify(source, target)
     return {
-        "max_difference": found.max_difference,
-        "scale": found.scale,
-        "relative": found.relative,
-        "same_choice": found.same_choice,
-        "dtype": found.dtype,
-        "loader": found.loader,
+        "max_difference": difference.max_difference,
+        "scale": difference.scale,
+        "relative": difference.relative,
+        "same_choice": difference.same_choice,
+        "dtype": difference.dtype,
+        "loader": difference.loader,
     }
 
 

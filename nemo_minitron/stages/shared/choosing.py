@@ -90,7 +90,7 @@ def _vocabulary(config: PruneConfig, checkpoint: Checkpoint) -> tuple[int, ...] 
         raise CheckpointError(f"{config.model}: carries no tokenizer, which would have to follow the vocabulary")
     constants = checkpoint.architecture
     ends = constants.eos_token_id if isinstance(constants.eos_token_id, list) else [constants.eos_token_id]
-    special = [one for one in (constants.bos_token_id, constants.pad_token_id, *ends) if one is not None]
+    special = [token for token in (constants.bos_token_id, constants.pad_token_id, *ends) if token is not None]
     return choose_vocabulary(
         checkpoint.tokenizer,
         read_frequencies(frequencies_path(config.vocabulary.frequencies)),

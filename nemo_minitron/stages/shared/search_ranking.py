@@ -167,9 +167,9 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     import torch.distributed as dist
 
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    found = by_candidate(FINDINGS.from_json(json.loads(line)) for line in lines)
+    measured = by_candidate(FINDINGS.from_json(json.loads(line)) for line in lines)
     dist.barrier()
-    return found
+    return measured
 
 
 def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups) -> dict[str, Any]:

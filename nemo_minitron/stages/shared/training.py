@@ -45,7 +45,7 @@ def plan_training(
     data = data_inputs(config.data)
     layout = config.parallel
     output = Path(config.output)
-    found = StagePlan(
+    plan = StagePlan(
         config.STAGE,
         reads=[PlannedPath(path, role) for role, path in models.items()],
         writes=[
@@ -57,7 +57,7 @@ def plan_training(
         notes=data.notes,
         faults=data.faults,
     )
-    found.reads += [PlannedPath(path, what) for path, what in data.files]
+    plan.reads += [PlannedPath(path, what) for path, what in data.files]
     counts = {}
     for role, path in models.items():
         shape = peek_shape(path)
@@ -66,22 +66,22 @@ def plan_training(
         own = (layouts or {}).get(role, layout)
         faults = uniform_faults(shape, "training")
         faults += shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
-        found.faults += [f"{role}: {fault}" for fault in faults]
+        plan.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):
         ours = sum(count for role, count in counts.items() if role in trained)
         others = sum(counts.values()) - ours
-        found.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
+        plan.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
         # Six operations a weight and token to train, two to run.
-        found.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)
+        plan.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)
         bf16 = config.precision.startswith("bf16")
         # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
         # weights.
         replicas = layout.data * layout.context
         state = (2 + 4 + 12 / replicas) if bf16 else (4 + 4 + 8 / replicas)
         rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
-        found.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
-    return found
+        plan.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
+    return plan
 
 
 def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
@@ -142,12 +142,12 @@ def summary(metrics: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if "split" not in line]
     validations = [line for line in lines if line.get("split") == "validation"]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "steps": steps[-1]["step"],
         "tokens": steps[-1]["tokens"],
         "tokens_per_second": sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2],
     }
     for prefix, measured in (("", steps), ("validation_", validations)):
         for which, line in zip(("first", "last"), (measured[0], measured[-1]) if measured else (), strict=False):
-            found |= {f"{which}_{prefix}{key}": line[key] for key in ("kl", "lm_loss") if key in line}
-    return found
+            figures |= {f"{which}_{prefix}{key}": line[key] for key in ("kl", "lm_loss") if key in line}
+    return figures

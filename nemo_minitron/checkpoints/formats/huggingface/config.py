@@ -53,8 +53,8 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         )
     key, family = readers[name]
     config = {**family.reads[name], **config}
-    if found := _unsupported(config, axes.family(key), family):
-        raise CheckpointError(f"{source}: " + "; ".join(found))
+    if unsupported := _unsupported(config, axes.family(key), family):
+        raise CheckpointError(f"{source}: " + "; ".join(unsupported))
     rope = config["rope_scaling"]
     try:
         heads, width = config["num_attention_heads"], config["intermediate_size"]
@@ -102,26 +102,26 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
 def _unsupported(config: dict[str, Any], table: axes.Family, family: HFFamily) -> list[str]:
     """Everything in a configuration that the family's table does not stand for."""
     rope, positions = config["rope_scaling"], config["max_position_embeddings"]
-    found = [
+    faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
         for key, value in family.needs.items()
         if config[key] != value
     ]
     if _rope_type(rope) not in ROPE_SCALING:
-        found.append(
+        faults.append(
             f"rope_scaling of type {_rope_type(rope)!r} is not supported; supported: {', '.join(ROPE_SCALING)}"
         )
     if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
-        found.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
+        faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
     window = config["sliding_window"] if config["use_sliding_window"] else None
     if window is not None and window < positions:
-        found.append(
+        faults.append(
             f"sliding_window={window} is not supported; if no sequence will be longer than {window} tokens, set "
             f"sliding_window to null and max_position_embeddings to {window}"
         )
     if config.get("quantization_config"):
-        found.append("quantized weights are not supported; dequantize the model first")
-    return found
+        faults.append("quantized weights are not supported; dequantize the model first")
+    return faults
 
 
 def _rope_type(rope: dict[str, Any] | None) -> str:

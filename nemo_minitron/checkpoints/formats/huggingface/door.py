@@ -91,10 +91,10 @@ class HFWeights:
         entry = axes.entry(axes.family(self.family), self.shape, name)
         parts = []
         for part, expected in self._parts(entry).items():
-            found = self._read(part)
-            if tuple(found.shape) != expected:
-                raise _wrong_shape(self.files[part], part, tuple(found.shape), expected)
-            parts.append(found)
+            part_tensor = self._read(part)
+            if tuple(part_tensor.shape) != expected:
+                raise _wrong_shape(self.files[part], part, tuple(part_tensor.shape), expected)
+            parts.append(part_tensor)
         return naming.merge(entry.row.axes, parts, entry.sizes)
 
     def check(self) -> None:
@@ -123,9 +123,9 @@ class HFWeights:
                 f"{self.path}: {len(unexpected)} tensors have no place in a {self.family} model of this configuration, "
                 f"{_first(unexpected)}; check num_hidden_layers, and that it has no biases but its family's"
             )
-        for name, (found, _) in self._headers().items():
-            if name in expected and found != expected[name]:
-                raise _wrong_shape(self.files[name], name, found, expected[name])
+        for name, (shape, _) in self._headers().items():
+            if name in expected and shape != expected[name]:
+                raise _wrong_shape(self.files[name], name, shape, expected[name])
 
     def dtype(self) -> str:
         """The dtype that holds all stored tensors."""
@@ -319,9 +319,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _wrong_shape(where: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+def _wrong_shape(where: Path, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
-        f"{where}: {name} has shape {list(found)} where the model's sizes ask for {list(expected)}; "
+        f"{where}: {name} has shape {list(shape)} where the model's sizes ask for {list(expected)}; "
         f"the configuration belongs to another model"
     )
 

@@ -82,7 +82,7 @@ def from_nemo1(
         CheckpointError: for a foreign architecture, all reasons in one message, or an incomplete configuration.
     """
     config = DEFAULTS | content
-    found = [
+    faults = [
         f"{key}={config[key]!r} is not supported (needed: {value!r})"
         for key, value in REQUIRED.items()
         if config[key] != value
@@ -97,9 +97,9 @@ def from_nemo1(
         for family, needs in nemo1_families().items()
     }
     family = min(unlike, key=lambda name: len(unlike[name]))
-    if found := found + unlike[family]:
+    if faults := faults + unlike[family]:
         target = str(config.get("target", "unknown")).rsplit(".", 1)[-1]
-        raise CheckpointError(f"{source}: {target} is not a {family} model: " + "; ".join(found))
+        raise CheckpointError(f"{source}: {target} is not a {family} model: " + "; ".join(faults))
     special = special_ids(tokenizer) if tokenizer is not None else {}
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]

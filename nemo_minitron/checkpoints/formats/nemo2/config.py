@@ -207,8 +207,8 @@ def from_nemo2(
             moe_router_topk=config["moe_router_topk"] if experts else None,
             moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
         )
-        if found := architecture.faults(shape):
-            raise CheckpointError(f"{source}: {found[0]}")
+        if invalid := architecture.faults(shape):
+            raise CheckpointError(f"{source}: {invalid[0]}")
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; it is not a complete {family} configuration") from None
     except (ShapeError, TypeError, ZeroDivisionError) as error:
@@ -233,21 +233,21 @@ def _known(name: str) -> NeMo2Family:
 
 def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
     """Everything in a configuration that the family's table does not stand for."""
-    found = [
+    faults = [
         f"{key}={config[key]!r} is not supported (needed: {value!r})"
         for key, value in required(table).items()
         if key in config and config[key] != value
     ]
     if table.expert and config.get("num_moe_experts") is None:
-        found.append("num_moe_experts=None is not supported: the family is a mixture of experts")
+        faults.append("num_moe_experts=None is not supported: the family is a mixture of experts")
     activation, needed = config.get("activation_func"), ACTIVATIONS[table.activation]
     activation = activation.get("_target_") if isinstance(activation, dict) else activation
     if activation is not None and not str(activation).endswith(needed):
-        found.append(f"activation_func={activation} is not supported (needed: {needed})")
+        faults.append(f"activation_func={activation} is not supported (needed: {needed})")
     window = config.get("window_size")
     if window is not None and window[0] + 1 < config["seq_length"]:
-        found.append(f"window_size={window} is not supported: no family here has sliding-window attention")
-    return found
+        faults.append(f"window_size={window} is not supported: no family here has sliding-window attention")
+    return faults
 
 
 def _rotary_scaling(config: dict[str, Any]) -> dict[str, Any] | None:

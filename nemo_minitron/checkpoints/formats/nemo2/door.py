@@ -128,6 +128,6 @@ def _find_tokenizer(context: Path, content: dict[str, Any]) -> Path | None:
     candidates = [context / name] if isinstance(name, str) and name else []
     for candidate in [*candidates, context / "nemo_tokenizer"]:
         inside = candidate.resolve().is_relative_to(context.resolve())
-        if inside and candidate.is_dir() and (found := find_tokenizer(candidate)):
-            return found
+        if inside and candidate.is_dir() and (directory := find_tokenizer(candidate)):
+            return directory
     return None

@@ -173,8 +173,8 @@ class TorchDist:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{where}: the chunk holds {found}, .metadata says {list(chunk.sizes)}")
+            actual = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{where}: the chunk holds {actual}, .metadata says {list(chunk.sizes)}")
         return tensor
 
 
@@ -202,8 +202,8 @@ class TorchDistWeights:
         key, place = self._locate(name)
         size = axes.entry(axes.family(self.family), self.shape, name).shape
         region = [slice(0, length) for length in size]
-        found = self.store.read(key, [*(slice(index, index + 1) for index in place), *region])
-        return found.reshape(size).contiguous()
+        values = self.store.read(key, [*(slice(index, index + 1) for index in place), *region])
+        return values.reshape(size).contiguous()
 
     def check(self) -> None:
         """Compare the stored keys and global shapes with the model's sizes, without reading tensors.
@@ -216,15 +216,15 @@ class TorchDistWeights:
             key, place = self._locate(entry.name)
             known.add(key)
             row, expected = entry.row, entry.shape
-            stacked, found = self.store.sizes[key][: len(place)], self.store.sizes[key][len(place) :]
+            stacked, size = self.store.sizes[key][: len(place)], self.store.sizes[key][len(place) :]
             counts = [("layers", self.shape.num_layers), ("experts", self.shape.num_moe_experts)]
             counts = counts[len(counts) - len(place) :] if row.expert is not None else counts[: len(place)]
             for (what, count), stored in zip(counts, stacked, strict=True):
                 if stored != count:
                     raise self._mismatch(key, f"{stored} {what}", f"{count}")
-            padded = row.axes[0] is axes.Axis.VOCAB and found[:1] >= expected[:1]
-            if found[1:] != expected[1:] or (found[:1] != expected[:1] and not padded):
-                raise self._mismatch(key, f"shape {list(found)}", f"{list(expected)}")
+            padded = row.axes[0] is axes.Axis.VOCAB and size[:1] >= expected[:1]
+            if size[1:] != expected[1:] or (size[:1] != expected[:1] and not padded):
+                raise self._mismatch(key, f"shape {list(size)}", f"{list(expected)}")
         for key in self._model_keys():
             if key not in known and not (self.shape.tied_embeddings and key == self.prefix + table.output):
                 raise CheckpointError(
@@ -267,9 +267,9 @@ class TorchDistWeights:
             f"or has fewer layers than its configuration says"
         )
 
-    def _mismatch(self, key: str, found: str, expected: str) -> CheckpointError:
+    def _mismatch(self, key: str, actual: str, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.store.directory}: {key} has {found} where the model's sizes ask for {expected}; "
+            f"{self.store.directory}: {key} has {actual} where the model's sizes ask for {expected}; "
             f"the configuration belongs to another model"
         )
 
@@ -277,9 +277,9 @@ class TorchDistWeights:
 def _spellings(rest: str) -> Iterator[str]:
     yield rest
     for fused, alone in _NORMS:
-        for one, other in ((fused, alone), (alone, fused)):
-            if rest.startswith(one):
-                yield other + rest.removeprefix(one)
+        for present, other in ((fused, alone), (alone, fused)):
+            if rest.startswith(present):
+                yield other + rest.removeprefix(present)
 
 
 def _product(lengths: Sequence[int]) -> int:

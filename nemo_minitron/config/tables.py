@@ -7,14 +7,25 @@ describe. Neither imports torch: an entry names its functions by :func:`deferred
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeVar
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["ESTIMATORS", "FAMILIES", "FORMATS", "LOGIT_LOSSES", "STATE_LOSSES", "Entry", "Table", "deferred"]
+__all__ = [
+    "ESTIMATORS",
+    "FAMILIES",
+    "FORMATS",
+    "LOGIT_LOSSES",
+    "STATE_LOSSES",
+    "Choices",
+    "Entry",
+    "Table",
+    "WrittenFormats",
+    "deferred",
+]
 
 
 class Entry(Protocol):
@@ -73,9 +84,7 @@ class Table(Mapping[str, E]):
 
     def described(self) -> str:
         """The names with the notes of those entries that are there already, for a setting's help."""
-        notes = {name: entry.note for name, entry in self._known().items()}
-        texts = [f'"{name}" ({notes[name]})' if notes.get(name) else f'"{name}"' for name in self]
-        return ", ".join(texts[:-1]) + f" or {texts[-1]}"
+        return _listed(self, {name: entry.note for name, entry in self._known().items()})
 
     def __getitem__(self, name: str) -> E:
         known = self._known()
@@ -111,6 +120,38 @@ class Table(Mapping[str, E]):
         if entry.name != point.name:
             raise ConfigError(f"{where} names it {entry.name!r} in {point.value}; give both the same name")
         return self.register(entry)
+
+
+class Choices(Protocol):
+    """What a setting can name, as the ``TABLES`` of its class say it."""
+
+    def described(self) -> str:
+        """The names, for a setting's help."""
+        ...
+
+
+class WrittenFormats:
+    """The checkpoint formats that can be written.
+
+    Args:
+        without: names that are left out.
+    """
+
+    def __init__(self, *without: str) -> None:
+        self._without = without
+
+    def names(self) -> list[str]:
+        """In the order of :data:`FORMATS`."""
+        return [name for name, entry in FORMATS.items() if entry.write is not None and name not in self._without]
+
+    def described(self) -> str:
+        """The names, for a setting's help."""
+        return _listed(self.names(), {})
+
+
+def _listed(names: Iterable[str], notes: Mapping[str, str]) -> str:
+    texts = [f'"{name}" ({notes[name]})' if notes.get(name) else f'"{name}"' for name in names]
+    return ", ".join(texts[:-1]) + f" or {texts[-1]}"
 
 
 def deferred(path: str) -> Callable[..., Any]:

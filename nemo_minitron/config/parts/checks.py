@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from nemo_minitron.config.tables import FORMATS
+from nemo_minitron.config.tables import WrittenFormats
 
 __all__ = [
     "AGGREGATIONS",
@@ -39,7 +39,7 @@ LATENCIES = ("prefill", "decode")
 
 def written_formats() -> list[str]:
     """The names of the checkpoint formats that can be written."""
-    return [name for name, entry in FORMATS.items() if entry.write is not None]
+    return WrittenFormats().names()
 
 
 def format_list_faults(names: Iterable[str]) -> list[str]:

@@ -17,6 +17,7 @@ from nemo_minitron.config.parts import (
     positive,
 )
 from nemo_minitron.config.stages.base import NEEDS_ALIGNMENT, StageConfig
+from nemo_minitron.config.tables import Choices, WrittenFormats
 
 __all__ = ["AlignConfig", "DpoConfig", "SftConfig"]
 
@@ -30,7 +31,7 @@ class AlignConfig(AlignmentSchedule, StageConfig):
         data: what to train on.
         resume: go on from the last checkpoint in ``output``, under the same settings; layout, micro-batches, time
             limit, intervals and formats may change.
-        formats: besides ``model`` (NeMo 2), what the aligned model is written as: "hf", "nemo".
+        formats: besides ``model`` (NeMo 2), what the aligned model is written as, any of these
         verify: compare the logits of what was written with those of ``model``.
         parallel: layout of the model.
     """
@@ -38,6 +39,7 @@ class AlignConfig(AlignmentSchedule, StageConfig):
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_ALIGNMENT
     LEVEL: ClassVar[str] = "aligner"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation")
+    TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats("nemo2")}
     GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "max_minutes", "save_every", "validate_every", "validation_batches", "formats",
         "verify",

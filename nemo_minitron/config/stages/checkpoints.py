@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import DTYPES, choice, format_list_faults, one_of, written_formats
 from nemo_minitron.config.stages.base import NEEDS_TORCH, StageConfig
+from nemo_minitron.config.tables import Choices, WrittenFormats
 
 __all__ = ["ExportConfig", "ImportConfig"]
 
@@ -20,7 +21,7 @@ class ImportConfig(StageConfig):
     Attributes:
         source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
         package: instead of ``source``, a model that a Python package carries, by its name in the data room's table.
-        format: what to write: "nemo2", "nemo" or "hf".
+        format: what to write
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload the result and compare logits with the source's.
         cache_dir: where a fetched package is kept.
@@ -35,6 +36,7 @@ class ImportConfig(StageConfig):
     ROLE: ClassVar[str] = "teacher"
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
     PATHS: ClassVar[tuple[str, ...]] = ("output", "cache_dir")
+    TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
     NEEDS_GPU: ClassVar[bool] = False
 
     source: str | None = None
@@ -63,7 +65,7 @@ class ExportConfig(StageConfig):
 
     Attributes:
         model: checkpoint to export.
-        formats: any of "hf", "nemo2", "nemo".
+        formats: what to write, any of these
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload each result with the other side's own loader and compare logits.
     """
@@ -73,6 +75,7 @@ class ExportConfig(StageConfig):
     LEVEL: ClassVar[str] = "torch"
     ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats()}
     NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING

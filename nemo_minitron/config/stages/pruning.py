@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -19,7 +19,7 @@ from nemo_minitron.config.parts import (
     written_formats,
 )
 from nemo_minitron.config.stages.base import StageConfig
-from nemo_minitron.config.tables import ESTIMATORS, Table
+from nemo_minitron.config.tables import ESTIMATORS, Choices, WrittenFormats
 
 __all__ = ["IterateConfig", "PruneConfig", "RANDOM"]
 
@@ -43,7 +43,7 @@ class PruneConfig(StageConfig):
         depth: how the layers to drop are chosen, by scores.
         depth_scores: directory that ``depth`` wrote; needed by ``depth.criterion`` "loss" and "task".
         layers_to_drop: layers to remove whatever their scores (0-based); their number then fixes ``num_layers``.
-        format: what to write: "nemo2", "nemo" or "hf".
+        format: what to write
     """
 
     STAGE: ClassVar[str] = "prune"
@@ -66,7 +66,7 @@ class PruneConfig(StageConfig):
     layers_to_drop: list[int] | None = None
     format: str = "nemo2"
 
-    TABLES: ClassVar[dict[str, Table[Any]]] = {"method": ESTIMATORS}
+    TABLES: ClassVar[dict[str, Choices]] = {"method": ESTIMATORS, "format": WrittenFormats()}
 
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
@@ -121,7 +121,7 @@ class IterateConfig(StageConfig):
         spacing: how the shapes in between are spread, "geometric" (equal ratios) or "linear" (equal steps).
         estimator: as in ``score``; one that runs the model.
         data, samples, micro_batch_size, aggregation, parallel: as in ``score``.
-        format: what to write: "nemo2", "nemo" or "hf".
+        format: what to write
     """
 
     STAGE: ClassVar[str] = "iterate"
@@ -130,6 +130,7 @@ class IterateConfig(StageConfig):
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
 
     model: str = MISSING
     target: TargetConfig = field(default_factory=TargetConfig)

@@ -280,7 +280,7 @@ def test_jobs_as_they_are_submitted(here: Path) -> None:
         assert "#SBATCH --dependency=afterok:" in texts[name]
     assert "export CUDA_DEVICE_MAX_CONNECTIONS=4" in texts["distilled"], "the user's own"
     for name, text in texts.items():
-        folder = re.search(r"nemo_minitron\.stages\.rank (\S+)", text)
+        folder = re.search(r"nemo_minitron\.jobs\.slurm_rank (\S+)", text)
         assert folder is not None
         assert folder[1] == f"{here}/runs/tiny/logs/{name}"
         job = yaml.safe_load((Path(folder[1]) / "config.yaml").read_text())

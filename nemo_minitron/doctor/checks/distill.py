@@ -61,6 +61,8 @@ def _trained(context: Context, *, stops: tuple[int, ...]) -> dict[str, torch.Ten
             student, material.teacher, tokens, validation,
             layout=context.layout, schedule=schedule, directory=directory,
         ).last  # fmt: skip
+        # Rank 0 removes NeMo's mark of an unfinished checkpoint; a rank that began again before would remove both.
+        dist.barrier()
     assert last is not None
     if dist.get_rank() != 0:
         return {}

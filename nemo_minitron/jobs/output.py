@@ -118,15 +118,15 @@ class Output:
 
         Other settings would train on from the old checkpoints, or would find nothing left to train, and the record
         would say that they had made the model. Settings that change a step's numbers by rounding at most may differ
-        (``GOES_ON_WITH``).
+        (``RESUMABLE_CHANGES``).
         """
-        if self.config.GOES_ON_WITH is None or self.config.overwrite or not self.path.exists():
+        if self.config.RESUMABLE_CHANGES is None or self.config.overwrite or not self.path.exists():
             return []
         record = self.record()
         faults = [
             f"{self.path} was {'begun' if record is None else 'made'} with other settings: {change}"
             for key, change in self._changes_since(record or self.started_identity()).items()
-            if not any(key == free or key.startswith(f"{free}.") for free in self.config.GOES_ON_WITH)
+            if not any(key == free or key.startswith(f"{free}.") for free in self.config.RESUMABLE_CHANGES)
         ]
         if faults:
             faults[-1] += "; choose another output, or make this one anew with --overwrite (overwrite=true)"
@@ -224,7 +224,7 @@ class Output:
             return None
         changed = state in ("changed", "begun")
         if changed and not (overwrite or self.config.overwrite):
-            if not (self.config.LEADS and self.resumable):
+            if not (self.config.RUNS_CHILD_STAGES and self.resumable):
                 self.archive()
                 self.restore_unfinished()
             return self

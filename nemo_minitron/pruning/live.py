@@ -28,7 +28,7 @@ __all__ = [
     "apply_config",
     "apply_sizes",
     "apply_stages",
-    "fresh",
+    "like_parameter",
     "gpt_chunks",
     "keep_experts",
     "live_family",
@@ -55,8 +55,8 @@ def gpt_chunks(module: nn.Module) -> list[GPTModel]:
     return chunks
 
 
-def fresh(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
-    """A parameter with new content and the marks that Megatron's layers put on the old one."""
+def like_parameter(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """A new parameter with the content ``data`` and the attributes that Megatron's layers put on ``parameter``."""
     new = nn.Parameter(data.contiguous(), requires_grad=parameter.requires_grad)
     # tensor_model_parallel, partition_dim, partition_stride, allreduce, shared, shared_embedding, ...
     vars(new).update({name: mark for name, mark in vars(parameter).items() if name not in _TRAINING_MARKS})

@@ -24,15 +24,15 @@ from nemo_minitron.pruning.live import (
     apply_config,
     apply_sizes,
     apply_stages,
-    fresh,
     gpt_chunks,
     keep_experts,
+    like_parameter,
     live_family,
     live_shape,
     owned_parameters,
 )
 from nemo_minitron.pruning.row_moves import take_rows
-from nemo_minitron.pruning.wrapping import bare
+from nemo_minitron.pruning.wrapping import without_ddp
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
 from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
@@ -62,7 +62,7 @@ class DepthPrune:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Prune ``module`` in place, and return it."""
-        with bare(module):
+        with without_ddp(module):
             self._prune(module, self.groups or current_groups())
         return module
 
@@ -118,7 +118,7 @@ class WidthPrune:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Prune ``module`` in place, and return it."""
-        with bare(module):
+        with without_ddp(module):
             self._prune(module, self.groups or current_groups())
         return module
 
@@ -139,7 +139,7 @@ class WidthPrune:
                 key = next(iter(table.first)) if tied else name
                 if key not in rows:
                     raise ShapeError(f"{name}: is not in the axes table of the family {table.name}; add it there")
-                pruned = fresh(parameter, self._slice(parameter.detach(), *rows[key], shape, target, groups))
+                pruned = like_parameter(parameter, self._slice(parameter.detach(), *rows[key], shape, target, groups))
                 for owner, leaf in owners:
                     setattr(owner, leaf, pruned)
         apply_config(module, target)

@@ -38,7 +38,7 @@ class AlignConfig(AlignmentSchedule, StageConfig):
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_ALIGNMENT
     LEVEL: ClassVar[str] = "aligner"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation")
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "max_minutes", "save_every", "validate_every", "validation_batches", "formats",
         "verify",
     )  # fmt: skip

@@ -70,13 +70,13 @@ class StageConfig:
     NEEDS_GPU: ClassVar[bool] = True
     #: Layouts that may have context parallelism, by field.
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
-    #: The output holds the outputs of stages of their own, each with its record.
-    LEADS: ClassVar[bool] = False
-    #: Each run is made anew: an output of the same settings and inputs is not what this one would be.
+    #: The stage runs other stages; its output holds theirs, each with a record of its own.
+    RUNS_CHILD_STAGES: ClassVar[bool] = False
+    #: Each run is made anew: the result does not follow from the settings and the inputs alone.
     REPEATS: ClassVar[bool] = False
-    #: Of a training, the settings (``parallel`` for all below it) that one may change and still go on with what was
-    #: begun. None: the stage itself finds out what of its output it can go on with, or does not go on at all.
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
+    #: Settings that may differ when a run is resumed (``parallel`` stands for all settings below it). None: the stage
+    #: decides itself what it can resume, or cannot be resumed.
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Enter a stage in :data:`STAGES`."""

@@ -39,7 +39,7 @@ class TrainingConfig(Schedule, StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
         "result", "data.workers", "teacher_placement", "teacher_parallel",
     )  # fmt: skip

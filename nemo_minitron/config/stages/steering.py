@@ -143,8 +143,8 @@ class SteerlmConfig(AlignConfig):
     HELP: ClassVar[str] = "SteerLM: attribute model, labels, fine-tuning on answers given their attributes."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TORCH  # the stages that it starts say theirs
     LEVEL: ClassVar[str] = "torch"
-    LEADS: ClassVar[bool] = True
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
+    RUNS_CHILD_STAGES: ClassVar[bool] = True
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = None
     INPUTS: ClassVar[tuple[str, ...]] = (
         "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.path",
     )  # fmt: skip

@@ -237,7 +237,7 @@ class ModelShape:
             return [(None, self)]
         return [(self.layers.index(layer), self.at(self.layers.index(layer))) for layer in dict.fromkeys(self.layers)]
 
-    def stage_sizes(self, stages: int) -> list[int]:
+    def pipeline_stage_sizes(self, stages: int) -> list[int]:
         """Layers of each pipeline stage, in order: as equal as can be, the first ones getting one more.
 
         Args:

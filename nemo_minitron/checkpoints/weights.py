@@ -1,4 +1,4 @@
-"""Small pieces that the doors share: the table check, casting, stored dtypes."""
+"""Functions that several formats share: the table check, casting, stored dtypes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from nemo_minitron.checkpoints.record import peek_architecture, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.cli.plan_tables import show_costs
 from nemo_minitron.config import (
     STAGES,

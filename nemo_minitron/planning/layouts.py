@@ -83,7 +83,7 @@ def layout_faults(training: Training, layout: ParallelLayout) -> list[str]:
     problems = []
     for who, model in (("student", training.student), ("teacher", training.teacher)):
         if model is not None:
-            faults = model.shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+            faults = model.shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
             problems += [f"{who}: {fault}" for fault in faults]
     one_pass = training.micro_batch_size * layout.data
     if training.global_batch_size % one_pass:
@@ -209,7 +209,7 @@ def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[Mode
     """Layers of each pipeline rank, its chunks together: how many of which sizes."""
     layers: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
     each = iter(model.shape.each())
-    for stage, size in enumerate(model.shape.stage_sizes(layout.stages)):
+    for stage, size in enumerate(model.shape.pipeline_stage_sizes(layout.pipeline_stages)):
         layers[stage % layout.pipeline].update(itertools.islice(each, size))
     return layers
 

@@ -8,7 +8,7 @@ from nemo_minitron import axes
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.shape import Architecture, ModelShape, padded_vocab
 
-__all__ = ["Model", "stage_parameters"]
+__all__ = ["Model", "pipeline_stage_parameters"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _part(entry: axes.Entry, table: axes.Family) -> str:
     return "attention" if entry.row.part == "attention" else "MLP"
 
 
-def stage_parameters(
+def pipeline_stage_parameters(
     model: Model, *, tensor: int, pipeline: int = 1, virtual_pipeline: int | None = None
 ) -> list[dict[str, tuple[int, ...]]]:
     """The parameters that each rank of a layout holds.
@@ -72,7 +72,7 @@ def stage_parameters(
     if faults := model.shape.layout_faults(tensor=tensor, pipeline=pipeline * chunks):
         raise ShapeError(faults)
     padded = model.shape.replace(vocab_size=padded_vocab(model.shape.vocab_size, tensor=tensor))
-    sizes = padded.stage_sizes(pipeline * chunks)
+    sizes = padded.pipeline_stage_sizes(pipeline * chunks)
     # layers go virtual stage by virtual stage, pipeline rank by pipeline rank within one
     rank_of_layer = [run % pipeline for run, size in enumerate(sizes) for _ in range(size)]
     ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(pipeline)]

@@ -1,4 +1,4 @@
-"""Layers that change their pipeline rank, so that each stage of the pruned model holds what Megatron would give it."""
+"""Move layers between pipeline ranks, so that each rank holds those that Megatron would give it in the pruned model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["LayerPlan", "Move", "keep_layers", "order_moves", "plan_layers"]
+__all__ = ["LayerMoves", "Move", "keep_layers", "order_moves", "plan_layer_moves"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerMoves:
     """Where the layers are and where they go, the same on every pipeline rank.
 
     Attributes:
@@ -86,9 +86,9 @@ def order_moves(holders: Sequence[int], owners: Sequence[int], before: Sequence[
     return ordered
 
 
-def plan_layers(
+def plan_layer_moves(
     chunks: Sequence[GPTModel], layers: tuple[int, ...], shape: ModelShape, target: ModelShape, groups: Groups
-) -> LayerPlan:
+) -> LayerMoves:
     """What is to be moved. Collective over the pipeline group; changes nothing.
 
     Args:
@@ -114,10 +114,11 @@ def plan_layers(
             f"the pipeline ranks hold the layers {sorted(holders)} of a model of {shape.num_layers}, in {len(chunks)} "
             "model chunks on this rank; give the transform all chunks of the model, on every rank"
         )
-    stages = [stage for stage, size in enumerate(target.stage_sizes(layout.stages)) for _ in range(size)]
+    sizes = target.pipeline_stage_sizes(layout.pipeline_stages)
+    pipeline_stages = [stage for stage, size in enumerate(sizes) for _ in range(size)]
     moves = order_moves(
         [holders[layer] for layer in layers],
-        [stage % layout.pipeline for stage in stages],
+        [stage % layout.pipeline for stage in pipeline_stages],
         [len(held) for held in everyone],
     )
     contents = [everyone[holders[layer]][layer][1] for layer in layers]
@@ -126,10 +127,10 @@ def plan_layers(
             "layers must move to other pipeline stages, but the model's layers differ in their parameters; prune the "
             "checkpoint (`minitron prune`) and load the result"
         )
-    return LayerPlan(layers, tuple(stage // layout.pipeline for stage in stages), moves, contents)
+    return LayerMoves(layers, tuple(stage // layout.pipeline for stage in pipeline_stages), moves, contents)
 
 
-def keep_layers(chunks: Sequence[GPTModel], plan: LayerPlan, groups: Groups) -> None:
+def keep_layers(chunks: Sequence[GPTModel], plan: LayerMoves, groups: Groups) -> None:
     """Drop the layers that go, move those that must, and number all anew. Collective over the pipeline group.
 
     The configuration of the chunks must be that of the pruned model already: new layers are built from it.
@@ -139,7 +140,7 @@ def keep_layers(chunks: Sequence[GPTModel], plan: LayerPlan, groups: Groups) -> 
 
     Args:
         chunks: of this rank; their layers change.
-        plan: by :func:`plan_layers`.
+        plan: by :func:`plan_layer_moves`.
         groups: of this process.
     """
     rank = groups.pp_rank

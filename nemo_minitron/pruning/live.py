@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 __all__ = [
     "apply_config",
     "apply_sizes",
-    "apply_stages",
+    "apply_pipeline_stages",
     "like_parameter",
     "gpt_chunks",
     "keep_experts",
     "live_family",
     "live_shape",
     "owned_parameters",
-    "set_stages",
+    "set_pipeline_stages",
 ]
 
 #: What gradient buffers and optimizers put on a parameter.
@@ -134,22 +134,22 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
             config.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
-def apply_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
+def apply_pipeline_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
     """Set what each pipeline stage holds, in every configuration that ``module`` and what is in it keep."""
     for config in _configs(module):
         if hasattr(config, "pipeline_model_parallel_layout"):
-            set_stages(config, target, layout)
+            set_pipeline_stages(config, target, layout)
 
 
-def set_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
+def set_pipeline_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
     """Let a configuration of Megatron's lay the layers over the stages as ``runtime.model.build_model`` does.
 
     Whichever of Megatron's ways of uneven stages it used before is given up.
     """
-    for name, stages in versions.layer_layout(pipeline_layer_layout(target, layout)).items():
+    for name, pipeline_stages in versions.layer_layout(pipeline_layer_layout(target, layout)).items():
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-        setattr(config, name, stages and PipelineParallelLayerLayout(stages, layout.pipeline))
+        setattr(config, name, pipeline_stages and PipelineParallelLayerLayout(pipeline_stages, layout.pipeline))
     config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
     config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
 

@@ -18,7 +18,7 @@ from torch import nn
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.pruning.kept import read_live_kept
-from nemo_minitron.pruning.live import gpt_chunks, set_stages
+from nemo_minitron.pruning.live import gpt_chunks, set_pipeline_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
 from nemo_minitron.pruning.wrapping import update_io
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -118,9 +118,9 @@ class PruneTransform(ModelTransform):
                 pipeline=strategy.pipeline_model_parallel_size,
                 virtual_pipeline=strategy.virtual_pipeline_model_parallel_size,
             )
-            if faults := target.layout_faults(tensor=1, pipeline=layout.stages):
+            if faults := target.layout_faults(tensor=1, pipeline=layout.pipeline_stages):
                 raise ShapeError(faults)
-            set_stages(pl_module.config, target, layout)
+            set_pipeline_stages(pl_module.config, target, layout)
         update_io(pl_module)
         self._done = True
 

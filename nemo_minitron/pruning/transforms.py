@@ -19,11 +19,11 @@ from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.pruning.kept import LIVE_PRUNING, read_live_kept
-from nemo_minitron.pruning.layer_moves import keep_layers, plan_layers
+from nemo_minitron.pruning.layer_moves import keep_layers, plan_layer_moves
 from nemo_minitron.pruning.live import (
     apply_config,
+    apply_pipeline_stages,
     apply_sizes,
-    apply_stages,
     gpt_chunks,
     keep_experts,
     like_parameter,
@@ -79,12 +79,12 @@ class DepthPrune:
                 f"kept layers {list(layers)}: must be ascending numbers within 0..{shape.num_layers - 1} of the model"
             )
         target = shape.replace(num_layers=len(layers))
-        if faults := target.layout_faults(tensor=1, pipeline=groups.layout.stages):
+        if faults := target.layout_faults(tensor=1, pipeline=groups.layout.pipeline_stages):
             raise ShapeError(faults)
         _check_agreement(self.kept, groups.pp)
-        plan = plan_layers(chunks, layers, shape, target, groups)
+        plan = plan_layer_moves(chunks, layers, shape, target, groups)
         apply_config(module, target)
-        apply_stages(module, target, groups.layout)
+        apply_pipeline_stages(module, target, groups.layout)
         keep_layers(chunks, plan, groups)
         apply_sizes(chunks, target, tensor=groups.layout.tensor)
 
@@ -170,7 +170,7 @@ class WidthPrune:
             raise ShapeError(faults)
         target = self.kept.target(unpruned)
         require_uniform(target, LIVE_PRUNING)
-        if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
+        if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
             raise ShapeError(faults)
         if self.kept.vocab is not None:
             return target.replace(vocab_size=padded_vocab(target.vocab_size, tensor=layout.tensor))

@@ -49,13 +49,13 @@ def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[lis
     Raises:
         ShapeError: if there are more stages than layers.
     """
-    sizes = shape.stage_sizes(layout.stages)
+    sizes = shape.pipeline_stage_sizes(layout.pipeline_stages)
     if len(set(sizes)) == 1:
         return None
-    stages = [["decoder"] * size for size in sizes]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
+    pipeline_stages = [["decoder"] * size for size in sizes]
+    pipeline_stages[0].insert(0, "embedding")
+    pipeline_stages[-1].append("loss")
+    return pipeline_stages
 
 
 def transformer_config(
@@ -185,7 +185,7 @@ def build_model(
     )
 
     layout = groups.layout
-    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
+    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize
@@ -201,7 +201,7 @@ def build_model(
         spec = with_context_attention(spec)
     chunks = []
     for index in range(layout.virtual_pipeline or 1):
-        stage = versions.virtual_stage(index if layout.virtual_pipeline else None)
+        stage = versions.virtual_pipeline_stage(index if layout.virtual_pipeline else None)
         chunks.append(
             GPTModel(
                 config,

@@ -1,4 +1,4 @@
-"""What a part of the suite needs beside its own light dependencies, asked for at its door.
+"""Packages that a part of the suite needs beside the light dependencies, checked before the part starts.
 
 ``pip install nemo-minitron`` brings none of NVIDIA's stack (docs/cluster.md, "Versions"). Where a part of it is missing
 or too old, whoever needs it says so by name, with what to do about it, before anything is computed:

@@ -30,7 +30,7 @@ __all__ = [
     "layer_layout",
     "matches",
     "pair_of",
-    "virtual_stage",
+    "virtual_pipeline_stage",
 ]
 
 
@@ -124,19 +124,19 @@ def matches(requirement: str) -> bool:
     return wanted.specifier.contains(version, prereleases=True)
 
 
-def layer_layout(stages: list[list[str]] | None) -> dict[str, Any]:
+def layer_layout(pipeline_stages: list[list[str]] | None) -> dict[str, Any]:
     """Argument that lays the layers over the pipeline stages, for Megatron's configuration and NeMo's strategy.
 
     Args:
-        stages: the parts of each stage; None where all hold equally many layers.
+        pipeline_stages: the parts of each stage; None where all hold equally many layers.
 
     Raises:
         ShapeError: for stages of different sizes below megatron-core 0.13, which brought the argument.
     """
     if matches("megatron-core>=0.13"):
-        return {"pipeline_model_parallel_layout": stages}
-    if stages is not None:
-        sizes = ", ".join(str(stage.count("decoder")) for stage in stages)
+        return {"pipeline_model_parallel_layout": pipeline_stages}
+    if pipeline_stages is not None:
+        sizes = ", ".join(str(stage.count("decoder")) for stage in pipeline_stages)
         raise ShapeError(
             f"pipeline stages of {sizes} layers need megatron-core 0.13, but {installed('megatron-core')} is here; "
             "let parallel.pipeline divide the number of layers"
@@ -144,7 +144,7 @@ def layer_layout(stages: list[list[str]] | None) -> dict[str, Any]:
     return {}
 
 
-def virtual_stage(stage: int | None) -> dict[str, Any]:
+def virtual_pipeline_stage(stage: int | None) -> dict[str, Any]:
     """Argument that says which virtual pipeline stage a chunk of a model is.
 
     Raises:

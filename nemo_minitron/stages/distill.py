@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.record import peek_shape
+from nemo_minitron.checkpoints.model_record import peek_shape
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.distillation.losses.layer_maps import layer_maps
 from nemo_minitron.distillation.training.outputs import finished

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
-from nemo_minitron.checkpoints.formats.huggingface.door import is_hf, open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
-from nemo_minitron.checkpoints.formats.nemo1.door import is_nemo1, open_nemo1, write_nemo1
+from nemo_minitron.checkpoints.formats.nemo1.checkpoint import is_nemo1, open_nemo1, write_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
-from nemo_minitron.checkpoints.formats.nemo2.door import is_nemo2, open_nemo2, write_nemo2
+from nemo_minitron.checkpoints.formats.nemo2.checkpoint import is_nemo2, open_nemo2, write_nemo2
 from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
 from nemo_minitron.config import tables
 from nemo_minitron.config.parts import written_formats

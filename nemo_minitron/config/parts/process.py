@@ -38,8 +38,8 @@ class ParallelLayout:
         return self.tensor * self.pipeline * self.data * self.context
 
     @property
-    def stages(self) -> int:
-        """Pipeline stages, virtual ones counted."""
+    def pipeline_stages(self) -> int:
+        """Number of pipeline stages, virtual stages included."""
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def rank(self, *, tensor: int, data: int, pipeline: int, context: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""What transformers calls things in each model family, as the Hugging Face door looks it up."""
+"""The names that transformers uses in each model family, as reader and writer look them up."""
 
 from __future__ import annotations
 

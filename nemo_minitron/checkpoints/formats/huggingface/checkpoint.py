@@ -1,4 +1,7 @@
-"""The Hugging Face door: a directory with ``config.json``, safetensors (or ``pytorch_model.bin``) and a tokenizer."""
+"""Reader and writer of Hugging Face checkpoints.
+
+Such a checkpoint is a directory with ``config.json``, safetensors (or ``pytorch_model.bin``) and a tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
-from nemo_minitron.checkpoints.record import read_record, write_record
+from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.checkpoints.weights import DTYPES, CastWeights, dtype_name, largest_part, writing_order
 from nemo_minitron.errors import CheckpointError
@@ -45,7 +48,7 @@ def open_hf(path: Path) -> Checkpoint:
     weights = HFWeights(path, shape, architecture.family, tensors)
     weights.check()
     architecture = dataclasses.replace(architecture, dtype=weights.dtype())
-    record = read_record(path)
+    record = read_model_record(path)
     lineage: dict[str, Any] = {}
     if record is not None:
         if record.shape != shape:
@@ -232,7 +235,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
         copy_tokenizer(checkpoint.tokenizer, directory)
-    write_record(checkpoint, directory, dtype=dtype, form="hf")
+    write_model_record(checkpoint, directory, dtype=dtype, form="hf")
 
 
 def _find_tensors(path: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Results of a search: their journal, their order, and which of them none other beats."""
+"""Results of a search: their journal, their Pareto front, and how well two measurements agree in order."""
 
 from __future__ import annotations
 

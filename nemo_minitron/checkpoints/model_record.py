@@ -100,7 +100,7 @@ def _version(package: str) -> str | None:
 
 
 def peek_shape(checkpoint: str | Path) -> ModelShape | None:
-    """The shape that a checkpoint's ``minitron.json`` states, without opening the weights; None if there is none.
+    """The shape in a checkpoint's ``minitron.json``, without opening the weights; None without such a file.
 
     Raises:
         CheckpointError: if the file is there and cannot be read.
@@ -109,7 +109,7 @@ def peek_shape(checkpoint: str | Path) -> ModelShape | None:
 
 
 def peek_family(checkpoint: str | Path) -> Family:
-    """The family that a checkpoint's ``minitron.json`` states, where :func:`peek_shape` finds a shape.
+    """The family in a checkpoint's ``minitron.json``; call it where :func:`peek_shape` returns a shape.
 
     Raises:
         CheckpointError: if the file is missing or cannot be read.
@@ -121,7 +121,7 @@ def peek_family(checkpoint: str | Path) -> Family:
 
 
 def peek_architecture(checkpoint: str | Path) -> Architecture | None:
-    """The constants that a checkpoint's ``minitron.json`` states, or None where there is none yet.
+    """The constants in a checkpoint's ``minitron.json``; None without such a file.
 
     Raises:
         CheckpointError: if the file cannot be read.

@@ -1,4 +1,4 @@
-"""How much each unit of a model matters (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
+"""How important each unit of a model is (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
 
 :func:`score_model` and :func:`score_criteria` run a live Megatron model (activations, or gradient x activation),
 :func:`layer_importance` runs it without some of its layers, :class:`ScoreDuringValidation` lets NeMo run it, and

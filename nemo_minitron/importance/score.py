@@ -1,4 +1,4 @@
-"""Scoring a live Megatron model over calibration blocks, under any parallel layout."""
+"""Score a live Megatron model over calibration blocks, under any parallel layout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def score_model(
     fingerprint: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score every unit by one criterion: :func:`score_criteria`, which documents the rest.
+    """Score every unit by one criterion; see :func:`score_criteria` for the other arguments.
 
     Args:
         sequence: aggregation over the tokens of a sample; by default the mean of activations, as the paper found best,
@@ -81,7 +81,7 @@ def score_criteria(
 ) -> list[Scores]:
     """Score every unit by any number of criteria in one pass over the data.
 
-    To be called on every rank; every rank gets all scores.
+    Every rank calls it, and every rank gets all scores.
 
     Estimator "activation" (arXiv 2407.14679, section 2.2), forward passes alone. With ``a`` the activations of a unit
     that :mod:`~nemo_minitron.importance.hooks` reads:
@@ -95,9 +95,9 @@ def score_criteria(
     tokens (a * dL/da)|)`` for the same activations, summed over the channels of a head; of layers, ``dL/dx_out *
     (x_out - x_in)``.
 
-    The schedule is Megatron's own (``get_forward_backward_func``), so pipelines and virtual stages work. Forward passes
-    end before the output layer, whose logits they do not need. Memory beyond the model: the activations of one layer
-    (of "taylor": those of a training step, without parameter gradients), and O(units x criteria) statistics.
+    The schedule is Megatron's own (``get_forward_backward_func``), so pipelines and virtual stages work. Passes without
+    gradients end before the output layer, since no logits are needed. Memory beyond the model: the activations of one
+    layer (of "taylor": those of a training step, without parameter gradients), and O(units x criteria) statistics.
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
@@ -161,7 +161,7 @@ def score_criteria(
 
 @contextmanager
 def _prepared(chunks: list[GPTModel], *, logits: bool) -> Iterator[None]:
-    """Dropout off; without logits the pass ends with the last layer (``GPTModel`` skips what ``post_process`` is)."""
+    """Switch dropout off; without logits, end the pass after the last layer (``post_process`` of ``GPTModel``)."""
     were = [(chunk.training, chunk.post_process) for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -249,7 +249,7 @@ def _run_schedule(
 
 
 def _nothing(output: torch.Tensor, *, non_loss_data: bool = True) -> None:
-    """What is kept of a pass: the hooks have it already. The signature is Megatron's ``collect_non_loss_data``."""
+    """Keep no output: the hooks have read the pass. The signature is that of Megatron's ``collect_non_loss_data``."""
 
 
 def collect(

@@ -1,6 +1,6 @@
-"""What a training costs before it runs: memory, traffic, arithmetic, and which layout of a cluster is best.
+"""The costs of a training before it runs (memory, traffic, arithmetic), and the best layout of a cluster.
 
-:mod:`~nemo_minitron.planning.recipe` finds the shipped recipes, :mod:`~nemo_minitron.planning.layouts` weighs their
+:mod:`~nemo_minitron.planning.recipe` loads the shipped recipes, :mod:`~nemo_minitron.planning.layouts` compares
 layouts on a cluster. Importing it imports no torch.
 """
 

@@ -1,4 +1,4 @@
-"""A model as a plan knows it: sizes and constants, no weights."""
+"""A model without weights, as plans use it: sizes and constants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Model", "pipeline_stage_parameters"]
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before there is one.
+    """Sizes and constants of a model that need not exist yet.
 
     Attributes:
         shape: its sizes.
@@ -34,7 +34,7 @@ class Model:
         return axes.parameter_count(self.table, self.shape)
 
     def parts(self) -> dict[str, int]:
-        """Number of parameters of embedding, attention, MLP, norms and output layer; parts without any are left out."""
+        """Number of parameters of embedding, attention, MLP, norms and output layer; empty parts are left out."""
         counts = dict.fromkeys(("embedding", "attention", "MLP", "norms", "output layer"), 0)
         for entry in axes.parameters(self.table, self.shape):
             counts[_part(entry, self.table)] += entry.count
@@ -57,7 +57,7 @@ def pipeline_stage_parameters(
     """The parameters that each rank of a layout holds.
 
     Args:
-        model: whose.
+        model: the model.
         tensor, pipeline, virtual_pipeline: parallel sizes.
 
     Returns:

@@ -23,7 +23,7 @@ __all__ = ["LayerMoves", "Move", "keep_layers", "order_moves", "plan_layer_moves
 
 @dataclass(frozen=True)
 class TensorOfLayer:
-    """What a rank must know of a tensor to receive it. ``marks`` are what Megatron's layers set on parameters."""
+    """Description of a tensor for the rank that receives it. ``marks``: attributes that Megatron's layers set on it."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,12 +46,12 @@ class Move:
 
 @dataclass(frozen=True)
 class LayerMoves:
-    """Where the layers are and where they go, the same on every pipeline rank.
+    """Where the kept layers are and where they go, the same on every pipeline rank.
 
     Attributes:
         layers: kept layers, by their numbers in the unpruned model.
         chunks: per kept layer, the (virtual) stage that will hold it.
-        moves: in the order in which they are made.
+        moves: layers that change their pipeline rank, in the order of the moves.
         contents: per kept layer, its tensors on this rank's tensor-parallel shard.
     """
 
@@ -62,13 +62,13 @@ class LayerMoves:
 
 
 def order_moves(holders: Sequence[int], owners: Sequence[int], before: Sequence[int]) -> list[Move]:
-    """An order of the moves under which no rank ever holds more than one layer above the most it needs.
+    """Order the moves so that no rank ever holds more than one layer above its limit.
 
-    What a rank needs is what it held before the pruning or what it ends with, whichever is more. A move goes to a rank
-    that is below that. Where all are full, in a ring, one takes a layer too many, and the next move is one of its own.
+    A rank's limit is the larger of its numbers of layers before and after. A layer moves to a rank that is below its
+    limit. If all are at their limits, in a ring, one rank takes a layer too many and gives one away in the next move.
 
     Args:
-        holders, owners: per kept layer, the pipeline rank that has it and the one that shall have it.
+        holders, owners: per kept layer, the pipeline rank that has it now and the rank that will have it.
         before: per rank, the layers it held before the pruning.
     """
     held = [list(holders).count(rank) for rank in range(len(before))]
@@ -89,16 +89,16 @@ def order_moves(holders: Sequence[int], owners: Sequence[int], before: Sequence[
 def plan_layer_moves(
     chunks: Sequence[GPTModel], layers: tuple[int, ...], shape: ModelShape, target: ModelShape, groups: Groups
 ) -> LayerMoves:
-    """What is to be moved. Collective over the pipeline group; changes nothing.
+    """Find the layers that must change their rank. Collective over the pipeline group; changes nothing.
 
     Args:
         chunks: of this rank.
-        layers: kept ones, by their numbers in the unpruned model.
+        layers: kept layers, by their numbers in the unpruned model.
         shape, target: of the unpruned and of the pruned model.
         groups: of this process.
 
     Raises:
-        ShapeError: if the chunks are not all of the model's, or layers that move are not of one kind; on every rank.
+        ShapeError: on every rank, if chunks of the model are missing, or layers must move and their parameters differ.
     """
     layout = groups.layout
     mine = {
@@ -131,7 +131,7 @@ def plan_layer_moves(
 
 
 def keep_layers(chunks: Sequence[GPTModel], plan: LayerMoves, groups: Groups) -> None:
-    """Drop the layers that go, move those that must, and number all anew. Collective over the pipeline group.
+    """Remove the other layers, move layers between ranks, and number all anew. Collective over the pipeline group.
 
     The configuration of the chunks must be that of the pruned model already: new layers are built from it.
 
@@ -140,7 +140,7 @@ def keep_layers(chunks: Sequence[GPTModel], plan: LayerMoves, groups: Groups) ->
 
     Args:
         chunks: of this rank; their layers change.
-        plan: by :func:`plan_layer_moves`.
+        plan: from :func:`plan_layer_moves`.
         groups: of this process.
     """
     rank = groups.pp_rank

@@ -1,4 +1,4 @@
-"""Reading and resizing live Megatron modules: what sizes a ``GPTModel`` has, and where it keeps them.
+"""Read and change the sizes of live Megatron modules: where a ``GPTModel`` keeps them.
 
 Megatron copies sizes from the shared ``TransformerConfig`` into its modules when they are built. :func:`apply_sizes`
 sets every one of those copies, so that a resized model is, attribute by attribute, the one that would have been built.
@@ -108,10 +108,11 @@ def live_family(chunk: GPTModel) -> axes.Family:
 
 
 def keep_experts(layer: Any, experts: Sequence[int]) -> None:
-    """Take the other experts out of a layer's mixture. The router's rows and the sizes are not touched.
+    """Remove all but these experts from a layer's mixture. The router's rows and the sizes are not touched.
 
     Raises:
-        ShapeError: for a mixture that is spread over expert-parallel ranks, or not one module an expert.
+        ShapeError: for a mixture that is spread over expert-parallel ranks, or whose experts are not modules of their
+            own.
     """
     if not hasattr(layer.mlp.experts, "local_experts") or layer.mlp.ep_group.size() > 1:
         raise ShapeError(
@@ -123,7 +124,7 @@ def keep_experts(layer: Any, experts: Sequence[int]) -> None:
 
 
 def apply_config(module: nn.Module, target: ModelShape) -> None:
-    """Set the sizes in every configuration that ``module`` and what is in it keep."""
+    """Set the sizes in the configuration of ``module`` and of all its submodules."""
     for config in _configs(module):
         for name in SIZES:
             if hasattr(config, name):
@@ -135,16 +136,16 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
 
 
 def apply_pipeline_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
-    """Set what each pipeline stage holds, in every configuration that ``module`` and what is in it keep."""
+    """Set the layers of each pipeline stage in the configuration of ``module`` and of all its submodules."""
     for config in _configs(module):
         if hasattr(config, "pipeline_model_parallel_layout"):
             set_pipeline_stages(config, target, layout)
 
 
 def set_pipeline_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
-    """Let a configuration of Megatron's lay the layers over the stages as ``runtime.model.build_model`` does.
+    """Set the layers of each pipeline stage in a Megatron configuration, as ``runtime.model.build_model`` does.
 
-    Whichever of Megatron's ways of uneven stages it used before is given up.
+    Other settings for uneven stages are reset.
     """
     for name, pipeline_stages in versions.layer_layout(pipeline_layer_layout(target, layout)).items():
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -159,7 +160,7 @@ def _configs(module: nn.Module) -> list[Any]:
 
 
 def apply_sizes(chunks: Iterable[GPTModel], target: ModelShape, *, tensor: int) -> None:
-    """Set every size that the chunks keep, to those of ``target``. Parameters are not touched.
+    """Set every size that the chunks keep to that of ``target``. Parameters are not touched.
 
     Args:
         chunks: their layers are already those that stay, their configuration is the target's (:func:`apply_config`).
@@ -227,7 +228,7 @@ def _resize_mixture(mixture: Any, target: ModelShape, tensor: int) -> None:
 
 
 def _rebuild_core_attention(layer: Any) -> None:
-    """Core attention has no parameters: its own constructor knows best what follows from the new head counts."""
+    """Build core attention anew: it has no parameters, and its constructor derives all from the new head counts."""
     from megatron.core.transformer.spec_utils import build_module
 
     attention = layer.self_attention

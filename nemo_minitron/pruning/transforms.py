@@ -42,9 +42,9 @@ __all__ = ["DepthPrune", "WidthPrune"]
 class DepthPrune:
     """Remove the layers that are not kept, and number the others anew.
 
-    Any layers may go. Those that are left are laid over the pipeline stages as ``runtime.model.build_model`` lays them:
-    where that takes a layer to another pipeline rank, it is sent there, one layer at a time. A rank never holds more
-    than one layer above the larger of what it held before and what it ends with.
+    Any layers may be removed. The kept ones are distributed over the pipeline stages as by
+    ``runtime.model.build_model``; a layer whose pipeline rank changes is sent there, one layer at a time. A rank never
+    holds more than one layer above the larger of what it held before and what it ends with.
 
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them; only ``kept.layers`` is used.
@@ -92,11 +92,12 @@ class DepthPrune:
 class WidthPrune:
     """Remove the neurons, heads, query groups, hidden channels and vocabulary rows that are not kept.
 
-    Each rank keeps an equal share of what stays. Rows whose new tensor-parallel rank is another are sent there, and
-    nothing else is. Parameters go one by one: memory beyond the model is two copies of one parameter's shard (one cut
-    in its first dimension, one in both) and two messages of :data:`~nemo_minitron.pruning.row_moves.MESSAGE_BYTES`.
+    Each rank keeps an equal share of the kept units. Only rows that change their tensor-parallel rank are sent.
+    Parameters go one by one: memory beyond the model is two copies of one parameter's shard (one cut in its first
+    dimension, one in both) and two messages of :data:`~nemo_minitron.pruning.row_moves.MESSAGE_BYTES`.
 
-    The model's layers must be the kept layers: with ``kept.layers`` a part of them, apply :class:`DepthPrune` first.
+    The model's layers must be the kept layers: if ``kept.layers`` are only some of them, apply :class:`DepthPrune`
+    first.
 
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them.
@@ -146,7 +147,7 @@ class WidthPrune:
         apply_sizes(chunks, target, tensor=groups.layout.tensor)
 
     def _target(self, shape: ModelShape, layout: ParallelLayout) -> ModelShape:
-        """What ``shape`` becomes. The vocabulary's sizes are padded ones.
+        """The pruned ``shape``; both have the padded vocabulary size.
 
         Raises:
             ShapeError: with every fault.

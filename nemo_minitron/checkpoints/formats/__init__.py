@@ -1,6 +1,6 @@
-"""The table of checkpoint formats, one entry each: what settings offer, what is detected, read, written and verified.
+"""The table of checkpoint formats: an entry for each format that can be detected, read, written or verified.
 
-The entries name functions of the formats' modules, none of which imports torch or NeMo before it is called.
+The entries name functions of the formats' modules. None of them imports torch or NeMo before it is called.
 """
 
 from __future__ import annotations
@@ -69,5 +69,5 @@ and the entry points ``nemo_minitron.formats`` of an installed package do so in 
 
 
 def detect(path: Path) -> Format | None:
-    """The format of a path, by names alone; None where no format knows it."""
+    """The format of a path, by file names alone; None if it is of no known format."""
     return next((entry for entry in FORMATS.values() if entry.detect(path)), None)

@@ -135,7 +135,7 @@ class HFWeights:
         return dtype_name([dtype for _, dtype in self._headers().values()], str(self.path))
 
     def _parts(self, entry: axes.Entry) -> dict[str, tuple[int, ...]]:
-        """HF names and shapes of what a canonical tensor is made of, in order."""
+        """Names and shapes of the HF tensors that make a canonical tensor, in order."""
         shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
         return dict(zip(naming.hf_names(self.family, entry.name), shapes, strict=True))
 
@@ -186,7 +186,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     held at a time.
 
     Raises:
-        CheckpointError: if transformers does not know the family, or no form of it whose layers differ in size.
+        CheckpointError: if transformers does not have the family, or not with layers that differ in size.
     """
     dtype, progress = options.dtype, options.progress
     shape, table = checkpoint.shape, checkpoint.family

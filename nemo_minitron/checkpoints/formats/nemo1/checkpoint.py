@@ -50,7 +50,7 @@ class Archive:
     """The members of a ``.nemo`` (or of a directory that one was unpacked into), by their path inside.
 
     Raises:
-        CheckpointError: if it is no tar, is truncated, or has a member that does not belong in one: an absolute path, a
+        CheckpointError: if it is no tar, is truncated, or has a forbidden member: an absolute path, a
             path with ``..``, a link, a device, a name twice.
     """
 
@@ -130,7 +130,7 @@ def is_nemo1(path: Path) -> bool:
 
 
 def open_nemo1(path: Path) -> Checkpoint:
-    """Open a ``.nemo`` file, ours or NeMo's own. Tensors are read later, one at a time, in place.
+    """Open a ``.nemo`` file that this suite or NeMo wrote. Tensors are read later, one at a time, in place.
 
     Tokenizer files are copied to a temporary directory that lives as long as the process.
 
@@ -242,7 +242,7 @@ def _unpack_tokenizer(archive: Archive, config: dict[str, Any]) -> Path | None:
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Leave the writer's user out of the archive."""
+    """Remove the writer's user from a member of the archive."""
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member

@@ -27,12 +27,12 @@ __all__ = ["is_nemo2", "open_nemo2", "write_nemo2"]
 
 
 def is_nemo2(path: Path) -> bool:
-    """Whether a path is a NeMo 2 directory, whole or not."""
+    """Whether a path is a NeMo 2 directory, complete or not."""
     return (path / "context").is_dir() or (path / "weights").is_dir()
 
 
 def open_nemo2(path: Path) -> Checkpoint:
-    """Open a NeMo 2 checkpoint directory, ours or NeMo's own. Tensors are read later, one at a time.
+    """Open a NeMo 2 checkpoint directory that this suite or NeMo wrote. Tensors are read later, one at a time.
 
     The true vocabulary size is ``minitron.json``'s; without one it is the configuration's ``vocab_size``, else the
     tokenizer's, else the stored rows.

@@ -73,7 +73,7 @@ def status(field: str) -> int:
 
 def convert(source: Path, target: Path, form: str) -> None:
     """One conversion, measured; prints JSON. Runs in a process of its own."""
-    import nemo_minitron.checkpoints.formats.huggingface.door
+    import nemo_minitron.checkpoints.formats.huggingface.checkpoint
     import nemo_minitron.checkpoints.formats.torch_dist.reader
     import nemo_minitron.checkpoints.formats.torch_dist.writer  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""THE table: for every parameter, which axis each of its dimensions lies on and how tensor parallelism cuts it.
+"""The axes table: for every parameter, the axis of each dimension and how tensor parallelism cuts it.
 
 Counting, slicing, sharding, checking and conversion all read this table. A model family is a file in
 :mod:`nemo_minitron.families`. No other file than this one knows the inner order of a QKV matrix or of a gated MLP
@@ -70,10 +70,10 @@ class Entry:
     """A parameter of a model.
 
     Attributes:
-        name: canonical.
-        row: of the family's table.
-        layer: that it lies in, or None.
-        sizes: of that layer; outside the layers, of the model.
+        name: canonical name.
+        row: its row of the family's table.
+        layer: number of its layer; None outside the layers.
+        sizes: sizes of that layer; outside the layers, those of the model.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Entry:
 
     @property
     def count(self) -> int:
-        """Its numbers."""
+        """How many numbers it has."""
         return math.prod(self.shape)
 
 
@@ -123,7 +123,7 @@ def layer_parameters(table: Family, sizes: ModelShape) -> dict[str, Parameter]:
 
     Args:
         table: of the family.
-        sizes: of the layer (:meth:`~nemo_minitron.shape.ModelShape.at`). What it lacks, of size 0, has none, not even
+        sizes: of the layer (:meth:`~nemo_minitron.shape.ModelShape.at`). A part of size 0 has no parameters, nor has
             the norm before it.
     """
     experts = range((sizes.num_moe_experts or 0) if table.expert else 0)
@@ -252,8 +252,8 @@ def axis_rows(
 def shard_rows(axis: Axis, size: int, *, rank: int, world: int) -> torch.Tensor:
     """Rows of a global dimension that tensor-parallel rank ``rank`` of ``world`` holds, in its local order.
 
-    Megatron cuts every axis into equal runs, except that a gated MLP's rank holds its run of gates and its run of
-    up-projections (``megatron.core.transformer.mlp.apply_swiglu_sharded_factory``).
+    Megatron cuts every axis into equal runs. Of a gated MLP a rank holds its run of gates and its run of up-projections
+    (``megatron.core.transformer.mlp.apply_swiglu_sharded_factory``).
 
     Args:
         axis: what the dimension ranges over.
@@ -273,7 +273,7 @@ def shard_rows(axis: Axis, size: int, *, rank: int, world: int) -> torch.Tensor:
 
 
 def axis_parts(axis: Axis, shape: ModelShape) -> tuple[int, ...]:
-    """Global lengths of the parts that a dimension is made of, which other libraries keep as tensors of their own.
+    """Global lengths of the parts of a dimension that other libraries store as separate tensors.
 
     Queries, keys and values; gates and up-projections; elsewhere the whole dimension.
     """
@@ -294,7 +294,8 @@ def split_qkv(tensor: torch.Tensor, shape: ModelShape, *, dim: int = 0) -> tuple
         dim: the dimension.
 
     Returns:
-        ``[..., heads * head_dim, ...]``, ``[..., groups * head_dim, ...]`` twice: of one group views, else copies.
+        ``[..., heads * head_dim, ...]``, and ``[..., groups * head_dim, ...]`` twice; views if there is one group, else
+        copies.
     """
     dim, width = dim % tensor.ndim, shape.head_dim
     rows = [shape.heads_per_group * width, width, width]
@@ -311,7 +312,7 @@ def join_qkv(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sh
 
 
 def split_gate(tensor: torch.Tensor, *, dim: int = 0) -> tuple[torch.Tensor, ...]:
-    """Gates and up-projections, as views, out of a global tensor of which ``dim`` lies on :attr:`Axis.GATED_FFN`."""
+    """Gates and up-projections, as views, of a global tensor whose dimension ``dim`` lies on :attr:`Axis.GATED_FFN`."""
     return tensor.chunk(2, dim)
 
 
@@ -323,12 +324,12 @@ def join_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def head_blocks(heads: Sequence[int], heads_per_group: int, *, keys_values: bool = False) -> list[int]:
-    """Where query heads lie on :attr:`Axis.QKV`, in blocks of ``head_dim`` rows.
+    """Positions of query heads on :attr:`Axis.QKV`, in blocks of ``head_dim`` rows.
 
     Args:
         heads: global numbers.
         heads_per_group: query heads of a group.
-        keys_values: after each head the blocks of its group's key and value, too.
+        keys_values: add after each head the blocks of its group's key and value.
     """
     blocks = []
     for head in heads:

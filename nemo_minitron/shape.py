@@ -1,6 +1,6 @@
-"""What a model is: its sizes (:class:`ModelShape`) and the constants that pruning leaves alone (:class:`Architecture`).
+"""The sizes of a model (:class:`ModelShape`) and the constants that pruning does not change (:class:`Architecture`).
 
-Names are Megatron's. Nothing here imports torch, so that plans and configuration errors answer at once.
+Names are Megatron's. Nothing here imports torch, so that plans and configuration errors take no time.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ LAYER_SIZES = {"ffn_hidden_size": "MLP", "num_query_groups": "attention"}
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The sizes that one decoder layer has of its own, as in the models of Puzzle (arXiv 2411.19146).
+    """Sizes of a decoder layer that may differ from layer to layer, as in the models of Puzzle (arXiv 2411.19146).
 
     Attributes:
-        ffn_hidden_size: width of its MLP; 0 for a layer without one, None for the model's.
-        num_query_groups: its key/value heads; 0 for a layer without attention, None for the model's. The query heads
-            are the model's in every layer with attention.
+        ffn_hidden_size: width of its MLP; 0 for a layer without an MLP, None for the model's width.
+        num_query_groups: its key/value heads; 0 for a layer without attention, None for the model's number. The query
+            heads are the model's in every layer with attention.
     """
 
     ffn_hidden_size: int | None = None
@@ -57,9 +57,8 @@ class LayerShape:
 class ModelShape:
     """The sizes of a GPT-style decoder. All are global: no parallel layout changes them.
 
-    A shape whose layers turn out to be all alike is the uniform shape. One whose layers differ has every layer's sizes
-    in ``layers`` and no ``ffn_hidden_size`` and ``num_query_groups`` of its own: reading these raises a ShapeError, and
-    :meth:`at` has each layer's.
+    If all layers are alike, the shape is uniform and ``layers`` is None. Otherwise ``layers`` has the sizes of every
+    layer, and :meth:`at` returns them; reading ``ffn_hidden_size`` or ``num_query_groups`` raises a ShapeError.
 
     Attributes:
         num_layers: decoder layers.
@@ -72,7 +71,7 @@ class ModelShape:
         vocab_size: true vocabulary, without the padding rows that Megatron adds.
         tied_embeddings: the output layer shares the word embedding.
         num_moe_experts: experts of each MLP, or None where it is dense. With experts, ``ffn_hidden_size`` is the width
-            of one.
+            of each expert.
         layers: one entry for each layer; None where all are alike.
     """
 
@@ -133,10 +132,10 @@ class ModelShape:
         return self.num_attention_heads // self.num_query_groups if self.num_query_groups else 0
 
     def at(self, layer: int | None) -> ModelShape:
-        """The sizes of one layer: a uniform shape of as many layers; itself where all are alike.
+        """The sizes of one layer, as a uniform shape with the same number of layers; the shape itself if it is uniform.
 
-        Of a layer without an MLP ``ffn_hidden_size`` is 0, of one without attention ``num_query_groups`` and
-        ``num_attention_heads`` are.
+        A layer without an MLP has ``ffn_hidden_size`` 0; a layer without attention has ``num_query_groups`` 0 and
+        ``num_attention_heads`` 0.
 
         Args:
             layer: 0-based; None, for what lies outside the layers, gives the shape itself.
@@ -232,13 +231,13 @@ class ModelShape:
         return faults
 
     def _kinds(self) -> list[tuple[int | None, ModelShape]]:
-        """The different layers, each with the first of its kind; of a uniform model itself, with None."""
+        """The number and the shape of the first layer of each kind; None and the shape itself if it is uniform."""
         if self.layers is None:
             return [(None, self)]
         return [(self.layers.index(layer), self.at(self.layers.index(layer))) for layer in dict.fromkeys(self.layers)]
 
-    def stage_sizes(self, stages: int) -> list[int]:
-        """Layers of each pipeline stage, in order: as equal as can be, the first ones getting one more.
+    def pipeline_stage_sizes(self, stages: int) -> list[int]:
+        """Number of layers of each pipeline stage, in order: as equal as possible, the first stages having one more.
 
         Args:
             stages: pipeline stages, times the model chunks of each under a virtual pipeline.
@@ -256,8 +255,7 @@ class ModelShape:
 
         Args:
             target: shape to reach.
-            layers: of this model, those that stay, where they are known. A model whose layers differ needs them, unless
-                all stay.
+            layers: the layers of this model that stay, if known. Needed if layers differ in size and not all stay.
         """
         faults = []
         for field in dataclasses.fields(self):
@@ -288,7 +286,7 @@ class ModelShape:
         return faults
 
     def replace(self, **changes: Any) -> ModelShape:
-        """A copy with some sizes changed. A size that layers have of their own is then that of every layer.
+        """A copy with some sizes changed. A changed size applies to every layer.
 
         Raises:
             ShapeError: if the result is impossible.
@@ -300,7 +298,7 @@ class ModelShape:
         return ModelShape(**(self._values() | given | changes))
 
     def of_layers(self, layers: Sequence[int]) -> ModelShape:
-        """The shape of the model that has only these of the layers, with all their units."""
+        """The shape of the model with only these layers, with all their units."""
         own = None if self.layers is None else tuple(self.layers[layer] for layer in layers)
         return self.replace(num_layers=len(layers), layers=own)
 
@@ -313,11 +311,11 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelShape:
-        """The shape in what :meth:`to_dict` gave.
+        """The shape from the values of :meth:`to_dict`.
 
         Raises:
             ShapeError: if the sizes are impossible.
-            TypeError: if a size is missing, or there is something else.
+            TypeError: if a size is missing or unknown.
         """
         if content.get("layers") is None:
             return cls(**content)
@@ -326,7 +324,7 @@ class ModelShape:
 
 
 class _PartialShape(ModelShape):
-    """The sizes of a layer that lacks a part: its sizes are 0, as they are of no model."""
+    """The sizes of a layer that lacks a part, whose sizes are 0. No model has such sizes."""
 
     _MAY_BE_ZERO = frozenset((*LAYER_SIZES, "num_attention_heads"))
 
@@ -334,7 +332,7 @@ class _PartialShape(ModelShape):
 
 
 def require_uniform(shape: ModelShape, what: str) -> None:
-    """Refuse a model whose layers differ in size, for ``what`` cannot work on one yet.
+    """Refuse a model whose layers differ in size, since ``what`` cannot handle it.
 
     Raises:
         ShapeError: naming two layers that differ.
@@ -359,7 +357,7 @@ def uniform_faults(shape: ModelShape, what: str) -> list[str]:
 
 
 def _largest(layers: Iterable[LayerShape]) -> dict[str, int]:
-    """What stands for the model's sizes where each layer has its own."""
+    """The largest sizes of any layer, in place of the model's, if each layer has its own."""
     return {
         name: max(sizes)
         for name in LAYER_SIZES
@@ -394,7 +392,7 @@ def _where(layer: int | None) -> str:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The constants of a model that no pruning touches.
+    """The constants of a model, which pruning does not change.
 
     Attributes:
         family: key of the axes table (:data:`nemo_minitron.families.FAMILIES`).
@@ -424,7 +422,7 @@ class Architecture:
 
     @property
     def end_tokens(self) -> list[int]:
-        """``eos_token_id`` as a list, empty for none."""
+        """``eos_token_id`` as a list; empty if there is none."""
         ids = self.eos_token_id
         return ids if isinstance(ids, list) else [] if ids is None else [ids]
 

@@ -1,4 +1,4 @@
-"""The units that survive pruning: what joins scores, search, the checkpoint path and the live transforms."""
+"""The units that survive pruning, as scores, search, checkpoint pruning and live transforms exchange them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class KeptUnits:
     """The units that survive pruning, by global index in the unpruned model. The order given is the order kept.
 
     ``ffn``, ``groups``, ``heads``, ``experts`` and ``expert_ffn`` have one entry for each *kept* layer. Layers may keep
-    different numbers of neurons and groups; of a part whose entry is empty nothing is left, not even its norm.
+    different numbers of neurons and groups; a part whose entry is empty is removed with its norm.
 
     Attributes:
         layers: kept layers, ascending.
@@ -77,16 +77,16 @@ class KeptUnits:
         )
 
     def _neurons(self) -> _Rows:
-        """Per kept layer, the kept neurons; of a mixture those of the first expert, who stands for all."""
+        """Per kept layer, the kept neurons; of a mixture those of the first expert, as all have equally many."""
         if self.expert_ffn is None:
             return self.ffn
         return tuple(experts[0] if experts else () for experts in self.expert_ffn)
 
     def compose(self, later: KeptUnits) -> KeptUnits:
-        """Units of the unpruned model that are left after pruning with these and then with ``later``.
+        """Units of the unpruned model that stay after pruning with these and then with ``later``.
 
         Args:
-            later: units of the model that these leave.
+            later: units of the model that is pruned with these.
         """
         at = later.layers
 
@@ -124,7 +124,7 @@ class KeptUnits:
         )
 
     def source(self, name: str) -> str:
-        """Canonical name of a parameter of the pruned model -> that of the parameter that it is cut from."""
+        """Canonical name of a parameter of the pruned model -> name of the unpruned parameter that it is cut from."""
         layer = _LAYER.match(name)
         if layer is None:
             return name
@@ -135,7 +135,7 @@ class KeptUnits:
         return _LAYER.sub(rf"\g<1>{self.layers[position]}", name, count=1)
 
     def faults(self, shape: ModelShape) -> list[str]:
-        """Everything that makes these units impossible for a model of ``shape``; empty if they are fine."""
+        """Why these units are impossible for a model of ``shape``; empty if they are possible."""
         faults = _indices("layers", self.layers, shape.num_layers) + _indices("hidden", self.hidden, shape.hidden_size)
         if list(self.layers) != sorted(self.layers):
             faults.append("layers: must ascend")

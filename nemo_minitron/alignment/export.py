@@ -13,7 +13,7 @@ from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
-from nemo_minitron.checkpoints.record import Record
+from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer, special_ids
 from nemo_minitron.data.chat.templates import Template
 from nemo_minitron.errors import CheckpointError
@@ -80,7 +80,7 @@ def trained_checkpoint(
     if tokenizer is not None:
         end = special_ids(tokenizer).get("eos_token_id", architecture.eos_token_id)
         architecture = dataclasses.replace(architecture, eos_token_id=end)
-    record = Record(source.shape, architecture, {**source.lineage, **lineage})
+    record = ModelRecord(source.shape, architecture, {**source.lineage, **lineage})
     return checkpoint_of(
         TorchDist(last),
         record,

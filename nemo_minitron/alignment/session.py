@@ -337,7 +337,7 @@ class Clock(Timer):
 
     def is_finished(self) -> bool:
         """The same on every rank. Collective."""
-        over = torch.tensor([self.get_time_remaining() <= 0, bool(self._request.came)], dtype=torch.float)
+        over = torch.tensor([self.get_time_remaining() <= 0, bool(self._request.received)], dtype=torch.float)
         over = over.to(here().torch)
         torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MAX)
         self._asked = bool(over[1])

@@ -73,7 +73,7 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"{checkpoint.path} carries no tokenizer; put its files beside the weights")
     faults = uniform_faults(shape, "alignment")
-    faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
     if not faults:
         faults = _pipeline_faults(shape, layout)
     if faults:
@@ -217,7 +217,7 @@ def aligner_settings(
 
 def _uneven_pipeline(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
     """How NeMo 1 is told of stages that differ: the first or the last may have a size of its own."""
-    sizes = shape.stage_sizes(layout.pipeline)
+    sizes = shape.pipeline_stage_sizes(layout.pipeline)
     if len(set(sizes)) == 1:
         return {}
     if len(set(sizes[1:])) == 1:
@@ -226,7 +226,7 @@ def _uneven_pipeline(shape: ModelShape, layout: ParallelLayout) -> dict[str, int
 
 
 def _pipeline_faults(shape: ModelShape, layout: ParallelLayout) -> list[str]:
-    sizes = shape.stage_sizes(layout.pipeline)
+    sizes = shape.pipeline_stage_sizes(layout.pipeline)
     if len(set(sizes[1:])) <= 1 or len(set(sizes[:-1])) <= 1:
         return []
     return [

@@ -1,8 +1,8 @@
-"""Checkpoints: one table of formats (:mod:`nemo_minitron.checkpoints.formats`), one protocol between them
-(:mod:`nemo_minitron.checkpoints.base`).
+"""Open and write checkpoints: a table of formats (:mod:`nemo_minitron.checkpoints.formats`), and one class for all of
+them (:mod:`nemo_minitron.checkpoints.base`).
 
-``open_checkpoint`` finds out which format a path is; ``write_checkpoint`` writes any opened checkpoint as any format;
-so three readers and three writers give all six directions. Importing this package imports neither torch nor NeMo.
+``open_checkpoint`` detects the format of a path; ``write_checkpoint`` writes any opened checkpoint in any format. So
+three readers and three writers convert in all six directions. Importing this package imports neither torch nor NeMo.
 """
 
 from __future__ import annotations

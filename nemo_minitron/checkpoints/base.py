@@ -1,8 +1,8 @@
-"""What every checkpoint is to the rest of the suite, whatever its format: sizes, constants, lazy tensors, tokenizer.
+"""An open checkpoint, the same class for every format: sizes, constants, lazily read tensors and the tokenizer.
 
-A door (``formats/*/door.py``) opens a path as a :class:`Checkpoint` and writes one.
-Everything between two doors (pruning offline, casting, loading into a live model) is a function of :class:`Weights`,
-which reads one tensor at a time, so the memory of a conversion is one tensor and not one model.
+Each format's reader and writer (``formats/*/checkpoint.py``) open a path as a :class:`Checkpoint` and write one. All
+that happens between reading and writing (offline pruning, casting, loading into a live model) is a function of
+:class:`Weights`, which reads one tensor at a time, so a conversion needs the memory of one tensor, not of one model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Checkpoint", "Weights"]
 class Weights(Protocol):
     """Global tensors under canonical names (see :mod:`nemo_minitron.axes`), read on demand.
 
-    Vocabulary rows are the true vocabulary's: padding is a matter of the doors.
+    The vocabulary has its true number of rows; the formats' readers and writers remove and add padding.
     """
 
     def names(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""What a model computes, as a short hash: the same for the same weights in any format and at any path."""
+"""A short hash that identifies a model: the same for the same weights in any format and at any path."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 __all__ = ["model_fingerprint"]
 
+#: Architecture fields that do not change the logits of given tokens. The dtype counts with each tensor.
+_NOT_PART_OF_THE_FUNCTION = ("dtype", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """Of the sizes, the constants that the forward pass depends on, every vector and the matrices of the outer layers.
+    """Hash the sizes, the constants of the forward pass, all vectors, and the matrices of the first and last layer.
 
-    Training and pruning change all of these; reading them alone keeps it to seconds for a model of any depth. Values
-    count in the dtype that they are stored in: a model that was cast computes other logits.
+    Training and pruning change all of these. Reading no other matrices takes seconds for a model of any depth. Values
+    are hashed in the dtype that they are stored in: a model that was cast computes other logits.
 
     Returns:
         16 hexadecimal digits.
@@ -30,8 +33,8 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     constants = checkpoint.architecture.to_dict()
-    for told_by_others in ("dtype", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
-        constants.pop(told_by_others, None)
+    for field in _NOT_PART_OF_THE_FUNCTION:
+        constants.pop(field, None)
     digest.update(json.dumps([checkpoint.shape.to_dict(), constants], sort_keys=True, default=str).encode())
     outer = {0, checkpoint.shape.num_layers - 1}
     for entry in axes.parameters(checkpoint.family, checkpoint.shape):

@@ -1,4 +1,4 @@
-"""Opening and writing checkpoints of any format."""
+"""Open and write checkpoints of any format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     file names.
 
     Raises:
-        CheckpointError: if the path is missing, is none of these, or is damaged.
+        CheckpointError: if the path is missing, of no known format, or damaged.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -63,7 +63,7 @@ def write_checkpoint(
         format: a name of :func:`~nemo_minitron.checkpoints.formats.written_formats`: "hf", "nemo2" or "nemo".
         dtype: of the tensors written; None keeps the source's.
         vocab_multiple: NeMo formats store the vocabulary padded with zero rows to a multiple of this.
-        overwrite: replace what stands at ``path``.
+        overwrite: replace an existing ``path``.
         progress: called as ``progress(tensor name, tensors done, tensors in all)``.
 
     Raises:

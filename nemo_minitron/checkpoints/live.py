@@ -1,4 +1,4 @@
-"""Filling a live Megatron model from a checkpoint: each rank reads its own shard, straight from ``Weights``."""
+"""Fill a live Megatron model from a checkpoint: each rank reads its own shard from ``Weights``."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parame
     """The parameters of a chunk under canonical names: global layer number, Transformer Engine spelling.
 
     Works for any pipeline or virtual pipeline stage (``layer_number`` is global in Megatron) and for both layer specs.
-    Parameters come under the name of the module that holds them; a tied output layer on a last stage that is not the
-    first holds the embedding's copy and comes as ``output_layer.weight``.
+    A parameter is named after the module that holds it. If embeddings are tied and the last stage is not the first, its
+    copy of the embedding is named ``output_layer.weight``.
     """
     layers = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
     for name, parameter in chunk.named_parameters():
@@ -51,16 +51,16 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
     """Fill this rank's chunks with its shard of ``checkpoint``, in the chunks' own dtype.
 
     Each tensor is read whole and cut by :func:`nemo_minitron.axes.shard_rows`, so a rank holds one global tensor beside
-    its model. Vocabulary rows of padding become zero. No communication: every rank reads for itself.
+    its model. Padding rows of the vocabulary become zero. There is no communication: every rank reads by itself.
 
     Args:
         chunks: plain Megatron ``GPTModel``s of this rank (one, or one for each virtual pipeline stage).
-        checkpoint: what to load; its shape must be the model's.
+        checkpoint: the checkpoint to load; its shape must be the model's.
         groups: of this process; the tensor-parallel group is used.
-        skip: parameters whose names begin with one of these are left as they are (a head that the checkpoint has not).
+        skip: parameters whose names begin with one of these are left as they are (a head that the checkpoint lacks).
 
     Raises:
-        CheckpointError: if the model has a parameter that the checkpoint does not, or one of another shape.
+        CheckpointError: if the checkpoint lacks a parameter of the model, or has it in another shape.
     """
     table, shape = checkpoint.family, checkpoint.shape
     rows = {entry.name: entry.row for entry in axes.parameters(table, shape)}
@@ -109,7 +109,7 @@ def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
 
 
 def _shard(tensor: torch.Tensor, axis: axes.Axis, dim: int, *, rank: int, world: int, local: int) -> torch.Tensor:
-    """This rank's part of ``tensor`` along ``dim``; a vocabulary is first thought of as padded to ``local * world``."""
+    """This rank's part of ``tensor`` along ``dim``; a vocabulary is cut as if it were padded to ``local * world``."""
     size = tensor.shape[dim]
     if axis is not axes.Axis.VOCAB:
         return tensor if world == 1 else tensor.index_select(dim, axes.shard_rows(axis, size, rank=rank, world=world))

@@ -1,4 +1,4 @@
-"""Writing aside: an output appears under its name whole or not at all."""
+"""Write outputs aside and rename them, so that an output appears under its name complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["staging", "write_aside"]
 
 
 def staging(path: Path) -> Path:
-    """Where an output that is one file may collect its parts: beside ``path``, cleared away by :func:`write_aside`."""
+    """A directory beside ``path`` for the parts of an output that is one file; :func:`write_aside` removes it."""
     return path.with_name(f".{path.name}.files.{socket.gethostname()}.{os.getpid()}")
 
 
@@ -63,7 +63,7 @@ def write_aside(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what dead processes of this host left, and put back an output that was moved aside but not replaced."""
+    """Remove leftovers of dead processes of this host; restore an output that was moved aside but not replaced."""
     host = socket.gethostname()
     for kind in ("partial", "files", "replaced"):
         for leftover in path.parent.glob(f".{_escape(path.name)}.{kind}.{host}.*"):

@@ -1,4 +1,4 @@
-"""Small pieces that the doors share: the table check, casting, stored dtypes."""
+"""Functions that several formats share: the table check, casting, stored dtypes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """``"bfloat16"`` -> ``torch.bfloat16``.
 
     Raises:
-        CheckpointError: for a dtype that checkpoints do not have.
+        CheckpointError: for a dtype that is not supported in checkpoints.
     """
     import torch
 
@@ -63,15 +63,15 @@ def names_and_shapes(architecture: Architecture, shape: ModelShape) -> dict[str,
 def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """:func:`names_and_shapes` with the tensors outside the layers first.
 
-    The allocator keeps what the small tensors of the layers took; an output layer that came after them would be held
-    beside that, and an embedding plus a shard of layers is more than a conversion may hold.
+    The allocator keeps the memory of the layers' small tensors. An output layer after them would come on top of that,
+    and an embedding plus a shard of layers is more memory than a conversion may use.
     """
     shapes = names_and_shapes(architecture, shape)
     return dict(sorted(shapes.items(), key=lambda item: item[0].startswith("decoder.layers.")))
 
 
 def largest_part(architecture: Architecture, shape: ModelShape) -> int:
-    """Elements of one layer or of one embedding, whichever are more: the unit in which conversion holds memory."""
+    """Numbers of one layer or of one embedding, the larger of both: a conversion holds that much at a time."""
     table = axes.family(architecture.family)
     outer = [axes.entry(table, shape, name).count for name in (*table.first, *table.last)]
     return max(*outer, *(axes.layer_count(table, sizes) for sizes in set(shape.each())))
@@ -85,7 +85,7 @@ class CastWeights:
     dtype: str
 
     def names(self) -> Sequence[str]:
-        """As those of ``inner``."""
+        """The names of ``inner``."""
         return self.inner.names()
 
     def tensor(self, name: str) -> torch.Tensor:

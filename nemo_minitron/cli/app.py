@@ -1,9 +1,9 @@
 """The command line: ``minitron <stage> CONFIG [key=value ...] [--dry-run] [--overwrite]``.
 
-Exit codes: 0 done, 2 for what the user can put right (the message alone), 75 stopped by a signal that asked for it (the
-same command goes on), 1 for anything else (with a traceback), 130 interrupted. Only the standard library, typer and
-what :mod:`nemo_minitron.config` needs are imported before a stage starts, so that ``--help`` and configuration errors
-answer at once.
+Exit codes: 0 done; 2 for errors that the user can correct (the message alone); 75 stopped by a signal, with the state
+saved (the same command goes on); 1 for any other error (with a traceback); 130 interrupted. Only the standard library,
+typer and what :mod:`nemo_minitron.config` needs are imported before a stage starts, so that ``--help`` and
+configuration errors answer at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ app = typer.Typer(
 
 
 class _SettingsCommand(TyperCommand):
-    """A command whose ``--help`` also shows what its configuration can set."""
+    """A command whose ``--help`` also shows the settings of its configuration."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)

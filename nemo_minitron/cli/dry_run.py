@@ -1,4 +1,4 @@
-"""``--dry-run``: what stages would read, write and cost, as tables."""
+"""``--dry-run``: tables of the paths that stages would read and write, and of their costs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["show_plans"]
 
 
 def show_plans(configs: Sequence[StageConfig], console: Console, source: str, *, alone: bool = False) -> None:
-    """Print the plan of each stage, in order; what an earlier one writes counts as there.
+    """Print the plan of each stage, in order; outputs of earlier stages count as existing.
 
     Args:
         configs: of the stages.
         console: for the tables.
-        source: of the configuration.
-        alone: each would run by itself, and could not go on with what other settings made.
+        source: name of the configuration, for the heading.
+        alone: each stage would run by itself, and could not resume an output of other settings.
 
     Raises:
         ConfigError: with every fault that the plans found, after the tables are printed.
@@ -61,7 +61,7 @@ def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) 
 
 
 def _state(item: PlannedPath, produced: set[str]) -> str:
-    """How an input stands: its size, or who writes it, or that it is missing."""
+    """The state of an input: its size, the stage that will write it, or that it is missing."""
     if item.exists():
         return human_bytes(item.size() or 0)
     return "written by earlier stages" if item.comes_from(produced) else "[red]missing[/]"

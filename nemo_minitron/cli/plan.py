@@ -1,7 +1,7 @@
-"""``minitron plan``: what the trainings of a recipe, or of a configuration, would cost on a cluster.
+"""``minitron plan``: the costs of the trainings of a recipe, or of a configuration, on a cluster.
 
-The models' sizes come from the recipe, or from checkpoints that are there; pruning stages in between are followed by
-their targets. Nothing is read but small JSON files, and torch is not imported.
+The models' sizes come from the recipe, or from existing checkpoints; the output of a pruning stage has the sizes of its
+target. Nothing is read but small JSON files, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from nemo_minitron.checkpoints.record import peek_architecture, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.cli.plan_tables import show_costs
 from nemo_minitron.config import (
     STAGES,
@@ -47,12 +47,12 @@ _PREFIX = "cluster."
 
 @dataclass(frozen=True)
 class Subject:
-    """What a plan is of.
+    """The stages and models of a plan.
 
     Attributes:
-        title: for the heading.
+        title: of the heading.
         stages: in order.
-        models: sizes that are known beforehand, by the path that a stage reads.
+        models: sizes that are known before anything runs, by the path that a stage reads.
     """
 
     title: str
@@ -63,17 +63,17 @@ class Subject:
 def show_plan(
     name: str, overrides: Sequence[str], console: Console, *, plot: Path | None, save: Path | None, rows: int
 ) -> None:
-    """Print what the trainings of a recipe or configuration cost.
+    """Print the costs of the trainings of a recipe or configuration.
 
     Args:
         name, overrides: as :func:`read_subject` and :func:`read_cluster` take them.
-        console: where to.
-        plot: picture to draw too.
-        save: file to write a recipe to, as a pipeline.
-        rows: layouts to show of each training.
+        console: to print on.
+        plot: file of a picture to draw; None for none.
+        save: file to write the recipe to, as a pipeline.
+        rows: number of layouts to show of each training.
 
     Raises:
-        ConfigError: for settings that cannot be planned, or where there is nothing to plan.
+        ConfigError: for settings that cannot be planned, or if there is no training.
     """
     cluster = read_cluster(overrides)
     subject = read_subject(name, overrides)
@@ -111,11 +111,11 @@ def read_subject(name: str, overrides: Sequence[str]) -> Subject:
 
     Args:
         name: of a shipped recipe, or a YAML file as ``minitron run`` or a training stage takes it.
-        overrides: ``key=value`` items; those of the cluster are left out. Those of a recipe are a pipeline's:
+        overrides: ``key=value`` items; those of the cluster are ignored. A recipe takes the overrides of a pipeline:
             ``stages.distilled.steps=500``.
 
     Raises:
-        ConfigError: if there is none, or with every fault of its settings.
+        ConfigError: if there is no such recipe or file, or with every fault of its settings.
     """
     overrides = [override for override in overrides if not override.startswith(_PREFIX)]
     if name in recipe_names():
@@ -159,7 +159,7 @@ def trainings_of(subject: Subject) -> tuple[list[Training], list[str]]:
     """The trainings of a subject, in order, and remarks on stages that are not planned.
 
     Raises:
-        ConfigError: with each model whose sizes are not known.
+        ConfigError: with all models whose sizes are not known.
     """
     models = {_key(path): model for path, model in subject.models.items()}
     trainings: list[Training] = []
@@ -191,7 +191,7 @@ def _is_training(cls: type[StageConfig]) -> bool:
 
 
 def _training(name: str, config: StageConfig, models: dict[str, Model]) -> Training | None:
-    """What a stage trains, or None where it does not, or its steps are not known beforehand."""
+    """The training of a stage; None if it does not train, or its number of steps is not known beforehand."""
     if not isinstance(config, DistillConfig | CorrectConfig | SftConfig) or config.steps is None:
         return None
     teacher = None
@@ -216,7 +216,7 @@ def _training(name: str, config: StageConfig, models: dict[str, Model]) -> Train
 
 
 def _teacher_notes(name: str, config: StageConfig) -> list[str]:
-    """What the plan of a distillation leaves out."""
+    """Remarks on the costs of a distillation that the plan does not include."""
     if not isinstance(config, DistillConfig):
         return []
     notes = []
@@ -234,7 +234,7 @@ def _length(config: DistillConfig | CorrectConfig | SftConfig) -> int:
 
 
 def _follow_import(config: ImportConfig, models: dict[str, Model]) -> None:
-    """What is taken over has the sizes of its source, where those are known; a stage that needs them will say so."""
+    """Give an imported model the sizes of its source, if known; a stage that needs unknown sizes reports them."""
     origin = config.source or config.package or ""
     for path in (origin, config.output):
         try:
@@ -254,7 +254,7 @@ def _pruned(config: PruneConfig | IterateConfig, model: Model) -> Model:
 
 
 def _model(path: str, models: dict[str, Model]) -> Model:
-    """The sizes of what a path names.
+    """The sizes of the model at a path.
 
     Raises:
         ConfigError: if they are not known.
@@ -281,7 +281,7 @@ def _key(path: str) -> str:
 
 
 def _keys(path: Path) -> set[str]:
-    """Top-level keys of a YAML file; faults in it are found where it is loaded."""
+    """Top-level keys of a YAML file; its faults are reported when it is loaded."""
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

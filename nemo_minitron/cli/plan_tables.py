@@ -28,13 +28,13 @@ __all__ = ["show_costs"]
 def show_costs(
     trainings: Sequence[Training], cluster: ClusterConfig, console: Console, *, rows: int = 10
 ) -> list[list[LayoutCost]]:
-    """Print what each training costs.
+    """Print the costs of each training.
 
     Args:
         trainings: in order.
-        cluster: for which.
-        console: where to.
-        rows: layouts to show of each training; the recipe's own is shown besides.
+        cluster: the GPUs.
+        console: to print on.
+        rows: number of layouts to show of each training; the recipe's own is shown in addition.
 
     Returns:
         Every layout of each training, the fastest first.
@@ -103,7 +103,7 @@ def _summary(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]
 
 
 def _nearest(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]) -> str:
-    """What would be needed where nothing fits."""
+    """The memory that would be needed, if no layout fits."""
     if not costs:
         gpus = cluster.gpus or training.layout.world_size
         return f": no layout of {gpus} GPUs can split these models and this batch"
@@ -112,7 +112,7 @@ def _nearest(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]
 
 
 def _memory(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]) -> Table | None:
-    """The fullest rank of the recipe's own layout under each recomputation; of the best where its own cannot run."""
+    """The fullest rank under each recomputation, in the recipe's own layout or, if that cannot run, in the best."""
     best = best_layout(costs)
     layout = training.layout if not layout_faults(training, training.layout) else best.layout if best else None
     if layout is None:

@@ -1,4 +1,4 @@
-"""How a pipeline is shown: a line per stage while it runs, a table at its end, and ``minitron status``."""
+"""Show a pipeline: a line for each stage while it runs, a table at its end, and ``minitron status``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def show_status(folder: Path, console: Console) -> None:
     """Print how far the pipeline in ``folder`` is.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no pipeline.
     """
     path = folder / "pipeline.json"
     if not path.is_file():
@@ -112,7 +112,7 @@ class _Line:
             self._live = None
 
     def output(self, data: bytes) -> None:
-        """Keep the last line of what came."""
+        """Keep the last line of the output."""
         for piece in reversed(_LINE_ENDS.split(data)):
             if text := _CONTROLS.sub("", piece.decode(errors="replace")).strip():
                 self.last = text
@@ -125,19 +125,19 @@ class _Line:
         return self._spinner
 
     def made(self, record: dict[str, Any]) -> None:
-        """Its figures, in green."""
+        """Print the stage's metrics, in green."""
         self._close("green", _figures(record["metrics"]))
 
     def kept(self) -> None:
-        """It was done before."""
+        """Print that the stage was done before."""
         self._close("dim", "done before")
 
     def failed(self) -> None:
-        """It was refused, or crashed."""
+        """Print that the stage refused its settings or inputs, or crashed."""
         self._close("red", "failed")
 
     def interrupted(self, logs: Path) -> None:
-        """Where its logs are."""
+        """Print the path of the stage's logs."""
         self._close("red", f"interrupted; logs: {logs}")
 
     def _close(self, style: str, note: str) -> None:

@@ -1,4 +1,4 @@
-"""Time limits of Slurm jobs beside what ``minitron plan`` estimates."""
+"""Compare time limits of Slurm jobs with the estimates of ``minitron plan``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def time_warnings(configs: Sequence[StageConfig], submitted: Sequence[StageConfi
 
     Args:
         configs: of all stages, in order.
-        submitted: those that are looked at.
-        slurm: where they run.
+        submitted: the stages to check.
+        slurm: the cluster.
     """
     if not slurm.gpus_per_node:
         return []

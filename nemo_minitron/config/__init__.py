@@ -1,10 +1,10 @@
-"""What each stage can be told, and how it is read: strictly, with every fault in one error.
+"""The settings of each stage, and their strict reading, with every fault in one error.
 
 :mod:`~nemo_minitron.config.parts` and :mod:`~nemo_minitron.config.stages` hold the dataclasses,
 :mod:`~nemo_minitron.config.load` reads YAML files and ``key=value`` overrides into them. Nothing here imports torch, so
-that a configuration error answers at once.
+that configuration errors are reported at once.
 
-All public names of the two packages are offered here too.
+All public names of the two packages can be imported from here, too.
 """
 
 from nemo_minitron.config.load import (

@@ -1,4 +1,4 @@
-"""What the shell's completion offers: names of configurations, and the settings that may follow them."""
+"""The shell's completion: names of configurations, and the settings that may follow them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["complete_config", "complete_name", "complete_override", "complete_sl
 
 
 def complete_name(incomplete: str) -> list[str]:
-    """What ``minitron config`` takes."""
+    """The names that ``minitron config`` takes."""
     return [name for name in CONFIGURATIONS if name.startswith(incomplete)]
 
 
@@ -34,11 +34,11 @@ def complete_slurm(incomplete: str) -> list[str]:
 def complete_override(
     command: str, incomplete: str, given: Iterable[str] = (), config: str | None = None
 ) -> list[tuple[str, str]]:
-    """``key=`` of each setting of a command that is not given yet, with its meaning.
+    """``key=``, with its meaning, of each setting of a command that is not given yet.
 
     Args:
         command: of ``minitron``.
-        incomplete: how the word begins.
+        incomplete: the beginning of the word.
         given: the overrides before it.
         config: of ``minitron run``, the pipeline: the settings of its stages follow, ``stages.<name>.<key>=``.
     """

@@ -1,9 +1,8 @@
-"""What there is to set: each setting's type, default and meaning, taken from the dataclasses themselves.
+"""Type, default and meaning of each setting, taken from the dataclasses themselves.
 
 A field's type and default are the dataclass's; its meaning is its entry in the ``Attributes:`` section of the
 docstring, with the names of the table that it chooses from (``TABLES`` of the class). ``minitron <stage> --help``,
-``minitron config``, the completion of the shell and ``docs/settings.md`` are all made of what stands here, so that
-nothing is said twice.
+``minitron config``, the completion of the shell and ``docs/settings.md`` are all made from these descriptions.
 """
 
 from __future__ import annotations
@@ -61,10 +60,10 @@ class Setting:
         name: with dots and brackets: ``data.sources[].path`` is a setting of each source.
         type: in words: "text or null".
         default: a plain value; that of a group of settings is an instance of ``part``.
-        must: there is no default, the value has to be given.
-        needed: why the defaults alone do not load, if this setting, or one that takes its place, must be given.
-        text: what it means, in the words of the docstring.
-        part: dataclass of the group that the setting is, or of the entries of the list that it is.
+        must: the setting has no default and must be given.
+        needed: the fault of the defaults, if this setting, or another in its place, must be given.
+        text: its meaning, from the docstring.
+        part: dataclass of the group, or of the entries of the list, if the setting is one.
         listed: the setting is a list of ``part``.
     """
 
@@ -79,17 +78,17 @@ class Setting:
 
     @property
     def last(self) -> str:
-        """The name without those of the groups around it."""
+        """The name without the names of the groups around it."""
         return self.name.rpartition(".")[2]
 
     @property
     def is_group(self) -> bool:
-        """Whether it has no value of its own, but settings within it."""
+        """Whether it is a group of settings, without a value of its own."""
         return self.part is not None and not self.listed
 
     @property
     def shown(self) -> str:
-        """The default as YAML, "required" without one, nothing of a group."""
+        """The default as YAML; "required" without a default; empty for a group."""
         return "" if self.is_group else "required" if self.must else yaml_value(self.default)
 
 
@@ -133,7 +132,7 @@ def plain(text: str) -> str:
 
 
 def faults_of_defaults(cls: type[Any]) -> dict[str, str]:
-    """What loading refuses where nothing is given, by setting: what a configuration must say."""
+    """The faults of a configuration in which nothing is given, by setting."""
     try:
         load_part(cls, [])
     except ConfigError as error:
@@ -145,9 +144,9 @@ def faults_of_defaults(cls: type[Any]) -> dict[str, str]:
 def direct_settings(
     cls: type[Any], instance: Any = None, prefix: str = "", needed: dict[str, str] | None = None
 ) -> list[Setting]:
-    """The settings of a dataclass, those of the groups within it not taken apart.
+    """The settings of a dataclass, without the settings of its groups.
 
-    Values that must be given come first, then the others, then the groups.
+    Settings that must be given come first, then the others, then the groups.
 
     Args:
         cls: dataclass of :mod:`nemo_minitron.config`.
@@ -195,7 +194,7 @@ def settings_of(
 
 
 def _meaning(cls: type[Any], name: str) -> str:
-    """The words of the docstring, and what there is to choose from."""
+    """The meaning from the docstring, and the names to choose from."""
     text = next((documented(base)[name] for base in cls.__mro__ if name in documented(base)), "")
     table = getattr(cls, "TABLES", {}).get(name)
     return text if table is None else f"{text}: {table.described()}."

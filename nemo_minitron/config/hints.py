@@ -1,4 +1,4 @@
-"""What the type of a setting says: in words, and which dataclass the items of a list are."""
+"""The type of a setting in words, and the dataclass of a list's items."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def item_class(hint: Any) -> type[Any] | None:
 
 
 def type_words(hint: Any) -> str:
-    """A type as the user reads it: ``int | None`` -> "a whole number or null"."""
+    """A type in words: ``int | None`` -> "a whole number or null"."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join("null" if part is type(None) else type_words(part) for part in typing.get_args(hint))
     if dataclasses.is_dataclass(hint):

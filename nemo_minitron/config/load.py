@@ -54,7 +54,7 @@ def shipped_slurm() -> list[str]:
 
 
 def load_slurm(path: str | Path, overrides: Sequence[str] = ()) -> SlurmConfig:
-    """Where Slurm jobs run: a YAML file, or the name of a shipped one ("dgx").
+    """The settings of a Slurm cluster, from a YAML file or the name of a shipped one ("dgx").
 
     Raises:
         ConfigError: with every fault of the file.
@@ -72,10 +72,10 @@ def load_slurm(path: str | Path, overrides: Sequence[str] = ()) -> SlurmConfig:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that ``name`` means: a path, or a shipped configuration ("demo", "demo.yaml", "configs/demo.yaml").
+    """The file of ``name``, which is a path or a shipped configuration ("demo", "demo.yaml", "configs/demo.yaml").
 
     Raises:
-        ConfigError: if there is neither.
+        ConfigError: if there is no such file.
     """
     path = Path(name)
     if path.is_file():
@@ -190,14 +190,14 @@ def _check_distinct(file: _File, stages: list[StageConfig]) -> None:
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """``above`` over ``below``, mappings key by key."""
+    """``below`` with the values of ``above`` in place of its own; mappings are merged key by key."""
     if isinstance(below, dict) and isinstance(above, dict):
         return {**below, **{key: _merge(below[key], value) if key in below else value for key, value in above.items()}}
     return above
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean x?``, if something is near."""
+    """``; did you mean x?`` if there is a similar name, else empty."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -276,7 +276,7 @@ class _File:
         self.overridden.add(tuple(parts))
 
     def fault(self, path: tuple[str | int, ...], message: str) -> None:
-        """Add a fault, with the line of the key or of what encloses it."""
+        """Add a fault, with the line of the key or of the nearest enclosing key."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.overridden:
                 message = f"override: {message}"
@@ -288,7 +288,7 @@ class _File:
             self.faults.append(message)
 
     def resolve(self, values: dict[str, Any]) -> dict[str, Any]:
-        """``values`` with every interpolation replaced, those that cannot be as faults and left as they are."""
+        """``values`` with every interpolation replaced; one that cannot be replaced is a fault and left as it is."""
         root = OmegaConf.create(values)
 
         def walk(node: Any, raw: Any, path: tuple[str | int, ...]) -> Any:
@@ -312,7 +312,7 @@ class _File:
         return walk(root, values, ())
 
     def raise_faults(self) -> None:
-        """Raise what was found, if anything was."""
+        """Raise a ConfigError with all faults, if there are any."""
         if self.faults:
             raise ConfigError(self.faults, source="command line" if self.path is None else str(self.path))
 
@@ -333,7 +333,7 @@ class _Reader:
         self.bad: set[tuple[str | int, ...]] = set()
 
     def read(self, cls: type[Any], values: dict[str, Any], where: tuple[str | int, ...]) -> Any:
-        """An instance of ``cls``; faults go to the file, and what is faulty takes its default."""
+        """An instance of ``cls``; faults are added to the file's, and faulty settings take their defaults."""
         self.where = where
         node = OmegaConf.structured(cls)
         self._fill(node, cls, values, ())
@@ -342,7 +342,7 @@ class _Reader:
         return config
 
     def _fault(self, path: tuple[str | int, ...], message: str) -> None:
-        """``message`` goes on where the name of the setting ends."""
+        """Add a fault: the name of the setting followed by ``message``."""
         self.bad.add(path)
         # In a pipeline the value may come from the defaults: then they hold more of the setting's path than the stage.
         if self.where and self._held(("defaults",), path) > self._held(self.where, path):
@@ -352,7 +352,7 @@ class _Reader:
             self.file.fault((*self.where, *path), f"{prefix}{_dotted(path)}{message}")
 
     def _held(self, root: tuple[str | int, ...], path: tuple[str | int, ...]) -> int:
-        """How many parts of ``path`` the file, or an override, spells out below ``root``."""
+        """How many parts of ``path`` below ``root`` are written in the file or an override."""
         known = self.file.lines.keys() | self.file.overridden
         return max(n for n in range(len(path) + 1) if n == 0 or (*root, *path[:n]) in known)
 
@@ -386,7 +386,7 @@ class _Reader:
                     self._fault(here, f"={value}: must be {type_words(hint)}")
 
     def _build(self, node: DictConfig, cls: type[Any], path: tuple[str | int, ...]) -> Any:
-        """The dataclass that ``node`` holds; a value that is missing or cannot be resolved is a fault."""
+        """The dataclass with the values of ``node``; a value that is missing or cannot be resolved is a fault."""
         hints = typing.get_type_hints(cls)
         kwargs: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
@@ -423,7 +423,7 @@ class _Reader:
             return OmegaConf.to_container(value, resolve=False)
 
     def _faults(self, config: Any, path: tuple[str | int, ...]) -> None:
-        """The dataclasses' own faults, leaving out settings that are faulty already."""
+        """The faults that the dataclasses report, without those of settings that have a fault already."""
         common = config.context_faults() if isinstance(config, StageConfig) else []
         for message in [*config.faults(), *common]:
             match = re.match(r"[A-Za-z_]\w*", message)

@@ -1,4 +1,4 @@
-"""Which settings are paths, and the same configuration with every path absolute.
+"""The settings that are paths, and a configuration with every path made absolute.
 
 Each dataclass names its own in ``PATHS``; a stage's inputs (``INPUTS``) are paths too. A setting may hold one path, a
 list of them, or a mapping to them.
@@ -34,13 +34,13 @@ def paths_of(config: Any) -> dict[str, str]:
 
 
 def absolute(config: C) -> C:
-    """The configuration with every path absolute, from the directory in which this process runs."""
+    """The configuration with every path made absolute, relative to this process's directory."""
     result: C = _mapped(config, lambda _, path: str(Path(path).absolute()), "")
     return result
 
 
 def read_paths(config: StageConfig) -> dict[str, str]:
-    """What a stage reads, by setting: its inputs, its text, its tasks; patterns stand for themselves."""
+    """The paths that a stage reads, by setting: inputs, text, tasks. Patterns are not expanded."""
     inputs = config.inputs()
     declared = set(type(config).INPUTS)
     others = {
@@ -56,7 +56,7 @@ def _within(setting: str, name: str) -> bool:
 
 
 def _mapped(config: Any, change: Callable[[str, str], str], prefix: str) -> Any:
-    """A copy of a dataclass with ``change(setting, path)`` in the place of each path."""
+    """A copy of a dataclass with ``change(setting, path)`` in place of each path."""
     names = {*getattr(config, "PATHS", ()), *(n for n in getattr(config, "INPUTS", ()) if "." not in n)}
     is_path = getattr(config, "is_path", lambda name, value: True)
     changed: dict[str, Any] = {}

@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def import_plugins() -> None:
-    """Import the classes of the installed entry points, which enter themselves in the table of stages.
+    """Import the classes of the installed entry points, which register themselves in the table of stages.
 
-    One that cannot be imported is named in a warning, and the command goes on without it.
+    If one cannot be imported, a warning names it, and the command goes on without it.
     """
     for entry in entry_points(group=GROUP):
         if entry.module in sys.modules:

@@ -74,7 +74,7 @@ def _row(setting: Setting) -> str:
 
 
 def _differing(setting: Setting) -> str:
-    """Where the group's defaults are not those of its own section."""
+    """The settings of a group whose defaults differ from those in the group's own section."""
     own = setting.part() if setting.part is not None else None
     values = ((field.name, getattr(setting.default, field.name)) for field in dataclasses.fields(own))  # type: ignore[arg-type]
     return ", ".join(f"`{name}: {yaml_value(value)}`" for name, value in values if value != getattr(own, name))

@@ -20,8 +20,8 @@ def show_settings(cls: type[Any], console: Console, prefix: str = "") -> None:
 
     Args:
         cls: dataclass of :mod:`nemo_minitron.config`.
-        console: where to.
-        prefix: goes before each name ("cluster.").
+        console: to print on.
+        prefix: put before each name ("cluster.").
     """
     needed = {f"{prefix}{name}": fault for name, fault in faults_of_defaults(cls).items()}
     own: list[Setting] = []

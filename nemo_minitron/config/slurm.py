@@ -1,4 +1,4 @@
-"""Where jobs of a Slurm cluster run, as ``minitron run --slurm`` reads it."""
+"""The settings of a Slurm cluster and of its jobs, which ``minitron run --slurm`` reads."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SIGNAL = re.compile(r"(B:)?[A-Z0-9]+(@\d+)?")
 
 @dataclass(frozen=True)
 class Request:
-    """What the job of one stage asks Slurm for; None leaves it to the cluster.
+    """The resources that the job of a stage requests from Slurm; None leaves a value to the cluster.
 
     Attributes:
         account, partition, qos, constraint, mem, exclusive, time, extra: as in :class:`SlurmConfig`.
-        nodes, tasks: nodes, and processes on each.
-        gpus: of each node.
+        nodes, tasks: number of nodes, and of processes on each.
+        gpus: number of GPUs of each node.
         cpus_per_task: cores of each process.
     """
 
@@ -49,14 +49,14 @@ class Request:
 
 @dataclass
 class CpuConfig:
-    """Where stages without work for a GPU run: import, export, prune, tokens, report, and those on ``device=cpu``.
+    """The partition for stages that need no GPU: import, export, prune, tokens, report, and those with ``device=cpu``.
 
     Only ``account`` and ``time`` are taken from the cluster's description where they are null here.
 
     Attributes:
-        partition: partition of nodes without GPUs; null for none: such a stage takes one GPU's place on an ordinary
-            node.
-        account, qos, constraint, mem, time, extra: as for the other jobs, for those of this partition.
+        partition: partition of nodes without GPUs; null for none, and such a stage takes the place of one GPU on an
+            ordinary node.
+        account, qos, constraint, mem, time, extra: as for the other jobs, for the jobs of this partition.
         tasks_per_node: processes of a node; null puts all of a stage on one.
         cpus_per_task: cores of each process.
     """
@@ -83,7 +83,7 @@ class CpuConfig:
 
 @dataclass
 class SlurmConfig:
-    """A Slurm cluster and what its jobs ask for. Field names are Slurm's, or nemo_run's where Slurm has none.
+    """A Slurm cluster and the resources of its jobs. Field names are Slurm's, or nemo_run's where Slurm has none.
 
     Attributes:
         account, partition, qos, constraint, mem, exclusive: ``sbatch``'s option of that name, for every job.
@@ -166,22 +166,22 @@ class SlurmConfig:
         return faults
 
     def is_path(self, name: str, value: str) -> bool:
-        """An image may also be one of a registry, an interpreter one of the container or of ``PATH``."""
+        """An image may also be in a registry, an interpreter in the container or on ``PATH``."""
         if name == "container_image":
             return value.startswith((".", "/")) or value.endswith(".sqsh")
         return name == "job_dir" or (self.container_image is None and "/" in value)
 
     @property
     def per_node(self) -> int:
-        """Processes that a node takes."""
+        """Number of processes on a node."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
     def nodes(self, processes: int) -> int:
-        """Nodes of a stage with so many processes."""
+        """Number of nodes of a stage with so many processes."""
         return math.ceil(processes / self.per_node)
 
     def request(self, config: StageConfig) -> Request:
-        """What the job of a stage asks for: as many whole nodes as its processes fill, or a place without a GPU."""
+        """The resources of a stage's job: as many whole nodes as its processes fill, or a place without a GPU."""
         world = config.processes
         if not config.needs_gpu and self.cpu.partition is not None:
             cpu = self.cpu
@@ -210,7 +210,7 @@ class SlurmConfig:
         return named or cpu or self.time
 
     def stage_faults(self, configs: Iterable[StageConfig]) -> list[str]:
-        """Layouts that do not fill nodes, and times of what is neither a stage of the pipeline nor a kind of stage."""
+        """Layouts that do not fill nodes, and time limits of names that are neither a stage nor a kind of stage."""
         configs = list(configs)
         faults = [fault for config in configs for fault in self._node_faults(config)]
         names = [config.name for config in configs]
@@ -240,7 +240,7 @@ class SlurmConfig:
         return []
 
     def mount_fault(self, path: str) -> str | None:
-        """Why an absolute path cannot be seen under its own name in the container; None if it can, or there is none."""
+        """Why an absolute path is not visible under its own name in the container; None if it is, or there is none."""
         if self.container_image is None:
             return None
         inside = None

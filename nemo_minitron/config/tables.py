@@ -1,6 +1,6 @@
-"""Tables of what a setting can name: formats, losses and the like. An installed package can add to them.
+"""Tables of the names that a setting can have: formats, losses and the like. An installed package can add entries.
 
-A table is declared here, where the configuration can ask it for its names; its entries stand beside the code that they
+The tables are declared here, since the configuration needs their names; the entries are beside the code that they
 describe. Neither imports torch: an entry names its functions by :func:`deferred`.
 """
 
@@ -29,16 +29,16 @@ __all__ = [
 
 
 class Entry(Protocol):
-    """What every entry has."""
+    """The attributes of every entry."""
 
     @property
     def name(self) -> str:
-        """In the configuration."""
+        """Its name in the configuration."""
         ...
 
     @property
     def note(self) -> str:
-        """A few words for ``--help``, or none."""
+        """A few words for ``--help``; may be empty."""
         ...
 
 
@@ -48,13 +48,13 @@ E = TypeVar("E", bound=Entry)
 class Table(Mapping[str, E]):
     """Entries by name. They come from three places, in this order:
 
-    - the package's own, which are imported at the first look into the table;
-    - :meth:`register`, in this process alone;
-    - installed packages, by their entry points of ``group``: ``name = "module:ENTRY"``. These are looked for when a
-      name is met that is not there, or all names are asked for; the module is imported when its entry is needed.
+    - the package's own entries, which are imported at the first use of the table;
+    - :meth:`register`, for this process alone;
+    - installed packages, by their entry points of ``group``: ``name = "module:ENTRY"``. These are searched when
+      an unknown name, or all names, are asked for; the module is imported when its entry is needed.
 
     Args:
-        what: an entry is, for messages.
+        what: noun for an entry, for messages.
         own: ``module:NAME`` of the package's own entries; the module must not import torch.
         group: of the entry points.
     """
@@ -65,7 +65,7 @@ class Table(Mapping[str, E]):
         self._added: dict[str, E] = {}
 
     def register(self, entry: E) -> E:
-        """Add an entry, in place of an added one of the same name.
+        """Add an entry; it replaces an added entry of the same name.
 
         Returns:
             The entry.
@@ -79,11 +79,11 @@ class Table(Mapping[str, E]):
         return entry
 
     def unregister(self, name: str) -> None:
-        """Take out what :meth:`register` added under a name."""
+        """Remove the entry that :meth:`register` added under a name."""
         self._added.pop(name, None)
 
     def described(self) -> str:
-        """The names with the notes of those entries that are there already, for a setting's help."""
+        """The names, with the notes of entries that are imported already, for a setting's help."""
         return _listed(self, {name: entry.note for name, entry in self._known().items()})
 
     def __getitem__(self, name: str) -> E:
@@ -155,13 +155,13 @@ def _listed(names: Iterable[str], notes: Mapping[str, str]) -> str:
 
 
 def deferred(path: str) -> Callable[..., Any]:
-    """A function or class that is imported when it is first called, so that a table of such is light.
+    """A function or class that is imported when it is first called, so that a table of them needs no imports.
 
     Args:
         path: ``module:name``.
 
     Returns:
-        What calls it, with whatever it is called with.
+        A function that passes its arguments on to it.
     """
     module, _, name = path.partition(":")
 

@@ -40,8 +40,31 @@ __all__ = ["build_blocks", "build_domain_blocks"]
 logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of a kept directory; raise it when the same configuration would give other tokens
-#: Files of a kept directory: dtype, and what is added to the sequence length in their rows.
-_ARRAYS = {"tokens": (np.int64, 1), "domain": (np.int64, None), "segments": (np.int32, 1), "loss_mask": (np.bool_, 0)}
+
+
+@dataclass(frozen=True)
+class _Array:
+    """A file ``<name>.npy`` of a kept directory: one row a block.
+
+    Attributes:
+        dtype: of its numbers.
+        beyond: a row has ``sequence_length + beyond`` numbers. None: a row is a single number.
+    """
+
+    dtype: type[np.generic]
+    beyond: int | None
+
+    def shape(self, blocks: int, sequence_length: int) -> tuple[int, ...]:
+        """``[n, s + beyond]``, or ``[n]``."""
+        return (blocks,) if self.beyond is None else (blocks, sequence_length + self.beyond)
+
+
+_ARRAYS = {
+    "tokens": _Array(np.int64, 1),
+    "domain": _Array(np.int64, None),
+    "segments": _Array(np.int32, 1),
+    "loss_mask": _Array(np.bool_, 0),
+}
 _CONTENT = "content.json"  # names of domains and arrays, lowest and highest id
 
 
@@ -253,9 +276,8 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
     try:
         arrays = {}
         for name in wanted:
-            dtype, more = _ARRAYS[name]
-            shape = (len(order),) if more is None else (len(order), length + more)
-            arrays[name] = np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
+            shape = _ARRAYS[name].shape(len(order), length)
+            arrays[name] = np.lib.format.open_memmap(aside / f"{name}.npy", "w+", _ARRAYS[name].dtype, shape)
         arrays["domain"][:] = domain[order]
         lowest, highest = end, end
         with progress_bar(f"cutting {split} blocks", len(order)) as advance:

@@ -85,7 +85,8 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
         faults += [f"{name}: {fault}" for fault in uniform_faults(shape, "distillation")]
-        faults += [f"{name}: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
+        layout_faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
+        faults += [f"{name}: {fault}" for fault in layout_faults]
     trained, (checkpoint, layout) = next(iter(models.items()))
     if checkpoint.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
         # megatron.core.transformer.moe.moe_layer raises so, in training alone

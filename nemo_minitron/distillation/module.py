@@ -130,7 +130,7 @@ class DistillationModel(TrainedModel):
         """Build this rank's part of the student and fill it; with the last chunk, the teacher too."""
         if hasattr(self, "module"):
             return
-        super().configure_model(**versions.virtual_stage(vp_stage))
+        super().configure_model(**versions.virtual_pipeline_stage(vp_stage))
         groups, plan = self.groups, None
         if self._intermediate.weights():
             assert self._teacher_checkpoint is not None, "intermediate losses are of a model"

@@ -80,7 +80,7 @@ class Material:
 
 def shapes_for(layout: ParallelLayout) -> tuple[ModelShape, ModelShape]:
     """A model and what it is pruned to, both of which the layout can split."""
-    tensor, stages = layout.tensor, layout.stages
+    tensor, stages = layout.tensor, layout.pipeline_stages
     width = max(1, 12 // tensor)
     whole = ModelShape(
         num_layers=max(4, 2 * stages),
@@ -106,7 +106,7 @@ def make_material(folder: Path, layout: ParallelLayout) -> Material:
     folder.mkdir(parents=True)
     _write_tokenizer(folder / "tokenizer")
     whole, pruned = shapes_for(layout)
-    student = pruned.replace(num_layers=max(2, layout.stages), tied_embeddings=True)
+    student = pruned.replace(num_layers=max(2, layout.pipeline_stages), tied_embeddings=True)
     for name, shape, seed in (("teacher", whole, 0), ("student", student, 1)):
         _write_model(folder / name, shape, layout, tokenizer=folder / "tokenizer", seed=seed)
     return Material(folder, layout)

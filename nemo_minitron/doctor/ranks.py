@@ -39,7 +39,7 @@ class Ranks:
         """The first rank."""
         return self.rank == 0
 
-    def tell(self, key: str, value: Any) -> None:
+    def publish(self, key: str, value: Any) -> None:
         """Write a JSON value that every rank can read."""
         text = json.dumps(value)
         if self._store is None:
@@ -47,8 +47,8 @@ class Ranks:
         else:
             self._store.set(f"doctor/{key}", text)
 
-    def told(self, key: str) -> Any:
-        """What was told, or None."""
+    def read(self, key: str) -> Any:
+        """The value that a rank has published under ``key``, or None."""
         if self._store is None:
             text = self._here.get(key)
             return None if text is None else json.loads(text)
@@ -57,13 +57,13 @@ class Ranks:
         return json.loads(self._store.get(f"doctor/{key}"))
 
     def wait(self, key: str, seconds: float) -> Any:
-        """What is told, once it is.
+        """The value of ``key``, as soon as a rank has published it.
 
         Raises:
-            MinitronError: if it is not in time.
+            MinitronError: if none has within ``seconds``.
         """
         deadline = time.monotonic() + seconds
-        while (value := self.told(key)) is None:
+        while (value := self.read(key)) is None:
             if time.monotonic() > deadline:
                 raise MinitronError(
                     f"rank {self.rank} of {self.world} waited {seconds:.0f} s for another rank ({key}) and gave up; "
@@ -76,9 +76,9 @@ class Ranks:
         """The values of all ranks, in order. Every rank calls it.
 
         Raises:
-            MinitronError: if one of them does not tell its own in time.
+            MinitronError: if a rank has not published its value within ``seconds``.
         """
-        self.tell(f"{key}/{self.rank}", value)
+        self.publish(f"{key}/{self.rank}", value)
         return [self.wait(f"{key}/{rank}", seconds) for rank in range(self.world)]
 
 

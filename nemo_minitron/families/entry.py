@@ -95,7 +95,7 @@ class NeMo2Family:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family as data: all that algorithms and formats need to know. No algorithm asks for a family's name.
+    """A model family as data, for algorithms and formats. No algorithm compares a family's name.
 
     Attributes:
         name: key in :data:`nemo_minitron.families.FAMILIES`.
@@ -109,11 +109,10 @@ class Family:
         normalization: Megatron's name: "RMSNorm" or "LayerNorm".
         zero_centered_norm: norm weights are stored minus one (``layernorm_zero_centered_gamma``, NeMo's "layernorm1p").
         partial_rotary: RoPE may turn a part of each head; elsewhere it turns all of it.
-        hf: what transformers calls things, None where transformers does not know the family.
-        nemo2: what NeMo 2 calls things, None where NeMo 2 does not know the family.
-        nemo1: keys of a NeMo 1 ``model_config.yaml`` and the values that this table stands for; None where NeMo 1
-            cannot hold the family.
-        note: what it has that Llama has not, in a few words.
+        hf: names in transformers; None if transformers does not have the family.
+        nemo2: names in NeMo 2; None if NeMo 2 does not have the family.
+        nemo1: keys of a NeMo 1 ``model_config.yaml`` with the family's values; None if NeMo 1 cannot hold the family.
+        note: how it differs from Llama, in a few words.
     """
 
     name: str
@@ -132,7 +131,7 @@ class Family:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Say of each row of a layer which part it belongs to."""
+        """Set in each row of a layer the part that it belongs to."""
         for field_name in ("layer", "expert"):
             rows = {
                 name: row

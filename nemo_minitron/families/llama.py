@@ -1,4 +1,4 @@
-"""Llama, and Mistral without sliding windows, which computes the same."""
+"""Llama, and Mistral without sliding windows, which is the same model."""
 
 from __future__ import annotations
 

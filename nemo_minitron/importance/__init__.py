@@ -1,9 +1,9 @@
-"""How much each unit of a model matters (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
+"""How important each unit of a model is (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
 
-The doors are :func:`score_model` and :func:`score_criteria`, which run a live Megatron model (activations, or gradient
-x activation), :func:`layer_importance`, which runs it without some of its layers, :class:`ScoreDuringValidation`, which
-lets NeMo run it, :func:`magnitude_scores`, which reads weights, and :class:`Scores` and :class:`DepthScores`, the
-results on disk. Importing this package imports neither torch nor Megatron.
+:func:`score_model` and :func:`score_criteria` run a live Megatron model (activations, or gradient x activation),
+:func:`layer_importance` runs it without some of its layers, :class:`ScoreDuringValidation` lets NeMo run it, and
+:func:`magnitude_scores` reads weights. :class:`Scores` and :class:`DepthScores` are the results on disk. Importing
+this package imports neither torch nor Megatron.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Aggregations: how activations over a sequence, or scores over a batch, become one number for a unit.
+"""Aggregations: one number for a unit from its activations over a sequence, or its scores over a batch.
 
-Each is written as statistics that add up (or are maximised), so that it streams over batches in O(units) memory and
-combines over process groups without a second pass.
+Each is written as statistics that are summed (or maximised), so that it can go through the data batch by batch in
+O(units) memory, and be combined over process groups without a second pass.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Aggregation:
 
     Attributes:
         name: key in :data:`AGGREGATIONS`.
-        statistics: ``(x, dim) -> [k, ...]``: what has to be known of ``x`` along ``dim``,
-            which disappears; fp32 or wider.
+        statistics: ``(x, dim) -> [k, ...]``: ``k`` statistics of ``x`` over ``dim``, which is removed; in fp32 or
+            wider.
         finish: ``([k, ...], n) -> [...]``: the value from the combined statistics of all ``n``.
         maximum: statistics combine by maximum instead of by sum.
     """
@@ -47,7 +47,7 @@ class Aggregation:
 
 
 class Criterion(NamedTuple):
-    """How one estimator's values become scores.
+    """The two aggregations by which an estimator's values become scores.
 
     Attributes:
         sequence: aggregation over the tokens of a sample, a key of :data:`AGGREGATIONS`. The Taylor estimator has one
@@ -107,7 +107,7 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 
 def aggregation(name: str, where: str) -> Aggregation:
-    """The aggregation of a name; ``where`` says whose name it is in the error.
+    """The aggregation of a name; ``where`` is the setting that the error names.
 
     Raises:
         ConfigError: for a name that is not in :data:`AGGREGATIONS`.

@@ -1,4 +1,4 @@
-"""Scoring while NeMo validates: a Lightning callback for NeMo 2's own trainer.
+"""Score a model while NeMo validates it: a Lightning callback for NeMo 2's own trainer.
 
 trainer = nl.Trainer(..., callbacks=[ScoreDuringValidation("runs/scores", shape)])
 llm.validate(model, data, trainer=trainer)  # or llm.train, llm.finetune: at each validation
@@ -29,12 +29,11 @@ __all__ = ["ScoreDuringValidation"]
 
 
 class ScoreDuringValidation(pl.Callback):
-    """Score every unit on the batches of an ordinary validation, by activations (no gradients run there).
+    """Score every unit by its activations on the batches of an ordinary validation, which has no gradients.
 
     The hooks are on from the start of a validation to its end, under any TP x PP x DP layout; then the scores are
-    gathered and rank 0 writes them. A later validation of the same training replaces them: they are of the weights as
-    they are then. Lightning's sanity check before a training is left out. The model runs as it would without: the
-    metrics of the validation stay what they are.
+    gathered and rank 0 writes them. A later validation of the same training replaces them by scores of the weights
+    at that time. Lightning's sanity check before a training is left out. The validation's own metrics do not change.
 
     Every sample that is validated counts. Data modules that repeat samples to fill a batch give them that weight.
 
@@ -74,11 +73,11 @@ class ScoreDuringValidation(pl.Callback):
         self._hooks = ExitStack()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the hooks on.
+        """Attach the hooks.
 
         Raises:
             ConfigError: without NeMo's strategy, with context or expert parallelism, or for an unknown aggregation.
-            ShapeError: if the model is not of the shape that was given.
+            ShapeError: if the model does not have the given shape.
         """
         self._detach()
         if trainer.sanity_checking:
@@ -89,7 +88,7 @@ class ScoreDuringValidation(pl.Callback):
         self._hooks.enter_context(self._recorder.attached())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the hooks off, gather the scores, write them on rank 0.
+        """Remove the hooks, gather the scores, and write them on rank 0.
 
         Raises:
             NonFiniteError: if an activation is NaN or infinite; on every rank, naming layer and module.

@@ -1,4 +1,4 @@
-"""Which layers are tried without: single layers, contiguous blocks, greedy rounds. Imports no torch, for plans."""
+"""The sets of layers that are left out in turn: single layers, runs, greedy rounds. Imports no torch, for plans."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def blocks(num_layers: int, length: int) -> list[Candidate]:
 
 
 def greedy_round(num_layers: int, chosen: Candidate) -> list[Candidate]:
-    """``chosen`` and any one layer more."""
+    """``chosen`` with each further layer in turn."""
     return [tuple(sorted((*chosen, layer))) for layer in range(num_layers) if layer not in chosen]
 
 
 def rounds(num_layers: int, *, single: bool, block_lengths: Sequence[int]) -> Iterator[list[Candidate]]:
-    """The candidates that are known beforehand, in the order they are run: the whole model first."""
+    """The candidates that are known beforehand, in the order of their passes; the first leaves no layer out."""
     yield [()]
     if single:
         yield singles(num_layers)
@@ -37,12 +37,12 @@ def rounds(num_layers: int, *, single: bool, block_lengths: Sequence[int]) -> It
 
 
 def diverge(one: Candidate, other: Candidate) -> int | None:
-    """The first layer that only one of two candidates leaves out, up to which their passes are the same."""
+    """The first layer that only one of two candidates leaves out; their passes are the same before it."""
     return min(set(one) ^ set(other), default=None)
 
 
 def layers_run(num_layers: int, candidates: Sequence[Candidate]) -> int:
-    """Layers that run for these candidates, one after another, when each goes on where it leaves its forerunner."""
+    """Number of layers that run for these candidates in turn, if each reuses the common beginning of the one before."""
     total, begin = 0, 0
     for index, candidate in enumerate(candidates):
         total += num_layers - begin - sum(layer >= begin for layer in candidate)

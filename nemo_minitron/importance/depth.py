@@ -1,4 +1,4 @@
-"""What a live Megatron model loses without some of its layers, under any parallel layout.
+"""Measure a live Megatron model without some of its layers, under any parallel layout.
 
 The depth criteria of Minitron (arXiv 2407.14679, section 2.2; arXiv 2408.11796, section 4): the loss, and the accuracy
 on a task, with layers left out. Block influence needs one ordinary pass and comes with the scores
@@ -52,14 +52,14 @@ def layer_importance(
     reuse_prefix: bool = True,
     progress: Advance | None = None,
 ) -> DepthScores:
-    """Measure the model without each layer, without each block of layers, and greedily without more and more.
+    """Measure the model without each layer, without each run of layers, and with layers removed greedily.
 
-    To be called on every rank; every rank gets all results. Layers are masked (:func:`~.masking.left_out`): the loss
-    without a layer is that of the model with the layer deleted, and no weight is copied. Candidates run in an order in
-    which each shares the beginning of its pass with the one before it; with ``reuse_prefix`` the hidden states there
-    are kept, so that for all single layers half of the layers run. Results are the same bit by bit. Memory beyond the
-    model: that of :func:`~nemo_minitron.runtime.forward.block_losses`, and on the CPU the kept states, ``tokens x H``
-    of this data-parallel rank's share of the data on one pipeline stage.
+    Every rank calls it, and every rank gets all results. Layers are masked (:func:`~.masking.left_out`): the loss
+    without a layer is that of the model with the layer deleted, and no weight is copied. The passes of neighbouring
+    candidates begin alike; with ``reuse_prefix`` the hidden states at the end of the common beginning are kept, so that
+    measuring all single layers runs half of the layers. Results are the same bit by bit. Memory beyond the model: that
+    of :func:`~nemo_minitron.runtime.forward.block_losses`, and on the CPU the kept states, ``tokens x H`` of this
+    data-parallel rank's share of the data on one pipeline stage.
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
@@ -68,23 +68,23 @@ def layer_importance(
         groups: of this process.
         shape: of the whole model.
         micro_batch_size: blocks, or choices of the task, of one forward pass.
-        single: every layer alone.
-        block_lengths: every run of so many neighbouring layers.
-        greedy: up to so many layers, one a round: the layer whose loss costs least goes, and the others are measured
-            again without it.
+        single: measure without each layer alone.
+        block_lengths: measure without each run of so many neighbouring layers.
+        greedy: remove up to so many layers, one a round: the layer that costs least is removed, and all others are
+            measured again without it.
         greedy_by: criterion of ``greedy``, "loss" or "task".
-        task: its accuracy is measured besides the loss.
+        task: measure the accuracy on it, too.
         task_name: kept with the results.
         fingerprint: of the weights, kept with the results.
         journal: takes each result as it comes, and gives those of an earlier process; used on global rank 0.
-        reuse_prefix: see above.
+        reuse_prefix: keep hidden states of the common beginning of passes.
         progress: called with 1 for each candidate (those of the journal at once), the whole model not counted.
 
     Raises:
         DataError: for no calibration blocks, or one in which no label counts.
         ShapeError: for blocks that are longer than the model or leave no layer, or a sequence that sequence parallelism
             does not divide.
-        ConfigError: for nothing to measure, or a criterion that is not.
+        ConfigError: if nothing is to be measured, or not the criterion of ``greedy_by``.
         NonFiniteError: if a loss is NaN or infinite, naming the layers that were left out.
     """
     if len(blocks.shape) != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
@@ -103,7 +103,7 @@ def layer_importance(
     prefix: Prefix | None = None
 
     def measure(layers: Candidate, following: Candidate | None) -> Measurement:
-        """Goes on from ``prefix`` where it serves, and keeps what ``following`` can go on from."""
+        """Measure a candidate, from ``prefix`` on if it fits, and keep the states that ``following`` can start from."""
         nonlocal prefix
         start = prefix if prefix is not None and prefix.serves(layers) else None
         split = diverge(layers, following) if reuse_prefix and following is not None else None
@@ -211,7 +211,7 @@ def _name(layers: Candidate) -> str:
 
 
 def _shared(measurements: dict[Candidate, Measurement], chunks: list[GPTModel]) -> dict[Candidate, Measurement]:
-    """What global rank 0 found, on every rank."""
+    """The measurements of global rank 0, on every rank."""
     text = json.dumps(
         [[layers, measurement.loss, measurement.accuracy] for layers, measurement in measurements.items()]
     ).encode()

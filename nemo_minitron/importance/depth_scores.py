@@ -1,4 +1,4 @@
-"""``depth.json``: what a model loses without some of its layers; and the journal of a measurement under way."""
+"""``depth.json``: measurements of a model without some of its layers; and the journal of a measurement under way."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of the model without some layers.
+    """A measurement of the model without some of its layers.
 
     Attributes:
         loss: nats per calibration token.
-        accuracy: on the task, or None where there is none.
+        accuracy: on the task; None without a task.
     """
 
     loss: float
@@ -36,13 +36,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class DepthScores:
-    """What was measured, by the layers left out.
+    """The measurements, by the layers that were left out.
 
     Attributes:
         measured: by candidate; ``()`` is the whole model.
         shape: of the model.
         samples, tokens: of calibration.
-        task, questions: what the accuracy is of, or None.
+        task, questions: name of the task and number of its questions; None without a task.
         fingerprint: of the model's weights, or None where it was not known.
     """
 
@@ -67,9 +67,9 @@ class DepthScores:
                 raise ShapeError(f"depth scores: without layers {list(layers)} the task was not measured, or none is")
 
     def costs(self, criterion: str) -> dict[Candidate, tuple[float, ...]]:
-        """What leaving layers out costs, lower is better: by "loss" the increase, by "task" the accuracy lost.
+        """The cost of leaving layers out: by "loss" the increase of the loss, by "task" the decrease of the accuracy.
 
-        Accuracy is coarse: where it is equal, the loss decides.
+        Lower is better. Accuracy is coarse; between equal accuracies the loss decides.
 
         Raises:
             ConfigError: for a criterion that was not measured.
@@ -90,7 +90,7 @@ class DepthScores:
         }
 
     def check(self, shape: ModelShape, model_fingerprint: str | None, *, where: str) -> None:
-        """Make sure that these are of a given model.
+        """Make sure that these are measurements of a given model.
 
         Raises:
             ShapeError: if the sizes differ.
@@ -169,10 +169,10 @@ _CODEC: Codec[tuple[Candidate, Measurement]] = Codec(
 
 
 def depth_journal(path: str | Path, subject: dict[str, Any]) -> Journal[tuple[Candidate, Measurement]]:
-    """The journal of a measurement under way: candidates with what was measured, the whole model first.
+    """The journal of a measurement under way: candidates with their measurements, the whole model first.
 
     Args:
         path: of the file; only one process may use it.
-        subject: JSON values that everything measured depends on. A journal of something else is begun anew.
+        subject: JSON values that every measurement depends on. A journal with other values is begun anew.
     """
     return Journal(path, {"format_version": FORMAT_VERSION, **subject}, _CODEC)

@@ -1,6 +1,6 @@
-"""The estimators by their names in the configuration: one entry each, from which all else follows.
+"""The table of estimators, by their names in the configuration.
 
-Nothing heavy is imported; what an entry names is imported when it is first called.
+Nothing heavy is imported; a function that an entry names is imported when it is first called.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["ESTIMATORS", "Estimator"]
 
 @dataclass(frozen=True)
 class Estimator:
-    """A way to tell how much each unit matters. Exactly one of ``recorder`` and ``from_weights`` is given.
+    """A way to measure how important each unit is. Exactly one of ``recorder`` and ``from_weights`` is given.
 
     Attributes:
         name: ``estimator`` of ``score`` and ``method`` of ``prune`` in the configuration, and in score files.
-        recorder: ``(chunks, groups, criteria) -> Recorder`` of a model that runs: what becomes of an activation
+        recorder: ``(chunks, groups, criteria) -> Recorder``, which makes statistics of a running model's activations
             (:class:`~nemo_minitron.importance.hooks.Recorder`).
         from_weights: ``(checkpoint, *, fingerprint, progress) -> Scores`` by the weights alone, in one process.
-        gradients: the recorder reads gradients too, so that each pass goes backward as well.
-        sequence: what it always does with the tokens of a sample, by a name for score files; None leaves it to the
-            aggregation that is asked for.
-        layer_score: what its scores of layers are called in a report, and what they mean.
+        gradients: the recorder reads gradients too, so that a backward pass is needed.
+        sequence: its fixed aggregation over the tokens of a sample, as score files name it; None if the user chooses
+            the aggregation.
+        layer_score: name and meaning of its layer scores, for reports.
         note: a few words for ``--help``.
     """
 
@@ -49,7 +49,7 @@ class Estimator:
 
     @property
     def runs_model(self) -> bool:
-        """Whether it needs data, and a model that runs on it."""
+        """Whether it runs the model on data."""
         return self.recorder is not None
 
     @property
@@ -59,11 +59,11 @@ class Estimator:
 
     @property
     def default_sequence(self) -> str:
-        """What it does with the tokens of a sample where nothing else is asked for."""
+        """The aggregation over the tokens of a sample, unless the user chooses another."""
         return self.sequence or "mean"
 
     def sequence_fault(self, sequence: str | None) -> str | None:
-        """What is wrong with an aggregation over the tokens of a sample that is asked for."""
+        """Why the estimator cannot use an aggregation over the tokens of a sample; None if it can."""
         if not self.runs_model or self.sequence is None or sequence in (None, self.sequence):
             return None
         return (

@@ -1,7 +1,7 @@
-"""Where an expert's tokens stand in the micro-batch.
+"""The places of an expert's tokens in the micro-batch.
 
-Megatron's dispatchers hand each expert its tokens one below the other. To aggregate them sample by sample, as every
-other activation is, they have to be put back in their places.
+Megatron's dispatchers give each expert its tokens as one list. They are put back in their places, to be aggregated
+sample by sample as all other activations are.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class TokenPlaces:
     """Places of one expert's tokens.
 
     Attributes:
-        rows: ``[m]`` which of the expert's tokens count.
+        rows: ``[m]`` positions in the expert's list of the tokens that count.
         places: ``[m]`` their places ``t * b + sample`` in the micro-batch.
-        length, batch: ``s`` and ``b`` of the micro-batch, all of the sequence.
+        length, batch: ``s`` and ``b`` of the micro-batch; ``s`` is the whole sequence.
     """
 
     rows: torch.Tensor

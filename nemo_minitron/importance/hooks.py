@@ -1,7 +1,7 @@
 """Forward hooks on a live Megatron ``GPTModel`` that keep running statistics of every unit.
 
-What is read, for one decoder layer, in the order of the forward pass (arXiv 2407.14679, section 2.2; the sum over
-sequence and batch that the paper writes stands for the two aggregations):
+The activations of one decoder layer that are read, in the order of the forward pass (arXiv 2407.14679, section 2.2; the
+paper's sum over sequence and batch stands for the two aggregations):
 
 =================  ==========================================================  ===============================
 site               activation                                                  units
@@ -17,8 +17,8 @@ site               activation                                                  u
 ``block``          cosine of the layer's input and output, token by token      layers (block influence)
 =================  ==========================================================  ===============================
 
-:class:`Recorder` knows where to read and keeps the statistics, O(units); what becomes of an activation is the
-estimator's business: :class:`ActivationRecorder` here, ``TaylorRecorder`` in :mod:`~nemo_minitron.importance.taylor`,
+:class:`Recorder` reads them and keeps the statistics, O(units). Its subclasses turn an activation into statistics, one
+for each estimator: :class:`ActivationRecorder` here, ``TaylorRecorder`` in :mod:`~nemo_minitron.importance.taylor`,
 others by their entries in :mod:`~nemo_minitron.importance.estimators`.
 """
 
@@ -57,7 +57,7 @@ _FINITE = torch.iinfo(torch.int64).max
 
 
 class Key(NamedTuple):
-    """What statistics are of: a site of a layer (0-based, of the whole model), and of one expert in a mixture."""
+    """Key of statistics: a site of a layer (0-based, of the whole model), and the expert in a mixture."""
 
     layer: int
     site: str
@@ -65,15 +65,15 @@ class Key(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """An activation on its way into the statistics.
+    """An activation that is to be added to the statistics.
 
     Attributes:
-        key: what it is of.
+        key: layer, site and expert.
         x: ``[s, b, units * width]``, or ``[tokens, units * width]`` with ``places``.
         width: channels of one unit, which become one value a token.
         sequence_split: under sequence parallelism this rank has ``s/tp`` of the tokens.
-        partial: ``x`` is this tensor-parallel rank's summand of the activation.
-        places: where in the micro-batch an expert's tokens stand.
+        partial: the activation is the sum of ``x`` over the tensor-parallel ranks.
+        places: of an expert's tokens in the micro-batch.
     """
 
     key: Key
@@ -90,8 +90,8 @@ class Recorder(ABC):
     Attributes:
         rows: how many of the micro-batch's samples count, or None for all; set before each forward pass. The
             schedules want equally sized micro-batches, so the last one may be filled up with samples that do not count.
-        samples, tokens: that this data-parallel rank has run.
-        statistics: by what they are of and criterion, ``[k, units on this rank]`` float64; of "block" under the
+        samples, tokens: numbers that this data-parallel rank has run.
+        statistics: by key and criterion, ``[k, units on this rank]`` float64; of "block" under the
             activation estimator ``[1, 1]``, the sum of cosines.
     """
 
@@ -113,11 +113,11 @@ class Recorder(ABC):
 
     @abstractmethod
     def read(self, reading: Reading) -> None:
-        """Take an activation into the statistics: :meth:`keep` of each criterion's values."""
+        """Add an activation to the statistics: call :meth:`keep` with each criterion's values."""
 
     @abstractmethod
     def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Take a layer's input and output, ``[s (/tp), b, H]``, into the statistics."""
+        """Add a layer's input and output, ``[s (/tp), b, H]``, to the statistics."""
 
     def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
         """``[L]`` scores of the layers, from what :meth:`read_block` kept on all ranks. Collective.
@@ -133,10 +133,10 @@ class Recorder(ABC):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The hooks are on within the block.
+        """Within the block the hooks are attached.
 
         Raises:
-            ShapeError: for a layer without the modules that are read.
+            ShapeError: for a layer that lacks one of the modules to read.
         """
         handles: list[Any] = []
         try:
@@ -180,7 +180,7 @@ class Recorder(ABC):
         return [*handles, layer.register_forward_hook(record_block, with_kwargs=True)]
 
     def _hook_norm(self, key: Key, norm: Any, linear: Any) -> Any:
-        """Read a normalisation's output: of its own module, or worked out again where it is fused into ``linear``."""
+        """Read a normalisation's output: from its own module, or computed again where it is fused into ``linear``."""
         if hasattr(linear, "layer_norm_weight"):
             return self._hook_fused_norm(key, linear)
 
@@ -204,9 +204,9 @@ class Recorder(ABC):
         return linear.register_forward_pre_hook(record_ffn)
 
     def _hook_experts(self, index: int, mlp: Any) -> list[Any]:
-        """Experts one by one (Megatron's ``SequentialMLP``).
+        """Read each expert of Megatron's ``SequentialMLP``.
 
-        Their output has the router's weight in it already: Megatron multiplies it in before the down projection.
+        Their outputs contain the router's weight: Megatron multiplies by it before the down projection.
         """
         places: list[TokenPlaces] = []  # of the micro-batch that is running, by expert
 
@@ -233,7 +233,7 @@ class Recorder(ABC):
         return [layer.layer_number - 1 for chunk in self.chunks for layer in chunk.decoder.layers]
 
     def _count(self, layer: int, x: torch.Tensor) -> None:
-        """Samples and tokens, by the first layer on this rank, which sees each of them once."""
+        """Count samples and tokens at the first layer on this rank, which sees each of them once."""
         if layer == self.layers()[0]:
             rows = x.shape[1] if self.rows is None else self.rows
             self.samples += rows
@@ -243,7 +243,7 @@ class Recorder(ABC):
 
     @torch.no_grad()
     def keep(self, key: Key, criterion: Criterion, values: torch.Tensor) -> None:
-        """``[b, units]`` values of the samples that count -> the running statistics of their batch aggregation."""
+        """Add ``[b, units]`` values, of the samples that count, to the running statistics of the batch aggregation."""
         batch = AGGREGATIONS[criterion.batch]
         values = values.double()
         if not len(values):
@@ -285,7 +285,7 @@ class ActivationRecorder(Recorder):
             aggregation(criterion.sequence, "aggregation.sequence")
 
     def values(self, reading: Reading) -> torch.Tensor:
-        """``[s (/tp), b, units]``: what is aggregated. A unit of several channels counts by their L2 norm."""
+        """``[s (/tp), b, units]`` values to aggregate; of a unit of several channels, their L2 norm."""
         x, width = reading.x.detach(), reading.width
         if reading.partial and self.groups.layout.tensor > 1:
             x = x.contiguous().clone()
@@ -314,7 +314,7 @@ class ActivationRecorder(Recorder):
 
     @torch.no_grad()
     def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """The sum of the cosines over the tokens: one number whatever the criteria."""
+        """Add the sum of the cosines over the tokens: one number for all criteria."""
         before, after = before[:, : self.rows].detach(), after[:, : self.rows].detach()
         wide = torch.promote_types(before.dtype, torch.float32)
         cosines = F.cosine_similarity(before.to(wide), after.to(wide), dim=-1)

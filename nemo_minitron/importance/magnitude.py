@@ -1,4 +1,4 @@
-"""Weight magnitude as importance: the L2 norm of all weights that go with a unit. Neither data nor a live model."""
+"""Weight magnitude as importance: the L2 norm of a unit's weights. Needs neither data nor a live model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def magnitude_scores(
 ) -> Scores:
     """Score every unit by the L2 norm of its weights, the baseline of magnitude pruning (Han et al., arXiv 1506.02626).
 
-    The axes table says which weights those are, so that any family is served: of an FFN neuron its rows of the up- (and
+    The axes table says which weights belong to a unit, for any family: of an FFN neuron its rows of the up- (and
     gate) projection and its column of the down projection; of a query head its rows of Q and column of O; of a query
     group those of its heads, and K and V; of a hidden channel every weight that reads or writes it, embeddings
     included; of an expert all its matrices and its row of the router; of a layer all its parameters. Biases count as

@@ -1,4 +1,4 @@
-"""Leaving decoder layers of a live Megatron model out of its forward pass: no weight is copied, moved or changed."""
+"""Leave decoder layers of a live Megatron model out of its forward pass. No weight is copied, moved or changed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Prefix", "left_out"]
 
 
 class _PassThrough(torch.nn.Module):
-    """Stands where a layer stood and hands its hidden states on, as ``TransformerLayer.forward`` would return them.
+    """Replaces a layer and returns its input, in the form in which ``TransformerLayer.forward`` returns hidden states.
 
-    It holds the layer, so that a stage whose layers are all left out still has parameters to tell its device by.
+    It holds the layer, so that a pipeline stage without any other layer still has parameters, and with them a device.
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
@@ -35,14 +35,13 @@ class _PassThrough(torch.nn.Module):
 
 @dataclass
 class Prefix:
-    """The hidden states that enter a layer, of every micro-batch in the order they are run, so that what lies before
-    the layer need not run again.
+    """The hidden states that enter a layer, for each micro-batch in order. The layers before it need not run again.
 
     Attributes:
-        layer: that they enter (0-based, of the whole model).
+        layer: the layer that they enter (0-based, of the whole model).
         without: layers before it that were left out.
         states: ``[s, b, H]`` on the CPU (``[s/tp, b, H]`` under sequence parallelism) of each micro-batch, on the ranks
-            that hold the layer; empty on the others. The passes that go on from them use them up.
+            that hold the layer; empty on the others. A pass that starts from them uses them up.
     """
 
     layer: int
@@ -50,7 +49,7 @@ class Prefix:
     states: deque[torch.Tensor] = field(default_factory=deque)
 
     def serves(self, layers: Iterable[int]) -> bool:
-        """Whether a pass without ``layers`` begins like the one that the states are of."""
+        """Whether a pass without ``layers`` is the same up to :attr:`layer`."""
         return {layer for layer in layers if layer < self.layer} == self.without
 
 
@@ -58,7 +57,7 @@ class Prefix:
 def left_out(
     chunks: Sequence[GPTModel], layers: Iterable[int], *, start: Prefix | None = None, keep: int | None = None
 ) -> Iterator[Prefix | None]:
-    """Run the model without some of its layers, for the time of the block. To be entered on every rank.
+    """Within the block the model runs without some of its layers. Every rank enters it.
 
     A layer that is left out passes its hidden states on untouched, under any tensor, pipeline, virtual-pipeline and
     sequence parallelism: the forward pass is that of the model with the layer deleted. The modules are back in their
@@ -67,15 +66,16 @@ def left_out(
     Args:
         chunks: this rank's part of the model.
         layers: 0-based, of the whole model.
-        start: go on from these states: layers before ``start.layer`` pass on what they get, and the states enter there.
-            Every pass must then run the micro-batches that ``start`` was kept from, in the same order.
+        start: start from these states: layers before ``start.layer`` return their input, and the states enter there.
+            Every pass must then run the micro-batches of ``start``, in the same order.
         keep: collect the hidden states that enter this layer.
 
     Yields:
         The states of ``keep``, which the passes within the block fill; None without it.
 
     Raises:
-        ShapeError: for a layer that the model does not have, none that is left to run, or states of another beginning.
+        ShapeError: for a layer that the model does not have, if no layer is left, or if ``start`` left out other
+            layers.
     """
     dropped, count = frozenset(layers), chunks[0].config.num_layers
     if outside := sorted(layer for layer in dropped if not 0 <= layer < count):
@@ -115,7 +115,7 @@ def _hooked(module: torch.nn.Module, hook: Any) -> Iterator[None]:
 
 
 class _Feed:
-    """Puts kept states in the place of those that come, micro-batch by micro-batch."""
+    """Replaces a layer's input by the kept states, micro-batch by micro-batch."""
 
     def __init__(self, prefix: Prefix) -> None:
         self._states = prefix.states
@@ -126,7 +126,7 @@ class _Feed:
 
 
 class _Collect:
-    """Keeps the states that come, of each micro-batch."""
+    """Keeps a layer's input, of each micro-batch."""
 
     def __init__(self, prefix: Prefix) -> None:
         self._states = prefix.states

@@ -1,7 +1,8 @@
-"""Scoring a live Megatron model over calibration blocks, under any parallel layout."""
+"""Score a live Megatron model over calibration blocks, under any parallel layout."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,7 +44,7 @@ def score_model(
     fingerprint: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score every unit by one criterion: :func:`score_criteria`, which documents the rest.
+    """Score every unit by one criterion; see :func:`score_criteria` for the other arguments.
 
     Args:
         sequence: aggregation over the tokens of a sample; by default the mean of activations, as the paper found best,
@@ -80,7 +81,7 @@ def score_criteria(
 ) -> list[Scores]:
     """Score every unit by any number of criteria in one pass over the data.
 
-    To be called on every rank; every rank gets all scores.
+    Every rank calls it, and every rank gets all scores.
 
     Estimator "activation" (arXiv 2407.14679, section 2.2), forward passes alone. With ``a`` the activations of a unit
     that :mod:`~nemo_minitron.importance.hooks` reads:
@@ -94,9 +95,9 @@ def score_criteria(
     tokens (a * dL/da)|)`` for the same activations, summed over the channels of a head; of layers, ``dL/dx_out *
     (x_out - x_in)``.
 
-    The schedule is Megatron's own (``get_forward_backward_func``), so pipelines and virtual stages work. Forward passes
-    end before the output layer, whose logits they do not need. Memory beyond the model: the activations of one layer
-    (of "taylor": those of a training step, without parameter gradients), and O(units x criteria) statistics.
+    The schedule is Megatron's own (``get_forward_backward_func``), so pipelines and virtual stages work. Passes without
+    gradients end before the output layer, since no logits are needed. Memory beyond the model: the activations of one
+    layer (of "taylor": those of a training step, without parameter gradients), and O(units x criteria) statistics.
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
@@ -160,7 +161,7 @@ def score_criteria(
 
 @contextmanager
 def _prepared(chunks: list[GPTModel], *, logits: bool) -> Iterator[None]:
-    """Dropout off; without logits the pass ends with the last layer (``GPTModel`` skips what ``post_process`` is)."""
+    """Switch dropout off; without logits, end the pass after the last layer (``post_process`` of ``GPTModel``)."""
     were = [(chunk.training, chunk.post_process) for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -248,7 +249,7 @@ def _run_schedule(
 
 
 def _nothing(output: torch.Tensor, *, non_loss_data: bool = True) -> None:
-    """What is kept of a pass: the hooks have it already. The signature is Megatron's ``collect_non_loss_data``."""
+    """Keep no output: the hooks have read the pass. The signature is that of Megatron's ``collect_non_loss_data``."""
 
 
 def collect(
@@ -283,33 +284,17 @@ def _collect(
     fingerprint: str | None,
     estimator: str,
 ) -> Scores:
-    groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
-    device = next(recorder.chunks[0].parameters()).device
-    layers, experts = shape.num_layers, shape.num_moe_experts
-
-    def units(site: str, size: int, *, tensor_parallel: bool = False, experts: int | None = None) -> torch.Tensor:
-        """``[L, size]`` or ``[L, E, size]`` scores of one site."""
-        scores = torch.zeros(layers, experts or 1, size, dtype=torch.float64, device=device)
-        local = size // groups.layout.tensor if tensor_parallel else size
-        for layer, expert in itertools.product(recorder.layers(), range(experts or 1)):
-            statistics = recorder.statistics.get(Key(layer, site, expert), {}).get(criterion)
-            if statistics is None:  # an expert that this rank's samples did not reach
-                statistics = batch.statistics(scores.new_zeros(1, local), 0)
-            finished = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
-            scores[layer, expert] = _gather(finished, groups.tp) if tensor_parallel else finished
-        # Each layer is on one pipeline stage; the others hold zeros for it.
-        dist.all_reduce(scores, group=groups.pp)
-        return (scores if experts else scores[:, 0]).cpu()
-
-    heads = units("attention", shape.num_attention_heads, tensor_parallel=True)
-    norms = [units(site, shape.hidden_size) for site in ("input_norm", "mlp_norm")]
+    gather = functools.partial(_gather_scores, recorder, criterion, shape.num_layers, samples)
+    experts = shape.num_moe_experts
+    heads = gather("attention", shape.num_attention_heads, tensor_parallel=True)
+    norms = [gather(site, shape.hidden_size) for site in ("input_norm", "mlp_norm")]
     return Scores(
-        ffn=units("ffn", shape.ffn_hidden_size, tensor_parallel=True, experts=experts),
+        ffn=gather("ffn", shape.ffn_hidden_size, tensor_parallel=True, experts=experts),
         heads=heads,
-        groups=torch.linalg.vector_norm(heads.view(layers, shape.num_query_groups, -1), dim=-1),
+        groups=torch.linalg.vector_norm(heads.view(shape.num_layers, shape.num_query_groups, -1), dim=-1),
         hidden=(norms[0] + norms[1]).sum(0),
-        layers=recorder.layer_scores(units, shape, tokens),
-        experts=units("experts", 1, experts=experts)[..., 0] if experts else None,
+        layers=recorder.layer_scores(gather, shape, tokens),
+        experts=gather("experts", 1, experts=experts)[..., 0] if experts else None,
         shape=shape,
         samples=samples,
         tokens=tokens,
@@ -318,6 +303,42 @@ def _collect(
         batch=criterion.batch,
         fingerprint=fingerprint,
     )
+
+
+def _gather_scores(
+    recorder: Recorder,
+    criterion: Criterion,
+    layers: int,
+    samples: int,
+    site: str,
+    size: int,
+    *,
+    tensor_parallel: bool = False,
+    experts: int | None = None,
+) -> torch.Tensor:
+    """``[L, size]`` or, of ``experts`` experts, ``[L, E, size]`` scores of one site, on every rank. Collective.
+
+    Args:
+        recorder, criterion: whose statistics.
+        layers, size: ``L`` and the number of units of the whole model.
+        samples: run by all data-parallel ranks together.
+        site: where the recorder took the activations.
+        tensor_parallel: whether the site's units are split over the tensor-parallel ranks.
+        experts: experts with such a site in each layer; None for a site outside them.
+    """
+    groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
+    device = next(recorder.chunks[0].parameters()).device
+    scores = torch.zeros(layers, experts or 1, size, dtype=torch.float64, device=device)
+    local = size // groups.layout.tensor if tensor_parallel else size
+    for layer, expert in itertools.product(recorder.layers(), range(experts or 1)):
+        statistics = recorder.statistics.get(Key(layer, site, expert), {}).get(criterion)
+        if statistics is None:  # an expert that this rank's samples did not reach
+            statistics = batch.statistics(scores.new_zeros(1, local), 0)
+        finished = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
+        scores[layer, expert] = _gather(finished, groups.tp) if tensor_parallel else finished
+    # Each layer is on one pipeline stage; the others hold zeros for it.
+    dist.all_reduce(scores, group=groups.pp)
+    return (scores if experts else scores[:, 0]).cpu()
 
 
 def _gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The score file: one number for every unit of a model, by global index, whatever layout it was made under."""
+"""The score file: one number for every unit of a model, by global index and so for any parallel layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TENSOR_FILE, _META_FILE = "scores.safetensors", "scores.json"
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all units; higher matters more. Tensors are float64 on the CPU.
+    """Scores of all units; higher is more important. Tensors are float64 on the CPU.
 
     Attributes:
         ffn: ``[L, F]`` MLP neurons; ``[L, E, F]`` of a mixture of experts.
@@ -38,11 +38,11 @@ class Scores:
         hidden: ``[H]`` channels of the residual stream.
         layers: ``[L]``; block influence, between 0 (the layer changes nothing) and 2, under the activation estimator.
         shape: of the model that was scored.
-        samples, tokens: how much calibration data was run.
+        samples, tokens: amount of calibration data.
         sequence, batch: aggregations, by name ("sum" over the sequence under "taylor", "none" under "magnitude").
-        fingerprint: of the model's weights, or None where it was not known.
+        fingerprint: of the model's weights; None if it was not known.
         estimator: "activation", "taylor" or "magnitude".
-        experts: ``[L, E]`` experts, or None of a dense model.
+        experts: ``[L, E]`` experts; None for a dense model.
     """
 
     ffn: torch.Tensor
@@ -81,7 +81,7 @@ class Scores:
         Args:
             shape: of the model to be pruned.
             model_fingerprint: of its weights; None, here or in the scores, leaves them unchecked.
-            where: what the error calls the scores.
+            where: name of the scores in errors.
 
         Raises:
             ShapeError: if the sizes differ.
@@ -157,7 +157,7 @@ def save_criteria(scores: Sequence[Scores], path: Path) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tell the weights of one checkpoint from those of another, at the cost of reading the norms and one layer.
+    """A hash of a checkpoint's weights, from its norms and one layer.
 
     A SHA-256, in hexadecimal and cut to 32 digits, over the shape, all normalisation weights and the last layer's
     matrices, as float32: the same for every format and parallel layout of the same weights, different after training.

@@ -1,4 +1,4 @@
-"""Whether scores are those of a given model."""
+"""Check that scores belong to a given model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def check_subject(
     """Make sure that scores were made from a given model.
 
     Args:
-        scored, model: shape and fingerprint of the model that was scored, and of the one that is meant; a fingerprint
-            that is None leaves the weights unchecked.
-        where: what the error calls the scores.
-        remedy: how to come by the right ones.
+        scored, model: shape and fingerprint of the model that was scored, and of the given model; if a fingerprint is
+            None, the weights are not checked.
+        where: name of the scores in errors.
+        remedy: how to get the right scores.
 
     Raises:
         ShapeError: if the sizes differ.

@@ -2,7 +2,7 @@
 
 ``|sum over tokens of a * dL/da|`` of each sample (Molchanov et al., arXiv 1611.06440, section 2.2, and 1906.10771),
 with ``L`` the sample's mean next-token cross-entropy. The Minitron paper (arXiv 2407.14679, section 2.2) names it as
-the alternative to activations that costs a backward pass.
+an alternative to activations, at the cost of a backward pass.
 
 The backward pass is that of Megatron's schedule, through frozen weights: no parameter has a gradient.
 """
@@ -29,17 +29,16 @@ __all__ = ["TaylorRecorder", "differentiable", "sample_losses"]
 class TaylorRecorder(Recorder):
     """Running statistics of gradient x activation. Hooks read activations going forward, gradients coming back.
 
-    A unit of several channels (a head, an expert) counts by the sum over its channels; a layer by gradient x (output -
-    input), which is what its removal takes from the residual stream.
+    The value of a unit of several channels (a head, an expert) is the sum over its channels; that of a layer is
+    gradient x (output - input), since its removal takes that difference from the residual stream.
 
-    Memory: O(units) statistics; the activations that are read stay until the micro-batch's backward pass, as those do
-    that autograd keeps.
+    Memory: O(units) statistics; the activations that are read are kept until the micro-batch's backward pass.
     """
 
     reads = "an activation or gradient"
 
     def read(self, reading: Reading) -> None:
-        """Wait for the gradient of an activation."""
+        """Add the product when the gradient of the activation is computed."""
         key, rows, activation = reading.key, self.rows, reading.x.detach()
         width, places = reading.width, reading.places
         across = reading.partial or (reading.sequence_split and self.groups.layout.sequence_parallel)
@@ -48,7 +47,10 @@ class TaylorRecorder(Recorder):
         )
 
     def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Wait for the gradient of a layer's output. The difference is formed at once: a pipeline frees the output."""
+        """Add the product when the gradient of a layer's output is computed.
+
+        The difference is computed at once, since a pipeline frees the output.
+        """
         rows, change = self.rows, (after - before).detach()
         width, across = change.shape[-1], self.groups.layout.sequence_parallel
         after.register_hook(
@@ -56,9 +58,9 @@ class TaylorRecorder(Recorder):
         )
 
     def _hook_fused_norm(self, key: Key, linear: Any) -> Any:
-        """The output of a norm inside Transformer Engine's layer-norm-linear has no gradient to be seen.
+        """Read a norm inside Transformer Engine's layer-norm-linear, where its output's gradient is not accessible.
 
-        It is worked out from that of the linear's output, as the linear itself does.
+        It is computed from the gradient of the linear's output, as the linear itself does.
         """
         layout = self.groups.layout
 
@@ -105,7 +107,7 @@ class TaylorRecorder(Recorder):
 
 @contextmanager
 def differentiable(chunks: Sequence[GPTModel]) -> Iterator[None]:
-    """Gradients reach every activation and no parameter, within the block."""
+    """Within the block gradients reach every activation, and no parameter has a gradient."""
     parameters = [(p, p.requires_grad) for chunk in chunks for p in chunk.parameters()]
     handles: list[Any] = []
     try:

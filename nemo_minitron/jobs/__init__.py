@@ -1,7 +1,7 @@
 """Runs of stages: their processes, folders, records and outputs. See ``docs/architecture.md``.
 
-``local`` runs a stage on this machine, ``pipeline`` several, ``nested`` those that a stage starts, ``in_place`` one in
-processes that are there already, ``slurm_submit`` on a cluster. ``worker`` is what each rank runs; ``launch`` and
-``warm`` start ranks. ``records``, ``outputs`` and ``reuse`` say what is done, what is kept and what comes back.
-A stage is known by its name alone: nothing here imports one.
+``local`` runs a stage on this machine, ``pipeline`` several stages, ``nested`` the stages that a stage starts,
+``in_place`` a stage in processes that another launcher started, ``slurm_submit`` a pipeline on a cluster. Each rank
+runs ``worker``; ``launch`` and ``warm`` start ranks. ``output`` and ``records`` keep what is done. Nothing here imports
+a stage: stages are known by their names.
 """

@@ -1,4 +1,4 @@
-"""Directories written aside and put in place when they are whole; what ``--overwrite`` may replace."""
+"""Output directories that are written aside and renamed when they are complete, and replaced under ``--overwrite``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from nemo_minitron.errors import ConfigError, MinitronError
 __all__ = ["MARKER", "check_output", "stage_output"]
 
 
-#: Left in every directory that :func:`stage_output` finishes: like a record or ``minitron.json``, it says: ours.
+#: Left in every directory that :func:`stage_output` finishes. Like a record or ``minitron.json``, it shows that this
+#: suite wrote the directory.
 MARKER = ".minitron-output"
 
 
 def check_output(path: str | Path, overwrite: bool) -> Path:
-    """The path itself, if a stage may write there.
+    """``path``, if a stage may write there.
 
     Raises:
         ConfigError: if something is there and ``overwrite`` is off, or it was not written by this suite.
@@ -38,7 +39,7 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
 
 
 def _replaceable(path: Path) -> bool:
-    """Whether ``path`` is an output of ours (or nothing), so that ``overwrite`` may remove it."""
+    """Whether ``path`` is an output of this suite (or missing), so that ``overwrite`` may remove it."""
     if path.is_dir() and not path.is_symlink():
         marks = (MARKER, "record.json", "minitron.json")
         return not any(path.iterdir()) or any((path / mark).exists() for mark in marks)

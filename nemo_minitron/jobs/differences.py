@@ -1,4 +1,4 @@
-"""Which settings and inputs two outputs of a stage differ in."""
+"""The settings and inputs in which two outputs of a stage differ."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["differences"]
 def differences(
     present: Mapping[str, Any], before: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What differs between two identities (:func:`~nemo_minitron.jobs.records.identity_of`) of one output.
+    """The differences of two identities (:func:`~nemo_minitron.jobs.records.identity_of`) of an output.
 
     Args:
         present: the identity now.
-        before: the one then; None where it is not known.
-        defaults: the stage's default settings: a setting that did not exist then had its default's effect.
+        before: the earlier identity; None if it is not known.
+        defaults: the stage's default settings. A setting that did not exist before is taken to have had its default.
 
     Returns:
         A line for each setting and input that differs, by its name. Empty if ``before`` is None.
@@ -40,7 +40,7 @@ def differences(
 
 
 def _same(then: object, now: object) -> bool:
-    """Whether two settings are equal; a path may be absolute in one of them, as those of a cluster's jobs are."""
+    """Whether two settings are equal; a path may be absolute in one of them, as in a cluster's jobs."""
     if then == now:
         return True
     if not isinstance(then, str) or not isinstance(now, str):
@@ -51,7 +51,7 @@ def _same(then: object, now: object) -> bool:
 
 
 def _filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, and the defaults of those that are not there."""
+    """The settings, with defaults for missing ones."""
     filled = {**defaults, **settings}
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(defaults.get(key), dict):

@@ -1,4 +1,4 @@
-"""What stages would do, without doing it."""
+"""The plans of stages, for ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["plan_faults", "planned"]
 
 
 def plan_faults(configs: Sequence[StageConfig]) -> list[tuple[str, str]]:
-    """What is wrong with a pipeline before it starts, as ``(name of the stage, "name: fault")``."""
+    """The faults of a pipeline before it starts, as ``(name of the stage, "name: fault")``."""
     return [(name, f"{name}: {fault}") for name, *_, faults in planned(configs) for fault in faults]
 
 
 def planned(
     configs: Sequence[StageConfig], *, alone: bool = False
 ) -> Iterator[tuple[str, StageConfig, StagePlan | None, set[str], list[str]]]:
-    """The plans of stages in order; what an earlier one writes counts as there.
+    """The plans of stages in order; outputs of earlier stages count as existing.
 
     Args:
         configs: of the stages.
-        alone: each would run by itself, and could not go on with what other settings made.
+        alone: each stage would run by itself, and could not resume an output of other settings.
 
     Yields:
         Of each stage its name, configuration and plan (None where it cannot be made), the paths that stages before it

@@ -1,4 +1,4 @@
-"""A stage in processes that something else started (nemo_run, Slurm, torchrun): this one is one of them."""
+"""Run a stage in processes that another launcher started (nemo_run, Slurm, torchrun)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _STAGES = itertools.count()
 
 
 def run_in_place(config: StageConfig) -> dict[str, Any]:
-    """Run a stage on every process that an executor started; what ``minitron <stage>`` does in processes of its own.
+    """Run a stage in this process and all others that an executor started. ``minitron <stage>`` starts its own.
 
-    A launcher such as torchrun says which rank each is, or else Slurm's ``srun``. ``resume`` and ``overwrite`` mean the
-    same too: see :meth:`~nemo_minitron.jobs.output.Output.check_resumable` and
+    The rank comes from a launcher such as torchrun, or else from Slurm's ``srun``. ``resume`` and ``overwrite`` mean
+    the same as there: see :meth:`~nemo_minitron.jobs.output.Output.check_resumable` and
     :meth:`~nemo_minitron.jobs.output.Output.replacing`.
 
     Args:
-        config: of the stage; as many processes as its layout has must run.
+        config: of the stage; the number of processes must be that of its layout.
 
     Returns:
         The figures of the record, on the rank that writes it.
@@ -75,10 +75,10 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _prepared(config: StageConfig) -> Iterator[Output]:
-    """Rank 0 looks at the output, and makes room for a new one; no other rank begins before it has.
+    """Rank 0 checks the output and moves an old one away; the other ranks wait for it.
 
     Yields:
-        The output; a job that is queued again does not overwrite what it began.
+        The output. A job that is queued again resumes it instead of overwriting it.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store, key = None, f"minitron/stage-{next(_STAGES)}"  # what rank 0 says: whether to overwrite, or why it refuses
@@ -113,7 +113,7 @@ def _prepared(config: StageConfig) -> Iterator[Output]:
 
 
 def checked(config: C) -> C:
-    """A configuration read as the command line reads it: typed, and with every fault in one error.
+    """A configuration, checked as by the command line: typed, and with every fault in one error.
 
     Raises:
         ConfigError: with all that is wrong with the settings.

@@ -1,16 +1,16 @@
-"""Start the processes of a job, show rank 0's output, bound their time, and say what became of each rank.
+"""Start the processes of a job, show rank 0's output, limit their time, and collect the result of each rank.
 
 One process is started as it is, several through torchrun on nemo_run's local executor
 (:mod:`nemo_minitron.jobs.torchrun`); a caller may bring another way (:mod:`nemo_minitron.jobs.ranks`). A job has a
 folder, which the launcher empties first::
 
     rank-0.log, rank-1.log, ...    what each rank printed
-    rank-0.json, rank-1.json, ...  what became of it: a :class:`RankResult`
-    launcher.log                   what the launchers in between printed
+    rank-0.json, rank-1.json, ...  the result of each rank: a :class:`RankResult`
+    launcher.log                   what torchrun and nemo_run printed
     nemo_run/                      nemo_run's own records (NEMORUN_HOME)
 
 Each rank calls :func:`attach` when it starts and :func:`save_result` when it ends. Exit codes carry no message, and
-torchrun and nemo_run each wrap their own around it; so the files decide, and the exit codes only end the wait.
+torchrun and nemo_run replace them by their own; so results are read from the files.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class StageCrashError(Exception):
 
 @dataclass
 class RankResult:
-    """What became of a rank.
+    """The result of a rank.
 
     Attributes:
         rank: global rank.
         status: "done", "refused" (a :class:`MinitronError`) or "crashed".
-        seconds: since the rank attached itself.
+        seconds: from :func:`attach` to the end.
         peak_rss_bytes: its largest resident size.
         error: class name of the exception.
         message: of the exception; of a crash the traceback.
@@ -93,7 +93,7 @@ class RankResult:
 
 
 def attach(folder: Path) -> int:
-    """Called by a rank at its start: its output goes to its log, and it ends when the launcher does.
+    """Called by a rank at its start: redirect its output to its log, and end it when the launcher ends.
 
     Returns:
         The rank, from the environment that torchrun sets.
@@ -114,9 +114,9 @@ def attach(folder: Path) -> int:
 
 
 def end_with_launcher() -> None:
-    """End this process when the launcher is gone, so that killing ``minitron`` leaves nothing behind.
+    """End this process when the launcher is gone, so that killing ``minitron`` leaves no processes behind.
 
-    A thread looks every other second. Linux's parent-death signal would reach only the launcher's own child, not the
+    A thread checks every two seconds. Linux's parent-death signal would reach only the launcher's own child, not the
     ranks below torchrun, and torchx's handler of it leaves torchrun running.
     """
     pid, born = os.environ[LAUNCHER_VARIABLE].split(":")
@@ -130,7 +130,7 @@ def end_with_launcher() -> None:
 
 
 def _is_alive(pid: int, born: float) -> bool:
-    """Whether the process that was started at ``born`` still runs (and is not another one of the same number)."""
+    """Whether the process that was started at ``born`` still runs, and its number is not another process's."""
     try:
         process = psutil.Process(pid)
         return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
@@ -139,16 +139,16 @@ def _is_alive(pid: int, born: float) -> bool:
 
 
 def begin_attempt(folder: Path, attempt: str) -> None:
-    """Rank 0 of a job that a cluster may start again: from now on, what ranks of earlier attempts leave does not count.
+    """Called by rank 0 of a job that a cluster may start again: results of earlier attempts are ignored from now on.
 
-    A node that hung, and was given up, may come to life again and find its peers gone.
+    A node that hung and was given up may run again later, and write a result of the earlier attempt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / _ATTEMPT, attempt)
 
 
 def save_result(folder: Path, result: RankResult) -> None:
-    """Write a rank's result, whole or not at all; nothing if the job has begun anew without this rank."""
+    """Write a rank's result, atomically; nothing if a new attempt of the job has begun without this rank."""
     own, path = os.environ.get(ATTEMPT_VARIABLE), folder / _ATTEMPT
     if own is not None and path.exists() and path.read_text() != own:
         return
@@ -175,21 +175,21 @@ class Processes(Protocol):
 
     @property
     def pids(self) -> list[int]:
-        """Of those that are to be ended, with all below them, to end the job."""
+        """Process ids to end, with all their children, in order to end the job."""
 
     @property
     def first_failure(self) -> tuple[int, int] | None:
-        """``(rank, exit code)`` of the rank that failed first, where that is known."""
+        """``(rank, exit code)`` of the rank that failed first, if known."""
 
     def poll(self) -> int | None:
-        """Look whether they have ended."""
+        """Check whether they have ended."""
 
     def wait(self) -> int:
         """Wait for their end."""
 
 
 class Starter(Protocol):
-    """Starts the processes of a job in another way than :func:`launch` does, or returns None to leave it that."""
+    """A function that starts the processes of a job, or returns None to let :func:`launch` start them."""
 
     def __call__(
         self, module: str, args: Sequence[str], *, world_size: int, environment: dict[str, str], log: Path
@@ -198,8 +198,8 @@ class Starter(Protocol):
 
         Args:
             module, args, world_size: see :func:`launch`.
-            environment: of all ranks, without what tells them apart.
-            log: takes what a rank prints before :func:`attach`.
+            environment: of all ranks, without the variables that differ between them.
+            log: file for what a rank prints before :func:`attach`.
         """
 
 
@@ -230,18 +230,18 @@ def launch(
         module: takes its folder from :func:`job_folder`, calls :func:`attach` and :func:`save_result`.
         args: words without blanks or quotes (torchx quotes them without a shell to undo it).
         world_size: number of processes.
-        folder: the job's; emptied of an earlier job's files.
+        folder: the job's folder; files of an earlier job are removed.
         threads: of each process; None shares the cores that this process may use.
         timeout_minutes: the job is stopped after this; None for no limit.
         on_output: called with what rank 0 prints, as it comes.
-        starter: asked first to start the processes.
+        starter: tried first to start the processes.
 
     Returns:
         The results by rank, all "done".
 
     Raises:
         MinitronError: (the class that the rank raised) if a rank refused the job, or on a timeout.
-        PreemptedError: after SIGTERM or SIGUSR1, which ranks that can stop in good order are told of.
+        PreemptedError: after SIGTERM or SIGUSR1, which is forwarded to ranks that can stop in good order.
         StageCrashError: if a rank crashed, or ended without a result.
     """
     folder = folder.absolute()
@@ -289,7 +289,7 @@ def job_folder() -> Path:
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what an earlier job left; other files in the folder stay."""
+    """Remove the files of an earlier job; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("rank-*.log", "rank-*.json", ".rank-*.partial.*", "rank-*.stoppable", "launcher.log"):
         for stale in folder.glob(pattern):
@@ -299,7 +299,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def _environment(folder: Path, threads: int) -> dict[str, str]:
-    """This process's environment and what the job's processes need."""
+    """This process's environment, with the variables that the job's processes need."""
     keep = local_environment(os.environ)
     keep.pop(ATTEMPT_VARIABLE, None)  # of a rank that leads this job
     interpreter = str(
@@ -322,13 +322,13 @@ def _environment(folder: Path, threads: int) -> dict[str, str]:
 
 
 class _Tail:
-    """Hands on what is appended to a file."""
+    """Passes on what is appended to a file."""
 
     def __init__(self, path: Path, on_output: Callable[[bytes], None] | None) -> None:
         self.path, self.on_output, self.offset = path, on_output, 0
 
     def step(self) -> None:
-        """Hand on what has come since the last step."""
+        """Pass on what was appended since the last step."""
         if self.on_output is None or not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -340,7 +340,7 @@ class _Tail:
 
 
 def _wait(process: Processes, folder: Path, limit: float | None, world_size: int, tail: _Tail, relay: Relay) -> bool:
-    """Wait for the process or for what ends it: the time limit (True), a failed rank or a finished job that lingers."""
+    """Wait until the processes end or must be ended: by the time limit (True), a failed rank, or a job that lingers."""
     deadline = None
     while process.poll() is None:
         time.sleep(POLL)
@@ -379,7 +379,7 @@ def _end(process: Processes) -> None:
 
 
 def read_results(folder: Path) -> list[RankResult]:
-    """The results that are there, by rank."""
+    """The results in the folder, by rank."""
     results = [RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
     return sorted(results, key=lambda result: result.rank)
 
@@ -431,7 +431,7 @@ def _first_failure(folder: Path) -> tuple[int, int] | None:
 
 
 def _last_lines(*paths: Path, count: int = 15) -> str:
-    """The end of the first of ``paths`` that says anything."""
+    """The last lines of the first of ``paths`` that is not empty."""
     for path in paths:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         if lines:

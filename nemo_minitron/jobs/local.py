@@ -21,17 +21,17 @@ __all__ = ["record_job", "run_output", "run_stage", "starter_of"]
 
 
 def starter_of(config: StageConfig) -> Starter | None:
-    """What :func:`~nemo_minitron.jobs.launch.launch` may start a stage's processes by; None where that is CUDA."""
+    """The ``starter`` of a stage's processes for :func:`~nemo_minitron.jobs.launch.launch`; None on CUDA."""
     return None if config.runtime.device == "cuda" else forked(config.LEVEL)
 
 
 def run_stage(config: StageConfig, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
-    """Run a stage in processes of its own and record what it did: see :func:`run_output`."""
+    """Run a stage in processes of its own and write its record; see :func:`run_output`."""
     return run_output(Output(config), on_output)
 
 
 def run_output(output: Output, on_output: Callable[[bytes], None] | None = None) -> dict[str, Any]:
-    """Make an output, by its stage in processes of its own, and record what it did.
+    """Make an output by running its stage in processes of its own, and write the record.
 
     On the CPU they are forked from the open :func:`~nemo_minitron.jobs.warm.warm_pool`; several processes open one for
     themselves.
@@ -44,8 +44,8 @@ def run_output(output: Output, on_output: Callable[[bytes], None] | None = None)
         The record (:func:`~nemo_minitron.jobs.records.write_record`).
 
     Raises:
-        MinitronError: what the stage refused.
-        StageCrashError: what it failed by.
+        MinitronError: if the stage refused its settings or inputs.
+        StageCrashError: if it crashed.
     """
     config = output.config
     # A stage that resumes keeps its output; another that finds one is refused before anything starts.

@@ -12,10 +12,10 @@ __all__ = ["reference_of", "stage_module"]
 
 
 def reference_of(config: StageConfig) -> str:
-    """What another process finds the stage of a configuration by: see :func:`~nemo_minitron.config.find_stage`.
+    """A name by which another process finds the stage of a configuration; see :func:`~nemo_minitron.config.find_stage`.
 
     Raises:
-        MinitronError: for a class of the script that runs, which no other process can import.
+        MinitronError: for a class that the running script defines, since no other process can import it.
     """
     module = type(config).__module__
     if module == "__main__":
@@ -31,7 +31,7 @@ def stage_module(stage: str) -> ModuleType:
 
     Args:
         stage: its name, or what :func:`reference_of` gives; or the name of a module below ``nemo_minitron.stages`` that
-            runs a part of one.
+            runs a part of a stage.
 
     Raises:
         MinitronError: if this installation has no such stage.

@@ -1,4 +1,4 @@
-"""Whether what a stage needs is there, of NVIDIA's stack and other packages; checked before anything starts."""
+"""Check, before anything starts, that the packages that stages need are installed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
 
 
 def check_needs(stages: Iterable[StageConfig]) -> None:
-    """Refuse, before the first starts, stages for which something is missing or of a version that does not work.
+    """Refuse stages whose packages are missing or of a version that does not work.
 
     Raises:
-        MissingDependency: a line for each package that a stage needs.
+        MissingDependency: with a line for each such package.
     """
     needs: dict[str, dict[str, None]] = {}
     for config in stages:

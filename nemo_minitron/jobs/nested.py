@@ -1,4 +1,4 @@
-"""Stages that a leading stage starts, each in processes of its own."""
+"""Stages that another stage starts, each in processes of its own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["run_child", "show_output"]
 
 
 def run_child(stage: StageConfig) -> dict[str, Any]:
-    """Run a stage unless it is done; one that was done with other settings is kept beside the new one.
+    """Run a stage unless it is done; an output of other settings is archived.
 
     Returns:
         Its record.
 
     Raises:
-        MinitronError: what the stage refused.
+        MinitronError: if the stage refused its settings or inputs.
     """
     keep_pool(stage.runtime.device)
     output = Output(stage)
@@ -33,6 +33,6 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
 
 
 def show_output(data: bytes) -> None:
-    """Pass on what a child prints."""
+    """Print the output of a child stage."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()

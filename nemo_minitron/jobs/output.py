@@ -1,8 +1,9 @@
-"""The output of a stage: how far it is, what made it, and what is archived beside it.
+"""The output of a stage: its state, the settings and inputs that made it, and the archive of earlier outputs.
 
 An output that other settings or inputs made is archived beside the present one as ``<name>@<first twelve digits of its
-identity>``. It comes back, without any work, when they are changed back. So in a pipeline; a stage that is started by
-itself refuses to go on with what others made (:meth:`Output.resume_faults`).
+identity>``. It is restored, without computing it again, when settings and inputs are changed back. This is what a
+pipeline does; a stage that is started by itself refuses to resume an output of other settings
+(:meth:`Output.resume_faults`).
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ _STARTED = "begun.json"
 class Output:
     """The output of one stage under its settings and inputs.
 
-    The identity is worked out when it is first asked for, and once: inputs may be many files. Make another object where
-    an input may have changed since.
+    The identity is computed once, at the first access, since inputs may be many files. Make a new object after an input
+    may have changed.
 
     Args:
         config: of the stage.
 
     Attributes:
         config: of the stage.
-        path: where the output lies.
+        path: path of the output.
     """
 
     def __init__(self, config: StageConfig) -> None:
@@ -53,7 +54,7 @@ class Output:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the result depends on, see :func:`~nemo_minitron.jobs.records.identity_of`."""
+        """The settings and inputs that the result depends on; see :func:`~nemo_minitron.jobs.records.identity_of`."""
         return identity_of(self.config)
 
     @property
@@ -63,12 +64,12 @@ class Output:
 
     @property
     def resumable(self) -> bool:
-        """Whether the stage goes on with what it left unfinished."""
+        """Whether the stage can resume an unfinished output."""
         return bool(getattr(self.config, "resume", False))
 
     @property
     def folder(self) -> Path:
-        """Where settings, logs and results of its processes lie: ``logs/<output's name>`` beside the output."""
+        """The folder for settings, logs and results of its processes: ``logs/<output's name>`` beside the output."""
         path = self.path.absolute()
         return path.parent / "logs" / path.name
 
@@ -82,11 +83,11 @@ class Output:
     # How far it is
 
     def record(self) -> dict[str, Any] | None:
-        """The record of what lies there; None where there is none, or it is not whole."""
+        """The record of the output; None if there is no complete one."""
         return read_record(self.path)
 
     def started_identity(self) -> dict[str, Any] | None:
-        """The identity of what was begun there last; None if unknown."""
+        """The identity of the run that was started last; None if unknown."""
         try:
             started = json.loads((self.folder / _STARTED).read_text())
         except (OSError, json.JSONDecodeError):
@@ -98,9 +99,9 @@ class Output:
         """How far the stage is.
 
         Returns:
-            "done"; "changed" with what differs from the record; "unfinished" (an output without a record, or of a stage
-            that is always made anew); "begun" (one that could be resumed, if it had not been begun with other settings,
-            and which); or "new".
+            "done"; "changed" (made with other settings or inputs), with the differences; "unfinished" (an output
+            without a record, or of a stage that is always made anew); "begun" (unfinished, and started with other
+            settings, so that it cannot be resumed), with the differences; or "new".
         """
         record = self.record()
         if self.config.REPEATS:
@@ -114,37 +115,37 @@ class Output:
         return ("begun", list(changes.values())) if changes else ("unfinished", [])
 
     def resume_faults(self) -> list[str]:
-        """Why a training may not go on with what lies there: it may only with what the same training began.
+        """Why a training may not resume the output: it was started with other settings.
 
-        Other settings would train on from the old checkpoints, or would find nothing left to train, and the record
-        would say that they had made the model. Settings that change a step's numbers by rounding at most may differ
-        (``GOES_ON_WITH``).
+        It would go on from checkpoints that other settings made, or find nothing left to train, and the record would
+        state the wrong settings for the model. Settings that change the numbers of a step by rounding at most may
+        differ (``RESUMABLE_CHANGES``).
         """
-        if self.config.GOES_ON_WITH is None or self.config.overwrite or not self.path.exists():
+        if self.config.RESUMABLE_CHANGES is None or self.config.overwrite or not self.path.exists():
             return []
         record = self.record()
         faults = [
             f"{self.path} was {'begun' if record is None else 'made'} with other settings: {change}"
             for key, change in self._changes_since(record or self.started_identity()).items()
-            if not any(key == free or key.startswith(f"{free}.") for free in self.config.GOES_ON_WITH)
+            if not any(key == free or key.startswith(f"{free}.") for free in self.config.RESUMABLE_CHANGES)
         ]
         if faults:
             faults[-1] += "; choose another output, or make this one anew with --overwrite (overwrite=true)"
         return faults
 
     def check_resumable(self) -> None:
-        """Refuse to go on with what other settings made.
+        """Refuse to resume an output of other settings.
 
         Raises:
-            ConfigError: with :meth:`resume_faults`.
+            ConfigError: with the :meth:`resume_faults`, if any.
         """
         if faults := self.resume_faults():
             raise ConfigError(faults)
 
     def is_requeued_job(self) -> bool:
-        """Whether this is a job that Slurm queued again, and what lies there is what it began: to be resumed.
+        """Whether Slurm queued this job again and the output is unfinished, so that it is to be resumed.
 
-        Where the job was to overwrite, it has done so.
+        If the job was to overwrite an old output, its first attempt has done so.
         """
         return slurm_environment.requeued() and self.resumable and self.state()[0] == "unfinished"
 
@@ -154,17 +155,17 @@ class Output:
     # The archive beside it
 
     def is_archived(self) -> bool:
-        """Whether an output of just these settings and inputs lies in the archive."""
+        """Whether the archive has an output of the same settings and inputs."""
         return _holds(_archive(self.path, self.hash), self.hash)
 
     def archive(self) -> Path | None:
-        """Move what lies there into the archive, whoever made it. One rank calls it, before the stage starts.
+        """Move the output into the archive. One rank calls it, before the stage starts.
 
         Returns:
-            Where it lies now; None if there was none, or none whose identity is known.
+            Its path in the archive; None if there is no output, or its identity is not known.
 
         Raises:
-            ConfigError: if something else lies there.
+            ConfigError: if something else is at that path.
         """
         made = self.record() or self.started_identity()
         if made is None or not self.path.exists():
@@ -180,12 +181,12 @@ class Output:
         return place
 
     def restore(self) -> bool:
-        """Take an output of just these settings and inputs out of the archive; the present one goes there.
+        """Restore an output of the same settings and inputs from the archive, and archive the present output.
 
-        One of unknown identity makes room as ``.<name>.replaced``, as where a stage is made anew.
+        A present output of unknown identity is renamed to ``.<name>.replaced``.
 
         Returns:
-            Whether there was one.
+            Whether the archive had such an output.
 
         Raises:
             ConfigError: as :meth:`archive`.
@@ -200,7 +201,7 @@ class Output:
         return True
 
     def restore_unfinished(self) -> None:
-        """Take what was begun with just these settings out of the archive, to be resumed."""
+        """Restore an unfinished output of the same settings from the archive, to resume it."""
         place = _archive(self.path, self.hash)
         if self.resumable and place.exists() and not self.path.exists():
             place.rename(self.path)
@@ -208,23 +209,24 @@ class Output:
     # A run of the stage
 
     def prepare(self, *, overwrite: bool = False) -> Output | None:
-        """Make room for a run of the stage. One rank calls it, right before the stage starts.
+        """Prepare a run of the stage. One rank calls it, right before the stage starts.
 
-        What other settings or inputs made is archived, or replaced under ``overwrite``; an archived output of just
-        these comes back. A stage that runs others keeps what they made: they are asked one by one.
+        An output of other settings or inputs is archived, or replaced under ``overwrite``; an archived output of the
+        same settings and inputs is restored. A stage that runs child stages keeps its directory, since each child's
+        output is prepared by itself.
 
         Args:
-            overwrite: replace what other settings or inputs made, instead of keeping it.
+            overwrite: replace an output of other settings or inputs, instead of archiving it.
 
         Returns:
-            What is to be run; None if it is done.
+            The output to make; None if it is done.
         """
         state, _ = self.state()
         if state == "done" or self.restore():
             return None
         changed = state in ("changed", "begun")
         if changed and not (overwrite or self.config.overwrite):
-            if not (self.config.LEADS and self.resumable):
+            if not (self.config.RUNS_CHILD_STAGES and self.resumable):
                 self.archive()
                 self.restore_unfinished()
             return self
@@ -240,21 +242,21 @@ class Output:
         replace_file(folder / "config.yaml", settings)
 
     def begin(self) -> None:
-        """Note beside the logs what is about to be made; the record says so only at the end."""
+        """Write the identity beside the logs at the start; the record is only written at the end."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / _STARTED, json.dumps(self.identity, default=str) + "\n")
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
-        """Around a run: ``overwrite`` for stages that can resume, whose ``run`` never sees the old output.
+        """Implements ``overwrite`` for stages that can resume, around their ``run``, which never sees the old output.
 
-        What lies there is moved to ``.<name>.replaced``, and removed when the block ends well. What a stage refuses
-        costs nothing: the old output comes back. A stage that fails otherwise, or is killed, can be resumed; the old
-        output stays beside it until then. Stages that cannot resume replace their output by
+        The old output is moved to ``.<name>.replaced``, and removed when the block ends well. If the stage refuses its
+        settings or inputs, the old output is restored. A stage that fails otherwise, or is killed, can be resumed; the
+        old output stays beside it until then. Stages that cannot resume replace their output by
         :func:`~nemo_minitron.jobs.atomic.stage_output`.
 
         Raises:
-            ConfigError: if what lies there was not written by this suite.
+            ConfigError: if the old output was not written by this suite.
         """
         path = self.path
         old = path.with_name(f".{path.name}.replaced")
@@ -285,19 +287,19 @@ class Output:
         peak_rss_bytes: int | None = None,
         started: str | None = None,
     ) -> dict[str, Any]:
-        """Write the record, which declares the output whole; see :func:`~nemo_minitron.jobs.records.write_record`."""
+        """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`."""
         return write_record(
             self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started
         )
 
 
 def claim_output(config: StageConfig) -> Path:
-    """The output directory of a stage that resumes, there and marked as ours. One rank calls it.
+    """Create the output directory of a stage that can resume, and mark it as written by this suite. One rank calls it.
 
-    ``overwrite`` is no matter of the stage: :meth:`Output.replacing` has emptied the place.
+    ``overwrite`` has no effect here: :meth:`Output.replacing` has moved the old output away.
 
     Raises:
-        ConfigError: for a directory that is not ours, or for any that is there where ``resume`` is off.
+        ConfigError: for a directory that this suite did not write, or any existing directory if ``resume`` is off.
     """
     output = Path(config.output)
     if not ((output / MARKER).exists() and getattr(config, "resume", False)):
@@ -308,7 +310,7 @@ def claim_output(config: StageConfig) -> Path:
 
 
 def archived_outputs(output: str | Path) -> list[Path]:
-    """What the archive holds of an output's earlier settings."""
+    """The archived outputs, made with other settings, of an output."""
     output = Path(output)
     stem, suffix = _name_parts(output)
     escaped = re.sub(r"([*?[])", r"[\1]", stem)
@@ -316,13 +318,13 @@ def archived_outputs(output: str | Path) -> list[Path]:
 
 
 def _holds(place: Path, identity: str) -> bool:
-    """Whether a whole output of that identity lies there."""
+    """Whether ``place`` is a complete output of that identity."""
     record = read_record(place)
     return record is not None and record["hash"] == identity and place.exists()
 
 
 def _archive(output: Path, identity: str) -> Path:
-    """Where the archive has an output of that identity."""
+    """The path in the archive for an output of that identity."""
     stem, suffix = _name_parts(output)
     return output.with_name(f"{stem}@{identity[:_DIGITS]}{suffix}")
 
@@ -334,7 +336,7 @@ def _name_parts(output: Path) -> tuple[str, str]:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename an output, and the record that lies beside a file. The record goes last: without it nothing is whole."""
+    """Rename an output and the record beside a file. The record goes last, since it marks an output as complete."""
     source.rename(target)
     if record_path(source).exists():
         record_path(source).rename(record_path(target))

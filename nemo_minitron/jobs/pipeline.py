@@ -1,8 +1,8 @@
 """Run stages one after the other, each in its own processes, leaving out what is already done.
 
 A stage is done when the record of its output was made from the same settings and the same inputs (their records'
-hashes). So a pipeline that was stopped, by an error or by a kill, goes on where it was when it is started again, and
-one whose settings have changed makes again what depends on them, and nothing else.
+hashes). So a pipeline that was stopped, by an error or by a kill, goes on where it was when it is started again. After
+a change of settings, only the stages that depend on them run again.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ __all__ = ["Display", "StageLine", "run_pipeline", "write_manifest"]
 
 
 class StageLine(Protocol):
-    """What is shown of one stage; entered while it runs."""
+    """The line of a stage on the display; entered while the stage runs."""
 
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def output(self, data: bytes) -> None:
-        """Rank 0 printed ``data``."""
+        """Called with the ``data`` that rank 0 printed."""
 
     def made(self, record: dict[str, Any]) -> None:
-        """It ended well."""
+        """The stage ended well."""
 
     def kept(self) -> None:
-        """It was done before."""
+        """The stage was done before."""
 
     def failed(self) -> None:
-        """It was refused, or crashed."""
+        """The stage refused its settings or inputs, or crashed."""
 
     def interrupted(self, logs: Path) -> None:
-        """The user stopped it."""
+        """The user stopped the stage."""
 
 
 class Display(Protocol):
-    """How a pipeline is shown (:class:`nemo_minitron.cli.progress.ConsoleDisplay`)."""
+    """Shows a pipeline that runs (:class:`nemo_minitron.cli.progress.ConsoleDisplay`)."""
 
     def stage(self, number: int, count: int, name: str) -> StageLine:
         """The line of a stage."""
@@ -65,20 +65,20 @@ class Display(Protocol):
 def run_pipeline(
     pipeline: PipelineConfig, stages: list[StageConfig], *, overwrite: bool, display: Display
 ) -> list[dict[str, Any]]:
-    """Run what is not done yet.
+    """Run the stages that are not done.
 
     Args:
         pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
-        overwrite: replace outputs that were made with other settings, instead of keeping them beside the new ones.
+        overwrite: replace outputs that were made with other settings, instead of archiving them.
         display: one line per stage, and the closing table.
 
     Returns:
         The stages' records.
 
     Raises:
-        ConfigError: if another run works here.
-        MissingDependency: if a stage that is not done needs a package that is not there; nothing is started.
-        MinitronError, StageCrashError: what a stage failed by, with the stage's name; later stages are not started.
+        ConfigError: if another run uses the directory.
+        MissingDependency: if a stage that is not done needs a package that is not installed; nothing is started.
+        MinitronError, StageCrashError: the failure of a stage, with its name; later stages are not started.
     """
     check_needs(config for config in stages if Output(config).state()[0] != "done")
     folder = Path(pipeline.output)

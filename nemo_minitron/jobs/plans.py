@@ -1,4 +1,4 @@
-"""What a stage would do, as ``--dry-run`` prints it."""
+"""The plan of a stage, which ``--dry-run`` prints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class PlannedPath:
     what: str
 
     def exists(self) -> bool:
-        """Whether it is there now."""
+        """Whether it exists now."""
         return Path(self.path).exists()
 
     def comes_from(self, produced: set[str]) -> bool:
-        """Whether it is, lies in, or holds one of the paths that earlier stages write."""
+        """Whether it is, is below, or contains one of the paths that earlier stages write."""
         own = Path(self.path).absolute()
         made = [Path(path).absolute() for path in produced]
         return any(own.is_relative_to(path) or path.is_relative_to(own) for path in made)
@@ -35,7 +35,7 @@ class PlannedPath:
 
 @dataclass
 class StagePlan:
-    """What a stage would do.
+    """What a stage would read, write and cost.
 
     Attributes:
         stage: its name.
@@ -43,7 +43,7 @@ class StagePlan:
         writes: outputs.
         costs: rows of the table, name -> formatted value ("parameters" -> "134.5 M", "tokens", "FLOPs", "memory", ...).
         notes: one-line remarks.
-        faults: what would make the stage fail, one line each.
+        faults: reasons why the stage would fail, one line each.
     """
 
     stage: str
@@ -54,7 +54,7 @@ class StagePlan:
     faults: list[str] = field(default_factory=list)
 
     def missing_reads(self, produced: set[str]) -> list[str]:
-        """Faults of inputs that are not there and that no earlier stage, writing the ``produced`` paths, provides."""
+        """Faults for inputs that do not exist and are not among the ``produced`` paths of earlier stages."""
         return [
             f"{item.what}: {item.path} does not exist"
             for item in self.reads

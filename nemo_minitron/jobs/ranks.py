@@ -23,7 +23,7 @@ LINGER = 1.0
 class ForkedRanks:
     """The processes of a job, one for each rank (:class:`~nemo_minitron.jobs.launch.Processes`).
 
-    As under torchrun, the others are told to end once a rank has failed, and killed if they do not.
+    As under torchrun, once a rank has failed the others are terminated, and killed if they do not end.
 
     Args:
         ranks: the processes, by rank.
@@ -42,7 +42,7 @@ class ForkedRanks:
         return [process.pid for process in self.ranks if process.returncode is None]
 
     def poll(self) -> int | None:
-        """Look whether all have ended: 0, or the code of the one that failed first."""
+        """Check whether all have ended: 0, or the exit code of the rank that failed first."""
         codes = [process.poll() for process in self.ranks]
         if self.first_failure is None:
             failed = [(rank, code) for rank, code in enumerate(codes) if code]
@@ -74,10 +74,10 @@ class ForkedRanks:
 
 
 def forked(level: str) -> Starter:
-    """What :func:`~nemo_minitron.jobs.launch.launch` may start ranks by: the open pool, if there is one.
+    """A ``starter`` for :func:`~nemo_minitron.jobs.launch.launch` that forks ranks from the open pool, if there is one.
 
     Args:
-        level: of :data:`~nemo_minitron.jobs.warm.LEVELS`, with what the ranks import.
+        level: key of :data:`~nemo_minitron.jobs.warm.LEVELS`; the modules that are imported before the fork.
     """
 
     def start(
@@ -106,7 +106,7 @@ def forked(level: str) -> Starter:
 
 
 def _meeting_point(world_size: int) -> dict[str, str]:
-    """What torchrun tells every rank of a job on one machine; rank 0 keeps the store."""
+    """The variables that torchrun sets for every rank of a job on one machine; rank 0 hosts the store."""
     return {
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",
@@ -123,7 +123,7 @@ def _meeting_point(world_size: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that the kernel gives to outgoing connections."""
+    """A free port, below the range that the kernel uses for outgoing connections."""
     for port in random.SystemRandom().sample(range(12_000, 20_000), 1_000):
         with socket.socket() as probe:
             try:

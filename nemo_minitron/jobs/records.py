@@ -1,4 +1,4 @@
-"""The record beside each output: what made it, from what, and when. An output with a record is whole."""
+"""``record.json`` of each output: its settings, inputs, metrics and time. An output with a record is complete."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _NOT_HASHED_RUNTIME = {"threads", "timeout_minutes", "collective_timeout_minutes
 
 
 def record_path(output: str | Path) -> Path:
-    """Where the record of an output lies: inside a directory, beside a file."""
+    """The path of an output's record: inside a directory, beside a file."""
     output = Path(output)
     return output.with_name(output.name + ".record.json") if output.suffix == ".nemo" else output / "record.json"
 
 
 def read_record(output: str | Path) -> dict[str, Any] | None:
-    """The record of an output, or None where there is none or it is not a whole one."""
+    """The record of an output; None if there is no complete record."""
     try:
         record = json.loads(record_path(output).read_text())
     except (OSError, json.JSONDecodeError):
@@ -44,7 +44,7 @@ def write_record(
     peak_rss_bytes: int | None = None,
     started: str | None = None,
 ) -> dict[str, Any]:
-    """Write the record of an output, which declares the output whole.
+    """Write the record of an output, which marks the output as complete.
 
     Args:
         config: the stage's resolved configuration.
@@ -76,9 +76,9 @@ def write_record(
 
 
 def identity_of(config: StageConfig) -> dict[str, Any]:
-    """What a stage's result depends on: its settings, and what its inputs hold.
+    """The identity of a stage's result: its settings and the content of its inputs.
 
-    Independent of where inputs and output lie, so that a moved run directory stays valid.
+    It does not depend on the paths of inputs and output, so that a moved run directory stays valid.
 
     Returns:
         ``stage, hash, settings, parents``, as records keep them.
@@ -94,7 +94,7 @@ def identity_of(config: StageConfig) -> dict[str, Any]:
 
 
 def hashed_settings(config: StageConfig) -> dict[str, Any]:
-    """The settings of a stage that its result depends on, paths of inputs left out."""
+    """The settings of a stage that its result depends on, without paths of inputs."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_HASHED}
     settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
     if "data" in settings:
@@ -117,7 +117,7 @@ def parents(config: StageConfig) -> dict[str, dict[str, str]]:
 
 
 def _identity(path: Path, excluding: Path) -> str:
-    """What an input holds, as a hash: its record's, its nested records', or the sizes and times of its files."""
+    """A hash of an input's content: from its record, its nested records, or the sizes and times of its files."""
     record = read_record(path)
     if record is not None:
         return record["hash"]
@@ -142,7 +142,7 @@ def _digest(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what the result depends on, as installed."""
+    """Installed versions of the packages that the result depends on."""
     import platform
     from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""What is looked at before jobs are submitted: faults that would show only hours later, in the queue or on a node."""
+"""Checks before jobs are submitted, for faults that would show only hours later, in the queue or on a node."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["depends_on", "input_faults", "mount_faults"]
 
 
 def depends_on(config: StageConfig, other: StageConfig) -> bool:
-    """Whether a stage reads what another writes."""
+    """Whether a stage reads an output of another."""
     return any(PlannedPath(path, "").comes_from({other.output}) for path in read_paths(config).values())
 
 
 def mount_faults(configs: Sequence[StageConfig], slurm: SlurmConfig) -> list[str]:
-    """Paths of the stages, all absolute, that the jobs' container does not show under the same name.
+    """Paths of the stages, all absolute, that are not visible in the jobs' container under the same name.
 
     The directory of the jobs' scripts and logs does not count: nemo_run mounts it by itself.
     """
@@ -44,8 +44,8 @@ def input_faults(configs: Sequence[StageConfig], submitted: Sequence[StageConfig
     """Missing inputs and other faults of the stages' plans, as ``--dry-run`` without a cluster finds them.
 
     Args:
-        configs: of all stages, in order; what an earlier one writes counts as there.
-        submitted: those that are looked at.
+        configs: of all stages, in order; outputs of earlier stages count as existing.
+        submitted: the stages to check.
     """
     names = {config.name for config in submitted}
     return [fault for name, fault in plan_faults(configs) if name in names]

@@ -1,4 +1,4 @@
-"""A process that Slurm's ``srun`` started as one rank of several: told what torchrun would have told it."""
+"""Set torchrun's environment variables in a process that Slurm's ``srun`` started as one rank of several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESTARTS = "SLURM_RESTART_COUNT"
 
 
 def is_rank() -> bool:
-    """Whether ``srun`` alone says which rank this process is: several tasks in its step, and no launcher below it.
+    """Whether only ``srun`` states this process's rank: several tasks in its step, and no launcher below it.
 
     A batch script and an interactive shell have the job's variables too, but are no step of several tasks.
     """
@@ -21,7 +21,7 @@ def is_rank() -> bool:
 
 
 def requeued() -> bool:
-    """Whether this job has run before: Slurm, or somebody, queued it again."""
+    """Whether this job has run before, and Slurm or a user queued it again."""
     return os.environ.get(_RESTARTS, "0") != "0"
 
 

@@ -1,7 +1,7 @@
 """``python -m nemo_minitron.jobs.slurm_rank FOLDER``: one process of a stage that a cluster's own launcher starts.
 
-``srun`` starts a process for each rank, on any number of nodes, in containers or not. Slurm says which rank it is; the
-rest is as under :func:`~nemo_minitron.jobs.local.run_stage`: the folder holds ``config.yaml``, the ranks leave
+``srun`` starts a process for each rank, on any number of nodes, in containers or not. Slurm states its rank;
+otherwise it is as under :func:`~nemo_minitron.jobs.local.run_stage`: the folder holds ``config.yaml``, the ranks leave
 their logs and results in it, and rank 0 writes the record when all results are there. The folder must be visible on all
 nodes. A job that runs again, because Slurm or the user queued it again, goes on where the stage stood.
 """
@@ -75,7 +75,7 @@ def main(folder: Path) -> int:
 
 
 def _prepare(output: Output, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
-    """Rank 0, before the others start: what is to be done. "run", "done before", or "refused: ..."."""
+    """Called by rank 0 before the others start. Returns "run", "done before", or "refused: ..."."""
     if output.is_requeued_job():
         output, overwrite = output.replaced_by(overwrite=False), False
         output.write_settings(folder)
@@ -106,7 +106,7 @@ def _wait_for(path: Path, patience: float = 600.0) -> str:
 
 
 def _record(output: Output, folder: Path, world: int, started: str, clock: float) -> int:
-    """Rank 0, at the end: wait for the others' results and declare the output whole."""
+    """Called by rank 0 at the end: wait for the results of the other ranks and write the record."""
     deadline = time.monotonic() + PATIENCE
     while len(read_results(folder)) < world and time.monotonic() < deadline:
         time.sleep(0.2)

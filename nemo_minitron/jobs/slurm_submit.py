@@ -1,7 +1,7 @@
 """``minitron run PIPELINE --slurm FILE``: the pipeline as a nemo_run experiment on a Slurm cluster.
 
 Each stage that is not done is one job: nemo_run writes its script and submits it; ``srun`` starts its ranks
-(:mod:`nemo_minitron.jobs.slurm_rank`). A job starts when those whose outputs it reads have ended well, so that
+(:mod:`nemo_minitron.jobs.slurm_rank`). A job starts when the jobs whose outputs it reads have ended well, so that
 independent stages run side by side.
 """
 
@@ -63,7 +63,7 @@ class Job:
 
     Attributes:
         config: of the stage.
-        overwrite: make it again if its output is of other settings.
+        overwrite: replace an output of other settings.
         after: names of the stages whose outputs it reads and that are submitted too.
     """
 
@@ -73,15 +73,15 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its configuration, logs and results lie."""
+        """The folder of its configuration, logs and results."""
         return Output(self.config).folder
 
 
 def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: bool) -> list[Job]:
-    """The stages that are not done, and what each waits for.
+    """The stages that are not done, each with the stages that it waits for.
 
     Raises:
-        ConfigError: for layouts that do not fill nodes, and time limits of stages that are not there.
+        ConfigError: for layouts that do not fill nodes, and time limits of unknown stages.
     """
     if faults := slurm.stage_faults(stages):
         raise ConfigError(faults)
@@ -104,14 +104,14 @@ def submit(
     console: Console,
     time_warnings: TimeWarnings | None = None,
 ) -> dict[str, str]:
-    """Submit what is not done, or print the scripts.
+    """Submit the stages that are not done, or print the scripts.
 
     Jobs run in directories of their own, on nodes or in containers: every path of the settings is made absolute.
 
     Args:
         pipeline, stages: from :func:`~nemo_minitron.config.load_pipeline`.
         slurm: where the jobs run.
-        overwrite: replace outputs that were made with other settings, instead of keeping them.
+        overwrite: replace outputs that were made with other settings, instead of archiving them.
         dry_run: print the scripts and leave nothing behind.
         console: to print on.
         time_warnings: called with all stages, those to be submitted, and ``slurm``; says which time limits are too
@@ -162,7 +162,7 @@ def submit(
 
 
 def _write(job: Job) -> None:
-    """What the ranks read."""
+    """Write the files that the ranks read."""
     Output(job.config).write_settings()
     (job.folder / "job.json").write_text(json.dumps({"stage": job.config.STAGE, "overwrite": job.overwrite}) + "\n")
 
@@ -236,7 +236,7 @@ def _script(job: Job, slurm: SlurmConfig) -> run.Script:
 
 
 def _scripts(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, aside: Path) -> dict[str, str]:
-    """The sbatch script of each job; what it waits for stands in it as ``<name of the stage>``."""
+    """The sbatch script of each job; a job that it waits for is written as ``<name of the stage>``."""
     scripts: dict[str, str] = {}
     with _experiment(name, aside) as experiment:
         for job in jobs:
@@ -251,7 +251,7 @@ def _scripts(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, asi
 
 
 def _submit(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path) -> dict[str, str]:
-    """Submit all jobs, those that wait after those they wait for."""
+    """Submit all jobs, each after the jobs that it waits for."""
     from invoke.exceptions import UnexpectedExit
 
     try:

@@ -1,4 +1,4 @@
-"""Processes that are forked from a parent which has imported the stack already, instead of starting cold.
+"""Fork processes from a parent that has already imported the stack, instead of starting them cold.
 
 Importing Megatron takes seconds, NeMo three times as many; a fork takes a tenth of one. A :class:`WarmPool` keeps a
 server (:mod:`nemo_minitron.jobs.warm_server`) for each :data:`level <LEVELS>`, each forked from the one below it, and
@@ -87,12 +87,12 @@ _SERVER_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Level:
-    """What a server has imported.
+    """The modules that a server has imported.
 
     Attributes:
-        modules: besides those of the level below.
+        modules: the modules, besides those of the level below.
         below: name of the level whose server it is forked from; None for a fresh interpreter.
-        stack: with the CPU layer and torch.
+        stack: whether the CPU layer and torch are loaded.
     """
 
     modules: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ LEVELS: dict[str, Level] = {
 
 
 class WarmUnavailable(Exception):
-    """No process can be forked here; the message says why."""
+    """No process can be forked here, for the reason in the message."""
 
 
 class WarmProcess:
@@ -138,7 +138,7 @@ class WarmProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Look whether it has ended."""
+        """Check whether it has ended."""
         if self.returncode is None:
             self._server.listen(0)
         return self.returncode
@@ -159,7 +159,7 @@ class WarmProcess:
 
 
 class WarmServer:
-    """A connection to a server, over which this process has children forked.
+    """A connection to a server that forks children for this process.
 
     Args:
         path: of the server's socket.
@@ -204,7 +204,8 @@ class WarmServer:
         Args:
             module: dotted name.
             args: its arguments.
-            environment: the whole of it; see :class:`WarmPool` on what a server cannot change any more.
+            environment: the complete environment; see :class:`WarmPool` for variables that a server cannot change any
+                more.
             cwd: working directory, and first entry of ``sys.path``.
             output: file that standard output and error are appended to. Standard input is empty.
 
@@ -235,7 +236,7 @@ class WarmServer:
         return answer
 
     def listen(self, seconds: float) -> None:
-        """Take in what the server says, waiting for it up to ``seconds``."""
+        """Read the server's messages, waiting up to ``seconds`` for one."""
         with self._lock:
             if self._socket is None or not select.select([self._socket], [], [], seconds)[0]:
                 return
@@ -259,7 +260,7 @@ class WarmServer:
                     self._answers.append(message["refused"])
 
     def _lost(self) -> None:
-        """The server is gone, and its children with it: the kernel kills them."""
+        """Handle the loss of the server, with which the kernel kills its children."""
         if self._socket is not None:
             self._socket.close()
         self._socket = None
@@ -269,12 +270,12 @@ class WarmServer:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked for more."""
+        """Whether it can fork further processes."""
         self.listen(0)
         return self._socket is not None
 
     def close(self) -> None:
-        """End the connection and with it every process that was started over it; end the server if it is ours."""
+        """End the connection and every process that was started over it, and the server if this process started it."""
         with self._lock:
             self._lost()
         if self.process is not None:
@@ -298,8 +299,8 @@ def is_cold() -> bool:
 class WarmPool:
     """The servers of this process, started when they are first needed.
 
-    A server has read some variables of its environment for good (those of the stack's that are read at import); for
-    another value of one of these a second server is started. All others are set in each child.
+    Some variables of the stack are read at import; for another value of such a variable a second server is started. All
+    others are set in each child.
 
     Args:
         device: "auto" or "cpu"; on "auto" a machine with CUDA gets cold starts.
@@ -323,8 +324,8 @@ class WarmPool:
             module, args, environment, cwd, output: see :meth:`WarmServer.start`.
 
         Returns:
-            The process, or None if it must start cold. The log says why, unless cold starts were asked for or this is
-            no machine for others.
+            The process, or None if it must start cold. The log states the reason, unless cold starts were asked for or
+            the machine allows no others.
         """
         if is_cold() or os.getpid() != self._pid or not self._may_fork():
             return None
@@ -339,7 +340,7 @@ class WarmPool:
             return None
 
     def _may_fork(self) -> bool:
-        """Whether this machine may have processes on the CPU that fork: a look that is cheap, before torch is asked."""
+        """Whether processes may run on the CPU and fork here: a cheap check, before torch is imported."""
         cpu = self.device == "cpu" or (self.device == "auto" and not _DRIVER.exists())
         return cpu and sys.platform.startswith("linux")
 
@@ -347,7 +348,7 @@ class WarmPool:
         """The server of a level for such an environment, started if need be.
 
         Returns:
-            None if one could not be started before, which the log has said.
+            None if it could not be started before, which was logged.
 
         Raises:
             WarmUnavailable: if it cannot be started.
@@ -366,7 +367,7 @@ class WarmPool:
         return server
 
     def _open(self, name: str, level: str, environment: Mapping[str, str]) -> WarmServer:
-        """Connect to the server of a level: one of the process that forked this one, or a new one."""
+        """Connect to the server of a level: that of the process that forked this one, or a new one."""
         if _FOLDER_VARIABLE in os.environ:
             shared = Path(os.environ[_FOLDER_VARIABLE]) / f"{name}.sock"
             with contextlib.suppress(WarmUnavailable):
@@ -433,7 +434,7 @@ def current_pool() -> WarmPool | None:
 
 @contextlib.contextmanager
 def warm_pool(device: str = "auto") -> Iterator[WarmPool]:
-    """Open a pool for what is started inside; one that is open already is used instead, and stays open."""
+    """Open a pool for the processes that the block starts; an open pool is used instead, and stays open."""
     global _current
     if _current is not None:
         yield _current

@@ -44,14 +44,14 @@ TORCH_SEED = 67280421310721
 
 @dataclass
 class _Client:
-    """A connection: what came of its next request, and the children that it asked for."""
+    """A client's connection: the bytes of its next request, and the children that were forked for it."""
 
     connection: socket.socket
     buffer: bytes = b""
     children: set[int] = field(default_factory=set)
 
     def requests(self) -> list[dict[str, Any]] | None:
-        """The complete requests that have come; None when the client is gone."""
+        """The complete requests that have arrived; None when the client is gone."""
         try:
             data = self.connection.recv(1 << 20)
         except (ConnectionError, OSError):
@@ -88,7 +88,7 @@ class _Server:
         self.selector.register(self.woken, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Until the process that started the server is gone."""
+        """Serve until the process that started the server is gone."""
         while os.getppid() == self.parent:
             for key, _ in self.selector.select(WATCH):
                 if key.fileobj is self.listener:
@@ -150,7 +150,7 @@ class _Server:
         return pid
 
     def _become(self, request: dict[str, Any], server: int, writing: int) -> None:
-        """In the child: leave the server behind, and run the request's module."""
+        """In the child: close the server's connections, and run the request's module."""
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:
@@ -200,11 +200,11 @@ def _as_a_process(run: Callable[[], None]) -> NoReturn:
 
 
 def _take_on(request: dict[str, Any], added: dict[str, str]) -> None:
-    """In the child: output, directory, environment and all that a fresh interpreter derives from them.
+    """In the child: set output, directory, environment, and all that a new interpreter derives from them.
 
     Args:
         request: of the client.
-        added: variables that the imports set; a client that sets one itself has its own value.
+        added: variables that the imports set; a value that the client sets itself wins.
     """
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -235,7 +235,7 @@ def _take_on(request: dict[str, Any], added: dict[str, str]) -> None:
 
 
 def _tell_libraries() -> None:
-    """Give libraries what they read from the environment while they are imported, and what differs between children.
+    """Set the values that libraries read from the environment at import and that differ between children.
 
     Lightning and torchmetrics log and write on rank 0 alone, and remember the rank; nemo_run remembers its directory.
     """

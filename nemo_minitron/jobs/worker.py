@@ -1,6 +1,6 @@
-"""``python -m nemo_minitron.jobs.worker STAGE [PART]``: what each process of a stage, or of a part of it, runs.
+"""``python -m nemo_minitron.jobs.worker STAGE [PART]``: the program of each process of a stage, or of a part of it.
 
-The launcher says through the environment which folder is the job's; its ``config.yaml`` is the resolved configuration.
+The launcher states the job's folder in the environment; its ``config.yaml`` is the resolved configuration.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = ["main", "set_up"]
 
 
 def set_up(config: StageConfig) -> None:
-    """Device, threads and seeds of this process, before the stage imports the stack.
+    """Set device, threads and seeds of this process, before the stage imports the stack.
 
-    The seeds are the same on every rank; Megatron's own tracker sets those that must differ when the groups are made.
+    The seeds are the same on every rank; Megatron's own tracker sets seeds that must differ, when the groups are made.
     """
     order_kernels(config)
     limit_waits(config.runtime.collective_timeout_minutes)
@@ -59,7 +59,7 @@ def main(stage: str, part: str | None = None) -> int:
     """Run one rank of a stage, or of the part of it that a module of its own runs on several ranks.
 
     Returns:
-        0 done, the error's own if refused (2; 75 if preempted), 1 crashed. The result file says more.
+        0 done, the error's own code if refused (2; 75 if preempted), 1 crashed. The result file has details.
     """
     folder = job_folder()
     rank = attach(folder)

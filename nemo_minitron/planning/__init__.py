@@ -1,13 +1,13 @@
-"""What a training costs before it runs: memory, traffic, arithmetic, and which layout of a cluster is best.
+"""The costs of a training before it runs (memory, traffic, arithmetic), and the best layout of a cluster.
 
-:mod:`~nemo_minitron.planning.recipe` finds the shipped recipes, :mod:`~nemo_minitron.planning.layouts` weighs their
+:mod:`~nemo_minitron.planning.recipe` loads the shipped recipes, :mod:`~nemo_minitron.planning.layouts` compares
 layouts on a cluster. Importing it imports no torch.
 """
 
 from nemo_minitron.planning.cluster import Accelerator, accelerator
 from nemo_minitron.planning.layouts import LayoutCost, best_layout, layout_cost, layout_costs, layout_faults
 from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload
-from nemo_minitron.planning.model import Model, stage_parameters
+from nemo_minitron.planning.model import Model, pipeline_stage_parameters
 from nemo_minitron.planning.recipe import Recipe, load_recipe, recipe_names
 from nemo_minitron.planning.training import ForwardFlops, Training
 
@@ -29,5 +29,5 @@ __all__ = [
     "layout_faults",
     "load_recipe",
     "recipe_names",
-    "stage_parameters",
+    "pipeline_stage_parameters",
 ]

@@ -1,4 +1,4 @@
-"""What a GPU can do."""
+"""Memory, arithmetic and bandwidths of a GPU in a cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Accelerator:
     Attributes:
         memory: bytes.
         flops: peak bf16 operations a second, without sparsity.
-        link: bytes a second to others of its node, in one direction.
+        link: bytes a second to other GPUs of its node, in one direction.
         network: bytes a second to other nodes, in one direction.
     """
 
@@ -26,19 +26,19 @@ class Accelerator:
     network: float
 
     def tensor_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
-        """Of the tensor-parallel group: neighbours, as Megatron numbers the ranks tensor, context, data, pipeline."""
+        """Bandwidth in the tensor-parallel group. Megatron numbers ranks by tensor, context, data, pipeline."""
         return self.link if layout.tensor <= gpus_per_node else self.network
 
     def context_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
-        """Of the context-parallel group."""
+        """Bandwidth in the context-parallel group."""
         return self.link if layout.tensor * layout.context <= gpus_per_node else self.network
 
     def data_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
-        """Of the data-parallel group."""
+        """Bandwidth in the data-parallel group."""
         return self.link if layout.tensor * layout.context * layout.data <= gpus_per_node else self.network
 
     def pipeline_bandwidth(self, layout: ParallelLayout, gpus_per_node: int) -> float:
-        """Between neighbouring pipeline stages."""
+        """Bandwidth between neighbouring pipeline stages."""
         return self.link if layout.world_size <= gpus_per_node else self.network
 
 
@@ -53,7 +53,7 @@ _KNOWN = {
 
 
 def accelerator(config: ClusterConfig) -> Accelerator:
-    """The GPU that a configuration means."""
+    """The GPU of a configuration."""
     memory, teraflops, link, network = _KNOWN[config.gpu]
     return Accelerator(
         memory=(config.memory_gib or memory) * 2**30,

@@ -1,4 +1,4 @@
-"""What a training costs under a layout, and which layout of a cluster is best.
+"""The costs of a training under a layout, and the best layout of a cluster.
 
 Time of a step is what its parts take one after the other: arithmetic at ``mfu`` of the peak on the slowest pipeline
 stage, the pipeline's bubble, and all traffic at the full rate of the wire, none of it hidden behind arithmetic. So it
@@ -45,9 +45,9 @@ class LayoutCost:
         layout: parallel sizes.
         recompute: what the backward pass computes again.
         ranks: memory of one rank of each pipeline stage.
-        fits: the fullest rank stays within what may be filled.
-        sent: bytes that the busiest rank sends in a step, by the group it sends them to.
-        seconds: of a step, by what they go into: "arithmetic", "bubble", "tensor", "context", "pipeline",
+        fits: the fullest rank stays within the memory that a plan may fill.
+        sent: bytes that the busiest rank sends in a step, by group.
+        seconds: of a step, by part: "arithmetic", "bubble", "tensor", "context", "pipeline",
             "data".
         gpu_hours: of the whole training.
         mfu: model FLOPs of the training over the peak of all GPUs for that time.
@@ -83,7 +83,7 @@ def layout_faults(training: Training, layout: ParallelLayout) -> list[str]:
     problems = []
     for who, model in (("student", training.student), ("teacher", training.teacher)):
         if model is not None:
-            faults = model.shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+            faults = model.shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
             problems += [f"{who}: {fault}" for fault in faults]
     one_pass = training.micro_batch_size * layout.data
     if training.global_batch_size % one_pass:
@@ -100,7 +100,7 @@ def layout_faults(training: Training, layout: ParallelLayout) -> list[str]:
 
 
 def layout_cost(training: Training, layout: ParallelLayout, recompute: str, cluster: ClusterConfig) -> LayoutCost:
-    """What a training costs under a layout that :func:`layout_faults` does not object to."""
+    """The costs of a training under a layout in which :func:`layout_faults` finds no faults."""
     gpu, per_node = accelerator(cluster), cluster.gpus_per_node
     micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
     ranks = _memory(training, layout, recompute, micro_batches)
@@ -161,8 +161,9 @@ def layout_costs(training: Training, cluster: ClusterConfig) -> list[LayoutCost]
 
 
 def best_layout(costs: list[LayoutCost]) -> LayoutCost | None:
-    """The one that fits and takes the least time; of equals, that with the fewest tensor-parallel and then pipeline
-    ranks. None if none fits.
+    """The layout that fits and takes the least time; None if no layout fits.
+
+    Of equally fast layouts it is the one with the fewest tensor-parallel, and then pipeline ranks.
     """
     return min((cost for cost in costs if cost.fits), key=_order, default=None)
 
@@ -209,7 +210,7 @@ def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[Mode
     """Layers of each pipeline rank, its chunks together: how many of which sizes."""
     layers: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
     each = iter(model.shape.each())
-    for stage, size in enumerate(model.shape.stage_sizes(layout.stages)):
+    for stage, size in enumerate(model.shape.pipeline_stage_sizes(layout.pipeline_stages)):
         layers[stage % layout.pipeline].update(itertools.islice(each, size))
     return layers
 

@@ -1,4 +1,4 @@
-"""A model as a plan knows it: sizes and constants, no weights."""
+"""A model without weights, as plans use it: sizes and constants."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from nemo_minitron import axes
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.shape import Architecture, ModelShape, padded_vocab
 
-__all__ = ["Model", "stage_parameters"]
+__all__ = ["Model", "pipeline_stage_parameters"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before there is one.
+    """Sizes and constants of a model that need not exist yet.
 
     Attributes:
         shape: its sizes.
@@ -34,7 +34,7 @@ class Model:
         return axes.parameter_count(self.table, self.shape)
 
     def parts(self) -> dict[str, int]:
-        """Number of parameters of embedding, attention, MLP, norms and output layer; parts without any are left out."""
+        """Number of parameters of embedding, attention, MLP, norms and output layer; empty parts are left out."""
         counts = dict.fromkeys(("embedding", "attention", "MLP", "norms", "output layer"), 0)
         for entry in axes.parameters(self.table, self.shape):
             counts[_part(entry, self.table)] += entry.count
@@ -51,13 +51,13 @@ def _part(entry: axes.Entry, table: axes.Family) -> str:
     return "attention" if entry.row.part == "attention" else "MLP"
 
 
-def stage_parameters(
+def pipeline_stage_parameters(
     model: Model, *, tensor: int, pipeline: int = 1, virtual_pipeline: int | None = None
 ) -> list[dict[str, tuple[int, ...]]]:
     """The parameters that each rank of a layout holds.
 
     Args:
-        model: whose.
+        model: the model.
         tensor, pipeline, virtual_pipeline: parallel sizes.
 
     Returns:
@@ -72,7 +72,7 @@ def stage_parameters(
     if faults := model.shape.layout_faults(tensor=tensor, pipeline=pipeline * chunks):
         raise ShapeError(faults)
     padded = model.shape.replace(vocab_size=padded_vocab(model.shape.vocab_size, tensor=tensor))
-    sizes = padded.stage_sizes(pipeline * chunks)
+    sizes = padded.pipeline_stage_sizes(pipeline * chunks)
     # layers go virtual stage by virtual stage, pipeline rank by pipeline rank within one
     rank_of_layer = [run % pipeline for run, size in enumerate(sizes) for _ in range(size)]
     ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(pipeline)]

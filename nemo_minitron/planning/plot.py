@@ -1,4 +1,4 @@
-"""Layouts as a picture: memory of the fullest rank, and where the time of a step goes."""
+"""A picture of layouts: memory of the fullest rank, and the parts of a step's time."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def plot_layouts(
 
     Args:
         trainings: name and layouts, the fastest first.
-        cluster: whose memory is drawn as a line.
+        cluster: its memory is drawn as a line.
         path: PNG, SVG or PDF, by its suffix; replaced at once.
-        rows: layouts to show.
+        rows: number of layouts to show.
 
     Raises:
         ConfigError: for a suffix that cannot be drawn.

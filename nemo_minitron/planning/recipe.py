@@ -24,11 +24,11 @@ _PACKAGE = "nemo_minitron.recipes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline, and what its models will be.
+    """A pipeline, and the sizes of its models.
 
     Attributes:
         name: directory of its outputs below ``runs``.
-        title: what it makes of what, and where that is published.
+        title: what it makes from which model, and where that is published.
         stages: in order.
         models: sizes of the models that the stages start from, by the path that a stage reads.
     """
@@ -44,7 +44,7 @@ class Recipe:
         return f"runs/{self.name}"
 
     def pipeline(self) -> dict[str, Any]:
-        """The recipe as a file of ``minitron run`` holds it; settings that are at their defaults are left out.
+        """The recipe as the content of a file for ``minitron run``; settings at their defaults are left out.
 
         Paths within the run are written as ``${output}/...``, so that another ``output`` moves them all.
         """
@@ -52,7 +52,7 @@ class Recipe:
         return {"name": self.name, "output": self.output, "stages": stages}
 
     def _within(self, value: Any) -> Any:
-        """A setting with the directory of the run as a reference."""
+        """A setting with ``${output}`` in place of the run's directory."""
         if isinstance(value, dict):
             return {key: self._within(item) for key, item in value.items()}
         if isinstance(value, list):

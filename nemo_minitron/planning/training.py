@@ -1,4 +1,4 @@
-"""A training before it runs, and the arithmetic of it."""
+"""A training before it runs, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ForwardFlops:
 
     @classmethod
     def of(cls, model: Model, sequence_length: int) -> ForwardFlops:
-        """Of a model at a length of its sequences."""
+        """The operations of a model for sequences of a length."""
         shape = model.shape
         each = shape.each()
         shares = [(each.count(sizes) / len(each), layer_flops(model, sizes, sequence_length)) for sizes in set(each)]
@@ -58,23 +58,23 @@ class ForwardFlops:
 
     @property
     def total(self) -> float:
-        """Of the whole model."""
+        """Operations of the whole model."""
         return self.layers * (self.layer + self.core) + self.output
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training does, whatever it runs on.
+    """A training, apart from the machines that it runs on.
 
     Attributes:
-        name: how the recipe calls it.
+        name: its name in the recipe.
         student: the model that is trained.
-        teacher: the model whose logits it learns; None without one.
+        teacher: the model whose logits it learns; None without a teacher.
         steps: optimizer steps.
         global_batch_size, micro_batch_size: sequences of a step, and of one pass on one data-parallel rank.
         sequence_length: tokens of each.
-        layout: that the recipe asks for.
-        recompute: that the recipe asks for (:data:`~nemo_minitron.planning.memory.RECOMPUTE`).
+        layout: the layout that the recipe asks for.
+        recompute: the recomputation that the recipe asks for (:data:`~nemo_minitron.planning.memory.RECOMPUTE`).
         bytes: of a weight: 2 in bf16 training, 4 in fp32.
     """
 
@@ -101,7 +101,7 @@ class Training:
 
     @property
     def flops_per_step(self) -> float:
-        """Model FLOPs of a step: three forward passes of the student's worth, one of the teacher's."""
+        """Model FLOPs of a step: three times a forward pass of the student, and one of the teacher."""
         each = 3 * ForwardFlops.of(self.student, self.sequence_length).total
         if self.teacher is not None:
             each += ForwardFlops.of(self.teacher, self.sequence_length).total

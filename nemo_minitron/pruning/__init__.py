@@ -1,4 +1,4 @@
-"""Pruning: which units stay, and taking the others out of a checkpoint or of a live Megatron model.
+"""Pruning: choose the units that stay, and remove the others from a checkpoint or from a live Megatron model.
 
 :func:`choose_units` turns scores and a target shape into :class:`~nemo_minitron.axes.KeptUnits`; the same kept units
 drive :func:`prune_weights` (checkpoint to checkpoint, no process group, one tensor at a time) and the NeMo model

@@ -1,4 +1,4 @@
-"""From scores and a target shape to the units that stay. No torch at import, so that plans can check their targets."""
+"""Choose the units that stay from scores and a target shape. Imports no torch, so that plans can check targets."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ __all__ = ["UnitScores", "choose_units", "target_shape"]
 
 
 class UnitScores(Protocol):
-    """What choosing needs of :class:`nemo_minitron.importance.Scores`: global indices, higher matters more."""
+    """What choosing uses of :class:`nemo_minitron.importance.Scores`: by global index, higher is more important."""
 
     @property
     def ffn(self) -> torch.Tensor:
-        """``[L, F]``; ``[L, E, F]`` of a mixture of experts."""
+        """MLP neurons, ``[L, F]``; ``[L, E, F]`` of a mixture of experts."""
         ...
 
     @property
     def experts(self) -> torch.Tensor | None:
-        """``[L, E]``; None of a dense model."""
+        """Experts, ``[L, E]``; None for a dense model."""
         ...
 
     @property
     def heads(self) -> torch.Tensor:
-        """``[L, A]``."""
+        """Query heads, ``[L, A]``."""
         ...
 
     @property
     def groups(self) -> torch.Tensor:
-        """``[L, G]``."""
+        """Query groups, ``[L, G]``."""
         ...
 
     @property
     def hidden(self) -> torch.Tensor:
-        """``[H]``."""
+        """Hidden channels, ``[H]``."""
         ...
 
     @property
     def layers(self) -> torch.Tensor:
-        """``[L]``."""
+        """Layers, ``[L]``."""
         ...
 
     @property
     def shape(self) -> ModelShape:
-        """Of the scored model."""
+        """Sizes of the scored model."""
         ...
 
 
 def target_shape(
     shape: ModelShape, sizes: Mapping[str, int], *, layers_to_drop: Sequence[int] | None = None
 ) -> ModelShape:
-    """The shape that a request stands for.
+    """The target shape of a request that names only some sizes.
 
-    Sizes that are not given stay, those that layers have of their own in each layer. Where only ``num_query_groups`` is
-    given and all layers are alike, every group keeps all its heads; where ``layers_to_drop`` is given, it fixes
-    ``num_layers``.
+    A size that is not given stays as it is; so does a size that layers have of their own, layer by layer. Where only
+    ``num_query_groups`` is given and all layers are alike, every group keeps all its heads; where ``layers_to_drop`` is
+    given, it fixes ``num_layers``.
 
     Raises:
         ShapeError: with every fault: sizes that do not exist or cannot be reached from ``shape``, layers that are
@@ -108,15 +108,16 @@ def choose_units(
 ) -> KeptUnits:
     """The units that stay. Indices ascend, so that keeping everything is the identity.
 
-    Query groups are kept by their own score, then within each kept group the same number of heads by theirs (heads of
-    different groups cannot be mixed: they read different keys). Equal scores: the unit of the lower index stays.
+    Query groups are kept by their own score, then in each kept group the same number of heads by the heads' scores
+    (heads of different groups cannot be mixed: they read different keys). Equal scores: the unit of the lower index
+    stays.
 
     Args:
-        scores: of the model; not needed (None) for the random method, nor where ``layers_to_drop`` is all that goes.
+        scores: of the model; None for the random method, or if nothing but ``layers_to_drop`` is removed.
         shape: of the model.
         target: shape to reach. Its layers may have sizes of their own, each those of the layer that stays in its place.
-        method: "random" draws units, the baseline of the same shape; the estimators' names keep the highest scores,
-            which the caller has from that estimator.
+        method: "random" draws units, a baseline of the same shape; the name of an estimator keeps the units with the
+            highest scores, and the caller gives scores of that estimator.
         seed: of the random method.
         layers_to_drop: layers to remove whatever their scores (0-based), by either method.
         vocab: token ids that stay, ascending (:func:`nemo_minitron.checkpoints.tokenizer.trimming.choose_vocabulary`);
@@ -201,7 +202,7 @@ def _everything(axis: str, place: tuple[int, ...], candidates: range, count: int
 
 
 class _Random:
-    """Units at random: the same for the same seed, whichever axes are pruned besides."""
+    """Random units. A seed gives the same units of an axis, whatever other axes are pruned."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -212,7 +213,7 @@ class _Random:
 
 
 class _Highest:
-    """Units of the highest scores."""
+    """The units with the highest scores."""
 
     def __init__(self, scores: UnitScores, shape: ModelShape) -> None:
         if scores.shape != shape:

@@ -1,4 +1,4 @@
-"""Which layers stay, from what it costs to leave layers out. No torch, so that plans can use it."""
+"""Choose the layers that stay from the costs of leaving layers out. Imports no torch, so that plans can use it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def choose_layers(costs: Costs, num_layers: int, count: int, form: str) -> tuple
     Args:
         costs: ``DepthScores.costs(criterion)``, or :func:`influence_costs`.
         num_layers: of the model.
-        count: of the layers to go.
-        form: "lowest", those that cost least alone; "contiguous", the run of neighbours that costs least as one (arXiv
-            2408.11796, section 4); "greedy", the cheapest one by one, each after those before it are gone.
+        count: number of layers to remove.
+        form: "lowest" removes the layers that cost least alone; "contiguous" the run of neighbouring layers that costs
+            least together (arXiv 2408.11796, section 4); "greedy" the cheapest layer, then the cheapest of the
+            remaining model, and so on.
 
     Returns:
         Kept layers, ascending.
 
     Raises:
         ConfigError: for an unknown form, or costs that were not measured, saying how to measure them.
-        ShapeError: if no layer would be left.
+        ShapeError: if no layer would stay.
     """
     if form not in FORMS:
         raise ConfigError(f"depth.form={form!r}: must be one of {', '.join(FORMS)}")
@@ -59,9 +60,10 @@ def choose_layers(costs: Costs, num_layers: int, count: int, form: str) -> tuple
 
 
 def influence_costs(influence: Sequence[float]) -> dict[tuple[int, ...], tuple[float, ...]]:
-    """Block influence, ``[L]``, as costs: of a run of layers the sum of theirs, which is what a single pass can tell.
+    """Block influence, ``[L]``, as the costs of leaving out each run of neighbouring layers.
 
-    The runs of every length are there, so that "lowest" and "contiguous" can choose.
+    The cost of a run is the sum over its layers, since a single pass gives no better. Runs of every length are
+    included, as "lowest" and "contiguous" need.
     """
     count = len(influence)
     return {

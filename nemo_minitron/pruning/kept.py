@@ -1,4 +1,4 @@
-"""``kept.json``: the record of which units survived, beside a pruned checkpoint."""
+"""``kept.json`` beside a pruned checkpoint: the units that survived."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _READABLE = (1, 2)
 
 
 def kept_path(output: str | Path) -> Path:
-    """Where the record of the kept units lies: inside a directory, beside a ``.nemo`` file."""
+    """The path of ``kept.json`` for a checkpoint: inside a directory, beside a ``.nemo`` file."""
     output = Path(output)
     return output.with_name(f"{output.name}.{FILE_NAME}") if output.suffix == ".nemo" else output / FILE_NAME
 
@@ -49,7 +49,7 @@ def save_kept(kept: KeptUnits, shape: ModelShape, path: str | Path) -> None:
 
 
 def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
-    """The surviving units, and the shape of the model that they are units of.
+    """The surviving units, and the shape of the unpruned model.
 
     Raises:
         CheckpointError: if the file is missing, damaged, of another version, or contradicts itself.
@@ -73,7 +73,7 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
 
 
 def read_kept(kept: KeptUnits | str | Path) -> tuple[KeptUnits, ModelShape | None]:
-    """The units themselves, or those in a file with the shape that it says they are units of."""
+    """The kept units, given or read from a file; and the shape of the unpruned model, which only a file states."""
     return load_kept(kept) if isinstance(kept, (str, os.PathLike)) else (kept, None)
 
 
@@ -81,7 +81,7 @@ def read_live_kept(kept: KeptUnits | str | Path) -> tuple[KeptUnits, ModelShape 
     """:func:`read_kept` for the pruning of a live model, which needs layers that are all alike.
 
     Raises:
-        ShapeError: if those of the model that the units are of differ in size, or those that are left of it.
+        ShapeError: if the layers of the unpruned model, or those of the pruned model, differ in size.
         CheckpointError: as :func:`load_kept`.
     """
     kept, shape = read_kept(kept)

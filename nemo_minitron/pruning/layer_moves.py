@@ -1,4 +1,4 @@
-"""Layers that change their pipeline rank, so that each stage of the pruned model holds what Megatron would give it."""
+"""Move layers between pipeline ranks, so that each rank holds those that Megatron would give it in the pruned model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["LayerPlan", "Move", "keep_layers", "order_moves", "plan_layers"]
+__all__ = ["LayerMoves", "Move", "keep_layers", "order_moves", "plan_layer_moves"]
 
 
 @dataclass(frozen=True)
 class TensorOfLayer:
-    """What a rank must know of a tensor to receive it. ``marks`` are what Megatron's layers set on parameters."""
+    """Description of a tensor for the rank that receives it. ``marks``: attributes that Megatron's layers set on it."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,13 +45,13 @@ class Move:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """Where the layers are and where they go, the same on every pipeline rank.
+class LayerMoves:
+    """Where the kept layers are and where they go, the same on every pipeline rank.
 
     Attributes:
         layers: kept layers, by their numbers in the unpruned model.
         chunks: per kept layer, the (virtual) stage that will hold it.
-        moves: in the order in which they are made.
+        moves: layers that change their pipeline rank, in the order of the moves.
         contents: per kept layer, its tensors on this rank's tensor-parallel shard.
     """
 
@@ -62,13 +62,13 @@ class LayerPlan:
 
 
 def order_moves(holders: Sequence[int], owners: Sequence[int], before: Sequence[int]) -> list[Move]:
-    """An order of the moves under which no rank ever holds more than one layer above the most it needs.
+    """Order the moves so that no rank ever holds more than one layer above its limit.
 
-    What a rank needs is what it held before the pruning or what it ends with, whichever is more. A move goes to a rank
-    that is below that. Where all are full, in a ring, one takes a layer too many, and the next move is one of its own.
+    A rank's limit is the larger of its numbers of layers before and after. A layer moves to a rank that is below its
+    limit. If all are at their limits, in a ring, one rank takes a layer too many and gives one away in the next move.
 
     Args:
-        holders, owners: per kept layer, the pipeline rank that has it and the one that shall have it.
+        holders, owners: per kept layer, the pipeline rank that has it now and the rank that will have it.
         before: per rank, the layers it held before the pruning.
     """
     held = [list(holders).count(rank) for rank in range(len(before))]
@@ -86,19 +86,19 @@ def order_moves(holders: Sequence[int], owners: Sequence[int], before: Sequence[
     return ordered
 
 
-def plan_layers(
+def plan_layer_moves(
     chunks: Sequence[GPTModel], layers: tuple[int, ...], shape: ModelShape, target: ModelShape, groups: Groups
-) -> LayerPlan:
-    """What is to be moved. Collective over the pipeline group; changes nothing.
+) -> LayerMoves:
+    """Find the layers that must change their rank. Collective over the pipeline group; changes nothing.
 
     Args:
         chunks: of this rank.
-        layers: kept ones, by their numbers in the unpruned model.
+        layers: kept layers, by their numbers in the unpruned model.
         shape, target: of the unpruned and of the pruned model.
         groups: of this process.
 
     Raises:
-        ShapeError: if the chunks are not all of the model's, or layers that move are not of one kind; on every rank.
+        ShapeError: on every rank, if chunks of the model are missing, or layers must move and their parameters differ.
     """
     layout = groups.layout
     mine = {
@@ -114,10 +114,11 @@ def plan_layers(
             f"the pipeline ranks hold the layers {sorted(holders)} of a model of {shape.num_layers}, in {len(chunks)} "
             "model chunks on this rank; give the transform all chunks of the model, on every rank"
         )
-    stages = [stage for stage, size in enumerate(target.stage_sizes(layout.stages)) for _ in range(size)]
+    sizes = target.pipeline_stage_sizes(layout.pipeline_stages)
+    pipeline_stages = [stage for stage, size in enumerate(sizes) for _ in range(size)]
     moves = order_moves(
         [holders[layer] for layer in layers],
-        [stage % layout.pipeline for stage in stages],
+        [stage % layout.pipeline for stage in pipeline_stages],
         [len(held) for held in everyone],
     )
     contents = [everyone[holders[layer]][layer][1] for layer in layers]
@@ -126,11 +127,11 @@ def plan_layers(
             "layers must move to other pipeline stages, but the model's layers differ in their parameters; prune the "
             "checkpoint (`minitron prune`) and load the result"
         )
-    return LayerPlan(layers, tuple(stage // layout.pipeline for stage in stages), moves, contents)
+    return LayerMoves(layers, tuple(stage // layout.pipeline for stage in pipeline_stages), moves, contents)
 
 
-def keep_layers(chunks: Sequence[GPTModel], plan: LayerPlan, groups: Groups) -> None:
-    """Drop the layers that go, move those that must, and number all anew. Collective over the pipeline group.
+def keep_layers(chunks: Sequence[GPTModel], plan: LayerMoves, groups: Groups) -> None:
+    """Remove the other layers, move layers between ranks, and number all anew. Collective over the pipeline group.
 
     The configuration of the chunks must be that of the pruned model already: new layers are built from it.
 
@@ -139,7 +140,7 @@ def keep_layers(chunks: Sequence[GPTModel], plan: LayerPlan, groups: Groups) -> 
 
     Args:
         chunks: of this rank; their layers change.
-        plan: by :func:`plan_layers`.
+        plan: from :func:`plan_layer_moves`.
         groups: of this process.
     """
     rank = groups.pp_rank

@@ -1,4 +1,4 @@
-"""Reading and resizing live Megatron modules: what sizes a ``GPTModel`` has, and where it keeps them.
+"""Read and change the sizes of live Megatron modules: where a ``GPTModel`` keeps them.
 
 Megatron copies sizes from the shared ``TransformerConfig`` into its modules when they are built. :func:`apply_sizes`
 sets every one of those copies, so that a resized model is, attribute by attribute, the one that would have been built.
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 __all__ = [
     "apply_config",
     "apply_sizes",
-    "apply_stages",
-    "fresh",
+    "apply_pipeline_stages",
+    "like_parameter",
     "gpt_chunks",
     "keep_experts",
     "live_family",
     "live_shape",
     "owned_parameters",
-    "set_stages",
+    "set_pipeline_stages",
 ]
 
 #: What gradient buffers and optimizers put on a parameter.
@@ -55,8 +55,8 @@ def gpt_chunks(module: nn.Module) -> list[GPTModel]:
     return chunks
 
 
-def fresh(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
-    """A parameter with new content and the marks that Megatron's layers put on the old one."""
+def like_parameter(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """A new parameter with the content ``data`` and the attributes that Megatron's layers put on ``parameter``."""
     new = nn.Parameter(data.contiguous(), requires_grad=parameter.requires_grad)
     # tensor_model_parallel, partition_dim, partition_stride, allreduce, shared, shared_embedding, ...
     vars(new).update({name: mark for name, mark in vars(parameter).items() if name not in _TRAINING_MARKS})
@@ -108,10 +108,11 @@ def live_family(chunk: GPTModel) -> axes.Family:
 
 
 def keep_experts(layer: Any, experts: Sequence[int]) -> None:
-    """Take the other experts out of a layer's mixture. The router's rows and the sizes are not touched.
+    """Remove all but these experts from a layer's mixture. The router's rows and the sizes are not touched.
 
     Raises:
-        ShapeError: for a mixture that is spread over expert-parallel ranks, or not one module an expert.
+        ShapeError: for a mixture that is spread over expert-parallel ranks, or whose experts are not modules of their
+            own.
     """
     if not hasattr(layer.mlp.experts, "local_experts") or layer.mlp.ep_group.size() > 1:
         raise ShapeError(
@@ -123,7 +124,7 @@ def keep_experts(layer: Any, experts: Sequence[int]) -> None:
 
 
 def apply_config(module: nn.Module, target: ModelShape) -> None:
-    """Set the sizes in every configuration that ``module`` and what is in it keep."""
+    """Set the sizes in the configuration of ``module`` and of all its submodules."""
     for config in _configs(module):
         for name in SIZES:
             if hasattr(config, name):
@@ -134,22 +135,22 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
             config.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
-def apply_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
-    """Set what each pipeline stage holds, in every configuration that ``module`` and what is in it keep."""
+def apply_pipeline_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
+    """Set the layers of each pipeline stage in the configuration of ``module`` and of all its submodules."""
     for config in _configs(module):
         if hasattr(config, "pipeline_model_parallel_layout"):
-            set_stages(config, target, layout)
+            set_pipeline_stages(config, target, layout)
 
 
-def set_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
-    """Let a configuration of Megatron's lay the layers over the stages as ``runtime.model.build_model`` does.
+def set_pipeline_stages(config: Any, target: ModelShape, layout: ParallelLayout) -> None:
+    """Set the layers of each pipeline stage in a Megatron configuration, as ``runtime.model.build_model`` does.
 
-    Whichever of Megatron's ways of uneven stages it used before is given up.
+    Other settings for uneven stages are reset.
     """
-    for name, stages in versions.layer_layout(pipeline_layer_layout(target, layout)).items():
+    for name, pipeline_stages in versions.layer_layout(pipeline_layer_layout(target, layout)).items():
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-        setattr(config, name, stages and PipelineParallelLayerLayout(stages, layout.pipeline))
+        setattr(config, name, pipeline_stages and PipelineParallelLayerLayout(pipeline_stages, layout.pipeline))
     config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
     config.account_for_embedding_in_pipeline_split = config.account_for_loss_in_pipeline_split = False
 
@@ -159,7 +160,7 @@ def _configs(module: nn.Module) -> list[Any]:
 
 
 def apply_sizes(chunks: Iterable[GPTModel], target: ModelShape, *, tensor: int) -> None:
-    """Set every size that the chunks keep, to those of ``target``. Parameters are not touched.
+    """Set every size that the chunks keep to that of ``target``. Parameters are not touched.
 
     Args:
         chunks: their layers are already those that stay, their configuration is the target's (:func:`apply_config`).
@@ -227,7 +228,7 @@ def _resize_mixture(mixture: Any, target: ModelShape, tensor: int) -> None:
 
 
 def _rebuild_core_attention(layer: Any) -> None:
-    """Core attention has no parameters: its own constructor knows best what follows from the new head counts."""
+    """Build core attention anew: it has no parameters, and its constructor derives all from the new head counts."""
     from megatron.core.transformer.spec_utils import build_module
 
     attention = layer.self_attention

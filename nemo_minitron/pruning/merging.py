@@ -1,13 +1,13 @@
-"""Heads that go leave something behind: what sets a kept head apart from a pruned one is added to the kept one.
+"""Merge pruned heads into kept heads: the difference of a kept and a pruned head is added to the kept head.
 
 Minitron (arXiv 2407.14679, section 2.3): of ``L`` heads in order of importance, ``K`` of which stay, head ``i`` becomes
-``head_i + (head_i - head_(2K - i + 1))``, so that the least important head that stays is paired with the most important
-one that goes, and so on outwards. With ``L < 2K`` the first heads have no partner and stay as they are; with
-``L > 2K`` the last pruned ones have none. With grouped query attention only query heads are merged.
+``head_i + (head_i - head_(2K - i + 1))``, so that the least important kept head is paired with the most important
+pruned head, and so on outwards. With ``L < 2K`` the first heads have no partner and stay as they are; with
+``L > 2K`` the last pruned heads have no partner. With grouped query attention only query heads are merged.
 
-A head is the weights that make it, queries, keys and values; the output projection, which mixes the heads, is left
-alone. Heads of a group share key and value, so what is merged there are their queries, within each kept group; heads of
-a group that goes are not merged, since theirs answer to other keys. In multi-head attention, where a group is one
+A head means the weights of its queries, keys and values; the output projection, which mixes the heads, is left alone.
+Heads of a group share key and value, so only their queries are merged, within each kept group; heads of a pruned group
+are not merged, since their queries belong to other keys. In multi-head attention, where a group is one
 head, the heads of a layer are merged with their keys and values.
 """
 
@@ -83,15 +83,15 @@ def _blocks(heads: Sequence[int], q: int) -> torch.Tensor:
 
 
 def merge_pruned_heads(checkpoint: Checkpoint, kept: KeptUnits, importance: torch.Tensor) -> Checkpoint:
-    """The unpruned checkpoint with what ``kept`` will prune of its heads merged into those that stay.
+    """The unpruned checkpoint with the heads that ``kept`` will prune merged into those that it keeps.
 
-    It is pruned as any other, by :func:`~nemo_minitron.pruning.prune_weights` or, loaded into a live model, by
-    :class:`~nemo_minitron.pruning.WidthPrune`, with the same ``kept``.
+    It is pruned as any other checkpoint, by :func:`~nemo_minitron.pruning.prune_weights` or, loaded into a live model,
+    by :class:`~nemo_minitron.pruning.WidthPrune`, with the same ``kept``.
 
     Args:
         checkpoint: unpruned.
         kept: units that will stay.
-        importance: ``[L, A]`` scores of the query heads; they say which heads are paired.
+        importance: ``[L, A]`` scores of the query heads, by which heads are paired.
 
     Raises:
         ShapeError: if the units or the scores do not fit the checkpoint.

@@ -1,4 +1,4 @@
-"""Pruning inside NeMo 2's own trainings: what surrounds a model there, and how it follows the pruned model.
+"""Prune a model inside NeMo 2's own trainings.
 
 :class:`PruneTransform` is the ``model_transform`` of ``llm.train`` and ``llm.finetune``: NeMo builds and fills the
 whole model, the transform prunes it, and only then are gradient buffers and optimizer made. A plain ``DepthPrune`` or
@@ -18,7 +18,7 @@ from torch import nn
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.pruning.kept import read_live_kept
-from nemo_minitron.pruning.live import gpt_chunks, set_stages
+from nemo_minitron.pruning.live import gpt_chunks, set_pipeline_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
 from nemo_minitron.pruning.wrapping import update_io
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -47,8 +47,8 @@ class PruneTransform(ModelTransform):
 
     Raises:
         ShapeError: when called, if units, model and layout do not fit; see :class:`~nemo_minitron.pruning.WidthPrune`.
-        CheckpointError: if ``kept`` cannot be read, or a training should go on from a checkpoint that is neither of
-            the unpruned nor of the pruned shape.
+        CheckpointError: if ``kept`` cannot be read, or a training resumes from a checkpoint of neither the unpruned nor
+            the pruned shape.
     """
 
     def __init__(self, kept: KeptUnits | str | Path, *, family: str | None = None) -> None:
@@ -69,7 +69,7 @@ class PruneTransform(ModelTransform):
         return WidthPrune(self.kept, family=self.family)(model)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called before the model is built: hold back what the unpruned model must not have."""
+        """Called before the model is built: hold back gradient buffers and optimizer."""
         super().setup(trainer, pl_module, stage=stage)
         if trainer.ckpt_path is not None:
             self._resume(Path(str(trainer.ckpt_path)), trainer, pl_module)
@@ -78,7 +78,7 @@ class PruneTransform(ModelTransform):
             trainer.strategy._setup_optimizers = False
 
     def apply_transform(self, trainer: pl.Trainer) -> None:
-        """Prune, then let NeMo make what it was kept from making."""
+        """Prune, then let NeMo make gradient buffers and optimizer."""
         if self._done:
             return
         self._done = True
@@ -118,9 +118,9 @@ class PruneTransform(ModelTransform):
                 pipeline=strategy.pipeline_model_parallel_size,
                 virtual_pipeline=strategy.virtual_pipeline_model_parallel_size,
             )
-            if faults := target.layout_faults(tensor=1, pipeline=layout.stages):
+            if faults := target.layout_faults(tensor=1, pipeline=layout.pipeline_stages):
                 raise ShapeError(faults)
-            set_stages(pl_module.config, target, layout)
+            set_pipeline_stages(pl_module.config, target, layout)
         update_io(pl_module)
         self._done = True
 

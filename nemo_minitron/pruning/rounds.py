@@ -1,4 +1,4 @@
-"""The shapes of iterative pruning: from the model's to the target in several rounds."""
+"""The shapes of iterative pruning, from the model's shape to the target in several rounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def intermediate_shapes(
 
     Every axis goes from its size to the target's in equal ratios ("geometric") or equal steps ("linear"), rounded to a
     size that the layout can hold. Each shape can be pruned from the one before. Rounds in which nothing would change
-    are left out, so fewer may come back than were asked for.
+    are left out, so there may be fewer shapes than ``rounds``.
 
     Args:
         shape, target: start and end; the vocabulary is the target's from the first round on, since scores do not

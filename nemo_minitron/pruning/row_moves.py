@@ -1,4 +1,4 @@
-"""Rows that change their tensor-parallel rank: after width pruning each rank holds an equal share of what is kept."""
+"""Move rows between tensor-parallel ranks, so that after width pruning each holds an equal share of the kept rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def take_rows(
 
     Args:
         local: this rank's shard of the unpruned parameter.
-        axis, dim: what is cut, and where.
+        axis, dim: axis of the dimension that is pruned, and its number.
         keep: ``[n]`` int64 global rows that stay, in their new order; -1 for a row of zeros (vocabulary padding).
         size: global length of the unpruned dimension.
         group: tensor-parallel.

@@ -19,20 +19,20 @@ from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.pruning.kept import LIVE_PRUNING, read_live_kept
-from nemo_minitron.pruning.layer_moves import keep_layers, plan_layers
+from nemo_minitron.pruning.layer_moves import keep_layers, plan_layer_moves
 from nemo_minitron.pruning.live import (
     apply_config,
+    apply_pipeline_stages,
     apply_sizes,
-    apply_stages,
-    fresh,
     gpt_chunks,
     keep_experts,
+    like_parameter,
     live_family,
     live_shape,
     owned_parameters,
 )
 from nemo_minitron.pruning.row_moves import take_rows
-from nemo_minitron.pruning.wrapping import bare
+from nemo_minitron.pruning.wrapping import without_ddp
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
 from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
@@ -42,9 +42,9 @@ __all__ = ["DepthPrune", "WidthPrune"]
 class DepthPrune:
     """Remove the layers that are not kept, and number the others anew.
 
-    Any layers may go. Those that are left are laid over the pipeline stages as ``runtime.model.build_model`` lays them:
-    where that takes a layer to another pipeline rank, it is sent there, one layer at a time. A rank never holds more
-    than one layer above the larger of what it held before and what it ends with.
+    Any layers may be removed. The kept ones are distributed over the pipeline stages as by
+    ``runtime.model.build_model``; a layer whose pipeline rank changes is sent there, one layer at a time. A rank never
+    holds more than one layer above the larger of what it held before and what it ends with.
 
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them; only ``kept.layers`` is used.
@@ -62,7 +62,7 @@ class DepthPrune:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Prune ``module`` in place, and return it."""
-        with bare(module):
+        with without_ddp(module):
             self._prune(module, self.groups or current_groups())
         return module
 
@@ -79,12 +79,12 @@ class DepthPrune:
                 f"kept layers {list(layers)}: must be ascending numbers within 0..{shape.num_layers - 1} of the model"
             )
         target = shape.replace(num_layers=len(layers))
-        if faults := target.layout_faults(tensor=1, pipeline=groups.layout.stages):
+        if faults := target.layout_faults(tensor=1, pipeline=groups.layout.pipeline_stages):
             raise ShapeError(faults)
         _check_agreement(self.kept, groups.pp)
-        plan = plan_layers(chunks, layers, shape, target, groups)
+        plan = plan_layer_moves(chunks, layers, shape, target, groups)
         apply_config(module, target)
-        apply_stages(module, target, groups.layout)
+        apply_pipeline_stages(module, target, groups.layout)
         keep_layers(chunks, plan, groups)
         apply_sizes(chunks, target, tensor=groups.layout.tensor)
 
@@ -92,11 +92,12 @@ class DepthPrune:
 class WidthPrune:
     """Remove the neurons, heads, query groups, hidden channels and vocabulary rows that are not kept.
 
-    Each rank keeps an equal share of what stays. Rows whose new tensor-parallel rank is another are sent there, and
-    nothing else is. Parameters go one by one: memory beyond the model is two copies of one parameter's shard (one cut
-    in its first dimension, one in both) and two messages of :data:`~nemo_minitron.pruning.row_moves.MESSAGE_BYTES`.
+    Each rank keeps an equal share of the kept units. Only rows that change their tensor-parallel rank are sent.
+    Parameters go one by one: memory beyond the model is two copies of one parameter's shard (one cut in its first
+    dimension, one in both) and two messages of :data:`~nemo_minitron.pruning.row_moves.MESSAGE_BYTES`.
 
-    The model's layers must be the kept layers: with ``kept.layers`` a part of them, apply :class:`DepthPrune` first.
+    The model's layers must be the kept layers: if ``kept.layers`` are only some of them, apply :class:`DepthPrune`
+    first.
 
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them.
@@ -118,7 +119,7 @@ class WidthPrune:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Prune ``module`` in place, and return it."""
-        with bare(module):
+        with without_ddp(module):
             self._prune(module, self.groups or current_groups())
         return module
 
@@ -139,14 +140,14 @@ class WidthPrune:
                 key = next(iter(table.first)) if tied else name
                 if key not in rows:
                     raise ShapeError(f"{name}: is not in the axes table of the family {table.name}; add it there")
-                pruned = fresh(parameter, self._slice(parameter.detach(), *rows[key], shape, target, groups))
+                pruned = like_parameter(parameter, self._slice(parameter.detach(), *rows[key], shape, target, groups))
                 for owner, leaf in owners:
                     setattr(owner, leaf, pruned)
         apply_config(module, target)
         apply_sizes(chunks, target, tensor=groups.layout.tensor)
 
     def _target(self, shape: ModelShape, layout: ParallelLayout) -> ModelShape:
-        """What ``shape`` becomes. The vocabulary's sizes are padded ones.
+        """The pruned ``shape``; both have the padded vocabulary size.
 
         Raises:
             ShapeError: with every fault.
@@ -170,7 +171,7 @@ class WidthPrune:
             raise ShapeError(faults)
         target = self.kept.target(unpruned)
         require_uniform(target, LIVE_PRUNING)
-        if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
+        if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
             raise ShapeError(faults)
         if self.kept.vocab is not None:
             return target.replace(vocab_size=padded_vocab(target.vocab_size, tensor=layout.tensor))

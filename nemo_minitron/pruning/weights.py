@@ -1,4 +1,4 @@
-"""Pruning a checkpoint into a checkpoint: a function of ``Weights``, one tensor at a time, without a process group."""
+"""Prune a checkpoint into a checkpoint, one tensor at a time, without a process group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PrunedWeights:
         inner: tensors of the unpruned model.
         table: its family.
         shape: its sizes.
-        kept: units of it that stay.
+        kept: its units that stay.
     """
 
     inner: Weights
@@ -38,7 +38,7 @@ class PrunedWeights:
     kept: KeptUnits
 
     def names(self) -> Sequence[str]:
-        """Those of the pruned model: its layers are numbered anew."""
+        """Canonical names of the pruned model, whose layers are numbered anew."""
         return list(self._entries)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -61,7 +61,7 @@ class PrunedWeights:
 
 
 def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint that is left of ``checkpoint``. Nothing is read until a tensor is asked for.
+    """The pruned checkpoint. No tensor is read before it is asked for.
 
     Where the vocabulary is trimmed, the result has no tokenizer (the full one does not fit it): the caller gives it the
     trimmed one (:func:`nemo_minitron.checkpoints.tokenizer.trimming.trim_tokenizer`).

@@ -1,4 +1,4 @@
-"""What NeMo and Megatron wrap around a model for training: taking it down for a pruning, and building it again."""
+"""Remove the wrappers that NeMo and Megatron put around a model for training, and put them back after pruning."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.pruning.live import fresh, gpt_chunks, owned_parameters
+from nemo_minitron.pruning.live import gpt_chunks, like_parameter, owned_parameters
 from nemo_minitron.shape import SIZES
 
 if TYPE_CHECKING:
     from nemo.lightning.megatron_parallel import MegatronParallel
 
-__all__ = ["bare", "unwrapped", "update_io"]
+__all__ = ["unwrapped", "update_io", "without_ddp"]
 
 
 @contextmanager
-def bare(module: nn.Module) -> Iterator[None]:
-    """Within the block ``module`` is not wrapped for training; see :func:`unwrapped`.
+def without_ddp(module: nn.Module) -> Iterator[None]:
+    """Within the block ``module`` has no DistributedDataParallel wrapper; see :func:`unwrapped`.
 
     Raises:
         ShapeError: for a model that is wrapped outside of NeMo's trainer, where its optimizer is not known.
@@ -43,10 +43,10 @@ def bare(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unwrapped(module: MegatronParallel) -> Iterator[None]:
-    """Within the block NeMo's model is bare; after it, it has gradient buffers and an optimizer for what it is then.
+    """Within the block NeMo's model has no wrapper; after it, it has a new one with buffers and an optimizer that fit.
 
-    Memory: the parameters leave Megatron's buffers one by one, so for a moment the unpruned parameters exist twice;
-    :class:`~nemo_minitron.pruning.PruneTransform` has no such moment.
+    Memory: the parameters are copied out of Megatron's buffers one by one, so the unpruned parameters exist twice for a
+    moment. :class:`~nemo_minitron.pruning.PruneTransform` avoids that.
 
     Args:
         module: NeMo's ``MegatronParallel``, wrapped for training.
@@ -72,8 +72,8 @@ def unwrapped(module: MegatronParallel) -> Iterator[None]:
         vars(chunk).pop("buffers", None)
     for chunk in gpt_chunks(module):
         for _, parameter, owners in owned_parameters(chunk):
-            # Out of the buffers, and rid of the hooks by which they gather gradients
-            own = fresh(parameter, parameter.detach().clone())
+            # A copy outside the buffers, without the hooks that gather gradients.
+            own = like_parameter(parameter, parameter.detach().clone())
             for owner, leaf in owners:
                 setattr(owner, leaf, own)
     yield
@@ -98,7 +98,7 @@ def _has_state(optimizer: Any) -> bool:
 
 
 def update_io(pl_module: Any) -> None:
-    """What NeMo writes into a checkpoint's context is what the module was made from: say what it is now."""
+    """Set the pruned sizes in the configuration from which NeMo writes a checkpoint's ``context/``."""
     made_from = getattr(getattr(pl_module, "__io__", None), "config", None)
     for name in (*SIZES, "kv_channels", "moe_ffn_hidden_size"):
         if made_from is not None:

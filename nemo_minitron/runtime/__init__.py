@@ -1,1 +1,1 @@
-"""Process start: launching, process groups, the CPU layer, plain Megatron models."""
+"""What a process needs before it computes: device, process groups, the CPU layer, plain Megatron models."""

@@ -45,7 +45,7 @@ def rank_part(tensor: torch.Tensor, groups: Groups, *, dim: int) -> torch.Tensor
 
 
 def rank_batch(batch: dict[str, Any], groups: Groups) -> dict[str, Any]:
-    """A batch with this rank's tokens, labels, masks and positions; whatever else it holds stays as it is.
+    """A batch with this rank's tokens, labels, masks and positions; all other entries stay as they are.
 
     An attention mask ``[b or 1, 1, s, s]`` becomes ``[b or 1, 1, s / cp, s]``: this rank's queries, all keys.
     """

@@ -1,8 +1,8 @@
-"""Attention over sequences that are shared out, without Transformer Engine.
+"""Attention of context-parallel ranks, each with a part of every sequence, without Transformer Engine.
 
 Megatron-core's own ``DotProductAttention`` refuses context parallelism. Here it is given what it needs: its rank's
-queries, and the keys and values of all. On CUDA, Transformer Engine's attention does context parallelism itself, and
-never holds the keys of a whole sequence.
+queries, and the keys and values of all ranks. On CUDA, Transformer Engine's attention does context parallelism itself,
+and never holds the keys of a whole sequence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ContextParallelAttention(MegatronModule):
     Args:
         config: with ``context_parallel_size``.
         layer_number, attn_mask_type, attention_type, options: as of Megatron's ``DotProductAttention``.
-        cp_comm_type: of Transformer Engine; there is one way here.
+        cp_comm_type: an option of Transformer Engine; ignored, since there is only one way here.
         model_comm_pgs: with the tensor- and context-parallel groups; None for those of Megatron's parallel state.
     """
 
@@ -97,7 +97,7 @@ def with_context_attention(spec: ModuleSpec) -> ModuleSpec:
 
 
 def context_layer_spec(config: Any) -> ModuleSpec:
-    """The layer of a NeMo configuration (``GPTConfig.transformer_layer_spec``): Megatron's local one, so changed."""
+    """``transformer_layer_spec`` of a NeMo ``GPTConfig``: the local layer with :class:`ContextParallelAttention`."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,

@@ -1,6 +1,6 @@
-"""Which device this process computes on: asked of torch once, at process start, and passed by value afterwards.
+"""The device that this process computes on: determined once, at process start, and passed by value afterwards.
 
-:func:`decide` is the only place that asks torch whether there is CUDA. Its answer lies in
+:func:`decide` is the only place that asks torch whether there is CUDA. Its result is kept in
 :class:`~nemo_minitron.runtime.groups.Groups` and is an argument of models, trainers and strategies. Asking torch again
 later is not safe: the CPU layer replaces parts of ``torch.cuda``, and importing Lightning sets
 ``PYTORCH_NVML_BASED_CUDA_CHECK``, which changes what ``torch.cuda.is_available`` looks at.
@@ -90,7 +90,7 @@ def decide(requested: str = "auto") -> Device:
     """Decide on which device this process computes. Idempotent: torch is asked by the first call alone.
 
     Args:
-        requested: "auto" takes CUDA where there is any; "cpu" and "cuda" insist.
+        requested: "auto" takes CUDA where there is any; "cpu" and "cuda" allow no other device.
 
     Raises:
         ConfigError: for "cuda" where there is none or where the process has begun on the CPU, for "cpu" where it has
@@ -113,7 +113,7 @@ def decide(requested: str = "auto") -> Device:
 
 
 def here() -> Device:
-    """The device that was decided on for this process; decided now, as "auto", where nothing was."""
+    """The device of this process; if none was decided on yet, decides now, as for "auto"."""
     return decide()
 
 
@@ -138,7 +138,7 @@ def _ask(requested: str) -> Device:
 
 
 def _layers_of_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: where it is installed, unless :data:`LAYER_SPEC_VARIABLE` says."""
+    """Whether layers are Transformer Engine's: by :data:`LAYER_SPEC_VARIABLE`, else whether it is installed."""
     wanted = os.environ.get(LAYER_SPEC_VARIABLE)
     if wanted not in (None, "", "local", "transformer_engine"):
         raise ConfigError(f"{LAYER_SPEC_VARIABLE}={wanted}: must be local or transformer_engine")

@@ -1,4 +1,4 @@
-"""The environment of the processes that this suite starts: not that of a launcher above, on loopback, for Megatron."""
+"""Environment variables of the processes that this suite starts: no other launcher's, loopback, Megatron's demands."""
 
 from __future__ import annotations
 
@@ -35,22 +35,21 @@ _RANKS = re.compile(
 
 
 def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what a launcher told this process, and only this one, about ranks."""
+    """An environment without the variables by which a launcher told this process its own rank."""
     return {name: value for name, value in environment.items() if not _RANKS.fullmatch(name)}
 
 
 def hide_launchers(environment: MutableMapping[str, str] | None = None) -> None:
-    """Remove such variables from an environment, by default this process's."""
+    """Remove from an environment, by default this process's, the variables by which a launcher states a rank."""
     environment = os.environ if environment is None else environment
     for name in set(environment) - set(_without_ranks(environment)):
         del environment[name]
 
 
 def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """For processes that all run on this machine: no launcher above them shows, and they meet on loopback.
+    """Environment of processes that all run on this machine: without a launcher's ranks, and connected over loopback.
 
-    What the host's name resolves to, if it resolves, does not matter then. An interface that the user named for gloo or
-    NCCL stays.
+    So the host's name need not resolve. An interface that the user named for gloo or NCCL stays.
     """
     variables = {**_without_ranks(environment), "MASTER_ADDR": LOOPBACK, "PET_LOCAL_ADDR": LOOPBACK}
     if Path("/sys/class/net/lo").exists():
@@ -65,6 +64,6 @@ def ordered_kernels(config: StageConfig) -> bool:
 
 
 def order_kernels(config: StageConfig) -> None:
-    """Set it for this process, before CUDA is started; what the user set stays."""
+    """Set :data:`ORDERED_KERNELS` for this process, before CUDA is started; a value that the user set stays."""
     if ordered_kernels(config):
         os.environ.setdefault(*ORDERED_KERNELS)

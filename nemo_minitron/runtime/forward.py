@@ -1,6 +1,6 @@
 """Losses of token blocks by forward passes of a live Megatron model, under any parallel layout.
 
-What evaluation and importance both measure with. A loss is that of plain language modelling over the true vocabulary,
+Evaluation and importance both use it. A loss is that of plain language modelling over the true vocabulary,
 as ``model(ids, labels=ids)`` of transformers gives it: the padding rows that Megatron adds to the vocabulary take no
 part in the softmax.
 """
@@ -29,7 +29,7 @@ _PASSES_PER_REPORT = 8  # micro-batches between two calls of `progress`
 
 @contextmanager
 def evaluating(chunks: list[GPTModel]) -> Iterator[None]:
-    """Dropout and the like off, for the time of the block."""
+    """Within the block the model is in evaluation mode: without dropout."""
     were = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -52,7 +52,7 @@ def block_losses(
     segments: torch.Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Mean next-token cross-entropy of each block. To be called on every rank; every rank gets all of them.
+    """Mean next-token cross-entropy of each block. Every rank calls it, and every rank gets the losses of all blocks.
 
     Runs Megatron's own forward schedule (``megatron.core.pipeline_parallel.get_forward_backward_func``) without
     gradients. Memory beyond the model: the activations of one layer and some three fp32 tensors
@@ -68,8 +68,8 @@ def block_losses(
         counted: ``[n, s]`` bool, the labels (tokens 1 to s of a block) that count, at least one a block; None counts
             all.
         segments: ``[n, s + 1]``, the documents of the tokens (:mod:`nemo_minitron.runtime.masks`): attention stays
-            within each, at the cost of a mask ``[micro_batch_size, 1, s, s]``. Which labels count is told by
-            ``counted`` alone. None where each block is one text.
+            within each document, at the cost of a mask ``[micro_batch_size, 1, s, s]``. Only ``counted`` says which
+            labels count. None where each block is one text.
         progress: called with the number of blocks done since its last call.
 
     Returns:
@@ -159,7 +159,7 @@ def _run_schedule(
 def document_inputs(inputs: torch.Tensor, segments: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Positions and attention mask of a micro-batch ``[b, s]``, on its device.
 
-    No mask without segments: Megatron's attention is causal of itself.
+    There is no mask without segments: Megatron's attention is causal by itself.
     """
     if segments is None:
         return torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs), None
@@ -182,7 +182,7 @@ def _mean_losses(
 
 
 def mask_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Put the logits of padding rows, ``[..., V/tp]`` on this rank, beyond reach of softmax and argmax. In place."""
+    """Set the logits of padding rows, in ``[..., V/tp]`` of this rank, to the dtype's lowest number, in place."""
     from megatron.core import parallel_state
 
     first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]

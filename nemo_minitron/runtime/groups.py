@@ -1,7 +1,7 @@
 """Process groups, made once and passed by value.
 
 :func:`initialize` starts ``torch.distributed`` and Megatron's parallel state (whose modules read their groups from
-there) and returns a :class:`Groups`, which is all that the algorithms of this suite ever see.
+there) and returns a :class:`Groups`. The algorithms of this suite take it as an argument and read no globals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Groups:
     Attributes:
         layout: the layout they were made for.
         tp, pp, dp, cp: tensor-, pipeline-, data- and context-parallel process groups.
-        dp_cp: data- and context-parallel ranks together: all that see other tokens.
+        dp_cp: data- and context-parallel ranks together: the ranks that process different tokens.
         model: all ranks that hold a part of this replica of the model (tensor x pipeline).
         device: of this process.
     """
@@ -45,7 +45,7 @@ class Groups:
     device: Device
 
     def without_sequence_parallel(self) -> Groups:
-        """The same groups for a model whose sequences are not split: their lengths are no multiples of tp."""
+        """The same groups without sequence parallelism, for sequences whose lengths are no multiples of tp."""
         return replace(self, layout=replace(self.layout, sequence_parallel=False))
 
     @property
@@ -55,7 +55,7 @@ class Groups:
 
     @property
     def pp_rank(self) -> int:
-        """Pipeline stage."""
+        """Pipeline stage, which is the place in the pipeline-parallel group."""
         return dist.get_rank(self.pp)
 
     @property
@@ -70,17 +70,17 @@ class Groups:
 
     @property
     def is_first_stage(self) -> bool:
-        """This stage holds the embedding."""
+        """Whether this pipeline stage holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This stage holds the output layer."""
+        """Whether this pipeline stage holds the output layer."""
         return self.pp_rank == self.layout.pipeline - 1
 
     @property
     def is_main(self) -> bool:
-        """The one rank that prints and writes files that only one may write."""
+        """Whether this is the rank that prints, and writes the files that only one rank may write."""
         return dist.get_rank() == 0
 
 
@@ -133,7 +133,7 @@ def current(layout: ParallelLayout, device: Device | None = None) -> Groups:
     """The groups that Megatron's parallel state holds already (NeMo's strategy made them).
 
     Args:
-        layout: that they were made for.
+        layout: the layout that they were made for.
         device: of this process; None for what was decided on at its start.
     """
     from megatron.core import parallel_state
@@ -151,7 +151,7 @@ def current(layout: ParallelLayout, device: Device | None = None) -> Groups:
 
 
 def current_groups() -> Groups:
-    """The groups that Megatron's parallel state holds, and the layout that it says they are of.
+    """The groups that Megatron's parallel state holds, with the layout that follows from their sizes.
 
     Raises:
         ConfigError: if Megatron's parallel state is not initialised.
@@ -172,7 +172,7 @@ def current_groups() -> Groups:
 
 
 class SecondLayout:
-    """Groups of a second layout over the same processes, for another model than the one Megatron's state is of.
+    """Groups of a second layout over the same processes, for a second model.
 
     Algorithms of this suite take groups as arguments, but Megatron's modules and schedules read the globals of
     ``megatron.core.parallel_state``. Its own ``initialize_model_parallel`` makes the second set, in globals that are

@@ -1,4 +1,4 @@
-"""Results of a long job, a line each, in a file that outlives the process."""
+"""A file of the results of a long job, one line each, from which a later process can go on."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ PLAIN: Codec[dict[str, Any]] = Codec(dict, dict)
 
 
 class Journal(Generic[Entry]):
-    """A file of JSON objects, one a line. The first says what all results depend on, each other one is an entry.
+    """A file with a JSON object a line. The first states what all results depend on; every other line is an entry.
 
-    The half line of a process that was killed is dropped, and so is whatever follows a line that is no entry.
+    A line that a killed process left incomplete is dropped. So is everything after a line that is no entry.
 
     Args:
         path: of the file; only one process may write it at a time.
@@ -47,7 +47,7 @@ class Journal(Generic[Entry]):
         refuse_other: refuse a file with another subject, instead of beginning it anew.
 
     Attributes:
-        resumed: entries that the last :meth:`read` gave.
+        resumed: number of entries that the last :meth:`read` returned.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Journal(Generic[Entry]):
 
     @staticmethod
     def beside(output: str | Path) -> Path:
-        """Where the journal of an output lies."""
+        """The journal beside an output."""
         output = Path(output)
         return output.with_name(f".{output.name}.journal.jsonl")
 
@@ -71,10 +71,10 @@ class Journal(Generic[Entry]):
         return max(0, len(_lines(path)) - 1)
 
     def read(self) -> list[Entry]:
-        """The entries that are there already; the file is left ready for :meth:`append`.
+        """The entries in the file, which is then ready for :meth:`append`.
 
         Raises:
-            ConfigError: if the file has another subject, and that is refused.
+            ConfigError: if the file has another subject and ``refuse_other`` is set.
         """
         lines = _lines(self.path)
         entries, whole = [], [self._head]
@@ -97,14 +97,14 @@ class Journal(Generic[Entry]):
         return entries
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Add entries, and see them onto the disk."""
+        """Add entries, and wait until they are on the disk."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(self._codec.to_json(entry)) + "\n" for entry in entries)
             stream.flush()
             os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Remove the file: the results stand elsewhere."""
+        """Remove the file, once the results are saved elsewhere."""
         self.path.unlink(missing_ok=True)
 
 

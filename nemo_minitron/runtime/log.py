@@ -32,7 +32,7 @@ def configure(verbose: bool = False) -> logging.Logger:
     """Send log records to stderr, those of this suite from INFO on and others' from WARNING on.
 
     Args:
-        verbose: let everything through from INFO on, also what :mod:`nemo_minitron.runtime.cpu.quiet` knows.
+        verbose: show all records from INFO on, also those that :mod:`nemo_minitron.runtime.cpu.quiet` would hide.
 
     Returns:
         The suite's logger, ``nemo_minitron``.
@@ -49,6 +49,6 @@ def configure(verbose: bool = False) -> logging.Logger:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
         quiet()
-    ours = logging.getLogger("nemo_minitron")
-    ours.setLevel(logging.INFO)
-    return ours
+    suite = logging.getLogger("nemo_minitron")
+    suite.setLevel(logging.INFO)
+    return suite

@@ -1,7 +1,8 @@
 """Attention masks and positions of blocks that hold several documents.
 
-``segments`` numbers the documents within a block: equal neighbours are of one document, :data:`FILLING` is no text. All
-functions are elementwise over leading dimensions and work on the device of what they get.
+``segments`` numbers the documents within a block: neighbours with the same number belong to one document, and
+:data:`FILLING` marks positions without text. All
+functions are elementwise over leading dimensions and work on the device of their arguments.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ def document_positions(segments: torch.Tensor) -> torch.Tensor:
 
 
 def counted_labels(segments: torch.Tensor) -> torch.Tensor:
-    """``[..., s + 1]`` segments of tokens -> ``[..., s]`` bool: labels (tokens 1 to s) of their input's document."""
+    """``[..., s + 1]`` segments -> ``[..., s]`` bool, True where a label (tokens 1 to s) is of its input's document."""
     return (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != FILLING)
 
 
 @contextmanager
 def documents_masked(chunks: Sequence[GPTModel], masked: bool = True) -> Iterator[None]:
-    """Have the attention of a model obey the masks it is given, for the time of the block.
+    """Within the block the attention of a model obeys the masks that it is given.
 
     Megatron's own attention does so anyway. Transformer Engine's ignores a mask where the mask type is "causal", which
     it is in a decoder (``TEDotProductAttention.forward``); it takes "arbitrary" ones.

@@ -1,4 +1,4 @@
-"""How much memory a process has had."""
+"""The largest memory that a process has used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ __all__ = ["peak_rss_bytes"]
 def peak_rss_bytes() -> int:
     """Largest resident size of this process, in bytes.
 
-    On Linux the high-water mark of its own address space (``VmHWM``): ``ru_maxrss`` also counts what the process that
-    started it held when it did. Of a forked process it counts the pages that it shares with its parent, as it would
-    count them had it imported the same itself.
+    On Linux this is ``VmHWM``, the high-water mark of the process's own address space; ``ru_maxrss`` would include the
+    size of the process that started it. Pages that a forked process shares with its parent are counted.
     """
     status = Path("/proc/self/status")
     if status.exists():

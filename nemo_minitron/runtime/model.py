@@ -1,4 +1,4 @@
-"""A live Megatron-core model from a shape: this rank's chunk, or chunks, of it.
+"""Build a live Megatron-core model from a shape: the model chunks of this rank.
 
 Scoring, pruning and evaluation use plain Megatron-core models, which start in 5 s; training uses NeMo's module around
 the same model (``nemo_minitron.distillation``).
@@ -26,7 +26,7 @@ __all__ = ["build_model", "pipeline_layer_layout", "shape_of", "transformer_conf
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """``relu(x)**2``. The NeMo that the stack has keeps its own beside the models, twelve seconds of imports away."""
+    """``relu(x)**2``. Importing NeMo's own takes twelve seconds."""
     return torch.nn.functional.relu(x).square()
 
 
@@ -38,24 +38,24 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def pipeline_layer_layout(shape: ModelShape, layout: ParallelLayout) -> list[list[str]] | None:
-    """What each pipeline stage holds, as Megatron's and NeMo's ``pipeline_model_parallel_layout`` say it.
+    """The parts of each pipeline stage, a value of ``pipeline_model_parallel_layout`` of Megatron and NeMo.
 
-    Megatron 0.13 takes any number of layers a stage this way, virtual stages included; without it, it wants equal ones.
+    With it Megatron 0.13 takes any number of layers a stage, virtual stages included; without it, all must be equal.
 
     Returns:
-        Per stage in the order of the layers (virtual stage by virtual stage, pipeline rank by pipeline rank within
-        one) its parts: "embedding", "decoder" for each layer, "loss". None where all stages are equal.
+        A list for each stage: "embedding", "decoder" for each layer, "loss". The stages are in the order of the layers,
+        so all pipeline ranks' first virtual stages come before the second ones. None where all stages are equal.
 
     Raises:
         ShapeError: if there are more stages than layers.
     """
-    sizes = shape.stage_sizes(layout.stages)
+    sizes = shape.pipeline_stage_sizes(layout.pipeline_stages)
     if len(set(sizes)) == 1:
         return None
-    stages = [["decoder"] * size for size in sizes]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
+    pipeline_stages = [["decoder"] * size for size in sizes]
+    pipeline_stages[0].insert(0, "embedding")
+    pipeline_stages[-1].append("loss")
+    return pipeline_stages
 
 
 def transformer_config(
@@ -68,8 +68,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of a decoder, by its family.
 
-    Fusions are on beside Transformer Engine's layers alone: Megatron's own layers have torch's norms, which refuse
-    ``persist_layer_norm``, and the fused softmax is an extension that no wheel of Megatron-core has.
+    Fusions are on only with Transformer Engine's layers: Megatron's own layers have torch's norms, which refuse
+    ``persist_layer_norm``, and no wheel of Megatron-core has the extension for the fused softmax.
 
     Raises:
         ShapeError: if the sizes and the constants contradict each other, or layers differ in size.
@@ -172,7 +172,7 @@ def build_model(
         initialize: draw random weights; leave it off where weights are loaded at once.
 
     Returns:
-        Chunks in the order of Megatron's interleaved schedule; weights are uninitialised unless asked for.
+        Chunks in the order of Megatron's interleaved schedule; weights are uninitialised unless ``initialize`` is set.
 
     Raises:
         ShapeError: if the layout cannot split the shape.
@@ -185,7 +185,7 @@ def build_model(
     )
 
     layout = groups.layout
-    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages):
+    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize
@@ -201,7 +201,7 @@ def build_model(
         spec = with_context_attention(spec)
     chunks = []
     for index in range(layout.virtual_pipeline or 1):
-        stage = versions.virtual_stage(index if layout.virtual_pipeline else None)
+        stage = versions.virtual_pipeline_stage(index if layout.virtual_pipeline else None)
         chunks.append(
             GPTModel(
                 config,

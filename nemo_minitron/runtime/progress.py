@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a line now and then in a log."""
+"""Show the progress of a job: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Advance(Protocol):
-    """Told how much was done since the last call, and what there is to say of it."""
+    """A function to call with the number of units done since its last call, and an optional remark."""
 
     def __call__(self, count: int, status: str = "") -> None:
         """Advance by ``count``."""
@@ -26,14 +26,14 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bar(what: str, total: int | None, *, completed: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """Show how far ``what`` is.
+    """Show the progress of ``what`` within the block.
 
     The processes of a stage write to files; the launcher says through rich's ``TTY_COMPATIBLE`` whether those are shown
     on a terminal.
 
     Args:
         what: description.
-        total: units in all; None where nobody knows.
+        total: number of units; None if it is not known.
         completed: units that an earlier process did.
         shown: false on ranks that do not print.
 

@@ -1,8 +1,8 @@
-"""What a part of the suite needs beside its own light dependencies, asked for at its door.
+"""Packages that a part of the suite needs beside the light dependencies, checked before the part starts.
 
-``pip install nemo-minitron`` brings none of NVIDIA's stack (docs/cluster.md, "Versions"). Where a part of it is missing
-or too old, whoever needs it says so by name, with what to do about it, before anything is computed:
-:func:`require`. :func:`missing` turns an ``ImportError`` that came up all the same into such a message.
+``pip install nemo-minitron`` brings none of NVIDIA's stack (docs/cluster.md, "Versions"). Before anything is
+computed, :func:`require` names every package that is missing or too old, with the remedy. :func:`missing` makes the
+same message of an ``ImportError`` that happens all the same.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Part:
     """A package that some part of the suite imports.
 
     Attributes:
-        module: that is imported.
-        distribution: that brings it.
+        module: name that is imported.
+        distribution: name of the distribution that holds it.
         remedy: what to do where it is missing or of a version that does not work.
-        supported: versions that work; of :data:`~nemo_minitron.runtime.versions.SUPPORTED` if not said here.
+        supported: versions that work; None takes those of :data:`~nemo_minitron.runtime.versions.SUPPORTED`.
     """
 
     module: str
@@ -80,7 +80,7 @@ PARTS: dict[str, Part] = {
 
 
 def faults(needs: Mapping[str, Iterable[str]]) -> list[str]:
-    """What is missing or too old, a line for each remedy; empty where nothing is. Imports nothing.
+    """The packages that are missing or too old, a line for each remedy; empty if all are there. Imports nothing.
 
     Args:
         needs: keys of :data:`PARTS`, by what needs them: the subject of a sentence ("alignment").
@@ -102,14 +102,14 @@ def faults(needs: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def require(*modules: str, for_: str) -> None:
-    """Refuse at once, with a remedy, what would fail by an ``ImportError`` later.
+    """Raise an error with the remedy, instead of an ``ImportError`` later, if packages are missing.
 
     Args:
         modules: keys of :data:`PARTS`.
         for_: what needs them, as the subject of a sentence: "alignment".
 
     Raises:
-        MissingDependency: naming everything that is missing or too old.
+        MissingDependency: with all packages that are missing or too old.
     """
     lacking = faults({for_: modules})
     if lacking:
@@ -117,9 +117,9 @@ def require(*modules: str, for_: str) -> None:
 
 
 def missing(error: BaseException, *, for_: str) -> MissingDependency | None:
-    """The error to raise instead of an ``ImportError``; None where it is not about a package of :data:`PARTS`.
+    """The error to raise instead of an ``ImportError``; None if that is not about a package of :data:`PARTS`.
 
-    Only a package that is not there counts: a fault inside an installed one is left as it is, with its traceback.
+    A fault inside an installed package is left as it is, with its traceback.
     """
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None

@@ -1,8 +1,8 @@
-"""Asked to stop: a rank that can finish its step and save says so, and its launcher passes signals on to it.
+"""Stop a job in good order: ranks that can finish their step and save it, and the launcher that tells them to.
 
 Batch systems announce the end of a job: Slurm by SIGTERM, or earlier by the signal of ``--signal=USR1@seconds``. The
-launcher of a job (:func:`~nemo_minitron.jobs.launch.launch`) hands either on to every rank that has said, by a file
-in the job's folder, that it can stop in good order; a job of which none can is ended.
+launcher of a job (:func:`~nemo_minitron.jobs.launch.launch`) sends SIGUSR1 to every rank that can stop in good order.
+Such a rank has a file ``rank-<n>.stoppable`` in the job's folder. A job without such a rank is ended at once.
 """
 
 from __future__ import annotations
@@ -18,76 +18,80 @@ from typing import Any
 from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime.files import replace_file
 
-__all__ = ["ORDERS", "Relay", "StopRequest"]
+__all__ = ["STOP_SIGNALS", "Relay", "StopRequest"]
 
-ORDERS = (signal.SIGTERM, signal.SIGUSR1)
-"""The signals that ask for an end in good order."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a job to save its state and end."""
 FOLDER_VARIABLE = "MINITRON_JOB_FOLDER"
-"""Of the environment: the folder of the job that a process belongs to."""
+"""Environment variable with the folder of the job that a process belongs to."""
 _PATTERN = "rank-*.stoppable"
 
 
 class StopRequest:
-    """A context in which the signals of :data:`ORDERS` are only noted.
+    """A context in which the signals of :data:`STOP_SIGNALS` are recorded and have no other effect.
 
     Args:
-        announced: of a rank: its launcher shall hand signals on to it.
+        notify_launcher: write the file by which the launcher knows that this rank can stop in good order.
 
     Attributes:
-        came: the first of them, or None.
+        received: the first signal that arrived, or None.
     """
 
-    def __init__(self, *, announced: bool = True) -> None:
-        self.announced = announced
-        self.came: signal.Signals | None = None
+    def __init__(self, *, notify_launcher: bool = True) -> None:
+        self.notify_launcher = notify_launcher
+        self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        # Python allows signal handlers in the main thread alone; elsewhere nothing is noted, nothing is announced.
+        # Python allows signal handlers in the main thread alone; elsewhere this context does nothing.
         if threading.current_thread() is threading.main_thread():
-            self._before = {order: signal.signal(order, self._note) for order in ORDERS}
-            self._announce(there=True)
+            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            self._mark_stoppable()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if self._before:
-            self._announce(there=False)
-            for order, handler in self._before.items():
-                signal.signal(order, handler if handler is not None else signal.SIG_DFL)
+            self._unmark_stoppable()
+            for number, handler in self._before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
-    def insist(self) -> None:
-        """Take the signals again, after a library has put a handler of its own before this one."""
-        for order in self._before:
-            signal.signal(order, self._note)
+    def reinstall(self) -> None:
+        """Set the signal handlers again, after a library has replaced them by its own."""
+        for number in self._before:
+            signal.signal(number, self._handle)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = self.came or signal.Signals(number)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
 
-    def _announce(self, *, there: bool) -> None:
+    def _stoppable_file(self) -> Path | None:
         folder = os.environ.get(FOLDER_VARIABLE)
-        if folder is None or not self.announced:
-            return
-        path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.stoppable"
-        if there:
+        if folder is None or not self.notify_launcher:
+            return None
+        return Path(folder) / f"rank-{os.environ.get('RANK', '0')}.stoppable"
+
+    def _mark_stoppable(self) -> None:
+        if (path := self._stoppable_file()) is not None:
             replace_file(path, str(os.getpid()))
-        else:
+
+    def _unmark_stoppable(self) -> None:
+        if (path := self._stoppable_file()) is not None:
             path.unlink(missing_ok=True)
 
 
 class Relay:
-    """A context in which the launcher of a job hands :data:`ORDERS` on to its ranks, instead of dying of them.
+    """A context in which the launcher of a job forwards :data:`STOP_SIGNALS` to its ranks, instead of ending by them.
 
     Args:
-        folder: the job's.
+        folder: the job's folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._request = StopRequest(announced=False)
-        self._told = False
+        self._request = StopRequest(notify_launcher=False)
+        self._relayed = False
 
     def __enter__(self) -> Relay:
         self._request.__enter__()
@@ -99,21 +103,21 @@ class Relay:
         self._request.__exit__(kind, error, where)
 
     def step(self) -> None:
-        """Hand a signal on, once.
+        """Forward the signal that arrived, if any, to the ranks; once. The launcher calls it repeatedly.
 
         Raises:
-            PreemptedError: if no rank can stop in good order now.
+            PreemptedError: if a signal arrived and no rank can stop in good order now.
         """
-        order = self._request.came
-        if order is None or self._told:
+        received = self._request.received
+        if received is None or self._relayed:
             return
-        ranks = sorted(int(path.read_text()) for path in self.folder.glob(_PATTERN))
-        for rank in ranks:
+        process_ids = sorted(int(path.read_text()) for path in self.folder.glob(_PATTERN))
+        for process_id in process_ids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGUSR1)
-        self._told = True
-        if not ranks:
+                os.kill(process_id, signal.SIGUSR1)
+        self._relayed = True
+        if not process_ids:
             raise PreemptedError(
-                f"{order.name} came; what was running does not save in the middle of its work and was ended. "
+                f"{received.name} came; what was running does not save in the middle of its work and was ended. "
                 "Give the same command again"
             )

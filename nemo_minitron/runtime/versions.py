@@ -1,8 +1,8 @@
-"""Releases of NVIDIA's stack: which of them this suite works beside, and where they differ.
+"""Releases of NVIDIA's stack: those that this suite supports, and the differences between them.
 
-Everything that depends on a version of NeMo, Megatron-core, NeMo-Aligner, torch or transformers is decided here, so
-that the other modules ask for a behaviour and not for a number. ``make matrix`` runs the smoke tier beside every entry
-of :data:`PAIRS`; docs/cluster.md has the table of what passed.
+Everything that depends on a version of NeMo, Megatron-core, NeMo-Aligner, torch or transformers is decided here; the
+other modules do not compare versions. ``make matrix`` runs the smoke tests with every entry of :data:`PAIRS`;
+docs/cluster.md has the results.
 
 Importing this module imports nothing of the stack: versions are read from the metadata of what is installed.
 """
@@ -30,21 +30,21 @@ __all__ = [
     "layer_layout",
     "matches",
     "pair_of",
-    "virtual_stage",
+    "virtual_pipeline_stage",
 ]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A release of NeMo beside one of Megatron-core, and what else an environment of them holds.
+    """A release of NeMo with one of Megatron-core, and the other versions of such an environment.
 
     Attributes:
         name: for the command line and the table.
         nemo: version of nemo-toolkit.
         megatron: version of megatron-core.
         torch: version of torch.
-        container: tag of ``nvcr.io/nvidia/nemo`` that holds the pair; None where none does.
-        pins: further distributions whose version differs from constraints.txt; None where any will do.
+        container: tag of the ``nvcr.io/nvidia/nemo`` image that holds the pair; None if no image does.
+        pins: further distributions whose version differs from constraints.txt; None if there is none.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Pair:
     pins: dict[str, str | None] = field(default_factory=dict)
 
     def overrides(self) -> dict[str, str | None]:
-        """Version by distribution, for everything that differs from constraints.txt."""
+        """Versions that differ from constraints.txt, by distribution."""
         return {"nemo-toolkit": self.nemo, "megatron-core": self.megatron, "torch": self.torch, **self.pins}
 
 
@@ -103,7 +103,7 @@ WITH_NEMO_1 = ">=2.3,<2.5"
 def installed(distribution: str) -> Version | None:
     """Version of an installed distribution; None where it is not installed, or its metadata names no version.
 
-    NVIDIA's builds ("2.7.0a0+79aa17489c.nv25.04") count as the release that they lead to.
+    NVIDIA's builds ("2.7.0a0+79aa17489c.nv25.04") count as the release that they precede ("2.7.0").
     """
     try:
         return Version(Version(importlib.metadata.version(distribution)).base_version)
@@ -112,9 +112,9 @@ def installed(distribution: str) -> Version | None:
 
 
 def matches(requirement: str) -> bool:
-    """Whether what is installed fulfils a requirement such as ``"megatron-core>=0.13"``.
+    """Whether the installed version fulfils a requirement such as ``"megatron-core>=0.13"``.
 
-    What is not installed, or says no version, counts as the pinned release.
+    A distribution that is not installed, or states no version, counts as the pinned release.
     """
     wanted = Requirement(requirement)
     version = installed(wanted.name)
@@ -124,19 +124,19 @@ def matches(requirement: str) -> bool:
     return wanted.specifier.contains(version, prereleases=True)
 
 
-def layer_layout(stages: list[list[str]] | None) -> dict[str, Any]:
-    """Argument that lays the layers over the pipeline stages, for Megatron's configuration and NeMo's strategy.
+def layer_layout(pipeline_stages: list[list[str]] | None) -> dict[str, Any]:
+    """Keyword arguments that set the layers of each pipeline stage, for Megatron's configuration and NeMo's strategy.
 
     Args:
-        stages: the parts of each stage; None where all hold equally many layers.
+        pipeline_stages: the parts of each stage; None where all hold equally many layers.
 
     Raises:
         ShapeError: for stages of different sizes below megatron-core 0.13, which brought the argument.
     """
     if matches("megatron-core>=0.13"):
-        return {"pipeline_model_parallel_layout": stages}
-    if stages is not None:
-        sizes = ", ".join(str(stage.count("decoder")) for stage in stages)
+        return {"pipeline_model_parallel_layout": pipeline_stages}
+    if pipeline_stages is not None:
+        sizes = ", ".join(str(stage.count("decoder")) for stage in pipeline_stages)
         raise ShapeError(
             f"pipeline stages of {sizes} layers need megatron-core 0.13, but {installed('megatron-core')} is here; "
             "let parallel.pipeline divide the number of layers"
@@ -144,8 +144,8 @@ def layer_layout(stages: list[list[str]] | None) -> dict[str, Any]:
     return {}
 
 
-def virtual_stage(stage: int | None) -> dict[str, Any]:
-    """Argument that says which virtual pipeline stage a chunk of a model is.
+def virtual_pipeline_stage(stage: int | None) -> dict[str, Any]:
+    """Keyword arguments that set the virtual pipeline stage of a model chunk.
 
     Raises:
         ShapeError: for virtual stages below megatron-core 0.13, which keeps the stage in a global instead.
@@ -161,7 +161,7 @@ def virtual_stage(stage: int | None) -> dict[str, Any]:
 
 
 def block_arguments(block: Any) -> dict[str, Any]:
-    """What a ``TransformerBlock`` gives each of its layers beside configuration and number."""
+    """Keyword arguments, beside configuration and number, by which a ``TransformerBlock`` builds its layers."""
     if matches("megatron-core>=0.13"):
         return {"model_comm_pgs": block.model_comm_pgs, "vp_stage": block.vp_stage}
     return {}

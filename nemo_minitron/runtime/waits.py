@@ -1,8 +1,8 @@
-"""How long a rank waits for the others: ``runtime.collective_timeout_minutes`` in process groups that others make.
+"""The time limit of collectives, ``runtime.collective_timeout_minutes``, in process groups that a library makes.
 
 :func:`~nemo_minitron.runtime.groups.initialize` gives its groups a time limit itself. NeMo's strategies, which make
-those of the trainings, take none, and Megatron's default is half an hour: a node that hangs would hold all others for
-that long.
+the groups of trainings, take no limit, and Megatron's default is half an hour: all ranks would wait that long for a
+node that hangs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _minutes: float | None = None
 
 
 def limit_waits(minutes: float | None) -> None:
-    """Set the limit for this process; None for whatever the groups are made with. Decided once, at process start."""
+    """Set the time limit of this process, once, at its start; None leaves each group the limit that it is made with."""
     global _minutes
     _minutes = minutes
 
@@ -31,7 +31,7 @@ def limit_waits(minutes: float | None) -> None:
 def bounded_groups() -> Iterator[None]:
     """A context in which every process group is made with the limit of this process.
 
-    A limit that is set later does not do: gloo's sends and receives keep that which their group was made with.
+    Setting it later has no effect on gloo: its sends and receives keep the limit that their group was made with.
     """
     if _minutes is None:
         yield

@@ -1,13 +1,13 @@
 """Architecture search: which shapes fit a budget, what they cost, and which of them lose least.
 
-:mod:`~nemo_minitron.search.space` enumerates, :mod:`~nemo_minitron.planning.memory` and
-:mod:`~nemo_minitron.search.latency` say what a shape costs, :mod:`~nemo_minitron.search.rank` keeps and orders results.
-Importing them imports no torch.
+:mod:`~nemo_minitron.search.space` enumerates shapes, :mod:`~nemo_minitron.planning.memory` and
+:mod:`~nemo_minitron.search.latency` say what a shape costs, :mod:`~nemo_minitron.search.results` keeps the results and
+compares them. Importing them imports no torch.
 """
 
 from nemo_minitron.planning import MemoryCost, MemoryUse, Workload
 from nemo_minitron.search.latency import Latency, LatencyCost, Timer
-from nemo_minitron.search.rank import Result, by_candidate, kendall_tau, pareto_front, read_search, search_journal
+from nemo_minitron.search.results import Result, by_candidate, kendall_tau, pareto_front, read_search, search_journal
 from nemo_minitron.search.space import Budget, ParameterCost, SearchSpace, ShapeSet, Sizes, axis_values, spread
 
 __all__ = [

@@ -1,8 +1,7 @@
-"""Latency of shapes, measured on the running device with random weights, and an additive model fitted to a few.
+"""Latency of shapes: measured on the running device with random weights, and an additive model fitted to measurements.
 
 A prefill runs a batch of whole sequences and fills the cache of keys and values; a decoding step adds one token to
-each. Both are of one process, as Megatron runs them; a serving engine has other kernels, so ratios carry over better
-than times do.
+each. Both run in one process of Megatron. A serving engine has other kernels, so ratios are more comparable than times.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ class Latency:
 
 
 class Timer:
-    """Times shapes in turn with the unpruned one, which stays in memory, so that both meet the same machine.
+    """Measures shapes in turn with the unpruned shape, which stays in memory, so that both see the same machine.
 
     Args:
         shape: unpruned.
         architecture: constants of the models.
-        groups: of a world of one process.
+        groups: of a single process.
         batch_size: sequences.
         sequence_length: tokens of each; the decoding step is the one after them.
         dtype: of the weights.
-        repeats: measurements of each, after one that does not count.
+        repeats: measurements of each, after a first one that is dropped.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class Timer:
             return filled - started, self._now() - filled
 
     def _now(self) -> float:
-        """Seconds, once the device has done what it was given."""
+        """The time in seconds, after the device has finished its work."""
         import torch
 
         if self.groups.device.is_cuda:
@@ -116,15 +115,15 @@ class Timer:
 
 
 class LatencyCost:
-    """Latency as a sum of what it is made of, each part's price fitted to measurements and none below zero.
+    """Latency as a sum over parts of a model, with coefficients that are fitted to measurements and not negative.
 
-    Parts: the process itself, the layers, their attention's and their MLPs' weights, attention scores, the output
+    Parts: a constant, the layers, their attention's and their MLPs' weights, attention scores, the output
     layer. So it never falls when a size grows, as a :data:`~nemo_minitron.search.space.Cost` must not.
 
     Args:
         table: of the family.
         shape: of the unpruned model.
-        measured: shapes and their seconds, at least one.
+        measured: shapes and their seconds; at least one shape.
         topk: experts that a token is sent to, of a mixture.
     """
 
@@ -150,7 +149,7 @@ class LatencyCost:
         self.error = float(np.abs(rows @ np.array(self._prices) / seconds - 1).max())
 
     def __call__(self, sizes: Sizes) -> float:
-        """Seconds."""
+        """The latency in seconds."""
         return sum(price * part for price, part in zip(self._prices, self._parts(sizes), strict=True))
 
     def _parts(self, sizes: Sizes) -> tuple[float, ...]:

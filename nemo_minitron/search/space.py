@@ -1,8 +1,8 @@
-"""All shapes of a space that fit a budget: counted and listed without walking the whole product.
+"""All shapes of a space that fit a budget, counted and listed without visiting the whole product.
 
-Costs never fall when a size grows. So a prefix of sizes is dropped where even the smallest rest is too expensive, or
-the largest too cheap; and along the last axis, the MLP's width, what fits is one run of the candidates, found by
-bisection.
+Costs never fall when a size grows. So the first sizes of a shape are dropped if the shape is too expensive even with
+the smallest other sizes, or too cheap with the largest. Along the last axis, the MLP's width, the candidates that fit
+are one run, whose ends are found by bisection.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, shape: ModelShape) -> Sizes:
-        """Those of a shape."""
+        """The searched sizes of a shape."""
         return cls(*(getattr(shape, name) for name in cls._fields))
 
     @property
     def name(self) -> str:
-        """Short and fit for a directory: ``l22-h512-f1280-a8-g4``, of a mixture with ``-e8``."""
+        """A short name, usable for a directory: ``l22-h512-f1280-a8-g4``; with ``-e8`` for a mixture of experts."""
         experts = "" if self.num_moe_experts is None else f"-e{self.num_moe_experts}"
         return (
             f"l{self.num_layers}-h{self.hidden_size}-f{self.ffn_hidden_size}"
@@ -51,13 +51,13 @@ Cost = Callable[[Sizes], float]
 
 @dataclass(frozen=True)
 class Budget:
-    """A window of costs.
+    """A range of allowed costs.
 
     Attributes:
-        name: as the configuration calls it.
-        low, high: both allowed.
-        cost: of a shape.
-        show: how to write a cost.
+        name: its name in the configuration.
+        low, high: least and largest cost, both allowed.
+        cost: function from a shape to its cost.
+        show: function from a cost to its text.
     """
 
     name: str
@@ -74,8 +74,8 @@ class ParameterCost:
     """Exact number of parameters, as :func:`nemo_minitron.axes.parameter_count`, in about a microsecond.
 
     For a given width of the residual stream and number of experts, a layer's count is affine in the query heads, the
-    groups and the MLP's width, and the model's in the layers. So sizes that fit no model, as bounds of many that do,
-    have a count too.
+    groups and the MLP's width, and the model's in the layers. So there is also a count for sizes that fit no model,
+    which serve as bounds.
 
     Args:
         table: of the family.
@@ -119,7 +119,7 @@ def axis_values(
 
     Args:
         name: of the axis, for messages.
-        own: the unpruned model's size, which none may exceed.
+        own: the unpruned model's size, which no candidate may exceed.
         minimum, maximum, multiple: all multiples between both; without ``minimum`` and ``values`` the axis stays as it
             is, without ``maximum`` it reaches to the model's own.
         values: instead, the candidates themselves.
@@ -148,7 +148,7 @@ def axis_values(
 
 
 class ShapeSet(Sequence[ModelShape]):
-    """Shapes that fit, in a fixed order, made when they are asked for.
+    """The shapes that fit, in a fixed order; each is made when it is asked for.
 
     Attributes:
         base: the unpruned shape.
@@ -186,13 +186,13 @@ class ShapeSet(Sequence[ModelShape]):
 
 
 class SearchSpace:
-    """Candidates of each axis, without those that no layout or family allows.
+    """Candidates of each axis, as far as layout and family allow them.
 
     Heads fill their groups equally, and a group has no more heads than the model's own.
 
     Args:
         base: unpruned shape.
-        values: candidates by the name of the size, as :func:`axis_values` gives them; a size that is not named stays.
+        values: candidates from :func:`axis_values` by the name of the size; a size that is not named stays as it is.
             Where groups are searched and heads are not, each group keeps all its heads.
         tensor, pipeline: parallel layout that every shape must fit; ``pipeline`` times virtual stages.
         experts: least number of experts, the router's top-k.
@@ -249,7 +249,7 @@ class SearchSpace:
         """All shapes within every budget.
 
         Raises:
-            ShapeError: if there is none, with the budget that excludes all and the nearest shapes that would fit.
+            ShapeError: if no shape fits, with the budget that excludes all and the nearest shapes that would fit.
         """
         shapes = ShapeSet(self.base, list(self._runs(budgets)))
         if not len(shapes):
@@ -271,7 +271,7 @@ class SearchSpace:
                 yield sizes, widths[first:end]
 
     def _prefixes(self, budgets: Sequence[Budget]) -> Iterator[Sizes]:
-        """All sizes but the MLP's width (here its smallest), without those that no width brings into budget."""
+        """All other sizes with the smallest MLP width, without those that fit the budget with no width."""
         names = Sizes._fields[:-1]
         least = Sizes._make(self.values[name][0] for name in Sizes._fields)
         most = Sizes._make(self.values[name][-1] for name in Sizes._fields)
@@ -327,11 +327,11 @@ class SearchSpace:
 
 
 def spread(shapes: ShapeSet, count: int) -> list[int]:
-    """Positions of ``count`` shapes that stand for all of them, ascending; all positions where there are no more.
+    """Positions of ``count`` shapes that are spread over all of them, ascending; all positions if there are no more.
 
     Lloyd's k-means over the logarithms of the sizes, begun at farthest points, each centre then taking the shape
-    nearest to it: no random numbers, so that a search that is begun anew finds the same. Of very many shapes, every
-    n-th is looked at.
+    nearest to it. There are no random numbers, so a repeated search chooses the same shapes. Of very many shapes, only
+    every n-th is considered.
     """
     import numpy as np
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.jobs.atomic import MARKER, check_output
@@ -50,7 +50,8 @@ def plan(config: CacheConfig) -> StagePlan:
         return plan
     layout = config.parallel
     plan.faults += [f"teacher: {fault}" for fault in uniform_faults(shape, "a logit cache")]
-    plan.faults += [f"teacher: {fault}" for fault in shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)]
+    layout_faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
+    plan.faults += [f"teacher: {fault}" for fault in layout_faults]
     if config.k is not None and config.k >= shape.vocab_size:
         plan.faults.append(_too_many(config.k, shape.vocab_size))
     parameters = axes.parameter_count(peek_family(config.teacher), shape)

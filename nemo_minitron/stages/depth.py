@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import DepthConfig
 from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
 from nemo_minitron.importance.depth_scores import depth_journal
@@ -44,7 +44,7 @@ def plan(config: DepthConfig) -> StagePlan:
         return plan
     faults = uniform_faults(shape, "measuring depth")
     faults += depth_faults(shape.num_layers, config.block_lengths, config.greedy)
-    plan.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    plan.faults += faults + shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
     plan.costs.update(model_costs(config.model, config.runtime.dtype))
     if faults:
         return plan

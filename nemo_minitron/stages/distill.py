@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.record import peek_shape
+from nemo_minitron.checkpoints.model_record import peek_shape
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.distillation.losses.layer_maps import layer_maps
 from nemo_minitron.distillation.training.outputs import finished
@@ -128,7 +128,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
 
 
 def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
-    """Train, or on a rank of the teacher's own, for which None comes back, serve until the training is over."""
+    """Train the student. A rank that runs only the teacher serves it until the training ends, and returns None."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.compatibility import check_model, check_pair
 
@@ -159,7 +159,8 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         check_pair(student, teacher, layout, config.data.sequence_length, teacher_layout=placement.layout)
         kept = _kept_layers(config, student.shape, teacher.shape)
         layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
-        if _served(config, teacher, layout, placement):
+        if _is_teacher_rank(layout, placement):
+            _serve_teacher(config, teacher, layout, placement)
             return None
         train, validation = training_blocks(config, teacher)
 
@@ -190,20 +191,28 @@ def _placement(config: DistillConfig) -> TeacherPlacement:
     )
 
 
-def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, placement: TeacherPlacement) -> bool:
-    """Whether this process is a rank of the teacher's own, which has served by now until the training was over."""
-    import torch
-
+def _is_teacher_rank(layout: ParallelLayout, placement: TeacherPlacement) -> bool:
+    """Whether this process is one of the ranks that run only the teacher."""
     if placement.kind != "own_ranks":
         return False
-    from nemo_minitron.distillation.teachers.own_ranks import becomes_teacher, serve_teacher
+    from nemo_minitron.distillation.teachers.own_ranks import becomes_teacher
+
+    assert placement.layout is not None
+    return becomes_teacher(layout, placement.layout)
+
+
+def _serve_teacher(
+    config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, placement: TeacherPlacement
+) -> None:
+    """Serve the teacher's logits to the student's ranks, until the training ends."""
+    import torch
+
+    from nemo_minitron.distillation.teachers.own_ranks import serve_teacher
     from nemo_minitron.distillation.training.outputs import finished
 
     assert placement.layout is not None
-    if not becomes_teacher(layout, placement.layout):
-        return False
     if config.resume and finished(Path(config.output), config.steps):
-        return True  # the student's ranks have nothing to ask for
+        return  # the student's ranks have nothing to ask for
     serve_teacher(
         teacher,
         layout,
@@ -212,7 +221,6 @@ def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, 
         timeout_minutes=placement.timeout_minutes,
         seed=config.runtime.seed,
     )
-    return True
 
 
 def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks: dict[str, Blocks]) -> None:

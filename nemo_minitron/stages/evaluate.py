@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.atomic import stage_output
@@ -60,7 +60,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
     shapes = {name: shape for name, path in config.models.items() if (shape := peek_shape(path)) is not None}
     for name, shape in shapes.items():
         faults = uniform_faults(shape, "evaluation")
-        faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
         plan.faults += [f"model {name!r}: {fault}" for fault in faults]
     if shapes:
         counts = [axes.parameter_count(peek_family(config.models[name]), shape) for name, shape in shapes.items()]

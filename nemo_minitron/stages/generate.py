@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.record import peek_architecture, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.packages import PACKAGES
@@ -62,7 +62,7 @@ def plan(config: GenerateConfig) -> StagePlan:
         plan.faults += faults
         return plan
     layout = config.parallel
-    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
     context = architecture.max_position_embeddings
     if config.max_length is not None and config.max_length > context:
         plan.faults.append(f"max_length={config.max_length}: the model's context holds {context} tokens")

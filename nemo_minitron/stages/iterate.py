@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import IterateConfig
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.importance.estimators import ESTIMATORS
@@ -116,7 +116,7 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
         config.rounds,
         spacing=config.spacing,
         tensor=layout.tensor,
-        pipeline=layout.stages,
+        pipeline=layout.pipeline_stages,
     )
 
 

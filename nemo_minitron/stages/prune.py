@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
@@ -117,7 +117,7 @@ def _sizes(config: PruneConfig) -> dict[str, int]:
 
 def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:
     layout = config.student_layout
-    faults = target.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    faults = target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
     return [f"student_layout: {fault}" for fault in faults]
 
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
@@ -38,7 +38,7 @@ def plan(config: ScoreConfig) -> StagePlan:
     plan = plan_measuring(config, "score", written)
     plan.faults += faults
     if shape is not None:
-        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
         plan.costs.update(model_costs(config.model, config.runtime.dtype))
         count = axes.parameter_count(peek_family(config.model), shape)
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores

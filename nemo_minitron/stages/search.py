@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.launch import launch
@@ -40,7 +40,7 @@ from nemo_minitron.search import (
     search_journal,
     spread,
 )
-from nemo_minitron.search.rank import JOURNAL_NAME
+from nemo_minitron.search.results import JOURNAL_NAME
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.search_ranking import BASE, Work
 from nemo_minitron.stages.shared.search_results import write_results
@@ -227,7 +227,7 @@ class Costs:
             self.shape,
             values,
             tensor=layout.tensor,
-            pipeline=layout.stages,
+            pipeline=layout.pipeline_stages,
             experts=self.topk or 1,
         )
 

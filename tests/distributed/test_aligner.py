@@ -213,7 +213,7 @@ def nemo1(restored: str, tokenizer: str, data: str, out: str, tensor: int) -> di
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny ``.nemo``, unpacked (NeMo 1 cannot point into an archive for a Hugging Face tokenizer), and its data."""
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-    from nemo_minitron.checkpoints.formats.nemo1.door import unpack_nemo1
+    from nemo_minitron.checkpoints.formats.nemo1.checkpoint import unpack_nemo1
 
     folder = tmp_path_factory.mktemp("aligner")
     sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}

@@ -13,7 +13,7 @@ import torch
 from support.checkpoints import tiny_checkpoint
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, verify, write_checkpoint
-from nemo_minitron.checkpoints.formats.nemo1.door import Archive
+from nemo_minitron.checkpoints.formats.nemo1.checkpoint import Archive
 from nemo_minitron.errors import CheckpointError
 
 pytestmark = pytest.mark.slow

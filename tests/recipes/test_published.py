@@ -12,7 +12,7 @@ from nemo_minitron.cli.dry_run import show_plans
 from nemo_minitron.cli.plan import read_subject, trainings_of
 from nemo_minitron.config import ClusterConfig, DistillConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.planning import ForwardFlops, layout_cost, load_recipe, recipe_names, stage_parameters
+from nemo_minitron.planning import ForwardFlops, layout_cost, load_recipe, pipeline_stage_parameters, recipe_names
 
 #: Of each distillation: exact parameters of student and teacher, those that the papers and model cards print, in
 #: thousands of millions, and the FLOPs of a step that arXiv 2407.14679 (section 4.1) gives for plain training.
@@ -140,7 +140,7 @@ def test_every_rank_on_the_meta_device_and_the_export():
                     for model in models:
                         chunks = meta_chunks(model, groups)
                         found = {n: tuple(p.shape) for chunk in chunks for n, p in canonical_parameters(chunk)}
-                        expected = stage_parameters(model, tensor=layout.tensor, pipeline=layout.pipeline)
+                        expected = pipeline_stage_parameters(model, tensor=layout.tensor, pipeline=layout.pipeline)
                         assert found == expected[groups.pp_rank], (name, rank)
                         assert {p.device.type for chunk in chunks for p in chunk.parameters()} == {"meta"}
                         if model is training.student:

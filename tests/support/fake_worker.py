@@ -34,9 +34,9 @@ def run(config: StageConfig) -> dict[str, Any]:
     if what.startswith("stoppable"):
         with StopRequest() as request:
             (Path(config.output).parent / f"started-{rank}").touch()
-            while request.came is None:
+            while request.received is None:
                 time.sleep(0.05)
-        raise PreemptedError(f"stopped by {request.came.name}")
+        raise PreemptedError(f"stopped by {request.received.name}")
     if what.startswith(("refuse", "crash", "die", "hang")):
         time.sleep(600)  # the peers wait for the one that is gone
     if rank == 0:

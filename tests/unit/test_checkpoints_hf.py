@@ -1,4 +1,4 @@
-"""The Hugging Face door: names, configuration, sharding, and every way in which a HF directory can be broken."""
+"""The Hugging Face format: names, configuration, sharding, and every way in which a HF directory can be broken."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_written_directory_is_the_same_model(tmp_path: Path, tied: bool) -> None
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.checkpoints.formats.huggingface.door.SMALLEST_SHARD", 0)
+    monkeypatch.setattr("nemo_minitron.checkpoints.formats.huggingface.checkpoint.SMALLEST_SHARD", 0)
 
 
 @pytest.mark.usefixtures("small_shards")

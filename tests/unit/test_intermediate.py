@@ -11,7 +11,7 @@ import torch
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.record import write_record
+from nemo_minitron.checkpoints.model_record import write_model_record
 from nemo_minitron.config import IntermediateConfig, ParallelLayout, load
 from nemo_minitron.distillation.losses.layer_maps import layer_maps, layer_ranks, proportional
 from nemo_minitron.distillation.losses.states import attention_relations, hidden_cosine, hidden_mse
@@ -141,7 +141,7 @@ def test_a_plan_tells_the_layers_and_knows_what_the_student_kept(cut_from_it: bo
     for name, shape in (("s", five), ("t", SHAPE)):
         (tmp_path / name).mkdir()
         made = Checkpoint(shape, Architecture(), None, None, tmp_path / name, "hf")  # type: ignore[arg-type]
-        write_record(made, tmp_path / name, dtype="float32", form="hf")
+        write_model_record(made, tmp_path / name, dtype="float32", form="hf")
     source = SHAPE if cut_from_it else SHAPE.replace(hidden_size=64)
     kept = KeptUnits.everything(source)
     fields = {n: getattr(kept, n)[:5] for n in ("ffn", "groups", "heads")}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig, ExportConfig, ReportConfig, RuntimeConfig, StageConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
 from nemo_minitron.jobs.atomic import stage_output

@@ -23,7 +23,7 @@ from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
 from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
-from nemo_minitron.planning import Model, stage_parameters
+from nemo_minitron.planning import Model, pipeline_stage_parameters
 from nemo_minitron.planning.memory import MemoryCost, Workload
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.pruning import choose_units, load_kept, merge_pruned_heads, prune_weights, save_kept, target_shape
@@ -92,12 +92,12 @@ def test_pruned_tensors_are_rows_of_the_unpruned_ones(case, family):
 
 
 def write_and_read_torch_dist(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    from nemo_minitron.checkpoints.record import read_record, write_record
+    from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 
     write_torch_dist(checkpoint, folder / "weights", prefix="module.", dtype="float32", vocab_rows=128, common={})
-    write_record(checkpoint, folder, dtype="float32", form="torch_dist")
+    write_model_record(checkpoint, folder, dtype="float32", form="torch_dist")
     store = TorchDist(folder / "weights")
-    return checkpoint_of(store, read_record(folder), None, tokenizer=None, path=folder, form="torch_dist")
+    return checkpoint_of(store, read_model_record(folder), None, tokenizer=None, path=folder, form="torch_dist")
 
 
 @given(prunings())
@@ -500,7 +500,7 @@ def test_costs_are_the_sums_of_the_layers(shape, pipeline):
     if shape.num_layers < pipeline:
         return
     table, model = axes.FAMILIES["llama"], Model(shape)
-    ranks = stage_parameters(model, tensor=1, pipeline=pipeline)
+    ranks = pipeline_stage_parameters(model, tensor=1, pipeline=pipeline)
     padded = shape.replace(vocab_size=128)
     tied = padded.vocab_size * shape.hidden_size if shape.tied_embeddings and pipeline > 1 else 0
     counted = [sum(torch.Size(size).numel() for size in rank.values()) for rank in ranks]

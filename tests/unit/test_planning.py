@@ -26,8 +26,8 @@ from nemo_minitron.planning import (
     layout_costs,
     layout_faults,
     load_recipe,
+    pipeline_stage_parameters,
     recipe_names,
-    stage_parameters,
 )
 from nemo_minitron.shape import Architecture, ModelShape
 
@@ -77,7 +77,7 @@ def test_stage_parameters_of_every_rank_are_the_model():
     for tied in (False, True):
         model = Model(STUDENT.shape.replace(vocab_size=1024, tied_embeddings=tied))
         for tensor, pipeline, virtual in ((1, 1, None), (2, 1, None), (4, 3, None), (2, 2, 2)):
-            stages = stage_parameters(model, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
+            stages = pipeline_stage_parameters(model, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
             names = [name for stage in stages for name in stage]
             copies = ["output_layer.weight"] if tied and pipeline > 1 else []
             assert sorted(names) == sorted(
@@ -89,11 +89,11 @@ def test_stage_parameters_of_every_rank_are_the_model():
                 for name, size in stage.items()
             )
             assert held == model.parameters + (1024 * 512 if copies else 0)
-    first, second = stage_parameters(model, tensor=1, pipeline=2, virtual_pipeline=2)
+    first, second = pipeline_stage_parameters(model, tensor=1, pipeline=2, virtual_pipeline=2)
     assert {int(name.split(".")[2]) for name in first if "layers" in name} == {0, 1, 4, 5}
     assert {int(name.split(".")[2]) for name in second if "layers" in name} == {2, 3, 6, 7}
     with pytest.raises(ShapeError, match="num_query_groups=4 cannot be split over parallel.tensor=8"):
-        stage_parameters(model, tensor=8)
+        pipeline_stage_parameters(model, tensor=8)
 
 
 def test_traffic_of_a_step():
@@ -107,7 +107,8 @@ def test_traffic_of_a_step():
     assert cost.sent["tensor"] == 2 * micro_batch
     assert cost.sent["pipeline"] == 2 * (2 * student + teacher)
     weights = max(
-        sum(math.prod(shape) for shape in stage.values()) for stage in stage_parameters(STUDENT, tensor=2, pipeline=2)
+        sum(math.prod(shape) for shape in stage.values())
+        for stage in pipeline_stage_parameters(STUDENT, tensor=2, pipeline=2)
     )
     assert cost.sent["data"] == weights * (4 + 2) * 15 / 16
     assert cost.bubble == pytest.approx((1 / 2) / (1 + 1 / 2))

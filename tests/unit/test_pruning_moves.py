@@ -18,12 +18,12 @@ from nemo_minitron.runtime.model import pipeline_layer_layout
     [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (7, 2, [4, 3]), (7, 4, [2, 2, 2, 1]), (5, 5, [1] * 5), (9, 4, [3, 2, 2, 2])],
 )
 def test_stages_are_as_equal_as_can_be(layers: int, stages: int, sizes: list[int]) -> None:
-    assert SHAPE.replace(num_layers=layers).stage_sizes(stages) == sizes
+    assert SHAPE.replace(num_layers=layers).pipeline_stage_sizes(stages) == sizes
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"num_layers=4 cannot fill 5 stages .*; use at most 4"):
-        SHAPE.stage_sizes(5)
+        SHAPE.pipeline_stage_sizes(5)
 
 
 def test_only_uneven_stages_need_a_layout() -> None:
@@ -48,7 +48,7 @@ def test_no_rank_holds_more_than_one_layer_too_many() -> None:
         shape = SHAPE.replace(num_layers=layers)
 
         def owners(count: int, ranks: int = ranks, chunks: int = chunks) -> list[int]:
-            sizes = SHAPE.replace(num_layers=count).stage_sizes(ranks * chunks)
+            sizes = SHAPE.replace(num_layers=count).pipeline_stage_sizes(ranks * chunks)
             return [stage % ranks for stage, size in enumerate(sizes) for _ in range(size)]
 
         kept = sorted(generator.sample(range(layers), generator.randint(ranks * chunks, layers)))

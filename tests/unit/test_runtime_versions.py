@@ -143,11 +143,11 @@ def test_what_megatron_before_0_13_cannot_do_is_refused_by_name(pretend: dict[st
     stages = [["embedding", "decoder", "decoder"], ["decoder", "loss"]]
     pretend["megatron-core"] = "0.13.0"
     assert versions.layer_layout(stages) == {"pipeline_model_parallel_layout": stages}
-    assert versions.virtual_stage(1) == {"vp_stage": 1}
+    assert versions.virtual_pipeline_stage(1) == {"vp_stage": 1}
     versions.installed.cache_clear()
     pretend["megatron-core"] = "0.12.3"
-    assert versions.layer_layout(None) == versions.virtual_stage(None) == {}
+    assert versions.layer_layout(None) == versions.virtual_pipeline_stage(None) == {}
     with pytest.raises(ShapeError, match=r"stages of 2, 1 layers need megatron-core 0.13, but 0.12.3 is here"):
         versions.layer_layout(stages)
     with pytest.raises(ShapeError, match=r"virtual_pipeline needs megatron-core 0.13"):
-        versions.virtual_stage(0)
+        versions.virtual_pipeline_stage(0)

@@ -1,6 +1,6 @@
-"""The table of checkpoint formats, one entry each: what settings offer, what is detected, read, written and verified.
+"""The table of checkpoint formats: an entry for each format that can be detected, read, written or verified.
 
-The entries name functions of the formats' modules, none of which imports torch or NeMo before it is called.
+The entries name functions of the formats' modules. None of them imports torch or NeMo before it is called.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
-from nemo_minitron.checkpoints.formats.huggingface.door import is_hf, open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
-from nemo_minitron.checkpoints.formats.nemo1.door import is_nemo1, open_nemo1, write_nemo1
+from nemo_minitron.checkpoints.formats.nemo1.checkpoint import is_nemo1, open_nemo1, write_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
-from nemo_minitron.checkpoints.formats.nemo2.door import is_nemo2, open_nemo2, write_nemo2
+from nemo_minitron.checkpoints.formats.nemo2.checkpoint import is_nemo2, open_nemo2, write_nemo2
 from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
 from nemo_minitron.config import tables
 from nemo_minitron.config.parts import written_formats
@@ -69,5 +69,5 @@ and the entry points ``nemo_minitron.formats`` of an installed package do so in 
 
 
 def detect(path: Path) -> Format | None:
-    """The format of a path, by names alone; None where no format knows it."""
+    """The format of a path, by file names alone; None if it is of no known format."""
     return next((entry for entry in FORMATS.values() if entry.detect(path)), None)

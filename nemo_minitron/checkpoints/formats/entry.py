@@ -1,4 +1,4 @@
-"""What a checkpoint format is to the suite: an entry of :data:`nemo_minitron.checkpoints.formats.FORMATS`."""
+"""The class of the entries of :data:`nemo_minitron.checkpoints.formats.FORMATS`, and the options of writing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class WriteOptions:
     """How a checkpoint is to be written.
 
     Attributes:
-        dtype: of the tensors.
-        scratch: a directory beside the output, not there yet and cleared away afterwards, for the parts of a format
-            that is one file.
-        vocab_multiple: what a format that pads the vocabulary pads it to.
+        dtype: of the written tensors.
+        scratch: a directory beside the output for the parts of a format that is one file; it does not exist yet, and is
+            removed afterwards.
+        vocab_multiple: a format with a padded vocabulary pads it to a multiple of this.
         progress: called after each tensor.
     """
 
@@ -38,22 +38,22 @@ class WriteOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A checkpoint format. Nothing else in the suite asks for a format's name to know one of these things.
+    """A checkpoint format. All that the suite knows about a format is in its entry; no code compares format names.
 
     Attributes:
-        name: as settings and ``minitron.json`` spell it.
-        title: as reports and messages call it.
+        name: its name in settings and in ``minitron.json``.
+        title: its name in reports and messages.
         looks: what a user would see at a path of this format, for messages.
         detect: whether a path, which need not exist, is of this format. Cheap: names, no content.
-        open: path -> checkpoint, metadata read, tensors not. None where ``convert`` stands for it.
-        write: writes a checkpoint to a path that is not there yet; what stands at it in the end becomes the output.
+        open: path -> checkpoint; reads metadata and no tensors. None for a format with ``convert``.
+        write: writes a checkpoint to a path that is not there yet; the result there becomes the output.
             None where the format is only read.
         convert: of a format whose tensors cannot be read one at a time, ``convert(path, directory)``: writes a Hugging
             Face directory and opens it.
         loader: logits as this format's own library computes them: path, ``[rows, s]`` tokens, dtype that weights are
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
-        safe_loader: the loader runs nothing that a file names. Another one only sees what the suite itself wrote.
+        safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
@@ -74,7 +74,7 @@ class Format:
 
     @property
     def note(self) -> str:
-        """For ``--help``."""
+        """A few words for ``--help``."""
         return self.title
 
     @property

@@ -1,6 +1,6 @@
-"""GGUF -> HF directory: a quantized Llama file becomes an ordinary checkpoint that every door here opens.
+"""GGUF -> Hugging Face directory: a quantized Llama file becomes an ordinary checkpoint.
 
-A converter and not a door: transformers dequantizes the whole model at once, so this holds all of it in float32.
+This is a converter, without lazy reading: transformers dequantizes the whole model at once, in float32.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import open_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
-from nemo_minitron.checkpoints.formats.huggingface.door import open_hf
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
 from nemo_minitron.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""What the formats of NeMo 1 and NeMo 2 share: Lightning's state, padded vocabularies, descriptions in YAML."""
+"""Functions that the formats of NeMo 1 and NeMo 2 share: Lightning's state, padded vocabularies, YAML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
     """A YAML mapping as plain data; ``path`` names it in messages.
 
     Raises:
-        CheckpointError: if it is not that; tags that build Python objects are refused.
+        CheckpointError: if it is no YAML mapping; tags that build Python objects are refused.
     """
     import yaml
 

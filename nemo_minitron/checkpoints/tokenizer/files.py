@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a checkpoint: which files it is, how many tokens it has, whether it fits."""
+"""The tokenizer of a checkpoint: its files, its number of tokens, and whether it fits the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FILES = (
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """``directory`` if a HF tokenizer lives there, else None."""
+    """``directory`` if it holds the files of a HF tokenizer, else None."""
     return directory if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
 
 
@@ -118,13 +118,13 @@ def special_ids(directory: Path) -> dict[str, int]:
 
 
 def check_same_tokenizer(models: Mapping[str, Path | None]) -> None:
-    """Refuse models whose tokenizers give ids another meaning, or other special tokens.
+    """Refuse models whose tokenizers differ in the meaning of ids or in special tokens.
 
-    Compared are vocabulary, merges and special tokens, not the files: how they are written differs between releases of
-    ``tokenizers``. A model without a tokenizer is passed over.
+    Vocabulary, merges and special tokens are compared, not the files, which differ between releases of ``tokenizers``.
+    A model without a tokenizer is skipped.
 
     Args:
-        models: directory of each model's tokenizer, by what the model is called.
+        models: directory of each model's tokenizer, by the name of the model.
 
     Raises:
         CheckpointError: naming what differs, with examples; or for files that cannot be read as a tokenizer.
@@ -174,7 +174,7 @@ def _meaning(directory: Path) -> dict[str, dict[Any, Any] | None]:
 
 
 def _ends(directory: Path) -> dict[str, int]:
-    """The ids that begin and end a text. What fills up is no matter: exports choose it as they please."""
+    """The ids that begin and end a text. The padding token is ignored: exporters choose it freely."""
     return {name: number for name, number in special_ids(directory).items() if name != "pad_token_id"}
 
 

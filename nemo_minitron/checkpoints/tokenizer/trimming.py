@@ -1,8 +1,8 @@
-"""Trimming a vocabulary: which tokens stay, and the tokenizer that knows only those.
+"""Trim a vocabulary: choose the tokens that stay, and write the tokenizer with only those.
 
-Token ids are renumbered in their old order, so a kept token's new id is its place among the kept ids. A text whose
-tokens are all kept is tokenised as before, renumbered; any other text falls back on shorter tokens, down to the bytes.
-Tokenizers are read and written as the JSON of the ``tokenizers`` library; no code of a checkpoint runs.
+Token ids are renumbered in their old order, so the new id of a kept token is its position among the kept ids. A text
+whose tokens are all kept is tokenised as before, renumbered; any other text falls back on shorter tokens, down to the
+bytes. Tokenizers are read and written as the JSON of the ``tokenizers`` library; no code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class TokenFrequencies:
     """How often each token occurs in a text.
 
     Attributes:
-        counts: by token id; a token that is not there counts 0.
-        tokenizer: :func:`tokenizer_fingerprint` of the tokenizer that counted; None where the list does not say.
-        source: where the list was read, for messages.
+        counts: by token id; a token that is not listed has 0.
+        tokenizer: :func:`tokenizer_fingerprint` of the tokenizer that counted; None if the list does not state it.
+        source: path of the list, for messages.
     """
 
     counts: Mapping[int, int]
@@ -61,7 +61,7 @@ class TokenFrequencies:
 
 
 def tokenizer_fingerprint(tokenizer: Path) -> str:
-    """What two tokenizers have in common that give the same number to the same token: 16 hexadecimal digits.
+    """A hash of 16 hexadecimal digits, equal for tokenizers that give the same ids to the same tokens.
 
     Raises:
         CheckpointError: for a tokenizer that is not supported.
@@ -71,7 +71,7 @@ def tokenizer_fingerprint(tokenizer: Path) -> str:
 
 
 def frequencies_path(given: str | Path) -> Path:
-    """The list itself, where the output directory of ``minitron tokens`` may be named instead."""
+    """The path of the list, given itself or as the output directory of ``minitron tokens``."""
     given = Path(given)
     return given / FREQUENCIES if given.is_dir() else given
 
@@ -107,7 +107,7 @@ def write_frequencies(counts: Sequence[int], path: Path, *, tokenizer: Path, com
     """Write the counts of all tokens that occur, the most frequent first. ``counts[i]`` is that of token ``i``.
 
     Raises:
-        CheckpointError: for a tokenizer that could not be trimmed by the list.
+        CheckpointError: for a tokenizer that cannot be trimmed.
     """
     order = sorted((token for token, count in enumerate(counts) if count), key=lambda token: (-counts[token], token))
     lines = [f"# {comment}", _TOKENIZER + tokenizer_fingerprint(tokenizer)]
@@ -210,10 +210,10 @@ def trim_tokenizer(source: Path, kept: Sequence[int], target: Path) -> None:
 
 
 def renumber(architecture: Architecture, kept: Sequence[int]) -> Architecture:
-    """The constants of the model that is left: the ids of its special tokens.
+    """The constants of the trimmed model, with the new ids of its special tokens.
 
     Raises:
-        ShapeError: if one of them is not kept.
+        ShapeError: if a special token is not kept.
     """
     new = {old: index for index, old in enumerate(kept)}
 
@@ -304,7 +304,9 @@ def _joined(merge: Any, model: dict[str, Any]) -> str:
 
 
 def _symbols(token: str, model: dict[str, Any]) -> list[str]:
-    """What byte-pair encoding starts from: single characters, marked inside and at the end of words if it does that."""
+    """The symbols that byte-pair encoding starts from: single characters, marked inside and at the end of words if the
+    tokenizer does that.
+    """
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     inside = bool(prefix) and token.startswith(prefix)
     ends = bool(suffix) and token.endswith(suffix)
@@ -316,8 +318,8 @@ def _symbols(token: str, model: dict[str, Any]) -> list[str]:
 def _parents(content: dict[str, Any], ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
     """Token -> every token that byte-pair encoding passes through when it builds it from single characters.
 
-    Merges inside of a token happen in their order whatever stands around it, so with these kept, a text whose tokens
-    are all kept is built as before.
+    The merges inside a token happen in the same order in any text. So with these kept, a text whose tokens are all kept
+    is encoded as before.
     """
     model = content["model"]
     if model["type"] != "BPE":
@@ -345,7 +347,7 @@ def _mentioned(part: Any) -> set[int]:
 
 
 class _Seen(dict[int, int]):
-    """Renumbers nothing, and notes what it is asked for."""
+    """A mapping that returns each id unchanged and records it."""
 
     def __init__(self, ids: set[int]) -> None:
         super().__init__()

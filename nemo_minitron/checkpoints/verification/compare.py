@@ -1,4 +1,4 @@
-"""Checking a conversion: the other side's own loader must compute the source's logits."""
+"""Check a conversion: the target format's own loader must compute the source's logits."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Verification:
         max_difference: largest absolute difference of any logit.
         scale: largest absolute logit of the source.
         same_choice: fraction of positions at which both have the same most likely token.
-        dtype: to which both sides' weights were rounded; logits are computed in float32.
-        loader: what loaded the target.
+        dtype: both models' weights were rounded to it; logits are computed in float32.
+        loader: name of the loader of the target.
     """
 
     max_difference: float
@@ -53,14 +53,14 @@ class Verification:
 def verify(
     source: Checkpoint, target: Checkpoint, *, tolerance: float = TOLERANCE, timeout_minutes: float = 60.0
 ) -> Verification:
-    """Load ``target`` with its own side's loader and compare its logits with the source's.
+    """Load ``target`` with its format's own loader and compare its logits with the source's.
 
     A HF source is computed by transformers, another source by a plain Megatron-core model that is filled without
-    unpickling (NeMo's own loaders run what a file names; they only ever see targets, which we wrote). Each side runs in
-    a process of its own and holds the whole model in float32; they run one after the other.
+    unpickling (NeMo's own loaders run what a file names, so they load only targets, which this suite wrote). Each model
+    runs in a process of its own and holds the whole model in float32; they run one after the other.
 
     Args:
-        source: opened from a path (its weights may not be wrapped: the path is what is loaded).
+        source: opened from a path; its weights may not be wrapped, since the loader reads the path.
         target: the conversion's result.
         tolerance: on the largest difference, relative to the largest logit. Where the target's dtype is narrower, the
             source is rounded to it first.
@@ -71,7 +71,7 @@ def verify(
 
     Raises:
         CheckpointError: if a loader fails or times out, the logits differ by more, or are not finite.
-        ShapeError: if layers differ in size; neither side has a loader of such models here.
+        ShapeError: if layers differ in size; there is no loader of such models here.
     """
     import torch
 
@@ -80,7 +80,7 @@ def verify(
     vocab = min(source.shape.vocab_size, target.shape.vocab_size)
     ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     dtype = target.architecture.dtype
-    loaders = _loader_of(source, ours=False), _loader_of(target, ours=True)
+    loaders = _loader_of(source, trusted=False), _loader_of(target, trusted=True)
     expected, logits = (
         _logits(kind, checkpoint, ids, dtype, timeout_minutes)
         for kind, checkpoint in zip(loaders, (source, target), strict=True)
@@ -107,10 +107,10 @@ def verify(
     return result
 
 
-def _loader_of(checkpoint: Checkpoint, *, ours: bool) -> str:
-    """Its format's own loader where there is one, and it is ours or the loader runs nothing that a file names."""
+def _loader_of(checkpoint: Checkpoint, *, trusted: bool) -> str:
+    """The format's own loader, if this suite wrote the checkpoint or the loader is safe; else "megatron"."""
     entry = FORMATS[checkpoint.format]
-    return entry.name if entry.loader is not None and (ours or entry.safe_loader) else "megatron"
+    return entry.name if entry.loader is not None and (trusted or entry.safe_loader) else "megatron"
 
 
 def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, timeout_minutes: float) -> torch.Tensor:

@@ -5,7 +5,7 @@
 - the name of a format: its own library's, the ``loader`` of its entry in :mod:`nemo_minitron.checkpoints.formats`;
 - ``megatron``: a plain Megatron-core model filled by :func:`nemo_minitron.checkpoints.live.load_into`, which reads any
   format without running anything that the file names (NeMo's loaders unpickle and instantiate, so they are used only
-  on what we wrote ourselves).
+  on checkpoints that this suite wrote).
 
 A process of its own, because each of these sets up process groups and global state that a running stage must keep.
 TOKENS holds ``ids`` ``[rows, s]``; OUT gets ``logits`` ``[rows, s, vocabulary rows]`` in float32. Weights are

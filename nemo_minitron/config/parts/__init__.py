@@ -1,9 +1,9 @@
 """The parts that several stages share: layout, process, text, and the small groups of options.
 
-A field without a default (``MISSING``) must be given. ``faults()`` reports what a dataclass's own fields can show to be
-wrong (ranges, choices, contradictions); faults of nested dataclasses are theirs.
+A field without a default (``MISSING``) must be given. ``faults()`` of a dataclass reports what is wrong with its own
+fields (ranges, choices, contradictions); a nested dataclass reports its own faults.
 
-Each module's ``__all__`` says what it offers.
+Each module's ``__all__`` lists its public names.
 """
 
 from nemo_minitron.config.parts.attributes import *

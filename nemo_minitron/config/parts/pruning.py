@@ -1,4 +1,4 @@
-"""What is scored and what is pruned."""
+"""Settings of scores, of the pruned sizes, and of the choice of layers."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class TargetConfig:
 
 @dataclass
 class VocabularyConfig:
-    """A smaller vocabulary: the most frequent tokens, and what they and any text need.
+    """A smaller vocabulary: the most frequent tokens, and all tokens that are needed to write them and any text.
 
     Attributes:
         size: tokens to keep; null keeps all.
-        frequencies: what ``minitron tokens`` wrote, or a file with one ``id<TAB>count`` a line.
+        frequencies: output of ``minitron tokens``, or a file with one ``id<TAB>count`` a line.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("frequencies",)
@@ -91,8 +91,8 @@ class DepthChoiceConfig:
 
     Attributes:
         criterion: "block_influence" (of the scores), or "loss" or "task" (of ``depth_scores``).
-        form: "lowest", those that cost least alone; "contiguous", the run of neighbours that costs least as one;
-            "greedy", the cheapest one by one, each measured after those before it are gone.
+        form: "lowest" drops the layers that cost least alone; "contiguous" the run of neighbouring layers that costs
+            least together; "greedy" the cheapest layer, then the cheapest of the remaining model, and so on.
     """
 
     criterion: str = "block_influence"

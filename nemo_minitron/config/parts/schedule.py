@@ -1,6 +1,6 @@
-"""How long, how fast and how often a model is trained.
+"""Hyper-parameters of trainings: steps, batches, learning rates, intervals.
 
-A stage's configuration is one of these classes, and the training takes it as it is.
+A stage's configuration is derived from one of these classes, and the training takes it as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PRECISIONS = ("32", "bf16-mixed")
 
 @dataclass
 class ShortSchedule:
-    """What even a short training on text sets.
+    """The settings that even a short training on text has.
 
     Attributes:
         steps: optimizer steps.
@@ -84,7 +84,7 @@ class Schedule(ShortSchedule):
 
 @dataclass
 class ShortAlignmentSchedule:
-    """What even a training that is a part of another stage sets, with NeMo-Aligner.
+    """The settings that even a training within another stage has, with NeMo-Aligner.
 
     Attributes:
         epochs: passes over the data.

@@ -91,8 +91,8 @@ class BudgetConfig:
         latency_of: "prefill" (a whole batch of sequences) or "decode" (one further token of each).
         floor: without ``parameters`` and ``share``, shapes that use less than this share of the memory or latency are
             left out.
-        batch_size: sequences of the workload that memory and latency are of.
-        sequence_length: tokens of each of them.
+        batch_size: number of sequences for memory and latency.
+        sequence_length: tokens of each sequence.
         dtype: type of weights and cache in the memory model; latency is measured in ``runtime.dtype``.
         recompute: in the memory of "training", activations within a layer are computed again in the backward pass.
     """

@@ -23,9 +23,9 @@ class SourceConfig:
     """One source of text; exactly one of path, package, dataset, megatron and chat says where it is.
 
     Attributes:
-        name: how reports call it; each source is a domain of the evaluation.
+        name: its name in reports; each source is a domain of the evaluation.
         path: text, JSONL (``.gz`` and ``.zst`` too) or Parquet file, or a glob of them.
-        package: a source that an installable package carries, by its name in the data room's table.
+        package: a source that an installable package carries, by its name in the table of packages.
         dataset: a dataset of Hugging Face ``datasets``: a directory that ``save_to_disk`` wrote, ``.arrow`` files (a
             glob), or a name on the hub. No code of a dataset runs.
         dataset_split: which split of a dataset with several, such as "train"; always needed for a name on the hub.
@@ -59,7 +59,7 @@ class SourceConfig:
 
     @property
     def origin(self) -> str | None:
-        """What it reads, for messages."""
+        """Name of its origin, for messages."""
         return self.path or self.package or self.dataset or self.megatron or self.chat
 
     def faults(self) -> list[str]:
@@ -80,8 +80,8 @@ class DataConfig:
 
     Attributes:
         sources: where the text comes from.
-        blend: Megatron's way to name sources, weight and ``.bin``/``.idx`` prefix in turn: ``[30, a, 70, b]``; a prefix
-            alone is the only one.
+        blend: sources in Megatron's form, weights and ``.bin``/``.idx`` prefixes in turn: ``[30, a, 70, b]``; or a
+            single prefix without a weight.
         sequence_length: tokens of one block (its last label needs one more).
         documents: "join": attention reaches across the documents of a block; "mask": it stays within each, and so do
             the labels.
@@ -172,7 +172,7 @@ class TaskConfig:
 
     Attributes:
         path: JSONL file; a line is ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``.
-        builtin: instead, a task that is built from a package's text, by its name in the data room's table.
+        builtin: instead, a task that is built from a package's text, by its name in the table of packages.
         questions: use no more questions than this; null uses all.
     """
 
@@ -184,7 +184,7 @@ class TaskConfig:
 
     @property
     def given(self) -> str | None:
-        """What the task is called, or None without one."""
+        """Name of the task; None without a task."""
         return self.path or self.builtin
 
     def faults(self) -> list[str]:

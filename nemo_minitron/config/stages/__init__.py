@@ -1,7 +1,8 @@
-"""One dataclass per stage, and the pipeline of them.
+"""A dataclass for each stage, and for the pipeline of stages.
 
-Each module's ``__all__`` says what it offers, and each class of a stage enters itself in
-:data:`~nemo_minitron.config.stages.base.STAGES`, in the order of the modules here: about that of a pipeline.
+Each module's ``__all__`` lists its public names, and each class of a stage registers itself in
+:data:`~nemo_minitron.config.stages.base.STAGES`, in the order of the modules here, which is about the order of a
+pipeline.
 
 Whether paths exist is not checked here but by a stage's plan, since in a pipeline an earlier stage writes them.
 """

@@ -24,15 +24,15 @@ __all__ = ["AlignConfig", "DpoConfig", "SftConfig"]
 
 @dataclass
 class AlignConfig(AlignmentSchedule, StageConfig):
-    """What every training with NeMo-Aligner has.
+    """The settings of every training with NeMo-Aligner.
 
     Attributes:
         model: checkpoint to start from (Llama, Qwen2 or Nemotron: the families of NeMo 1).
         data: what to train on.
         resume: go on from the last checkpoint in ``output``, under the same settings; layout, micro-batches, time
             limit, intervals and formats may change.
-        formats: besides ``model`` (NeMo 2), what the aligned model is written as, any of these
-        verify: compare the logits of what was written with those of ``model``.
+        formats: formats that the aligned model is written in, besides ``model`` (NeMo 2), any of these
+        verify: compare the logits of the written formats with those of ``model``.
         parallel: layout of the model.
     """
 
@@ -40,7 +40,7 @@ class AlignConfig(AlignmentSchedule, StageConfig):
     LEVEL: ClassVar[str] = "aligner"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation")
     TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats("nemo2")}
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "max_minutes", "save_every", "validate_every", "validation_batches", "formats",
         "verify",
     )  # fmt: skip
@@ -88,9 +88,9 @@ class DpoConfig(Preferences, AlignConfig):
 
     Attributes:
         chosen_reward, rejected_reward: reward of that answer in pairs that carry none (RPO).
-        rounds: trainings one after the other, each from the result of the one before.
-        reference: the policy that rounds are held to: "round" for the one that a round starts from, "first" for
-            ``model`` in all of them, or a checkpoint of its own.
+        rounds: number of trainings, each from the result of the one before.
+        reference: the reference policy of each round: "round" for the model that the round starts from, "first" for
+            ``model`` in all rounds, or a checkpoint.
         rounds_data: one file of preference pairs for each round; empty takes ``data`` in all.
     """
 

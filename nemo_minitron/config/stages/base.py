@@ -1,4 +1,4 @@
-"""What every stage has, and the table of all stages."""
+"""The settings of every stage, and the table of all stages."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _RESERVED = ("run", "plan", "config", "status", "pipeline", "slurm")
 
 @dataclass
 class StageConfig:
-    """What every stage has.
+    """The settings of every stage.
 
     Attributes:
-        name: how records and reports call this run of the stage; empty takes the stage's own name.
+        name: name of this run of the stage in records and reports; empty takes the stage's own name.
         output: directory (or ``.nemo`` file) that the stage writes.
         overwrite: replace an output that is already there.
         runtime: device, seed and limits of the stage's processes.
@@ -70,16 +70,16 @@ class StageConfig:
     NEEDS_GPU: ClassVar[bool] = True
     #: Layouts that may have context parallelism, by field.
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
-    #: The output holds the outputs of stages of their own, each with its record.
-    LEADS: ClassVar[bool] = False
-    #: Each run is made anew: an output of the same settings and inputs is not what this one would be.
+    #: The stage runs other stages; its output holds theirs, each with a record of its own.
+    RUNS_CHILD_STAGES: ClassVar[bool] = False
+    #: Each run is made anew: the result does not follow from the settings and the inputs alone.
     REPEATS: ClassVar[bool] = False
-    #: Of a training, the settings (``parallel`` for all below it) that one may change and still go on with what was
-    #: begun. None: the stage itself finds out what of its output it can go on with, or does not go on at all.
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
+    #: Settings that may differ when a run is resumed (``parallel`` stands for all settings below it). None: the stage
+    #: decides itself what it can resume, or cannot be resumed.
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Enter a stage in :data:`STAGES`."""
+        """Register a stage in :data:`STAGES`."""
         super().__init_subclass__(**kwargs)
         name = cls.__dict__.get("STAGE", "")
         if not name:
@@ -97,30 +97,30 @@ class StageConfig:
 
     @property
     def layout(self) -> ParallelLayout:
-        """The processes that the stage runs in; one, unless the stage has a ``parallel`` field."""
+        """The layout of the stage's processes: its ``parallel`` field, or a single process."""
         return getattr(self, "parallel", None) or ParallelLayout()
 
     @property
     def processes(self) -> int:
-        """How many are started."""
+        """Number of processes that are started."""
         return self.layout.world_size
 
     @property
     def started(self) -> int:
-        """Processes that run at once, those included that the stage starts itself."""
+        """Number of processes that run at once, with those that the stage starts itself."""
         return self.processes
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether the stage has work for a GPU: ``runtime.device``, where it insists, else the stage's kind."""
+        """Whether the stage has work for a GPU: by ``runtime.device``, or if that is "auto", by the kind of stage."""
         return self.NEEDS_GPU if self.runtime.device == "auto" else self.runtime.device == "cuda"
 
     def is_path(self, name: str, value: str) -> bool:
-        """Whether a value of one of the fields that are paths is one, and not a word that the field also takes."""
+        """Whether a value of a path field is a path, and not a word that the field also takes."""
         return True
 
     def inputs(self) -> dict[str, str]:
-        """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), fields left null absent."""
+        """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), without null fields."""
         inputs: dict[str, str] = {}
         for name in self.INPUTS:
             value = attrgetter(name)(self)
@@ -131,7 +131,7 @@ class StageConfig:
         return inputs
 
     def context_faults(self) -> list[str]:
-        """Layouts with context parallelism, where nothing makes use of it."""
+        """Faults for layouts with context parallelism that the stage does not use."""
         layouts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return [
             f"{name}.context={layout.context}: only the trainings distill and correct share sequences out, by "
@@ -141,7 +141,7 @@ class StageConfig:
         ]
 
     def faults(self) -> list[str]:
-        """What the stage's own fields show to be wrong."""
+        """What is wrong with the stage's own fields, one line each."""
         return []
 
 
@@ -149,10 +149,10 @@ def find_stage(name: str) -> type[StageConfig]:
     """The configuration of a stage.
 
     Args:
-        name: key of :data:`STAGES`, or ``module:name`` for one that the import of a module enters there.
+        name: key of :data:`STAGES`, or ``module:name`` for a stage that the import of a module registers there.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such stage.
     """
     module, colon, name = name.rpartition(":")
     if colon and name not in STAGES:

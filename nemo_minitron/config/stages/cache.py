@@ -17,10 +17,10 @@ CACHE_VALUES = ("float16", "bfloat16", "int8", "float32")
 
 @dataclass
 class CacheConfig(StageConfig):
-    """Write a teacher's logits of the very blocks that a training asks for.
+    """Write a teacher's logits for the blocks that a training reads.
 
-    ``data``, ``steps``, ``global_batch_size`` and ``validation_batches`` say which; with those of ``minitron distill``
-    it is what that trains and validates on.
+    ``data``, ``steps``, ``global_batch_size`` and ``validation_batches`` define the blocks; give the values that
+    ``minitron distill`` will have.
 
     Attributes:
         teacher: checkpoint whose logits are kept.
@@ -30,8 +30,8 @@ class CacheConfig(StageConfig):
         values: type of the kept log-probabilities: "float16", "bfloat16" (as large and eight times coarser), "int8"
             (one byte, in 255 steps between a position's largest and smallest) or "float32".
         micro_batch_size: blocks of one forward pass on one data-parallel rank.
-        samples_per_shard: blocks of one file; a kill costs what was not yet written.
-        resume: keep what is there and write what is missing.
+        samples_per_shard: blocks of one file; a killed stage loses the blocks of the file that it was filling.
+        resume: keep the logits in ``output`` and write those that are missing.
         parallel: layout of the teacher.
     """
 
@@ -54,7 +54,7 @@ class CacheConfig(StageConfig):
 
     @property
     def tokens(self) -> int:
-        """Positions cached."""
+        """Number of cached positions."""
         return (self.steps + self.validation_batches) * self.global_batch_size * self.data.sequence_length
 
     def faults(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Stages that take a model over or hand it on."""
+"""Stages that import and export models."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["ExportConfig", "ImportConfig"]
 
 @dataclass
 class ImportConfig(StageConfig):
-    """Take a model over into the suite's working format.
+    """Import a model into the suite's working format.
 
     Attributes:
         source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
-        package: instead of ``source``, a model that a Python package carries, by its name in the data room's table.
+        package: instead of ``source``, a model that a Python package carries, by its name in the table of packages.
         format: what to write
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload the result and compare logits with the source's.
@@ -47,7 +47,7 @@ class ImportConfig(StageConfig):
     cache_dir: str = ".cache/minitron"
 
     def is_path(self, name: str, value: str) -> bool:
-        """Without a package nothing is kept."""
+        """``cache_dir`` is used only with a package."""
         return name != "cache_dir" or self.package is not None
 
     def faults(self) -> list[str]:
@@ -61,13 +61,13 @@ class ImportConfig(StageConfig):
 
 @dataclass
 class ExportConfig(StageConfig):
-    """Write a model for others: ``output/hf``, ``output/nemo2``, ``output/model.nemo``.
+    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``.
 
     Attributes:
         model: checkpoint to export.
         formats: what to write, any of these
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
-        verify: reload each result with the other side's own loader and compare logits.
+        verify: reload each result with its format's own loader and compare logits.
     """
 
     STAGE: ClassVar[str] = "export"

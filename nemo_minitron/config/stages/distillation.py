@@ -25,7 +25,7 @@ __all__ = ["CorrectConfig", "DistillConfig", "TrainingConfig"]
 
 @dataclass
 class TrainingConfig(Schedule, StageConfig):
-    """What every training on text has.
+    """The settings of every training on text.
 
     Attributes:
         data: training text; its held-out split validates.
@@ -39,7 +39,7 @@ class TrainingConfig(Schedule, StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = (
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
         "result", "data.workers", "teacher_placement", "teacher_parallel",
     )  # fmt: skip
@@ -51,7 +51,7 @@ class TrainingConfig(Schedule, StageConfig):
 
     @property
     def validated(self) -> tuple[str, ...]:
-        """What a validation measures."""
+        """The measures of a validation."""
         return ("lm_loss",)
 
     @property
@@ -110,13 +110,13 @@ class DistillConfig(TrainingConfig):
 
     Attributes:
         student: checkpoint to train.
-        teacher: checkpoint to learn from; may be null where nothing is learnt from it (``loss.label_weight=1`` and no
-            intermediate losses), and is not read then, or with a cache.
-        teacher_cache: output of ``minitron cache``, whose logits take the teacher's place; a teacher that is named too
-            is only compared with the one that was cached.
+        teacher: checkpoint to learn from. It is not read with a cache, or if nothing is learnt from it
+            (``loss.label_weight=1`` and no intermediate losses), and may then be null.
+        teacher_cache: output of ``minitron cache``, to read the logits from; if ``teacher`` is given too, it is only
+            compared with the model that was cached.
         teacher_placement: "shared" (the student's ranks and layout), "own_layout" (the same ranks, laid out by
             ``teacher_parallel``) or "own_ranks" (``teacher_parallel`` further processes).
-        teacher_parallel: layout of a teacher that has its own.
+        teacher_parallel: layout of a teacher with "own_layout" or "own_ranks".
         loss: the loss of a token's logits.
         intermediate: losses of the states inside the models; none by default.
         teacher_correction: train the teacher on the labels meanwhile; off by default.
@@ -148,7 +148,7 @@ class DistillConfig(TrainingConfig):
 
     @property
     def processes(self) -> int:
-        """With those of a teacher on ranks of its own."""
+        """Number of processes, with those of a teacher on ranks of its own."""
         apart = self.taught and self.teacher_placement == "own_ranks"
         return self.parallel.world_size + (self.teacher_parallel.world_size if apart else 0)
 
@@ -160,7 +160,7 @@ class DistillConfig(TrainingConfig):
         )
 
     def faults(self) -> list[str]:
-        """Those of every training, a teacher that is lacking, and one that cannot be where it is put."""
+        """The faults of every training, a missing teacher, and a placement that the teacher cannot have."""
         faults = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
         if self.teacher is None and self.teacher_cache is None and self.taught:
             faults.append(

@@ -1,4 +1,4 @@
-"""The stage that proves the suite on a machine: what ``minitron doctor --run`` reads."""
+"""The stage that checks the suite on a machine: the settings of ``minitron doctor --run``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class DoctorConfig(StageConfig):
         output: directory of ``doctor.json``.
         overwrite: on by default: the machine is checked anew each time.
         precision: precisions of the model in each check, "float32" and "bfloat16"; of trainings, "32" and "bf16-mixed".
-        checks: which to run; empty for all.
-        minutes: a check that takes longer has failed.
-        parallel: layout to prove.
+        checks: names of the checks to run; empty for all.
+        minutes: a check that takes longer fails.
+        parallel: layout to check.
     """
 
     STAGE: ClassVar[str] = "doctor"

@@ -1,4 +1,4 @@
-"""Stages that tell how good a model is."""
+"""Stages that evaluate models."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ReportConfig(StageConfig):
 
     Attributes:
         run: directory with the stages' outputs.
-        others: further runs: then they are compared side by side.
+        others: further runs, which are compared side by side.
         output: where to write; ``run`` + "/report" unless given.
         overwrite: on, since a report can always be made again from the records.
         title: heading of the report; empty takes the directory's name.

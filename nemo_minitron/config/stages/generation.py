@@ -26,7 +26,7 @@ class GenerateConfig(StageConfig):
 
     Attributes:
         model: checkpoint that answers.
-        prompts: what it is asked.
+        prompts: the prompts.
         system: system message of conversations that have none.
         template: "chatml", "llama3", "nemotron", "own" (the tokenizer's), or "none" for the question as plain text.
         attributes: values that the answers shall have, for a model that SteerLM trained ("verbosity" -> 1).
@@ -34,7 +34,7 @@ class GenerateConfig(StageConfig):
         samples: answers to each prompt.
         batch_size: answers that a replica works on at once.
         max_length: tokens of prompt and answer together; null takes the model's context.
-        parallel: layout of the model; data-parallel replicas share the prompts out.
+        parallel: layout of the model; the prompts are divided among data-parallel replicas.
     """
 
     STAGE: ClassVar[str] = "generate"

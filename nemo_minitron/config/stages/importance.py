@@ -56,7 +56,7 @@ class ScoreConfig(StageConfig):
 
     @property
     def runs_model(self) -> bool:
-        """Whether the estimator needs a model that runs; else it reads the weights, in one process."""
+        """Whether the estimator runs the model; else it reads the weights, in one process."""
         return self.estimator not in ESTIMATORS or ESTIMATORS[self.estimator].runs_model
 
     @property
@@ -105,8 +105,8 @@ class DepthConfig(StageConfig):
         greedy: drop up to so many layers one by one, measuring all others again after each; 0 for not at all.
         greedy_by: criterion of ``greedy``, "loss" or "task".
         task: multiple-choice task, measured besides the loss.
-        reuse_prefix: keep the hidden states at which a candidate parts from the one before it, which saves half of the
-            layers' work and takes memory on the host.
+        reuse_prefix: keep the hidden states up to which the passes of two candidates are the same, which saves half of
+            the layers' work and takes memory on the host.
         parallel: layout of the model.
     """
 
@@ -128,7 +128,7 @@ class DepthConfig(StageConfig):
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def inputs(self) -> dict[str, str]:
-        """The model, and the task where it is a file."""
+        """The model, and the task if it is a file."""
         return {**super().inputs(), **({} if self.task.path is None else {"task": self.task.path})}
 
     def faults(self) -> list[str]:

@@ -17,10 +17,10 @@ class PipelineConfig:
     ``${...}`` interpolation reaches the whole file: ``model: ${output}/teacher``.
 
     Attributes:
-        name: how the run is called.
+        name: name of the run.
         output: directory of the run; a stage without ``output`` writes to ``output/<its name>``.
-        vars: values of the file's own, for interpolation.
-        defaults: keys handed to every stage that has them (``runtime``, ``data``, ...), its own keys winning.
+        vars: variables for interpolation.
+        defaults: settings of every stage that has them (``runtime``, ``data``, ...); a stage's own settings win.
         stages: each ``{stage: distill, name: ..., <the stage's keys>}``; the name is the stage's own unless given.
     """
 

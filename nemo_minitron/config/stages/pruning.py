@@ -33,15 +33,16 @@ class PruneConfig(StageConfig):
 
     Attributes:
         model: checkpoint to prune.
-        scores: directory that ``score`` wrote; needed unless the method is "random", or nothing but layers and tokens
-            goes and ``layers_to_drop`` or ``depth_scores`` say which layers.
+        scores: output of ``score``. Not needed by the method "random", nor if only layers and tokens are removed and
+            ``layers_to_drop`` or ``depth_scores`` give the layers.
         method: "random" draws the kept units (a baseline); the name of an estimator keeps its highest scores
         target: sizes of the pruned model.
-        vocabulary: a smaller vocabulary, which the tokenizer follows.
-        merge_pruned_heads: add what tells pruned heads from kept ones to those (arXiv 2407.14679, section 2.3).
-        student_layout: layout that the pruned model is meant for; a target that it cannot split is refused.
+        vocabulary: a smaller vocabulary; the tokenizer is trimmed, too.
+        merge_pruned_heads: add the difference of kept and pruned heads to the kept heads (arXiv 2407.14679, section
+            2.3).
+        student_layout: layout that the pruned model will have; a target that it cannot split is refused.
         depth: how the layers to drop are chosen, by scores.
-        depth_scores: directory that ``depth`` wrote; needed by ``depth.criterion`` "loss" and "task".
+        depth_scores: output of ``depth``; needed by ``depth.criterion`` "loss" and "task".
         layers_to_drop: layers to remove whatever their scores (0-based); their number then fixes ``num_layers``.
         format: what to write
     """
@@ -110,7 +111,7 @@ class PruneConfig(StageConfig):
 
 @dataclass
 class IterateConfig(StageConfig):
-    """Prune in rounds, scoring what is left before each: score, prune, score, prune.
+    """Prune in rounds, scoring the model before each: score, prune, score, prune.
 
     A run that is stopped goes on after its last finished round.
 
@@ -118,7 +119,7 @@ class IterateConfig(StageConfig):
         model: checkpoint to prune.
         target: sizes of the pruned model.
         rounds: number of rounds.
-        spacing: how the shapes in between are spread, "geometric" (equal ratios) or "linear" (equal steps).
+        spacing: how sizes change from round to round, "geometric" (equal ratios) or "linear" (equal steps).
         estimator: as in ``score``; one that runs the model.
         data, samples, micro_batch_size, aggregation, parallel: as in ``score``.
         format: what to write

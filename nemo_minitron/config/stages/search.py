@@ -1,4 +1,4 @@
-"""The stage that searches a shape."""
+"""The stage that searches for a shape."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ __all__ = ["SearchConfig"]
 class SearchConfig(StageConfig):
     """Search the shapes within a budget for the one that loses least (arXiv 2407.14679, section 4).
 
-    All are ranked by the loss of the pruned, untrained model; the best ones again after a short distillation. A run
-    that is stopped goes on where it stood, and no finished candidate is done again.
+    All shapes are ranked by the loss of the pruned, untrained model; the best ones again after a short distillation. A
+    run that is stopped goes on where it was, and no finished candidate is measured again.
 
     Attributes:
         model: checkpoint to prune.
-        scores: directory that ``score`` wrote.
+        scores: output of ``score``.
         method, depth, depth_scores: how units and layers are chosen, as in ``prune``.
         space: which sizes are candidates.
         budget: what a shape may cost.
-        student_layout: layout that every shape must fit, and that the memory is of.
-        max_candidates: no more shapes are ranked; of more, some that are spread over all of them.
+        student_layout: layout that every shape must fit, and whose memory counts.
+        max_candidates: largest number of shapes to rank; if more fit, they are spread over all that fit.
         data: text; losses are of its calibration split, the distillation trains on its train split.
         samples: calibration blocks of ``data.sequence_length`` tokens for each loss.
         micro_batch_size: blocks of one forward pass.
-        measure_latency: time each candidate, without a budget of latency too.
+        measure_latency: measure the latency of each candidate, even without a budget of latency.
         best: candidates that are distilled; 0 for none.
         distill: the short distillation.
         save_student: keep the best distilled student.
-        resume: go on from what ``output`` holds.
+        resume: go on from the results in ``output``.
         parallel: layout of the models in ranking and distillation.
     """
 
@@ -78,12 +78,12 @@ class SearchConfig(StageConfig):
 
     @property
     def layout(self) -> ParallelLayout:
-        """One process leads; it starts the others when they are needed."""
+        """A single process, which starts the others when they are needed."""
         return ParallelLayout()
 
     @property
     def started(self) -> int:
-        """Those of the stages that it starts, one after the other."""
+        """Number of processes of each stage that it starts; the stages run one after the other."""
         return self.parallel.world_size
 
     @property

@@ -73,7 +73,7 @@ class LabelConfig(StageConfig):
         data: conversations; their template is the reward model's.
         micro_batch_size: conversations of one forward pass.
         batch: conversations between two saves; a killed stage goes on after the last of them.
-        resume: go on with what an earlier run of the stage labelled.
+        resume: keep the labels of an earlier run of the stage, and go on.
         parallel: layout of the reward model.
     """
 
@@ -103,7 +103,7 @@ class LabelConfig(StageConfig):
 
 @dataclass
 class RewardTrainingConfig(ShortAlignmentSchedule):
-    """The training of the attribute model within ``minitron steerlm``; what is not named here is the stage's.
+    """The training of the attribute model within ``minitron steerlm``; all other settings are those of the stage.
 
     Attributes:
         model: checkpoint to start from; null takes the stage's ``model``.
@@ -130,7 +130,7 @@ class RewardTrainingConfig(ShortAlignmentSchedule):
 class SteerlmConfig(AlignConfig):
     """SteerLM (arXiv 2310.05344): attribute model, labels, then fine-tuning on answers given their attributes.
 
-    The three are stages of their own (``reward``, ``label``, ``sft``) below ``output``; this one leads them.
+    This stage runs three others, ``reward``, ``label`` and ``sft``, whose outputs are below ``output``.
 
     Attributes:
         data: conversations to fine-tune on.
@@ -143,8 +143,8 @@ class SteerlmConfig(AlignConfig):
     HELP: ClassVar[str] = "SteerLM: attribute model, labels, fine-tuning on answers given their attributes."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TORCH  # the stages that it starts say theirs
     LEVEL: ClassVar[str] = "torch"
-    LEADS: ClassVar[bool] = True
-    GOES_ON_WITH: ClassVar[tuple[str, ...] | None] = None
+    RUNS_CHILD_STAGES: ClassVar[bool] = True
+    RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = None
     INPUTS: ClassVar[tuple[str, ...]] = (
         "model", "data.path", "data.validation", "attribute_model", "reward.model", "reward.path",
     )  # fmt: skip
@@ -155,12 +155,12 @@ class SteerlmConfig(AlignConfig):
 
     @property
     def layout(self) -> ParallelLayout:
-        """One process leads; it starts the stages."""
+        """A single process, which starts the stages."""
         return ParallelLayout()
 
     @property
     def started(self) -> int:
-        """Those of the stages that it starts, one after the other."""
+        """Number of processes of each stage that it starts; the stages run one after the other."""
         return self.parallel.world_size
 
     def reward_stage(self) -> RewardConfig:
@@ -207,10 +207,10 @@ class Steerlm2Config(AlignConfig):
     ``P(y|a,x) ~ P(a|x,y) P(y|x)``, with NeMo-Aligner's ``GPTSteerLMModel``.
 
     Attributes:
-        model: that SteerLM trained; its own answers are what it learns from.
-        base: the model whose ``P(y|x)`` it is, without attribute values.
+        model: a model that SteerLM trained; it learns from its own answers.
+        base: the model of ``P(y|x)``, which is given no attribute values.
         attribute_model: output of ``minitron reward``: ``P(a|x,y)``.
-        data: conversations with the values that are wanted; their answers are left out.
+        data: conversations with the wanted attribute values; their answers are left out.
         samples_per_prompt: answers to each prompt.
         deviation: standard deviation of the attribute model's predictions, on the attributes' scale.
         max_new_tokens: longest answer.
@@ -249,7 +249,7 @@ class ReinforceConfig(AlignConfig):
         weights: weight of each attribute in the reward (a missing one is 0); empty takes the mean of all.
         rule: instead of ``reward``: "short" or "long" answers (their words against ``max_new_tokens``), or "ends" (1
             where the answer ends by itself).
-        samples_per_prompt: answers to each prompt; the baseline of one is the mean reward of the others.
+        samples_per_prompt: answers to each prompt; the baseline of an answer is the mean reward of the others.
         prompts_per_step: prompts of one step; ``global_batch_size`` must divide their answers.
         validation_prompts: held-out prompts, answered once each at every validation.
         kl_penalty: weight of the divergence from the initial policy in the reward.

@@ -87,5 +87,5 @@ def layer_maps(
 
 def layer_ranks(shape: ModelShape, layout: ParallelLayout) -> list[int]:
     """The pipeline rank of each layer, under any number of stages and virtual stages."""
-    sizes = shape.stage_sizes(layout.stages)
+    sizes = shape.pipeline_stage_sizes(layout.pipeline_stages)
     return [stage % layout.pipeline for stage, size in enumerate(sizes) for _ in range(size)]

@@ -167,8 +167,8 @@ def vocabulary_parallel_top_k(
 Kernel = Callable[[slice, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 """``(chunk of tokens, [n, valid] logits of the student, out) -> [n] losses, [n, valid] gradient``
 
-``out`` is a buffer for the gradient, which may be the memory of the logits, or None if no gradient is wanted, and the
-gradient may be None then. A kernel may ignore it and return a tensor of its own; the logits are read only otherwise."""
+``out`` is a buffer for the gradient, or None if no gradient is wanted; the gradient may then be None. ``out`` may alias
+the logits; apart from that a kernel must not write to them. A kernel may ignore ``out`` and return a new tensor."""
 
 
 def _divergence(
@@ -247,9 +247,9 @@ class _Chunked(torch.autograd.Function):
         with naming_no_device():
             # The only kernel, and it goes through its tokens in blocks of its own: it takes all of them at once.
             for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
-                summed, room = None, gradient if gradient is None else gradient[chunk, : columns.valid]
+                summed, out = None, None if gradient is None else gradient[chunk, : columns.valid]
                 for index, (kernel, weight) in enumerate(zip(chunk_kernels, weights, strict=True)):
-                    parts[index, chunk], derivative = kernel(chunk, logits[chunk, : columns.valid], room)
+                    parts[index, chunk], derivative = kernel(chunk, logits[chunk, : columns.valid], out)
                     if weight and derivative is not None:
                         derivative = derivative if weight == 1 else derivative.mul_(weight)
                         summed = derivative if summed is None else summed.add_(derivative)

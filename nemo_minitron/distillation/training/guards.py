@@ -80,7 +80,7 @@ class Preemption(pl.Callback):
 
     def on_train_start(self, *_: Any) -> None:
         """Lightning's own handler of SIGTERM would end the rank that it reaches, and no other."""
-        self._request.insist()
+        self._request.reinstall()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """The step has ended.
@@ -89,7 +89,7 @@ class Preemption(pl.Callback):
             PreemptedError: once the training state is saved.
         """
         over = trainer.global_step >= trainer.max_steps  # and saved anyway
-        if over or not largest(float(self._request.came or 0), pl_module.groups):
+        if over or not largest(float(self._request.received or 0), pl_module.groups):
             return
         next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)).save(
             trainer

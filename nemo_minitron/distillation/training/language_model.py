@@ -110,7 +110,7 @@ class TrainedModel(GPTModel):
         """
         if hasattr(self, "module"):
             return
-        super().configure_model(**versions.virtual_stage(vp_stage))
+        super().configure_model(**versions.virtual_pipeline_stage(vp_stage))
         load_into([self.module], self._initial, self.groups)
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.record import write_record
+from nemo_minitron.checkpoints.model_record import write_model_record
 from nemo_minitron.distillation.recipe import Schedule, distill
 from nemo_minitron.doctor.checks import Context
 from nemo_minitron.runtime.files import read_json_lines
@@ -80,7 +80,7 @@ def _trained(context: Context, *, stops: tuple[int, ...]) -> dict[str, torch.Ten
 
 def _saved(student: Checkpoint, last: Path, context: Context) -> Checkpoint:
     """The training's own checkpoint, opened as every other."""
-    write_record(student, last, dtype=context.precision, form="nemo2")
+    write_model_record(student, last, dtype=context.precision, form="nemo2")
     return open_checkpoint(last)
 
 

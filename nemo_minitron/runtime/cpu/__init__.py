@@ -1,4 +1,4 @@
-"""Megatron, NeMo and NeMo-Aligner on the CPU: what they lack there is put in their place. See ``docs/runtime.md``."""
+"""Run Megatron, NeMo and NeMo-Aligner on the CPU, by patches where they need CUDA. See ``docs/runtime.md``."""
 
 from nemo_minitron.runtime.cpu.layer import (
     activate,

@@ -29,20 +29,20 @@ def needed(device: str) -> bool:
     """Whether a process on ``device`` ("auto", "cpu", "cuda") runs on the CPU layer.
 
     Raises:
-        ConfigError: see :func:`~nemo_minitron.runtime.device.decide`, which this asks.
+        ConfigError: see :func:`~nemo_minitron.runtime.device.decide`.
     """
     return not devices.decide(device).is_cuda
 
 
 def prepare(device: str = "auto") -> devices.Device:
-    """Decide on the device of this process and make the stack ready for it: what every process calls first.
+    """Decide on the device of this process and prepare the stack for it. Every process calls this first.
 
     Args:
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        The device: with the layer on where it is the CPU, with what Apex and Transformer Engine leave open filled in
-        where it is CUDA and they are not installed.
+        The device. On the CPU the layer is on; on CUDA, substitutes are installed for Apex and Transformer Engine if
+        they are missing.
 
     Raises:
         ConfigError: see :func:`~nemo_minitron.runtime.device.decide`.
@@ -73,7 +73,8 @@ def activate(*, silent: bool = True) -> None:
     with CUDA in it.
 
     Args:
-        silent: drop what the stack says at every start without a GPU (:mod:`nemo_minitron.runtime.cpu.quiet`).
+        silent: drop the messages that the stack prints at every start without a GPU
+            (:mod:`nemo_minitron.runtime.cpu.quiet`).
 
     Raises:
         ConfigError: in a process that has begun on CUDA.
@@ -98,7 +99,7 @@ def activate(*, silent: bool = True) -> None:
 
 
 def complete() -> None:
-    """On a CUDA device: stand in for Apex and Transformer Engine where they are not installed. Idempotent.
+    """On a CUDA device: install substitutes for Apex and Transformer Engine if they are missing. Idempotent.
 
     Megatron-core's local layers, NeMo 1 and NeMo-Aligner then run as they do on the CPU, on the device.
     """
@@ -117,7 +118,7 @@ def complete() -> None:
 
 
 def deactivate() -> None:
-    """Switch the layer off and leave every module as it was found. Idempotent."""
+    """Switch the layer off and restore every module. Idempotent."""
     if not _state:
         return
     from nemo_minitron.runtime.cpu.quiet import loud

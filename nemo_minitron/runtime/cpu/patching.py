@@ -50,7 +50,7 @@ class Patch:
 
 
 class PatchSet:
-    """A set of patches that is switched on and off as one."""
+    """A set of patches that is switched on and off together."""
 
     def __init__(self, patches: Iterable[Patch]) -> None:
         self.patches = tuple(patch for patch in patches if patch.versions is None or matches(patch.versions))

@@ -1,6 +1,6 @@
-"""Silence for what the stack is known to say at every start on a machine without CUDA, Apex and Transformer Engine.
+"""Drop the messages that the stack prints at every start on a machine without CUDA, Apex and Transformer Engine.
 
-Only the messages listed here are dropped, each by the beginning of its text and by who says it; errors and all other
+Only the messages listed here are dropped, each by the beginning of its text and by its origin; errors and all other
 warnings pass. Of NeMo's own logger the INFO lines are dropped too: it sets its level while it is imported, after
 :func:`nemo_minitron.runtime.log.configure` has spoken.
 """
@@ -17,7 +17,7 @@ __all__ = ["RECORDS", "WARNINGS", "KnownRecord", "KnownWarning", "loud", "quiet"
 
 @dataclass(frozen=True)
 class KnownWarning:
-    """A Python warning that says nothing new.
+    """A Python warning to drop.
 
     Attributes:
         message: regular expression for the beginning of its text.
@@ -34,7 +34,7 @@ class KnownWarning:
 
 @dataclass(frozen=True)
 class KnownRecord:
-    """A log record that says nothing new.
+    """A log record to drop.
 
     Attributes:
         logger: exact name of its logger.

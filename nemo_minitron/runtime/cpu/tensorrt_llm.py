@@ -1,4 +1,4 @@
-"""NeMo-Aligner's generating models where TensorRT-LLM is not installed.
+"""Import NeMo-Aligner's generating models without TensorRT-LLM.
 
 ``nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor`` imports ``GPTGenerateTRTLLM`` of
 ``nemo_aligner.utils.trt_llm``, whose first lines import ``tensorrt_llm`` unguarded (0.7.0; a guarded import of the same
@@ -22,7 +22,7 @@ _MODULE = "nemo_aligner.utils.trt_llm"
 
 
 class GPTGenerateTRTLLM:
-    """Stands for the class of that name, and refuses to be made."""
+    """Replaces Aligner's class of that name; making one raises an error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise MissingDependency(

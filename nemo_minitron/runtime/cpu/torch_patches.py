@@ -52,7 +52,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def naming_no_device() -> contextlib.AbstractContextManager[None]:
-    """Around code that names no device: :class:`CudaMeansCpu`, which costs microseconds a call, is left out."""
+    """For code that names no device: within the block :class:`CudaMeansCpu` is off, which saves microseconds a call."""
     return torch._C.DisableTorchFunction()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families
-from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import AlignConfig, ChatDataConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat, read_chats, read_package_chats, split_held_out
 from nemo_minitron.data.chat.preferences import (
@@ -77,7 +77,7 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
             f"data.max_length={data.max_length}: the model has a context of {architecture.max_position_embeddings}"
         )
     plan.faults += uniform_faults(shape, "alignment")
-    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+    plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
     count = axes.parameter_count(peek_family(config.model), shape)
     plan.costs["parameters"] = human_count(count)
     state = 4 + 4 + 8 / layout.data + 4 * (copies - 1)  # weights, gradients, Adam's moments; float32

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
-from nemo_minitron.checkpoints.record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.jobs.atomic import MARKER

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import DataConfig, ParallelLayout, RuntimeConfig
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
 

@@ -21,7 +21,7 @@ from nemo_minitron.jobs.launch import job_folder
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.search import Sizes, by_candidate, search_journal
-from nemo_minitron.search.rank import FINDINGS
+from nemo_minitron.search.results import FINDINGS
 from nemo_minitron.stages.shared.measuring import live_model, open_measured
 
 if TYPE_CHECKING:

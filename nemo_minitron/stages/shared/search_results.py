@@ -11,7 +11,7 @@ import yaml
 from nemo_minitron.config import SearchConfig
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.search import Result, Sizes, kendall_tau, pareto_front
-from nemo_minitron.search.rank import FILE_NAME, FORMAT_VERSION
+from nemo_minitron.search.results import FILE_NAME, FORMAT_VERSION
 
 __all__ = ["write_results"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_minitron.checkpoints.record import peek_shape
+from nemo_minitron.checkpoints.model_record import peek_shape
 from nemo_minitron.config import ChatDataConfig, ParallelLayout
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
 from nemo_minitron.data.chat.preferences import PREFERENCE_PACKAGES
@@ -33,4 +33,4 @@ def plan_layout(model: str, layout: ParallelLayout, plan: StagePlan) -> None:
     shape = peek_shape(model)
     if shape is not None:
         plan.faults += uniform_faults(shape, "a Megatron model")
-        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.stages)
+        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
@@ -65,7 +65,7 @@ def plan_training(
             continue
         own = (layouts or {}).get(role, layout)
         faults = uniform_faults(shape, "training")
-        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.stages)
+        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.pipeline_stages)
         plan.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):
@@ -119,7 +119,7 @@ def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, li
         lineage: of this training, added to that of ``initial``.
     """
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-    from nemo_minitron.checkpoints.record import write_record
+    from nemo_minitron.checkpoints.model_record import write_model_record
 
     chosen = trained.best if config.result == "best" else trained.last
     if chosen is None:
@@ -128,7 +128,7 @@ def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, li
             "result=last"
         )
     dtype = "bfloat16" if config.precision.startswith("bf16") else "float32"
-    write_record(initial, chosen, dtype=dtype, form="nemo2")
+    write_model_record(initial, chosen, dtype=dtype, form="nemo2")
     model = dataclasses.replace(
         open_checkpoint(chosen), tokenizer=initial.tokenizer, lineage={**initial.lineage, **lineage}
     )

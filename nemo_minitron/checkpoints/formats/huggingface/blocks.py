@@ -83,7 +83,7 @@ def _width(block: Any, config: Mapping[str, Any], where: str, faults: list[str])
 
 
 def _part(block: Any, where: str, faults: list[str]) -> Mapping[str, Any] | None:
-    """What a block says of its attention or its MLP; None with a fault where that is no layer of ours."""
+    """The settings of a block's attention or MLP; None, with a fault added, if such a layer is not supported."""
     part = block.get(where.rpartition(".")[2]) if isinstance(block, Mapping) else None
     if not isinstance(part, Mapping):
         faults.append(f"{where}: is missing")
@@ -100,7 +100,7 @@ def _part(block: Any, where: str, faults: list[str]) -> Mapping[str, Any] | None
 def write_blocks(shape: ModelShape) -> list[dict[str, Any]]:
     """``block_configs`` of a model whose layers have sizes of their own.
 
-    Multipliers where they can state every width, as all readers of these models know them; else the widths themselves.
+    Widths are given as multipliers, which all readers of these models know, if all widths can be; else as they are.
     """
     widths = [sizes.ffn_hidden_size for sizes in shape.each()]
     factors = {width: 3 * width / (2 * shape.hidden_size) for width in widths}

@@ -100,7 +100,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
 
 
 def _unsupported(config: dict[str, Any], table: axes.Family, family: HFFamily) -> list[str]:
-    """Everything in a configuration that the family's table does not stand for."""
+    """All settings of a configuration that the family's table does not support."""
     rope, positions = config["rope_scaling"], config["max_position_embeddings"]
     faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
@@ -129,7 +129,7 @@ def _rope_type(rope: dict[str, Any] | None) -> str:
 
 
 def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
-    """Why a ``config.json`` of the family cannot state the layers of a shape; empty if it can."""
+    """Why a ``config.json`` of the family cannot describe the layers of a shape; empty if it can."""
     if shape.uniform or hf_family(architecture.family).by_layer is not None:
         return []
     able = ", ".join(name for name, family in hf_families().items() if family.by_layer is not None)
@@ -147,7 +147,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
     models are, with ``block_configs``.
 
     Raises:
-        CheckpointError: if the family has no form of such layers.
+        CheckpointError: if the family has no format for such layers.
     """
     family = hf_family(architecture.family)
     kind, blocks = (family.architecture, family.model_type), {}

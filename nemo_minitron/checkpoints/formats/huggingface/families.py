@@ -1,4 +1,4 @@
-"""What transformers calls things in each model family, as the Hugging Face door looks it up."""
+"""The names that transformers uses in each model family, as reader and writer look them up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["hf_families", "hf_family"]
 
 
 def hf_families() -> dict[str, HFFamily]:
-    """By name, the families that transformers knows."""
+    """The families that transformers has, by name."""
     return {name: table.hf for name, table in axes.FAMILIES.items() if table.hf is not None}
 
 
 def hf_family(name: str) -> HFFamily:
-    """What transformers calls the things of a family.
+    """The names that transformers uses for a family.
 
     Raises:
         CheckpointError: if transformers does not know the family.

@@ -1,8 +1,8 @@
 """Canonical names <-> Hugging Face names, one tensor at a time.
 
-A canonical tensor is made of one or several HF tensors. Which ones is said by
-:mod:`nemo_minitron.families`; how they are put together follows from the axis of the
-tensor's rows (:mod:`nemo_minitron.axes`): QKV rows are three tensors, gated MLP rows two, every other tensor is one.
+A canonical tensor is made of one or several HF tensors. :mod:`nemo_minitron.families` names them; how they are joined
+follows from the axis of the tensor's rows (:mod:`nemo_minitron.axes`): QKV rows are three tensors, gated MLP rows two,
+every other tensor is one.
 """
 
 from __future__ import annotations

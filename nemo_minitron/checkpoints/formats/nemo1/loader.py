@@ -26,7 +26,7 @@ def nemo1_logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
     from omegaconf import OmegaConf
 
-    from nemo_minitron.checkpoints.formats.nemo1.door import unpack_nemo1
+    from nemo_minitron.checkpoints.formats.nemo1.checkpoint import unpack_nemo1
     from nemo_minitron.checkpoints.verification.forward import model_logits
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
 

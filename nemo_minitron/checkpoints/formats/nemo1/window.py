@@ -1,4 +1,4 @@
-"""A part of a file as a file of its own."""
+"""A part of a file, to be read like a whole file."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ NO_FUSIONS = dict.fromkeys(
 
 
 def required(table: axes.Family) -> dict[str, Any]:
-    """What makes a NeMo model one of this family; a configuration that says otherwise is refused, silence is not."""
+    """Settings that a NeMo configuration of this family may not contradict; it may leave them out."""
     needs = {
         "normalization": table.normalization,
         "gated_linear_unit": table.gated,
@@ -217,7 +217,7 @@ def from_nemo2(
 
 
 def _nemo2_families() -> dict[str, NeMo2Family]:
-    """By name, the families that NeMo 2 knows."""
+    """The families that NeMo 2 has, by name."""
     return {name: table.nemo2 for name, table in axes.FAMILIES.items() if table.nemo2 is not None}
 
 
@@ -232,7 +232,7 @@ def _known(name: str) -> NeMo2Family:
 
 
 def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
-    """Everything in a configuration that the family's table does not stand for."""
+    """All settings of a configuration that the family's table does not support."""
     faults = [
         f"{key}={config[key]!r} is not supported (needed: {value!r})"
         for key, value in required(table).items()

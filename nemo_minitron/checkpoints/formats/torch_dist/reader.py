@@ -21,7 +21,7 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
 from nemo_minitron.checkpoints.formats.torch_dist.metadata import read_metadata
-from nemo_minitron.checkpoints.record import Record
+from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
 from nemo_minitron.checkpoints.weights import dtype_name
 from nemo_minitron.errors import CheckpointError
@@ -291,14 +291,14 @@ def _product(lengths: Sequence[int]) -> int:
 
 def checkpoint_of(
     store: TorchDist,
-    record: Record | None,
+    record: ModelRecord | None,
     describe: Callable[[int], tuple[ModelShape, Architecture]],
     *,
     tokenizer: Path | None,
     path: Path,
     form: str,
 ) -> Checkpoint:
-    """What both NeMo doors do once the weights are found: sizes from our record or NeMo's description, all checked.
+    """A checkpoint of a NeMo format over its open weights; sizes from ``minitron.json`` or NeMo's description, checked.
 
     Args:
         store: the weights.

@@ -1,7 +1,7 @@
-"""Writing Megatron's ``torch_dist`` distributed checkpoints without a process group and without a live model.
+"""Write Megatron's ``torch_dist`` distributed checkpoints without a process group and without a live model.
 
-The files are written by ``torch.distributed.checkpoint`` itself; a :class:`SavePlanner` of ours tells it what there is
-and hands it one tensor at a time. What is written is what megatron-core 0.13 writes for a GPT model at TP 1, PP 1:
+The files are written by ``torch.distributed.checkpoint`` itself; a :class:`SavePlanner` lists the tensors
+and gives it one at a time. The result is what megatron-core 0.13 writes for a GPT model at TP 1, PP 1:
 layers stacked under one key with a leading layer dimension (a chunk a layer), or, where they differ in size, under a
 key each; ``_extra_state`` objects that hold None, ``common.pt`` and ``metadata.json``. Megatron's loader cuts it up for
 any TP x PP.
@@ -53,7 +53,7 @@ def write_torch_dist(
     it is closed, so one layer, plus the embedding while it is written.
 
     Args:
-        checkpoint: what to write.
+        checkpoint: the checkpoint to write.
         directory: an empty or new directory.
         prefix: before every key, "module." for NeMo 2, "model." for ``.nemo``.
         dtype: of the tensors written.
@@ -62,7 +62,7 @@ def write_torch_dist(
         progress: called as ``progress(tensor name, tensors done, tensors in all)``.
 
     Raises:
-        CheckpointError: if the source turns out damaged.
+        CheckpointError: if the source is damaged.
         OSError: from the file system (full disk).
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def write_torch_dist(
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where the data of a write item come from: a canonical tensor; or None for padding and for ``_extra_state``."""
+    """The source of a write item: a canonical tensor; None for padding and for ``_extra_state``."""
 
     name: str | None
     file: str
@@ -110,7 +110,7 @@ class _Planner(dcp.SavePlanner):
         self._items = self._tensors(prefix) + self._extra_states(prefix)
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to set up: what there is comes from the checkpoint, not from a state dict."""
+        """Nothing to set up: the tensors come from the checkpoint, not from a state dict."""
 
     def create_local_plan(self) -> SavePlan:
         """All items; this process writes everything."""
@@ -150,7 +150,7 @@ class _Planner(dcp.SavePlanner):
         return tensor.contiguous()
 
     def file_of(self, item: WriteItem) -> str:
-        """Items with the same answer share a file."""
+        """The file of an item."""
         return self._sources[item.index].file
 
     def _tensors(self, prefix: str) -> list[WriteItem]:
@@ -194,8 +194,8 @@ class _Planner(dcp.SavePlanner):
     def _extra_states(self, prefix: str) -> list[WriteItem]:
         """``_extra_state`` of every module that has one in some layer spec.
 
-        The linears of every spec ask the loader for it, Transformer Engine's attention and norms too. Megatron's loader
-        fails where one that it asks for is absent, and ignores others.
+        The linears of every spec expect it, as do Transformer Engine's attention and norms. Megatron's loader fails if
+        an expected object is absent, and ignores others.
         """
         table, shape = self._checkpoint.family, self._checkpoint.shape
 
@@ -234,7 +234,7 @@ def _modules(rows: Iterable[str]) -> list[str]:
 
 
 class _FilePerLayer(dcp.FileSystemWriter):
-    """torch's writer, called once for each file, so that it lets go of a file's tensors before the next is begun."""
+    """torch's writer, called once for each file, so that a file's tensors are freed before the next file."""
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         """Write the plan file by file; results of all files."""

@@ -1,4 +1,7 @@
-"""The NeMo 2 door: a directory with ``weights/`` (a distributed checkpoint) and ``context/`` (what NeMo rebuilds from).
+"""Reader and writer of NeMo 2 checkpoints.
+
+Such a checkpoint is a directory with ``weights/`` (a distributed checkpoint) and ``context/``, from which NeMo builds
+the model again.
 
 Reading takes ``context/model.yaml`` as data: ``context/io.json`` can name any Python symbol, and NeMo calls what it
 names, so it is never opened here. Writing leaves the context to NeMo's own ``io_dump``.
@@ -14,7 +17,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
-from nemo_minitron.checkpoints.record import read_record, write_record
+from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
@@ -24,12 +27,12 @@ __all__ = ["is_nemo2", "open_nemo2", "write_nemo2"]
 
 
 def is_nemo2(path: Path) -> bool:
-    """Whether a path is a NeMo 2 directory, whole or not."""
+    """Whether a path is a NeMo 2 directory, complete or not."""
     return (path / "context").is_dir() or (path / "weights").is_dir()
 
 
 def open_nemo2(path: Path) -> Checkpoint:
-    """Open a NeMo 2 checkpoint directory, ours or NeMo's own. Tensors are read later, one at a time.
+    """Open a NeMo 2 checkpoint directory that this suite or NeMo wrote. Tensors are read later, one at a time.
 
     The true vocabulary size is ``minitron.json``'s; without one it is the configuration's ``vocab_size``, else the
     tokenizer's, else the stored rows.
@@ -52,7 +55,7 @@ def open_nemo2(path: Path) -> Checkpoint:
     store = TorchDist(path / "weights")
     return checkpoint_of(
         store,
-        read_record(path),
+        read_model_record(path),
         lambda rows: from_nemo2(content, source, rows, tokenizer),
         tokenizer=tokenizer,
         path=path,
@@ -86,7 +89,7 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
         progress=options.progress,
     )
     _write_context(checkpoint, directory / "context", dtype=dtype, rows=rows, multiple=vocab_multiple)
-    write_record(checkpoint, directory, dtype=dtype, form="nemo2")
+    write_model_record(checkpoint, directory, dtype=dtype, form="nemo2")
 
 
 def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows: int, multiple: int) -> None:

@@ -1,4 +1,7 @@
-"""The Hugging Face door: a directory with ``config.json``, safetensors (or ``pytorch_model.bin``) and a tokenizer."""
+"""Reader and writer of Hugging Face checkpoints.
+
+Such a checkpoint is a directory with ``config.json``, safetensors (or ``pytorch_model.bin``) and a tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
-from nemo_minitron.checkpoints.record import read_record, write_record
+from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.checkpoints.weights import DTYPES, CastWeights, dtype_name, largest_part, writing_order
 from nemo_minitron.errors import CheckpointError
@@ -45,7 +48,7 @@ def open_hf(path: Path) -> Checkpoint:
     weights = HFWeights(path, shape, architecture.family, tensors)
     weights.check()
     architecture = dataclasses.replace(architecture, dtype=weights.dtype())
-    record = read_record(path)
+    record = read_model_record(path)
     lineage: dict[str, Any] = {}
     if record is not None:
         if record.shape != shape:
@@ -132,7 +135,7 @@ class HFWeights:
         return dtype_name([dtype for _, dtype in self._headers().values()], str(self.path))
 
     def _parts(self, entry: axes.Entry) -> dict[str, tuple[int, ...]]:
-        """HF names and shapes of what a canonical tensor is made of, in order."""
+        """Names and shapes of the HF tensors that make a canonical tensor, in order."""
         shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
         return dict(zip(naming.hf_names(self.family, entry.name), shapes, strict=True))
 
@@ -183,7 +186,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     held at a time.
 
     Raises:
-        CheckpointError: if transformers does not know the family, or no form of it whose layers differ in size.
+        CheckpointError: if transformers does not have the family, or not with layers that differ in size.
     """
     dtype, progress = options.dtype, options.progress
     shape, table = checkpoint.shape, checkpoint.family
@@ -232,7 +235,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
         copy_tokenizer(checkpoint.tokenizer, directory)
-    write_record(checkpoint, directory, dtype=dtype, form="hf")
+    write_model_record(checkpoint, directory, dtype=dtype, form="hf")
 
 
 def _find_tensors(path: Path) -> dict[str, Path]:

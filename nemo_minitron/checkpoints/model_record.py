@@ -1,7 +1,8 @@
-"""``minitron.json``: what a checkpoint that we wrote says about itself, beside its weights.
+"""``minitron.json``: sizes, constants and lineage of a checkpoint, which this package writes beside its weights.
 
-The doors prefer it to what they would otherwise infer (the true vocabulary size is not in a NeMo checkpoint whose
-rows are padded), and check it against the tensors.
+A format's reader prefers it to what it would otherwise infer (a NeMo checkpoint with padded rows does not state the
+true vocabulary size), and checks it against the tensors. The ``record.json`` of a stage is another file, see
+:mod:`nemo_minitron.jobs.records`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = [
     "FILE_NAME",
-    "Record",
-    "parse_record",
+    "ModelRecord",
+    "parse_model_record",
     "peek_architecture",
     "peek_family",
     "peek_shape",
-    "read_record",
-    "write_record",
+    "read_model_record",
+    "write_model_record",
 ]
 
 T = TypeVar("T")
@@ -37,15 +38,15 @@ PACKAGES = ("nemo-minitron", "torch", "megatron-core", "nemo-toolkit", "transfor
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """The content of ``minitron.json`` that readers use."""
+class ModelRecord:
+    """The content of ``minitron.json`` that readers use: sizes, constants, and what the model was made from."""
 
     shape: ModelShape
     architecture: Architecture
     lineage: dict[str, Any]
 
 
-def write_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, form: str) -> Path:
+def write_model_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, form: str) -> Path:
     """Write ``minitron.json`` into ``directory``; ``dtype`` is that of the tensors written beside it."""
     path = directory / FILE_NAME
     content = {
@@ -60,18 +61,18 @@ def write_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, form: s
     return path
 
 
-def read_record(directory: Path) -> Record | None:
-    """The record in ``directory``; None where there is none (a foreign checkpoint).
+def read_model_record(directory: Path) -> ModelRecord | None:
+    """The model record in ``directory``; None where there is none, as in a checkpoint that another program wrote.
 
     Raises:
         CheckpointError: if it is there but cannot be understood.
     """
     path = directory / FILE_NAME
-    return parse_record(path.read_bytes(), path) if path.is_file() else None
+    return parse_model_record(path.read_bytes(), path) if path.is_file() else None
 
 
-def parse_record(data: bytes, path: Path) -> Record:
-    """The record in the bytes of a ``minitron.json``; ``path`` names it in messages.
+def parse_model_record(data: bytes, path: Path) -> ModelRecord:
+    """The model record in the bytes of a ``minitron.json``; ``path`` names the file in messages.
 
     Raises:
         CheckpointError: if it cannot be understood.
@@ -84,7 +85,7 @@ def parse_record(data: bytes, path: Path) -> Record:
                 f"{path} has format version {version}; this release reads {FORMAT_VERSION}. "
                 f"Use the release that wrote it"
             )
-        return Record(
+        return ModelRecord(
             ModelShape.from_dict(content["shape"]), Architecture(**content["architecture"]), content["lineage"]
         )
     except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
@@ -99,7 +100,7 @@ def _version(package: str) -> str | None:
 
 
 def peek_shape(checkpoint: str | Path) -> ModelShape | None:
-    """The shape that a checkpoint's ``minitron.json`` states, without opening the weights; None if there is none.
+    """The shape in a checkpoint's ``minitron.json``, without opening the weights; None without such a file.
 
     Raises:
         CheckpointError: if the file is there and cannot be read.
@@ -108,7 +109,7 @@ def peek_shape(checkpoint: str | Path) -> ModelShape | None:
 
 
 def peek_family(checkpoint: str | Path) -> Family:
-    """The family that a checkpoint's ``minitron.json`` states, where :func:`peek_shape` finds a shape.
+    """The family in a checkpoint's ``minitron.json``; call it where :func:`peek_shape` returns a shape.
 
     Raises:
         CheckpointError: if the file is missing or cannot be read.
@@ -120,7 +121,7 @@ def peek_family(checkpoint: str | Path) -> Family:
 
 
 def peek_architecture(checkpoint: str | Path) -> Architecture | None:
-    """The constants that a checkpoint's ``minitron.json`` states, or None where there is none yet.
+    """The constants in a checkpoint's ``minitron.json``; None without such a file.
 
     Raises:
         CheckpointError: if the file cannot be read.

@@ -1,4 +1,6 @@
-"""The ``.nemo`` door (NeMo 1, NeMo-Aligner): a tar of ``model_config.yaml``, ``model_weights/`` and the tokenizer.
+"""Reader and writer of ``.nemo`` files (NeMo 1, NeMo-Aligner).
+
+Such a file is a tar of ``model_config.yaml``, ``model_weights/`` and the tokenizer.
 
 The tensors are read in place, by their offset in the tar; nothing is unpacked but the small tokenizer files. Every
 member is checked before any is used. A ``.nemo`` that was unpacked into a directory opens the same way.
@@ -24,7 +26,7 @@ from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo1.config import from_nemo1, to_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
-from nemo_minitron.checkpoints.record import FILE_NAME, parse_record, write_record
+from nemo_minitron.checkpoints.model_record import FILE_NAME, parse_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import (
     FILES,
     check_tokenizer,
@@ -48,7 +50,7 @@ class Archive:
     """The members of a ``.nemo`` (or of a directory that one was unpacked into), by their path inside.
 
     Raises:
-        CheckpointError: if it is no tar, is truncated, or has a member that does not belong in one: an absolute path, a
+        CheckpointError: if it is no tar, is truncated, or has a forbidden member: an absolute path, a
             path with ``..``, a link, a device, a name twice.
     """
 
@@ -128,7 +130,7 @@ def is_nemo1(path: Path) -> bool:
 
 
 def open_nemo1(path: Path) -> Checkpoint:
-    """Open a ``.nemo`` file, ours or NeMo's own. Tensors are read later, one at a time, in place.
+    """Open a ``.nemo`` file that this suite or NeMo wrote. Tensors are read later, one at a time, in place.
 
     Tokenizer files are copied to a temporary directory that lives as long as the process.
 
@@ -151,7 +153,7 @@ def open_nemo1(path: Path) -> Checkpoint:
     store = TorchDist(path / WEIGHTS, lambda name: archive.open(f"{WEIGHTS}/{name}"))
     return checkpoint_of(
         store,
-        parse_record(archive.read(FILE_NAME), path / FILE_NAME) if FILE_NAME in names else None,
+        parse_model_record(archive.read(FILE_NAME), path / FILE_NAME) if FILE_NAME in names else None,
         lambda rows: from_nemo1(config, path / CONFIG, rows, tokenizer),
         tokenizer=tokenizer,
         path=path,
@@ -190,7 +192,7 @@ def write_nemo1(checkpoint: Checkpoint, file: Path, options: WriteOptions) -> No
     )
     copy_tokenizer(checkpoint.tokenizer, files / TOKENIZER)
     (files / CONFIG).write_text(config, encoding="utf-8")
-    write_record(checkpoint, files, dtype=dtype, form="nemo")
+    write_model_record(checkpoint, files, dtype=dtype, form="nemo")
     with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as tar:
         # the configuration first, so that it is found without reading past the weights
         for entry in sorted(files.iterdir(), key=lambda entry: (entry.is_dir(), entry.name == WEIGHTS, entry.name)):
@@ -240,7 +242,7 @@ def _unpack_tokenizer(archive: Archive, config: dict[str, Any]) -> Path | None:
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Leave the writer's user out of the archive."""
+    """Remove the writer's user from a member of the archive."""
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member

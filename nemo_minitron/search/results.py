@@ -1,4 +1,4 @@
-"""Results of a search: their journal, their order, and which of them none other beats."""
+"""Results of a search: their journal, their Pareto front, and how well two measurements agree in order."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one candidate. What was not measured is None.
+    """The results of one candidate. A value that was not measured is None.
 
     Attributes:
         sizes: the searched sizes.
         parameters: exact number.
         memory: bytes of the fullest rank, by the memory model.
         prefill, decode: seconds, measured.
-        prefill_ratio, decode_ratio: the same over the unpruned model's, measured in turn with it.
+        prefill_ratio, decode_ratio: the same divided by those of the unpruned model, measured in turn with it.
         loss: without training, nats per calibration token.
         standard_error: of ``loss``, over blocks.
         distilled_loss: after the short distillation, on the same tokens.
         distill_seconds: wall time of pruning and distillation.
-        outside: the budget that a measurement put the candidate out of; None within all.
+        outside: the budget that a measurement exceeded; None if it is within all budgets.
     """
 
     sizes: Sizes
@@ -61,7 +61,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Of the candidate."""
+        """Name of the candidate."""
         return self.sizes.name
 
     @property
@@ -74,11 +74,11 @@ class Result:
         return "ranked" if self.distilled_loss is None else "distilled"
 
     def with_values(self, **values: Any) -> Result:
-        """A copy that knows more."""
+        """A copy with further values."""
         return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values, for JSON."""
         return {"name": self.name, "state": self.state, **asdict(self), "sizes": self.sizes._asdict()}
 
 
@@ -86,19 +86,19 @@ def _finding(values: Any) -> tuple[str, dict[str, Any]]:
     return values["name"], {key: value for key, value in values.items() if key != "name"}
 
 
-#: A line of the journal of a search: ``{"name": ..., <values>}``, what was found out about a candidate.
+#: A line of the journal of a search: ``{"name": ..., <values>}``, with results of a candidate.
 FINDINGS: Codec[tuple[str, dict[str, Any]]] = Codec(
     to_json=lambda finding: {"name": finding[0], **finding[1]}, from_json=_finding
 )
 
 
 def search_journal(output: str | Path, subject: dict[str, Any]) -> Journal[tuple[str, dict[str, Any]]]:
-    """What a search has found so far: a line, name and values, for each step of a candidate.
+    """The journal of a search: a line with a candidate's name and values for each of its steps.
 
     Args:
         output: directory of the search; only one process may write its journal at a time.
-        subject: JSON values that every result depends on; not the space nor the budget, so that a search over a wider
-            space takes up what is there. :meth:`~nemo_minitron.runtime.journal.Journal.read` refuses a journal with
+        subject: JSON values that every result depends on; neither space nor budget, so that a search over a wider space
+            reuses the results. :meth:`~nemo_minitron.runtime.journal.Journal.read` refuses a journal with
             another subject.
     """
     path = Path(output) / JOURNAL_NAME
@@ -106,7 +106,7 @@ def search_journal(output: str | Path, subject: dict[str, Any]) -> Journal[tuple
 
 
 def by_candidate(findings: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Values by candidate; of two values of the same name the later one holds."""
+    """Values by candidate; of two values with the same name, the later counts."""
     merged: dict[str, dict[str, Any]] = {}
     for name, values in findings:
         merged.setdefault(name, {}).update(values)
@@ -114,9 +114,9 @@ def by_candidate(findings: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, di
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the ``(cost, loss)`` pairs that none other beats, by rising cost.
+    """Positions of the ``(cost, loss)`` pairs on the Pareto front, by rising cost.
 
-    One beats another if it is no worse in both and better in one; of equal pairs the first stays.
+    A pair is on the front unless another is no worse in both values and better in one; of equal pairs the first counts.
     """
     best, front = float("inf"), []
     for position in sorted(range(len(points)), key=lambda index: (*points[index], index)):
@@ -145,7 +145,7 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 
 def read_search(directory: str | Path) -> dict[str, Any]:
-    """What a search wrote into :data:`FILE_NAME`.
+    """The content of the file :data:`FILE_NAME` of a search.
 
     Raises:
         CheckpointError: if it is missing, damaged or of another version.

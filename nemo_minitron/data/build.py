@@ -4,8 +4,7 @@ Documents of a source are ordered by a hash of the seed and their text. In this 
 held-out split and the next the calibration split, up to their share of the characters; all others are training data.
 No document is in two splits, and a text that several sources carry counts for the first source only. Within a split,
 documents are packed into blocks that do not overlap (:mod:`~nemo_minitron.data.packing`); a document is closed by EOS.
-Blocks are kept in
-``cache_dir/blocks/<split>-<hash>``.
+Blocks are cached in ``cache_dir/blocks/<split>-<hash>``.
 
 Memory: the table of a source's documents. Tokens are read from, and blocks written to, memory-mapped files; the
 returned blocks are memory-mapped too.

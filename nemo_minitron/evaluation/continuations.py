@@ -32,14 +32,14 @@ def continuation_scores(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """How likely each continuation is, and whether greedy decoding gives it. On every rank; every rank gets all.
+    """Log-likelihood of each continuation, and whether greedy decoding gives it. Collective; every rank gets all.
 
-    Texts of like length share a batch and are padded on the right, which a causal text does not see. Memory beyond the
-    model: the activations of one layer and some three float32 tensors ``[batch_size, s, V/tp]``.
+    Texts of similar length share a batch and are padded on the right; causal attention never sees the padding. Memory
+    beyond the model: the activations of one layer and some three float32 tensors ``[batch_size, s, V/tp]``.
 
     Args:
         chunks: this rank's part of the model, with weights loaded.
-        groups: of this process; data-parallel ranks share the texts out.
+        groups: of this process; the texts are divided among data-parallel ranks.
         pairs: ``(context, continuation)`` token ids, neither of them empty, the same on every rank.
         vocab_size: true vocabulary; logits beyond it are padding.
         max_length: tokens of one forward pass; longer texts lose the beginning of their context.

@@ -1,8 +1,8 @@
 """Losses between the states inside two models, as the papers write them: one process, whole tensors.
 
-Each returns one number a token in the wider of the two dtypes (float32 at least); the caller masks and normalises. No
-gradient flows to the teacher. The live student (:mod:`~nemo_minitron.distillation.losses.state_hooks`) calls the very
-same functions on what its rank holds.
+Each returns one number per token in the wider of the two dtypes (float32 at least); the caller masks and normalises. No
+gradient flows to the teacher. The live student (:mod:`~nemo_minitron.distillation.losses.state_hooks`) calls the same
+functions on its rank's part of the states.
 """
 
 from __future__ import annotations

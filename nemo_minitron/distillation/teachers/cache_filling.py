@@ -1,6 +1,7 @@
 """Writing a teacher's logits to a cache: every rank runs its part of the model, data-parallel ranks share the samples.
 
-What is there already is left alone, so a job that was stopped goes on where it was, and a longer training adds to it.
+Samples that the cache holds already are not written again: a stopped job goes on where it was, and a longer training
+adds to the cache.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _PASSES_PER_STEP = 4  # micro-batches of one run of the schedule
 
 
 def open_for_writing(directory: Path, *, is_main: bool) -> LogitCache:
-    """Open a cache whose manifest is written, repaired by one rank before the others look. Every rank calls it.
+    """Open a cache that has a manifest; one rank repairs it before the others open it. Every rank calls it.
 
     Raises:
-        DataError: if the directory is no cache.
+        DataError: if the directory is not a cache.
     """
     if is_main:
         LogitCache(directory, repair=True)
@@ -68,7 +69,7 @@ def fill_cache(
         cache: as :func:`open_for_writing` gave it.
         tokens, starts: ``[n, s]`` input tokens and where their documents start.
         micro_batch_size: samples of one forward pass.
-        samples_per_shard: what a kill may cost.
+        samples_per_shard: samples of one file; a killed job loses at most so many per rank.
         progress: called with the number of samples done since its last call.
 
     Returns:
@@ -109,7 +110,7 @@ def fill_cache(
 
 
 def _encoded(logits: torch.Tensor, groups: Groups, manifest: Manifest, *, keep: bool) -> list[Sample]:
-    """``[s, b, V/tp]`` logits -> the b samples, on the rank that keeps them; all ranks of the group take part."""
+    """``[s, b, V/tp]`` logits -> the b samples, on the rank that writes them. Collective over the group."""
     sequence, rows = logits.shape[:2]
     if manifest.k is not None:
         top = vocabulary_parallel_top_k(logits, groups.tp, vocab_size=manifest.vocab_size, k=manifest.k)

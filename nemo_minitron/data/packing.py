@@ -91,11 +91,11 @@ def best_fit(lengths: np.ndarray, size: int) -> Packing:
     whole = lengths // size
     cut = np.repeat(np.arange(len(lengths)), whole)
     nth = np.arange(len(cut)) - np.repeat(np.cumsum(whole) - whole, whole)
-    rest = np.nonzero(lengths % size)[0]
-    rest = rest[np.argsort(-(lengths[rest] % size), kind="stable")]
-    document = np.concatenate([cut, rest])
-    start = np.concatenate([nth * size, whole[rest] * size])
-    length = np.concatenate([np.full(len(cut), size, dtype=np.int64), lengths[rest] % size])
+    remainders = np.nonzero(lengths % size)[0]
+    remainders = remainders[np.argsort(-(lengths[remainders] % size), kind="stable")]
+    document = np.concatenate([cut, remainders])
+    start = np.concatenate([nth * size, whole[remainders] * size])
+    length = np.concatenate([np.full(len(cut), size, dtype=np.int64), lengths[remainders] % size])
 
     block = np.arange(len(document))
     blocks = len(cut)

@@ -1,7 +1,7 @@
-"""The processes that lead the checks on each rank: what they tell each other, without a process group.
+"""Communication between the processes that lead the checks on each rank, without a process group.
 
-Each rank of the stage leads child processes that run the checks, and stays alive whatever becomes of them. The leaders
-meet in a store of torch's, which torchrun, or rank 0, keeps.
+Each rank of the stage leads child processes that run the checks, and survives if they crash. The leaders communicate
+through a store of torch's, which torchrun, or rank 0, serves.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Ranks:
             self._store.set(f"doctor/{key}", text)
 
     def told(self, key: str) -> Any:
-        """What was told, or None."""
+        """The value of a key, or None if it has not been written."""
         if self._store is None:
             text = self._here.get(key)
             return None if text is None else json.loads(text)
@@ -57,10 +57,10 @@ class Ranks:
         return json.loads(self._store.get(f"doctor/{key}"))
 
     def wait(self, key: str, seconds: float) -> Any:
-        """What is told, once it is.
+        """Wait for the value of a key.
 
         Raises:
-            MinitronError: if it is not in time.
+            MinitronError: if it is not written in time.
         """
         deadline = time.monotonic() + seconds
         while (value := self.told(key)) is None:
@@ -76,7 +76,7 @@ class Ranks:
         """The values of all ranks, in order. Every rank calls it.
 
         Raises:
-            MinitronError: if one of them does not tell its own in time.
+            MinitronError: if a rank does not write its value in time.
         """
         self.tell(f"{key}/{self.rank}", value)
         return [self.wait(f"{key}/{rank}", seconds) for rank in range(self.world)]

@@ -15,10 +15,10 @@ __all__ = ["card_content"]
 
 
 def card_content(run: Run, title: str, *, base_model: str | None, license_name: str | None) -> dict[str, Any] | None:
-    """What the template shows; None for a run that made no smaller model.
+    """The values for the template; None for a run that made no smaller model.
 
     Args:
-        run: collected.
+        run: as :func:`~nemo_minitron.report.collect.collect` gives it.
         title: heading.
         base_model: the Hub's name of the teacher, for the front matter.
         license_name: the Hub's name of the license.

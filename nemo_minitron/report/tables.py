@@ -34,7 +34,7 @@ class Table:
     """Rows of text below headings. The first column is the row's name.
 
     Attributes:
-        roles: of each row, for its colour; "" for none.
+        roles: role of each row's model, for its colour; "" for none.
     """
 
     caption: str
@@ -54,10 +54,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How much of the loss that pruning cost a distillation won back.
+    """The share of pruning's loss increase that a distillation recovered.
 
     Attributes:
-        model: the distilled model; ``student`` what it started from, ``teacher`` what it learnt from.
+        model, student, teacher: the distilled model, the model that it started from, and its teacher.
         share: ``(student - distilled) / (student - teacher)`` of the held-out losses.
     """
 
@@ -86,7 +86,7 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
 
 
 def cards(run: Run) -> list[Card]:
-    """The figures at the top: as many as the run can show."""
+    """The headline figures that the run has values for."""
     cards = []
     teacher = run.teacher
     small = next((m for role in ("distilled", "pruned") for m in run.models if m.role == role), None)
@@ -132,7 +132,7 @@ def shape_table(run: Run) -> Table | None:
 
 
 def span(shape: ModelShape, name: str, form: str = ",") -> str:
-    """A size that layers may have of their own: its value, or from the least to the largest of the layers."""
+    """A size that may differ between layers: its value, or the range from the smallest to the largest."""
     sizes = sorted({getattr(layer, name) for layer in shape.each()})
     return " – ".join(format(size, form) for size in dict.fromkeys((sizes[0], sizes[-1])))
 
@@ -166,7 +166,7 @@ def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
 
 
 def benchmark_table(run: Run, evaluation: dict[str, Any]) -> Table | None:
-    """Metrics of lm-evaluation-harness, a row a task and metric; None where none were run."""
+    """Metrics of lm-evaluation-harness, one row per task and metric; None if no task was run."""
     models = {name: model["harness"] for name, model in evaluation["models"].items() if model.get("harness")}
     rows = []
     for task in dict.fromkeys(task for results in models.values() for task in results):
@@ -223,7 +223,7 @@ def export_table(run: Run) -> Table | None:
 
 
 def step_boxes(run: Run) -> list[dict[str, str]]:
-    """The pipeline picture: one box a stage."""
+    """The pipeline picture: one box per stage."""
     return [
         {"name": stage.name, "kind": stage.stage, "time": duration(stage.seconds), "note": _box_note(stage, run)}
         for stage in run.stages
@@ -231,7 +231,7 @@ def step_boxes(run: Run) -> list[dict[str, str]]:
 
 
 def _box_note(stage: StageRun, run: Run) -> str:
-    """The one figure that says most about a stage."""
+    """The most important figure of a stage."""
     model = next((model for model in run.models if model.name == stage.name), None)
     if model is not None:
         return f"{count(model.parameters)} parameters"

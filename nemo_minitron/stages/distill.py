@@ -5,7 +5,7 @@ Output::
     model/           the distilled model, a plain NeMo 2 checkpoint
     checkpoints/     NeMo's training state, to go on from
     best/            weights of the best validation, with keep_best
-    metrics.jsonl    a line a step and a line a validation
+    metrics.jsonl    a line per step and a line per validation
     tensorboard/     the same, as NeMo logs it
 """
 
@@ -67,7 +67,7 @@ def plan(config: DistillConfig) -> StagePlan:
 
 
 def _plan_intermediate(config: DistillConfig, plan: StagePlan, student: ModelShape, teacher: ModelShape) -> None:
-    """Faults of the intermediate losses with these models, or where each is taken."""
+    """Faults of the intermediate losses with these models, or the layers of each loss."""
     if not config.intermediate.weights():
         return
     try:
@@ -86,7 +86,7 @@ def _plan_intermediate(config: DistillConfig, plan: StagePlan, student: ModelSha
 
 
 def _kept_layers(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> tuple[int, ...] | None:
-    """The teacher's layers that the student kept, where a record says that it was cut from a model of this shape."""
+    """The teacher's layers that the student kept, if a record says that it was pruned from a model of this shape."""
     path = kept_path(Path(config.student))
     if not path.is_file():
         return None
@@ -98,7 +98,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """Distil. Every rank runs this; rank 0 writes the distilled model.
 
     Returns:
-        See :func:`~nemo_minitron.stages.shared.training.summary`; nothing on ranks of the teacher's own.
+        See :func:`~nemo_minitron.stages.shared.training.summary`; an empty mapping on separate teacher ranks.
 
     Raises:
         MinitronError: for models, a cache, data or a layout that do not fit each other, or a loss that is not finite.
@@ -128,7 +128,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
 
 
 def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
-    """Train, or on a rank of the teacher's own, for which None comes back, serve until the training is over."""
+    """Train. A separate teacher rank serves instead, until the training is over, and gets None."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation.compatibility import check_model, check_pair
 
@@ -191,7 +191,7 @@ def _placement(config: DistillConfig) -> TeacherPlacement:
 
 
 def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, placement: TeacherPlacement) -> bool:
-    """Whether this process is a rank of the teacher's own, which has served by now until the training was over."""
+    """Whether this process is a separate teacher rank; if so, it serves until the training is over."""
     import torch
 
     if placement.kind != "own_ranks":
@@ -216,11 +216,11 @@ def _served(config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, 
 
 
 def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks: dict[str, Blocks]) -> None:
-    """Whether a cache is of this student's tokens, of the teacher that is named, if one is, and of these blocks.
+    """Check that a cache fits the student's tokenizer, the configured teacher (if any) and these blocks.
 
     Raises:
-        DataError: with all that differs, or how many samples it lacks.
-        ConfigError: for a loss that it does not hold.
+        DataError: with all differences, or the number of missing samples.
+        ConfigError: for a loss that cannot be computed from the cache.
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint

@@ -100,20 +100,20 @@ def best_fit(lengths: np.ndarray, size: int) -> Packing:
     block = np.arange(len(document))
     blocks = len(cut)
     free: list[list[int]] = [[] for _ in range(size)]  # blocks by the space that they have left
-    rooms = 0  # bit r: there is a block with r left
+    spaces = 0  # bit r: there is a block with r left
     for place, needed in enumerate(length[len(cut) :].tolist(), len(cut)):
-        fitting = rooms >> needed
+        fitting = spaces >> needed
         if fitting:
-            room = needed + (fitting & -fitting).bit_length() - 1
-            mine = free[room].pop()
-            if not free[room]:
-                rooms ^= 1 << room
+            space = needed + (fitting & -fitting).bit_length() - 1
+            chosen = free[space].pop()
+            if not free[space]:
+                spaces ^= 1 << space
         else:
-            room, mine, blocks = size, blocks, blocks + 1
-        block[place] = mine
-        if room > needed:
-            free[room - needed].append(mine)
-            rooms |= 1 << (room - needed)
+            space, chosen, blocks = size, blocks, blocks + 1
+        block[place] = chosen
+        if space > needed:
+            free[space - needed].append(chosen)
+            spaces |= 1 << (space - needed)
     order = np.argsort(block, kind="stable")
     first = np.searchsorted(block[order], np.arange(blocks + 1))
     return Packing(document[order], start[order], length[order], first, size)

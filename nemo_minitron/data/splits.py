@@ -71,8 +71,8 @@ def seen_in(keys: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
     for other in others:
         near = np.nonzero(np.isin(keys[:, :8].copy().view("u8")[:, 0], other[:, :8].copy().view("u8")[:, 0]))[0]
         if len(near):  # nearly always the very same: look at the whole key
-            mine = keys[near].copy().view("u8")[:, 0]
-            rows = np.nonzero(np.isin(other[:, :8].copy().view("u8")[:, 0], mine))[0]
+            near_keys = keys[near].copy().view("u8")[:, 0]
+            rows = np.nonzero(np.isin(other[:, :8].copy().view("u8")[:, 0], near_keys))[0]
             known = {other[row].tobytes() for row in rows}
             seen[near] |= np.array([keys[row].tobytes() in known for row in near])
     return seen

@@ -129,11 +129,11 @@ def _ability(
         return Ability(name, stages, core, "limited", "sbatch is not here; only to a login node by SSH (host:)")
     if name == "Slurm" and facts.slurm_trouble:
         return Ability(name, stages, core, "limited", f"no cluster answers here: {facts.slurm_trouble}")
-    mine = [problem for problem in problems if not problem.affects or name in problem.affects]
-    blocking = [problem.what for problem in mine if problem.blocks]
+    concerning = [problem for problem in problems if not problem.affects or name in problem.affects]
+    blocking = [problem.what for problem in concerning if problem.blocks]
     if blocking:
         return Ability(name, stages, core, "no", "; ".join(blocking))
-    limits = [problem.what for problem in mine]
+    limits = [problem.what for problem in concerning]
     if name == "several processes" and not limits:
         how = f"NCCL {facts.nccl or ''}, {len(facts.gpus)} GPUs".replace("  ", " ") if _on_gpu(facts) else "gloo"
         return Ability(name, stages, core, "works", how)

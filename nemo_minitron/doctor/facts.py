@@ -238,8 +238,8 @@ def _nccl() -> str | None:
     with contextlib.suppress(OSError, AttributeError):
         number = ctypes.c_int()
         ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
-        major, rest = divmod(number.value, 10_000)
-        return f"{major}.{rest // 100}.{rest % 100}"
+        major, remainder = divmod(number.value, 10_000)
+        return f"{major}.{remainder // 100}.{remainder % 100}"
     return None
 
 

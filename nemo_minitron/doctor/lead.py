@@ -74,7 +74,7 @@ class Leader:
     def _attempt(self, name: str, cases: list[Case]) -> dict[Case, Outcome]:
         """Run one set of children; returns the outcomes of the cases that they reached."""
         if self.ranks.is_main:
-            self.ranks.tell(f"{name}/port", _free_port())
+            self.ranks.write(f"{name}/port", _free_port())
         port = self.ranks.wait(f"{name}/port", self.patience)
         self.work.mkdir(parents=True, exist_ok=True)
         stem = self.work / f"{name}.rank-{self.ranks.rank}"
@@ -118,15 +118,15 @@ class Leader:
             since = max((line["time"] for line in read_json_lines(events)), default=None)
             since = psutil.Process(child.pid).create_time() if since is None and child.poll() is None else since
             if since is not None and now - since > limit:
-                self.ranks.tell(stop, self.ranks.rank)
+                self.ranks.write(stop, self.ranks.rank)
                 return f"did not end in time (minutes={self.config.minutes:g})"
-            if grace is None and self.ranks.told(stop) is not None:
+            if grace is None and self.ranks.read(stop) is not None:
                 grace = now + GRACE
             elif grace is not None and now > grace:
                 return "stopped, because another rank had failed"
         if child.returncode == 0:
             return ""
-        self.ranks.tell(stop, self.ranks.rank)
+        self.ranks.write(stop, self.ranks.rank)
         if child.returncode < 0:
             return f"was killed by {signal.Signals(-child.returncode).name}"
         return f"ended with exit code {child.returncode}"

@@ -70,7 +70,7 @@ def prove(config: DoctorConfig, folder: Path, *, say: Callable[[str], None] = pr
         for old in folder.glob("check-*.log"):
             old.unlink()
         _make_material(config, work / "material")
-        ranks.tell("material", True)
+        ranks.write("material", True)
     ranks.wait("material", patience)
     cases, skipped = _cases(config)
     leader = Leader(config, folder, work, ranks, patience, say if ranks.is_main else _silent)

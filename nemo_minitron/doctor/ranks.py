@@ -39,7 +39,7 @@ class Ranks:
         """The first rank."""
         return self.rank == 0
 
-    def tell(self, key: str, value: Any) -> None:
+    def write(self, key: str, value: Any) -> None:
         """Write a JSON value that every rank can read."""
         text = json.dumps(value)
         if self._store is None:
@@ -47,7 +47,7 @@ class Ranks:
         else:
             self._store.set(f"doctor/{key}", text)
 
-    def told(self, key: str) -> Any:
+    def read(self, key: str) -> Any:
         """The value of a key, or None if it has not been written."""
         if self._store is None:
             text = self._here.get(key)
@@ -63,7 +63,7 @@ class Ranks:
             MinitronError: if it is not written in time.
         """
         deadline = time.monotonic() + seconds
-        while (value := self.told(key)) is None:
+        while (value := self.read(key)) is None:
             if time.monotonic() > deadline:
                 raise MinitronError(
                     f"rank {self.rank} of {self.world} waited {seconds:.0f} s for another rank ({key}) and gave up; "
@@ -78,7 +78,7 @@ class Ranks:
         Raises:
             MinitronError: if a rank does not write its value in time.
         """
-        self.tell(f"{key}/{self.rank}", value)
+        self.write(f"{key}/{self.rank}", value)
         return [self.wait(f"{key}/{rank}", seconds) for rank in range(self.world)]
 
 

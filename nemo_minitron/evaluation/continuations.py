@@ -70,13 +70,13 @@ def continuation_scores(
     with evaluating(chunks):
         for start in range(0, len(order), max(1, step * layout.data)):
             shared = order[start : start + step * layout.data]
-            mine = shared[groups.dp_rank :: layout.data]
-            filled = -(-len(mine) // unit) * unit if mine else 0
-            texts = [pairs[number] for number in mine] + [pairs[shared[-1]]] * (filled - len(mine))
+            assigned = shared[groups.dp_rank :: layout.data]
+            filled = -(-len(assigned) // unit) * unit if assigned else 0
+            texts = [pairs[number] for number in assigned] + [pairs[shared[-1]]] * (filled - len(assigned))
             if texts:
                 scores = _run(chunks, groups, texts, batch_size, vocab_size, max_length, device)
                 if groups.is_last_stage:
-                    table[mine] = scores[: len(mine)]
+                    table[assigned] = scores[: len(assigned)]
             if progress is not None:
                 progress(len(shared))
     dist.broadcast(table, src=dist.get_global_rank(groups.pp, layout.pipeline - 1), group=groups.pp)

@@ -96,15 +96,15 @@ def generate_tokens(
         for number, (ids, request) in enumerate(zip(prompts, requests, strict=True))
     ]
     # Neighbours in length share a batch, and every replica gets its share of the long ones.
-    mine = sorted(texts, key=lambda text: (len(text.ids), text.number))[groups.dp_rank :: groups.layout.data]
+    assigned = sorted(texts, key=lambda text: (len(text.ids), text.number))[groups.dp_rank :: groups.layout.data]
     decoder = _Decoder(chunks, groups, sampling, frozenset(ends), vocab_size, stop)
     with evaluating(chunks):
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+        for start in range(0, len(assigned), batch_size):
+            batch = assigned[start : start + batch_size]
             decoder.answer(batch)
             if progress is not None:
                 progress(min(len(batch) * groups.layout.data, len(prompts) - start * groups.layout.data))
-    return _gathered(texts, mine, groups, sampling.max_new_tokens, next(chunks[0].parameters()).device)
+    return _gathered(texts, assigned, groups, sampling.max_new_tokens, next(chunks[0].parameters()).device)
 
 
 def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_length: int | None) -> None:
@@ -265,9 +265,9 @@ class _Decoder:
 
         def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             rows = torch.arange(len(tokens), device=self.device)
-            mine = output[rows, -1 if last is None else last].float().contiguous()  # [b, V/tp]
-            everyone = [torch.empty_like(mine) for _ in range(layout.tensor)]
-            dist.all_gather(everyone, mine, group=self.groups.tp)
+            local = output[rows, -1 if last is None else last].float().contiguous()  # [b, V/tp]
+            everyone = [torch.empty_like(local) for _ in range(layout.tensor)]
+            dist.all_gather(everyone, local, group=self.groups.tp)
             return torch.cat(everyone, dim=-1)[:, : self.vocab_size]
 
         # The interleaved schedule runs no fewer micro-batches than there are stages: all are the same.
@@ -295,12 +295,12 @@ _FINISH = ("stop", "length")
 
 
 def _gathered(
-    texts: list[_Text], mine: list[_Text], groups: Groups, longest: int, device: torch.device
+    texts: list[_Text], answered: list[_Text], groups: Groups, longest: int, device: torch.device
 ) -> list[Answer]:
     """All answers on every rank: each fills its replica's rows of a table, which is summed over data-parallel ranks."""
     # Ids are exact in float64. Columns: length, finish, then the ids, then their log-probabilities.
     table = torch.zeros(len(texts), 2 + 2 * longest, dtype=torch.float64, device=device)
-    for text in mine:
+    for text in answered:
         count = len(text.answer)
         row = [float(count), float(_FINISH.index(text.finish)), *map(float, text.answer)]
         table[text.number, : 2 + count] = torch.tensor(row, dtype=torch.float64)

@@ -56,7 +56,7 @@ def shape_diagram(run: Run) -> Figure | None:
             loc="outside lower center", ncols=3, frameon=False, labelcolor=theme.ink,
         )  # fmt: skip
 
-    told = "; ".join(
+    described = "; ".join(
         f"{m.name}: {m.shape.num_layers} layers, hidden {m.shape.hidden_size}, "
         f"FFN {span(m.shape, 'ffn_hidden_size', '')}, "
         f"{m.shape.num_attention_heads} heads"
@@ -66,7 +66,7 @@ def shape_diagram(run: Run) -> Figure | None:
         "shapes",
         draw,
         (1.5 + 1.9 * len(models), 3.6),
-        alt=f"Shapes side by side: {told}.",
+        alt=f"Shapes side by side: {described}.",
         caption="One row a layer, as wide as its parts. Empty frames: layers that were taken out.",
     )
 

@@ -29,5 +29,5 @@ def _name(path: str, run: Run) -> str:
     place, owner = Path(path).absolute(), stage_of(path, run)
     if owner is None:
         return place.name
-    rest = place.relative_to(Path(owner.config["output"]).absolute())
-    return owner.name if str(rest) == "." else f"{owner.name}/{rest}"
+    part = place.relative_to(Path(owner.config["output"]).absolute())
+    return owner.name if str(part) == "." else f"{owner.name}/{part}"

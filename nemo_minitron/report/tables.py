@@ -102,8 +102,8 @@ def cards(run: Run) -> list[Card]:
             detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
             cards.append(Card("held-out loss", f"{models[best]['loss']:.3f}", detail))
         if "pruned" in role_of and "random" in role_of:
-            ours, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
-            cards.append(Card("scored pruning", f"{ours:.2f}", f"random pruning, same shape: {drawn:.2f}"))
+            scored, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
+            cards.append(Card("scored pruning", f"{scored:.2f}", f"random pruning, same shape: {drawn:.2f}"))
         for recovery in recoveries(run, evaluation)[:1]:
             detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
             cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
@@ -290,8 +290,8 @@ def duration(seconds: float) -> str:
     """``134`` -> ``"2 min 14 s"``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes} min {remaining:02d} s" if minutes else f"{remaining} s"

@@ -60,9 +60,9 @@ def plan(config: DistillConfig) -> StagePlan:
         count = config.teacher_parallel.world_size
         plan.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
     shapes = {role: peek_shape(path) for role, path in paths.items()}
-    ours, theirs = shapes["student"], shapes["teacher"]
-    if ours is not None and theirs is not None and ours.uniform and theirs.uniform:
-        _plan_intermediate(config, plan, ours, theirs)
+    student_shape, teacher_shape = shapes["student"], shapes["teacher"]
+    if student_shape is not None and teacher_shape is not None and student_shape.uniform and teacher_shape.uniform:
+        _plan_intermediate(config, plan, student_shape, teacher_shape)
     return plan
 
 

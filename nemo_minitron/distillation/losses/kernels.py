@@ -104,8 +104,8 @@ class Columns:
     def here(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Global token ids -> whether this rank has each, and its column (0 where it does not)."""
         local = tokens - self.first
-        mine = (local >= 0) & (local < self.valid)
-        return mine, torch.where(mine, local, 0)
+        held = (local >= 0) & (local < self.valid)
+        return held, torch.where(held, local, 0)
 
 
 @dataclass(frozen=True)
@@ -321,9 +321,9 @@ def _shift_rest(values: torch.Tensor, top: torch.Tensor, columns: Columns) -> to
         ``[n]``, the maximum that was subtracted.
     """
     if columns.valid:
-        mine, local = columns.here(top)
+        held, local = columns.here(top)
         # A token of another rank stands for column 0, which the minimum with infinity leaves alone.
-        bound = torch.where(mine, float("-inf"), float("inf")).to(values.dtype)
+        bound = torch.where(held, float("-inf"), float("inf")).to(values.dtype)
         values.scatter_reduce_(-1, local, bound, "amin")
     shift = columns.maximum(values)[0]
     values.sub_(shift[:, None])

@@ -169,14 +169,14 @@ class TeacherStates:
             messages += [dist.P2POp(post, tensor, address, group=self.groups.pp) for tensor in tensors]
         for work in dist.batch_isend_irecv(messages) if messages else []:
             work.wait()
-        have = {**self._kept, **received}
+        available = {**self._kept, **received}
         self._kept = {}
-        mine = {
-            ours: have[theirs]
-            for ours, theirs in plan.sites.items()
-            if rank == (0 if ours.part == "embedding" else plan.student_ranks[ours.layer])
+        needed = {
+            student_site: available[teacher_site]
+            for student_site, teacher_site in plan.sites.items()
+            if rank == (0 if student_site.part == "embedding" else plan.student_ranks[student_site.layer])
         }
-        return [{site: states[index] for site, states in mine.items()} for index in range(micro_batches)]
+        return [{site: states[index] for site, states in needed.items()} for index in range(micro_batches)]
 
     def _empty(self, site: Site, micro_batch_size: int, sequence: int) -> torch.Tensor:
         layout, shape = self.groups.layout, self.plan.teacher
@@ -303,23 +303,23 @@ class StudentLosses:
             )
         return loss
 
-    def _relations(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    def _relations(self, student_states: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
         """This rank's part of the attention relations' loss, ``[b, s]``: that of its own relation heads."""
         assert self._batch is not None
         heads, layout = self.plan.config.relation_heads, self.groups.layout
         assert heads is not None
-        tensor, models = layout.tensor, ((ours, self.plan.student), (theirs, self.plan.teacher))
+        tensor, models = layout.tensor, ((student_states, self.plan.student), (teacher_states, self.plan.teacher))
         columns = None
         if layout.context > 1:
-            ours_whole, theirs_whole = (
+            student_whole, teacher_whole = (
                 _queries_keys_values(whole_sequence(mixed, self.groups.cp), shape) for mixed, shape in models
             )
-            columns = ours_whole, theirs_whole
+            columns = student_whole, teacher_whole
         local = attention_relations(
-            _queries_keys_values(ours, self.plan.student),
-            _queries_keys_values(theirs, self.plan.teacher),
+            _queries_keys_values(student_states, self.plan.student),
+            _queries_keys_values(teacher_states, self.plan.teacher),
             heads=heads // tensor,
-            masked=self._batch["attention_mask"][:, 0].to(ours.device),
+            masked=self._batch["attention_mask"][:, 0].to(student_states.device),
             columns=columns,
         )
         return local / tensor

@@ -83,12 +83,12 @@ def fill_cache(
     first = {key: index for index, key in reversed(list(enumerate(keys)))}  # equal samples are written once
     missing = [index for key, index in first.items() if key not in cache]
     missing.sort()
-    mine = missing[groups.dp_rank :: groups.layout.data]
+    assigned = missing[groups.dp_rank :: groups.layout.data]
     writes = groups.is_last_stage and groups.tp_rank == 0
     passes = _PASSES_PER_STEP * (groups.layout.pipeline if groups.layout.virtual_pipeline else 1)
     pending: list[tuple[bytes, Sample]] = []
-    for begin in range(0, len(mine), passes * micro_batch_size):
-        part = mine[begin : begin + passes * micro_batch_size]
+    for begin in range(0, len(assigned), passes * micro_batch_size):
+        part = assigned[begin : begin + passes * micro_batch_size]
         # The schedule wants equal micro-batches: the last sample is repeated, and its repeats dropped.
         padded = torch.tensor(part + part[-1:] * (-len(part) % micro_batch_size))
         rows = padded.split(micro_batch_size)
@@ -118,8 +118,8 @@ def _encoded(logits: torch.Tensor, groups: Groups, manifest: Manifest, *, keep: 
         if not keep:
             return []
         ids, values = (t.view(sequence, rows, -1) for t in (top.tokens, top.log_probabilities))
-        rest = top.log_rest.view(sequence, rows)
-        return [encode(manifest, TopTokens(ids[:, row], values[:, row], rest[:, row])) for row in range(rows)]
+        log_rest_rows = top.log_rest.view(sequence, rows)
+        return [encode(manifest, TopTokens(ids[:, row], values[:, row], log_rest_rows[:, row])) for row in range(rows)]
     columns = [torch.empty_like(logits) for _ in range(groups.layout.tensor)]
     dist.all_gather(columns, logits.contiguous(), group=groups.tp)
     whole = torch.cat(columns, -1)[..., : manifest.vocab_size].float().log_softmax(-1)

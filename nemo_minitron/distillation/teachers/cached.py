@@ -114,10 +114,10 @@ class CachedTeacher:
         columns = padded_vocab(vocabulary, tensor=tensor) // tensor
         first = self.groups.tp_rank * columns
         whole = decode_logits(kept)
-        mine = whole.new_zeros(*whole.shape[:-1], columns)
+        local = whole.new_zeros(*whole.shape[:-1], columns)
         part = whole[..., first : first + columns]
-        mine[..., : part.shape[-1]] = part
-        return mine.to(self._device)
+        local[..., : part.shape[-1]] = part
+        return local.to(self._device)
 
     def close(self) -> None:
         """Nothing to close."""

@@ -97,8 +97,8 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """``"k=64, not 128"`` for each field in which another manifest differs from this one."""
-        ours, theirs = asdict(self), asdict(other)
-        return [f"{name}={ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+        own, others = asdict(self), asdict(other)
+        return [f"{name}={own[name]}, not {others[name]}" for name in own if own[name] != others[name]]
 
     def write(self, directory: Path) -> None:
         """As ``manifest.json``."""

@@ -118,9 +118,9 @@ class OwnLayoutTeacher:
     def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`; called on every rank."""
         micro_batch_size, sequence = batches[0]["tokens"].shape
-        mine = packed_requests(batches, self._like.device)
-        everyone = [torch.empty_like(mine) for _ in range(self.groups.layout.data)]
-        dist.all_gather(everyone, mine, group=self.groups.dp)
+        own_requests = packed_requests(batches, self._like.device)
+        everyone = [torch.empty_like(own_requests) for _ in range(self.groups.layout.data)]
+        dist.all_gather(everyone, own_requests, group=self.groups.dp)
         requests = torch.cat(everyone)
         with self._second.active() as own:
             numbers = self.transfer.replica(own.dp_rank, len(requests))

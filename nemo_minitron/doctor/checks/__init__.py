@@ -266,11 +266,11 @@ def compare(
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor, *, by_norm: bool) -> float:
     """Relative difference; infinite or NaN where either is."""
-    ours, theirs = actual.double(), expected.double()
+    value, reference = actual.double(), expected.double()
     if by_norm:
-        apart, scale = (ours - theirs).norm(), theirs.norm()
+        apart, scale = (value - reference).norm(), reference.norm()
     else:
-        apart, scale = (ours - theirs).abs().max(), theirs.abs().max()
+        apart, scale = (value - reference).abs().max(), reference.abs().max()
     if float(scale) == 0.0:
         return 0.0 if float(apart) == 0.0 else math.inf
     return float(apart / scale)

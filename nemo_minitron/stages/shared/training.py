@@ -69,17 +69,17 @@ def plan_training(
         plan.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):
-        ours = sum(count for role, count in counts.items() if role in trained)
-        others = sum(counts.values()) - ours
+        trained_count = sum(count for role, count in counts.items() if role in trained)
+        others = sum(counts.values()) - trained_count
         plan.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
         # Six operations a weight and token to train, two to run.
-        plan.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)
+        plan.costs["FLOPs"] = human_count((6 * trained_count + 2 * others) * config.tokens)
         bf16 = config.precision.startswith("bf16")
         # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
         # weights.
         replicas = layout.data * layout.context
         state = (2 + 4 + 12 / replicas) if bf16 else (4 + 4 + 8 / replicas)
-        rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
+        rank = (trained_count * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         plan.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
     return plan
 

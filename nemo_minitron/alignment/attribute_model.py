@@ -1,7 +1,7 @@
-"""A model that predicts the attribute values of an answer: where it lies, and its predictions, without NeMo-Aligner.
+"""A model that predicts the attribute values of an answer: its files, and its predictions, without NeMo-Aligner.
 
-NeMo-Aligner trains it (:mod:`nemo_minitron.alignment.reward`). What is kept is the decoder as an ordinary checkpoint
-and the head beside it, so that predictions run on a plain Megatron model under any layout.
+NeMo-Aligner trains it (:mod:`nemo_minitron.alignment.reward`). The decoder is saved as an ordinary checkpoint and the
+regression head beside it, so that predictions run on a plain Megatron model under any layout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PAD_TO = 16  # lengths are rounded up to a multiple, so that few shapes occur
 
 @dataclass(frozen=True)
 class AttributeModel:
-    """What lies in the output of ``minitron reward``.
+    """The attribute model in the output of ``minitron reward``.
 
     Attributes:
         model: the decoder's checkpoint.
@@ -71,7 +71,7 @@ def load_attribute_model(directory: str | Path) -> AttributeModel:
     """Read what :func:`save_attribute_model` wrote.
 
     Raises:
-        CheckpointError: where it is missing, damaged or not of one piece.
+        CheckpointError: if it is missing or damaged, or its files do not belong together.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -103,7 +103,7 @@ class AttributeScorer:
 
     Attributes:
         checkpoint: the decoder's.
-        schema: what the columns of a score are.
+        schema: the attributes, in the order of the columns of a score.
 
     Raises:
         CheckpointError: if head and decoder do not fit.
@@ -137,7 +137,7 @@ class AttributeScorer:
         micro_batch_size: int,
         progress: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Predicted values of each row. To be called on every rank; every rank gets all of them.
+        """Predicted values of each row. Collective: every rank calls it and gets all values.
 
         Args:
             rows: tokens of whole conversations, the same on every rank; the state after the last token is read.

@@ -1,4 +1,4 @@
-"""Conversations as the batches that Aligner's supervised models take: one a row, or several packed into a row.
+"""Conversations as the batches that Aligner's supervised models take: one per row, or several packed into a row.
 
 Aligner's own chat dataset knows one form of template (a header that says ``System``, the roles' names as they stand in
 the data) and cannot pack; its packed dataset separates the conversations by Transformer Engine's attention alone. Here
@@ -24,8 +24,8 @@ class Sample(NamedTuple):
 
     Attributes:
         ids: ``[n]`` tokens.
-        trained: ``[n]`` bool: the token is one that the model learns to say.
-        lengths: of the conversations in it, in order; they add up to ``n``.
+        trained: ``[n]`` bool: the loss is taken of this token.
+        lengths: tokens of each conversation in it, in order; they add up to ``n``.
     """
 
     ids: list[int]
@@ -67,13 +67,13 @@ def collate(multiple: int, *, masked: bool) -> Callable[[list[Sample]], dict[str
     """A function from samples to the batch that ``GPTSFTModel`` takes.
 
     Args:
-        multiple: the length of a batch is one of it.
+        multiple: rows are padded to a length that is a multiple of this.
         masked: give an attention mask that separates the conversations of a row; without it, attention is causal.
 
     Returns:
-        A function to ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` ``[b, s]`` and, if masked,
-        ``attention_mask`` ``[b, 1, s, s]``, true where a token must not look. Padding stands behind the tokens and has
-        no loss.
+        A function that returns ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` ``[b, s]`` and, if masked,
+        ``attention_mask`` ``[b, 1, s, s]``, True where attention is not allowed. Padding follows the tokens and has no
+        loss.
     """
     return partial(_collate, multiple=multiple, masked=masked)
 

@@ -30,7 +30,7 @@ STATISTICS = "preferences.json"
 
 
 def dpo_settings(preferences: Preferences, micro_batch_size: int) -> dict[str, Any]:
-    """Aligner's ``model.dpo``."""
+    """The settings of Aligner's ``model.dpo``."""
     return {
         "preference_loss": preferences.loss,
         "ref_policy_kl_penalty": preferences.beta,
@@ -44,7 +44,7 @@ def dpo_settings(preferences: Preferences, micro_batch_size: int) -> dict[str, A
 
 
 class DpoModel(FiniteLoss, ValidationBatches, MegatronGPTDPOModel):
-    """Aligner's, which stops at a loss that is not finite and may validate on batches of another size."""
+    """Aligner's DPO model; it stops at a loss that is not finite, and its validation batches may have another size."""
 
 
 def train_dpo(
@@ -66,8 +66,8 @@ def train_dpo(
 
     Args:
         checkpoint: the policy to start from.
-        reference: the policy it is held to; of the same sizes. Its weights stay on the CPU, and change places with
-            the policy's for a forward pass before each step (Aligner's way).
+        reference: the reference policy, of the same sizes. Its weights stay on the CPU; before each step they are
+            swapped with the policy's for one forward pass, as Aligner does it.
         train, held_out: pairs.
         preferences: the loss.
         layout: of the model.
@@ -131,7 +131,7 @@ def train_dpo(
 
 
 def _before(session: Session, measure: Any) -> dict[str, float]:
-    """What the pairs said before the first step; a resumed training finds it in its file."""
+    """Statistics of the held-out pairs before the first step; a resumed training reads them from their file."""
     path = session.directory / "before.json"
     if session.state is not None:
         if not path.is_file():

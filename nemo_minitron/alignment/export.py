@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def output_name(form: str) -> str:
-    """What a format is called below a stage's output; the one that other stages go on with is ``model``."""
+    """Name of a format's file or directory in a stage's output; NeMo 2, which other stages read, is ``model``."""
     return "model" if form == "nemo2" else FORMATS[form].output_name
 
 
@@ -36,7 +36,7 @@ def templated_tokenizer(source: Path, template: Template, directory: Path) -> Pa
 
     Args:
         source: directory of the tokenizer.
-        template: what was trained with.
+        template: the chat template of the training.
         directory: of the copy; emptied first.
 
     Raises:
@@ -65,10 +65,10 @@ def templated_tokenizer(source: Path, template: Template, directory: Path) -> Pa
 def trained_checkpoint(
     source: Checkpoint, last: Path, *, tokenizer: Path | None, lineage: dict[str, Any]
 ) -> Checkpoint:
-    """The model in a training checkpoint of NeMo 1, optimizer state passed over.
+    """The model in a training checkpoint of NeMo 1, without the optimizer state.
 
     Args:
-        source: what the training started from: its sizes and constants.
+        source: the checkpoint that the training started from; it gives sizes and constants.
         last: the distributed checkpoint.
         tokenizer: that goes with the model.
         lineage: added to the source's.
@@ -101,22 +101,22 @@ def save_trained(
     formats: list[str],
     check: bool = True,
 ) -> dict[str, Any]:
-    """Write ``model`` (NeMo 2) and what else is asked for below ``output``. One rank calls it.
+    """Write ``model`` (NeMo 2) and the other formats asked for below ``output``. One rank calls it.
 
     Args:
-        source: what the training started from.
+        source: the checkpoint that the training started from.
         last: its last training checkpoint.
         output: of the stage.
         template: of the conversations that it was trained on; None keeps the tokenizer as it is.
         lineage: what was done, for ``minitron.json``.
         formats: besides NeMo 2, names of formats: "hf", "nemo".
-        check: load each of these by its own side's loader and compare its logits with the NeMo 2 model's.
+        check: load each of these with its format's own library and compare its logits with the NeMo 2 model's.
 
     Returns:
         For each format ``path`` and ``max_difference`` of the logits (None for NeMo 2 itself, or unchecked).
 
     Raises:
-        CheckpointError: if a result computes something else.
+        CheckpointError: if the logits of a written model differ.
     """
     tokenizer = source.tokenizer
     if tokenizer is not None and template is not None:

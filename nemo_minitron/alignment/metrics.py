@@ -1,4 +1,4 @@
-"""What a training with Aligner tells: one JSON object a step, TensorBoard, a progress bar; and when it must stop."""
+"""Metrics of a training with Aligner: one JSON object per step, TensorBoard, a progress bar; and the stop on NaN."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ class FiniteLoss:
 
 
 class MetricsLog:
-    """The logger that Aligner's trainers are given. Rank 0 writes.
+    """The logger of Aligner's trainers. Rank 0 writes.
 
-    ``metrics.jsonl`` has a line a step, with ``step`` (1-based), ``samples`` (in all), ``seconds`` (since the start of
-    this process's training) and what Aligner's model and trainer tell (``loss``, ``lr``, ``step_time``, ...); and a
-    line a validation, with ``split`` = "validation". After a resume, lines of steps that are trained again go first.
+    ``metrics.jsonl`` has a line per step, with ``step`` (1-based), ``samples`` (in all), ``seconds`` (since the start
+    of this process's training) and the metrics of Aligner's model and trainer (``loss``, ``lr``, ``step_time``, ...);
+    and a line per validation, with ``split`` = "validation". A resume first drops the lines of steps that it will train
+    again.
 
     Args:
         directory: gets ``metrics.jsonl`` and ``tensorboard/``.
         label: of the progress bar.
-        steps: in all.
+        steps: optimizer steps in all.
         done: steps of the checkpoint that is resumed.
-        writes: whether this rank does.
+        writes: whether this rank writes.
     """
 
     def __init__(self, directory: Path, *, label: str, steps: int, done: int, writes: bool) -> None:
@@ -90,7 +91,7 @@ class MetricsLog:
         """Called by Aligner's trainers when the last step is done."""
 
     def close(self) -> None:
-        """Take the bar away and close the files; also after an error."""
+        """Remove the bar and close the files; also after an error."""
         if self._board is not None:
             self._board.finalize("success")
         self._stack.close()

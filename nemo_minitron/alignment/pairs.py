@@ -21,7 +21,7 @@ class Pair(NamedTuple):
     """A prompt with its chosen and with its rejected answer.
 
     Attributes:
-        chosen, rejected: the conversation with either; the answer's tokens alone are trained.
+        chosen, rejected: the conversation with each answer; only the answer's tokens are trained.
         chosen_reward, rejected_reward: for RPO.
     """
 
@@ -72,15 +72,15 @@ def preference_statistics(
     Args:
         model: Aligner's DPO model, with its reference.
         batches: lists of :class:`Pairs`' items, this data-parallel rank's part of each global batch.
-        collate: Aligner's, to a batch.
+        collate: Aligner's function from items to a batch.
         groups: of this process.
         beta: of the loss.
 
     Returns:
         Over all pairs, with ``r = beta (log pi - log pi_ref)`` of an answer: ``accuracy`` (share with a larger ``r`` of
         the chosen answer, a tie is a half), ``margin`` (mean difference of ``r``), ``chosen_reward``,
-        ``rejected_reward`` (mean ``r``). Without the reference, of the log-probability a token:
-        ``likelihood_accuracy``, ``likelihood_margin``; and ``pairs``, their number.
+        ``rejected_reward`` (mean ``r``). ``likelihood_accuracy`` and ``likelihood_margin`` are the same with the mean
+        log-probability of a token in place of ``r``, without the reference. ``pairs`` is the number of pairs.
     """
     rows: list[torch.Tensor] = []
     for items in batches:

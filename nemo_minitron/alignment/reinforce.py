@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
     """One prompt.
 
     Attributes:
-        number: its place in the data, which :data:`Rewards` are told.
+        number: its index in the data, by which :data:`Rewards` knows it.
         ids: ``[n]`` tokens, up to where the assistant answers.
     """
 
@@ -56,14 +56,14 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """How answers are made and paid.
+    """How answers are generated and rewarded.
 
     Attributes:
-        sampling: of an answer.
-        seed: of the draws.
-        ends: ids that end one.
-        vocab_size: true vocabulary.
-        prompts_per_step, samples_per_prompt: of a step.
+        sampling: how the tokens of an answer are sampled.
+        seed: of the random numbers.
+        ends: token ids that end an answer.
+        vocab_size: true vocabulary, without padding.
+        prompts_per_step, samples_per_prompt: prompts of a step, and answers to each.
         validation_prompts: answered at a validation.
         kl_penalty: weight of the divergence from the initial policy.
         batch_size: answers generated at once.
@@ -80,7 +80,7 @@ class Rollouts:
     batch_size: int
 
     def settings(self, schedule: AlignmentSchedule) -> dict[str, Any]:
-        """Aligner's ``model.reinforce``. It reads lengths and sampling, and this actor passes them over."""
+        """Aligner's ``model.reinforce``. Lengths and sampling must be in it, but this actor does not use them."""
         return {
             "length_params": {"max_length": self.sampling.max_new_tokens, "min_length": 1},
             "sampling_params": {"end_strings": []},
@@ -90,10 +90,10 @@ class Rollouts:
 
 
 class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignore[misc]
-    """Aligner's actor; :meth:`prepare` it before it answers."""
+    """Aligner's actor; call :meth:`prepare` before it answers."""
 
     def prepare(self, rollouts: Rollouts, groups: Groups) -> None:
-        """Tell how answers are made.
+        """Set how answers are generated.
 
         Args:
             rollouts: of the training.
@@ -109,7 +109,7 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
         """Before the prompts of a step, or of a validation, are answered.
 
         Args:
-            request: number of the first answer's draws: those of a step depend on the step alone, also after a resume.
+            request: number of the first answer's random draws. It depends on the step alone, also after a resume.
             copies: how often in a row each batch of prompts will be given.
         """
         self._request, self._copies = request, copies
@@ -121,7 +121,7 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
 
         Args:
             batch: what :class:`~nemo_aligner.algorithms.reinforce.ReinforceTrainer` gathers of the answers.
-            forward_only: never here.
+            forward_only: always False here.
         """
         batch = {**batch, **{name: batch[name][:, None] for name in ("rewards_with_kl", "baseline")}}
         return super().get_loss_and_metrics(batch, forward_only)
@@ -130,15 +130,15 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
     def infer(self, inference_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Answer prompts.
 
-        The first time, all the answers to them are made at once: a step of generation costs much the same for few
-        sequences as for many. What each answer's draws are does not depend on the batch.
+        At the first call, all answers to the prompts are generated at once: a step of generation costs nearly the same
+        for few sequences as for many. The random draws of an answer do not depend on the batch.
 
         Args:
-            inference_batch: ``text`` ``[b, s]``, filled up at the end, and ``length``, ``number`` ``[b]``.
+            inference_batch: ``text`` ``[b, s]``, padded at the end, and ``length``, ``number`` ``[b]``.
 
         Returns:
-            ``response_tokens`` ``[b, s]``: prompt, answer, filling; ``response_lengths`` (of both), ``prompt_lengths``,
-            ``number`` and ``is_end`` (the answer ended by itself) ``[b]``.
+            ``response_tokens`` ``[b, s]``: prompt, answer, padding; ``response_lengths`` (prompt and answer),
+            ``prompt_lengths``, ``number`` and ``is_end`` (the answer ended with an end token) ``[b]``.
         """
         rollouts, lengths = self._rollouts, inference_batch["length"].tolist()
         rows = [row[:length] for row, length in zip(inference_batch["text"].tolist(), lengths, strict=True)]
@@ -173,7 +173,7 @@ class ReinforceActor(FiniteLoss, MegatronGPTReinforceActorModel):  # type: ignor
 
 
 class _Trainer(ReinforceTrainer):  # type: ignore[misc]
-    """Aligner's, which tells its actor from which draw on a step or a validation answers."""
+    """Aligner's trainer; it gives its actor the number of the first random draw of each step and validation."""
 
     def _run_inference(self, dataloader_builder: Any, consumed_samples: int, is_validation: bool) -> Any:
         rollouts = self.model._rollouts
@@ -198,7 +198,7 @@ class _Prompts(Dataset[Prompt]):
 
 
 def _collate(batch: list[Prompt], *, width: int) -> dict[str, torch.Tensor]:
-    """Of one width: Aligner tells the answers to one prompt by their rows, which it pads anew."""
+    """Pad to one width: Aligner recognises the answers to a prompt by equal rows."""
     text = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, prompt in enumerate(batch):
         text[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
@@ -229,7 +229,7 @@ class _Given(FutureResult):  # type: ignore[misc]
 
 
 class _Rewarding:
-    """What Aligner's trainer takes for a client of a reward model's server."""
+    """Rewards behind the interface of Aligner's client of a reward model server."""
 
     def __init__(self, model: ReinforceActor, rewards: Rewards) -> None:
         self.model, self.rewards = model, rewards
@@ -242,7 +242,7 @@ class _Rewarding:
 
 
 class _Log:
-    """Aligner's several lines of a step as one line of ours."""
+    """Merges the several log calls that Aligner makes for a step into one line."""
 
     def __init__(self, log: MetricsLog) -> None:
         self.log = log
@@ -250,7 +250,7 @@ class _Log:
         self.losses: list[float] = []
 
     def log_metrics(self, metrics: dict[str, Any], step: int, prefix: str) -> None:
-        """Gather what a step tells; its timers come last."""
+        """Gather the metrics of a step; Aligner logs its timers last."""
         if prefix == "train_rollouts/":
             self.step = {_NAMES.get(name, name): float(value) for name, value in metrics.items()}
             self.losses = []
@@ -265,7 +265,7 @@ class _Log:
             self.log.log_metrics({_NAMES.get(name, name): value for name, value in metrics.items()}, step, "val/")
 
     def log_table(self, key: str, dataframe: Any, step: int) -> None:
-        """Samples of answers: left to a stage's own generations."""
+        """Tables of sample answers are not logged."""
 
     def finalize(self) -> None:
         """The last step is done."""
@@ -291,23 +291,24 @@ def train_reinforce(
 ) -> Path:
     """Train. Every rank calls it, with the same prompts.
 
-    ``metrics.jsonl`` has of each step ``reward``, ``rewards_with_kl``, ``kl``, ``ended`` (share of the answers),
+    Each step's line in ``metrics.jsonl`` has ``reward``, ``rewards_with_kl``, ``kl``, ``ended`` (share of the answers),
     ``generation_length``, ``loss`` and ``lr``.
 
     Args:
-        checkpoint: the policy to start from, which is also the one that the divergence is measured from. Its weights
-            stay on the CPU beside those that are trained.
-        prompts, held_out: prompts; the first ``validation_prompts`` of the second are answered at validations.
-        rewards: of answers.
-        rollouts: how answers are made.
+        checkpoint: the policy to start from; the KL divergence is measured from it too. A copy of its weights stays on
+            the CPU beside the trained weights.
+        prompts, held_out: training and held-out prompts; a validation answers the first ``validation_prompts`` of
+            the held-out prompts.
+        rewards: function that gives the rewards of answers.
+        rollouts: how answers are generated.
         layout: of the model; data-parallel size 1 (Aligner's trainer gives each replica all the answers of a step).
-        schedule: hyper-parameters; ``steps`` are those of answering, each of which takes ``prompts_per_step *
-            samples_per_prompt / global_batch_size`` steps of the optimizer. ``epochs`` is not used.
+        schedule: hyper-parameters; each of its ``steps`` generates answers once and then takes ``prompts_per_step *
+            samples_per_prompt / global_batch_size`` optimizer steps. ``epochs`` is not used.
         seed: of the order of the samples.
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         max_length: of prompt and answer, in tokens.
         resume: go on from the last checkpoint in ``directory``.
-        prepare: called once the process groups are there, before anything is answered.
+        prepare: called once the process groups exist, before the first answer.
 
     Returns:
         The last training checkpoint.

@@ -38,7 +38,7 @@ class ScoredSample(NamedTuple):
 
     Attributes:
         ids: ``[n]`` tokens.
-        values: of each attribute of the schema; :data:`NO_VALUE` where there is none, but not everywhere.
+        values: value of each attribute of the schema, :data:`NO_VALUE` where it is not labelled; at least one is.
     """
 
     ids: list[int]
@@ -46,7 +46,7 @@ class ScoredSample(NamedTuple):
 
     @classmethod
     def of(cls, ids: list[int], attributes: Mapping[str, int], schema: AttributeSchema) -> ScoredSample:
-        """From values by name."""
+        """A sample from attribute values by name."""
         return cls(ids, [float(attributes[name]) if name in attributes else NO_VALUE for name in schema.names])
 
 
@@ -54,8 +54,8 @@ def collate(batch: list[ScoredSample]) -> dict[str, torch.Tensor]:
     """Samples as Aligner's regression model takes them.
 
     Returns:
-        ``inputs``, ``position_ids`` ``[b, s]``, ``attention_mask`` ``[b, 1, s, s]`` (true where a token must not look),
-        ``lengths`` ``[b]``, ``loss_mask`` ``[b, s]`` (the tokens that are no padding) and ``labels`` ``[b, A]``.
+        ``inputs``, ``position_ids`` ``[b, s]``, ``attention_mask`` ``[b, 1, s, s]`` (True: no attention),
+        ``lengths`` ``[b]``, ``loss_mask`` ``[b, s]`` (0 for padding) and ``labels`` ``[b, A]``.
     """
     lengths = torch.tensor([len(sample.ids) for sample in batch])
     width = -(-int(lengths.max()) // _PAD_TO) * _PAD_TO
@@ -74,8 +74,9 @@ def collate(batch: list[ScoredSample]) -> dict[str, torch.Tensor]:
 
 
 class AttributeRewardModel(FiniteLoss, ValidationBatches, MegatronGPTRegressionRewardModel):  # type: ignore[misc]
-    """Aligner's model on batches of any length (it would send stage to stage tensors of the longest one), which may
-    validate on batches of another size.
+    """Aligner's model for batches of any length; validation batches may have another size.
+
+    Aligner itself sends tensors of the longest length from pipeline stage to pipeline stage.
     """
 
     def get_loss_and_metrics(self, batch: dict[str, torch.Tensor], forward_only: bool) -> tuple[float, dict[str, Any]]:
@@ -109,8 +110,8 @@ def train_reward(
     layout.
 
     Args:
-        checkpoint: what the decoder starts from.
-        samples, held_out: to train on and to validate on.
+        checkpoint: initial weights of the decoder.
+        samples, held_out: training and validation samples.
         schema: attributes of the head.
         layout: of the model.
         schedule: hyper-parameters.
@@ -145,7 +146,7 @@ def train_reward(
 
 
 def _settings(attributes: int, schedule: AlignmentSchedule) -> dict[str, Any]:
-    """What Aligner's reward models read beside a model's settings (``training_rm.yaml`` of its examples)."""
+    """Further settings that Aligner's reward models read (``training_rm.yaml`` of its examples)."""
     return {
         "regression": {
             "num_attributes": attributes,
@@ -163,7 +164,7 @@ def _settings(attributes: int, schedule: AlignmentSchedule) -> dict[str, Any]:
 
 
 def _start_head(session: Session, samples: Sequence[ScoredSample], seed: int) -> None:
-    """Initial weights of the head; the rank's part of ``[A, h]`` is columns of it (a row-parallel linear)."""
+    """Initial weights of the head; a rank holds columns of ``[A, h]`` (a row-parallel linear)."""
     labels = torch.tensor([sample.values for sample in samples])
     given = labels != NO_VALUE
     mean = labels.where(given, 0.0).sum(0) / given.sum(0).clamp(min=1)
@@ -183,7 +184,7 @@ def read_head(last: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight ``[A, h]`` and bias ``[A]`` of a training checkpoint's head.
 
     Raises:
-        CheckpointError: if it has none.
+        CheckpointError: if the checkpoint has no head.
     """
     store = TorchDist(last)
     candidates = []

@@ -1,4 +1,4 @@
-"""One training with NeMo-Aligner: model and trainer from a checkpoint of ours, put together as its own scripts do.
+"""One training with NeMo-Aligner: model and trainer from a checkpoint, put together as Aligner's own scripts do.
 
 Aligner's scripts restore a ``.nemo``. Here the model is built from the checkpoint's sizes and filled by
 :func:`nemo_minitron.checkpoints.load_into`, each rank with its own shard: no copy of the model is written, and any
@@ -44,13 +44,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """Aligner's model, ready to be trained.
+    """A model of Aligner's, ready to be trained.
 
     Attributes:
-        model: of the class that was asked for, filled.
+        model: of the requested class, with its weights.
         trainer: Lightning's; Aligner uses its strategy and checkpoints.
         config: Aligner's whole configuration.
-        kind: key of the trainer's part of it.
+        kind: key of the trainer's part of ``config``.
         groups: process groups of this rank.
         state: ``step``, ``consumed_samples`` and ``epoch`` of the checkpoint that is resumed, or None.
         steps: optimizer steps in all.
@@ -69,8 +69,8 @@ class Session:
     def loader(self, dataset: Any, collate: Callable[[list[Any]], Any], *, training: bool) -> Any:
         """Aligner's data loader of global batches: this data-parallel rank's part of each.
 
-        Training samples come in another order in each pass, from where the resumed checkpoint was; those of a
-        validation in their own. A last batch that is not full is left out.
+        Training samples have another order in each pass, and go on from the position of a resumed checkpoint;
+        validation samples keep their order. A last batch that is not full is left out.
         """
         model = self.config.model
         return build_dataloader(
@@ -109,14 +109,14 @@ class Session:
         max_minutes: float | None,
         **options: Any,
     ) -> Iterator[Any]:
-        """One of Aligner's trainers, made and resumed; call its ``fit`` in the block.
+        """A context with one of Aligner's trainers, resumed where asked for; call its ``fit`` in the block.
 
         Args:
             trainer_class: ``SupervisedTrainer``, ``DPOTrainer``, ...
             loader, validation: from :meth:`loader`.
             label: of the progress bar.
-            max_minutes: Aligner stops after them, with a checkpoint.
-            options: of the class, beside what all have.
+            max_minutes: Aligner saves a checkpoint and stops after so many minutes.
+            options: further arguments of the class.
 
         Raises:
             PreemptedError: after SIGTERM or SIGUSR1 to any rank, once the step has ended and its state is saved.
@@ -190,9 +190,9 @@ def open_session(
         directory: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
         samples, held_out: of training and validation data.
         max_length: of a sample, in tokens.
-        resume: go on from the last whole checkpoint in ``directory``; otherwise what is there is removed.
-        model: what the algorithm adds to the model's settings.
-        skip: parameters whose names begin with one of these keep their initial values (the head of a reward model).
+        resume: go on from the last whole checkpoint in ``directory``; otherwise checkpoints there are removed.
+        model: settings of the model that the algorithm adds.
+        skip: parameters with these name prefixes keep their initial values (the head of a reward model).
 
     Raises:
         MinitronError: see :func:`~nemo_minitron.alignment.settings.check_model`; a DataError for too few samples.
@@ -228,7 +228,7 @@ def open_session(
 
 
 class _Checkpoints(NeMoModelCheckpoint):
-    """NeMo's callback, of which Aligner's trainers use the saving alone."""
+    """NeMo's checkpoint callback; Aligner's trainers use only its saving."""
 
     # Aligner reads its state from the name.
     CHECKPOINT_NAME_LAST = "step={step}-consumed_samples={consumed_samples}-epoch={epoch}-last"
@@ -247,7 +247,7 @@ class _Checkpoints(NeMoModelCheckpoint):
 
 
 def _add_checkpoints(trainer: Trainer, directory: Path) -> None:
-    """Save into ``directory``, and go on from what is there.
+    """Save into ``directory``, and resume from the last checkpoint there.
 
     NeMo's ``exp_manager`` would do that too, and on a resume move all other files of the output away.
     """
@@ -290,10 +290,10 @@ def _mask_padding(model: Any, vocab_size: int, groups: Groups) -> None:
 
 
 def _clear(checkpoints: Path, *, everything: bool) -> None:
-    """Remove what a killed run left half-written (NeMo marks it) and did not come to remove, or all of it.
+    """Remove unfinished checkpoints of a killed run (NeMo marks them) and checkpoints it had no time to remove, or all.
 
-    NeMo saves a checkpoint and then removes the one before. Every rank looks, and whichever comes first removes:
-    nothing else touches the directory before training starts.
+    NeMo saves a checkpoint and then removes the one before. Every rank tries; the first one removes, and nothing else
+    touches the directory before training starts.
     """
     if everything:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -306,13 +306,13 @@ def _clear(checkpoints: Path, *, everything: bool) -> None:
 
 
 def _steps_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """The step in a checkpoint's name."""
     match = re.search(r"step=(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
 
 
 class Clock(Timer):
-    """Aligner asks it after each step whether to end: when the time is over, or a signal has come to any rank."""
+    """Tells Aligner after each step whether to stop: the time is over, or any rank has received a signal."""
 
     def __init__(self, minutes: float | None) -> None:
         seconds = None if minutes is None else max(1, round(minutes * 60))
@@ -325,7 +325,7 @@ class Clock(Timer):
         """Note signals while the block trains.
 
         Raises:
-            PreemptedError: where one has ended the training before its last step; its state is saved.
+            PreemptedError: if a signal ended the training before its last step; its state is saved.
         """
         with self._request:
             yield
@@ -336,7 +336,7 @@ class Clock(Timer):
             )
 
     def is_finished(self) -> bool:
-        """The same on every rank. Collective."""
+        """Whether to stop; the same on every rank. Collective."""
         over = torch.tensor([self.get_time_remaining() <= 0, bool(self._request.received)], dtype=torch.float)
         over = over.to(here().torch)
         torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""NeMo-Aligner's configuration from ours: complete, so that none of its defaults at call sites decides anything."""
+"""NeMo-Aligner's complete configuration from this suite's: no default inside Aligner's code decides anything."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["aligner_settings", "check_model", "total_steps", "validation_batch",
 
 
 def total_steps(schedule: AlignmentSchedule, samples: int) -> int:
-    """Optimizer steps of a training on so many samples; a last batch that is not full is left out, as Aligner does.
+    """Optimizer steps of a training on ``samples``; a last batch that is not full is left out, as Aligner does.
 
     Raises:
-        DataError: if they do not fill one global batch, or the warm-up leaves nothing of the steps.
+        DataError: if the samples do not fill one global batch, or the warm-up is not shorter than the training.
     """
     per_epoch = samples // schedule.global_batch_size
     if not per_epoch:
@@ -41,10 +41,10 @@ def total_steps(schedule: AlignmentSchedule, samples: int) -> int:
 
 
 def validation_batch(schedule: AlignmentSchedule, samples: int, data_parallel: int) -> int:
-    """Size of a global batch of validation: no more than the training's, and leaving out as few samples as can be.
+    """Size of a validation's global batch: at most the training's, and so that as few samples as possible are left out.
 
     Raises:
-        DataError: if they do not fill one micro-batch on each data-parallel rank.
+        DataError: if the samples do not fill one micro-batch on each data-parallel rank.
     """
     unit = schedule.micro_batch_size * data_parallel
     sizes = range(unit, min(schedule.global_batch_size, samples) + 1, unit)
@@ -57,7 +57,7 @@ def validation_batch(schedule: AlignmentSchedule, samples: int, data_parallel: i
 
 
 def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: int) -> None:
-    """Refuse what NeMo 1, on which Aligner's models are built, cannot hold or split.
+    """Refuse a model that NeMo 1, on which Aligner's models are built, cannot hold or split.
 
     Raises:
         CheckpointError: for another family, or without a tokenizer.
@@ -88,8 +88,8 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
 def vocabulary_rows(vocab_size: int, tensor: int) -> int:
     """Rows of the embedding: the vocabulary up to a multiple of 128 that the tensor-parallel ranks divide.
 
-    The same under every usual layout, so that a training can be resumed under another: rows of padding that a
-    checkpoint lacks would get an optimizer state of chance.
+    It is the same under every usual layout, so that a training can be resumed under another layout: padding rows that
+    are missing in a checkpoint would get an arbitrary optimizer state.
     """
     multiple = math.lcm(128, tensor)
     return -(-vocab_size // multiple) * multiple
@@ -109,7 +109,7 @@ def aligner_settings(
     model: dict[str, Any],
     device: Device | None = None,
 ) -> DictConfig:
-    """What Aligner's scripts read from Hydra: ``trainer``, ``exp_manager`` and ``model``.
+    """The configuration that Aligner's scripts read from Hydra: ``trainer``, ``exp_manager`` and ``model``.
 
     Args:
         checkpoint: the model to train.
@@ -120,8 +120,8 @@ def aligner_settings(
         steps: optimizer steps in all.
         samples, held_out: of training and validation data.
         max_length: of a sample, in tokens.
-        model: what an algorithm adds to the model's settings.
-        device: of this process; None for what was decided on at its start.
+        model: settings of the model that an algorithm adds.
+        device: of this process; None for the device chosen at its start.
 
     Raises:
         DataError: if the held-out samples do not fill one micro-batch on each data-parallel rank.
@@ -216,7 +216,7 @@ def aligner_settings(
 
 
 def _uneven_pipeline(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
-    """How NeMo 1 is told of stages that differ: the first or the last may have a size of its own."""
+    """NeMo 1's settings for pipeline stages of different size: the first or the last stage may have its own."""
     sizes = shape.pipeline_stage_sizes(layout.pipeline)
     if len(set(sizes)) == 1:
         return {}

@@ -20,7 +20,7 @@ __all__ = ["SftModel", "train_sft"]
 
 
 class SftModel(FiniteLoss, GPTSFTModel):
-    """Aligner's, which stops at a loss that is not finite."""
+    """Aligner's SFT model; it stops at a loss that is not finite."""
 
 
 def train_sft(
@@ -38,7 +38,7 @@ def train_sft(
     """Fine-tune on the trained tokens of ``train``. Every rank calls it, with the same samples.
 
     The loss is Aligner's: the mean cross-entropy over the trained tokens of a micro-batch, and the mean over the
-    micro-batches of all data-parallel ranks. (So a token counts for more where its micro-batch has fewer.)
+    micro-batches of all data-parallel ranks. (So a token weighs more in a micro-batch with fewer trained tokens.)
 
     Args:
         checkpoint: initial weights and tokenizer.

@@ -1,9 +1,9 @@
-"""SteerLM 2 with NeMo-Aligner's ``GPTSteerLMModel``: a model is drawn towards ``P(y|a,x) ~ P(a|x,y) P(y|x)``.
+"""SteerLM 2 with NeMo-Aligner's ``GPTSteerLMModel``: training towards ``P(y|a,x) ~ P(a|x,y) P(y|x)``.
 
-Several answers ``y`` to each prompt ``x`` and wanted values ``a`` are sampled from a first model ``Q``, the one that
-SteerLM trained. Their weights are ``softmax(log P(a|x,y) + log P(y|x) - log Q(y|a,x))`` over the answers to a prompt
-(HelpSteer 2, arXiv 2406.08673, section 5.3); Aligner's loss is the difference of these from the model's own, times the
-answers' negative log-likelihood.
+Several answers ``y`` to each prompt ``x`` with wanted attribute values ``a`` are sampled from a first model ``Q``,
+which SteerLM trained. The target weights of the answers to a prompt are
+``softmax(log P(a|x,y) + log P(y|x) - log Q(y|a,x))`` (HelpSteer 2, arXiv 2406.08673, section 5.3). Aligner's loss is
+the difference between these and the model's own weights, times the answers' negative log-likelihood.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Responses(NamedTuple):
 
     Attributes:
         prompt: tokens, attribute values included, up to where the assistant answers.
-        answers: tokens of each, with what ends it.
+        answers: tokens of each, its end token included.
         log_q: ``log Q(y|a,x)`` of each.
         log_p: ``log P(a|x,y) + log P(y|x)`` of each.
     """
@@ -74,7 +74,7 @@ def collate(batch: list[Responses]) -> dict[str, torch.Tensor]:
 
 
 class SteerlmModel(FiniteLoss, GPTSteerLMModel):  # type: ignore[misc]
-    """Aligner's, which stops at a loss that is not finite."""
+    """Aligner's SteerLM 2 model; it stops at a loss that is not finite."""
 
 
 def train_steerlm2(
@@ -93,7 +93,7 @@ def train_steerlm2(
     """Train. Every rank calls it.
 
     Args:
-        checkpoint: the model ``Q``, which is also what the training starts from.
+        checkpoint: the model ``Q``; the training starts from it too.
         prompts, held_out: how many groups ``answer`` gives.
         answer: called with the chunks of ``Q`` and the process groups; gives the groups to train on and to validate
             on, the same on every rank.

@@ -43,11 +43,11 @@ def supervised(
     A training that is not resumed validates before its first step too.
 
     Args:
-        session: of a model whose loss is that of a batch.
-        train, held_out: samples.
-        collate: samples -> the batch that the model takes.
+        session: with a model whose loss is computed from a batch.
+        train, held_out: training and validation samples.
+        collate: from samples to the batch that the model takes.
         label: of the progress bar.
-        max_minutes: it stops after them, with a checkpoint.
+        max_minutes: save a checkpoint and stop after so many minutes.
 
     Returns:
         The last training checkpoint.

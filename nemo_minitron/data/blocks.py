@@ -31,9 +31,9 @@ class Blocks:
         tokens: ``[n, s + 1]`` int64; input and label of a block are ``[:-1]`` and ``[1:]``.
         domain: ``[n]`` int64, index into ``domains``.
         domains: names of the sources.
-        segments: ``[n, s + 1]`` int32, number of a token's document within the block, -1 for what fills the block up;
-            None where each block is one text.
-        loss_mask: ``[n, s]`` bool, labels (tokens 1 to s) that are to be learned; None for all.
+        segments: ``[n, s + 1]`` int32, number of a token's document within the block, -1 for padding; None where each
+            block is one text.
+        loss_mask: ``[n, s]`` bool, labels (tokens 1 to s) that are to be learned; None if all are.
     """
 
     tokens: torch.Tensor
@@ -44,7 +44,7 @@ class Blocks:
 
     @classmethod
     def of(cls, blocks: torch.Tensor | Blocks) -> Blocks:
-        """Plain ``[n, s + 1]`` tokens as blocks of one text each; blocks as they are."""
+        """Plain ``[n, s + 1]`` tokens as blocks of one text each; ``Blocks`` are returned unchanged."""
         import torch
 
         if isinstance(blocks, Blocks):
@@ -53,7 +53,7 @@ class Blocks:
 
     @classmethod
     def cat(cls, parts: Sequence[Blocks]) -> Blocks:
-        """Blocks of several, one after the other. They have one length; domains of one name are one."""
+        """Concatenate blocks of equal length; domains of equal name become one domain."""
         import torch
 
         names = tuple(dict.fromkeys(name for part in parts for name in part.domains))
@@ -93,11 +93,11 @@ class Blocks:
 
     @property
     def sequence_length(self) -> int:
-        """Inputs, and labels, of a block."""
+        """Number of inputs, and of labels, in a block."""
         return self.tokens.shape[1] - 1
 
     def counted(self) -> torch.Tensor | None:
-        """``[n, s]`` bool, the labels that count: those to be learned, of the document of their input. None for all."""
+        """``[n, s]`` bool: labels to be learned that belong to their input's document. None if all count."""
         from nemo_minitron.runtime.masks import counted_labels
 
         if self.segments is None:
@@ -113,7 +113,7 @@ class Blocks:
         return sum(int(counted.sum()) for _, part in self._parts() if (counted := part.counted()) is not None)
 
     def text(self) -> torch.Tensor:
-        """``[m]`` int64: the tokens of all inputs, without what fills blocks up."""
+        """``[m]`` int64: the tokens of all inputs, without padding."""
         inputs = self.tokens[:, :-1]
         return inputs.flatten() if self.segments is None else inputs[self.segments[:, :-1] >= 0]
 
@@ -127,10 +127,10 @@ class Blocks:
         return digest.hexdigest()
 
     def check_labels(self, what: str) -> None:
-        """Refuse blocks that hold no label that counts: their loss would be nought by nought.
+        """Refuse blocks without any label that counts: their loss would be 0 / 0.
 
         Raises:
-            DataError: naming how many and the first.
+            DataError: with the number of such blocks and the index of the first.
         """
         empty: list[int] = []
         for start, part in self._parts():
@@ -144,7 +144,7 @@ class Blocks:
             )
 
     def _parts(self) -> Iterator[tuple[int, Blocks]]:
-        """Some blocks at a time, with the number of the first: what is on the disk need not all be in memory."""
+        """Some blocks at a time, with the index of the first, so that a memory-mapped file is never read whole."""
         for start in range(0, len(self), _TOGETHER):
             yield start, self[start : start + _TOGETHER]
 

@@ -1,13 +1,13 @@
 """Token blocks ``[n, sequence_length + 1]`` from a mixture of sources, split by document, the same on every machine.
 
-Documents of a source are ordered by a hash of the seed and their text. In this order the first fill the held-out
-split, the next the calibration split, up to their share of the characters; the rest trains. No document is on two
-sides, and a text that several sources carry counts for the first of them only. Within a split, documents are packed
-into blocks that do not overlap (:mod:`~nemo_minitron.data.packing`), each closed by EOS. Blocks are kept in
-``cache_dir/blocks/<split>-<hash>``.
+Documents of a source are ordered by a hash of the seed and their text. In this order the first documents fill the
+held-out split and the next the calibration split, up to their share of the characters; all others are training data.
+No document is in two splits, and a text that several sources carry counts for the first source only. Within a split,
+documents are packed into blocks that do not overlap (:mod:`~nemo_minitron.data.packing`); a document is closed by EOS.
+Blocks are cached in ``cache_dir/blocks/<split>-<hash>``.
 
-Memory: the table of a source's documents. Tokens are read from, and blocks written to, memory-mapped files; the blocks
-that are given are such a mapping.
+Memory: the table of a source's documents. Tokens are read from, and blocks written to, memory-mapped files; the
+returned blocks are memory-mapped too.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def build_blocks(
         config: sources, block length, seed, cache.
         tokenizer_dir: directory with the tokenizer of the model.
         split: one of :data:`~nemo_minitron.data.SPLITS`.
-        blocks: how many; drawn from the sources by weight, a source that runs out is made up for by the others. None
+        blocks: how many, drawn from the sources by weight; the other sources replace a source that runs out. None
             takes as many as keep the weights exact without repeating a block.
-        vocab_size: rows of the model's embedding, to check the ids against; None does not check.
-        max_length: tokens that the model reads at most; None does not check.
+        vocab_size: rows of the model's embedding, against which the ids are checked; None does not check.
+        max_length: longest sequence of the model; None does not check.
 
     Returns:
         Blocks of ``[n, sequence_length + 1]`` tokens.
@@ -171,9 +171,9 @@ class _Packed:
     """A source, its tokens, and how they fill blocks.
 
     Attributes:
-        tokens: of the split, without regard to blocks.
+        tokens: tokens of the split, before they are packed.
         packing: blocks of the split in which a label counts, in the order in which they are taken.
-        dropped: blocks in which none does.
+        dropped: number of blocks in which no label counts.
     """
 
     source: SourceConfig
@@ -221,7 +221,7 @@ class _Packed:
         return mask
 
     def fill(self, block: int, row: dict[str, np.ndarray], end: int) -> None:
-        """Write a block into the rows of the arrays that there are."""
+        """Write a block into its row of each array."""
         packing = self.packing
         assert packing is not None
         at = 0

@@ -1,4 +1,4 @@
-"""sha256 of files. Of large ones it is kept, by path, size and time of change, so that a corpus is read once for it."""
+"""sha256 of files. Digests of large files are cached by path, size and modification time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_digest(path: Path, cache_dir: str | Path) -> str:
 
     Args:
         path: the file.
-        cache_dir: keeps what was found of large files, in ``digests.json``.
+        cache_dir: has the digests of large files, in ``digests.json``.
     """
     state = path.stat()
     if state.st_size < KEPT_BYTES:
@@ -40,7 +40,7 @@ def file_digest(path: Path, cache_dir: str | Path) -> str:
 
 
 def _read(kept: Path) -> dict[str, list[object]]:
-    """What is kept; nothing where the file is missing or damaged."""
+    """The cached digests; none where the file is missing or damaged."""
     try:
         digests = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):

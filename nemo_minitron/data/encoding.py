@@ -1,7 +1,7 @@
 """Texts and conversations to token ids, in this process or in several others, with the same result.
 
-Worker processes are started afresh ("spawn") and import neither torch nor transformers for a fast tokenizer: its JSON
-is all they need.
+Worker processes are started with "spawn". With a fast tokenizer they import neither torch nor transformers: they need
+only its JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: ``[n]`` int32, closed by EOS.
-        answers: ``[n]`` bool, the tokens that are learned; None for all.
+        answers: ``[n]`` bool, the tokens that are learned; None if all are.
     """
 
     ids: np.ndarray
@@ -48,11 +48,11 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns documents into tokens; it can be sent to another process.
+    """Turns documents into tokens; it can be sent to another process.
 
     Attributes:
-        backend: JSON of a fast tokenizer; None for a slow one, and for conversations, which need transformers.
-        directory: of the tokenizer.
+        backend: JSON of a fast tokenizer; None for a slow tokenizer, and for conversations, which need transformers.
+        directory: directory of the tokenizer.
         end: id of EOS, which closes every document.
         template: name of the chat template of conversations; None for plain text.
     """
@@ -64,10 +64,10 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None) -> Encoder:
-        """Of a tokenizer that was loaded.
+        """The encoder of a loaded tokenizer.
 
         Raises:
-            DataError: where it has no EOS, or cannot run the template.
+            DataError: if it has no EOS, or cannot run the template.
         """
         end = tokenizer.eos_token_id
         if end is None:
@@ -133,13 +133,13 @@ def encode_all(
     """Encode ``(key, document, characters)`` one after the other, giving ``(key, tokens)`` in the same order.
 
     Args:
-        encoder: of what the documents are, text or conversations.
-        documents: read as they are needed, some batches ahead of what is given.
-        workers: processes; 1 encodes here; None takes one for each core that this process may use, where there is more
-            text than :data:`SMALL_CHARACTERS`.
+        encoder: for text or for conversations, whichever the documents are.
+        documents: read as they are needed, some batches ahead of the results.
+        workers: processes; 1 encodes in this process. None takes one for each core that this process may use, if there
+            is more text than :data:`SMALL_CHARACTERS`.
 
     Raises:
-        DataError: if a worker process dies, or raises one.
+        DataError: if a worker process dies or raises a DataError.
     """
     batches = _batches(documents)
     ahead: list[list[tuple[Any, Any, int]]] = []
@@ -189,7 +189,7 @@ def _batches(documents: Iterable[tuple[Any, Any, int]]) -> Iterator[list[tuple[A
 
 
 def _chain(ahead: list[Any], batches: Iterator[Any]) -> Iterator[Any]:
-    """Like itertools.chain, and lets go of what it has given."""
+    """Like itertools.chain, but keeps no reference to a batch that has been given out."""
     while ahead:
         yield ahead.pop(0)
     yield from batches
@@ -199,7 +199,7 @@ _encode_here: Any = None  # of a worker process
 
 
 def _start(encoder: Encoder) -> None:
-    """Make this worker ready; it goes when its parent is gone, also one that was killed."""
+    """Prepare this worker; it ends with its parent, also if the parent was killed."""
     global _encode_here
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     parent = parent_process()

@@ -1,7 +1,7 @@
 """Megatron's tokenised corpora, ``.bin`` and ``.idx``, as a source of documents.
 
-Read by ``megatron.core.datasets.indexed_dataset``, which trusts what it finds; so the index is checked against the file
-sizes first. A document is what the index calls one. It is closed by EOS, unless it is already
+``megatron.core.datasets.indexed_dataset``, which reads them, checks nothing; so the index is compared with the file
+sizes first. Documents are those of the index. Each is closed by EOS, unless it ends with EOS already
 (``preprocess_data.py --append-eod``).
 """
 
@@ -24,15 +24,15 @@ _DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}  # of megatron.
 
 
 def pair(prefix: str) -> tuple[Path, Path]:
-    """``.bin`` and ``.idx`` of a prefix."""
+    """Paths of the ``.bin`` and the ``.idx`` file of a prefix."""
     return Path(prefix + ".bin"), Path(prefix + ".idx")
 
 
 def check_pair(prefix: str) -> str:
-    """Refuse an index that is none, or does not fit its ``.bin``. Returns numpy's name of the tokens' type.
+    """Refuse an invalid index, or one that does not fit its ``.bin``. Returns numpy's name of the tokens' type.
 
     Raises:
-        DataError: naming what does not fit.
+        DataError: with the part that does not fit.
     """
     binary, index = pair(prefix)
     for path in (binary, index):
@@ -84,7 +84,7 @@ class IndexedStream:
     Args:
         prefix: of both files.
         end: id of EOS.
-        seed: of the order of documents. It is drawn from the seed, the index file and a document's number in it.
+        seed: of the order of documents, which is a hash of the seed, the index file and a document's number in it.
 
     Attributes:
         table: lengths, sizes (tokens) and order of the documents.

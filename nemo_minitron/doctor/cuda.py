@@ -1,4 +1,4 @@
-"""Which drivers and GPUs a build of torch for some CUDA runs on."""
+"""Which drivers and GPUs a build of torch for a given CUDA version runs on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _OLDEST = {11: "3.5", 12: "5.0", 13: "7.5"}
 
 
 def driver_needed(cuda: str) -> str | None:
-    """Oldest driver that runs a build for this CUDA ("12.8"), or None where that is not known."""
+    """Oldest driver that runs a build for this CUDA version ("12.8"), or None if it is not known."""
     return _DRIVERS.get(_major(cuda))
 
 
 def oldest_gpu(cuda: str) -> str | None:
-    """Smallest compute capability that a build for this CUDA has code for, or None where that is not known."""
+    """Smallest compute capability that a build for this CUDA version has code for, or None if it is not known."""
     return _OLDEST.get(_major(cuda))
 
 

@@ -1,4 +1,4 @@
-"""From the facts of a machine to what works on it, and what to do about the rest. Pure functions."""
+"""From the facts of a machine to what works on it, and a remedy for each problem. Pure functions."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ STACK_NEEDED = 8 * 2**20
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be.
+    """A problem of the machine.
 
     Attributes:
-        what: in one line.
+        what: the problem, in one line.
         remedy: what to do about it, in one line.
-        affects: abilities that it touches, by name; empty for all.
-        blocks: they do not work with it; otherwise they do, with limits.
+        affects: names of the abilities that it concerns; empty for all.
+        blocks: whether they do not work at all; otherwise they work with limits.
     """
 
     what: str
@@ -50,9 +50,9 @@ class Ability:
     Attributes:
         name: of the group.
         stages: of the command line.
-        core: the rest of the suite is of no use without it.
+        core: whether the suite as a whole needs it.
         state: "works", "limited" or "no".
-        reason: why not, or with which limits.
+        reason: why it does not work, or the limits.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Ability:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` finds."""
+    """The result of :func:`diagnose`."""
 
     problems: tuple[Problem, ...]
     abilities: tuple[Ability, ...]
 
     @property
     def sound(self) -> bool:
-        """All core stages work, perhaps with limits."""
+        """Whether all core stages work, possibly with limits."""
         return all(ability.state != "no" for ability in self.abilities if ability.core)
 
 
@@ -129,11 +129,11 @@ def _ability(
         return Ability(name, stages, core, "limited", "sbatch is not here; only to a login node by SSH (host:)")
     if name == "Slurm" and facts.slurm_trouble:
         return Ability(name, stages, core, "limited", f"no cluster answers here: {facts.slurm_trouble}")
-    mine = [problem for problem in problems if not problem.affects or name in problem.affects]
-    blocking = [problem.what for problem in mine if problem.blocks]
+    concerning = [problem for problem in problems if not problem.affects or name in problem.affects]
+    blocking = [problem.what for problem in concerning if problem.blocks]
     if blocking:
         return Ability(name, stages, core, "no", "; ".join(blocking))
-    limits = [problem.what for problem in mine]
+    limits = [problem.what for problem in concerning]
     if name == "several processes" and not limits:
         how = f"NCCL {facts.nccl or ''}, {len(facts.gpus)} GPUs".replace("  ", " ") if _on_gpu(facts) else "gloo"
         return Ability(name, stages, core, "works", how)
@@ -143,7 +143,7 @@ def _ability(
 
 
 def _on_gpu(facts: Facts) -> bool:
-    """Whether stages run on GPUs: there are some, and torch is built for them."""
+    """Whether stages run on GPUs: the machine has some, and torch is built for them."""
     return bool(facts.gpus) and facts.torch_cuda is not None
 
 
@@ -203,7 +203,7 @@ def _remedy(package: str) -> str:
 
 
 def _version(facts: Facts, package: str) -> Version | None:
-    """A build of NVIDIA's ("2.7.0a0+79aa17489c.nv25.04") counts as the release that it leads to."""
+    """A pre-release build of NVIDIA's ("2.7.0a0+79aa17489c.nv25.04") counts as its release (2.7.0)."""
     try:
         return Version(Version(facts.versions.get(package) or "").base_version)
     except InvalidVersion:

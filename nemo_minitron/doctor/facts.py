@@ -1,4 +1,4 @@
-"""What this machine has, read from files, package metadata and ``nvidia-smi``: torch and NeMo are not imported."""
+"""Facts of this machine, read from files, package metadata and ``nvidia-smi``: torch and NeMo are not imported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SECONDS = 1.5
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as ``nvidia-smi`` tells of it; the compute capability ("9.0") is None where it does not."""
+    """A GPU, as ``nvidia-smi`` reports it; the compute capability ("9.0") is None if it is not reported."""
 
     name: str
     memory_bytes: int
@@ -67,18 +67,18 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a machine has. Data only: tests make their own.
+    """Facts of a machine. Data only, so tests can construct it.
 
     Attributes:
         python, executable: of this process.
-        requires_python: versions of Python that this suite is made for, as its metadata say.
+        requires_python: versions of Python that this suite supports, from its metadata.
         system: kernel and architecture.
         versions: by the names of :data:`PACKAGES`; None where a package is not installed.
-        torch_cuda, torch_hip: what torch is built for, or None.
-        gpus: of the machine, as far as ``CUDA_VISIBLE_DEVICES`` shows them.
-        gpu_trouble: why there are none, where a driver is there.
+        torch_cuda, torch_hip: versions of CUDA and HIP that torch is built for, or None.
+        gpus: GPUs of the machine that ``CUDA_VISIBLE_DEVICES`` shows.
+        gpu_trouble: why there are no GPUs, if a driver is installed.
         nccl: version, or None.
-        slurm: version of ``sbatch``, or None where there is none. slurm_trouble: why it gives no answer.
+        slurm: version of ``sbatch``, or None if it is not installed. slurm_trouble: why it does not answer.
         disk_free, temporary_free: bytes in the working directory and for temporary files.
         memory_total, memory_free: bytes, within what the container allows.
         cores: that this process may use.
@@ -86,8 +86,8 @@ class Facts:
         bf16: the processor's instructions for bfloat16 ("amx", "avx512"), or None.
         shm_total, shm_free: bytes of ``/dev/shm``; None where there is none.
         encoding: of text files; locale: as set.
-        host, address: own name, and what it resolves to, or None.
-        open_files, locked_memory, stack: soft limits; -1 for none. hard_open_files: the hard one.
+        host, address: the machine's name, and the address that it resolves to, or None.
+        open_files, locked_memory, stack: soft limits; -1 for no limit. hard_open_files: the hard limit.
         container: whether this process runs in one.
         environment: variables that matter.
     """
@@ -126,7 +126,7 @@ class Facts:
 
 
 def gather() -> Facts:
-    """The facts of this machine. Takes about a second; what hangs is given up after :data:`SECONDS`."""
+    """The facts of this machine. Takes about a second; a program that hangs is given up after :data:`SECONDS`."""
     host = socket.gethostname()
     # What may be slow, all at once.
     asked: list[_Asked[Any]] = [_Asked(_gpus), _Asked(_slurm), _Asked(lambda: socket.gethostbyname(host))]
@@ -203,7 +203,7 @@ def _torch_build() -> tuple[str | None, str | None]:
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str]:
-    """GPUs of NVIDIA's, and why there are none where the driver is there."""
+    """NVIDIA's GPUs, and why there are none if a driver is installed."""
     program = shutil.which("nvidia-smi")
     if program is None:
         there = Path("/proc/driver/nvidia/version").exists()
@@ -232,19 +232,19 @@ def _mebibytes(text: str) -> int:
 
 
 def _nccl() -> str | None:
-    """Of torch's wheel, or of the system, whose library says it."""
+    """Version of NCCL: of torch's wheel, or of the system's library."""
     if (version := _version(_NCCL, "nccl")) is not None:
         return version
     with contextlib.suppress(OSError, AttributeError):
         number = ctypes.c_int()
         ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
-        major, rest = divmod(number.value, 10_000)
-        return f"{major}.{rest // 100}.{rest % 100}"
+        major, remainder = divmod(number.value, 10_000)
+        return f"{major}.{remainder // 100}.{remainder % 100}"
     return None
 
 
 def _slurm() -> tuple[str | None, str]:
-    """Version of ``sbatch``, and why it gives no answer."""
+    """Version of ``sbatch``, and why it does not answer."""
     program = shutil.which("sbatch")
     if program is None:
         return None, ""
@@ -255,7 +255,7 @@ def _slurm() -> tuple[str | None, str]:
 
 
 def _output(command: list[str]) -> tuple[int, str]:
-    """Exit code, and what a program printed."""
+    """Exit code and output of a program."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -288,7 +288,7 @@ def _memory() -> tuple[int, int]:
 
 
 def _processor() -> tuple[str, str | None]:
-    """Its name, and its instructions for bfloat16."""
+    """Name of the processor, and its instructions for bfloat16."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -306,7 +306,7 @@ def _limit(which: int, *, hard: bool = False) -> int:
 
 
 class _Asked(Generic[T]):
-    """A question that is being answered: a resolver, or a program, without an answer takes many seconds."""
+    """A question that a thread answers: a resolver or a program that does not answer takes many seconds."""
 
     def __init__(self, question: Callable[[], T]) -> None:
         self._found: list[T] = []

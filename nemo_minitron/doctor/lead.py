@@ -1,4 +1,4 @@
-"""One rank of the proof: it leads child processes that run the checks, and outlives whatever becomes of them."""
+"""One rank of the proof: it leads child processes that run the checks, and survives if one crashes or hangs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Case = tuple[str, str]
 
 @dataclass
 class Outcome:
-    """What became of a case on all ranks.
+    """The outcome of a case (a check in a precision) on all ranks.
 
     Attributes:
         reason: why it failed; empty if it ran.
@@ -61,7 +61,7 @@ class Leader:
     reference: bool = False
 
     def run(self, group: str, cases: list[Case]) -> dict[Case, Outcome]:
-        """Run the cases of a group. Every rank calls it with the same ones, and gets the same outcomes."""
+        """Run the cases of a group. Every rank calls it with the same cases and gets the same outcomes."""
         outcomes: dict[Case, Outcome] = {}
         for attempt in range(len(cases)):
             left = [case for case in cases if case not in outcomes]
@@ -72,7 +72,7 @@ class Leader:
         return outcomes
 
     def _attempt(self, name: str, cases: list[Case]) -> dict[Case, Outcome]:
-        """One set of children: outcomes of the cases that they came to."""
+        """Run one set of children; returns the outcomes of the cases that they reached."""
         if self.ranks.is_main:
             self.ranks.publish(f"{name}/port", _free_port())
         port = self.ranks.wait(f"{name}/port", self.patience)
@@ -110,7 +110,7 @@ class Leader:
         return merged(cases, self.ranks.gather(f"{name}/end", own, self.patience))
 
     def _watch(self, child: subprocess.Popen[bytes], events: Path, stop: str) -> str:
-        """Wait for a child. Returns how it ended: "", or a reason."""
+        """Wait for a child. Returns "" if it succeeded, otherwise the reason why it ended."""
         limit, grace = 60 * self.config.minutes, None
         while child.poll() is None:
             time.sleep(POLL)
@@ -132,7 +132,7 @@ class Leader:
         return f"ended with exit code {child.returncode}"
 
     def _environment(self, port: int) -> dict[str, str]:
-        """Of a child: a rank as its leader is, of a group that meets elsewhere; or a world of one."""
+        """Environment of a child: its leader's rank in a group with another port, or a world of one process."""
         env = dict(os.environ)
         env[LAUNCHER_VARIABLE] = f"{os.getpid()}:{psutil.Process().create_time()}"
         # Transformer Engine multiplies float32 matrices in TF32 (common/gemm/cublaslt_gemm.cu), which keeps ten bits.
@@ -151,9 +151,9 @@ class Leader:
 
 
 def merged(cases: list[Case], ranks: list[dict[str, Any]]) -> dict[Case, Outcome]:
-    """Outcomes of the cases that the children came to, from what each rank saw of its own.
+    """Outcomes of the cases that the children reached, from the reports of each rank about its own child.
 
-    The same on all ranks. At least one case is among them: a child that died before the first counts against it.
+    The same on all ranks. It has at least one case: if a child died before the first case, that case has failed.
     """
     by_case: list[dict[Case, dict[str, Any]]] = [
         {(line["check"], line["precision"]): line for line in rank["events"]} for rank in ranks
@@ -174,7 +174,7 @@ def merged(cases: list[Case], ranks: list[dict[str, Any]]) -> dict[Case, Outcome
 
 
 def _reason(last: Sequence[dict[str, Any] | None], ranks: list[dict[str, Any]]) -> str:
-    """Why a case failed: what came first; a process that was killed comes before what its peers say of it."""
+    """Why a case failed: the first fault. A killed process counts before the errors that it causes on its peers."""
     said = sorted(
         (line["time"], rank) for rank, line in enumerate(last) if line is not None and line["event"] == "failed"
     )

@@ -1,6 +1,6 @@
-"""What the checks run on: tiny random models whose sizes the layout divides, a tokenizer, tokens.
+"""The material of the checks: tiny random models whose sizes the layout divides, a tokenizer, tokens.
 
-The weights are whole in bfloat16, so that a model in that precision starts from the reference's own weights.
+The weights are exact in bfloat16, so that a model in that precision has the same weights as the reference.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Material:
-    """Where the models lie, and the layout that they are made for.
+    """The directory of the models, and the layout that they are made for.
 
     Attributes:
         folder: holds ``teacher`` and ``student``, Hugging Face directories.
-        layout: the one that is proven; the reference runs the same batches in another.
+        layout: the layout to be checked; the reference runs the same batches in a layout of one process.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Material:
 
     @property
     def sequence_length(self) -> int:
-        """Of every block; context- and sequence-parallel ranks share it out."""
+        """Length of every block; it is split over context- and sequence-parallel ranks."""
         return math.lcm(32, 2 * self.layout.context * self.layout.tensor)
 
     @property
@@ -79,7 +79,7 @@ class Material:
 
 
 def shapes_for(layout: ParallelLayout) -> tuple[ModelShape, ModelShape]:
-    """A model and what it is pruned to, both of which the layout can split."""
+    """Shapes of a model and of the model pruned from it; the layout can split both."""
     tensor, stages = layout.tensor, layout.pipeline_stages
     width = max(1, 12 // tensor)
     whole = ModelShape(
@@ -102,7 +102,7 @@ def shapes_for(layout: ParallelLayout) -> tuple[ModelShape, ModelShape]:
 
 
 def make_material(folder: Path, layout: ParallelLayout) -> Material:
-    """Write the models into ``folder``, which must not exist. One process does."""
+    """Write the models into ``folder``, which must not exist. One process calls it."""
     folder.mkdir(parents=True)
     _write_tokenizer(folder / "tokenizer")
     whole, pruned = shapes_for(layout)
@@ -136,7 +136,7 @@ def _write_model(path: Path, shape: ModelShape, layout: ParallelLayout, *, token
 
 @dataclass(frozen=True)
 class _InMemory:
-    """Weights that are made here."""
+    """Random weights in memory."""
 
     tensors: dict[str, torch.Tensor]
 
@@ -148,7 +148,7 @@ class _InMemory:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer of whole words; trainings want one beside a model, and the tokens here are drawn, not read."""
+    """Write a word-level tokenizer: trainings need one beside a model. The tokens of the checks are random."""
     folder.mkdir()
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     words = special + [f"w{index}" for index in range(VOCABULARY - len(special))]

@@ -1,8 +1,8 @@
 """``python -m nemo_minitron.doctor.process JOB``: one rank of one group of checks, or the reference of all.
 
-JOB is a JSON file, a :class:`Job`. What became of each case is appended to its ``events`` file as it happens, a JSON
-object a line, so that a process that dies has still told how far it came. An error ends the process: the ranks would be
-out of step; its leader starts another one with the cases that are left.
+JOB is a JSON file with a :class:`Job`. The outcome of each case is appended to its ``events`` file at once, one JSON
+object per line, so that it is known how far a process came that died. An error ends the process, because the ranks
+would be out of step; its leader starts another process with the remaining cases.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["Job", "main"]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does.
+    """The work of a process.
 
     Attributes:
         cases: checks and precisions, in order.
         folder: of the material.
-        scratch: for what checks write; a directory a case.
-        values: for what they measure: ``<check>-<precision>.rank-<rank>.safetensors``.
+        scratch: directory for files of the checks; one directory per case.
+        values: directory for measured tensors: ``<check>-<precision>.rank-<rank>.safetensors``.
         events: file of this process's events.
-        layout: that is proven.
+        layout: the layout to be checked.
         device: "auto", "cpu" or "cuda".
         reference: compute the reference, in a layout of one.
         seed: of every generator.
@@ -52,12 +52,12 @@ class Job:
     timeout_minutes: float = 10.0
 
     def write(self, path: Path) -> None:
-        """As the JSON that :func:`main` reads."""
+        """Write the JSON that :func:`main` reads."""
         path.write_text(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """What :meth:`write` wrote."""
+        """Read the JSON that :meth:`write` wrote."""
         content = json.loads(path.read_text())
         return cls(**{**content, "cases": [(check, precision) for check, precision in content["cases"]]})
 
@@ -66,7 +66,7 @@ def main(path: Path) -> int:
     """Run the cases.
 
     Returns:
-        0 if all ran, 1 at the first that did not.
+        0 if all cases ran, 1 after the first that failed.
     """
     from nemo_minitron.jobs.launch import LAUNCHER_VARIABLE, end_with_launcher
 
@@ -90,7 +90,7 @@ def main(path: Path) -> int:
 
 
 def _run(job: Job, check: str, precision: str) -> tuple[float, dict[str, Any]]:
-    """One case: its values go to a file. Returns its seconds, imports not counted, and its details."""
+    """Run one case; its values go to a file. Returns its seconds, without imports, and its details."""
     from nemo_minitron.doctor.checks import Context, measure, module_of, reference_of
     from nemo_minitron.doctor.material import Material
     from nemo_minitron.runtime.device import here
@@ -125,7 +125,7 @@ def _run(job: Job, check: str, precision: str) -> tuple[float, dict[str, Any]]:
 
 
 def device_name(device: Device) -> str:
-    """``"cpu"``, or the GPU's name and whose layers run on it."""
+    """``"cpu"``, or the GPU's name and the layer implementation that runs on it."""
     if not device.is_cuda:
         return device.type
     import torch
@@ -138,7 +138,7 @@ _ready: list[bool] = []
 
 
 def _set_up(job: Job) -> None:
-    """Device, threads and seeds, once: before the stack is imported."""
+    """Set device, threads and seeds, once, before the stack is imported."""
     import random
 
     import numpy as np

@@ -1,8 +1,9 @@
-"""Run the checks in the layout, and the reference beside them, whatever becomes of single checks.
+"""Run the checks in the layout, and the reference beside them; checks that fail do not stop the others.
 
 Every rank of the stage calls :func:`prove`. It leads one child process at a time, for a group of checks each
-(:mod:`~nemo_minitron.doctor.lead`): a check that raises, crashes or hangs ends the children of that attempt, is noted
-as failed, and new ones run what is left. Rank 0 also leads the reference, one process on the CPU, and compares.
+(:mod:`~nemo_minitron.doctor.lead`). A check that raises, crashes or hangs ends the children of that attempt and is
+noted as failed; new children run the remaining checks. Rank 0 also leads the reference, one process on the CPU, and
+compares.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ __all__ = ["Proof", "prove", "references"]
 
 @dataclass
 class Proof:
-    """What :func:`prove` found.
+    """The result of :func:`prove`.
 
     Attributes:
         rows: a row for each quantity of each check in each precision.
         bandwidth: of all-reduces: ``group, ranks, bytes, precision, seconds, bus_gb_per_s``.
-        device: that the models were on, as torch names it.
+        device: of the models, as torch names it.
         seconds: in all.
     """
 
@@ -45,7 +46,7 @@ class Proof:
 
     @property
     def failed(self) -> list[Row]:
-        """What does not hold."""
+        """Rows of failed checks."""
         return [row for row in self.rows if row.status == "failed"]
 
 
@@ -54,11 +55,11 @@ def prove(config: DoctorConfig, folder: Path, *, say: Callable[[str], None] = pr
 
     Args:
         config: of the stage.
-        folder: that all ranks see; gets the children's logs, and ``work/``, which is removed at the end.
-        say: told, on rank 0, what is being done.
+        folder: visible to all ranks; gets the children's logs, and ``work/``, which is removed at the end.
+        say: called on rank 0 with a line about the progress.
 
     Returns:
-        What was found, on rank 0; None elsewhere.
+        The result, on rank 0; None elsewhere.
     """
     started = time.monotonic()
     ranks = of_environment(config.runtime.collective_timeout_minutes)
@@ -98,18 +99,18 @@ def prove(config: DoctorConfig, folder: Path, *, say: Callable[[str], None] = pr
 
 
 def references(checks: Sequence[str], folder: Path, config: DoctorConfig | None = None) -> dict[str, dict[str, Any]]:
-    """What checks must come near: made by one process on the CPU, in a layout of one.
+    """The reference values of checks, computed by one process on the CPU, in a layout of one process.
 
     Args:
         checks: names.
         folder: gets ``material/``, unless it is there, logs and values.
-        config: whose layout the material is for; None for a layout of one.
+        config: gives the layout of the material; None for a layout of one process.
 
     Returns:
         Tensors of each check by quantity.
 
     Raises:
-        RuntimeError: with the reason, if one could not be made.
+        RuntimeError: with the reason, if a reference could not be computed.
     """
     config = config or DoctorConfig()
     if not (folder / "material").exists():
@@ -129,7 +130,7 @@ def _make_material(config: DoctorConfig, folder: Path) -> None:
 
 
 def _cases(config: DoctorConfig) -> tuple[list[Case], list[Row]]:
-    """What is to be run, and rows for what cannot be."""
+    """The cases to run, and rows for checks that cannot run."""
     cases: list[Case] = []
     skipped: list[Row] = []
     for name in config.chosen:
@@ -156,7 +157,7 @@ class _Reference:
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._leader.work.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             (self._leader.work / "material").symlink_to(self._material.absolute())
@@ -169,7 +170,7 @@ class _Reference:
             self._error = error
 
     def result(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-        """Wait. Tensors by check and quantity, and why those that lack are lacking."""
+        """Wait for the thread. Returns tensors by check and quantity, and the reasons for missing tensors."""
         if self._thread.ident is not None:  # there may be nothing to check
             self._thread.join()
         if self._error is not None:
@@ -203,7 +204,7 @@ def _rows(
 
 
 def _values(folder: Path, case: Case, world: int, *, patience: float = 30.0) -> dict[str, torch.Tensor]:
-    """What all ranks measured, merged."""
+    """The measured values of all ranks, merged."""
     from safetensors.torch import load_file
 
     values_by_name: dict[str, torch.Tensor] = {}

@@ -1,7 +1,7 @@
-"""The processes that lead the checks on each rank: what they tell each other, without a process group.
+"""Communication between the processes that lead the checks on each rank, without a process group.
 
-Each rank of the stage leads child processes that run the checks, and stays alive whatever becomes of them. The leaders
-meet in a store of torch's, which torchrun, or rank 0, keeps.
+Each rank of the stage leads child processes that run the checks, and survives if they crash. The leaders communicate
+through a store of torch's, which torchrun, or rank 0, serves.
 """
 
 from __future__ import annotations

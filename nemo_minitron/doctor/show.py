@@ -29,11 +29,11 @@ _STATUS = {"passed": "[green]passed[/]", "failed": "[red]FAILED[/]", "not run": 
 
 
 def look(console: Console, json_file: Path | None = None) -> bool:
-    """What ``minitron doctor`` does.
+    """Run ``minitron doctor`` without ``--run``.
 
     Args:
         console: for the tables.
-        json_file: also gets what was found.
+        json_file: file for the same as JSON; None writes none.
 
     Returns:
         Whether all core stages work here.
@@ -50,7 +50,7 @@ def look(console: Console, json_file: Path | None = None) -> bool:
 
 
 def show_diagnosis(facts: Facts, diagnosis: Diagnosis, console: Console) -> None:
-    """Three tables: what is here, what works with it, what to do about the rest."""
+    """Print three tables: the facts, what works, and what to do about the problems."""
     here = Table(title="What is here", title_justify="left", show_header=False)
     here.add_column(style="dim", no_wrap=True)
     here.add_column(overflow="fold")
@@ -75,7 +75,7 @@ def show_diagnosis(facts: Facts, diagnosis: Diagnosis, console: Console) -> None
 
 
 def as_json(facts: Facts, diagnosis: Diagnosis) -> dict[str, Any]:
-    """The same as JSON values."""
+    """Facts and diagnosis as JSON values."""
     return {
         "version": 1,
         "sound": diagnosis.sound,
@@ -86,7 +86,7 @@ def as_json(facts: Facts, diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def show_proof(proof: Proof, config: DoctorConfig, console: Console) -> None:
-    """Every quantity of every check, and the bandwidths."""
+    """Print every quantity of every check, and the bandwidths."""
     parallel = config.parallel
     sizes = {
         "tensor": parallel.tensor,

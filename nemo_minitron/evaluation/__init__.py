@@ -1,4 +1,4 @@
-"""Numbers and text from a model: held-out loss under any layout, greedy generation. See ``docs/evaluation.md``.
+"""Evaluation of a model: held-out loss under any layout, benchmarks, greedy generation. See ``docs/evaluation.md``.
 
 Torch, Megatron and transformers are imported when a name is first used.
 """

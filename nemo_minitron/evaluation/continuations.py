@@ -32,14 +32,14 @@ def continuation_scores(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """How likely each continuation is, and whether greedy decoding gives it. On every rank; every rank gets all.
+    """Log-likelihood of each continuation, and whether greedy decoding gives it. Collective; every rank gets all.
 
-    Texts of like length share a batch and are padded on the right, which a causal text does not see. Memory beyond the
-    model: the activations of one layer and some three float32 tensors ``[batch_size, s, V/tp]``.
+    Texts of similar length share a batch and are padded on the right; causal attention never sees the padding. Memory
+    beyond the model: the activations of one layer and some three float32 tensors ``[batch_size, s, V/tp]``.
 
     Args:
         chunks: this rank's part of the model, with weights loaded.
-        groups: of this process; data-parallel ranks share the texts out.
+        groups: of this process; the texts are divided among data-parallel ranks.
         pairs: ``(context, continuation)`` token ids, neither of them empty, the same on every rank.
         vocab_size: true vocabulary; logits beyond it are padding.
         max_length: tokens of one forward pass; longer texts lose the beginning of their context.
@@ -70,13 +70,13 @@ def continuation_scores(
     with evaluating(chunks):
         for start in range(0, len(order), max(1, step * layout.data)):
             shared = order[start : start + step * layout.data]
-            mine = shared[groups.dp_rank :: layout.data]
-            filled = -(-len(mine) // unit) * unit if mine else 0
-            texts = [pairs[number] for number in mine] + [pairs[shared[-1]]] * (filled - len(mine))
+            assigned = shared[groups.dp_rank :: layout.data]
+            filled = -(-len(assigned) // unit) * unit if assigned else 0
+            texts = [pairs[number] for number in assigned] + [pairs[shared[-1]]] * (filled - len(assigned))
             if texts:
                 scores = _run(chunks, groups, texts, batch_size, vocab_size, max_length, device)
                 if groups.is_last_stage:
-                    table[mine] = scores[: len(mine)]
+                    table[assigned] = scores[: len(assigned)]
             if progress is not None:
                 progress(len(shared))
     dist.broadcast(table, src=dist.get_global_rank(groups.pp, layout.pipeline - 1), group=groups.pp)

@@ -1,6 +1,6 @@
 """Greedy generation: with transformers from a Hugging Face directory, and from a live Megatron model.
 
-Both put a prompt through the tokenizer's chat template where there is one, so their texts can stand side by side.
+Both put a prompt through the tokenizer's chat template if it has one, so their texts can be compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Generation:
     """An answer.
 
     Attributes:
-        prompt: as it was given.
+        prompt: the prompt, before any template.
         text: the answer without prompt and special tokens.
         tokens: number of tokens of the answer, an end token included.
     """
@@ -63,7 +63,7 @@ def generate(
     """Answer each prompt greedily with transformers' own ``AutoModelForCausalLM``, in one process.
 
     Args:
-        hf_dir: Hugging Face directory with model and tokenizer. Nothing is downloaded and no code of it runs.
+        hf_dir: Hugging Face directory with model and tokenizer. Nothing is downloaded, and none of its code runs.
         prompts: one user turn each.
         max_new_tokens: longest answer.
         dtype: of the weights.
@@ -110,7 +110,7 @@ def generate_megatron(
     end_tokens: Sequence[int] = (),
     max_length: int | None = None,
 ) -> list[Generation]:
-    """Answer each prompt greedily with a live Megatron model. To be called on every rank; every rank gets the result.
+    """Answer each prompt greedily with a live Megatron model. Collective; every rank gets the result.
 
     See :func:`nemo_minitron.generation.generate_tokens`, which does the work.
 

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on a live Megatron model, under any layout.
 
-Every rank runs the harness over all requests in the same order; the model inside is the parallel one, and what it
-answers is the same on every rank.
+Every rank runs the harness over all requests in the same order. The model behind it is the parallel Megatron model, and
+its answers are the same on every rank.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _TAIL = 16  # tokens of an answer that are looked at for a stop text, besides th
 
 
 class MegatronLM(TemplateLM):
-    """The harness's model, over a live Megatron one. Tokens, contexts and stops are those of its ``HFLM``.
+    """The harness's model interface over a live Megatron model. It tokenises, truncates and stops as ``HFLM`` does.
 
-    ``rank`` is 0 and ``world_size`` 1 on every process, whatever the layout: the harness shares nothing out itself.
+    ``rank`` is 0 and ``world_size`` 1 on every process, whatever the layout: the harness itself distributes nothing.
 
     Args:
         chunks: this rank's part of the model, with weights loaded.
@@ -83,12 +83,12 @@ class MegatronLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: BOS where there is one."""
+        """The token before a text without a context: BOS if the tokenizer has one, else EOS."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's request caches."""
+        """Name of the tokenizer, a key of the harness's request caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -101,7 +101,7 @@ class MegatronLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a BOS that the text begins with already is not put there again."""
+        """Token ids; no second BOS is added to a text that begins with BOS."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -124,7 +124,7 @@ class MegatronLM(TemplateLM):
             )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context that do not overlap in what they predict."""
+        """Log-likelihood of whole texts, in windows of the context length; each token is predicted exactly once."""
         pairs: list[tuple[list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -141,7 +141,7 @@ class MegatronLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop text, greedy unless the task samples. A stop text is cut off, EOS with it."""
+        """Answers up to a stop text, greedy unless the task samples. Stop text and EOS are cut off."""
         kinds: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             kinds[json.dumps(request.args[1], sort_keys=True)].append(number)
@@ -203,13 +203,13 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Evaluate on tasks of the harness and of packages (:data:`PACKS`).
 
-    To be called on every rank; rank 0 gets the results, others nothing.
+    Every rank calls it; rank 0 gets the results, other ranks an empty mapping.
 
     Args:
         model: wraps the live model.
         tasks: names of tasks or groups.
-        include_path: directory with tasks of the user's own, in the harness's YAML form. The Python files that those
-            name run.
+        include_path: directory with the user's own tasks, in the harness's YAML form. Python files that they name are
+            run.
         num_fewshot: examples in the context; None takes each task's own number.
         limit: documents of each task; None takes all.
         chat_template: put the prompts through the tokenizer's chat template.
@@ -222,8 +222,8 @@ def run_tasks(
         metrics, but ``answers``.
 
     Raises:
-        DataError: for unknown tasks, and for data that cannot be had.
-        MissingDependency: where the checks of a task need a library that is not installed.
+        DataError: for unknown tasks, and for data that cannot be obtained.
+        MissingDependency: if the checks of a task need a library that is not installed.
     """
     from lm_eval import simple_evaluate
 
@@ -298,7 +298,7 @@ def _converse(model: MegatronLM, asked: Sequence[Conversation], chat_template: b
 
 @lru_cache(maxsize=4)
 def _manager(include_path: str | None, tasks: tuple[str, ...]) -> TaskManager:
-    """The index of tasks: the user's alone if they suffice, for the harness reads thousands of files for its own."""
+    """The index of tasks; only the user's if that has all of them, since the harness's own reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None or not tasks:
@@ -313,5 +313,5 @@ def _unknown(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
 
 
 def _is_metric(key: str, value: Any) -> bool:
-    """``metric,filter`` of a number; an error without a formula is "N/A"."""
+    """Whether an entry is ``metric,filter`` with a number; a standard error without a formula is "N/A"."""
     return "," in key and isinstance(value, int | float)

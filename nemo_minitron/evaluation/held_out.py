@@ -32,7 +32,7 @@ class MeanLoss:
         loss: nats per token.
         standard_error: of ``loss``, from the spread of the block means; NaN for a single block.
         tokens: predicted tokens.
-        blocks: blocks they came in.
+        blocks: number of blocks with these tokens.
     """
 
     loss: float
@@ -53,11 +53,11 @@ class MeanLoss:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Loss over everything, and by domain.
+    """Loss over all tokens, and by domain.
 
     Attributes:
-        overall: all tokens weigh the same.
-        domains: by source.
+        overall: over all tokens, each with the same weight.
+        domains: by the name of the source.
     """
 
     overall: MeanLoss
@@ -77,7 +77,7 @@ def held_out_loss(
     vocab_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> HeldOutLoss:
-    """Mean next-token cross-entropy per token. To be called on every rank; every rank gets the result.
+    """Mean next-token cross-entropy per token. Collective; every rank gets the result.
 
     Runs Megatron's own forward schedule (``megatron.core.pipeline_parallel.get_forward_backward_func``) without
     gradients. Memory beyond the model: the activations of one layer and some three fp32 tensors
@@ -85,9 +85,10 @@ def held_out_loss(
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
-        groups: of this process; data-parallel ranks share the blocks out.
-        blocks: ``[n, s + 1]`` int64, the same on every rank, or such by domain. Where they say which documents they
-            hold and which labels count, attention stays within each document and the loss is over those labels.
+        groups: of this process; the blocks are divided among data-parallel ranks.
+        blocks: ``[n, s + 1]`` int64, the same on every rank, or a mapping from domains to such blocks. If they say
+            which documents they hold and which labels count, attention stays within each document and the loss is over
+            those labels.
         micro_batch_size: blocks of one forward pass.
         vocab_size: true vocabulary; logits beyond it are padding.
         progress: called with the number of blocks done since its last call.
@@ -96,7 +97,7 @@ def held_out_loss(
         The loss over all blocks, and by domain where ``blocks`` is a mapping.
 
     Raises:
-        DataError: for no blocks, or one in which no label counts.
+        DataError: for no blocks, or a block in which no label counts.
         ShapeError: if sequence parallelism does not divide the sequence.
         NonFiniteError: if any block's loss is NaN or infinite.
     """
@@ -136,7 +137,7 @@ def held_out_loss(
 def _mean(means: torch.Tensor, counts: torch.Tensor) -> MeanLoss:
     """``[n]`` float64 block means over ``[n]`` tokens each -> their mean over tokens.
 
-    The standard error is that of a ratio of sums over blocks; of blocks of one length that of their mean.
+    The standard error is that of a ratio of sums over blocks; for blocks of equal length it is that of their mean.
     """
     n, tokens = len(means), int(counts.sum())
     if bool((counts == counts[0]).all()):

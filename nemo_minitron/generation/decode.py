@@ -24,7 +24,7 @@ __all__ = ["Answer", "generate_tokens"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to one prompt.
+    """The answer of a model to one prompt.
 
     Attributes:
         tokens: ids without the prompt; an end token is the last of them.
@@ -53,37 +53,38 @@ def generate_tokens(
     stop: Callable[[list[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answer prompts of any lengths. To be called on every rank; every rank gets all answers.
+    """Answer prompts of any lengths. Collective; every rank gets all answers.
 
     Keys and values are cached (``megatron.core.inference.contexts.StaticInferenceContext``), for each rank's own heads
-    and layers. The prompts are sorted by length; a batch runs its shortest prompt's length at once, and then a token at
-    a time, where a longer prompt is fed its own tokens until it ends: so no row is padded, and attention needs no mask
-    but the causal one. Rows that are done leave the batch when half of them are. An answer is the same in any batch and
-    layout up to rounding of the logits (see :func:`~nemo_minitron.generation.sampling.choose`).
+    and layers. The prompts are sorted by length. The first forward pass of a batch has the length of its shortest
+    prompt; after it, each pass has one token per row, and longer prompts are fed their own tokens until they end. So no
+    row is padded, and attention needs only the causal mask. When half of the rows are done, they leave the batch. An
+    answer is the same in any batch and layout up to rounding of the logits (see
+    :func:`~nemo_minitron.generation.sampling.choose`).
 
-    Under sequence or virtual pipeline parallelism, whose schedules have no use for a cache, each new token runs over
-    the whole text again.
+    Under sequence or virtual pipeline parallelism, whose schedules cannot use a cache, each new token takes a forward
+    pass over the whole text.
 
     Memory beyond the model: the cache, ``2 * layers/pp * batch * (longest prompt + max_new_tokens) * groups/tp *
     head_dim`` elements, and on the last stage three float64 tensors ``[batch, V]``.
 
     Args:
         chunks: this rank's part of the model, as ``runtime.model.build_model`` gives it, with weights loaded.
-            Dropout is off within.
-        groups: of this process; data-parallel ranks share the prompts out.
+            Dropout is off during the call.
+        groups: of this process; the prompts are divided among data-parallel ranks.
         prompts: token ids of each, the same on every rank.
         sampling: how tokens are chosen.
-        seed: of the draws.
+        seed: of the random draws.
         ends: ids that end an answer.
         vocab_size: true vocabulary; logits beyond it are padding.
         max_length: longest text, prompt and answer together; None for no limit.
-        requests: number of each prompt's request, from which its draws follow; None takes 0, 1, 2 ...
+        requests: number of each prompt's request; it and the seed determine the draws. None takes 0, 1, 2 ...
         batch_size: prompts of one forward pass on one data-parallel replica.
-        stop: called with an answer's tokens so far, after each, on every rank alike; true ends the answer.
+        stop: called on every rank after each token, with the answer's tokens so far; True ends the answer.
         progress: called with the number of prompts answered since its last call.
 
     Raises:
-        ConfigError: for a sampling that leaves nothing to draw from.
+        ConfigError: for sampling settings that leave nothing to draw from.
         DataError: for prompts without a token, with an id beyond the vocabulary, or that fill ``max_length`` already.
         NonFiniteError: where a logit is NaN.
     """
@@ -95,15 +96,15 @@ def generate_tokens(
         for number, (ids, request) in enumerate(zip(prompts, requests, strict=True))
     ]
     # Neighbours in length share a batch, and every replica gets its share of the long ones.
-    mine = sorted(texts, key=lambda text: (len(text.ids), text.number))[groups.dp_rank :: groups.layout.data]
+    assigned = sorted(texts, key=lambda text: (len(text.ids), text.number))[groups.dp_rank :: groups.layout.data]
     decoder = _Decoder(chunks, groups, sampling, frozenset(ends), vocab_size, stop)
     with evaluating(chunks):
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+        for start in range(0, len(assigned), batch_size):
+            batch = assigned[start : start + batch_size]
             decoder.answer(batch)
             if progress is not None:
                 progress(min(len(batch) * groups.layout.data, len(prompts) - start * groups.layout.data))
-    return _gathered(texts, mine, groups, sampling.max_new_tokens, next(chunks[0].parameters()).device)
+    return _gathered(texts, assigned, groups, sampling.max_new_tokens, next(chunks[0].parameters()).device)
 
 
 def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_length: int | None) -> None:
@@ -128,7 +129,7 @@ def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_length: int | 
 
 @dataclass
 class _Text:
-    """A prompt and the answer as far as it is."""
+    """A prompt and its answer so far."""
 
     number: int
     prompt: list[int]
@@ -233,8 +234,8 @@ class _Decoder:
         """The token after each row, and its log-probability, on every rank.
 
         Args:
-            tokens: ``[b, s]``, which follow what ``context`` holds.
-            texts: ``b`` of them.
+            tokens: ``[b, s]``, which follow the tokens in ``context``.
+            texts: the ``b`` texts of the batch.
             context: the cache.
             last: ``[b]`` position of each row's last token; None: the model gives the logits of the last alone.
         """
@@ -252,7 +253,7 @@ class _Decoder:
     def _logits(
         self, tokens: torch.Tensor, context: StaticInferenceContext | None, last: torch.Tensor | None
     ) -> torch.Tensor:
-        """``[b, V]`` float32 logits after each row, gathered over the tensor group; empty but on the last stage."""
+        """``[b, V]`` float32 logits after each row, gathered over the tensor group; empty except on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.groups.layout
@@ -264,9 +265,9 @@ class _Decoder:
 
         def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             rows = torch.arange(len(tokens), device=self.device)
-            mine = output[rows, -1 if last is None else last].float().contiguous()  # [b, V/tp]
-            everyone = [torch.empty_like(mine) for _ in range(layout.tensor)]
-            dist.all_gather(everyone, mine, group=self.groups.tp)
+            local = output[rows, -1 if last is None else last].float().contiguous()  # [b, V/tp]
+            everyone = [torch.empty_like(local) for _ in range(layout.tensor)]
+            dist.all_gather(everyone, local, group=self.groups.tp)
             return torch.cat(everyone, dim=-1)[:, : self.vocab_size]
 
         # The interleaved schedule runs no fewer micro-batches than there are stages: all are the same.
@@ -294,12 +295,12 @@ _FINISH = ("stop", "length")
 
 
 def _gathered(
-    texts: list[_Text], mine: list[_Text], groups: Groups, longest: int, device: torch.device
+    texts: list[_Text], answered: list[_Text], groups: Groups, longest: int, device: torch.device
 ) -> list[Answer]:
-    """All answers on every rank: each fills in its replica's rows of one table, and the data-parallel sum has all."""
+    """All answers on every rank: each fills its replica's rows of a table, which is summed over data-parallel ranks."""
     # Ids are exact in float64. Columns: length, finish, then the ids, then their log-probabilities.
     table = torch.zeros(len(texts), 2 + 2 * longest, dtype=torch.float64, device=device)
-    for text in mine:
+    for text in answered:
         count = len(text.answer)
         row = [float(count), float(_FINISH.index(text.finish)), *map(float, text.answer)]
         table[text.number, : 2 + count] = torch.tensor(row, dtype=torch.float64)

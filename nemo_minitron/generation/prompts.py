@@ -22,7 +22,7 @@ PLAIN = "none"
 
 
 def prompt_title(config: PromptsConfig) -> str:
-    """Where the prompts are from, for messages and plans."""
+    """Source of the prompts, for messages and plans."""
     return config.path or (f"package {config.package}" if config.package else "prompts.texts")
 
 
@@ -30,8 +30,8 @@ def read_prompts(config: PromptsConfig, *, system: str | None = None) -> list[Ch
     """The conversations to be answered, without their last answers.
 
     Args:
-        config: where they are from; a path that ends in ``.txt`` has a question a line.
-        system: message that those are given which have none.
+        config: their source; a path that ends in ``.txt`` has one question per line.
+        system: system message for conversations without one.
 
     Raises:
         DataError: for a file that cannot be read, holds nothing or has bad lines, which are all named.
@@ -87,13 +87,13 @@ def encode_prompts(
         chats: without last answers.
         tokenizer: of the model.
         template: name of a chat template, or :data:`PLAIN`.
-        title: where the chats are from, for messages.
+        title: source of the chats, for messages.
         max_length: of prompt and answer together.
-        attributes: values that the answers shall have (SteerLM).
+        attributes: values that the answers should have (SteerLM).
 
     Raises:
         DataError: for a template that the tokenizer cannot run, and for prompts that give no token, leave no room for
-            an answer, or that plain text has no form for; all of them with their lines.
+            an answer, or cannot be written as plain text; all of them with their lines.
     """
     chosen = None if template == PLAIN else choose_template(tokenizer, template)
     encoded, faults = [], []

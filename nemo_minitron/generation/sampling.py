@@ -1,7 +1,7 @@
 """Choosing the next token: greedy, or drawn from the tempered and truncated distribution.
 
-A draw depends on the seed, the number of the request and the number of the token alone: not on which requests share a
-batch, nor on how many processes the model is laid over.
+A draw depends only on the seed, the number of the request and the number of the token: not on which requests share a
+batch, nor on the model's parallel layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def check_sampling(sampling: Sampling, seed: int) -> None:
     """Refuse settings that leave nothing to draw from.
 
     Raises:
-        ConfigError: with all of them at once.
+        ConfigError: with all faults at once.
     """
     faults = [f"sampling.{fault}" for fault in sampling.faults()]
     if not 0 <= seed < 2**63:
@@ -31,10 +31,10 @@ def check_sampling(sampling: Sampling, seed: int) -> None:
 
 
 def draws(count: int, *, seed: int, request: int) -> torch.Tensor:
-    """``[count]`` float64 numbers in [0, 1): those of one request, from a counter-based generator (Philox).
+    """``[count]`` float64 numbers in [0, 1) for one request, from a counter-based generator (Philox).
 
     Args:
-        count: how many; fewer are the first of more.
+        count: how many; a smaller count gives the first numbers of a larger one.
         seed: 0 or more.
         request: number of the request, 0 or more.
     """
@@ -48,14 +48,14 @@ def draws(count: int, *, seed: int, request: int) -> torch.Tensor:
 def choose(logits: torch.Tensor, sampling: Sampling, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row and the model's log-probability of it.
 
-    In float64, so that the layout's rounding of the logits seldom moves a draw to the next token. Of equal logits the
+    Computed in float64, so that rounding differences between layouts rarely change the drawn token. Of equal logits the
     lower id comes first, in the greedy choice, in ``top_k`` and in ``top_p``. Otherwise the tokens that stay are those
     of transformers' ``TemperatureLogitsWarper``, ``TopKLogitsWarper`` and ``TopPLogitsWarper`` in this order.
 
     Args:
         logits: ``[b, V]`` over the true vocabulary, whole on this rank.
-        sampling: how.
-        drawn: ``[b]`` float64 numbers in [0, 1), one a row; the token is where the cumulated probability passes it.
+        sampling: the settings.
+        drawn: ``[b]`` float64 numbers in [0, 1), one per row; the token is where the cumulative probability exceeds it.
 
     Returns:
         ``[b]`` int64 ids and ``[b]`` float64 log-probabilities under the model itself, that is before temperature and
@@ -83,7 +83,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, drawn: torch.Tensor) -> tup
 
 
 def _draw(weights: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """``[b, n]`` weights, ``[b]`` numbers in [0, 1) -> ``[b]`` positions, by inversion of the cumulated weights."""
+    """``[b, n]`` weights, ``[b]`` numbers in [0, 1) -> ``[b]`` positions, by inversion of the cumulative weights."""
     cumulated = weights.cumsum(dim=-1)
     return _first(cumulated > drawn.to(weights.device)[:, None] * cumulated[:, -1:])
 

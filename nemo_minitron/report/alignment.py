@@ -1,4 +1,4 @@
-"""What the alignment stages of a run did: tables from the metrics in their records."""
+"""Tables of a run's alignment stages, from the metrics in their records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["alignment_tables"]
 
 
 def alignment_tables(run: Run) -> list[Table]:
-    """A table for each kind of alignment stage that the run holds; a record that lacks the figures is named in
+    """A table for each kind of alignment stage that the run holds; records without these metrics are listed in
     :attr:`~nemo_minitron.report.collect.Run.remarks`.
     """
     tables = []

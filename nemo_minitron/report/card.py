@@ -15,10 +15,10 @@ __all__ = ["card_content"]
 
 
 def card_content(run: Run, title: str, *, base_model: str | None, license_name: str | None) -> dict[str, Any] | None:
-    """What the template shows; None for a run that made no smaller model.
+    """The values for the template; None for a run that made no smaller model.
 
     Args:
-        run: collected.
+        run: as :func:`~nemo_minitron.report.collect.collect` gives it.
         title: heading.
         base_model: the Hub's name of the teacher, for the front matter.
         license_name: the Hub's name of the license.
@@ -51,9 +51,9 @@ def card_content(run: Run, title: str, *, base_model: str | None, license_name: 
 def _training(stage: Any) -> str:
     config = stage.config
     keys = ("steps", "global_batch_size", "lr", "min_lr", "warmup_steps", "precision")
-    told = ", ".join(f"{key} {config[key]}" for key in keys if config.get(key) is not None)
+    settings = ", ".join(f"{key} {config[key]}" for key in keys if config.get(key) is not None)
     loss = config.get("loss")
-    return f"{stage.name} ({stage.stage}): {told}" + (f", loss {json.dumps(loss)}" if loss else "")
+    return f"{stage.name} ({stage.stage}): {settings}" + (f", loss {json.dumps(loss)}" if loss else "")
 
 
 def _results(run: Run, small: Model) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""What a run directory holds, read from the files that the stages left. Nothing is computed that they do not state.
+"""The contents of a run directory, read from the files that the stages wrote. Nothing else is computed.
 
-A file that is missing leaves its part of the report out; one that is there and cannot be read is named in
-:attr:`Run.remarks`, so that a gap is never silent.
+If a file is missing, its part of the report is left out. A file that exists but cannot be read is listed in
+:attr:`Run.remarks`, so that no gap goes unnoticed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StageRun:
     """One finished stage.
 
     Attributes:
-        name, stage: as its record says.
+        name, stage: from its record.
         path: its output.
         size: of the output, in bytes.
         record: the whole record.
@@ -118,7 +118,7 @@ class Curve:
 
 @dataclass
 class Run:
-    """All that the report shows."""
+    """Everything that the report shows."""
 
     path: Path
     name: str
@@ -143,12 +143,12 @@ class Run:
 
     @property
     def small(self) -> Model | None:
-        """The last model that was made smaller; distilled ones first."""
+        """The last model that was made smaller; a distilled model is preferred."""
         return next((m for role in ("distilled", "pruned") for m in reversed(self.models) if m.role == role), None)
 
     @property
     def trained_tokens(self) -> int:
-        """Of all trainings together."""
+        """Tokens of all trainings together."""
         return sum(curve.train[-1].get("tokens", 0) for curve in self.curves if curve.train)
 
 
@@ -220,16 +220,16 @@ def _json(path: Path, run: Run) -> Any:
 
 
 def stage_of(path: str, run: Run) -> StageRun | None:
-    """The stage that wrote ``path``: its output is the path or holds it.
+    """The stage that wrote ``path``: its output is the path or contains it.
 
-    Both as they were written down at the time, so that a run that was moved since is still understood.
+    Both paths are compared as they were recorded, so this works for a run that was moved since.
     """
     place = Path(path).absolute()
     return next((s for s in run.stages if place.is_relative_to(Path(s.config["output"]).absolute())), None)
 
 
 def _config_class(stage: StageRun) -> type[StageConfig]:
-    """That of its configuration; the base's where what made the record is not installed."""
+    """The class of a stage's configuration; the base class if the package of that stage is not installed."""
     return STAGES.get(stage.stage, StageConfig)
 
 
@@ -255,7 +255,7 @@ def _model(stage: StageRun, run: Run) -> None:
 
 
 def _kept(stage: StageRun, run: Run) -> dict[str, Any] | None:
-    """``kept`` of a pruning's ``kept.json``."""
+    """The kept units in a pruning's ``kept.json``."""
     content = _json(stage.path / "kept.json", run)
     if content is None:
         return None

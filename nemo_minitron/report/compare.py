@@ -23,13 +23,13 @@ _ASIDE = ("output", "name", "overwrite", "resume", "run", "model", "student", "t
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page shows.
+    """The content of the page.
 
     Attributes:
         labels: of the runs, all different.
-        overview: a row a run.
+        overview: one row per run.
         losses: held-out losses by model; None without an evaluation.
-        settings: what differs, a row a setting; None if nothing does.
+        settings: settings that differ, one row each; None if none do.
         figures: curves of the trainings.
     """
 
@@ -48,7 +48,7 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
         directories: of two runs or more.
 
     Raises:
-        DataError: if one holds no finished stage, or one is given twice.
+        DataError: if a directory holds no finished stage, or is given twice.
     """
     paths = [Path(directory).resolve() for directory in directories]
     if len(set(paths)) < len(paths):
@@ -66,7 +66,7 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
 
 
 def _labels(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest endings of the paths that are all different."""
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(labels)) == len(labels):

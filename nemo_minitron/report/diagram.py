@@ -1,4 +1,4 @@
-"""The shapes of a run's models as a picture: what pruning took from the teacher."""
+"""The shapes of a run's models as a picture: the parts of the teacher that pruning removed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MOST = 5
 def shape_diagram(run: Run) -> Figure | None:
     """The teacher and each other shape of the run as silhouettes; None where there are not two shapes.
 
-    A layer is a row of three bars, as wide as its FFN, its residual stream and its attention heads. A layer that a
-    pruned model is known to have lost stands as an empty frame where it was.
+    A layer is a row of three bars, as wide as its FFN, its residual stream and its attention heads. If it is known
+    which layers a pruned model lost, each is an empty frame in its place.
     """
     teacher = run.teacher
     if teacher is None:
@@ -56,7 +56,7 @@ def shape_diagram(run: Run) -> Figure | None:
             loc="outside lower center", ncols=3, frameon=False, labelcolor=theme.ink,
         )  # fmt: skip
 
-    told = "; ".join(
+    described = "; ".join(
         f"{m.name}: {m.shape.num_layers} layers, hidden {m.shape.hidden_size}, "
         f"FFN {span(m.shape, 'ffn_hidden_size', '')}, "
         f"{m.shape.num_attention_heads} heads"
@@ -66,18 +66,18 @@ def shape_diagram(run: Run) -> Figure | None:
         "shapes",
         draw,
         (1.5 + 1.9 * len(models), 3.6),
-        alt=f"Shapes side by side: {told}.",
+        alt=f"Shapes side by side: {described}.",
         caption="One row a layer, as wide as its parts. Empty frames: layers that were taken out.",
     )
 
 
 def _layers(model: Model) -> tuple[int, ...]:
-    """Places of a model's layers in the teacher, where they are known; else from the first on."""
+    """Indices of a model's layers in the teacher, if they are known; otherwise 0, 1, 2, ..."""
     return tuple(model.kept["layers"]) if model.kept is not None else tuple(range(model.shape.num_layers))
 
 
 def _widths(sizes: ModelShape) -> tuple[int, int, int]:
-    """Of the three bars of a layer."""
+    """Widths of the three bars of a layer."""
     return sizes.ffn_hidden_size, sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim
 
 
@@ -93,7 +93,7 @@ def _shades(theme: Theme, role: str) -> list[tuple[float, float, float, float]]:
 
 
 def _silhouette(axes: Axes, model: Model, teacher: Model, deepest: int, theme: Theme) -> None:
-    """One model."""
+    """Draw one model."""
     layers = _layers(model)
     each = [model.shape.at(position) for position in range(len(layers))]
     for sizes in dict.fromkeys(each):

@@ -1,4 +1,4 @@
-"""What each stage was made from, as its record says."""
+"""The inputs of each stage, from its record."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["lineage_table"]
 def lineage_table(run: Run) -> Table:
     """Stage, identity, and the identity of everything that it read.
 
-    An identity is the hash of a stage's settings and of the identities of its inputs: two outputs of one identity were
-    made alike from like things.
+    An identity is the hash of a stage's settings and of the identities of its inputs: two outputs with the same
+    identity were made with the same settings from the same inputs.
     """
     rows = []
     for stage in run.stages:
@@ -25,9 +25,9 @@ def lineage_table(run: Run) -> Table:
 
 
 def _name(path: str, run: Run) -> str:
-    """The stage that wrote ``path`` and what of it, or the path's last part."""
+    """The stage that wrote ``path`` and the part of its output, or the path's last component."""
     place, owner = Path(path).absolute(), stage_of(path, run)
     if owner is None:
         return place.name
-    rest = place.relative_to(Path(owner.config["output"]).absolute())
-    return owner.name if str(rest) == "." else f"{owner.name}/{rest}"
+    part = place.relative_to(Path(owner.config["output"]).absolute())
+    return owner.name if str(part) == "." else f"{owner.name}/{part}"

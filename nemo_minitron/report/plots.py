@@ -1,6 +1,6 @@
 """The report's figures, each drawn twice: for a light and for a dark page.
 
-Every function returns a :class:`Figure` or None where the run has nothing to show. Agg only: no display is needed.
+Every function returns a :class:`Figure`, or None if the run has nothing to show. Agg only: no display is needed.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
 
 
 def heads(scores: ScoreSet, run: Run) -> Figure | None:
-    """Attention heads: layers down, heads across, a line between query groups."""
+    """Scores of attention heads: layers down, heads across, a line between query groups."""
     if "heads" not in scores.arrays or scores.arrays["heads"].shape[1] < 2:
         return None
     values = scores.arrays["heads"]
@@ -279,7 +279,7 @@ def heads(scores: ScoreSet, run: Run) -> Figure | None:
 
 
 def hidden(scores: ScoreSet, run: Run) -> Figure | None:
-    """Channels of the residual stream by falling score."""
+    """Channels of the residual stream, from the highest score to the lowest."""
     if "hidden" not in scores.arrays:
         return None
     ordered = -np.sort(-scores.arrays["hidden"])
@@ -342,7 +342,7 @@ def draw_figure(
 
 
 def clean(axes: Axes, theme: Theme, *, grid: Literal["x", "y", "both"] | None) -> None:
-    """Take off what a plot does not need, and lay a grid behind it."""
+    """Remove unneeded frame lines and ticks, and draw a grid behind the plot."""
     for side in ("top", "right", *(("left", "bottom") if grid is None else ())):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
@@ -358,7 +358,7 @@ def _bar(canvas: Canvas, image: Any, axes: Axes, theme: Theme) -> None:
 
 
 def _log(values: np.ndarray) -> np.ndarray:
-    """log10, zeros at the smallest value that is not."""
+    """log10; zeros are replaced by the smallest value above zero."""
     positive = values[values > 0]
     return np.log10(np.maximum(values, positive.min() if positive.size else 1.0))
 
@@ -370,7 +370,7 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a twentieth of the run, over what there is at the ends."""
+    """Centred running mean over about a twentieth of the run; the window is shorter at the ends."""
     half = max(1, len(values) // 40)
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 

@@ -20,7 +20,7 @@ _SCALES = {
 
 
 def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells, the best candidate first; a column stands where any candidate has its value."""
+    """Headings and cells, the best candidate first; columns without any value are left out."""
     columns: list[tuple[str, Any]] = [("candidate", lambda candidate: candidate["name"])]
     ranked = [
         candidate
@@ -59,7 +59,7 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(search: dict[str, Any]) -> str:
-    """Markdown: the table and, in words, what there is to know beside it."""
+    """Markdown: the table, and notes about the search."""
     headings, body = rows(search)
     lines = [f"| {' | '.join(headings)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(headings) - 1))}|"]
     lines += [f"| {' | '.join(cells)} |" for cells in body]
@@ -89,7 +89,7 @@ def _tau(value: float | None) -> str:
 
 
 def pareto(search: dict[str, Any]) -> Figure | None:
-    """Loss against each cost, untrained and distilled, with the fronts; None where there is nothing ranked."""
+    """Loss against each cost, untrained and distilled, with the Pareto fronts; None if no candidate is ranked."""
     ranked = [
         candidate
         for candidate in search["candidates"]

@@ -34,7 +34,7 @@ class Table:
     """Rows of text below headings. The first column is the row's name.
 
     Attributes:
-        roles: of each row, for its colour; "" for none.
+        roles: role of each row's model, for its colour; "" for none.
     """
 
     caption: str
@@ -54,10 +54,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How much of the loss that pruning cost a distillation won back.
+    """The share of pruning's loss increase that a distillation recovered.
 
     Attributes:
-        model: the distilled model; ``student`` what it started from, ``teacher`` what it learnt from.
+        model, student, teacher: the distilled model, the model that it started from, and its teacher.
         share: ``(student - distilled) / (student - teacher)`` of the held-out losses.
     """
 
@@ -86,7 +86,7 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
 
 
 def cards(run: Run) -> list[Card]:
-    """The figures at the top: as many as the run can show."""
+    """The headline figures that the run has values for."""
     cards = []
     teacher = run.teacher
     small = next((m for role in ("distilled", "pruned") for m in run.models if m.role == role), None)
@@ -102,8 +102,8 @@ def cards(run: Run) -> list[Card]:
             detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
             cards.append(Card("held-out loss", f"{models[best]['loss']:.3f}", detail))
         if "pruned" in role_of and "random" in role_of:
-            ours, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
-            cards.append(Card("scored pruning", f"{ours:.2f}", f"random pruning, same shape: {drawn:.2f}"))
+            scored, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
+            cards.append(Card("scored pruning", f"{scored:.2f}", f"random pruning, same shape: {drawn:.2f}"))
         for recovery in recoveries(run, evaluation)[:1]:
             detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
             cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
@@ -132,7 +132,7 @@ def shape_table(run: Run) -> Table | None:
 
 
 def span(shape: ModelShape, name: str, form: str = ",") -> str:
-    """A size that layers may have of their own: its value, or from the least to the largest of the layers."""
+    """A size that may differ between layers: its value, or the range from the smallest to the largest."""
     sizes = sorted({getattr(layer, name) for layer in shape.each()})
     return " – ".join(format(size, form) for size in dict.fromkeys((sizes[0], sizes[-1])))
 
@@ -166,7 +166,7 @@ def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
 
 
 def benchmark_table(run: Run, evaluation: dict[str, Any]) -> Table | None:
-    """Metrics of lm-evaluation-harness, a row a task and metric; None where none were run."""
+    """Metrics of lm-evaluation-harness, one row per task and metric; None if no task was run."""
     models = {name: model["harness"] for name, model in evaluation["models"].items() if model.get("harness")}
     rows = []
     for task in dict.fromkeys(task for results in models.values() for task in results):
@@ -223,7 +223,7 @@ def export_table(run: Run) -> Table | None:
 
 
 def step_boxes(run: Run) -> list[dict[str, str]]:
-    """The pipeline picture: one box a stage."""
+    """The pipeline picture: one box per stage."""
     return [
         {"name": stage.name, "kind": stage.stage, "time": duration(stage.seconds), "note": _box_note(stage, run)}
         for stage in run.stages
@@ -231,7 +231,7 @@ def step_boxes(run: Run) -> list[dict[str, str]]:
 
 
 def _box_note(stage: StageRun, run: Run) -> str:
-    """The one figure that says most about a stage."""
+    """The most important figure of a stage."""
     model = next((model for model in run.models if model.name == stage.name), None)
     if model is not None:
         return f"{count(model.parameters)} parameters"
@@ -290,8 +290,8 @@ def duration(seconds: float) -> str:
     """``134`` -> ``"2 min 14 s"``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes} min {remaining:02d} s" if minutes else f"{remaining} s"

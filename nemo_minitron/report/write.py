@@ -1,4 +1,4 @@
-"""Put the report together: one HTML file that needs nothing beside it, and Markdown with its figures in ``plots/``."""
+"""Write the report: one self-contained HTML file, and Markdown with its figures in ``plots/``."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def write_report(
     base_model: str | None = None,
     license_name: str | None = None,
 ) -> Run:
-    """Write ``index.html``, ``report.md``, ``plots/*.png`` and, of a run that made a model, ``model-card.md``.
+    """Write ``index.html``, ``report.md``, ``plots/*.png`` and, for a run that made a model, ``model-card.md``.
 
-    What the run does not hold is left out; what it holds and cannot be read is named at the end of the report.
+    Parts that the run does not have are left out; files that cannot be read are listed at the end of the report.
 
     Args:
         run_dir: directory with the stages' outputs.
         output: an existing directory.
         title: heading; empty takes the run's name.
-        base_model, license_name: for the front matter of the model card, in the Hub's words.
+        base_model, license_name: for the front matter of the model card, as the Hub names them.
 
     Returns:
-        What was found.
+        The contents of the run.
 
     Raises:
         DataError: if ``run_dir`` holds no finished stage.
@@ -167,13 +167,13 @@ def _moment(time: datetime.datetime) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    """Text that stays within its cell and has no markup."""
+    """Text escaped for a table cell, without markup."""
     for character in "\\`*_{}[]<>|#":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
 
 
 def _markdown_quote(text: str) -> str:
-    """Text as a block quote, every line of it, without markup."""
+    """Text as a block quote, escaped, without markup."""
     lines = [_markdown_cell(line) for line in text.splitlines()] or [""]
     return "\n".join(f"> {line}".rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""One module a command: ``minitron prune`` is ``nemo_minitron.stages.prune``. ``shared`` holds what several need.
+"""One module per command: ``minitron prune`` is ``nemo_minitron.stages.prune``. ``shared`` has the shared code.
 
 A stage is a module with two functions::
 

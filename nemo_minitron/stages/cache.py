@@ -1,7 +1,7 @@
 """``minitron cache``: write a teacher's logits of the blocks that a distillation trains and validates on.
 
 Output: the cache itself (:mod:`nemo_minitron.distillation.teachers.logit_cache`). It is filled in place, shard by
-shard, so that a stopped job goes on; which samples are there is seen from the shards, never from the record.
+shard, so that a stopped job can go on; the shards, never the record, tell which samples are done.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def run(config: CacheConfig) -> dict[str, Any]:
     """Fill the cache. Every rank runs this.
 
     Returns:
-        ``samples`` that the training asks for, ``written`` by this run, ``tokens``, ``bytes_per_token`` as lying on the
-        disk, ``tokens_per_second``.
+        ``samples`` of the training, samples ``written`` by this run, ``tokens``, ``bytes_per_token`` on disk,
+        ``tokens_per_second``.
 
     Raises:
         MinitronError: for a teacher, data or layout that do not fit each other, or an output that holds another cache.
@@ -147,10 +147,10 @@ def _manifest(config: CacheConfig, teacher: Checkpoint) -> Manifest:
 
 
 def _check_output(config: CacheConfig, manifest: Manifest) -> None:
-    """Whether the output may be written to, or added to.
+    """Check that the output may be written, or added to.
 
     Raises:
-        ConfigError: for an output that holds a cache of something else, or anything but a cache.
+        ConfigError: for an output that holds another cache, or is not a cache.
     """
     from nemo_minitron.distillation.teachers.logit_cache import Manifest
 
@@ -171,7 +171,7 @@ def _check_output(config: CacheConfig, manifest: Manifest) -> None:
 
 
 def _prepare(config: CacheConfig, manifest: Manifest) -> None:
-    """Remove what is to be overwritten; make the directory of a cache that is not there yet. One rank calls it."""
+    """Remove an output that is to be overwritten; create the directory of a new cache. One rank calls it."""
     from nemo_minitron.distillation.teachers.logit_cache import MANIFEST
 
     output = Path(config.output)

@@ -1,6 +1,6 @@
 """``minitron correct``: train a model on text by the language-model loss, with NeMo 2.
 
-A teacher that is corrected so on the distillation data knows their distribution before it teaches on them
+The correction adapts a teacher to the distribution of the distillation data before it teaches on them
 (arXiv 2408.11796, section 2). The output is that of ``minitron distill``; ``model/`` is the corrected model.
 """
 

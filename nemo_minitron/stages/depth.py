@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def plan(config: DepthConfig) -> StagePlan:
-    """What :func:`run` would read, write and cost, and how much of it is done already."""
+    """What :func:`run` would read, write and cost, and how many results exist already."""
     layout, shape = config.parallel, peek_shape(config.model)
     plan = plan_measuring(config, "depth", PlannedPath(config.output, "depth scores"), repeated=", for each candidate")
     if config.task.path is not None:
@@ -62,9 +62,9 @@ def plan(config: DepthConfig) -> StagePlan:
 
 
 def _candidates(config: DepthConfig, shape: ModelShape) -> tuple[list[Candidate], list[int]]:
-    """The candidates known beforehand, the whole model first, and how many each greedy round adds to them.
+    """The candidates known beforehand, the whole model first, and how many each greedy round adds.
 
-    Greedy rounds may turn out to need less: a block that is measured already counts.
+    Greedy rounds may need fewer, because a block that is measured already is not measured again.
     """
     known = [
         layers
@@ -77,7 +77,7 @@ def _candidates(config: DepthConfig, shape: ModelShape) -> tuple[list[Candidate]
 def _flops(config: DepthConfig, shape: ModelShape, family: Family) -> float:
     """Operations for the loss of all candidates of a model whose layers are all alike: two for each weight and token.
 
-    Attention scores are small beside it at these lengths. Greedy rounds are counted without what they share.
+    Attention scores are small in comparison at these lengths. For greedy rounds, shared prefixes are not deducted.
     """
     known, greedy = _candidates(config, shape)
     if config.reuse_prefix:
@@ -91,7 +91,7 @@ def _flops(config: DepthConfig, shape: ModelShape, family: Family) -> float:
 
 
 def run(config: DepthConfig) -> dict[str, Any]:
-    """Measure the model; rank 0 writes ``depth.json``, and until it is there each result into a journal beside it.
+    """Measure the model; rank 0 adds each result to a journal beside the output, and writes ``depth.json`` at the end.
 
     Returns:
         ``tokens, candidates, resumed, task, questions, baseline, single, seconds``; ``single`` holds the loss increase
@@ -149,7 +149,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
 
 
 def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], EncodedTask | None]:
-    """The questions and their tokens, or none of either."""
+    """The questions and their tokens; both are empty without a task."""
     from nemo_minitron.data.tasks import encode_task, read_task
 
     if config.task.given is None:
@@ -165,7 +165,7 @@ def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], 
 
 
 def _subject(config: DepthConfig, weights: str, blocks: Blocks, questions: list[Question]) -> dict[str, Any]:
-    """What each result depends on, so that a journal of something else is not taken up. Not the parallel layout."""
+    """Everything that a result depends on, without the layout; a journal with other values is not used."""
     task = json.dumps([[question.prompt, question.choices, question.answer] for question in questions])
     return {
         "fingerprint": weights,

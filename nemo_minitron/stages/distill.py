@@ -5,7 +5,7 @@ Output::
     model/           the distilled model, a plain NeMo 2 checkpoint
     checkpoints/     NeMo's training state, to go on from
     best/            weights of the best validation, with keep_best
-    metrics.jsonl    a line a step and a line a validation
+    metrics.jsonl    a line per step and a line per validation
     tensorboard/     the same, as NeMo logs it
 """
 
@@ -60,14 +60,14 @@ def plan(config: DistillConfig) -> StagePlan:
         count = config.teacher_parallel.world_size
         plan.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
     shapes = {role: peek_shape(path) for role, path in paths.items()}
-    ours, theirs = shapes["student"], shapes["teacher"]
-    if ours is not None and theirs is not None and ours.uniform and theirs.uniform:
-        _plan_intermediate(config, plan, ours, theirs)
+    student_shape, teacher_shape = shapes["student"], shapes["teacher"]
+    if student_shape is not None and teacher_shape is not None and student_shape.uniform and teacher_shape.uniform:
+        _plan_intermediate(config, plan, student_shape, teacher_shape)
     return plan
 
 
 def _plan_intermediate(config: DistillConfig, plan: StagePlan, student: ModelShape, teacher: ModelShape) -> None:
-    """Faults of the intermediate losses with these models, or where each is taken."""
+    """Faults of the intermediate losses with these models, or the layers of each loss."""
     if not config.intermediate.weights():
         return
     try:
@@ -86,7 +86,7 @@ def _plan_intermediate(config: DistillConfig, plan: StagePlan, student: ModelSha
 
 
 def _kept_layers(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> tuple[int, ...] | None:
-    """The teacher's layers that the student kept, where a record says that it was cut from a model of this shape."""
+    """The teacher's layers that the student kept, if a record says that it was pruned from a model of this shape."""
     path = kept_path(Path(config.student))
     if not path.is_file():
         return None
@@ -98,7 +98,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """Distil. Every rank runs this; rank 0 writes the distilled model.
 
     Returns:
-        See :func:`~nemo_minitron.stages.shared.training.summary`; nothing on ranks of the teacher's own.
+        See :func:`~nemo_minitron.stages.shared.training.summary`; an empty mapping on separate teacher ranks.
 
     Raises:
         MinitronError: for models, a cache, data or a layout that do not fit each other, or a loss that is not finite.
@@ -224,11 +224,11 @@ def _serve_teacher(
 
 
 def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks: dict[str, Blocks]) -> None:
-    """Whether a cache is of this student's tokens, of the teacher that is named, if one is, and of these blocks.
+    """Check that a cache fits the student's tokenizer, the configured teacher (if any) and these blocks.
 
     Raises:
-        DataError: with all that differs, or how many samples it lacks.
-        ConfigError: for a loss that it does not hold.
+        DataError: with all differences, or the number of missing samples.
+        ConfigError: for a loss that cannot be computed from the cache.
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint

@@ -1,6 +1,6 @@
-"""``minitron doctor --run``: prove on this machine, in a layout, that the suite computes what one CPU process does.
+"""``minitron doctor --run``: check on this machine, in a layout, that the suite computes the same as one CPU process.
 
-Output: ``doctor.json``, with a row for each quantity of each check, bandwidths, and what the machine has.
+Output: ``doctor.json``, with a row for each quantity of each check, bandwidths, and facts of the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(config: DoctorConfig) -> dict[str, Any]:
         ``passed, not_run, seconds, device``.
 
     Raises:
-        FailedChecksError: if a check has failed; ``doctor.json`` is written all the same.
+        FailedChecksError: if a check has failed; ``doctor.json`` is written before.
     """
     from nemo_minitron.doctor.facts import gather
     from nemo_minitron.doctor.prove import prove
@@ -80,9 +80,9 @@ def run(config: DoctorConfig) -> dict[str, Any]:
 
 
 def submit_doctor(config: DoctorConfig, slurm: SlurmConfig, *, dry_run: bool, console: Console) -> None:
-    """Submit the stage as a pipeline of itself, or print its script.
+    """Submit the stage as a pipeline of one stage, or print its script.
 
-    The manifest and nemo_run's records lie with the stage's logs; ``minitron status`` takes that directory.
+    The manifest and nemo_run's records are with the stage's logs; give that directory to ``minitron status``.
 
     Raises:
         MinitronError: see :func:`~nemo_minitron.jobs.slurm_submit.submit`.

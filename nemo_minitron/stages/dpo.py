@@ -36,10 +36,11 @@ def plan(config: DpoConfig) -> StagePlan:
 def run(config: DpoConfig) -> dict[str, Any]:
     """Train in rounds. Every rank runs this; rank 0 writes the model.
 
-    Round ``n`` leaves its training state and metrics in ``round-n``; a round that is done is not run again by a resume.
+    Round ``n`` writes its training state and metrics to ``round-n``; a resume does not repeat a finished round.
 
     Returns:
-        ``pairs, held_out, rounds, formats``; for each round ``before`` and ``after``: what the held-out pairs say.
+        ``pairs, held_out, rounds, formats``; for each round the statistics of the held-out pairs ``before`` and
+        ``after`` it.
 
     Raises:
         MinitronError: for data, a template, a model or a layout that do not fit each other, or a loss that is not

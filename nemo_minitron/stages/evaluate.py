@@ -133,7 +133,7 @@ def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseli
 def _evaluate(
     config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, Blocks]
 ) -> dict[str, Any]:
-    """One model: build, load, measure, generate."""
+    """Evaluate one model: build, load, measure, generate."""
     from nemo_minitron.evaluation import generate, generate_megatron, held_out_loss
 
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""``minitron export``: write a model for others, as ``hf/``, ``nemo2/`` and ``model.nemo``."""
+"""``minitron export``: write a model for other libraries, as ``hf/``, ``nemo2/`` and ``model.nemo``."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def plan(config: ExportConfig) -> StagePlan:
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Write every format and, unless told not to, compare logits; the directory appears when all of them hold.
+    """Write every format and, with ``verify``, compare logits; the output appears once all formats are correct.
 
     Returns:
         ``parameters, formats``: for each format ``path, verification``.
 
     Raises:
-        MinitronError: for a model that cannot be read, or a result that computes something else.
+        MinitronError: for a model that cannot be read, or a result with other logits.
     """
     from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 

@@ -75,15 +75,15 @@ def plan(config: GenerateConfig) -> StagePlan:
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:
-    """Answer every prompt; rank 0 writes ``answers.jsonl``, and until it is there each answer into a journal beside it.
+    """Answer every prompt; rank 0 adds each answer to a journal beside the output, then writes ``answers.jsonl``.
 
     A line is ``{"messages": [..., the answer], "prompt_index": 0, "sample": 0, "finish": "stop" | "length", "tokens":
-    37, "logprob": -21.4}``, with ``attributes`` where they were asked for, in the order of the prompts. ``logprob`` is
+    37, "logprob": -21.4}``, with ``attributes`` if they were requested, in the order of the prompts. ``logprob`` is
     the sum over the answer's tokens under the model itself. Answers without any text have no line.
 
     Returns:
         ``prompts, answers, resumed, empty, stopped`` (by an end token), ``tokens`` (of all answers), ``mean_tokens,
-        mean_words, tokens_per_second`` (of this run; None if all was there already), ``seconds``.
+        mean_words, tokens_per_second`` (of this run; None if all answers existed already), ``seconds``.
 
     Raises:
         MinitronError: for a model or prompts that cannot be used.
@@ -177,7 +177,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 def _subject(
     config: GenerateConfig, checkpoint: Checkpoint, prompts: list[list[int]], ends: Sequence[int], max_length: int
 ) -> dict[str, Any]:
-    """What each answer depends on, so that a journal of something else is not taken up. Not layout and batch."""
+    """Everything that an answer depends on, without layout and batch; a journal with other values is not used."""
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint
 
     return {
@@ -193,7 +193,7 @@ def _subject(
 
 
 def _pending(total: int, answers: dict[int, Any], device: torch.device) -> list[int]:
-    """The requests without an answer, by what rank 0 has, on every rank."""
+    """The requests without an answer, according to rank 0, on every rank."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""``minitron import``: take a model over, from Hugging Face, GGUF, NeMo 2, ``.nemo``, or a Python package."""
+"""``minitron import``: convert a model from Hugging Face, GGUF, NeMo 2, ``.nemo``, or a Python package."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def plan(config: ImportConfig) -> StagePlan:
 
 
 def run(config: ImportConfig) -> dict[str, Any]:
-    """Convert the source and, unless told not to, compare logits before the output stands under its name.
+    """Convert the source and, with ``verify``, compare logits before the output appears under its name.
 
     Returns:
         ``parameters, shape, verification``.
 
     Raises:
-        MinitronError: for a source that cannot be used, or a result that computes something else.
+        MinitronError: for a source that cannot be used, or a result with other logits.
     """
     from nemo_minitron.checkpoints import verify, write_checkpoint
 
@@ -77,7 +77,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
 
 @contextmanager
 def _opened(config: ImportConfig) -> Iterator[Checkpoint]:
-    """The source as a checkpoint; one that has to be converted (GGUF) becomes a temporary HF directory first."""
+    """The source as a checkpoint; a source that must be converted (GGUF) becomes a temporary HF directory first."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.formats import detect
     from nemo_minitron.data.packages import extract_member

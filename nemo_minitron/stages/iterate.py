@@ -61,7 +61,7 @@ def plan(config: IterateConfig) -> StagePlan:
 def run(config: IterateConfig) -> dict[str, Any]:
     """Prune in rounds. Every rank runs this; rank 0 writes the pruned checkpoint and ``kept.json``.
 
-    A round's model is never written: the units that are left, counted in the unpruned model, say all about it.
+    A round's model is never written: it is defined by its kept units, as indices into the unpruned model.
 
     Returns:
         ``rounds, resumed, parameters_before, parameters, share, shape, layers, seconds``.
@@ -163,7 +163,7 @@ def _rounds_folder(config: IterateConfig) -> Path:
 
 
 def _subject(config: IterateConfig, weights: str, blocks: Blocks, shapes: list[ModelShape]) -> str:
-    """What the rounds are rounds of: any of it changed, they are not gone on with. The layout is no part of it."""
+    """Everything that the rounds depend on, without the layout; rounds with other values are not used."""
     settings = {
         "weights": weights,
         "tokens": blocks.content(),
@@ -175,7 +175,7 @@ def _subject(config: IterateConfig, weights: str, blocks: Blocks, shapes: list[M
 
 
 class _Rounds:
-    """Units that are left after each finished round, beside the output until that is there."""
+    """The kept units after each finished round, in a directory beside the output until the output exists."""
 
     def __init__(self, folder: Path, subject: str, groups: Groups) -> None:
         self.folder = folder
@@ -207,12 +207,12 @@ class _Rounds:
         return kept, done
 
     def add(self, number: int, kept: KeptUnits, shape: ModelShape) -> None:
-        """Keep a round's result."""
+        """Save a round's result."""
         from nemo_minitron.pruning import save_kept
 
         if self.groups.is_main:
             save_kept(kept, shape, self.folder / f"round-{number}.json")
 
     def clear(self) -> None:
-        """The output is there."""
+        """Remove the saved rounds: the output is written."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -41,12 +41,12 @@ def run(config: LabelConfig) -> dict[str, Any]:
     """Label. Every rank runs this; rank 0 writes.
 
     ``labelled.jsonl`` has the conversations in their order, in the ``messages`` form, with ``attributes`` (whole
-    numbers on the model's scale) and ``predicted`` (the predictions themselves). The predictions of a batch are saved
-    as soon as they are there; what a killed run saved is kept.
+    numbers on the model's scale) and ``predicted`` (the predictions themselves). Each batch of predictions is saved at
+    once; the predictions of a killed run are used again.
 
     Returns:
         ``conversations``, ``kept`` (labelled by an earlier run), ``derived`` (the model's own labels were derived by
-        rules) and ``attributes``: of each the mean and how often each value was given.
+        rules) and ``attributes``: for each attribute the mean and the count of each value.
 
     Raises:
         MinitronError: for data or a model that cannot be used.
@@ -106,7 +106,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
 
 
 def _key(weight: Any, rows: list[list[int]]) -> str:
-    """What predictions depend on: the head, which no other training has, and the conversations."""
+    """Hash of everything that predictions depend on: the head, which any training changes, and the conversations."""
     digest = hashlib.sha256(weight.numpy().tobytes())
     digest.update(json.dumps(rows).encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""``minitron prune``: take the units that matter least out of a checkpoint. One process, one tensor at a time."""
+"""``minitron prune``: remove the least important units from a checkpoint. One process, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
 
 
 def _sizes(config: PruneConfig) -> dict[str, int]:
-    """The sizes that are asked for."""
+    """The sizes of the target."""
     vocabulary = {} if config.vocabulary.size is None else {"vocab_size": config.vocabulary.size}
     return config.target.given() | vocabulary
 

@@ -1,4 +1,4 @@
-"""``minitron reinforce``: train a model on answers of its own, by their rewards."""
+"""``minitron reinforce``: train a model on its own answers, by their rewards."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _mean(values: Sequence[float]) -> float:
 def _prompts(
     config: ReinforceConfig, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[list[Chat], list[Prompt]]:
-    """The conversations whose prompts leave room for an answer, and these prompts."""
+    """The conversations whose prompts leave space for an answer, and these prompts."""
     from nemo_minitron.alignment.reinforce import Prompt
     from nemo_minitron.data.chat.templates import prompt_ids
 
@@ -155,7 +155,7 @@ class _Rewards:
         self.scorer: AttributeScorer | None = None
 
     def open(self, groups: Any) -> None:
-        """Put the attribute model onto the process groups.
+        """Load the attribute model on the process groups.
 
         Raises:
             ConfigError: for weights of attributes that it does not predict.

@@ -1,4 +1,4 @@
-"""``minitron report``: ``index.html`` and ``report.md`` from what the stages of a run left."""
+"""``minitron report``: ``index.html`` and ``report.md`` from the outputs of a run's stages."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def run(config: ReportConfig) -> dict[str, Any]:
     """Write the report. An earlier report is replaced: it can always be made again.
 
     Returns:
-        ``stages``: how many the report shows; ``remarks``: what it had to leave out.
+        ``stages``: how many the report shows; ``remarks``: the parts that it had to leave out.
 
     Raises:
         DataError: if the run directory holds no finished stage.
-        ConfigError: if something else than a report is at the output.
+        ConfigError: if the output exists and is not a report.
     """
     from nemo_minitron.report import write_comparison, write_report
 

@@ -39,8 +39,9 @@ def run(config: RewardConfig) -> dict[str, Any]:
 
     Returns:
         ``steps``, ``samples``, ``held_out``, ``derived``, the first and last validation ``loss``, and ``attributes``:
-        for each one held-out ``mse``, ``mse_of_mean`` (what predicting the held-out mean would give) and
-        ``correlation``; of pairs also ``pair_accuracy``, the share whose chosen answer has the higher predicted mean.
+        for each attribute the held-out ``mse``, ``mse_of_mean`` (that of a constant prediction of the held-out mean)
+        and ``correlation``; for pairs also ``pair_accuracy``, the share whose chosen answer has the higher predicted
+        mean.
 
     Raises:
         MinitronError: for a model, data or a layout that do not fit each other, or a loss that is not finite.
@@ -110,7 +111,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
 def _samples(
     config: RewardConfig, source: Checkpoint, schema: AttributeSchema, chats: list[Chat]
 ) -> tuple[list[ScoredSample], list[int], Template]:
-    """The conversations with values that are not too long, their places in ``chats``, and their template."""
+    """The labelled conversations that are not too long, their indices in ``chats``, and their template."""
     from nemo_minitron.alignment.reward import ScoredSample
 
     samples, template = tokens_of(chats, source, config.data)
@@ -126,7 +127,7 @@ def _samples(
 def _errors(
     scores: torch.Tensor, samples: list[ScoredSample], schema: AttributeSchema
 ) -> dict[str, dict[str, float | None]]:
-    """Of each attribute that held-out samples have values of: errors and correlation of the predictions."""
+    """Errors and correlation of the predictions, for each attribute with held-out values."""
     import torch
 
     from nemo_minitron.alignment.reward import NO_VALUE
@@ -147,7 +148,7 @@ def _errors(
 
 
 def _pair_accuracy(scores: torch.Tensor, numbers: list[int], preferred: list[bool | None]) -> dict[str, Any]:
-    """The share of held-out pairs, both of whose answers were scored, that the predictions order rightly."""
+    """The share of held-out pairs that the predictions order correctly; both answers must have been scored."""
     mean = dict(zip(numbers, scores.mean(dim=1).tolist(), strict=True))
     pairs = [number for number, chosen in enumerate(preferred) if chosen and {number, number + 1} <= mean.keys()]
     if not pairs:

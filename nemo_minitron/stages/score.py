@@ -1,4 +1,4 @@
-"""``minitron score``: how much each unit of a model matters, by activations, gradients or weights."""
+"""``minitron score``: the importance of each unit of a model, by activations, gradients or weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plan(config: ScoreConfig) -> StagePlan:
 
 
 def run(config: ScoreConfig) -> dict[str, Any]:
-    """Score the model; rank 0 writes ``scores.safetensors`` and ``scores.json``, and those of ``also`` below them.
+    """Score the model; rank 0 writes ``scores.safetensors`` and ``scores.json``, those of ``also`` in subdirectories.
 
     Returns:
         ``estimator, samples, tokens, seconds, tokens_per_second, aggregation, criteria, layers`` (the layers' scores).
@@ -81,7 +81,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
 
 
 def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
-    """Scores of every criterion from the running model, and whether this rank is the one that writes."""
+    """Scores of every criterion from the running model, and whether this rank writes."""
     from nemo_minitron.importance import fingerprint, score_criteria
 
     measured = open_measured(config)
@@ -103,7 +103,7 @@ def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
 
 
 def _by_weights(config: ScoreConfig) -> tuple[list[Scores], bool]:
-    """Scores from the weights, in the one process there is."""
+    """Scores from the weights, in a single process."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.importance import fingerprint
 

@@ -1,8 +1,8 @@
-"""``minitron search``: which shape within a budget loses least, without training and after a short distillation.
+"""``minitron search``: the shape within a budget with the lowest loss, without training and after a short distillation.
 
 One process leads. It lists the shapes, starts the ranking (:mod:`nemo_minitron.stages.shared.search_ranking`) and then,
-for each of the best, the stages prune and distill in processes of their own. The journal in the output says what is
-done.
+for each of the best candidates, the stages prune and distill in their own processes. The journal in the output records
+the finished work.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _NOT_SUBJECT = {"space", "max_candidates", "best", "save_student", "student_layo
 
 
 def plan(config: SearchConfig) -> StagePlan:
-    """What :func:`run` would read, write and cost; counts the shapes where the model is there."""
+    """What :func:`run` would read, write and cost; counts the shapes if the model exists."""
     from nemo_minitron.data.inputs import data_inputs
 
     data, shape = data_inputs(config.data), peek_shape(config.model)
@@ -118,8 +118,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
     """Search. Writes ``search.json``, ``search.md``, ``pareto.png``, ``best.yaml`` and the journal into the output.
 
     Returns:
-        ``shapes`` (within the budget), ``candidates, outside, ranked, distilled, resumed, best`` (its name),
-        ``parameters, loss, distilled_loss`` (of the best), ``kendall_tau`` (of both orders), ``seconds``.
+        ``shapes`` (number within the budget), ``candidates, outside, ranked, distilled, resumed, best`` (its name),
+        ``parameters, loss, distilled_loss`` (of the best), ``kendall_tau`` (between the two orders), ``seconds``.
 
     Raises:
         MinitronError: for a model, scores or text that cannot be used, an empty space, or another search's output.
@@ -175,8 +175,8 @@ class Costs:
     Args:
         config: of the search.
         shape, table: of the unpruned model.
-        topk: experts that a token is sent to, of a mixture; no shape has fewer.
-        rotary: part of a head's channels that RoPE turns.
+        topk: experts per token in a mixture of experts; no shape has fewer experts.
+        rotary: part of a head's channels that RoPE rotates.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Costs:
         )
 
     def budgets(self, latency: LatencyCost | None = None) -> list[Budget]:
-        """Those of parameters and memory, and where it is known, of fitted latency (with room for the fit's error)."""
+        """Budgets of parameters and memory, and of fitted latency if it is known, with a margin for the fit's error."""
         budget, budgets = self.config.budget, []
         wanted = budget.parameters
         if budget.share is not None:
@@ -263,7 +263,7 @@ class Costs:
 
 
 def _peek_constants(model: str) -> dict[str, Any]:
-    """What the costs need of a checkpoint's constants, from its record alone."""
+    """The constants of a checkpoint that the costs need, from its record alone."""
     stated = peek_architecture(model)
     return {} if stated is None else {"topk": stated.moe_router_topk, "rotary": stated.rotary_percent}
 
@@ -271,7 +271,7 @@ def _peek_constants(model: str) -> dict[str, Any]:
 def _fitted_latency(
     config: SearchConfig, output: Path, journal: Journal[tuple[str, dict[str, Any]]], costs: Costs, shapes: ShapeSet
 ) -> LatencyCost:
-    """Latency of every shape, fitted to the unpruned model's and to that of a few shapes spread over all."""
+    """Latency of every shape, fitted to that of the unpruned model and of a few shapes spread over the space."""
     probes = [shapes.sizes(position) for position in spread(shapes, PROBES)]
     known = by_candidate(journal.read())
     missing = [sizes for sizes in probes if "prefill" not in known.get(sizes.name, {})]
@@ -289,7 +289,7 @@ def _fitted_latency(
 
 
 def _subject(config: SearchConfig) -> dict[str, Any]:
-    """What every result depends on."""
+    """Everything that a result depends on."""
     identity = Output(config).identity
     settings = {name: value for name, value in identity["settings"].items() if name not in _NOT_SUBJECT}
     workload = ("batch_size", "sequence_length")
@@ -298,7 +298,7 @@ def _subject(config: SearchConfig) -> dict[str, Any]:
 
 
 def _finished(output: Path) -> int:
-    """Candidates in the journal of an output, whatever it is of."""
+    """Candidates in the journal of an output, whatever its settings."""
     try:
         return sum(b'"loss"' in line for line in (output / JOURNAL_NAME).read_bytes().split(b"\n")[1:-1])
     except OSError:
@@ -329,7 +329,7 @@ def _rank(config: SearchConfig, output: Path, work: Work) -> None:
 def _distil(
     config: SearchConfig, output: Path, journal: Journal[tuple[str, dict[str, Any]]], result: Result, label: str
 ) -> None:
-    """Prune, distil and measure one candidate, as far as that is not done."""
+    """Prune, distil and measure one candidate; finished steps are not repeated."""
     if result.distilled_loss is not None:
         return
     folder = output / "candidates" / result.name
@@ -350,7 +350,7 @@ def _distil(
 def _results(
     config: SearchConfig, costs: Costs, names: dict[str, Sizes], known: dict[str, dict[str, Any]]
 ) -> list[Result]:
-    """What is known of each candidate of this search."""
+    """The results of each candidate of this search."""
     fields = {field.name for field in dataclasses.fields(Result)} - {"sizes", "parameters", "memory", "outside"}
     budget, results = config.budget, []
     for name, sizes in names.items():
@@ -386,7 +386,7 @@ def _left_out(shapes: ShapeSet, chosen: list[int]) -> list[Sizes]:
 
 
 def _tidy(config: SearchConfig, output: Path, best: str) -> None:
-    """Of the students, only the best stays, and only where it was asked for."""
+    """Remove the students; the best is kept if the configuration asks for it."""
     for folder in (output / "candidates").glob("*"):
         if not (config.save_student and folder.name == best):
             shutil.rmtree(folder)

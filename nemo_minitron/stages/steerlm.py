@@ -1,7 +1,7 @@
 """``minitron steerlm``: the method in one stage, as its paper runs it (arXiv 2310.05344).
 
 One process leads: attribute model (``reward``), labels (``label``), fine-tuning on answers given their attributes
-(``sft``). Each is a stage of its own below the output, with its record; what is done is kept.
+(``sft``). Each is a separate stage below the output, with its own record; finished stages are not repeated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(config: SteerlmConfig) -> dict[str, Any]:
         ``reward`` (null where the attribute model was given), ``labels`` and ``sft``: the metrics of each.
 
     Raises:
-        MinitronError: what one of them refused.
+        MinitronError: an error of one of them.
     """
     from nemo_minitron.jobs.nested import run_child
 

@@ -1,4 +1,4 @@
-"""``minitron steerlm2``: draw a model that follows attributes towards what the attribute model says of its answers."""
+"""``minitron steerlm2``: train a model that follows attributes further, with the attribute model's predictions."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
 
 
 class _Sampler:
-    """Answers of the model to be trained, and what the other two models say of them."""
+    """Answers of the model to be trained, with the scores of the attribute model and the base model."""
 
     def __init__(self, config: Steerlm2Config, source: Checkpoint, tokenizer: Any, template: Any) -> None:
         self.config, self.source, self.tokenizer, self.template = config, source, tokenizer, template
 
     def prompts(self, chats: Sequence[Chat]) -> list[tuple[Chat, list[int]]]:
-        """Conversations whose prompt, with the values that are wanted, leaves room for an answer; and its tokens."""
+        """Conversations whose prompt, with the wanted values, leaves space for an answer; and its tokens."""
         from nemo_minitron.data.chat.conversations import bad_lines
         from nemo_minitron.data.chat.templates import prompt_ids
 
@@ -198,7 +198,7 @@ class _Sampler:
 
 
 def _log_fit(predicted: dict[str, float], wanted: Any, deviation: float) -> float:
-    """``log P(a|x,y)`` but for a constant: the predictions err like a Gaussian of this standard deviation."""
+    """``log P(a|x,y)`` up to a constant: prediction errors are taken as Gaussian with this standard deviation."""
     if not all(math.isfinite(value) for value in predicted.values()):
         raise DataError("the attribute model predicts values that are not finite; train it again")
     return -sum((predicted[name] - value) ** 2 for name, value in wanted.items()) / (2 * deviation**2)

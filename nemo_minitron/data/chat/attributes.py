@@ -30,9 +30,9 @@ class AttributeSchema:
     """The attributes that a data set labels, in the order of the text form and of the reward model's outputs.
 
     Attributes:
-        name: how configurations name it.
-        names: of the attributes.
-        highest: each is a whole number from 0 to this.
+        name: its name in configurations.
+        names: names of the attributes.
+        highest: largest value; each value is a whole number from 0 to this.
     """
 
     name: str
@@ -40,7 +40,7 @@ class AttributeSchema:
     highest: int
 
     def restricted(self, names: Collection[str]) -> AttributeSchema:
-        """The same without the attributes that are not among ``names``."""
+        """The schema with only the attributes in ``names``."""
         return replace(self, names=tuple(name for name in self.names if name in names))
 
     def faults(self, attributes: Mapping[str, int]) -> list[str]:
@@ -70,7 +70,7 @@ SCHEMAS: dict[str, AttributeSchema] = {
 
 
 def choose_schema(name: str, names: Sequence[str] = (), highest: int | None = None) -> AttributeSchema:
-    """A schema by its name, or one of the user's own.
+    """A schema by its name, or the user's own schema.
 
     Raises:
         DataError: for an unknown name.
@@ -83,7 +83,7 @@ def choose_schema(name: str, names: Sequence[str] = (), highest: int | None = No
 
 
 def attribute_string(attributes: Mapping[str, int], schema: AttributeSchema | None = None) -> str:
-    """The text form, in the order of the schema; without one, of the known schema that has all the names."""
+    """The text form, in the order of the schema; None takes the first known schema with all the names."""
     if schema is None:
         schema = next((candidate for candidate in SCHEMAS.values() if set(attributes) <= set(candidate.names)), None)
     order = [name for name in (schema.names if schema else attributes) if name in attributes]
@@ -112,7 +112,7 @@ def check_attributes(chats: Sequence[Chat], schema: AttributeSchema, title: str,
         chats: as read.
         schema: what they may be.
         title: the file, for the message.
-        needed: a chat without any is a fault.
+        needed: report chats without attribute values.
 
     Raises:
         DataError: all faults with their lines.
@@ -138,11 +138,11 @@ def derive_attributes(
     ``verbosity`` is the rank of the answer's number of words among all answers, in as many equal parts as the scale
     has steps; ``complexity`` likewise of its reading grade (:func:`reading_grade`). Where ``preferred`` tells which
     answer of a pair was chosen, ``helpfulness``, ``correctness`` and ``quality`` are the highest value for it and the
-    lowest for the other. Attributes that nothing is known of are left out.
+    lowest for the other. Attributes that cannot be derived are left out.
 
     Args:
         chats: with answers.
-        schema: only its attributes are given.
+        schema: only its attributes are derived.
         preferred: of each chat, whether its answer was chosen, rejected or is of no pair.
 
     Returns:

@@ -7,8 +7,8 @@ A line is one of::
     {"prompt": "...", "response": "..."}
     {"instruction": "...", "input": "...", "output": "..."}
 
-with ``"attributes": {"verbosity": 3}`` of the last answer where there are some. A ``.json`` file is an array of the
-same objects.
+with ``"attributes": {"verbosity": 3}`` of the last answer, if it has attribute values. A ``.json`` file is an array of
+the same objects.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Chat:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """The turns before the last answer; all of them where the user has the last word."""
+        """The turns before the last answer; all turns if the last is the user's."""
         return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
 
     @property
@@ -98,7 +98,7 @@ def read_chats(path: str | Path, *, answered: bool = True) -> list[Chat]:
 
     Args:
         path: the file.
-        answered: each must end with an answer; otherwise the user may have the last word (prompts).
+        answered: each must end with an answer; otherwise it may end with the user's turn (prompts).
 
     Raises:
         DataError: for a file that cannot be read or holds nothing, and for bad lines, which are all named with their
@@ -238,7 +238,7 @@ def parse_attributes(value: Any) -> dict[str, int]:
 def read_records(path: str | Path, parse: Callable[[Any], T]) -> list[T]:
     """Each object of a JSONL file (or of the array in a ``.json`` file) through ``parse``.
 
-    A result that has a field ``where`` is told its file and line.
+    In a result with a field ``where``, that field is set to file and line.
 
     Raises:
         DataError: as :func:`read_chats`; ``parse`` raises it with what is wrong with one object.

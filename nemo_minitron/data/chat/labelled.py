@@ -1,4 +1,4 @@
-"""Conversations as a stage's configuration names them: a file, a package, or pairs taken apart."""
+"""Conversations that a stage's configuration names: from a file, from a package, or from preference pairs."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def labelled_chats(config: ChatDataConfig, attributes: AttributesConfig, *, pair
     """Conversations with attribute values, split by their prompts.
 
     Args:
-        config: where they are.
-        attributes: which values there are, and whether they are derived.
+        config: the file or package.
+        attributes: schema of the values, and whether they are derived.
         pairs: a file holds preference pairs.
 
     Raises:
-        DataError: for bad lines, values out of range, or conversations without values that nothing derives.
+        DataError: for bad lines, values out of range, or conversations without values if none are derived.
     """
     schema = schema_of(attributes)
     parts = []

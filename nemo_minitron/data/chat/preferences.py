@@ -1,7 +1,7 @@
 """Preference pairs: a prompt, a chosen and a rejected answer.
 
 A line is ``{"prompt": "..." or messages, "chosen": "..." or a message (or a list that ends in one), "rejected": ...}``,
-with ``chosen_reward`` and ``rejected_reward`` where there are any; ``conversations`` in the place of ``prompt`` is
+optionally with ``chosen_reward`` and ``rejected_reward``; ``conversations`` in place of ``prompt`` is
 LLaMA-Factory's form.
 """
 

@@ -1,8 +1,8 @@
 """Chat templates, and conversations as tokens with the answers marked.
 
 A template is data: jinja text as ``transformers`` runs it, the special tokens that it needs, the ends of an answer.
-An answer's tokens are found without help from the template: they are what the text of a conversation up to the answer
-has beyond the text up to the question with the generation prompt.
+An answer's tokens are found without help from the template: render the conversation up to the answer, and up to the
+question with the generation prompt; the answer is the text that the first has beyond the second.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Template:
     """One chat template.
 
     Attributes:
-        name: how configurations name it.
+        name: its name in configurations.
         jinja: the template, in the dialect of ``transformers``.
         tokens: special tokens that the tokenizer must have, each as one token.
-        ends: of an answer: generation stops at them.
-        label_start: what comes between the name of the assistant and the attribute values of its answer.
+        ends: tokens that end an answer; generation stops at them.
+        label_start: text between the name of the assistant and the attribute values of its answer.
     """
 
     name: str
@@ -142,7 +142,7 @@ def prompt_ids(
         messages: the last one is the user's.
         tokenizer: of the model.
         template: as :func:`choose_template` gives it.
-        attributes: values that the answer shall have, for a model trained on them (SteerLM).
+        attributes: values that the answer should have, for a model trained on attributes (SteerLM).
     """
     text = _text(messages, tokenizer, template, prompt=True) + _label(template, attributes)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -163,7 +163,7 @@ def render(
 
     Args:
         chat: ends with an answer.
-        tokenizer: a fast one (it tells which characters a token is from).
+        tokenizer: a fast tokenizer (it gives the characters of each token).
         template: as :func:`choose_template` gives it.
         last_answer_only: leave the earlier answers unmarked.
         labelled: put the attribute values of the last answer before it, as :func:`prompt_ids` does; they are not

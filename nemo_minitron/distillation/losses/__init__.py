@@ -1,7 +1,11 @@
 """Losses of distillation.
 
-``table`` has an entry for each, by its name in the configuration; ``reference`` has them as the papers write them,
-``kernels`` as they are computed chunk by chunk, ``vocabulary_parallel`` for logits that tensor parallelism has split;
-``states`` those of hidden states, ``state_hooks`` where the states are taken on any pipeline stage, ``layer_maps``
-which layer learns from which, ``balance`` the weights between losses.
+table                 an entry for each loss, by its name in the configuration
+reference             losses of logits as the papers write them
+kernels               the same, computed chunk by chunk
+vocabulary_parallel   losses of logits that tensor parallelism has split
+states                losses of hidden states and attention relations
+state_hooks           these losses on a live model, on any pipeline stage
+layer_maps            which student layer learns from which teacher layer
+balance               the weights between losses
 """

@@ -40,7 +40,7 @@ class Balance:
 
     @property
     def weighs(self) -> bool:
-        """There are intermediate losses."""
+        """Whether there are intermediate losses to weigh."""
         return len(self.parts) > 2
 
     def begin(self, groups: Groups) -> None:
@@ -49,18 +49,18 @@ class Balance:
         self._tensor_parallel = groups.layout.tensor
 
     def add(self, part: str, value: torch.Tensor, *, shared: bool = True) -> None:
-        """Count in a sum over tokens of a micro-batch.
+        """Add the loss of a micro-batch, summed over its tokens.
 
         Args:
-            part: which loss.
+            part: name of the loss.
             value: scalar.
-            shared: each tensor-parallel rank adds the same whole value; otherwise each adds a summand.
+            shared: each tensor-parallel rank has the whole value; otherwise each has a part of the sum.
         """
         value = value.detach().double()
         self._sums[part] = self._sums.get(part, 0) + (value / self._tensor_parallel if shared else value)
 
     def add_logits(self, loss: torch.Tensor, tokens: torch.Tensor) -> None:
-        """The loss of a micro-batch's logits, summed over its valid tokens, and their number; on the last stage."""
+        """Add a micro-batch's loss of logits, summed over its valid tokens, and their number; on the last stage."""
         self.add(LOGITS, loss)
         self.add(_TOKENS, tokens)
 

@@ -1,10 +1,10 @@
-"""What a loss does with one chunk of tokens whose vocabulary is split over a group: its value and its gradient.
+"""Value and gradient of each loss for one chunk of tokens whose vocabulary is split over a group.
 
-The chunk loop and autograd are :mod:`nemo_minitron.distillation.losses.vocabulary_parallel`'s; here is the arithmetic.
-Every function takes the logits of this rank's columns, which may be views of the model's own, in its dtype, and returns
-the loss of each token. :func:`forward_kl` writes the derivative by the student's logits where it is told; the others
-take logits that are divided by the temperature, only read them, and return the derivative by the divided logits, in
-float32 or wider, which the next call may overwrite. The derivatives are written out, because autograd through a
+:mod:`nemo_minitron.distillation.losses.vocabulary_parallel` has the chunk loop and autograd; here is the arithmetic.
+Every function takes the logits of this rank's columns, in the model's dtype (they may be views of the model's output),
+and returns the loss of each token. :func:`forward_kl` writes the derivative by the student's logits into ``out``. The
+others take logits that are divided by the temperature, only read them, and return the derivative by the divided logits,
+in float32 or wider; the next call may overwrite it. The derivatives are written out, because autograd through a
 collective either keeps every intermediate or counts the loss once per rank. The time goes into passes over memory:
 the first one subtracts the maximum on the way into a buffer, which is used again and again, and all others write in
 place.
@@ -41,13 +41,13 @@ LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Columns:
-    """This rank's run of the vocabulary.
+    """This rank's columns of the vocabulary.
 
     Attributes:
         group: tensor-parallel group.
-        first: global number of the first column.
-        valid: columns that are not padding; the buffers have exactly these.
-        buffers: of :meth:`buffer`, which live as long as this.
+        first: global index of the first column.
+        valid: number of columns that are not padding; the buffers have so many.
+        buffers: buffers of :meth:`buffer`, which live as long as this object.
     """
 
     group: dist.ProcessGroup
@@ -57,14 +57,14 @@ class Columns:
 
     @classmethod
     def of(cls, columns: int, vocab_size: int, group: dist.ProcessGroup) -> Columns:
-        """Of a rank that holds ``columns`` columns, those from ``vocab_size`` on being padding."""
+        """The columns of a rank that holds ``columns`` of them; columns from ``vocab_size`` on are padding."""
         first = dist.get_rank(group) * columns
         return cls(group, first, min(max(vocab_size - first, 0), columns))
 
     def buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """A wide buffer of the shape of ``like``, what is in it being left from the chunk before.
+        """A wide buffer of the shape of ``like``; it still holds values of the chunk before.
 
-        A fresh one for each chunk would be paid for in page faults, which cost more than the arithmetic.
+        Allocating one for each chunk would cause page faults, which cost more than the arithmetic.
         """
         held = self.buffers.get(name)
         if held is None or held.numel() < like.numel() or held.dtype != wide(like) or held.device != like.device:
@@ -72,9 +72,9 @@ class Columns:
         return held[: like.numel()].view(like.shape)
 
     def divided(self, name: str, logits: torch.Tensor, temperature: float, *, widened: bool = False) -> torch.Tensor:
-        """Logits at a temperature, in the wide buffer of that name; as they are where they are that already.
+        """Logits divided by the temperature, in the wide buffer of that name.
 
-        At a temperature of 1 narrow ones are left narrow too, unless ``widened``.
+        At a temperature of 1 the logits are returned as they are if they are wide already, or if ``widened`` is False.
         """
         if temperature == 1 and not (widened and logits.dtype != wide(logits)):
             return logits
@@ -102,10 +102,10 @@ class Columns:
         return packed
 
     def here(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Global token numbers -> whether this rank has each, and its column (0 where it has not)."""
+        """Global token ids -> whether this rank has each, and its column (0 where it does not)."""
         local = tokens - self.first
-        mine = (local >= 0) & (local < self.valid)
-        return mine, torch.where(mine, local, 0)
+        held = (local >= 0) & (local < self.valid)
+        return held, torch.where(held, local, 0)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class TopTokens:
     """A teacher's likeliest tokens, the same on every rank.
 
     Attributes:
-        tokens: ``[n, k]`` global token numbers, all different.
-        log_probabilities: ``[n, k]`` of them, at the temperature of the loss.
+        tokens: ``[n, k]`` global token ids, all different.
+        log_probabilities: ``[n, k]``, at the temperature of the loss.
         log_rest: ``[n]`` log of the probability of all other tokens.
     """
 
@@ -124,7 +124,7 @@ class TopTokens:
 
 
 def wide(logits: torch.Tensor) -> torch.dtype:
-    """What sums are taken in: float32 for anything narrower."""
+    """The dtype for sums: float32 for anything narrower."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
@@ -133,17 +133,18 @@ def forward_kl(
 ) -> torch.Tensor:
     """``T^2 S p (log p - log q)`` at temperature T, of logits that are *not* divided by it yet.
 
-    The recipe's own loss, so the one whose passes are counted. Tokens go through in blocks that stay in a core's cache,
-    each less its *local* maximum; what that leaves wrong is one factor a token and rank. Only a few numbers a token
-    wait for the two all-reduces that tell the factors, so all tokens share these. Then the teacher's exponentials are
-    computed a second time, which costs less than writing them down and reading them would.
+    This is the default loss, so it is optimised most: its passes over memory are as few as possible. Tokens go through
+    in blocks that fit a core's cache. The exponentials are taken less this rank's *local* maximum; the error is one
+    factor per token and rank, which two all-reduces correct. Only a few numbers per token wait for them, so all tokens
+    share these two all-reduces. Then the teacher's exponentials are computed a second time, which costs less than
+    storing and reading them would.
 
     Args:
         p, q: ``[n, valid]``.
         columns: of this rank.
         temperature: above 0.
         out: ``[n, valid]``, gets the derivative by the student's logits, ``T (q - p)``; may be these logits themselves.
-            None: no derivative is wanted.
+            None: no derivative is computed.
 
     Returns:
         ``[n]``.
@@ -203,8 +204,8 @@ def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGra
 def jensen_shannon(p: torch.Tensor, q: torch.Tensor, columns: Columns, *, beta: float) -> LossAndGradient:
     """``b S p (log p - log m) + (1 - b) S q (log q - log m)``; derivative ``(1 - b) q (log q/m - KL(q || m))``.
 
-    The derivative by ``q`` itself is ``(1 - b) log q/m``: what ``m`` adds to it sums to a constant, which the softmax
-    takes away.
+    The derivative by ``q`` itself is ``(1 - b) log q/m`` plus a constant from ``m``, which the derivative of the
+    softmax cancels.
     """
     p, q = _shifted(p, q, columns)
     log_sums = columns.total(p.exp().sum(-1), q.exp().sum(-1)).log_()
@@ -222,7 +223,7 @@ def jensen_shannon(p: torch.Tensor, q: torch.Tensor, columns: Columns, *, beta: 
 def top_k_of(p: torch.Tensor, columns: Columns, *, k: int) -> TopTokens:
     """The ``k`` likeliest tokens of a teacher; ``k`` is less than the true vocabulary.
 
-    Communication: ``2 k`` numbers a token from every rank, beside one maximum and one sum.
+    Communication: per token ``2 k`` numbers from every rank, one maximum and one sum.
     """
     p = p.to(wide(p), copy=True)
     # Every rank offers k; one that has fewer fills up with offers that lose.
@@ -245,9 +246,9 @@ def top_k_of(p: torch.Tensor, columns: Columns, *, k: int) -> TopTokens:
 
 
 def top_k_kl(top: TopTokens, q: torch.Tensor, columns: Columns) -> LossAndGradient:
-    """KL over the top tokens and the ghost; derivative ``q - p`` at the top.
+    """KL over the top tokens and a ghost token for all others; derivative ``q - p`` at the top tokens.
 
-    Elsewhere it is ``(q_ghost - p_ghost)``, shared out by the student's probabilities among the other tokens.
+    At the other tokens it is ``(q_ghost - p_ghost)``, divided among them in proportion to the student's probabilities.
     """
     q = q.to(wide(q), copy=True)
     mine, local = columns.here(top.tokens)
@@ -281,7 +282,7 @@ def cross_entropy(labels: torch.Tensor, q: torch.Tensor, columns: Columns) -> Lo
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows of ``[n, v]`` that fit :data:`BLOCK_BYTES` together in a wide buffer, one at least."""
+    """Slices of rows of ``[n, v]``, at least one row each, that fit into :data:`BLOCK_BYTES` in the wide dtype."""
     row = logits.shape[-1] * wide(logits).itemsize
     size = max(1, BLOCK_BYTES["cuda" if logits.is_cuda else "cpu"] // row)
     return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
@@ -295,14 +296,14 @@ def _exp(logits: torch.Tensor, less: torch.Tensor, out: torch.Tensor) -> torch.T
 def _combine(
     exp_q: torch.Tensor, scale_q: torch.Tensor, exp_p: torch.Tensor, scale_p: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """``scale_q exp_q - scale_p exp_p`` over ``exp_q``, and into ``out`` where that is narrower."""
+    """Write ``scale_q exp_q - scale_p exp_p`` into ``exp_q``, and into ``out`` where that is narrower."""
     exp_q.mul_(scale_q[:, None]).addcmul_(exp_p, scale_p[:, None], value=-1)
     if out.dtype != exp_q.dtype:
         out.copy_(exp_q)
 
 
 def _shifted(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """Less each row's maximum over the vocabulary, in wide buffers of their own."""
+    """Logits less each row's maximum over the vocabulary, in wide buffers."""
     maxima = columns.maximum(p, q)
     return (
         torch.sub(p, maxima[0][:, None], out=columns.buffer("exp_p", p)),
@@ -311,17 +312,18 @@ def _shifted(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> tuple[torch.
 
 
 def _shift_rest(values: torch.Tensor, top: torch.Tensor, columns: Columns) -> torch.Tensor:
-    """In place: minus infinity at the ``[n, k]`` top tokens that this rank has, the others less their maximum.
+    """In place: minus infinity at this rank's part of the ``[n, k]`` top tokens; the others less their maximum.
 
-    The ghost is summed from its own tokens, at their own scale: one minus the top cancels where a model is sure.
+    The ghost's probability is the sum over its tokens at their own scale: one minus the top tokens' probability would
+    cancel where a model is confident.
 
     Returns:
-        ``[n]``, what was subtracted.
+        ``[n]``, the maximum that was subtracted.
     """
     if columns.valid:
-        mine, local = columns.here(top)
+        held, local = columns.here(top)
         # A token of another rank stands for column 0, which the minimum with infinity leaves alone.
-        bound = torch.where(mine, float("-inf"), float("inf")).to(values.dtype)
+        bound = torch.where(held, float("-inf"), float("inf")).to(values.dtype)
         values.scatter_reduce_(-1, local, bound, "amin")
     shift = columns.maximum(values)[0]
     values.sub_(shift[:, None])

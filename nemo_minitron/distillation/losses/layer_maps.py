@@ -17,7 +17,7 @@ __all__ = ["LayerMaps", "layer_maps", "layer_ranks", "proportional"]
 
 
 def proportional(student: int, teacher: int) -> dict[int, int]:
-    """Layers of the student, 0-based, to the teacher's at the same share of the depth; the last to the last.
+    """Map each student layer (0-based) to the teacher layer at the same share of the depth; the last to the last.
 
     The uniform mapping of TinyBERT (arXiv 1909.10351, section 3), for depths of any ratio.
     """
@@ -26,11 +26,11 @@ def proportional(student: int, teacher: int) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """Student layer -> teacher layer, 0-based, of each loss that is taken in layers; empty where it is not asked for.
+    """Student layer -> teacher layer, 0-based, for each loss between layers; empty where the loss is not configured.
 
     Attributes:
-        hidden: of the hidden states that leave the layers.
-        attention: of the attention relations.
+        hidden: for the losses of hidden states (a layer's output).
+        attention: for the losses of attention relations.
     """
 
     hidden: dict[int, int]
@@ -51,8 +51,8 @@ def layer_maps(
         config: an explicit map wins.
         student, teacher: their shapes.
         tensor: tensor-parallel size, which the relation heads are split over.
-        kept_layers: of a student that was cut from the teacher, the layers that it kept: each maps to the layer that it
-            was. None maps layers by their share of the depth.
+        kept_layers: the teacher's layers that a student pruned from it kept: each student layer maps to the layer that
+            it was. None maps layers by their share of the depth.
 
     Raises:
         ConfigError: for layers that a model does not have, and relation heads that do not fit; all at once.

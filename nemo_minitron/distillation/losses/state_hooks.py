@@ -1,9 +1,9 @@
 """Intermediate losses on a live Megatron student, under any layout, on any pipeline stage.
 
-A forward hook on a mapped module works out the loss from what its rank holds, and hands the hidden state on untouched
-through an autograd function that gives the loss its own gradient in the backward pass (as Megatron does with the
-auxiliary losses of its experts, ``MoEAuxLossAutoScaler``). So each loss is taken on the stage where its layer lives,
-and the schedule, which knows one loss on the last stage alone, needs no change.
+A forward hook on a mapped module computes the loss from its rank's part of the state. It passes the state on unchanged,
+through an autograd function that adds the loss's gradient in the backward pass (as Megatron does with the auxiliary
+losses of its experts, ``MoEAuxLossAutoScaler``). So each loss is taken on the stage of its layer, and the schedule,
+which only knows the loss of the last stage, needs no change.
 
 What makes gradients right, stage by stage: the losses are sums over valid tokens, which Megatron divides by the tokens
 of the global batch (``calculate_per_token_loss``). Hidden states are whole on each tensor-parallel rank, where Megatron
@@ -52,7 +52,7 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Every loss that is asked for, and who has what of it. The same on all ranks.
+    """All configured losses, and the pipeline ranks of their layers. The same on all ranks.
 
     Attributes:
         config: the losses.
@@ -72,7 +72,7 @@ class Plan:
     def of(
         cls, config: IntermediateConfig, maps: LayerMaps, student: ModelShape, teacher: ModelShape, groups: Groups
     ) -> Plan:
-        """The plan of a configuration with its layer maps under a layout."""
+        """The plan for a configuration and its layer maps under a layout."""
         sites = {Site("hidden", ours): Site("hidden", theirs) for ours, theirs in maps.hidden.items()}
         sites |= {Site("attention", ours): Site("attention", theirs) for ours, theirs in maps.attention.items()}
         if config.embedding is not None:
@@ -81,7 +81,7 @@ class Plan:
         return cls(config, student, teacher, dict(sorted(sites.items())), *ranks)
 
     def moves(self) -> list[tuple[Site, int, int]]:
-        """What the teacher's ranks send to the student's: ``(teacher's site, from, to)``, each once, in one order."""
+        """The states to be sent, ``(teacher's site, from rank, to rank)``, each once, in the same order everywhere."""
         moves = {
             (theirs, self.teacher_ranks[theirs.layer], self.student_ranks[ours.layer])
             for ours, theirs in self.sites.items()
@@ -90,7 +90,7 @@ class Plan:
         return sorted(move for move in moves if move[1] != move[2])
 
     def weight(self, site: Site) -> float:
-        """Of a site's loss: the weight of its part over the number of its sites."""
+        """Weight of a site's loss: the weight of its kind divided by the number of sites of that kind."""
         return self.config.weights()[site.part] / sum(other.part == site.part for other in self.sites)
 
 
@@ -125,7 +125,7 @@ class TeacherStates:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Within the block, the teacher's forward passes are kept."""
+        """Within the block, the states of the teacher's forward passes are kept."""
         wanted = set(self.plan.sites.values())
         self._kept = {}
         handles = [
@@ -169,14 +169,14 @@ class TeacherStates:
             messages += [dist.P2POp(post, tensor, address, group=self.groups.pp) for tensor in tensors]
         for work in dist.batch_isend_irecv(messages) if messages else []:
             work.wait()
-        have = {**self._kept, **received}
+        available = {**self._kept, **received}
         self._kept = {}
-        mine = {
-            ours: have[theirs]
-            for ours, theirs in plan.sites.items()
-            if rank == (0 if ours.part == "embedding" else plan.student_ranks[ours.layer])
+        needed = {
+            student_site: available[teacher_site]
+            for student_site, teacher_site in plan.sites.items()
+            if rank == (0 if student_site.part == "embedding" else plan.student_ranks[student_site.layer])
         }
-        return [{site: states[index] for site, states in mine.items()} for index in range(micro_batches)]
+        return [{site: states[index] for site, states in needed.items()} for index in range(micro_batches)]
 
     def _empty(self, site: Site, micro_batch_size: int, sequence: int) -> torch.Tensor:
         layout, shape = self.groups.layout, self.plan.teacher
@@ -242,11 +242,11 @@ class StudentLosses:
 
     @contextmanager
     def micro_batch(self, batch: dict[str, Any], states: dict[Site, torch.Tensor]) -> Iterator[None]:
-        """Within the block, the chunk's forward pass takes the losses.
+        """Within the block, the chunk's forward pass computes the losses.
 
         Args:
             batch: with ``loss_mask`` ``[b, s (/cp)]`` and ``attention_mask`` ``[b or 1, 1, s (/cp), s]``.
-            states: of the teacher, by the student's site; those of this chunk are taken out.
+            states: of the teacher, by the student's site; those of this chunk are removed from the mapping.
         """
         self._batch, self._states = batch, states
         try:
@@ -270,7 +270,7 @@ class StudentLosses:
         return attach
 
     def _shared(self, site: Site) -> bool:
-        """Whether every tensor-parallel rank has the whole value of a loss, and not a summand of it."""
+        """Whether every tensor-parallel rank has the whole value of a loss, not a part of its sum."""
         return site.part != "attention" and not self.groups.layout.sequence_parallel
 
     def _loss(self, site: Site, state: torch.Tensor) -> torch.Tensor:
@@ -303,23 +303,23 @@ class StudentLosses:
             )
         return loss
 
-    def _relations(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        """This rank's summand of the attention relations, ``[b, s]``: its relation heads are of its own channels."""
+    def _relations(self, student_states: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the attention relations' loss, ``[b, s]``: that of its own relation heads."""
         assert self._batch is not None
         heads, layout = self.plan.config.relation_heads, self.groups.layout
         assert heads is not None
-        tensor, models = layout.tensor, ((ours, self.plan.student), (theirs, self.plan.teacher))
+        tensor, models = layout.tensor, ((student_states, self.plan.student), (teacher_states, self.plan.teacher))
         columns = None
         if layout.context > 1:
-            ours_whole, theirs_whole = (
+            student_whole, teacher_whole = (
                 _queries_keys_values(whole_sequence(mixed, self.groups.cp), shape) for mixed, shape in models
             )
-            columns = ours_whole, theirs_whole
+            columns = student_whole, teacher_whole
         local = attention_relations(
-            _queries_keys_values(ours, self.plan.student),
-            _queries_keys_values(theirs, self.plan.teacher),
+            _queries_keys_values(student_states, self.plan.student),
+            _queries_keys_values(teacher_states, self.plan.teacher),
             heads=heads // tensor,
-            masked=self._batch["attention_mask"][:, 0].to(ours.device),
+            masked=self._batch["attention_mask"][:, 0].to(student_states.device),
             columns=columns,
         )
         return local / tensor

@@ -1,8 +1,8 @@
 """Losses between the states inside two models, as the papers write them: one process, whole tensors.
 
-Each returns one number a token in the wider of the two dtypes (float32 at least); the caller masks and normalises. No
-gradient flows to the teacher. The live student (:mod:`~nemo_minitron.distillation.losses.state_hooks`) calls the very
-same functions on what its rank holds.
+Each returns one number per token in the wider of the two dtypes (float32 at least); the caller masks and normalises. No
+gradient flows to the teacher. The live student (:mod:`~nemo_minitron.distillation.losses.state_hooks`) calls the same
+functions on its rank's part of the states.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, projection: torch.T
     Returns:
         ``[...]``.
     """
-    ours, theirs = _projected(student, teacher, projection)
-    return (ours - theirs).square().mean(-1)
+    student_states, teacher_states = _projected(student, teacher, projection)
+    return (student_states - teacher_states).square().mean(-1)
 
 
 def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor, projection: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,8 +43,8 @@ def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor, projection: torc
     Returns:
         ``[...]``, between 0 and 2.
     """
-    ours, theirs = _projected(student, teacher, projection)
-    return 1 - functional.cosine_similarity(ours, theirs, dim=-1)
+    student_states, teacher_states = _projected(student, teacher, projection)
+    return 1 - functional.cosine_similarity(student_states, teacher_states, dim=-1)
 
 
 def attention_relations(
@@ -103,8 +103,10 @@ def _relations(rows: torch.Tensor, columns: torch.Tensor, heads: int, masked: to
     channels = rows.shape[-1]
     if channels % heads:
         raise ValueError(f"{channels} channels cannot be split into {heads} relation heads")
-    ours, theirs = (_wide(x).unflatten(-1, (heads, channels // heads)).transpose(1, 2) for x in (rows, columns))
-    scores = ours @ theirs.transpose(-1, -2) * (channels // heads) ** -0.5
+    row_heads, column_heads = (
+        _wide(x).unflatten(-1, (heads, channels // heads)).transpose(1, 2) for x in (rows, columns)
+    )
+    scores = row_heads @ column_heads.transpose(-1, -2) * (channels // heads) ** -0.5
     return functional.log_softmax(scores.masked_fill(masked[:, None], _MASKED), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""The losses by their names in the configuration: one entry each, from which all else follows.
+"""The losses by their names in the configuration: one entry each, which everything else reads.
 
 Nothing heavy is imported; a function that an entry names is imported when it is first called.
 """
@@ -26,7 +26,7 @@ _STATES = "nemo_minitron.distillation.losses.states"
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """A divergence of a token's logits, teacher against student.
+    """A divergence between the teacher's and the student's logits of a token.
 
     Exactly one of ``kernel``, ``from_top_k`` and ``fused`` is given. ``n`` is a number of tokens, ``valid`` that of
     this rank's columns without padding.
@@ -45,8 +45,8 @@ class LogitLoss:
             the derivative itself, as :func:`~nemo_minitron.distillation.losses.kernels.forward_kl` documents.
         options: settings of :class:`~nemo_minitron.config.LossConfig` that go to the functions above by name; "k" goes
             to the reference alone.
-        over_all: of a loss ``from_top_k``: the loss that it is where ``loss.k`` takes in the whole vocabulary. A cache
-            of likeliest tokens gives that loss by this one, which is a lower bound.
+        over_all: for a loss ``from_top_k``: the loss that it equals when ``loss.k`` is the whole vocabulary. With a
+            cache of the likeliest tokens, this loss stands in for that one, as a lower bound.
         note: a few words for ``--help``.
     """
 
@@ -64,7 +64,7 @@ class LogitLoss:
             raise ValueError(f"logit loss {self.name!r}: give exactly one of kernel, from_top_k and fused")
 
     def kernel_options(self, loss: LossConfig) -> dict[str, Any]:
-        """What the kernel takes by name."""
+        """The kernel's keyword arguments."""
         return {name: getattr(loss, name) for name in self.options if name != "k"}
 
     def expected(self, student: torch.Tensor, teacher: torch.Tensor, loss: LossConfig) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Losses over logits whose vocabulary is split over a tensor-parallel group, in bounded memory.
 
 One autograd function runs any of :mod:`~nemo_minitron.distillation.losses.kernels` over chunks of tokens. Every rank
-computes its own columns, the few numbers that need all columns are reduced over the group, and the gradient is written
-down in the forward pass. No rank ever holds the logits of another, no logits are copied whole, and autograd never sees
-a collective, so no gradient is counted once per rank.
+computes its own columns, the few numbers that need all columns are reduced over the group, and the gradient is computed
+and kept in the forward pass. No rank ever holds the logits of another, logits are never copied whole, and autograd
+never sees a collective, so no gradient is counted once per rank.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TokenLosses:
     """Losses of each token, ``[...]`` float32 (float64 for float64 logits), the same on every rank of the group.
 
     Attributes:
-        total: what is trained on; the gradient flows from here alone.
+        total: the loss that is trained; only it has a gradient.
         divergence: of teacher and student, times T squared.
         cross_entropy: with the labels; None where none were given.
     """
@@ -77,9 +77,9 @@ def vocabulary_parallel_loss(
             tokens, ``n`` being the number of the student's tokens.
         group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
         vocab_size: true vocabulary; columns from there on are padding, and take no part.
-        loss: which, of :data:`~nemo_minitron.distillation.losses.table.LOGIT_LOSSES`.
-        labels: ``[...]`` token ids; what lies outside the vocabulary (an ignored label) must be masked by the caller.
-            Their cross-entropy is worked out whenever they are given, whatever its weight.
+        loss: its kind is a key of :data:`~nemo_minitron.distillation.losses.table.LOGIT_LOSSES`.
+        labels: ``[...]`` token ids; the caller must mask ids outside the vocabulary (ignored labels). Their
+            cross-entropy is computed whenever they are given, whatever its weight.
         inplace: write the gradient over the student's logits, which the caller then may not read again (as
             Megatron's own vocabulary-parallel cross-entropy does with its logits).
 
@@ -115,7 +115,7 @@ def vocabulary_parallel_forward_kl(
     temperature: float = 1.0,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """``T^2 KL(p_teacher || p_student)`` of each token: :func:`vocabulary_parallel_loss` of the recipe's own loss."""
+    """``T^2 KL(p_teacher || p_student)`` of each token: :func:`vocabulary_parallel_loss` with the default loss."""
     loss = LossConfig("forward_kl", temperature)
     return vocabulary_parallel_loss(student, teacher, group, vocab_size=vocab_size, loss=loss, inplace=inplace).total
 
@@ -143,7 +143,7 @@ def vocabulary_parallel_top_k(
 ) -> TopTokens:
     """The teacher's ``k`` likeliest tokens and the probability of all others, the same on every rank.
 
-    Communication a token: ``2 k`` numbers of every rank, one maximum and one sum. Memory: a chunk.
+    Communication per token: ``2 k`` numbers of every rank, one maximum and one sum. Memory: a chunk.
 
     Args:
         teacher: ``[..., V/tp]`` logits.
@@ -269,7 +269,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:
-    """``[tokens, V/tp]`` in runs of tokens, as many on every rank of the group: each has the same number of columns."""
+    """``[tokens, V/tp]`` in chunks of tokens; all ranks of the group have equally many columns, so equal chunks."""
     budget = CHUNK_BYTES["cuda" if logits.is_cuda else "cpu"]
     size = max(1, budget // (max(logits.shape[-1], 1) * kernels.wide(logits).itemsize))
     return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]

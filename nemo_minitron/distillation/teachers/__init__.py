@@ -1,7 +1,11 @@
 """How a teacher's logits come to the student's ranks.
 
-``frozen`` is a teacher in the same processes and layout, ``own_layout`` one in the same processes under a layout of its
-own, ``own_ranks`` one in processes of its own, ``learning`` one that is trained beside its student, ``cached`` one
-whose logits lie on disk (``logit_cache``, filled by ``cache_filling``). ``open`` makes the one that the settings ask
-for, ``placement`` says which rank holds what.
+frozen                       a teacher in the student's processes and layout
+own_layout                   in the student's processes, in a layout of its own
+own_ranks                    in processes of its own
+learning                     a teacher that is trained together with its student
+cached                       a teacher whose logits are on disk
+logit_cache, cache_filling   the format of that cache, and how it is filled
+open                         the teacher for given settings
+placement                    which rank holds what, and what is sent
 """

@@ -1,6 +1,7 @@
 """Writing a teacher's logits to a cache: every rank runs its part of the model, data-parallel ranks share the samples.
 
-What is there already is left alone, so a job that was stopped goes on where it was, and a longer training adds to it.
+Samples that the cache holds already are not written again: a stopped job goes on where it was, and a longer training
+adds to the cache.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _PASSES_PER_STEP = 4  # micro-batches of one run of the schedule
 
 
 def open_for_writing(directory: Path, *, is_main: bool) -> LogitCache:
-    """Open a cache whose manifest is written, repaired by one rank before the others look. Every rank calls it.
+    """Open a cache that has a manifest; one rank repairs it before the others open it. Every rank calls it.
 
     Raises:
-        DataError: if the directory is no cache.
+        DataError: if the directory is not a cache.
     """
     if is_main:
         LogitCache(directory, repair=True)
@@ -68,7 +69,7 @@ def fill_cache(
         cache: as :func:`open_for_writing` gave it.
         tokens, starts: ``[n, s]`` input tokens and where their documents start.
         micro_batch_size: samples of one forward pass.
-        samples_per_shard: what a kill may cost.
+        samples_per_shard: samples of one file; a killed job loses at most so many per rank.
         progress: called with the number of samples done since its last call.
 
     Returns:
@@ -82,12 +83,12 @@ def fill_cache(
     first = {key: index for index, key in reversed(list(enumerate(keys)))}  # equal samples are written once
     missing = [index for key, index in first.items() if key not in cache]
     missing.sort()
-    mine = missing[groups.dp_rank :: groups.layout.data]
+    assigned = missing[groups.dp_rank :: groups.layout.data]
     writes = groups.is_last_stage and groups.tp_rank == 0
     passes = _PASSES_PER_STEP * (groups.layout.pipeline if groups.layout.virtual_pipeline else 1)
     pending: list[tuple[bytes, Sample]] = []
-    for begin in range(0, len(mine), passes * micro_batch_size):
-        part = mine[begin : begin + passes * micro_batch_size]
+    for begin in range(0, len(assigned), passes * micro_batch_size):
+        part = assigned[begin : begin + passes * micro_batch_size]
         # The schedule wants equal micro-batches: the last sample is repeated, and its repeats dropped.
         padded = torch.tensor(part + part[-1:] * (-len(part) % micro_batch_size))
         rows = padded.split(micro_batch_size)
@@ -109,7 +110,7 @@ def fill_cache(
 
 
 def _encoded(logits: torch.Tensor, groups: Groups, manifest: Manifest, *, keep: bool) -> list[Sample]:
-    """``[s, b, V/tp]`` logits -> the b samples, on the rank that keeps them; all ranks of the group take part."""
+    """``[s, b, V/tp]`` logits -> the b samples, on the rank that writes them. Collective over the group."""
     sequence, rows = logits.shape[:2]
     if manifest.k is not None:
         top = vocabulary_parallel_top_k(logits, groups.tp, vocab_size=manifest.vocab_size, k=manifest.k)
@@ -117,8 +118,8 @@ def _encoded(logits: torch.Tensor, groups: Groups, manifest: Manifest, *, keep: 
         if not keep:
             return []
         ids, values = (t.view(sequence, rows, -1) for t in (top.tokens, top.log_probabilities))
-        rest = top.log_rest.view(sequence, rows)
-        return [encode(manifest, TopTokens(ids[:, row], values[:, row], rest[:, row])) for row in range(rows)]
+        log_rest_rows = top.log_rest.view(sequence, rows)
+        return [encode(manifest, TopTokens(ids[:, row], values[:, row], log_rest_rows[:, row])) for row in range(rows)]
     columns = [torch.empty_like(logits) for _ in range(groups.layout.tensor)]
     dist.all_gather(columns, logits.contiguous(), group=groups.tp)
     whole = torch.cat(columns, -1)[..., : manifest.vocab_size].float().log_softmax(-1)

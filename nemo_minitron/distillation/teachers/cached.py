@@ -32,14 +32,14 @@ __all__ = ["CachedTeacher", "cached_loss"]
 
 
 def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
-    """The loss that is taken from a cache.
+    """The loss that is computed from a cache.
 
-    A cache of the ``k`` likeliest tokens gives the losses ``from_top_k``, and those that such a loss is over all tokens
-    ("forward_kl" of "top_k") by that loss over all tokens that it has, a lower bound. A cache of all log-probabilities
-    gives every loss.
+    A cache of the ``k`` likeliest tokens gives the losses ``from_top_k``. It also gives a loss that such a loss equals
+    over the whole vocabulary ("forward_kl" for "top_k"), approximated from below with all ``k`` tokens. A cache of all
+    log-probabilities gives every loss.
 
     Raises:
-        ConfigError: for a loss that its tokens do not determine.
+        ConfigError: for a loss that the cached tokens do not determine.
     """
     if manifest.k is None:
         return loss
@@ -65,13 +65,13 @@ def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
 
 
 class CachedTeacher:
-    """Finds the samples of each micro-batch in a cache, in any order and under any layout.
+    """Reads the samples of each micro-batch from a cache, in any order and under any layout.
 
     Every rank of the last stage reads the samples of its data-parallel replica. Memory: the encoded samples of a
     step's micro-batches.
 
     Args:
-        cache: whose samples the training draws.
+        cache: with the samples of the training.
         groups: the student's.
         loss: as :func:`cached_loss` gives it.
     """
@@ -93,7 +93,7 @@ class CachedTeacher:
             Megatron's logits; elsewhere an empty list.
 
         Raises:
-            DataError: for a sample that is not there or damaged.
+            DataError: for a sample that is missing or damaged.
         """
         if not self.groups.is_last_stage:
             return []
@@ -106,7 +106,7 @@ class CachedTeacher:
         return logits
 
     def logits(self, kept: Sample) -> torch.Tensor | TopTokens:
-        """What the loss takes: the likeliest tokens, or this rank's ``[s, b, V/tp]`` log-probabilities."""
+        """Input of the loss: the likeliest tokens, or this rank's ``[s, b, V/tp]`` log-probabilities."""
         if self.cache.manifest.k is not None:
             top = decode_top(kept, k=self.loss.k)
             return TopTokens(*(t.to(self._device) for t in (top.tokens, top.log_probabilities, top.log_rest)))
@@ -114,10 +114,10 @@ class CachedTeacher:
         columns = padded_vocab(vocabulary, tensor=tensor) // tensor
         first = self.groups.tp_rank * columns
         whole = decode_logits(kept)
-        mine = whole.new_zeros(*whole.shape[:-1], columns)
+        local = whole.new_zeros(*whole.shape[:-1], columns)
         part = whole[..., first : first + columns]
-        mine[..., : part.shape[-1]] = part
-        return mine.to(self._device)
+        local[..., : part.shape[-1]] = part
+        return local.to(self._device)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to close."""

@@ -1,6 +1,6 @@
-"""Which documents a packed block holds, in the form that is cheap to send and to hash: where each token's one starts.
+"""Documents of a packed block in a form that is cheap to send and to hash: the start of each token's document.
 
-A batch says it by position ids that begin again with each document, blocks by the numbers of their segments.
+A batch gives them by position ids that begin again with each document, blocks by the numbers of their segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def starts_of_positions(positions: torch.Tensor) -> torch.Tensor:
 
 
 def block_starts(blocks: torch.Tensor | Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token blocks -> ``[n, s]`` input tokens, and where the document of each starts."""
+    """Token blocks -> ``[n, s]`` input tokens, and ``[n, s]`` the position where each token's document starts."""
     blocks = Blocks.of(blocks)
     tokens = blocks.tokens[:, :-1]
     if blocks.segments is None:
@@ -28,7 +28,7 @@ def block_starts(blocks: torch.Tensor | Blocks) -> tuple[torch.Tensor, torch.Ten
 
 
 def model_inputs(tokens: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a Megatron model reads of ``[b, s]`` tokens: a batch, without labels.
+    """The batch that a Megatron model reads for ``[b, s]`` tokens, without labels.
 
     ``attention_mask`` is ``[b, 1, s, s]``, or ``[1, 1, s, s]`` where no block has two documents.
     """

@@ -1,10 +1,9 @@
-"""What a teacher is to a training, and the nearest one: the frozen model in the student's ranks and layout.
+"""The interface of a teacher, and the default teacher: the frozen model on the student's ranks, in the same layout.
 
-It runs before the student, as a forward-only pass of Megatron's own schedule over the same micro-batches, so it needs
-nothing from the student's pipeline: no activations ride along, the depths of the two may differ, and tensor
-parallelism, pipeline parallelism and sequence parallelism work as in any Megatron model. What waits for the student is
-the last hidden state of each micro-batch, ``[s, b, H]``, and not its logits, which are V/H times larger; the output
-layer is applied when the loss asks for it.
+It runs before the student, as a forward-only pass of Megatron's own schedule over the same micro-batches. So nothing of
+it goes through the student's pipeline, the depths of the two models may differ, and tensor, pipeline and sequence
+parallelism work as in any Megatron model. Until the student's pass, the last hidden state of each micro-batch,
+``[s, b, H]``, is kept, not its logits, which are V/H times larger; the output layer is applied when the loss needs it.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ __all__ = ["Teacher", "TeacherSource"]
 
 
 class TeacherSource(Protocol):
-    """Where a training gets its teacher's logits from: a model near or far (:mod:`placement`), or a cache.
+    """Source of the teacher's logits: a model on the same or other ranks (:mod:`placement`), or a cache.
 
     Attributes:
-        states: of the states inside the teacher; None where they are not to be had.
+        states: the states inside the teacher; None where they are not available.
     """
 
     states: TeacherStates | None
@@ -43,12 +42,12 @@ class TeacherSource(Protocol):
         """Prepare the micro-batches of a step; every rank calls it.
 
         Returns:
-            On the last pipeline stage what is kept of each until its loss is taken, elsewhere an empty list.
+            On the last pipeline stage what is kept of each micro-batch for its loss, elsewhere an empty list.
         """
         ...
 
     def logits(self, kept: Any) -> torch.Tensor | TopTokens:
-        """What the loss of a micro-batch takes, on the last pipeline stage: ``[s, b, V/tp]``, or likeliest tokens."""
+        """Input of a micro-batch's loss, on the last pipeline stage: ``[s, b, V/tp]`` logits, or likeliest tokens."""
         ...
 
     def close(self) -> None:
@@ -63,7 +62,7 @@ class Teacher:
     sequence parallelism).
 
     Attributes:
-        states: keeps the states inside the teacher too, where intermediate losses need them.
+        states: the states inside the teacher, where intermediate losses need them; else None.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups) -> None:
@@ -96,7 +95,7 @@ class Teacher:
         return cls(chunks, groups)
 
     def drop_output_layer(self) -> None:
-        """Free its memory, where another applies it to the hidden states."""
+        """Free the output layer, if another object applies it to the hidden states."""
         if self._last is not None:
             self._output_weight = None
             self._last.output_layer = None
@@ -110,7 +109,7 @@ class Teacher:
                 ``[b or 1, 1, s, s]`` (True where attention is not allowed), all of one shape.
 
         Returns:
-            On the last pipeline stage one ``[s (/cp), b, H]`` a micro-batch, elsewhere an empty list.
+            On the last pipeline stage one ``[s (/cp), b, H]`` per micro-batch, elsewhere an empty list.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -157,4 +156,4 @@ class Teacher:
         return logits
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to close."""

@@ -1,9 +1,9 @@
-"""A teacher that learns while it teaches: correction concurrent with the distillation.
+"""A teacher that is trained during the distillation: correction and distillation at the same time.
 
-Before each step of the student, the teacher's forward pass over the step's micro-batches takes the language-model loss
-of their labels too, and its backward pass follows in the same schedule; the hidden states of that very forward pass are
-what the student learns from. The teacher's optimizer steps when the student's has: until then the output layer is the
-one that belongs to those hidden states.
+Before each step of the student, the teacher's forward pass over the step's micro-batches also computes the
+language-model loss of their labels, and its backward pass follows in the same schedule. The student learns from the
+hidden states of that same forward pass. The teacher's optimizer steps after the student's: until then the output layer
+must be the one that belongs to those hidden states.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class LearningTeacher:
         min_lr, warmup_steps, steps: as the student's: linear warm-up, then cosine to ``min_lr`` at ``steps``.
 
     Attributes:
-        states: keeps the states inside it too, where intermediate losses need them.
-        learns: whether :meth:`run` takes gradients; off in validations.
-        lm_loss: of the last step that was learnt from, nats a token; on the last stage, None elsewhere.
+        states: the states inside the teacher, where intermediate losses need them; else None.
+        learns: whether :meth:`run` computes gradients; off in validations.
+        lm_loss: of the last training step, nats per token; on the last stage, None elsewhere.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class LearningTeacher:
         return cls(chunks, groups, vocab_size=checkpoint.shape.vocab_size, **settings)
 
     def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """Run the micro-batches, and learn from them if that is on: gradients are then complete on every rank.
+        """Run the micro-batches; if :attr:`learns`, also the backward pass: gradients are then complete on every rank.
 
         Args:
             batches: on every rank, as for :meth:`Teacher.run`, with ``labels`` and ``loss_mask`` ``[b, s]``.
 
         Returns:
-            On the last pipeline stage one ``[s, b, H]`` a micro-batch, elsewhere an empty list.
+            On the last pipeline stage one ``[s, b, H]`` per micro-batch, elsewhere an empty list.
 
         Raises:
             NonFiniteError: before any gradient is computed.
@@ -224,7 +224,7 @@ class LearningTeacher:
         self.optimizer.mcore_optimizer.load_state_dict(state["optimizer"])
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to close."""
 
 
 class CorrectTeacher(pl.Callback):
@@ -246,23 +246,23 @@ class CorrectTeacher(pl.Callback):
             self._teacher.restore(Path(ckpt_to_weights_subdir(trainer.ckpt_path, is_saving=False)))
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """What runs next is a step."""
+        """Switch learning on: a training step follows."""
         self._teacher.learns = True
 
     def on_validation_start(self, *_: Any) -> None:
-        """What runs next is none."""
+        """Switch learning off: a validation follows."""
         self._teacher.learns = False
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Before either model is updated.
 
         Raises:
-            NonFiniteError: nothing was updated.
+            NonFiniteError: for a gradient that is not finite; nothing was updated.
         """
         finite_gradients(self._teacher.wrapped, pl_module.groups, f"the teacher at step {trainer.global_step}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        """The student's step has ended: now the teacher's."""
+        """The student's step has ended: the teacher's follows."""
         teacher = self._teacher
         lr = teacher.optimizer.param_groups[0]["lr"]
         norm = teacher.step()
@@ -272,7 +272,7 @@ class CorrectTeacher(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """NeMo writes what is sharded in it as it writes the student."""
+        """Add the teacher's sharded state; NeMo writes it as it writes the student's."""
         checkpoint[_STATE] = self._teacher.sharded_state()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """A teacher's logits on disk: written once under any layout, read under any other.
 
-A cache is a directory of safetensors shards and a ``manifest.json``. Samples are found by what they hold: their key is
-a hash of the input tokens (and of the documents in them), so order, epoch and micro-batch do not matter. A shard is
-whole in itself and named by its samples; it appears under its name whole or not at all, so any number of processes may
-write, and one that is killed costs its last shard. Every sample has a checksum, which is looked at when it is read.
+A cache is a directory of safetensors shards and a ``manifest.json``. Samples are addressed by content: their key is a
+hash of the input tokens (and of the documents in them), so order, epoch and micro-batch do not matter. A shard is
+complete in itself and named after its samples; it is written aside and renamed, so any number of processes may write,
+and a killed process loses only its last shard. Every sample has a checksum, which is checked when it is read.
 
-Of each token a cache keeps the log-probabilities at temperature 1 of the teacher's ``k`` likeliest tokens, and the log
-of the probability of all others in float32. What is read is a distribution again: the kept values, rounded by storing
-them, are scaled so that they sum to one minus the left-over mass, which is never derived from them. With ``k: null``
-it keeps all log-probabilities, from which any loss at any temperature can be taken.
+Of each token a cache keeps the log-probabilities at temperature 1 of the teacher's ``k`` likeliest tokens, and in
+float32 the log of the probability of all others. Reading gives a distribution again: the stored values are rounded, so
+they are scaled to sum to one minus the probability of all others, which is stored and never computed from them. With
+``k: null`` it keeps all log-probabilities, from which any loss at any temperature can be computed.
 
 ====================  ==================  =========================================================
 tensor of a shard     of n samples        what
@@ -56,7 +56,7 @@ Sample = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache is of, and how it keeps it.
+    """The contents of a cache, and how they are stored.
 
     Attributes:
         teacher: :func:`~nemo_minitron.checkpoints.fingerprint.model_fingerprint` of the model.
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """On disk, keys and checksums shared out over a sample's tokens."""
+        """Bytes on disk per token, with a sample's key and checksum divided by its tokens."""
         width = VALUE_BYTES[self.values]
         per_token = 8 if self.values == "int8" else 0
         if self.k is None:
@@ -92,13 +92,13 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Stands in every shard, so that none of another cache is taken for one of this."""
+        """Hash of the manifest. Every shard holds it, so that a shard of another cache is refused."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Manifest) -> list[str]:
         """``"k=64, not 128"`` for each field in which another manifest differs from this one."""
-        ours, theirs = asdict(self), asdict(other)
-        return [f"{name}={ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+        own, others = asdict(self), asdict(other)
+        return [f"{name}={own[name]}, not {others[name]}" for name in own if own[name] != others[name]]
 
     def write(self, directory: Path) -> None:
         """As ``manifest.json``."""
@@ -181,7 +181,7 @@ def decode_top(stored: Sample, *, k: int | None = None) -> TopTokens:
 
     Args:
         stored: ``[..., k]`` and ``[...]`` tensors.
-        k: take only so many; the others join the ghost. None takes all.
+        k: number of tokens to take; the others join the ghost token. None takes all.
 
     Returns:
         ``[n, k]`` and ``[n]``, n being the number of tokens: float32, summing to one.
@@ -252,17 +252,17 @@ def _crc(key: bytes, stored: Sample) -> int:
 
 
 class LogitCache:
-    """A cache that is there, read sample by sample.
+    """An existing cache, read sample by sample.
 
     Memory: 32 bytes of key and some 100 of index a sample; shards are mapped, not read.
 
     Args:
         directory: with a manifest.
-        repair: remove what a killed writer left and shards that are damaged, so that they are written again; otherwise
+        repair: remove unfinished files of a killed writer and damaged shards, so that they are written again; otherwise
             they are refused.
 
     Raises:
-        DataError: for a directory that is no cache, and damaged shards, all at once.
+        DataError: for a directory that is not a cache, and for damaged shards, all at once.
     """
 
     def __init__(self, directory: Path, *, repair: bool = False) -> None:
@@ -290,7 +290,7 @@ class LogitCache:
             )
 
     def _index(self, path: Path, *, verify: bool) -> str | None:
-        """Take a shard's samples in; what is wrong with it, if anything is."""
+        """Add a shard's samples to the index; returns what is wrong with the shard, or None."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -322,14 +322,14 @@ class LogitCache:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Of all shards."""
+        """Size of all shards in bytes."""
         return sum(path.stat().st_size for path in self.directory.glob("shard-*.safetensors"))
 
     def read(self, key: bytes) -> Sample:
         """A sample.
 
         Raises:
-            DataError: if it is not there, or its checksum does not hold.
+            DataError: if it is missing, or its checksum is wrong.
         """
         if key not in self._places:
             raise DataError(
@@ -346,10 +346,10 @@ class LogitCache:
         return stored
 
     def require(self, keys: Iterable[bytes], *, what: str) -> None:
-        """Check that samples are there.
+        """Check that the cache has these samples.
 
         Raises:
-            DataError: with the number of those that are not.
+            DataError: with the number of missing samples.
         """
         wanted = set(keys)
         missing = len(wanted - self._places.keys())
@@ -360,10 +360,10 @@ class LogitCache:
             )
 
     def check(self, *, vocab_size: int, sequence_length: int, tokenizer: str | None, teacher: str | None) -> None:
-        """Whether a training with these may use it; None leaves a question out.
+        """Check that a training with these values may use the cache; None skips a check.
 
         Raises:
-            DataError: with all that differs.
+            DataError: with all differences.
         """
         asked = {
             "vocab_size": (vocab_size, "the student's vocabulary"),

@@ -21,10 +21,10 @@ __all__ = ["loss_of", "open_teacher"]
 
 
 def loss_of(placement: TeacherPlacement, loss: LossConfig) -> LossConfig:
-    """The loss that is taken: of a cache what it holds (:func:`cached_loss`), of a model the one asked for.
+    """The loss to compute: with a cache :func:`cached_loss`, with a model the configured loss.
 
     Raises:
-        ConfigError: if the cache does not hold it.
+        ConfigError: if the loss cannot be computed from the cache.
         DataError: if there is no cache.
     """
     if placement.cache is None:

@@ -1,8 +1,8 @@
 """A teacher whose layout is not the student's, on the student's own ranks.
 
 Every process is a rank of both models. The teacher's groups are a second set of Megatron's
-(:class:`~nemo_minitron.runtime.groups.SecondLayout`), so its tensor, pipeline and data parallelism are free; its
-data-parallel replicas share the micro-batches of a step out among them, whichever replica of the student they are of.
+(:class:`~nemo_minitron.runtime.groups.SecondLayout`), so its tensor, pipeline and data parallelism are free. All
+micro-batches of a step, of all the student's replicas, are divided among the teacher's data-parallel replicas.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["OutputLayer", "OwnLayoutTeacher", "run_replica"]
 
 
 class OutputLayer:
-    """On the student's last stage, what makes logits of what was delivered.
+    """On the student's last stage, turns the delivered tensors into logits.
 
-    Memory: of hidden states the teacher's output layer, ``[V/tp, H]``; under sequence parallelism while it is applied
-    one ``[s, b, H]``.
+    Memory: if hidden states are delivered, the teacher's output layer ``[V/tp, H]``; under sequence parallelism, while
+    it is applied, one ``[s, b, H]``.
     """
 
     def __init__(self, checkpoint: Checkpoint, transfer: Transfer, groups: Groups, dtype: torch.dtype) -> None:
@@ -58,10 +58,11 @@ def run_replica(teacher: Teacher, transfer: Transfer, requests: torch.Tensor, fi
         teacher: this rank's part.
         transfer: says whether logits are wanted.
         requests: ``[m, 2, b, s]``.
-        first: number of the first.
+        first: number of the first micro-batch.
 
     Returns:
-        On the teacher's last stage by number what :func:`~nemo_minitron.distillation.teachers.placement.deliver` takes.
+        On the teacher's last stage, by number, the ``results`` of
+        :func:`~nemo_minitron.distillation.teachers.placement.deliver`.
     """
     if not len(requests):
         return {}
@@ -117,9 +118,9 @@ class OwnLayoutTeacher:
     def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`; called on every rank."""
         micro_batch_size, sequence = batches[0]["tokens"].shape
-        mine = packed_requests(batches, self._like.device)
-        everyone = [torch.empty_like(mine) for _ in range(self.groups.layout.data)]
-        dist.all_gather(everyone, mine, group=self.groups.dp)
+        own_requests = packed_requests(batches, self._like.device)
+        everyone = [torch.empty_like(own_requests) for _ in range(self.groups.layout.data)]
+        dist.all_gather(everyone, own_requests, group=self.groups.dp)
         requests = torch.cat(everyone)
         with self._second.active() as own:
             numbers = self.transfer.replica(own.dp_rank, len(requests))
@@ -141,4 +142,4 @@ class OwnLayoutTeacher:
         return self._output.logits(kept)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to close."""

@@ -1,15 +1,15 @@
-"""A teacher on ranks of its own, which serve the student's.
+"""A teacher on ranks of its own, which serve the student's ranks.
 
-NeMo's strategy and Megatron's groups take the whole world to be theirs. So the processes of one launch part into two
-worlds before either starts ``torch.distributed``: the first ranks are the student's world, in which NeMo's trainer runs
-as ever; the others are the teacher's, with Megatron's groups in its own layout and no NeMo at all. Between them is one
-gloo group over all processes, outside of both worlds (:class:`Bridge`). Both use the launcher's store, the teacher's
-world and the bridge under prefixes of their own.
+NeMo's strategy and Megatron's groups always use the whole world. So the processes of one launch are divided into two
+worlds before either starts ``torch.distributed``. The first ranks are the student's world, in which NeMo's trainer runs
+as usual; the others are the teacher's world, with Megatron's groups in its own layout and without NeMo. One gloo group
+over all processes, outside of both worlds, connects them (:class:`Bridge`). Both worlds use the launcher's store; the
+teacher's world and the bridge have their own key prefixes in it.
 
-The protocol: before each step the student's first rank sends every teacher rank a header, ``[op, m, b, s]``; the first
-rank of each of the student's replicas sends the ranks of the teacher's replicas the tokens that they are to run; the
-teacher's last stage delivers to the student's (:mod:`~nemo_minitron.distillation.teachers.placement`). A last header
-ends it. A world that fails closes its connections, which ends the other.
+The protocol: before each step the student's first rank sends every teacher rank a header, ``[op, m, b, s]``. The first
+rank of each student replica sends the tokens to the ranks of the teacher replicas that run them. The teacher's last
+stage delivers its results to the student's (:mod:`~nemo_minitron.distillation.teachers.placement`). A final header ends
+the protocol. A world that fails closes its connections, which ends the other world.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _REQUESTS, _RESULTS = 1, 2
 
 
 def becomes_teacher(student: ParallelLayout, teacher: ParallelLayout) -> bool:
-    """Whether this process is one of the teacher's; if not, the student's world is all that it sees from here on.
+    """Whether this process is a teacher rank. If not, it sees only the student's world from here on.
 
     Call it before anything starts ``torch.distributed`` or builds a trainer: it sets ``WORLD_SIZE`` and
-    ``LOCAL_WORLD_SIZE``, from which they learn how many processes there are.
+    ``LOCAL_WORLD_SIZE``, from which these take the number of processes.
 
     Raises:
-        ConfigError: if the launched processes are not those of the two layouts.
+        ConfigError: if the number of launched processes is not the sum of both layouts.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != student.world_size + teacher.world_size:
@@ -66,13 +66,13 @@ def becomes_teacher(student: ParallelLayout, teacher: ParallelLayout) -> bool:
 
 
 def _store(timeout: datetime.timedelta) -> dist.TCPStore:
-    """The launcher's store, or that of the student's first rank, as a further client.
+    """A further client of the launcher's store, or of the store of the student's first rank.
 
-    The student's comes up a minute after these ranks have started, once NeMo is imported. A client that finds no server
-    tries again at ever longer intervals, so look for it first.
+    The student's store starts a minute after these ranks, once NeMo is imported. A client without a server retries at
+    ever longer intervals, so this waits for the server's port first.
 
     Raises:
-        ConfigError: if it does not come up.
+        ConfigError: if no store starts in time.
     """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = time.monotonic() + timeout.total_seconds()
@@ -98,12 +98,12 @@ def _store(timeout: datetime.timedelta) -> dist.TCPStore:
 class Bridge:
     """Messages between the two worlds, over gloo and through the memory of the hosts.
 
-    The student's ranks come first, the teacher's after them. Made on every process of both at once.
+    The student's ranks come first, the teacher's after them. Collective over the processes of both worlds.
 
     Args:
         student, teacher: layouts.
         rank: of this process among all.
-        timeout_minutes: after which a message that does not come is an error.
+        timeout_minutes: longest wait for a message; after it an error is raised.
     """
 
     def __init__(self, student: ParallelLayout, teacher: ParallelLayout, *, rank: int, timeout_minutes: float) -> None:
@@ -138,17 +138,17 @@ class Bridge:
 
 
 class RemoteTeacher:
-    """What the student's ranks have of a teacher that runs elsewhere.
+    """On the student's ranks, stands for a teacher that runs on other ranks.
 
     Memory: on the last stage the teacher's output layer (see :class:`OutputLayer`), and for each micro-batch of a step
     what is delivered. Communication a step: 8 bytes a token to each rank of one teacher replica, and the delivery. The
     student waits for the teacher.
 
     Args:
-        checkpoint: the teacher, of which the output layer alone is read.
+        checkpoint: the teacher; only its output layer is read.
         groups: the student's.
         layout: the teacher's.
-        dtype: of what is delivered.
+        dtype: of the delivered tensors.
         timeout_minutes: of the bridge.
     """
 
@@ -222,7 +222,7 @@ class RemoteTeacher:
 
 
 def _share(transfer: Transfer, replica: int, student_replica: int, micro_batches: int) -> slice:
-    """Of one student replica's micro-batches those that a teacher replica runs."""
+    """The micro-batches of one student replica that a teacher replica runs."""
     numbers = transfer.replica(replica, micro_batches * transfer.student.data)
     first = student_replica * micro_batches
     start, stop = (min(max(end - first, 0), micro_batches) for end in (numbers.start, numbers.stop))
@@ -239,15 +239,15 @@ def serve_teacher(
     seed: int = 1234,
     device: Device | None = None,
 ) -> int:
-    """What a rank of the teacher does: run what the student's ranks ask for until they are done.
+    """Run the micro-batches that the student's ranks send, until they are done. Every teacher rank calls it.
 
     Args:
         checkpoint: the teacher.
         student, layout: the student's layout, and the teacher's.
-        dtype: of its weights and activations, and of what is delivered.
-        timeout_minutes: without a message for so long, it gives up.
+        dtype: of its weights, activations and the delivered tensors.
+        timeout_minutes: longest wait for a message; after it an error is raised.
         seed: of Megatron's random-state tracker.
-        device: of this process; None for what was decided on at its start.
+        device: of this process; None for the device chosen at its start.
 
     Returns:
         Steps served.

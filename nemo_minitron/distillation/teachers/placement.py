@@ -1,14 +1,14 @@
-"""Where the teacher runs, and what comes from there to the student's ranks.
+"""Where the teacher runs, and how its results get to the student's ranks.
 
-A teacher in a layout of its own leaves its result on the last-stage ranks of its data-parallel replicas; it is needed
-on the last-stage ranks of the student's. :class:`Transfer` says who sends which part of what to whom, the same on every
-rank; :func:`deliver` does it.
+The results of a teacher in a layout of its own are on the last-stage ranks of its data-parallel replicas; the
+last-stage ranks of the student's replicas need them. :class:`Transfer` lists which rank sends which part to which rank;
+it is the same on every rank. :func:`deliver` sends them.
 
-What is sent of a token is the hidden state before the output layer, or its logits, whichever is less: each of the
-student's tensor-parallel ranks needs the whole hidden state (under sequence parallelism only that of its own tokens,
-and gathers the others' itself), but only its own columns of the logits. So hidden states cost ``H tp`` (or ``H``)
-numbers a token, logits ``V``, and hidden states are sent where ``H tp <= V``. The student's last-stage ranks then hold
-the rows of the teacher's output layer that the student's layout gives them.
+For each token, either the hidden state before the output layer or the logits are sent, whichever is smaller. Each of
+the student's tensor-parallel ranks needs the whole hidden state (under sequence parallelism only that of its own
+tokens; it gathers the others itself), but only its own columns of the logits. So hidden states cost ``H tp`` (or ``H``)
+numbers per token, logits ``V``, and hidden states are sent if ``H tp <= V``. The student's last-stage ranks then hold
+the teacher's output layer, split in the student's layout.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TeacherPlacement:
     Attributes:
         kind: "shared" (the student's ranks and layout), "own_layout" (the same ranks, another layout) or "own_ranks"
             (further ranks, in a layout of their own).
-        layout: of the teacher, where it is its own; without virtual pipeline stages.
-        cache: directory of a logit cache, which takes the place of a teacher.
-        timeout_minutes: after which ranks of the student and of the teacher stop waiting for each other.
+        layout: of the teacher, where it has its own; without virtual pipeline stages.
+        cache: directory of a logit cache, which replaces the teacher.
+        timeout_minutes: longest wait of the student's and the teacher's ranks for each other.
     """
 
     kind: str = "shared"
@@ -46,7 +46,7 @@ class TeacherPlacement:
 
 
 class Piece(NamedTuple):
-    """A run of tokens (of hidden states) or of columns (of logits) that one rank sends to one."""
+    """A range of tokens (of hidden states) or of columns (of logits) that one rank sends to another."""
 
     sender: int
     receiver: int
@@ -56,7 +56,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Transfer:
-    """What goes from the teacher's ranks to the student's.
+    """Everything that the teacher's ranks send to the student's.
 
     Attributes:
         shape: of the teacher.
@@ -69,17 +69,17 @@ class Transfer:
 
     @property
     def hidden(self) -> bool:
-        """Hidden states are sent, and not logits."""
+        """Whether hidden states are sent instead of logits."""
         copies = 1 if self.student.sequence_parallel else self.student.tensor
         return self.shape.hidden_size * copies <= self.shape.vocab_size
 
     @property
     def axis(self) -> int:
-        """Of ``[s, b, H]`` or ``[s, b, V/tp]``, along which it is cut."""
+        """The dimension of ``[s, b, H]`` or ``[s, b, V/tp]`` along which it is split."""
         return 0 if self.hidden else 2
 
     def extent(self, layout: ParallelLayout, tensor_rank: int, sequence: int) -> tuple[int, int]:
-        """Tokens, or true columns, that a rank of a layout has or needs: first and one past the last."""
+        """Range ``(first, end)`` of the tokens, or columns without padding, that a rank has or needs."""
         if self.hidden:
             if not layout.sequence_parallel:
                 return 0, sequence
@@ -90,7 +90,7 @@ class Transfer:
         return min(tensor_rank * run, size), min((tensor_rank + 1) * run, size)
 
     def pieces(self, sequence: int) -> list[Piece]:
-        """The parts of one micro-batch; together each receiver gets all that it needs, once."""
+        """The parts of one micro-batch; each receiver gets everything that it needs exactly once."""
         pieces = []
         for receiver in range(self.student.tensor):
             first, last = self.extent(self.student, receiver, sequence)
@@ -107,13 +107,13 @@ class Transfer:
     def replica(self, number: int, count: int) -> range:
         """The micro-batches that a replica of the teacher runs.
 
-        Those of a step are numbered replica of the student by replica; ``count`` is the number of all.
+        The micro-batches of a step are numbered, one student replica after the other; ``count`` is their number.
         """
         data = self.teacher.data
         return range(number * count // data, (number + 1) * count // data)
 
     def messages(self, micro_batches: int, sequence: int) -> Iterator[tuple[int, Piece, int, int]]:
-        """``(number of the micro-batch, part, teacher's rank, student's rank)`` of a step, in one order everywhere.
+        """``(micro-batch number, part, teacher rank, student rank)`` of a step, in the same order on every rank.
 
         Args:
             micro_batches: of one replica of the student.
@@ -155,11 +155,11 @@ def deliver(
     """Bring a step's results to the student's last-stage ranks. Called on every rank of both.
 
     Args:
-        transfer: who sends what to whom.
-        link: between them.
+        transfer: which rank sends what to which.
+        link: sends the messages.
         results: on the teacher's last-stage ranks by the micro-batch's number: ``[s (/tp), b, H]``, or
             ``[s, b, V/tp]``.
-        teacher_rank, student_rank: this process's place in the layouts; None where it is none of it.
+        teacher_rank, student_rank: this process's rank in each layout; None if it is not in that layout.
         micro_batches: of one replica of the student; micro_batch_size, sequence: b and s.
         like: a tensor of the results' dtype and device.
 
@@ -196,7 +196,7 @@ def deliver(
 def _buffers(
     transfer: Transfer, student_rank: int | None, micro_batches: int, rows: int, sequence: int, like: torch.Tensor
 ) -> dict[int, torch.Tensor]:
-    """By number, what a rank of the student is to receive; columns of padding are zero, and no one sends them."""
+    """By number, the buffers that a student rank receives into; padding columns are zero and are not sent."""
     layout = transfer.student
     if student_rank is None or student_rank < layout.rank(tensor=0, data=0, pipeline=layout.pipeline - 1):
         return {}
@@ -210,7 +210,7 @@ def _buffers(
 
 
 def packed_requests(batches: Sequence[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """``[m, 2, b, s]`` int32: tokens of each micro-batch, and where their documents start."""
+    """``[m, 2, b, s]`` int32: tokens of each micro-batch, and the position where each token's document starts."""
     return torch.stack(
         [
             torch.stack([batch["tokens"].to(torch.int32), starts_of_positions(batch["position_ids"])])

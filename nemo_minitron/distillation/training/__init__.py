@@ -1,3 +1,3 @@
-"""The training loop that distillation, correction and recovery share: NeMo's trainer, our data, metrics,
-checkpoints.
+"""The training loop that distillation, correction and recovery share: NeMo's trainer with this
+suite's data, metrics and checkpoints.
 """

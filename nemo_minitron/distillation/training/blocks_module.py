@@ -32,7 +32,7 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         seed: of the order of each further pass over the blocks.
 
     Raises:
-        DataError: for no blocks, or one in which no label counts.
+        DataError: for no blocks, or a block in which no label counts.
     """
 
     def __init__(self, blocks: torch.Tensor | Blocks, length: int | None = None, *, seed: int = 0) -> None:
@@ -126,10 +126,10 @@ class BlockDataModule(pl.LightningDataModule):
 
 
 class DocumentMasks(pl.Callback):
-    """Has Transformer Engine's attention obey the masks of the batches: :func:`~.masks.documents_masked`.
+    """Makes Transformer Engine's attention use the masks of the batches: :func:`~.masks.documents_masked`.
 
-    From the start of a training to its end, where the blocks hold several documents; without Transformer Engine, masks
-    are obeyed anyway.
+    It is active from the start of a training to its end, if the blocks hold several documents. Without Transformer
+    Engine, attention uses the masks anyway.
     """
 
     def __init__(self, masked: bool) -> None:

@@ -16,11 +16,11 @@ __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the state after the last step: at each validation, and every so many steps.
+    """Keeps the latest training state: saved at each validation, and every ``every`` steps.
 
     Args:
-        directory: of the one checkpoint that is kept.
-        every: steps.
+        directory: of the single checkpoint that is kept.
+        every: number of steps.
     """
 
     # NeMo's logger sets the class's own to the pattern of whichever callback comes last.
@@ -39,7 +39,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        """The last step is saved when its validation is over: who finds it need not go on."""
+        """The last step is saved after its validation: a training that finds this checkpoint is complete."""
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, *arguments)
 
@@ -52,11 +52,11 @@ class LastCheckpoint(ModelCheckpoint):
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights of the validation with the lowest value, beside NeMo's own checkpoint callback.
 
-    NeMo's class is made to be the trainer's only one: each would tidy the log directory when a training goes on, where
-    the second finds nothing left, and would rename the others' checkpoints after its own pattern.
+    NeMo's class does not allow a second instance in a trainer: each would clean the log directory on a resume and
+    rename the other's checkpoints to its own pattern.
 
     Args:
-        directory: of the one checkpoint that is kept.
+        directory: of the single checkpoint that is kept.
         monitor: the value's name among the trainer's metrics.
     """
 
@@ -73,7 +73,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find what an earlier process kept: its state may be older than its files."""
+        """Look for an earlier process's best checkpoint: the restored state may be older than the files."""
         assert self.dirpath is not None
         kept = sorted(directories(Path(self.dirpath)), key=value_of)
         for path in kept[1:]:  # killed before it could be removed

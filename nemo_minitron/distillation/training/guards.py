@@ -1,4 +1,4 @@
-"""What ends a training before it does harm, or before the machine is taken away."""
+"""Callbacks that stop a training: at values that are not finite, and at a signal before the machine is taken away."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FiniteGradients", "Preemption", "finite_gradients", "largest"]
 
 
 def largest(value: float, groups: Groups) -> float:
-    """The largest value among all ranks of a training, which all call it: two all-reduces of one number."""
+    """The largest value among all ranks of a training. Collective: two all-reduces of one number."""
     reduced = torch.tensor(value, dtype=torch.float64, device=groups.device.torch)
     for group in (groups.model, groups.dp_cp):
         if dist.get_world_size(group) > 1:
@@ -27,15 +27,15 @@ def largest(value: float, groups: Groups) -> float:
 
 
 def finite_gradients(chunks: Sequence[Any], groups: Groups, whose: str) -> None:
-    """Whether all gradients are finite, on every rank; which all call it.
+    """Check that all gradients are finite on every rank. Collective.
 
     Args:
-        chunks: this rank's, in Megatron's ``DistributedDataParallel``.
+        chunks: this rank's model chunks, in Megatron's ``DistributedDataParallel``.
         groups: of the training.
-        whose: for the message.
+        whose: name of the model, for the message.
 
     Raises:
-        NonFiniteError: on every rank, if any of them has one that is not.
+        NonFiniteError: on every rank, if any rank has a gradient that is not finite.
     """
     norms = [
         torch.linalg.vector_norm(buffer.grad_data)
@@ -60,14 +60,14 @@ class FiniteGradients(pl.Callback):
         """The gradients are complete: the schedule has reduced them over the data-parallel ranks.
 
         Raises:
-            NonFiniteError: nothing was updated.
+            NonFiniteError: for a gradient that is not finite; nothing was updated.
         """
         chunks: Any = trainer.strategy.model
         finite_gradients([chunk.module for chunk in chunks], pl_module.groups, f"step {trainer.global_step}")
 
 
 class Preemption(pl.Callback):
-    """On SIGTERM or SIGUSR1, to any rank: ends the step that runs, saves, and ends the training on all ranks.
+    """On SIGTERM or SIGUSR1 to any rank: finishes the current step, saves, and ends the training on all ranks.
 
     Cost a step: :func:`largest`.
 
@@ -79,7 +79,7 @@ class Preemption(pl.Callback):
         self._request = request
 
     def on_train_start(self, *_: Any) -> None:
-        """Lightning's own handler of SIGTERM would end the rank that it reaches, and no other."""
+        """Replace Lightning's own handler of SIGTERM, which would end only the rank that gets the signal."""
         self._request.reinstall()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:

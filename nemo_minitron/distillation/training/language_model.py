@@ -1,7 +1,7 @@
 """NeMo 2's GPT module trained on the text itself, by the vocabulary-parallel cross-entropy.
 
-What every training here shares is here too: to NeMo the model is a plain one of its family in every way. Its
-checkpoints name ``LlamaModel``, ``Qwen2Model``, ... as their class, so plain NeMo opens them.
+Also here is the base of all trained models: to NeMo the model is a plain model of its family. Its checkpoints name
+``LlamaModel``, ``Qwen2Model``, ... as their class, so plain NeMo opens them.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ _TOKENS = "tokens"
 
 
 def plain_context(initial: Checkpoint, arguments: dict[str, Any]) -> fdl.Config[GPTModel]:
-    """What NeMo writes into the context of a checkpoint: the model as the plain one of its family that it is."""
+    """The model's entry in the context of a NeMo checkpoint: a plain model of its family."""
     plain = {name: value for name, value in arguments.items() if name in ("config", "optim", "tokenizer")}
     return fdl.Config(model_class(initial.architecture.family), **plain)
 
 
 class TrainedModel(GPTModel):
-    """What every training shares; a base alone, as NeMo changes the classes of the models that it trains.
+    """Base of all trained models. Train only subclasses: NeMo modifies the class of a model that it trains.
 
     Args:
         config: NeMo's configuration of the model. Its ``calculate_per_token_loss`` is switched on, so that the loss of
-            a step is the mean over all valid tokens of its global batch, however they fall on micro-batches and ranks.
+            a step is the mean over all valid tokens of its global batch, however they are split over micro-batches and
+            ranks.
         initial: weights to start from.
         layout: parallel layout.
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
     Attributes:
-        balance: the values of the losses inside a model, where there are any.
-        further: values of the last step besides those of the loss, by their names in the metrics.
+        balance: gathers the values of the intermediate losses, if there are any.
+        further: other values of the last step, by their names in the metrics.
     """
 
     VALIDATED: ClassVar[tuple[str, ...]] = (LM_LOSS,)
@@ -82,9 +83,9 @@ class TrainedModel(GPTModel):
         return plain_context(kwargs["initial"], kwargs)
 
     def reinit(self) -> TrainedModel:
-        """A further chunk of the model: NeMo asks for one a virtual stage.
+        """A further chunk of the model: NeMo asks for one per virtual stage.
 
-        Without this method NeMo would build what the context names, a plain model.
+        Without this method NeMo would build the class that the context names, a plain model.
         """
         raise NotImplementedError
 
@@ -100,7 +101,7 @@ class TrainedModel(GPTModel):
 
     @property
     def vocab_size(self) -> int:
-        """Of the true vocabulary: the output layer's further columns are padding."""
+        """Size of the true vocabulary: the output layer's further columns are padding."""
         return self._initial.shape.vocab_size
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -134,7 +135,7 @@ class TrainedModel(GPTModel):
 
     @property
     def validation_loss_reduction(self) -> TokenLoss:
-        """The same loss, with all that is measured beside it."""
+        """The same loss, with further values that are only measured in validation."""
         if self._validation_loss_reduction is None:
             self._validation_loss_reduction = self.loss_reduction(validation=True)
         return self._validation_loss_reduction
@@ -158,9 +159,9 @@ class TokenLoss(MegatronLossReduction):
     """The loss of a micro-batch, summed over its valid tokens; Megatron divides by the tokens of the global batch.
 
     Attributes:
-        values: means a valid token of the last step that was reduced, by their names in the metrics; the same on all
-            ranks of the last stage.
-        tokens: valid ones of that step.
+        values: means per valid token of the last reduced step, by their names in the metrics; the same on all ranks of
+            the last stage.
+        tokens: number of valid tokens of that step.
     """
 
     NAME: ClassVar[str]
@@ -175,7 +176,7 @@ class TokenLoss(MegatronLossReduction):
         self.tokens = 0.0
 
     def measure(self, batch: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of each token that is trained on, ``[s, b]``, and what is reported, by name, the main value first.
+        """The training loss of each token, ``[s, b]``, and the reported values by name, the main value first.
 
         Args:
             batch: a micro-batch.
@@ -206,7 +207,7 @@ class TokenLoss(MegatronLossReduction):
         return loss, tokens.to(torch.int), {**report, _TOKENS: tokens}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Mean of the main value a token over all micro-batches and data-parallel ranks, on the last stage."""
+        """Mean of the main value per token over all micro-batches and data-parallel ranks, on the last stage."""
         # The names come from the reports: of a virtual pipeline, another chunk's loss may have measured.
         reports = losses_reduced_per_micro_batch
         sums = torch.stack([torch.stack(list(report.values())) for report in reports]).sum(0)

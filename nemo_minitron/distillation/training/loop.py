@@ -1,6 +1,6 @@
-"""A NeMo 2 training on token blocks, put together from NeMo's own parts: what distillation and correction share.
+"""A NeMo 2 training on token blocks, built from NeMo's own parts, for distillation and correction.
 
-:func:`trainer_of` and :func:`optimizer_of` are what a NeMo recipe would return; :func:`train` runs them.
+:func:`trainer_of` and :func:`optimizer_of` return the objects of a NeMo recipe; :func:`train` runs them.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def train(
         seed: of the order of repeated passes over the data.
         directory: gets ``checkpoints/``, ``best/`` where it is kept, ``tensorboard/`` and ``metrics.jsonl``.
         resume: go on from the last whole checkpoint in ``directory``.
-        callbacks: what the loss needs, before those of this function.
-        forward: further models that run forward on the tokens of each step, for the count of FLOPs.
+        callbacks: callbacks of the loss; they run before those of this function.
+        forward: further models that run forward on the tokens of each step; they are counted in the FLOPs.
         title: of the progress bar.
 
     Raises:
@@ -259,7 +259,7 @@ def _forward_flops(model: Checkpoint, sequence_length: int) -> float:
 
 
 def _directory(checkpoint: str) -> Path:
-    """NeMo's checkpoints are directories; Lightning's names for them are of files."""
+    """The directory of a NeMo checkpoint; Lightning's name for it is that of a file."""
     return Path(checkpoint.removesuffix(".ckpt"))
 
 

@@ -1,4 +1,4 @@
-"""What a training tells: one JSON object a step, TensorBoard through NeMo's logger, a progress bar on rank 0."""
+"""Metrics of a training: one JSON object per step, TensorBoard through NeMo's logger, a progress bar on rank 0."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ VALIDATION = "val_"
 
 
 class StepMetrics(pl.Callback):
-    """Writes ``metrics.jsonl``: a line a training step and a line a validation.
+    """Writes ``metrics.jsonl``: a line per training step and a line per validation.
 
     The last pipeline stage knows the loss, so its first rank writes. After a resume, lines of steps that are trained
     again are dropped first.
 
     Training lines: ``step`` (1-based), ``tokens`` (in all), the values of the loss (of a distillation ``kl``, and
-    ``lm_loss`` where labels take part; otherwise ``lm_loss``), ``lr`` (of this step), ``grad_norm``,
-    ``tokens_per_second``, ``tflops`` (model FLOPs a second and rank, in 1e12; none are counted for what is computed
-    again), ``memory`` (largest of any rank so far: on CUDA allocated bytes, otherwise resident ones), ``seconds``
-    (since the start of this process's training). Validation lines: ``split`` =
-    "validation", ``step``, ``tokens``, of a distillation ``kl``, and ``lm_loss``. With intermediate losses both have
-    the value of each, times its own weight (``hidden``, ``embedding``, ``attention``), and ``alpha``, the weight of
-    their sum in that step. With a teacher that is corrected meanwhile, training lines have ``teacher_lm_loss``,
-    ``teacher_lr`` and ``teacher_grad_norm``.
+    ``lm_loss`` if labels are part of the loss; otherwise ``lm_loss``), ``lr`` (of this step), ``grad_norm``,
+    ``tokens_per_second``, ``tflops`` (model FLOPs per second and rank, in 1e12, without recomputation), ``memory``
+    (largest of any rank so far, in bytes: allocated on CUDA, otherwise resident), ``seconds`` (since the start of this
+    process's training). Validation lines: ``split`` = "validation", ``step``, ``tokens``, of a distillation ``kl``, and
+    ``lm_loss``. With intermediate losses both have the value of each, times its own weight (``hidden``, ``embedding``,
+    ``attention``), and ``alpha``, the weight of their sum in that step. With a teacher that is trained at the same
+    time, training lines have ``teacher_lm_loss``, ``teacher_lr`` and ``teacher_grad_norm``.
     """
 
     def __init__(self, path: Path, *, tokens_per_step: int, flops_per_step: float, every: int = 1) -> None:
@@ -73,7 +72,7 @@ class StepMetrics(pl.Callback):
         self._file = self.path.open("a", buffering=1)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """The learning rate of the step; after it, the scheduler has moved on."""
+        """Note the learning rate of the step; after the step the scheduler has the next one."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_megatron_reduce_microbatches_end(self, step: MegatronStep, loss_reduction: Any, reduced: Any) -> None:
@@ -130,7 +129,7 @@ class StepMetrics(pl.Callback):
         self._last = time.monotonic()
 
     def _mean(self, name: str) -> float:
-        """Of a value, over the tokens of the validation's steps; 0 on stages that do not know it."""
+        """Mean of a value over the tokens of the validation's steps; 0 on stages that do not have it."""
         weighed = zip(self._validation, self._validated, strict=True)
         return sum(values[name] * tokens for values, tokens in weighed) / max(1.0, sum(self._validated))
 
@@ -146,11 +145,11 @@ class StepMetrics(pl.Callback):
 
 
 class ExactPosition(pl.Callback):
-    """Sets Lightning's counters right when a training goes on, so that validations fall on the same steps.
+    """Corrects Lightning's counters after a resume, so that validations fall on the same steps.
 
-    Checkpoints are saved in hooks that Lightning calls before it counts the batch as completed: it would go on one
-    batch behind. And it would take the last validation before the checkpoint for one of the step that is due, if the
-    training was killed before that began. A validation that is due at the checkpoint's step is made (again).
+    Checkpoints are saved in hooks that Lightning calls before it counts the batch as completed, so a resume would be
+    one batch behind. If the training was killed before a validation that was due, Lightning would also take the
+    validation before it for the one that is due. A validation that is due at the checkpoint's step is (re)run.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,7 +186,7 @@ class ProgressBar(pl.Callback):
         )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Advance it."""
+        """Advance the bar."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         if self._advance is not None:
@@ -196,13 +195,13 @@ class ProgressBar(pl.Callback):
             self._advance(1, f"{loss}{self.tokens_per_step / seconds:,.0f} tokens/s")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take it away, also after an error."""
+        """Remove the bar, also after an error."""
         self._stack.close()
         self._advance = None
 
 
 def _peak_memory(device: Device) -> int:
-    """Of this process: bytes that it held at most, on its device where that is CUDA."""
+    """Peak memory of this process in bytes: on CUDA that of its device, otherwise resident memory."""
     if device.is_cuda:
         return torch.cuda.max_memory_allocated()
     return peak_rss_bytes()

@@ -1,4 +1,4 @@
-"""What a training leaves in its directory, told from the names alone."""
+"""The outputs of a training in its directory, read from file names alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Trained:
 
     Attributes:
         last: weights, optimizer and position after the last step.
-        best: weights of the best validation, where they are kept.
+        best: weights of the best validation, if they were kept; else None.
     """
 
     last: Path
@@ -32,9 +32,9 @@ def directories(folder: Path) -> list[Path]:
 
 
 def finished(directory: Path, steps: int) -> Trained | None:
-    """What a training of so many steps left in ``directory``, or None if it has not come to its end.
+    """Outputs of a training of ``steps`` steps in ``directory``, or None if it is not finished.
 
-    The checkpoint of the last step is saved after its validation, so nothing is lacking beside it.
+    The checkpoint of the last step is saved after its validation, so everything else is complete by then.
     """
     last = directory / "checkpoints" / f"step={steps - 1}-last"  # NeMo counts from 0
     if last not in directories(last.parent):
@@ -44,14 +44,14 @@ def finished(directory: Path, steps: int) -> Trained | None:
 
 
 def value_of(checkpoint: Path) -> float:
-    """Of the validation that a best checkpoint is named after."""
+    """The validation value in the name of a best checkpoint."""
     return float(checkpoint.name.rpartition("=")[2])
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run left half-written (NeMo marks it), so that the resume finds only whole checkpoints.
+    """Remove unfinished checkpoints of a killed run (NeMo marks them), so that the resume finds only whole ones.
 
-    Every rank looks, and whichever comes first removes: nothing else touches the directory before training starts.
+    Every rank tries; the first one removes, and nothing else touches the directory before training starts.
     """
     for marker in folder.glob("*" + UNFINISHED):
         shutil.rmtree(str(marker).removesuffix(UNFINISHED), ignore_errors=True)

@@ -1,9 +1,9 @@
-"""The checks of ``minitron doctor --run``: what each runs, and how near it must come to one process on the CPU.
+"""The checks of ``minitron doctor --run``: what each runs, and how far it may differ from one process on the CPU.
 
 A check is a module of this package with a function ``run(context) -> {quantity: tensor}``, which every rank of the
-layout calls; a rank returns what it holds (whole tensors, on the CPU), the others nothing. Where it has a function
-``reference(context)``, that one makes the reference, else ``run`` does: in one process, on the CPU, in float32.
-:data:`CHECKS` says what belongs to each; nothing here imports torch before it is needed.
+layout calls. The ranks that hold results return them (whole tensors, on the CPU), the others return nothing. The
+reference is computed by the module's function ``reference(context)`` if it has one, otherwise by ``run``: in one
+process, on the CPU, in float32. :data:`CHECKS` describes each check; nothing here imports torch before it is needed.
 
 The tests on a GPU call them one by one::
 
@@ -11,12 +11,12 @@ The tests on a GPU call them one by one::
     from nemo_minitron.doctor.prove import references
 
     expected = references(["forward"], folder)      # a process of its own, on the CPU
-    found = measure("forward", Context(material, layout, "bfloat16", scratch))  # in this process, on its device
-    for row in compare(CHECKS["forward"], "bfloat16", found, expected["forward"]):
+    actual = measure("forward", Context(material, layout, "bfloat16", scratch))  # in this process, on its device
+    for row in compare(CHECKS["forward"], "bfloat16", actual, expected["forward"]):
         assert row.passed, row
 
-With Transformer Engine, set ``NVIDIA_TF32_OVERRIDE=0`` in the environment for that, as the command does: its float32
-products are TF32 otherwise.
+With Transformer Engine, set ``NVIDIA_TF32_OVERRIDE=0`` in the environment, as the command does: otherwise its float32
+products are computed in TF32.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ class Quantity:
     by_norm: bool = False
 
     def tolerance(self, precision: str) -> float:
-        """That of a precision."""
+        """The allowed difference in a precision."""
         return float(getattr(self, precision))
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check.
+    """One check.
 
     Attributes:
         name: of its module and in ``checks=[...]``.
-        title: for people.
+        title: its description in tables.
         group: checks of one group share their processes.
         quantities: what it must return, by name.
-        needs: what it needs besides torch, transformers and Megatron-core, by the keys of
-            :data:`nemo_minitron.runtime.requirements.PARTS`; without them it is not run.
+        needs: packages beyond torch, transformers and Megatron-core, as keys of
+            :data:`nemo_minitron.runtime.requirements.PARTS`; without them the check is not run.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Check:
     needs: tuple[str, ...] = ()
 
     def refuses(self, parallel: ParallelLayout) -> str | None:
-        """Why it cannot run under a layout that other checks can, or with what is installed; None if it can."""
+        """Why the check cannot run under this layout or with the installed packages; None if it can."""
         if self.name == "sft" and parallel.virtual_pipeline is not None:
             return "NeMo-Aligner has no interleaved pipeline schedule (parallel.virtual_pipeline)"
         return "; ".join(faults({self.title: self.needs})) or None
@@ -129,7 +129,7 @@ CHECKS: dict[str, Check] = {
 
 @dataclass
 class Context:
-    """What a check gets.
+    """The input of a check.
 
     Attributes:
         material: models and tokens; the same on every rank, and for the reference.
@@ -137,7 +137,7 @@ class Context:
         precision: "float32" or "bfloat16".
         scratch: empty directory that all ranks see.
         timeout_minutes: of a collective.
-        details: what the check has to tell beside its quantities; JSON values.
+        details: further results of the check, as JSON values.
     """
 
     material: Material
@@ -156,7 +156,7 @@ class Context:
 
     @property
     def trainer_precision(self) -> str:
-        """As trainings call it."""
+        """The precision as trainings name it."""
         return "bf16-mixed" if self.precision == "bfloat16" else "32"
 
     def groups(self) -> Groups:
@@ -180,11 +180,11 @@ class Row:
     """One quantity of a check in one precision, against the reference.
 
     Attributes:
-        check, precision, quantity: which.
+        check, precision, quantity: their names.
         status: "passed", "failed" or "not run".
         difference, tolerance: relative; None where there is nothing to compare.
         seconds: that the check took on its slowest rank, all quantities together.
-        reason: of a check that failed or was not run.
+        reason: why a check failed or was not run.
     """
 
     check: str
@@ -198,12 +198,12 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """It ran, and is near enough."""
+        """Whether the check ran and its difference is within the tolerance."""
         return self.status == "passed"
 
 
 def module_of(name: str) -> ModuleType:
-    """The module of a check, and all that it needs imported."""
+    """Import the module of a check, with everything that it needs."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
@@ -218,7 +218,7 @@ def measure(name: str, context: Context) -> dict[str, torch.Tensor]:
 
 
 def reference_of(name: str, context: Context) -> dict[str, torch.Tensor]:
-    """What :func:`measure` must come near, in this process: one, on the CPU, with a layout of one."""
+    """The reference for :func:`measure`, computed in this process: on the CPU, in a layout of one process."""
     module = module_of(name)
     values: dict[str, torch.Tensor] = getattr(module, "reference", module.run)(context)
     return values
@@ -232,16 +232,16 @@ def compare(
     *,
     seconds: float | None = None,
 ) -> list[Row]:
-    """Hold what a check measured against its reference.
+    """Compare the quantities that a check measured with its reference.
 
     Args:
-        check: which.
-        precision: of ``found``.
-        found, expected: tensors by quantity.
+        check: the check.
+        precision: of ``actual``.
+        actual, expected: tensors by quantity.
         seconds: that the check took.
 
     Returns:
-        A row for each quantity of the check. One that is missing, of another shape or not finite has failed.
+        A row for each quantity of the check. A quantity that is missing, of another shape or not finite has failed.
     """
     rows = []
     for name, quantity in check.quantities.items():
@@ -266,11 +266,11 @@ def compare(
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor, *, by_norm: bool) -> float:
     """Relative difference; infinite or NaN where either is."""
-    ours, theirs = actual.double(), expected.double()
+    value, reference = actual.double(), expected.double()
     if by_norm:
-        apart, scale = (ours - theirs).norm(), theirs.norm()
+        apart, scale = (value - reference).norm(), reference.norm()
     else:
-        apart, scale = (ours - theirs).abs().max(), theirs.abs().max()
+        apart, scale = (value - reference).abs().max(), reference.abs().max()
     if float(scale) == 0.0:
         return 0.0 if float(apart) == 0.0 else math.inf
     return float(apart / scale)

@@ -1,4 +1,4 @@
-"""How fast the ranks add up, and that none is left out."""
+"""The bandwidth of all-reduces, and that every rank takes part."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ REPEATS = {"cpu": 3, "cuda": 10}
 
 
 def run(context: Context) -> dict[str, torch.Tensor]:
-    """``sum``: smallest and largest element of the sums, which must be ones. The bandwidths go to the details.
+    """``sum``: smallest and largest element of the sums, which must be 1. The bandwidths go to the details.
 
-    Bus bandwidth is what NVIDIA's nccl-tests call so: ``bytes / time * 2 (n - 1) / n``, which compares with the links'
-    own whatever the number of ranks.
+    Bus bandwidth is defined as in NVIDIA's nccl-tests: ``bytes / time * 2 (n - 1) / n``. It can be compared with the
+    bandwidth of the links, whatever the number of ranks.
     """
     groups = context.groups()
     device = groups.device.torch
@@ -67,7 +67,7 @@ def reference(context: Context) -> dict[str, torch.Tensor]:
 
 
 def _all_reduce(group: Any, count: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
-    """Median seconds of an all-reduce of ``count`` bytes, and the extremes of its result."""
+    """Median seconds of an all-reduce of ``count`` bytes, and the smallest and largest element of its result."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     elements = count // dtype.itemsize
     mine = (torch.arange(elements, device=device) % size == rank).to(dtype)

@@ -15,7 +15,7 @@ __all__ = ["reference", "run"]
 
 
 def run(context: Context) -> dict[str, torch.Tensor]:
-    """``nemo2``: logits of the converted model in the layout; ``hf``: of what is exported again, by transformers."""
+    """``nemo2``: logits of the converted model in the layout; ``hf``: of the model exported back, by transformers."""
     groups = context.groups()
     nemo2, hf = context.scratch / "nemo2", context.scratch / "hf"
     if groups.is_main:
@@ -28,7 +28,7 @@ def run(context: Context) -> dict[str, torch.Tensor]:
 
 
 def reference(context: Context) -> dict[str, torch.Tensor]:
-    """The original, by transformers."""
+    """Logits of the original model, by transformers."""
     logits = _by_transformers(context.material.teacher.path, context)
     return {"hf": logits, "nemo2": logits.clone()}
 

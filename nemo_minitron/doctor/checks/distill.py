@@ -1,4 +1,4 @@
-"""Two steps of a distillation: one, a checkpoint, and the second from it. The reference makes both at once."""
+"""Two steps of a distillation: one step, a checkpoint, and the second step from it. The reference does not stop."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def _trained(context: Context, *, stops: tuple[int, ...]) -> dict[str, torch.Ten
 
 
 def _saved(student: Checkpoint, last: Path, context: Context) -> Checkpoint:
-    """The training's own checkpoint, opened as every other."""
+    """The training's own checkpoint, opened like any other."""
     write_model_record(student, last, dtype=context.precision, form="nemo2")
     return open_checkpoint(last)
 
 
 def update_of(trained: Checkpoint, initial: Checkpoint) -> torch.Tensor:
-    """What training has added to the weights, all tensors in a row."""
+    """The change of the weights by training, all tensors concatenated."""
     return torch.cat(
         [
             (trained.weights.tensor(name).float() - initial.weights.tensor(name).float()).flatten()

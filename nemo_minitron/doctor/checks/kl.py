@@ -21,18 +21,18 @@ def run(context: Context) -> dict[str, torch.Tensor]:
     device = groups.device.torch
     student, teacher, weights = _logits()
     wide = padded_vocab(VOCABULARY, tensor=context.layout.tensor)
-    mine = slice(*(wide // context.layout.tensor * place for place in (groups.tp_rank, groups.tp_rank + 1)))
-    ours, theirs = (
-        torch.nn.functional.pad(logits, (0, wide - VOCABULARY))[:, mine].to(device, context.dtype).contiguous()
+    columns = slice(*(wide // context.layout.tensor * place for place in (groups.tp_rank, groups.tp_rank + 1)))
+    student_part, teacher_part = (
+        torch.nn.functional.pad(logits, (0, wide - VOCABULARY))[:, columns].to(device, context.dtype).contiguous()
         for logits in (student, teacher)
     )
-    ours.requires_grad_()
+    student_part.requires_grad_()
     losses = vocabulary_parallel_forward_kl(
-        ours, theirs, groups.tp, vocab_size=VOCABULARY, temperature=TEMPERATURE
+        student_part, teacher_part, groups.tp, vocab_size=VOCABULARY, temperature=TEMPERATURE
     )  # fmt: skip
     (losses * weights.to(device)).sum().backward()
-    assert ours.grad is not None
-    gradient = ours.grad.float().contiguous()
+    assert student_part.grad is not None
+    gradient = student_part.grad.float().contiguous()
     parts = [torch.empty_like(gradient) for _ in range(context.layout.tensor)]
     dist.all_gather(parts, gradient, group=groups.tp)
     if groups.tp_rank or groups.dp_rank or groups.pp_rank:

@@ -13,7 +13,7 @@ __all__ = ["reference", "run"]
 
 
 def run(context: Context) -> dict[str, torch.Tensor]:
-    """``logits`` of the teacher after units and layers have been taken out of it."""
+    """``logits`` of the teacher after units and layers were removed from it."""
     groups, kept = context.groups(), _kept(context)
     chunks = context.model(context.material.teacher, groups)
     module = torch.nn.ModuleList(chunks)
@@ -22,7 +22,7 @@ def run(context: Context) -> dict[str, torch.Tensor]:
 
 
 def reference(context: Context) -> dict[str, torch.Tensor]:
-    """The same units, cut out of the weights on disk before a model is built of them."""
+    """The same units, removed from the weights on disk before the model is built."""
     groups = context.groups()
     pruned = prune_weights(context.material.teacher, _kept(context))
     logits = logits_of(context.model(pruned, groups), groups, context)

@@ -1,7 +1,8 @@
-"""Tasks whose data installable packages carry: benchmarks for machines that reach no hub. See ``docs/evaluation.md``.
+"""Tasks with data from installable packages: benchmarks for machines without access to a hub. See
+``docs/evaluation.md``.
 
 A pack reads members of a pinned package (:mod:`nemo_minitron.data.packages`) and makes a task of them. The package is
-data alone: nothing of it is installed or run, the checks of answers are the harness's or ours.
+only data: nothing of it is installed or run; answers are checked by the harness's code or by this suite's.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ class Pack:
 
     Attributes:
         name: in ``harness.tasks``.
-        module: that makes it, in this package; its function ``task(pack, cache_dir)`` gives the configuration of an
-            ``lm_eval`` task, or ``conversations(pack, cache_dir)`` what several turns ask.
+        module: the module of this package that makes it. Its function ``task(pack, cache_dir)`` gives the configuration
+            of an ``lm_eval`` task, or ``conversations(pack, cache_dir)`` the user's turns of conversations.
         packages: keys of :data:`nemo_minitron.data.packages.PACKAGES` that it reads.
-        option: what sets it apart from the module's other tasks.
-        turns: whether a later question stands after the answer to an earlier one, which no harness task can do.
+        option: distinguishes it from the module's other tasks.
+        turns: whether it has several turns, where a question follows the answer to an earlier question; no harness task
+            can do that.
     """
 
     name: str
@@ -56,8 +58,8 @@ def build_task(name: str, cache_dir: str | Path) -> Any:
         cache_dir: packages are kept there.
 
     Raises:
-        DataError: for a package that cannot be had, or whose content is not what it should be.
-        MissingDependency: where the checks of answers need a library that is not installed.
+        DataError: for a package that cannot be obtained or has unexpected content.
+        MissingDependency: if the checks of answers need a library that is not installed.
     """
     from filelock import FileLock
 

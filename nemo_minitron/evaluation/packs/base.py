@@ -1,4 +1,4 @@
-"""What the packs share: lines of JSON out of an archive, and the configuration of a task over them."""
+"""Functions that the packs share: JSON lines from an archive, and the configuration of a task over them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def json_value(content: bytes, where: str) -> Any:
     """A JSON file.
 
     Raises:
-        DataError: where it is none.
+        DataError: if it is not valid JSON.
     """
     try:
         return json.loads(content.decode("utf-8"))
@@ -29,7 +29,7 @@ def json_lines(content: bytes, where: str, fields: dict[str, type]) -> list[dict
     """Lines of JSON objects that have these fields of these types.
 
     Raises:
-        DataError: naming every bad line, or where there is none at all.
+        DataError: with every bad line, or if there are no lines at all.
     """
     try:
         lines = content.decode("utf-8").splitlines()
@@ -80,11 +80,11 @@ def task_config(
 
     Args:
         name: of the task.
-        documents: flat records; all have the same keys.
+        documents: records without nesting, all with the same keys.
         doc_to_text: the prompt.
         doc_to_target: a right answer.
         process_results: metrics of one answer.
-        metrics: how the values of a metric become one; higher is better in all of them.
+        metrics: how each metric's values are aggregated; higher is better for all of them.
         until: texts that end an answer.
         max_new_tokens: longest answer.
     """

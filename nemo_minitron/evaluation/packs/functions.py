@@ -74,9 +74,9 @@ def task(pack: Pack, cache_dir: Path) -> dict[str, Any]:
 
 
 def parse_call(text: str) -> Call | None:
-    """The one call that an answer consists of: its name and arguments; None where it is anything else.
+    """Name and arguments of the call that the answer consists of; None if the answer is anything else.
 
-    ``f(a=1)``, ``[f(a=1)]``, and either inside a fence of backticks. Arguments are literals given by name.
+    Accepted are ``f(a=1)``, ``[f(a=1)]``, and both inside a fence of backticks. Arguments are literals given by name.
     """
     text = text.strip()[:_LONGEST]
     if fenced := _FENCE.match(text):
@@ -97,7 +97,7 @@ def parse_call(text: str) -> Call | None:
 
 
 def call_is_right(call: Call | None, functions: list[dict[str, Any]], allowed: dict[str, dict[str, list[Any]]]) -> bool:
-    """Whether a call is one that the data allow.
+    """Whether the data allow a call.
 
     Args:
         call: of :func:`parse_call`.
@@ -143,13 +143,13 @@ def _lists(value: Any) -> Any:
 
 
 def _typed(value: Any, declared: str, choices: list[Any]) -> bool:
-    """The declared type, or (for the name of a variable) that of a value that the data allow."""
+    """Whether a value has the declared type, or, for the name of a variable, the type of an allowed value."""
     kinds = {type(choice) for choice in choices if choice != ""}
     return type(value) in _TYPES[declared] or type(value) in kinds
 
 
 def _equal(value: Any, choice: Any) -> bool:
-    """Strings without case, spaces and the signs ``,./-_*^``; dictionaries carry choices for each key."""
+    """Whether two values are equal: strings without case, spaces and ``,./-_*^``; dictionaries have choices per key."""
     if isinstance(value, bool) is not isinstance(choice, bool):
         return False
     if isinstance(value, str) and isinstance(choice, str):
@@ -188,7 +188,7 @@ def _score(doc: dict[str, Any], answers: list[str]) -> dict[str, float]:
 
 
 def _faults(question: dict[str, Any], truth: Any) -> list[str]:
-    """What a question lacks for being asked and judged."""
+    """Missing parts of a question, without which it cannot be asked or checked."""
     turns = question["question"]
     faults = []
     if len(turns) != 1 or not isinstance(turns[0], list) or not turns[0]:

@@ -1,6 +1,6 @@
 """Instructions that a program can check (IFEval: Zhou et al., arXiv:2311.07911), with the harness's own checks.
 
-Prompts are a package's, and so are the tables by which nltk cuts sentences: the harness would download both.
+Prompts come from a package, and so do nltk's tables for splitting sentences: the harness would download both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def task(pack: Pack, cache_dir: Path) -> dict[str, Any]:
 
 
 def _checks(punkt: str, cache_dir: Path) -> tuple[Any, Any]:
-    """The harness's modules, with nltk's tables put where nltk looks before they are imported: they would download."""
+    """The harness's modules; nltk's tables are put into nltk's path before the import, which would download them."""
     try:
         import immutabledict  # noqa: F401
         import langdetect

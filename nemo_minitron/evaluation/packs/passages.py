@@ -72,7 +72,7 @@ def _words(text: str) -> list[str]:
 
 
 def _score(doc: dict[str, Any], answers: list[str]) -> dict[str, float]:
-    """Against the nearest of the right answers."""
+    """Scores against the right answer with the largest overlap."""
     best = max((token_overlap(answers[0], truth) for truth in doc["answers"]), key=lambda overlap: overlap[2])
     return dict(zip(("precision", "recall", "f1"), best, strict=True))
 

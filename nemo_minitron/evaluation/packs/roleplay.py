@@ -1,6 +1,6 @@
 """Role play in two turns (MT-Bench: Zheng et al., arXiv:2306.05685): answers for people to read.
 
-The benchmark's marks are given by a judge model, which is not run here: there are answers and no score.
+The benchmark's scores are given by a judge model, which is not run here: there are answers and no score.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Conversation:
     """What a user says, turn by turn.
 
     Attributes:
-        number: of the question in the benchmark.
-        turns: the user's.
+        number: number of the question in the benchmark.
+        turns: the user's turns.
     """
 
     number: int
@@ -56,12 +56,12 @@ def answer_turns(
     generate: Callable[[list[str], list[str]], list[str]],
     template: Callable[[list[dict[str, str]]], str] | None,
 ) -> dict[str, Any]:
-    """Put turn after turn, each after the answers to those before it.
+    """Ask one turn after another, each after the answers to the turns before it.
 
     Args:
         asked: conversations.
         generate: ``(prompts, stop texts) -> answers``.
-        template: a conversation as the prompt of its next answer; None writes "User:" and "Assistant:".
+        template: makes the prompt of the next answer from a conversation; None writes "User:" and "Assistant:".
 
     Returns:
         A result in the form of the harness's: no metrics, and ``answers``, a record ``{question, turns, answers}``

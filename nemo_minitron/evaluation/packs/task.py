@@ -10,8 +10,8 @@ __all__ = ["PackTask"]
 
 
 class PackTask(ConfigurableTask):
-    """``ConfigurableTask`` whose ``custom_dataset`` takes no settings; the harness would tell the user to give some."""
+    """``ConfigurableTask`` whose ``custom_dataset`` takes no settings, so that the harness asks for none."""
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Nothing is downloaded: the documents are there."""
+        """Nothing is downloaded: the documents are in memory."""
         self.dataset = self.config.custom_dataset()

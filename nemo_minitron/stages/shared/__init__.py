@@ -1,1 +1,1 @@
-"""What several stages have in common."""
+"""Code that several stages share."""

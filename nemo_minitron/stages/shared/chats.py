@@ -1,4 +1,4 @@
-"""What the alignment stages share: conversations and pairs of a configuration, split and as tokens; rows of plans."""
+"""Code of the alignment stages: conversations and pairs of a configuration, split and as tokens; rows of plans."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
 
     Args:
         config: of the stage.
-        packages: that carry such data.
+        packages: names of the packages that carry such data.
         copies: of the weights on a rank (2 with a reference policy).
     """
     from nemo_minitron.alignment.export import output_name
@@ -97,7 +97,7 @@ def load_chats(data: ChatDataConfig) -> tuple[list[Chat], list[Chat]]:
 
 
 def load_preferences(data: ChatDataConfig, path: str | None = None) -> tuple[list[Preference], list[Preference]]:
-    """``(training, held-out)`` pairs; ``path`` stands for that of ``data``.
+    """``(training, held-out)`` pairs; ``path`` replaces that of ``data``.
 
     Raises:
         DataError: for data that cannot be read, with all bad lines.
@@ -165,13 +165,13 @@ def shorter(items: Sequence[Any], lengths: Sequence[int], where: Sequence[str], 
     """The items of at most ``data.max_length`` inputs; longer ones are refused, or left out (``data.long``).
 
     Args:
-        items: any.
-        lengths: tokens of each, its last token (which is a label alone) counted.
+        items: of any type.
+        lengths: tokens of each, including the last token, which is only a label.
         where: file and line of each.
-        data: the limit and what becomes of longer ones.
+        data: the limit, and whether longer items are refused or left out.
 
     Raises:
-        DataError: naming the longer ones, or if none is left.
+        DataError: with the longer items, or if none is left.
     """
     long = [number for number, length in enumerate(lengths) if length - 1 > data.max_length]
     if long and data.long == "refuse":

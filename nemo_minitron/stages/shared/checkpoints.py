@@ -1,4 +1,4 @@
-"""What the stages that write checkpoints share: writing aside until verified, and the rows of their plans."""
+"""Code of the stages that write checkpoints: writing aside until verified, and the rows of their plans."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def format_faults(output: str, form: str) -> list[str]:
-    """An output whose name and format contradict each other: one format is a file, another a directory."""
+    """Faults of an output whose name does not fit its format: one format is a file, another a directory."""
     suffix, needed = Path(output).suffix, FORMATS[form].suffix
     if needed is not None:
         return [] if suffix == needed else [f"output={output}: format={form} writes a file; end its name in {needed}"]
@@ -55,7 +55,7 @@ def written_faults(shape: ModelShape, architecture: Architecture, formats: Seque
 
 
 def conversion_faults(model: str, formats: Sequence[str], *, verify: bool) -> list[str]:
-    """Why a model cannot be written in all the formats, and verified where asked for, as far as a plan can know."""
+    """Why a model cannot be written in all the formats, and verified if asked for, as far as a plan can know."""
     shape, architecture = peek_shape(model), peek_architecture(model)
     return [] if shape is None or architecture is None else _conversion_faults(shape, architecture, formats, verify)
 
@@ -78,7 +78,7 @@ def _conversion_faults(
 
 
 def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:
-    """Parameters of a model and the size of its weights, for a plan; nothing where they are not known yet."""
+    """Parameters of a model and the size of its weights, for a plan; empty if they are not known yet."""
     shape = peek_shape(checkpoint)
     if shape is None:
         return {}
@@ -90,8 +90,8 @@ def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:
 def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Path]:
     """Where to write a checkpoint; it becomes ``output`` when the block ends without an error.
 
-    Until then, what stands at ``output`` is untouched: a checkpoint that fails its verification never stands under
-    the output's name. A killed process leaves ``.<name>.staged``, which the next one clears.
+    Until then, an existing ``output`` is untouched: a checkpoint that fails its verification never gets the output's
+    name. A killed process leaves ``.<name>.staged``, which the next run removes.
 
     Yields:
         A path of the output's name in a directory of its own; the caller creates it.
@@ -126,7 +126,7 @@ def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Pa
 def verified(
     source: Checkpoint, target: Checkpoint, verify: Callable[[Checkpoint, Checkpoint], Any] | None
 ) -> dict[str, Any] | None:
-    """Compare the logits of a conversion; the figures for the record, or None where it is not asked for."""
+    """Compare the logits of a conversion; returns the figures for the record, or None if ``verify`` is off."""
     if verify is None:
         return None
     difference = verify(source, target)

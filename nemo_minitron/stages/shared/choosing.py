@@ -1,4 +1,4 @@
-"""Which units a pruning keeps, by its configuration: what ``prune`` and ``search`` have in common."""
+"""Which units a pruning keeps, by its configuration, for ``prune`` and ``search``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def kept_units(config: PruneConfig, checkpoint: Checkpoint, target: ModelShape, 
     """The units that stay under a configuration.
 
     Args:
-        config: how they are chosen.
+        config: how the units are chosen.
         checkpoint: unpruned.
-        target: shape that is left.
+        target: shape of the pruned model.
         scores: from :func:`read_scores`.
 
     Raises:
@@ -43,7 +43,7 @@ def kept_units(config: PruneConfig, checkpoint: Checkpoint, target: ModelShape, 
 
 
 def read_scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
-    """The scores, where the method reads them; they must be those of this checkpoint."""
+    """The scores, if the method uses them; they must belong to this checkpoint."""
     from nemo_minitron.importance import Scores, fingerprint
 
     if config.method == "random" or config.scores is None:
@@ -61,7 +61,7 @@ def read_scores(config: PruneConfig, checkpoint: Checkpoint) -> Scores | None:
 def _layers_to_drop(
     config: PruneConfig, checkpoint: Checkpoint, num_layers: int, scores: Scores | None
 ) -> Sequence[int] | None:
-    """The layers named, or those that the depth criterion takes; None leaves them to the method."""
+    """The layers that the configuration names or the depth criterion chooses; None leaves them to the method."""
     from nemo_minitron.importance import DepthScores, fingerprint
     from nemo_minitron.pruning.depth import choose_layers, influence_costs
 

@@ -1,4 +1,4 @@
-"""What the stages that run a model share: their plan, the processes' groups, calibration blocks, a live model."""
+"""Code of the stages that run a model: their plan, process groups, calibration blocks, a live model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Measuring(Running, Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """A model to be measured, not live yet.
+    """A model to be measured, before its weights are loaded.
 
     Attributes:
         checkpoint: of the model.
@@ -57,7 +57,7 @@ def plan_measuring(config: Measuring, stage: str, written: PlannedPath, *, repea
         config: of the stage.
         stage: its name.
         written: its output.
-        repeated: how often the calibration text is run, ", in each round".
+        repeated: how often the calibration text is run, for example ", in each round".
     """
     from nemo_minitron.data.inputs import data_inputs
 
@@ -74,7 +74,7 @@ def plan_measuring(config: Measuring, stage: str, written: PlannedPath, *, repea
 
 
 def weights_of_rank(config: Running, *models: str) -> str:
-    """Memory of the largest of the models' weights on a rank; their records are there."""
+    """Memory of the largest model's weights on a rank; the models' records must exist."""
     sizes = [
         axes.parameter_count(peek_family(model), shape) for model in models if (shape := peek_shape(model)) is not None
     ]
@@ -83,7 +83,7 @@ def weights_of_rank(config: Running, *models: str) -> str:
 
 
 def start_groups(config: Running) -> Groups:
-    """The groups of this process, by a stage's layout, seed and patience. Collective."""
+    """The groups of this process, by a stage's layout, seed and timeout. Collective."""
     from nemo_minitron.runtime.groups import initialize
 
     layout, runtime = config.parallel, config.runtime
@@ -113,7 +113,7 @@ def open_measured(config: Measuring) -> Measured:
 
 
 def live_model(config: Running, checkpoint: Checkpoint, groups: Groups) -> list[GPTModel]:
-    """This rank's part of a model, with its weights, in the precision that the stage asks for."""
+    """This rank's part of a model, with its weights, in the stage's precision."""
     import torch
 
     from nemo_minitron.checkpoints import load_into

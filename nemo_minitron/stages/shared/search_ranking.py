@@ -1,7 +1,7 @@
-"""The part of ``minitron search`` that runs candidates: losses, and times where they are asked for.
+"""The part of ``minitron search`` that runs candidates: losses, and latencies if asked for.
 
-Each candidate is cut from the checkpoint tensor by tensor, straight into a live model: none is written to the disk.
-Rank 0 adds each result to the journal as soon as it is there.
+Each candidate is pruned from the checkpoint tensor by tensor, directly into a live model, and not written to disk. Rank
+0 adds each result to the journal at once.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """What one ranking does.
+    """The work of one ranking.
 
     Attributes:
-        candidates: to measure.
-        distilled: of a single candidate, its distilled checkpoint; then that is measured.
-        timed_only: measure latency alone.
+        candidates: the candidates to measure.
+        distilled: distilled checkpoint of the single candidate, which is then measured instead.
+        timed_only: measure only the latency.
     """
 
     candidates: list[Sizes]
@@ -53,13 +53,13 @@ class Work:
 
     @property
     def name(self) -> str:
-        """Of its log folder."""
+        """Name of its log folder."""
         if self.distilled is not None:
             return f"distilled-{self.candidates[0].name}"
         return "latency" if self.timed_only else "ranking"
 
     def save(self, config: SearchConfig, folder: Path) -> None:
-        """Write it where its ranks look for it, with the search's configuration."""
+        """Write the work and the search's configuration to the folder that its ranks read."""
         settings = dataclasses.asdict(config)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
         (folder / _FILE).write_text(json.dumps(dataclasses.asdict(self)))
@@ -73,7 +73,7 @@ class Work:
 
 
 def run(config: SearchConfig) -> dict[str, Any]:
-    """Measure what the job's folder names. Every rank runs this; rank 0 writes the journal.
+    """Measure the candidates in the job's folder. Every rank runs this; rank 0 writes the journal.
 
     Returns:
         ``candidates``: how many were measured.
@@ -137,7 +137,7 @@ class _Ranking:
         self.scores = read_scores(self.choice, checkpoint)
 
     def measure(self, name: str, sizes: Sizes) -> None:
-        """The loss of a candidate, and its latency where that is asked for, unless the journal has them."""
+        """Measure the loss of a candidate, and its latency if asked for, unless the journal has them."""
         from nemo_minitron.pruning import prune_weights
         from nemo_minitron.stages.shared.choosing import kept_units
 
@@ -163,7 +163,7 @@ class _Ranking:
 
 
 def _lines(path: Path) -> dict[str, dict[str, Any]]:
-    """What a checked journal holds; every rank reads it before rank 0 adds to it."""
+    """The lines of a checked journal; every rank reads it before rank 0 adds to it."""
     import torch.distributed as dist
 
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
@@ -173,7 +173,7 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups) -> dict[str, Any]:
-    """Calibration loss of a checkpoint, loaded for it."""
+    """Load a checkpoint and measure its calibration loss."""
     from nemo_minitron.evaluation import held_out_loss
 
     chunks = live_model(config, checkpoint, groups)

@@ -1,4 +1,4 @@
-"""What ``minitron search`` leaves: the results as JSON and as a table, the Pareto plot, and the best shape."""
+"""The outputs of ``minitron search``: the results as JSON and as a table, the Pareto plot, and the best shape."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def write_results(
     Args:
         config: of the search.
         output: its directory.
-        results: of all candidates, at least one of which is ranked.
+        results: of all candidates; at least one is ranked.
         unpruned: measurements of the unpruned model.
-        total: shapes within the budget.
-        left_out: of these, shapes that were not ranked.
+        total: number of shapes within the budget.
+        left_out: those of them that were not ranked.
 
     Returns:
         The content of ``search.json``.
@@ -73,14 +73,14 @@ def write_results(
 
 
 def _rank(result: Result) -> tuple[bool, bool, float, str]:
-    """Distilled ones first, by their loss; then the others by theirs; those outside a budget last."""
+    """Sort key: distilled candidates by distilled loss, then the others by loss, those outside a budget last."""
     outside, undistilled = result.state == "outside", result.distilled_loss is None
     loss = result.loss if undistilled else result.distilled_loss
     return outside, undistilled, float("inf") if loss is None else loss, result.name
 
 
 def _front(results: list[Result], cost: str) -> dict[str, list[str]]:
-    """Names of the candidates that none other beats in cost and loss: before and after the distillation."""
+    """Names of the candidates that no other beats in both cost and loss, before and after the distillation."""
     fronts = {}
     for loss in ("loss", "distilled_loss"):
         known = [result for result in results if result.state != "outside" and getattr(result, loss) is not None]
@@ -91,7 +91,7 @@ def _front(results: list[Result], cost: str) -> dict[str, list[str]]:
 
 
 def _best(config: SearchConfig, output: Path, best: Result) -> str:
-    """A configuration of ``minitron prune`` for the best shape."""
+    """Write a configuration of ``minitron prune`` for the best shape."""
     target = {name: size for name, size in best.sizes._asdict().items() if size is not None}
     settings: dict[str, Any] = {
         "model": config.model,

@@ -1,4 +1,4 @@
-"""What the stages around attribute values share: their inputs in a plan."""
+"""Code of the stages around attribute values: their inputs in a plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chat_inputs(config: ChatDataConfig, plan: StagePlan, *, pairs: bool = False)
 
 
 def plan_layout(model: str, layout: ParallelLayout, plan: StagePlan) -> None:
-    """Add the layout's faults to a plan, where the model's shape is known."""
+    """Add the layout's faults to a plan, if the model's shape is known."""
     shape = peek_shape(model)
     if shape is not None:
         plan.faults += uniform_faults(shape, "a Megatron model")

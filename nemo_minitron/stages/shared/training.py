@@ -1,4 +1,4 @@
-"""What the stages that train share: their plan, their blocks, the model they leave and the figures of their record."""
+"""Code of the stages that train: their plan, their blocks, the saved model and the figures of their record."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def plan_training(
         config: of the stage.
         models: role -> checkpoint of each model that is read.
         trained: the roles that are trained; the others only run forward.
-        written: what the trained model is called.
-        layouts: of roles whose models are not laid out as the trained one is.
+        written: description of the trained model.
+        layouts: role -> layout, for models whose layout differs from the trained model's.
     """
     from nemo_minitron.data.inputs import data_inputs
 
@@ -69,27 +69,27 @@ def plan_training(
         plan.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):
-        ours = sum(count for role, count in counts.items() if role in trained)
-        others = sum(counts.values()) - ours
+        trained_count = sum(count for role, count in counts.items() if role in trained)
+        others = sum(counts.values()) - trained_count
         plan.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
         # Six operations a weight and token to train, two to run.
-        plan.costs["FLOPs"] = human_count((6 * ours + 2 * others) * config.tokens)
+        plan.costs["FLOPs"] = human_count((6 * trained_count + 2 * others) * config.tokens)
         bf16 = config.precision.startswith("bf16")
         # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
         # weights.
         replicas = layout.data * layout.context
         state = (2 + 4 + 12 / replicas) if bf16 else (4 + 4 + 8 / replicas)
-        rank = (ours * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
+        rank = (trained_count * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
         plan.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
     return plan
 
 
 def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
-    """Training and validation blocks; one rank prepares them, the others find them in the cache.
+    """Training and validation blocks; one rank prepares them, the others read them from the cache.
 
     Args:
         config: of the stage.
-        reader: the model whose tokenizer and vocabulary count.
+        reader: the model whose tokenizer and vocabulary are used.
     """
     from nemo_minitron.data import build_blocks
 
@@ -105,17 +105,17 @@ def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) ->
 
 
 def is_main() -> bool:
-    """Whether this is the rank that writes; also where there was nothing left to train, and no group was made."""
+    """Whether this rank writes; also if there was nothing left to train, so that no group was made."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, lineage: dict[str, Any]) -> None:
-    """From NeMo's training checkpoint to a plain one: weights alone, tokenizer and lineage beside them.
+    """Convert NeMo's training checkpoint to a plain checkpoint: only weights, with tokenizer and lineage.
 
     Args:
-        config: of the stage; the model lies at ``model`` in its output.
-        initial: what the training started from.
-        trained: what the training left; ``config.result`` says which of it.
+        config: of the stage; the model is written to ``model`` in its output.
+        initial: the checkpoint that the training started from.
+        trained: the training's checkpoints; ``config.result`` chooses one.
         lineage: of this training, added to that of ``initial``.
     """
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
@@ -136,7 +136,7 @@ def save_model(config: TrainingConfig, initial: Checkpoint, trained: Trained, li
 
 
 def summary(metrics: Path) -> dict[str, Any]:
-    """The figures of a training: ``steps, tokens, tokens_per_second`` (median), and, as far as measured, ``first_`` and
+    """The figures of a training: ``steps, tokens, tokens_per_second`` (median), and, if measured, ``first_`` and
     ``last_`` of ``kl``, ``lm_loss``, ``validation_kl`` and ``validation_lm_loss``.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -179,30 +179,16 @@ def _candidates(gpus: int, per_node: int) -> Iterator[ParallelLayout]:
 
 
 def _memory(training: Training, layout: ParallelLayout, recompute: str, micro_batches: int) -> list[MemoryUse]:
-    work = Workload(
+    work = Workload.on(
+        layout,
         training=True,
         batch_size=training.micro_batch_size,
         sequence_length=training.sequence_length,
         bytes=training.bytes,
         recompute=recompute,
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        data=layout.data,
-        virtual_pipeline=layout.virtual_pipeline,
-        sequence_parallel=layout.sequence_parallel,
         micro_batches=micro_batches,
-        context=layout.context,
     )
-    student, teacher = training.student, training.teacher
-    cost = MemoryCost(
-        student.table,
-        student.shape,
-        work,
-        topk=student.architecture.moe_router_topk,
-        rotary=student.architecture.rotary_percent,
-        teacher=None if teacher is None else (teacher.table, teacher.shape),
-    )
-    return cost.ranks(student.shape)
+    return MemoryCost.of(training.student, work, training.teacher).ranks(training.student.shape)
 
 
 def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[ModelShape]]:

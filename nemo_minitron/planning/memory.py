@@ -41,15 +41,17 @@ of the layer at work.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_minitron import axes
-from nemo_minitron.config.parts import RECOMPUTE
+from nemo_minitron.config.parts import RECOMPUTE, ParallelLayout
+from nemo_minitron.planning.model import Model
 from nemo_minitron.shape import ModelShape, padded_vocab
 
 __all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload"]
@@ -107,6 +109,11 @@ class Workload:
     micro_batches: int = 1
     context: int = 1
 
+    @classmethod
+    def on(cls, layout: ParallelLayout, **settings: Any) -> Workload:
+        """Of a layout; ``settings`` are the attributes that no layout has."""
+        return cls(**dataclasses.asdict(layout), **settings)
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -152,6 +159,18 @@ class MemoryCost:
         self.distilled = teacher is not None
         self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
         self._kept: dict[tuple[int, int | None], tuple[float, float, float, float, float, float]] = {}
+
+    @classmethod
+    def of(cls, model: Model, work: Workload, teacher: Model | None = None) -> MemoryCost:
+        """The cost of a model, and of one that is pruned from it."""
+        return cls(
+            model.table,
+            model.shape,
+            work,
+            topk=model.architecture.moe_router_topk,
+            rotary=model.architecture.rotary_percent,
+            teacher=None if teacher is None else (teacher.table, teacher.shape),
+        )
 
     def __call__(self, sizes: SizesLike) -> float:
         """Bytes in all."""

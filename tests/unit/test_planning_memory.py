@@ -14,13 +14,14 @@ from support.pruning import one_process
 from support.shapes import mixed_shapes
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import DataConfig, DistillConfig, ParallelLayout
 from nemo_minitron.jobs.plans import human_bytes
 from nemo_minitron.planning import Model, stage_parameters
 from nemo_minitron.planning.counts import layer_cost, outer_counts
 from nemo_minitron.runtime.model import build_model
 from nemo_minitron.search import MemoryCost, Sizes, Workload
-from nemo_minitron.shape import Architecture, ModelShape, padded_vocab
+from nemo_minitron.shape import ModelShape, padded_vocab
 from nemo_minitron.stages import distill
 
 SHAPE = ModelShape(3, 48, 80, 8, 4, 12, 250)

@@ -18,8 +18,9 @@ from nemo_minitron.runtime.atomic import staging, write_aside
 from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
+    from nemo_minitron.architecture import Architecture
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.shape import Architecture, ModelShape
+    from nemo_minitron.shape import ModelShape
 
 __all__ = [
     "check_conversion",

@@ -20,6 +20,7 @@ __all__ = [
     "ModelShape",
     "padded_vocab",
     "require_uniform",
+    "share_layers",
     "uniform_faults",
 ]
 
@@ -247,8 +248,7 @@ class ModelShape:
         """
         if faults := self.layout_faults(tensor=1, pipeline=stages):
             raise ShapeError(faults)
-        each, more = divmod(self.num_layers, stages)
-        return [each + (stage < more) for stage in range(stages)]
+        return share_layers(self.num_layers, stages)
 
     def prune_faults(self, target: ModelShape, *, layers: Sequence[int] | None = None) -> list[str]:
         """Why ``target`` cannot be reached from this shape by removing units; empty if it can.
@@ -330,6 +330,12 @@ class _PartialShape(ModelShape):
     _MAY_BE_ZERO = frozenset((*LAYER_SIZES, "num_attention_heads"))
 
     __hash__ = ModelShape.__hash__
+
+
+def share_layers(layers: int, stages: int) -> list[int]:
+    """So many layers shared out over pipeline stages: as equal as can be, the first ones getting one more."""
+    each, more = divmod(layers, stages)
+    return [each + (stage < more) for stage in range(stages)]
 
 
 def require_uniform(shape: ModelShape, what: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 from nemo_minitron import axes
 from nemo_minitron.axes import Axis
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, share_layers
 
-__all__ = ["LayerCost", "SizesLike", "layer_cost", "outer_counts"]
+__all__ = ["LayerCost", "SizesLike", "layer_cost", "layers_of_ranks", "outer_counts"]
 
 
 class SizesLike(Protocol):
@@ -28,6 +30,9 @@ class SizesLike(Protocol):
     def num_layers(self) -> int: ...  # noqa: D102
     @property
     def ffn_hidden_size(self) -> int: ...  # noqa: D102
+
+
+Sizes = TypeVar("Sizes", bound=SizesLike)
 
 
 class LayerCost(NamedTuple):
@@ -85,6 +90,24 @@ def layer_cost(
         for name, times in terms.items():
             cost[name] += times * share
     return LayerCost(**cost)
+
+
+def layers_of_ranks(sizes: Sizes, *, pipeline: int, virtual_pipeline: int | None = None) -> list[Counter[Sizes]]:
+    """Layers of each pipeline rank, its chunks together: how many of which sizes.
+
+    Args:
+        sizes: of the model; a layout that it cannot be shared out over leaves ranks without layers.
+        pipeline: pipeline stages.
+        virtual_pipeline: model chunks of each, or None for one.
+    """
+    own = None if not isinstance(sizes, ModelShape) or sizes.uniform else iter(cast(list[Sizes], sizes.each()))
+    ranks: list[Counter[Sizes]] = [Counter() for _ in range(pipeline)]
+    for run, count in enumerate(share_layers(sizes.num_layers, pipeline * (virtual_pipeline or 1))):
+        if own is None:
+            ranks[run % pipeline][sizes] += count
+        else:
+            ranks[run % pipeline].update(itertools.islice(own, count))
+    return ranks
 
 
 def outer_counts(table: axes.Family, shape: ModelShape, *, hidden_size: int, tensor: int = 1) -> tuple[float, float]:

@@ -42,15 +42,13 @@ of the layer at work.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.config.parts import RECOMPUTE, ParallelLayout
-from nemo_minitron.planning.counts import LayerCost, SizesLike, layer_cost, outer_counts
+from nemo_minitron.planning.counts import LayerCost, SizesLike, layer_cost, layers_of_ranks, outer_counts
 from nemo_minitron.planning.model import Model
 from nemo_minitron.shape import ModelShape, padded_vocab
 
@@ -167,17 +165,7 @@ class MemoryCost:
     def ranks(self, sizes: SizesLike) -> list[MemoryUse]:
         """One rank of each pipeline stage, in order."""
         work = self.work
-        runs = work.pipeline * (work.virtual_pipeline or 1)
-        each, more = divmod(sizes.num_layers, runs)
-        if not isinstance(sizes, ModelShape) or sizes.uniform:
-            counts = [
-                sum(each + (run < more) for run in range(stage, runs, work.pipeline)) for stage in range(work.pipeline)
-            ]
-            return [self._rank(sizes, stage, [(sizes, count)]) for stage, count in enumerate(counts)]
-        layers: list[Counter[ModelShape]] = [Counter() for _ in range(work.pipeline)]
-        own = iter(sizes.each())
-        for run in range(runs):
-            layers[run % work.pipeline].update(itertools.islice(own, each + (run < more)))
+        layers = layers_of_ranks(sizes, pipeline=work.pipeline, virtual_pipeline=work.virtual_pipeline)
         return [self._rank(sizes, stage, list(kinds.items())) for stage, kinds in enumerate(layers)]
 
     def _teacher_bytes(self, table: axes.Family, shape: ModelShape) -> list[float]:

@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.weights import DTYPES, names_and_shapes
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 QUICK = ModelShape(12, 640, 1792, 10, 2, 64, 24000)
 FULL = ModelShape(24, 2048, 5632, 32, 8, 64, 32000)

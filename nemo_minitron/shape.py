@@ -1,4 +1,4 @@
-"""The sizes of a model (:class:`ModelShape`) and the constants that pruning does not change (:class:`Architecture`).
+"""The sizes of a model (:class:`ModelShape`); its constants are :mod:`nemo_minitron.architecture`.
 
 Names are Megatron's. Nothing here imports torch, so that plans and configuration errors take no time.
 """
@@ -16,11 +16,11 @@ from nemo_minitron.errors import ShapeError
 __all__ = [
     "LAYER_SIZES",
     "SIZES",
-    "Architecture",
     "LayerShape",
     "ModelShape",
     "padded_vocab",
     "require_uniform",
+    "share_layers",
     "uniform_faults",
 ]
 
@@ -247,8 +247,7 @@ class ModelShape:
         """
         if faults := self.layout_faults(tensor=1, pipeline=stages):
             raise ShapeError(faults)
-        each, more = divmod(self.num_layers, stages)
-        return [each + (stage < more) for stage in range(stages)]
+        return share_layers(self.num_layers, stages)
 
     def prune_faults(self, target: ModelShape, *, layers: Sequence[int] | None = None) -> list[str]:
         """Why ``target`` cannot be reached from this shape by removing units; empty if it can.
@@ -331,6 +330,12 @@ class _PartialShape(ModelShape):
     __hash__ = ModelShape.__hash__
 
 
+def share_layers(layers: int, stages: int) -> list[int]:
+    """So many layers shared out over pipeline stages: as equal as can be, the first ones getting one more."""
+    each, more = divmod(layers, stages)
+    return [each + (stage < more) for stage in range(stages)]
+
+
 def require_uniform(shape: ModelShape, what: str) -> None:
     """Refuse a model whose layers differ in size, since ``what`` cannot handle it.
 
@@ -388,56 +393,6 @@ def _group_faults(ours: ModelShape, theirs: ModelShape) -> list[str]:
 
 def _where(layer: int | None) -> str:
     return "" if layer is None else f"layer {layer}: "
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The constants of a model, which pruning does not change.
-
-    Attributes:
-        family: key of the axes table (:data:`nemo_minitron.families.FAMILIES`).
-        norm_epsilon: epsilon of the normalisation layers.
-        rotary_base: RoPE theta.
-        rotary_percent: part of each head's channels that RoPE turns (HF's ``partial_rotary_factor``).
-        rotary_scaling: HF's ``rope_scaling`` (Llama-3 style) or None.
-        max_position_embeddings: longest sequence.
-        bos_token_id, eos_token_id, pad_token_id: as in the HF config.
-        dtype: dtype of the source weights ("float32", "bfloat16", ...).
-        moe_router_topk: experts that each token is sent to; None where MLPs are dense.
-        moe_aux_loss_coeff: weight of the load-balancing loss in training.
-    """
-
-    family: str = "llama"
-    norm_epsilon: float = 1e-5
-    rotary_base: float = 10000.0
-    rotary_percent: float = 1.0
-    rotary_scaling: dict[str, Any] | None = None
-    max_position_embeddings: int = 2048
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    dtype: str = "float32"
-    moe_router_topk: int | None = None
-    moe_aux_loss_coeff: float = 0.0
-
-    @property
-    def end_tokens(self) -> list[int]:
-        """``eos_token_id`` as a list; empty if there is none."""
-        ids = self.eos_token_id
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-    def faults(self, shape: ModelShape) -> list[str]:
-        """Why a model of ``shape`` cannot have these constants; empty if it can."""
-        experts, topk = shape.num_moe_experts, self.moe_router_topk
-        if (experts is None) is not (topk is None):
-            return [f"num_moe_experts={experts} with moe_router_topk={topk}: a mixture of experts needs both"]
-        if experts is not None and topk is not None and topk > experts:
-            return [f"num_moe_experts={experts}: each token goes to {topk} experts (moe_router_topk); keep as many"]
-        return []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
 
 
 def padded_vocab(vocab_size: int, *, tensor: int, multiple: int = 128) -> int:

@@ -5,8 +5,9 @@ Llama-3.1-8B and Mistral-NeMo-12B (``meta-llama/Llama-3.1-8B``, ``mistralai/Mist
 arXiv 2407.14679, table 10.
 """
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning import Model
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 LLAMA_31_8B = Model(
     ModelShape(

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import Family, family
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS, Progress, WriteOptions, detect, written_formats
-from nemo_minitron.checkpoints.saving import staging, write_aside
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.atomic import staging, write_aside
 
 __all__ = ["open_checkpoint", "write_checkpoint"]
 
@@ -78,6 +78,6 @@ def write_checkpoint(
     path, dtype = Path(path).expanduser(), dtype or checkpoint.architecture.dtype
     torch_dtype(dtype)
     options = WriteOptions(dtype, staging(path), vocab_multiple, progress)
-    with write_aside(path, overwrite=overwrite) as partial:
+    with write_aside(path, overwrite=overwrite, error=CheckpointError) as partial:
         write(checkpoint, partial, options)
     return open_checkpoint(path)

@@ -14,10 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import Family, family
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError, ShapeError
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 __all__ = [
     "FILE_NAME",

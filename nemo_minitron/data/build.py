@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from nemo_minitron.data.splits import SPLITS, deal, seen_in
 from nemo_minitron.data.streams import TokenStream, source_state, token_stream
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.masks import FILLING
 from nemo_minitron.runtime.progress import progress_bar
 
@@ -269,11 +269,9 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
 
     wanted = ["tokens", "domain", *(["segments"] if config.documents == "mask" else [])]
     wanted += ["loss_mask"] if any(part.stream.answers is not None for part in packed) else []
-    for left in folder.parent.glob(f".{folder.name}.partial.*"):
-        shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
-    aside.mkdir()
-    try:
+    # Under the caller's lock.
+    with write_aside(folder, overwrite=True, error=DataError, alone=True) as aside:
+        aside.mkdir()
         arrays = {}
         for name in wanted:
             shape = _ARRAYS[name].shape(len(order), length)
@@ -291,9 +289,6 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
         del arrays
         content = {"domains": [part.source.name for part in packed], "arrays": wanted, "ids": [lowest, highest]}
         (aside / _CONTENT).write_text(json.dumps(content), encoding="utf-8")
-        aside.replace(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     if config.packing == "best_fit" and split != "calibration":
         share = 1 - sum(part.packing.tokens for part in packed if part.packing) / max(
             1, sum(part.available for part in packed) * (length + 1)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,7 @@ from nemo_minitron.data.sources import PACKAGE_TEXTS, dataset_files, iter_docume
 from nemo_minitron.data.splits import DocumentTable, order_key
 from nemo_minitron.data.tokenizer import tokenizer_files_digest
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -169,29 +170,27 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
     """Tokenise a source. The caller holds the lock, so unfinished directories of other processes can be removed."""
     from safetensors.numpy import save_file
 
-    for left in folder.parent.glob(f".{folder.name}.partial.*"):
-        shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f".{folder.name}.partial.{os.getpid()}")
-    aside.mkdir()
     lengths: list[int] = []
     sizes: list[int] = []
     keys: list[bytes] = []
-    tokens, answers = _Writer(aside / "tokens.bin"), _Writer(aside / "answers.bin")
-    try:
-        documents = _documents(source, config)
-        with progress_bar(f"tokenising {source.name}", None) as advance:
-            count = 0
-            for (key, size), encoded in encode_all(encoder, documents, config.workers):
-                lengths.append(len(encoded.ids))
-                sizes.append(size)
-                keys.append(key)
-                tokens.add(encoded.ids)
-                if encoded.answers is not None:
-                    answers.add(encoded.answers)
-                count += len(encoded.ids)
-                advance(1, f"{count:,} tokens")
-        for writer in (tokens, answers):
-            writer.close()
+    with write_aside(folder, overwrite=True, error=DataError, alone=True) as aside:
+        aside.mkdir()
+        with (
+            closing(_Writer(aside / "tokens.bin")) as tokens,
+            closing(_Writer(aside / "answers.bin")) as answers,
+        ):
+            documents = _documents(source, config)
+            with progress_bar(f"tokenising {source.name}", None) as advance:
+                count = 0
+                for (key, size), encoded in encode_all(encoder, documents, config.workers):
+                    lengths.append(len(encoded.ids))
+                    sizes.append(size)
+                    keys.append(key)
+                    tokens.add(encoded.ids)
+                    if encoded.answers is not None:
+                        answers.add(encoded.answers)
+                    count += len(encoded.ids)
+                    advance(1, f"{count:,} tokens")
         checksums = {"tokens.bin": tokens.checksum}
         if encoder.template is not None:
             checksums["answers.bin"] = answers.checksum
@@ -203,11 +202,6 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
             np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), 32),
         )
         save_file(table._asdict(), aside / "documents.safetensors", metadata={"checksums": json.dumps(checksums)})
-        aside.replace(folder)
-    finally:
-        for writer in (tokens, answers):
-            writer.close()
-        shutil.rmtree(aside, ignore_errors=True)
     logger.info("source %r: %d documents, %s tokens", source.name, len(lengths), f"{sum(lengths):,}")
 
 

@@ -15,12 +15,12 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.checkpoints.saving import write_aside
-from nemo_minitron.errors import ConfigError, ShapeError
+from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.importance.aggregation import Criterion
 from nemo_minitron.importance.hooks import ActivationRecorder
 from nemo_minitron.importance.score import collect
 from nemo_minitron.importance.scores import Scores, save_criteria
+from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.groups import ParallelLayout, current
 from nemo_minitron.runtime.model import shape_of
 from nemo_minitron.shape import SIZES, ModelShape
@@ -106,7 +106,7 @@ class ScoreDuringValidation(pl.Callback):
             return
         self.scores = collect(recorder, self.shape, samples=samples, tokens=tokens, fingerprint=self.fingerprint)
         if recorder.groups.is_main:
-            with write_aside(self.output, overwrite=True) as aside:
+            with write_aside(self.output, overwrite=True, error=CheckpointError) as aside:
                 save_criteria([self.scores[criterion] for criterion in recorder.criteria], aside)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

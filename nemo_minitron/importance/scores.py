@@ -13,9 +13,9 @@ import torch
 
 from nemo_minitron.axes import parameters
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
 from nemo_minitron.importance.subject import check_subject
+from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["Scores", "fingerprint", "save_criteria"]
@@ -99,7 +99,7 @@ class Scores:
         """
         from safetensors.torch import save
 
-        with write_aside(Path(path), overwrite=overwrite) as aside:
+        with write_aside(Path(path), overwrite=overwrite, error=CheckpointError) as aside:
             aside.mkdir()
             tensors = {name: getattr(self, name).contiguous() for name in _sizes(self.shape)}
             # bytes, because save_file makes a file that only its owner may read

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.atomic import clear_leftovers, write_aside
 
 __all__ = ["MARKER", "check_output", "stage_output"]
 
@@ -50,8 +48,8 @@ def _replaceable(path: Path) -> bool:
 def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Write a stage's output directory aside and put it in place only when the block ends without an error.
 
-    Call it on one rank only. Write below the yielded temporary sibling. An error removes it and leaves an
-    earlier output untouched; a kill leaves the temporary directory (``.<name>.partial-*``), no half-written output.
+    Call it on one rank only. Write below the yielded temporary sibling; see
+    :func:`~nemo_minitron.runtime.atomic.write_aside` for what errors and kills leave.
 
     Args:
         path: final directory.
@@ -64,27 +62,9 @@ def stage_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         ConfigError: see :func:`check_output`; raised before anything is written.
         MinitronError: if the disk is full.
     """
+    clear_leftovers(Path(path), alone=True)
     path = check_output(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    aside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
-    aside.mkdir()
-    try:
+    with write_aside(path, overwrite=True, alone=True) as aside:
+        aside.mkdir()
         yield aside
         (aside / MARKER).touch()
-        replaced = None
-        if path.exists():
-            replaced = aside.with_name(aside.name.replace(".partial-", ".partial-old-"))
-            path.rename(replaced)
-        aside.rename(path)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise MinitronError(
-                f"{path.parent}: no space left on the device; free some and run the stage again"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

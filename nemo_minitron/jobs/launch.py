@@ -1,95 +1,51 @@
-"""Start the processes of a job, show rank 0's output, limit their time, and collect the result of each rank.
+"""Start the processes of a job, show rank 0's output, and limit their time.
 
 One process is started as it is, several through torchrun on nemo_run's local executor
 (:mod:`nemo_minitron.jobs.torchrun`); a caller may bring another way (:mod:`nemo_minitron.jobs.ranks`). A job has a
 folder, which the launcher empties first::
 
     rank-0.log, rank-1.log, ...    what each rank printed
-    rank-0.json, rank-1.json, ...  the result of each rank: a :class:`RankResult`
+    rank-0.json, rank-1.json, ...  the result of each rank: a :class:`~nemo_minitron.jobs.results.RankResult`
     launcher.log                   what torchrun and nemo_run printed
     nemo_run/                      nemo_run's own records (NEMORUN_HOME)
 
-Each rank calls :func:`attach` when it starts and :func:`save_result` when it ends. Exit codes carry no message, and
-torchrun and nemo_run replace them by their own; so results are read from the files.
+Each rank calls :func:`attach` when it starts and :func:`~nemo_minitron.jobs.results.save_result` when it ends. Exit
+codes carry no message, and torchrun and nemo_run replace them by their own; so results are read from the files
+(:mod:`nemo_minitron.jobs.results`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 
-from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.results import ATTEMPT_VARIABLE, RankResult, read_results, verdict
 from nemo_minitron.runtime.environment import local_environment
-from nemo_minitron.runtime.files import replace_file
-from nemo_minitron.runtime.requirements import missing
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
 __all__ = [
     "Processes",
-    "RankResult",
-    "StageCrashError",
     "Starter",
     "attach",
-    "begin_attempt",
     "clear_folder",
     "launch",
-    "read_results",
-    "save_result",
-    "verdict",
 ]
 
 LAUNCHER_VARIABLE = "MINITRON_LAUNCHER"
-ATTEMPT_VARIABLE = "MINITRON_ATTEMPT"
-"""Of the environment: which of the attempts of a cluster's job a rank belongs to."""
-_ATTEMPT = "attempt"
 #: Seconds that the other ranks get to end by themselves once one has failed.
 GRACE = 10.0
 POLL = 0.1
-
-
-class StageCrashError(Exception):
-    """A process of a job failed by no fault of the user's; the message holds its traceback and its log's path."""
-
-
-@dataclass
-class RankResult:
-    """The result of a rank.
-
-    Attributes:
-        rank: global rank.
-        status: "done", "refused" (a :class:`MinitronError`) or "crashed".
-        seconds: from :func:`attach` to the end.
-        peak_rss_bytes: its largest resident size.
-        error: class name of the exception.
-        message: of the exception; of a crash the traceback.
-        metrics: what the job returned (JSON values).
-        time: when it ended, seconds since the epoch.
-    """
-
-    rank: int
-    status: str
-    seconds: float = 0.0
-    peak_rss_bytes: int = 0
-    error: str = ""
-    message: str = ""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    time: float = field(default_factory=time.time)
 
 
 def attach(folder: Path) -> int:
@@ -136,32 +92,6 @@ def _is_alive(pid: int, born: float) -> bool:
         return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def begin_attempt(folder: Path, attempt: str) -> None:
-    """Called by rank 0 of a job that a cluster may start again: results of earlier attempts are ignored from now on.
-
-    A node that hung and was given up may run again later, and write a result of the earlier attempt.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / _ATTEMPT, attempt)
-
-
-def save_result(folder: Path, result: RankResult) -> None:
-    """Write a rank's result, atomically; nothing if a new attempt of the job has begun without this rank."""
-    own, path = os.environ.get(ATTEMPT_VARIABLE), folder / _ATTEMPT
-    if own is not None and path.exists() and path.read_text() != own:
-        return
-    replace_file(folder / f"rank-{result.rank}.json", json.dumps(asdict(result), default=str))
-
-
-def failure(rank: int, error: BaseException) -> RankResult:
-    """The result of a rank that ended with ``error``."""
-    error = missing(error, for_="this stage") or error
-    if isinstance(error, MinitronError):
-        return RankResult(rank, "refused", error=type(error).__name__, message=str(error))
-    text = "".join(traceback.format_exception(error)).rstrip()
-    return RankResult(rank, "crashed", error=type(error).__name__, message=text)
 
 
 class Processes(Protocol):
@@ -227,7 +157,8 @@ def launch(
     """Run ``python -m module args`` on ``world_size`` processes of this machine and wait.
 
     Args:
-        module: takes its folder from :func:`job_folder`, calls :func:`attach` and :func:`save_result`.
+        module: takes its folder from :func:`job_folder`, calls :func:`attach` and
+            :func:`~nemo_minitron.jobs.results.save_result`.
         args: words without blanks or quotes (torchx quotes them without a shell to undo it).
         world_size: number of processes.
         folder: the job's folder; files of an earlier job are removed.
@@ -376,64 +307,3 @@ def _end(process: Processes) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
-
-
-def read_results(folder: Path) -> list[RankResult]:
-    """The results in the folder, by rank."""
-    results = [RankResult(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
-    return sorted(results, key=lambda result: result.rank)
-
-
-def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, int] | None = None) -> list[RankResult]:
-    """The results if all ranks are done, else the one failure that explains the others.
-
-    Args:
-        folder: the job's.
-        world_size: number of ranks.
-        code: exit code of the launcher, for a rank that left no result.
-        first_failure: ``(rank, exit code)`` of the rank that failed first; None asks torchrun's log.
-
-    Raises:
-        MinitronError, StageCrashError: as :func:`launch`.
-    """
-    results = read_results(folder)
-    failed = sorted((r for r in results if r.status != "done"), key=lambda r: (r.status != "refused", r.time))
-    if failed and failed[0].status == "refused":
-        kind = getattr(errors, failed[0].error, MinitronError)
-        raise (kind if issubclass(kind, MinitronError) else MinitronError)(failed[0].message)
-    if len(results) == world_size and not failed:
-        return results
-    # A rank that was killed leaves no result; its peers then crash on the lost connection, which explains nothing.
-    silent = sorted(set(range(world_size)) - {result.rank for result in results})
-    first = first_failure or _first_failure(folder)
-    if failed and not (first is not None and first[0] in silent):
-        crash = failed[0]
-        raise StageCrashError(
-            f"{crash.message}\nRank {crash.rank} of {world_size} crashed. Log: {folder}/rank-{crash.rank}.log"
-        )
-    rank, code = first if first is not None and first[0] in silent else (silent[0], code)
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    hint = "; a process that needs more memory than the machine has ends so" if code == -signal.SIGKILL else ""
-    log = folder / f"rank-{rank}.log"
-    raise StageCrashError(
-        f"{_last_lines(log, folder / 'launcher.log')}"
-        f"Rank {rank} of {world_size} ended without a result ({how}{hint}). Log: {log}"
-    )
-
-
-def _first_failure(folder: Path) -> tuple[int, int] | None:
-    """``(rank, exit code)`` that torchrun's summary names as the root cause, if there is one."""
-    pattern = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
-    for path in (folder / "nemo_run").rglob("stderr.log"):
-        if match := pattern.search(path.read_text(errors="replace")):
-            return int(match[1]), int(match[2])
-    return None
-
-
-def _last_lines(*paths: Path, count: int = 15) -> str:
-    """The last lines of the first of ``paths`` that is not empty."""
-    for path in paths:
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        if lines:
-            return "\n".join(lines[-count:]) + "\n"
-    return ""

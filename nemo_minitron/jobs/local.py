@@ -10,11 +10,12 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.atomic import check_output
-from nemo_minitron.jobs.launch import RankResult, Starter, launch
+from nemo_minitron.jobs.launch import Starter, launch
 from nemo_minitron.jobs.modules import reference_of
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.ranks import forked
+from nemo_minitron.jobs.results import RankResult
 from nemo_minitron.jobs.warm import warm_pool
 
 __all__ = ["record_job", "run_output", "run_stage", "starter_of"]

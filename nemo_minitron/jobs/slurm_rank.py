@@ -19,18 +19,10 @@ from pathlib import Path
 from nemo_minitron.config import load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import slurm_environment
-from nemo_minitron.jobs.launch import (
-    ATTEMPT_VARIABLE,
-    FOLDER_VARIABLE,
-    begin_attempt,
-    clear_folder,
-    failure,
-    read_results,
-    save_result,
-    verdict,
-)
+from nemo_minitron.jobs.launch import FOLDER_VARIABLE, clear_folder
 from nemo_minitron.jobs.local import record_job
 from nemo_minitron.jobs.output import Output
+from nemo_minitron.jobs.results import ATTEMPT_VARIABLE, begin_attempt, failure, read_results, save_result, verdict
 
 __all__ = ["main"]
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.jobs.launch import RankResult, attach, failure, job_folder, save_result
+from nemo_minitron.jobs.launch import attach, job_folder
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
+from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.memory import peak_rss_bytes

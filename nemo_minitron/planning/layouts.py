@@ -22,13 +22,13 @@ arXiv 2104.04473, section 2.2).
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_minitron.config.parts import ClusterConfig, ParallelLayout
 from nemo_minitron.planning.cluster import accelerator
+from nemo_minitron.planning.counts import layers_of_ranks
 from nemo_minitron.planning.memory import MemoryCost, MemoryUse, Workload
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops, Training, layer_flops
@@ -180,39 +180,20 @@ def _candidates(gpus: int, per_node: int) -> Iterator[ParallelLayout]:
 
 
 def _memory(training: Training, layout: ParallelLayout, recompute: str, micro_batches: int) -> list[MemoryUse]:
-    work = Workload(
+    work = Workload.on(
+        layout,
         training=True,
         batch_size=training.micro_batch_size,
         sequence_length=training.sequence_length,
         bytes=training.bytes,
         recompute=recompute,
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        data=layout.data,
-        virtual_pipeline=layout.virtual_pipeline,
-        sequence_parallel=layout.sequence_parallel,
         micro_batches=micro_batches,
-        context=layout.context,
     )
-    student, teacher = training.student, training.teacher
-    cost = MemoryCost(
-        student.table,
-        student.shape,
-        work,
-        topk=student.architecture.moe_router_topk,
-        rotary=student.architecture.rotary_percent,
-        teacher=None if teacher is None else (teacher.table, teacher.shape),
-    )
-    return cost.ranks(student.shape)
+    return MemoryCost.of(training.student, work, training.teacher).ranks(training.student.shape)
 
 
-def _layers_of_stages(model: Model, layout: ParallelLayout) -> list[Counter[ModelShape]]:
-    """Layers of each pipeline rank, its chunks together: how many of which sizes."""
-    layers: list[Counter[ModelShape]] = [Counter() for _ in range(layout.pipeline)]
-    each = iter(model.shape.each())
-    for stage, size in enumerate(model.shape.pipeline_stage_sizes(layout.pipeline_stages)):
-        layers[stage % layout.pipeline].update(itertools.islice(each, size))
-    return layers
+def _layers(model: Model, layout: ParallelLayout) -> list[Counter[ModelShape]]:
+    return layers_of_ranks(model.shape, pipeline=layout.pipeline, virtual_pipeline=layout.virtual_pipeline)
 
 
 def _stage_flops(training: Training, layout: ParallelLayout, recompute: str) -> float:
@@ -222,7 +203,7 @@ def _stage_flops(training: Training, layout: ParallelLayout, recompute: str) -> 
     for model, passes in ((training.student, 3), (training.teacher, 1)):
         if model is None:
             continue
-        for stage, layers in enumerate(_layers_of_stages(model, layout)):
+        for stage, layers in enumerate(_layers(model, layout)):
             for sizes, count in layers.items():
                 matrices, core = layer_flops(model, sizes, training.sequence_length)
                 layer = passes * (matrices + core)
@@ -249,7 +230,7 @@ def _tensor_bytes(training: Training, layout: ParallelLayout, recompute: str) ->
             # 2 further all-gathers, each worth half an all-reduce, under sequence parallelism
             layer += 2.0 + (1.0 if layout.sequence_parallel else 0.0) + (2.0 if recompute == "full" else 0.0)
         hidden = model.shape.hidden_size * reduce
-        for stage, layers in enumerate(_layers_of_stages(model, layout)):
+        for stage, layers in enumerate(_layers(model, layout)):
             for sizes, count in layers.items():
                 parts = (sizes.num_query_groups > 0) + (sizes.ffn_hidden_size > 0)
                 stages[stage] += count * layer * parts / 2 * hidden
@@ -266,7 +247,7 @@ def _context_bytes(training: Training, layout: ParallelLayout, recompute: str) -
     for model, passes in ((training.student, 3 + (recompute != "none")), (training.teacher, 1)):
         if model is None:
             continue
-        for stage, layers in enumerate(_layers_of_stages(model, layout)):
+        for stage, layers in enumerate(_layers(model, layout)):
             for sizes, count in layers.items():
                 stages[stage] += count * (2 * sizes.num_query_groups * sizes.head_dim * passes * around)
     return max(stages)

@@ -41,39 +41,22 @@ of the layer at work.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from nemo_minitron import axes
-from nemo_minitron.config.parts import RECOMPUTE
+from nemo_minitron.config.parts import RECOMPUTE, ParallelLayout
+from nemo_minitron.planning.counts import LayerCost, SizesLike, layer_cost, layers_of_ranks, outer_counts
+from nemo_minitron.planning.model import Model
 from nemo_minitron.shape import ModelShape, padded_vocab
 
-__all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "SizesLike", "Workload"]
+__all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "Workload"]
 
 #: Working buffers of the vocabulary-parallel losses on CUDA
 #: (:mod:`nemo_minitron.distillation.losses.vocabulary_parallel`).
 _LOSS_BUFFERS = 4 * 32 * 2**20
-
-
-class SizesLike(Protocol):
-    """The sizes of a shape that memory depends on: a :class:`~nemo_minitron.shape.ModelShape`, or a candidate."""
-
-    @property
-    def hidden_size(self) -> int: ...  # noqa: D102
-    @property
-    def num_query_groups(self) -> int: ...  # noqa: D102
-    @property
-    def num_attention_heads(self) -> int: ...  # noqa: D102
-    @property
-    def num_moe_experts(self) -> int | None: ...  # noqa: D102
-    @property
-    def num_layers(self) -> int: ...  # noqa: D102
-    @property
-    def ffn_hidden_size(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -106,6 +89,11 @@ class Workload:
     sequence_parallel: bool = False
     micro_batches: int = 1
     context: int = 1
+
+    @classmethod
+    def on(cls, layout: ParallelLayout, **settings: Any) -> Workload:
+        """Of a layout; ``settings`` are the attributes that no layout has."""
+        return cls(**dataclasses.asdict(layout), **settings)
 
 
 @dataclass(frozen=True)
@@ -151,7 +139,20 @@ class MemoryCost:
         self.rotary = round(shape.head_dim * rotary)
         self.distilled = teacher is not None
         self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
-        self._kept: dict[tuple[int, int | None], tuple[float, float, float, float, float, float]] = {}
+        self._padded = shape.replace(vocab_size=padded_vocab(shape.vocab_size, tensor=work.tensor))
+        self._kept: dict[tuple[int, int | None], tuple[float, float, LayerCost]] = {}
+
+    @classmethod
+    def of(cls, model: Model, work: Workload, teacher: Model | None = None) -> MemoryCost:
+        """The cost of a model, and of one that is pruned from it."""
+        return cls(
+            model.table,
+            model.shape,
+            work,
+            topk=model.architecture.moe_router_topk,
+            rotary=model.architecture.rotary_percent,
+            teacher=None if teacher is None else (teacher.table, teacher.shape),
+        )
 
     def __call__(self, sizes: SizesLike) -> float:
         """Bytes in all."""
@@ -164,17 +165,7 @@ class MemoryCost:
     def ranks(self, sizes: SizesLike) -> list[MemoryUse]:
         """One rank of each pipeline stage, in order."""
         work = self.work
-        runs = work.pipeline * (work.virtual_pipeline or 1)
-        each, more = divmod(sizes.num_layers, runs)
-        if not isinstance(sizes, ModelShape) or sizes.uniform:
-            counts = [
-                sum(each + (run < more) for run in range(stage, runs, work.pipeline)) for stage in range(work.pipeline)
-            ]
-            return [self._rank(sizes, stage, [(sizes, count)]) for stage, count in enumerate(counts)]
-        layers: list[Counter[ModelShape]] = [Counter() for _ in range(work.pipeline)]
-        own = iter(sizes.each())
-        for run in range(runs):
-            layers[run % work.pipeline].update(itertools.islice(own, each + (run < more)))
+        layers = layers_of_ranks(sizes, pipeline=work.pipeline, virtual_pipeline=work.virtual_pipeline)
         return [self._rank(sizes, stage, list(kinds.items())) for stage, kinds in enumerate(layers)]
 
     def _teacher_bytes(self, table: axes.Family, shape: ModelShape) -> list[float]:
@@ -196,11 +187,11 @@ class MemoryCost:
     def _rank(self, sizes: SizesLike, stage: int, layers: Sequence[tuple[SizesLike, int]]) -> MemoryUse:
         """``sizes`` are of the model, ``layers`` those of the stage: how many of which sizes."""
         work = self.work
-        first, last, *_ = self._coefficients(sizes)
+        first, last, _ = self._weights(sizes)
         ends = (first if stage == 0 else 0.0) + (last if stage == work.pipeline - 1 else 0.0)
         if self.shape.tied_embeddings and 0 < stage == work.pipeline - 1:
             ends += first  # the copy
-        weights = ends + sum(count * self._layer_weights(layer) for layer, count in layers)
+        weights = ends + sum(count * self._weights(layer)[2].parameters(layer) for layer, count in layers)
         tokens = work.batch_size * work.sequence_length
         if not work.training:
             cached = sum(
@@ -287,48 +278,14 @@ class MemoryCost:
             return self._norm(sizes) + attention
         return 2 * self._norm(sizes) + attention + mlp
 
-    def _layer_weights(self, sizes: SizesLike) -> float:
-        """Weights of a layer on one rank."""
-        if isinstance(sizes, ModelShape) and not (sizes.num_query_groups and sizes.ffn_hidden_size):
-            return sum(self._size(row, sizes) for row in axes.layer_parameters(self.table, sizes).values())
-        _, _, constant, by_group, by_head, by_width = self._coefficients(sizes)
-        return (
-            constant
-            + by_group * sizes.num_query_groups
-            + by_head * sizes.num_attention_heads
-            + by_width * sizes.ffn_hidden_size
-        )
-
-    def _coefficients(self, sizes: SizesLike) -> tuple[float, float, float, float, float, float]:
-        """Weights of a rank: before the layers, after them, and of a layer: constant, a group, a head, a neuron."""
-        key = sizes.hidden_size, sizes.num_moe_experts
-        if key not in self._kept:
-
-            def count(groups: int = 1, heads: int = 2, width: int = 1) -> float:
-                shape = self._shape(sizes, groups, heads, width)
-                return sum(self._size(row, shape) for row in axes.layer_parameters(self.table, shape).values())
-
-            base, shape = count(), self._shape(sizes, 1, 2, 1)
-            by_group, by_head, by_width = count(groups=2) - base, base - count(heads=1), count(width=2) - base
-            first = sum(self._size(row, shape) for row in self.table.first.values())
-            tied = {self.table.output} if self.shape.tied_embeddings else set()
-            last = sum(self._size(row, shape) for name, row in self.table.last.items() if name not in tied)
-            self._kept[key] = (first, last, base - by_group - 2 * by_head - by_width, by_group, by_head, by_width)
-        return self._kept[key]
-
-    def _shape(self, sizes: SizesLike, groups: int, heads: int, width: int) -> ModelShape:
-        return self.shape.replace(
-            layers=None,
-            num_layers=1,
-            hidden_size=sizes.hidden_size,
-            ffn_hidden_size=width,
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            num_moe_experts=sizes.num_moe_experts,
-            vocab_size=padded_vocab(self.shape.vocab_size, tensor=self.work.tensor),
-        )
-
-    def _size(self, row: axes.Parameter, shape: ModelShape) -> float:
-        """Numbers of a parameter on one rank."""
-        whole = math.prod(axes.axis_size(axis, shape) for axis in row.axes)
-        return whole / (1 if row.tensor_parallel_dim is None else self.work.tensor)
+    def _weights(self, sizes: SizesLike) -> tuple[float, float, LayerCost]:
+        """Weights of a rank: before the layers, after them, and of a layer."""
+        hidden, experts, tensor = sizes.hidden_size, sizes.num_moe_experts, self.work.tensor
+        if (hidden, experts) not in self._kept:
+            self._kept[hidden, experts] = (
+                *outer_counts(self.table, self._padded, hidden_size=hidden, tensor=tensor),
+                layer_cost(
+                    self.table, hidden_size=hidden, head_dim=self.shape.head_dim, experts=experts, tensor=tensor
+                ),
+            )
+        return self._kept[hidden, experts]

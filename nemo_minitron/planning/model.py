@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import ShapeError
-from nemo_minitron.shape import Architecture, ModelShape, padded_vocab
+from nemo_minitron.shape import ModelShape, padded_vocab
 
 __all__ = ["Model", "pipeline_stage_parameters"]
 

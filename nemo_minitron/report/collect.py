@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats import detect
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.runtime.files import is_earlier
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from nemo_minitron.runtime.atomic import write_aside
 
 __all__ = ["is_earlier", "read_json_lines", "replace_file"]
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) beside ``path`` and rename it there; what stood there is replaced."""
-    aside = path.with_name(f".{path.name}.partial.{os.getpid()}")
-    try:
+    """Write ``content`` (text as UTF-8) beside ``path`` and rename it there; what stood there is replaced.
+
+    Raises:
+        MinitronError: if the disk is full.
+    """
+    with write_aside(path, overwrite=True, parents=False) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

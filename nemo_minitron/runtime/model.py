@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import family
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
-from nemo_minitron.shape import SIZES, Architecture, ModelShape, padded_vocab, require_uniform
+from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.search.space import Sizes
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch

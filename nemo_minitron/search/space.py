@@ -15,6 +15,7 @@ from typing import NamedTuple, overload
 
 from nemo_minitron import axes
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.planning.counts import LayerCost, layer_cost, outer_counts
 from nemo_minitron.shape import ModelShape, require_uniform
 
 __all__ = ["Budget", "Cost", "ParameterCost", "SearchSpace", "ShapeSet", "Sizes", "axis_values", "spread"]
@@ -84,26 +85,18 @@ class ParameterCost:
 
     def __init__(self, table: axes.Family, shape: ModelShape) -> None:
         self.table, self.shape = table, shape
-        self._kept: dict[tuple[int, int | None], tuple[int, int, int, int, int]] = {}
+        self._kept: dict[tuple[int, int | None], tuple[int, LayerCost]] = {}
 
     def __call__(self, sizes: Sizes) -> int:
         """The count."""
-        cost = self._kept.get((sizes.hidden_size, sizes.num_moe_experts))
-        if cost is None:
-            cost = self._kept[sizes.hidden_size, sizes.num_moe_experts] = self._coefficients(sizes)
-        outside, constant, by_group, by_head, by_width = cost
-        layer = constant + by_group * sizes.num_query_groups + by_head * sizes.num_attention_heads
-        return outside + sizes.num_layers * (layer + by_width * sizes.ffn_hidden_size)
-
-    def _coefficients(self, sizes: Sizes) -> tuple[int, int, int, int, int]:
-        def count(layers: int = 1, groups: int = 1, heads: int = 2, width: int = 1) -> int:
-            given = Sizes(sizes.hidden_size, groups, heads, sizes.num_moe_experts, layers, width)
-            return axes.parameter_count(self.table, self.shape.replace(**given._asdict()))
-
-        base = count()
-        layer = count(layers=2) - base
-        by_group, by_head, by_width = count(groups=2) - base, base - count(heads=1), count(width=2) - base
-        return base - layer, layer - by_group - 2 * by_head - by_width, by_group, by_head, by_width
+        hidden, experts = sizes.hidden_size, sizes.num_moe_experts
+        kept = self._kept.get((hidden, experts))
+        if kept is None:
+            outside = int(sum(outer_counts(self.table, self.shape, hidden_size=hidden)))
+            layer = layer_cost(self.table, hidden_size=hidden, head_dim=self.shape.head_dim, experts=experts)
+            kept = self._kept[hidden, experts] = outside, layer
+        outside, layer = kept
+        return outside + sizes.num_layers * int(layer.parameters(sizes))
 
 
 def axis_values(

@@ -49,14 +49,15 @@ def plan(config: DistillConfig) -> StagePlan:
         paths.pop("teacher", None)  # compared, not run
     layouts = {} if config.teacher_placement == "shared" else {"teacher": config.teacher_parallel}
     trained = {"student"} if config.teacher_correction.lr is None else {"student", "teacher"}
-    plan = plan_training(config, paths, trained, "distilled model", layouts)
+    apart = config.teacher_placement == "own_ranks"
+    plan = plan_training(config, paths, trained, "distilled model", layouts, apart=apart)
     if not config.taught:
         plan.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
         return plan
     if cache is not None:
         plan.reads.append(PlannedPath(cache, "logit cache"))
         return plan
-    if config.teacher_placement == "own_ranks":
+    if apart:
         count = config.teacher_parallel.world_size
         plan.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
     shapes = {role: peek_shape(path) for role, path in paths.items()}

@@ -18,7 +18,8 @@ from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import uniform_faults
-from nemo_minitron.stages.shared.measuring import live_model, start_groups, weights_of_rank
+from nemo_minitron.stages.shared.measuring import live_model, start_groups
+from nemo_minitron.stages.shared.memory import weights_of_rank
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

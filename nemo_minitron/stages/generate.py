@@ -21,6 +21,7 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
 from nemo_minitron.stages.shared.measuring import live_model, start_groups
+from nemo_minitron.stages.shared.memory import cache_of_rank
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +68,7 @@ def plan(config: GenerateConfig) -> StagePlan:
     if config.max_length is not None and config.max_length > context:
         plan.faults.append(f"max_length={config.max_length}: the model's context holds {context} tokens")
     length = min(config.max_length or context, context)
-    element = 2 if config.runtime.dtype == "bfloat16" else 4
-    channels = 2 * shape.num_query_groups * shape.head_dim * element / layout.tensor
-    cache = config.batch_size * length * channels * shape.num_layers / layout.pipeline
+    cache = cache_of_rank(config, config.model, batch_size=config.batch_size, length=length)
     plan.costs["key-value cache of a rank"] = f"at most {human_bytes(cache)}"
     return plan
 

@@ -15,7 +15,8 @@ from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
-from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring, weights_of_rank
+from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.memory import weights_of_rank
 
 if TYPE_CHECKING:
     from nemo_minitron.importance import Scores

@@ -191,17 +191,13 @@ class Costs:
         self.config, self.shape, self.table, self.topk = config, shape, table, topk
         self.parameters = ParameterCost(table, shape)
         budget, layout = config.budget, config.student_layout
-        work = Workload(
+        work = Workload.on(
+            layout,
             training=budget.memory_of == "training",
             batch_size=budget.batch_size,
             sequence_length=budget.sequence_length,
             bytes=2 if budget.dtype == "bfloat16" else 4,
             recompute="full" if budget.recompute else "none",
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            data=layout.data,
-            virtual_pipeline=layout.virtual_pipeline,
-            sequence_parallel=layout.sequence_parallel,
         )
         self.memory = MemoryCost(table, shape, work, topk=topk, rotary=rotary)
 

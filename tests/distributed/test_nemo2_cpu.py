@@ -19,9 +19,10 @@ def train_case(out: str, steps: int, tensor: int = 1, pipeline: int = 1) -> dict
     from nemo import lightning as nl
     from nemo.collections import llm
 
+    from nemo_minitron.architecture import Architecture
     from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
     from nemo_minitron.distillation.training.blocks_module import BlockDataModule
-    from nemo_minitron.shape import Architecture, ModelShape
+    from nemo_minitron.shape import ModelShape
 
     losses: dict[int, float] = {}
 

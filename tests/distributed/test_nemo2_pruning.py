@@ -38,11 +38,11 @@ def train(
     from nemo import lightning as nl
     from nemo.collections import llm
 
+    from nemo_minitron.architecture import Architecture
     from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
     from nemo_minitron.distillation.training.blocks_module import BlockDataModule
     from nemo_minitron.runtime.groups import ParallelLayout, destroy
     from nemo_minitron.runtime.model import pipeline_layer_layout
-    from nemo_minitron.shape import Architecture
 
     losses: dict[int, float] = {}
 

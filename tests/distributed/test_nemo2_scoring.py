@@ -21,12 +21,13 @@ def callback_case(out: str) -> dict[str, Any]:
     from nemo import lightning as nl
     from nemo.collections import llm
 
+    from nemo_minitron.architecture import Architecture
     from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
     from nemo_minitron.distillation.training.blocks_module import BlockDataModule
     from nemo_minitron.importance import ScoreDuringValidation, score_criteria
     from nemo_minitron.importance.callback import _layout, _megatron_chunks
     from nemo_minitron.runtime.groups import current
-    from nemo_minitron.shape import Architecture, ModelShape
+    from nemo_minitron.shape import ModelShape
 
     blocks = torch.randint(0, 120, (16, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
     validation = blocks[:8]

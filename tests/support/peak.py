@@ -11,8 +11,9 @@ import torch
 from support.memory import StorageWatch
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning import MemoryCost, Workload
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=4,

@@ -12,22 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-_CONF = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser={user}
-SlurmdUser={user}
+#: What every cluster of the tests has in its ``slurm.conf``.
+COMMON_CONF = """
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={home}/munge.socket
-SlurmctldPort={controller}
-SlurmdPort={node}
 StateSaveLocation={home}/state
-SlurmdSpoolDir={home}/spool
 SlurmctldPidFile={home}/slurmctld.pid
-SlurmdPidFile={home}/slurmd.pid
 SlurmctldLogFile={home}/slurmctld.log
-SlurmdLogFile={home}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -39,10 +31,21 @@ SelectTypeParameters=CR_CPU
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
-KillWait=5
 MinJobAge=3600
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={controller}
+SlurmdPort={node}
+SlurmdSpoolDir={home}/spool
+SlurmdPidFile={home}/slurmd.pid
+SlurmdLogFile={home}/slurmd.log
+KillWait=5
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
 """
 
 
@@ -95,7 +98,7 @@ def slurm(home: Path, patience: float = 30.0) -> Iterator[dict[str, str]]:
     host = socket.gethostname().split(".")[0]
     conf = home / "slurm.conf"
     conf.write_text(
-        _CONF.format(
+        (_CONF + COMMON_CONF).format(
             host=host, home=home, user=pwd.getpwuid(os.getuid()).pw_name, controller=_free_port(), node=_free_port()
         )
     )

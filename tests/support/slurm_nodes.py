@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.slurm import missing, munge, search_path
+from support.slurm import COMMON_CONF, missing, munge, search_path
 
 __all__ = ["Cluster", "slurm_nodes", "why_not"]
 
@@ -30,33 +30,14 @@ ClusterName=nodes
 SlurmctldHost={controller}(10.77.0.1)
 SlurmUser=root
 SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
-AuthInfo=socket={home}/munge.socket
-StateSaveLocation={home}/state
 SlurmdSpoolDir={home}/spool_%n
-SlurmctldPidFile={home}/slurmctld.pid
 SlurmdPidFile={home}/slurmd_%n.pid
-SlurmctldLogFile={home}/slurmctld.log
 SlurmdLogFile={home}/slurmd_%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-ReturnToService=2
-SchedulerType=sched/builtin
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SlurmdParameters=config_overrides
 SlurmdTimeout={timeout}
 MessageTimeout=5
 KillWait=3
 UnkillableStepTimeout=10
-MinJobAge=3600
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -255,7 +236,7 @@ def slurm_nodes(
     )
     lines = "\n".join(f"NodeName={name} NodeAddr={addresses[name]} CPUs={cpus} State=UNKNOWN" for name in names)
     conf = home / "slurm.conf"
-    conf.write_text(_CONF.format(controller=_CONTROLLER, home=home, nodes=lines, timeout=timeout))
+    conf.write_text((_CONF + COMMON_CONF).format(controller=_CONTROLLER, home=home, nodes=lines, timeout=timeout))
     env = dict(os.environ, SLURM_CONF=str(conf), PATH=search_path())
     with ExitStack() as stack:
         controller = _machine(_CONTROLLER, home, env, stack)

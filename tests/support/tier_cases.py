@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from support.pruning import live, random_checkpoint, random_kept, tokens
 
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.shape import ModelShape
 
 #: Sizes that Transformer Engine's kernels take too.
 SHAPE = ModelShape(

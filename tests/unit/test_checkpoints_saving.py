@@ -14,8 +14,8 @@ import torch
 from support.checkpoints import tiny_checkpoint
 
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-from nemo_minitron.checkpoints.saving import staging, write_aside
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, MinitronError
+from nemo_minitron.runtime.atomic import clear_leftovers, staging, write_aside
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -120,7 +120,7 @@ def test_an_output_moved_aside_by_a_dead_process_comes_back(tmp_path: Path) -> N
     out.rename(tmp_path / f".out.replaced.{host}.{dead.pid}")
     with pytest.raises(CheckpointError, match=r"does not exist.*killed"):
         open_checkpoint(out)
-    with pytest.raises(CheckpointError, match="exists"), write_aside(out, overwrite=False):
+    with pytest.raises(MinitronError, match="exists"), write_aside(out, overwrite=False):
         pass
     assert out.read_text() == "old"
 
@@ -131,3 +131,38 @@ def test_an_interrupt_cleans_up(tmp_path: Path) -> None:
         (partial / "file").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_is_alone_clears_what_any_process_and_release_left(tmp_path: Path) -> None:
+    out, host = tmp_path / "out", staging(tmp_path / "out").name.split(".files.")[1].rsplit(".", 1)[0]
+    alive = [f".out.partial.{host}.1", f".out.files.{host}.1", ".out.partial.elsewhere.7"]
+    earlier = [".out.staged", ".out.partial-1a2b3c4d", ".out.partial-old-1a2b3c4d", ".out.partial.1"]
+    others = [".other.partial.1", ".out.replaced", ".out2.staged"]
+    for name in (*alive, *earlier, *others):
+        (tmp_path / name).mkdir()
+    clear_leftovers(out)
+    assert {path.name for path in tmp_path.iterdir()} == {*alive, *earlier, *others}
+    clear_leftovers(out, alone=True)
+    assert {path.name for path in tmp_path.iterdir()} == {*others}
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody reads it at all times; a directory cannot be replaced so, and comes back where the rename fails."""
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("old")
+    folder.mkdir()
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        if target == folder:
+            raise OSError(errno.EDQUOT, "Quota exceeded")
+        assert file.read_text() == "old"
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    with write_aside(file, overwrite=True) as aside:
+        aside.write_text("new")
+    assert file.read_text() == "new"
+    with pytest.raises(CheckpointError, match="no space"), write_aside(folder, overwrite=True, error=CheckpointError):
+        staging(folder).mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}

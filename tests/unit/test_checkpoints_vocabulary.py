@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer.trimming import (
     TokenFrequencies,
     choose_vocabulary,
@@ -23,7 +24,6 @@ from nemo_minitron.checkpoints.tokenizer.trimming import (
     write_frequencies,
 )
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
-from nemo_minitron.shape import Architecture
 
 TEXT = [
     "the lord said unto moses, speak unto the children of israel, saying, when any man hath a running issue",

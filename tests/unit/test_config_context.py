@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import ParallelLayout, load, load_pipeline
 from nemo_minitron.distillation.compatibility import check_context, check_model
 from nemo_minitron.errors import ConfigError, ShapeError
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 DATA = "data: {sequence_length: 64, sources: [{name: a, path: a.txt}]}\n"
 DISTILL = f"student: s\nteacher: t\noutput: o\n{DATA}parallel: {{context: 4}}\n"

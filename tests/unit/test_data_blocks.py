@@ -214,7 +214,7 @@ def test_nothing_is_left_when_writing_fails(
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.replace", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DataError, match="no space left"):
             build_blocks(config, tokenizer, "train", blocks=4)
     assert kept(config, "tokens") == kept(config, "blocks") == []
     # What a killed process left aside is cleared away by the next.

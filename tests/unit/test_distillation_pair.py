@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.distillation.compatibility import check_model, check_pair
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 SIZES = {
     "num_layers": 6, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 6, "num_query_groups": 6,

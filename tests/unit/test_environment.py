@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config import DistillConfig, ParallelLayout, PruneConfig, ScoreConfig
-from nemo_minitron.jobs import launch, slurm_environment
+from nemo_minitron.jobs import results, slurm_environment
 from nemo_minitron.runtime import environment
 
 #: Of a task that ``srun`` started in a job of several tasks, and of a script below ``sbatch --ntasks=4``.
@@ -99,21 +99,22 @@ def test_megatron_gets_its_order_of_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_rank_that_was_given_up_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that hung comes to life when its job runs elsewhere already."""
-    monkeypatch.setenv(launch.ATTEMPT_VARIABLE, "7-0")
-    launch.begin_attempt(tmp_path, "7-0")
-    launch.save_result(tmp_path, launch.RankResult(0, "done"))
-    launch.begin_attempt(tmp_path, "7-1")
-    launch.save_result(tmp_path, launch.RankResult(1, "crashed"))
-    assert [result.rank for result in launch.read_results(tmp_path)] == [0]
-    monkeypatch.delenv(launch.ATTEMPT_VARIABLE)
-    launch.save_result(tmp_path, launch.RankResult(1, "done"))
-    assert len(launch.read_results(tmp_path)) == 2
+    monkeypatch.setenv(results.ATTEMPT_VARIABLE, "7-0")
+    results.begin_attempt(tmp_path, "7-0")
+    results.save_result(tmp_path, results.RankResult(0, "done"))
+    results.begin_attempt(tmp_path, "7-1")
+    results.save_result(tmp_path, results.RankResult(1, "crashed"))
+    assert [result.rank for result in results.read_results(tmp_path)] == [0]
+    monkeypatch.delenv(results.ATTEMPT_VARIABLE)
+    results.save_result(tmp_path, results.RankResult(1, "done"))
+    assert len(results.read_results(tmp_path)) == 2
 
 
 _MEETS = """
 import os, sys
 from pathlib import Path
-from nemo_minitron.jobs.launch import RankResult, attach, job_folder, launch, save_result
+from nemo_minitron.jobs.launch import attach, job_folder, launch
+from nemo_minitron.jobs.results import RankResult, save_result
 if len(sys.argv) > 2:
     found = launch("meeting", ["x"], world_size=2, folder=Path(sys.argv[2]), timeout_minutes=1.5)
     print(found[0].metrics["sum"])

@@ -12,11 +12,12 @@ from support.checkpoints import tiny_tokenizer
 from support.families import CLASSES, OWN, SIZES, family_model, some_units
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 MIXTURE = ModelShape(
     num_layers=3,

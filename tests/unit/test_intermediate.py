@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.model_record import write_model_record
@@ -17,7 +18,7 @@ from nemo_minitron.distillation.losses.layer_maps import layer_maps, layer_ranks
 from nemo_minitron.distillation.losses.states import attention_relations, hidden_cosine, hidden_mse
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.kept import save_kept
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.distill import plan
 
 SHAPE = ModelShape(8, 48, 64, 6, 2, 16, 100)

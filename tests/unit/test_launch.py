@@ -16,9 +16,10 @@ from nemo_minitron.config import ExportConfig, ParallelLayout, RuntimeConfig, Sc
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, ShapeError
 from nemo_minitron.jobs import launch as launching
 from nemo_minitron.jobs import local, warm
-from nemo_minitron.jobs.launch import StageCrashError, launch, read_results
+from nemo_minitron.jobs.launch import launch
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.records import read_record
+from nemo_minitron.jobs.results import StageCrashError, read_results
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -54,7 +54,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_output(tmp_path):
     out = tmp_path / "out"
     with stage_output(out) as aside:
         (aside / "a").write_text("1")
-    with pytest.raises(MinitronError, match="no space left on the device; free some"), stage_output(out, True) as aside:
+    with pytest.raises(MinitronError, match=r"no space left while writing .*out"), stage_output(out, True) as aside:
         (aside / "a").write_text("2")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert (out / "a").read_text() == "1"

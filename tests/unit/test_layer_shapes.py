@@ -15,6 +15,7 @@ from support.pruning import SHAPE, DictWeights, random_checkpoint
 from support.shapes import MIXED, mixed_shapes
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.fingerprint import model_fingerprint
@@ -29,7 +30,7 @@ from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.pruning import choose_units, load_kept, merge_pruned_heads, prune_weights, save_kept, target_shape
 from nemo_minitron.pruning.rounds import intermediate_shapes
 from nemo_minitron.report.tables import span
-from nemo_minitron.shape import Architecture, LayerShape, ModelShape
+from nemo_minitron.shape import LayerShape, ModelShape
 
 #: Of the four layers of SHAPE: one head of each group; two whole groups; no attention; no MLP.
 LAYERS = (LayerShape(40, 4), LayerShape(24, 2), LayerShape(8, 0), LayerShape(0, 4))

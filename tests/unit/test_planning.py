@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.cli.plan import read_cluster, read_subject, show_plan, trainings_of, write_pipeline
 from nemo_minitron.config import ClusterConfig, ParallelLayout, load_pipeline
 from nemo_minitron.errors import ConfigError, ShapeError
@@ -29,7 +30,7 @@ from nemo_minitron.planning import (
     pipeline_stage_parameters,
     recipe_names,
 )
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 STUDENT = Model(ModelShape(8, 512, 1024, 8, 4, 64, 1000))
 TEACHER = Model(ModelShape(10, 768, 2048, 8, 4, 64, 1000))

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.pruning import one_process
+from support.shapes import mixed_shapes
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.config import DataConfig, DistillConfig, ParallelLayout
+from nemo_minitron.jobs.plans import human_bytes
+from nemo_minitron.planning import Model, stage_parameters
+from nemo_minitron.planning.counts import layer_cost, outer_counts
 from nemo_minitron.runtime.model import build_model
 from nemo_minitron.search import MemoryCost, Sizes, Workload
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape, padded_vocab
+from nemo_minitron.stages import distill
 
 SHAPE = ModelShape(3, 48, 80, 8, 4, 12, 250)
 CONSTANTS = {"nemotron": {"rotary_percent": 0.5}, "mixtral": {"moe_router_topk": 2}}
@@ -126,3 +139,51 @@ def test_a_teacher_and_recomputation_of_a_layout():
     plain = [activations(recompute=recompute, fused=False) for recompute in ("none", "selective", "full")]
     assert plain == sorted(plain, reverse=True)
     assert plain[0] > plain[1]
+
+
+@pytest.mark.parametrize("placement", ["shared", "own_layout", "own_ranks"])
+def test_a_stage_plans_with_these_formulas(tmp_path, placement):
+    """A distillation's row is the planner's figure, wherever the teacher is."""
+    student, architecture = of_family("llama")
+    teacher = student.replace(num_layers=6, hidden_size=96)
+    for role, shape in (("student", student), ("teacher", teacher)):
+        (tmp_path / role).mkdir()
+        record = {"shape": shape.to_dict(), "architecture": dataclasses.asdict(architecture)}
+        (tmp_path / role / "minitron.json").write_text(json.dumps(record))
+    layout, own = ParallelLayout(data=2, tensor=2), ParallelLayout(data=4)
+    config = DistillConfig(
+        student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), output=str(tmp_path / "out"),
+        parallel=layout, teacher_placement=placement, micro_batch_size=2, precision="bf16-mixed", recompute="full",
+        data=DataConfig(sequence_length=64), teacher_parallel=ParallelLayout() if placement == "shared" else own,
+    )  # fmt: skip
+    work = Workload.on(layout, training=True, batch_size=2, sequence_length=64, recompute="full", micro_batches=2)
+    family = axes.family("llama")
+    shared = MemoryCost(family, student, work, teacher=(family, teacher))(student)
+    alone, theirs = MemoryCost(family, student, work)(student), axes.parameter_count(family, teacher) * 2
+    padding = 6 * 2 * 96 * 2  # of the vocabulary of 250 to 256, in the embedding and the output layer
+    expected = {
+        "shared": f"about {human_bytes(shared)}",
+        "own_layout": f"about {human_bytes(alone + theirs + padding)}",
+        "own_ranks": f"about {human_bytes(alone)}; of the teacher's own ranks {human_bytes(theirs + padding)}",
+    }
+    assert distill.plan(config).costs["memory of a rank"] == expected[placement]
+
+
+@given(shape=mixed_shapes(), family=st.sampled_from(sorted(axes.FAMILIES)), tensor=st.sampled_from([1, 2]))
+@settings(max_examples=150, deadline=None)
+def test_costs_of_layers_are_exact(shape, family, tensor):
+    """Of any sizes, of a rank as of the whole model."""
+    table = axes.family(family)
+    experts = 3 if table.expert else None
+    shape = shape.replace(num_moe_experts=experts)
+    if shape.layout_faults(tensor=tensor, pipeline=1):
+        shape = SHAPE.replace(num_moe_experts=experts)
+    layer = layer_cost(table, hidden_size=shape.hidden_size, head_dim=shape.head_dim, experts=experts, tensor=tensor)
+    first, last = outer_counts(table, shape, hidden_size=shape.hidden_size, tensor=tensor)
+    total = first + last + sum(layer.parameters(sizes) for sizes in shape.each())
+    if tensor == 1:
+        assert total == axes.parameter_count(table, shape)
+    (rank,) = stage_parameters(Model(shape, Architecture(family=family)), tensor=tensor)
+    padding = padded_vocab(shape.vocab_size, tensor=tensor) - shape.vocab_size
+    tables = 1 if shape.tied_embeddings else 2
+    assert total == sum(math.prod(size) for size in rank.values()) - tables * padding * shape.hidden_size / tensor

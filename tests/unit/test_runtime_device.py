@@ -194,7 +194,8 @@ cpu.activate()
 from nemo_minitron.runtime.device import CPU, Device
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import shape_of, transformer_config
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.shape import ModelShape
 shape = ModelShape(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
                    head_dim=8, vocab_size=96, tied_embeddings=False)
 architecture = Architecture(family="llama", norm_epsilon=1e-5, rotary_base=10000.0, max_position_embeddings=64)

@@ -19,7 +19,7 @@ from nemo_minitron.config import SlurmConfig, load_pipeline, load_slurm
 from nemo_minitron.config.paths import absolute, paths_of
 from nemo_minitron.config.slurm import CpuConfig, seconds_of
 from nemo_minitron.errors import ConfigError, PreemptedError
-from nemo_minitron.jobs.launch import failure, save_result
+from nemo_minitron.jobs.results import failure, save_result
 from nemo_minitron.jobs.slurm_checks import input_faults, mount_faults
 from nemo_minitron.jobs.slurm_submit import _SRUN, jobs_of
 from nemo_minitron.planning import load_recipe, recipe_names

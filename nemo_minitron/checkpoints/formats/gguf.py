@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.formats.huggingface.checkpoint import open_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
-from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.requirements import require
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def convert_gguf(
         raise CheckpointError(
             f"{source}: architecture {fields['general.architecture']!r} is not supported; supported: 'llama'"
         )
-    with write_aside(target, overwrite=overwrite) as partial:
+    with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
         partial.mkdir(parents=True)
         content = _write_model(source, partial, dtype)
         _write_tokenizer(content, partial, fields)

@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
-from nemo_minitron.shape import Architecture
 
 __all__ = [
     "FREQUENCIES",

@@ -28,7 +28,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +38,7 @@ import torch
 
 from nemo_minitron.distillation.losses.kernels import TopTokens
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["LogitCache", "Manifest", "decode_logits", "decode_top", "encode", "sample_keys", "write_shard"]
@@ -228,19 +228,14 @@ def write_shard(directory: Path, manifest: Manifest, samples: Sequence[tuple[byt
     tensors["keys"] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
     tensors["crc"] = torch.tensor([_crc(key, stored) for key, stored in samples], dtype=torch.int64)
     path = directory / f"shard-{hashlib.sha256(b''.join(keys)).hexdigest()[:20]}.safetensors"
-    aside = directory / f".{path.name}.partial.{os.getpid()}"
     try:
-        save_file(tensors, aside, metadata={"manifest": manifest.digest})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with write_aside(path, overwrite=True, error=DataError, parents=False) as aside:
+            save_file(tensors, aside, metadata={"manifest": manifest.digest})
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"{path}: cannot be written ({error}); what was written before is whole. Make room, or see to the "
             "directory's permissions, and run `minitron cache` again"
         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

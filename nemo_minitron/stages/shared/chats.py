@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families
-from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.config import AlignConfig, ChatDataConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat, read_chats, read_package_chats, split_held_out
 from nemo_minitron.data.chat.preferences import (
@@ -21,7 +20,9 @@ from nemo_minitron.data.chat.preferences import (
 from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.planning import Model
 from nemo_minitron.shape import uniform_faults
+from nemo_minitron.stages.shared.memory import training_use
 
 if TYPE_CHECKING:
     from nemo_minitron.alignment.batches import Sample
@@ -37,13 +38,14 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1) -> StagePlan:
+def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1, sequences: int = 1) -> StagePlan:
     """The plan that all trainings with Aligner share.
 
     Args:
         config: of the stage.
         packages: names of the packages that carry such data.
         copies: of the weights on a rank (2 with a reference policy).
+        sequences: of a sample (2 of a pair).
     """
     from nemo_minitron.alignment.export import output_name
 
@@ -78,12 +80,11 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1)
         )
     plan.faults += uniform_faults(shape, "alignment")
     plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
-    count = axes.parameter_count(peek_family(config.model), shape)
-    plan.costs["parameters"] = human_count(count)
-    state = 4 + 4 + 8 / layout.data + 4 * (copies - 1)  # weights, gradients, Adam's moments; float32
-    plan.costs["memory of a rank"] = (
-        f"about {human_bytes(count * state / (layout.tensor * layout.pipeline))} and activations"
-    )
+    model = Model(shape, architecture)
+    plan.costs["parameters"] = human_count(model.parameters)
+    uses = training_use(config, model, data.max_length, sequences=sequences)
+    memory = max(use.total + (copies - 1) * use.weights for use in uses)
+    plan.costs["memory of a rank"] = f"about {human_bytes(memory)}"
     return plan
 
 

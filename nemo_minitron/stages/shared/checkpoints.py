@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +11,16 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
 from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
-from nemo_minitron.checkpoints.saving import write_aside
 from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.jobs.atomic import MARKER
 from nemo_minitron.jobs.plans import human_bytes, human_count
+from nemo_minitron.runtime.atomic import staging, write_aside
 from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
+    from nemo_minitron.architecture import Architecture
     from nemo_minitron.checkpoints import Checkpoint
-    from nemo_minitron.shape import Architecture, ModelShape
+    from nemo_minitron.shape import ModelShape
 
 __all__ = [
     "check_conversion",
@@ -91,7 +90,7 @@ def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Pa
     """Where to write a checkpoint; it becomes ``output`` when the block ends without an error.
 
     Until then, an existing ``output`` is untouched: a checkpoint that fails its verification never gets the output's
-    name. A killed process leaves ``.<name>.staged``, which the next run removes.
+    name.
 
     Yields:
         A path of the output's name in a directory of its own; the caller creates it.
@@ -103,24 +102,14 @@ def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Pa
     if faults := format_faults(output, form):
         raise ConfigError(faults)
     path = Path(output).absolute()
-    staging = path.with_name(f".{path.name}.staged")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging / path.name
-        with write_aside(path, overwrite=overwrite or _is_empty(path)) as aside:
-            (staging / path.name).rename(aside)
-            if aside.is_dir():
-                (aside / MARKER).touch()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CheckpointError(
-            f"no space left while writing {path}; what stood there before is untouched. Free some space or choose an "
-            "output on another disk"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    overwrite = overwrite or _is_empty(path)
+    with write_aside(path, overwrite=overwrite, error=CheckpointError, alone=True) as aside:
+        folder = staging(path)
+        folder.mkdir()
+        yield folder / path.name
+        (folder / path.name).rename(aside)
+        if aside.is_dir():
+            (aside / MARKER).touch()
 
 
 def verified(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_minitron import axes
-from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
-from nemo_minitron.config import DataConfig, ParallelLayout, RuntimeConfig
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
+from nemo_minitron.config import DataConfig
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.stages.shared.memory import Running
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -17,14 +16,7 @@ if TYPE_CHECKING:
     from nemo_minitron.data import Blocks
     from nemo_minitron.runtime.groups import Groups
 
-__all__ = ["Measured", "live_model", "open_measured", "plan_measuring", "start_groups", "weights_of_rank"]
-
-
-class Running(Protocol):
-    """Settings of a stage that runs models."""
-
-    parallel: ParallelLayout
-    runtime: RuntimeConfig
+__all__ = ["Measured", "live_model", "open_measured", "plan_measuring", "start_groups"]
 
 
 class Measuring(Running, Protocol):
@@ -71,15 +63,6 @@ def plan_measuring(config: Measuring, stage: str, written: PlannedPath, *, repea
         notes=data.notes,
         faults=[*data.faults, *config.parallel.sequence_faults(config.data.sequence_length)],
     )
-
-
-def weights_of_rank(config: Running, *models: str) -> str:
-    """Memory of the largest model's weights on a rank; the models' records must exist."""
-    sizes = [
-        axes.parameter_count(peek_family(model), shape) for model in models if (shape := peek_shape(model)) is not None
-    ]
-    element = 2 if config.runtime.dtype == "bfloat16" else 4
-    return f"about {human_bytes(max(sizes) * element / (config.parallel.tensor * config.parallel.pipeline))}"
 
 
 def start_groups(config: Running) -> Groups:

@@ -13,8 +13,9 @@ from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.shape import uniform_faults
+from nemo_minitron.stages.shared.memory import planned_model, training_of_rank
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -30,6 +31,8 @@ def plan_training(
     trained: set[str],
     written: str,
     layouts: dict[str, ParallelLayout] | None = None,
+    *,
+    apart: bool = False,
 ) -> StagePlan:
     """What a training would read, write and cost.
 
@@ -39,6 +42,7 @@ def plan_training(
         trained: the roles that are trained; the others only run forward.
         written: description of the trained model.
         layouts: role -> layout, for models whose layout differs from the trained model's.
+        apart: these have ranks of their own.
     """
     from nemo_minitron.data.inputs import data_inputs
 
@@ -74,13 +78,9 @@ def plan_training(
         plan.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
         # Six operations a weight and token to train, two to run.
         plan.costs["FLOPs"] = human_count((6 * trained_count + 2 * others) * config.tokens)
-        bf16 = config.precision.startswith("bf16")
-        # Weights and gradients (2 + 4 bytes in bf16 training, 4 + 4 in fp32), Adam's two moments and, in bf16, fp32
-        # weights.
-        replicas = layout.data * layout.context
-        state = (2 + 4 + 12 / replicas) if bf16 else (4 + 4 + 8 / replicas)
-        rank = (trained_count * state + others * (2 if bf16 else 4)) / (layout.tensor * layout.pipeline)
-        plan.costs["memory of a rank"] = f"about {human_bytes(rank)} and activations"
+        known = {role: model for role, path in models.items() if (model := planned_model(path)) is not None}
+        length = config.data.sequence_length
+        plan.costs["memory of a rank"] = training_of_rank(config, known, trained, length, layouts or {}, apart=apart)
     return plan
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import HFFamily
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 __all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
 

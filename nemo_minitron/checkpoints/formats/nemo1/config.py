@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 __all__ = ["from_nemo1", "nemo1_families", "to_nemo1"]
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import NeMo2Family
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 __all__ = ["from_nemo2", "model_class", "nemo_config"]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
 from nemo_minitron.checkpoints.formats.torch_dist.metadata import read_metadata
@@ -25,7 +26,7 @@ from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
 from nemo_minitron.checkpoints.weights import dtype_name
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.shape import Architecture, ModelShape
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,61 @@
+"""The constants of a model that pruning leaves alone; its sizes are :mod:`nemo_minitron.shape`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["Architecture"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The constants of a model, which pruning does not change.
+
+    Attributes:
+        family: key of the axes table (:data:`nemo_minitron.families.FAMILIES`).
+        norm_epsilon: epsilon of the normalisation layers.
+        rotary_base: RoPE theta.
+        rotary_percent: part of each head's channels that RoPE turns (HF's ``partial_rotary_factor``).
+        rotary_scaling: HF's ``rope_scaling`` (Llama-3 style) or None.
+        max_position_embeddings: longest sequence.
+        bos_token_id, eos_token_id, pad_token_id: as in the HF config.
+        dtype: dtype of the source weights ("float32", "bfloat16", ...).
+        moe_router_topk: experts that each token is sent to; None where MLPs are dense.
+        moe_aux_loss_coeff: weight of the load-balancing loss in training.
+    """
+
+    family: str = "llama"
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rotary_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+    moe_router_topk: int | None = None
+    moe_aux_loss_coeff: float = 0.0
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """``eos_token_id`` as a list; empty if there is none."""
+        ids = self.eos_token_id
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+    def faults(self, shape: ModelShape) -> list[str]:
+        """Why a model of ``shape`` cannot have these constants; empty if it can."""
+        experts, topk = shape.num_moe_experts, self.moe_router_topk
+        if (experts is None) is not (topk is None):
+            return [f"num_moe_experts={experts} with moe_router_topk={topk}: a mixture of experts needs both"]
+        if experts is not None and topk is not None and topk > experts:
+            return [f"num_moe_experts={experts}: each token goes to {topk} experts (moe_router_topk); keep as many"]
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)

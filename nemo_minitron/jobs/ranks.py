@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_minitron.jobs.launch import GRACE, Starter
-from nemo_minitron.jobs.warm import WarmProcess, current_pool
+from nemo_minitron.jobs.warm import current_pool
+from nemo_minitron.jobs.warm_client import WarmProcess
 
 __all__ = ["ForkedRanks", "forked"]
 

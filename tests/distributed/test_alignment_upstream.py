@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.distributed import free_ports, start_rank
 
-from nemo_minitron.jobs.warm import end_process
+from nemo_minitron.jobs.warm_client import end_process
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = (

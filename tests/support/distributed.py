@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.jobs.warm import WarmProcess, current_pool
+from nemo_minitron.jobs.warm import current_pool
+from nemo_minitron.jobs.warm_client import WarmProcess
 
 __all__ = ["free_ports", "level_of", "next_port", "run_distributed", "start_rank"]
 

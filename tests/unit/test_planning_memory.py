@@ -17,7 +17,7 @@ from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import DataConfig, DistillConfig, ParallelLayout
 from nemo_minitron.jobs.plans import human_bytes
-from nemo_minitron.planning import Model, stage_parameters
+from nemo_minitron.planning import Model, pipeline_stage_parameters
 from nemo_minitron.planning.counts import layer_cost, outer_counts
 from nemo_minitron.runtime.model import build_model
 from nemo_minitron.search import MemoryCost, Sizes, Workload
@@ -183,7 +183,7 @@ def test_costs_of_layers_are_exact(shape, family, tensor):
     total = first + last + sum(layer.parameters(sizes) for sizes in shape.each())
     if tensor == 1:
         assert total == axes.parameter_count(table, shape)
-    (rank,) = stage_parameters(Model(shape, Architecture(family=family)), tensor=tensor)
+    (rank,) = pipeline_stage_parameters(Model(shape, Architecture(family=family)), tensor=tensor)
     padding = padded_vocab(shape.vocab_size, tensor=tensor) - shape.vocab_size
     tables = 1 if shape.tied_embeddings else 2
     assert total == sum(math.prod(size) for size in rank.values()) - tables * padding * shape.hidden_size / tensor

@@ -18,7 +18,8 @@ import pytest
 
 from nemo_minitron.jobs import warm
 from nemo_minitron.jobs.ranks import ForkedRanks, forked
-from nemo_minitron.jobs.warm import Level, WarmPool, WarmProcess
+from nemo_minitron.jobs.warm import Level, WarmPool
+from nemo_minitron.jobs.warm_client import WarmProcess
 
 #: A level that imports nothing heavy, and one whose import starts a thread.
 LEVELS = {

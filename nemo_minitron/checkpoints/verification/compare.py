@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.jobs.warm import end_process, reachable_pool
+from nemo_minitron.jobs.warm import reachable_pool
+from nemo_minitron.jobs.warm_client import end_process
 from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.shape import require_uniform
 

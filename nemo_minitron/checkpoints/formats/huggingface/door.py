@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
+from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
+from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
 from nemo_minitron.checkpoints.record import read_record, write_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
@@ -41,10 +43,6 @@ def open_hf(path: Path) -> Checkpoint:
             another shape than the configuration says, tokenizer that does not fit.
     """
     shape, architecture = from_hf(read_json(path / "config.json"), path / "config.json")
-    tensors = _find_tensors(path)
-    weights = HFWeights(path, shape, architecture.family, tensors)
-    weights.check()
-    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
     record = read_record(path)
     lineage: dict[str, Any] = {}
     if record is not None:
@@ -54,6 +52,11 @@ def open_hf(path: Path) -> Checkpoint:
                 f"one of them was edited, restore it"
             )
         lineage = record.lineage
+    tensors = _find_tensors(path)
+    weights = HFWeights(path, shape, architecture.family, tensors)
+    weights.check()
+    account_files(path, set(tensors.values()))
+    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
     tokenizer = find_tokenizer(path)
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape.vocab_size)
@@ -116,16 +119,52 @@ class HFWeights:
         unexpected = [
             name
             for name in self.files
-            if name not in expected and name not in tied and not naming.IGNORED_HF.search(name)
+            if name not in expected and name not in tied and not any(each.search(name) for each in known.TENSORS)
         ]
         if unexpected:
             raise CheckpointError(
                 f"{self.path}: {len(unexpected)} tensors have no place in a {self.family} model of this configuration, "
                 f"{_first(unexpected)}; check num_hidden_layers, and that it has no biases but its family's"
             )
-        for name, (shape, _) in self._headers().items():
+        headers = self._headers()
+        if missing := [name for name in expected if name not in headers]:
+            raise CheckpointError(
+                f"{self.path}: the index places {len(missing)} tensors in files that do not hold them, "
+                f"{_first(missing)}; the files and the index are of two models, fetch them again"
+            )
+        if unlisted := [name for name in headers if name not in self.files]:
+            raise CheckpointError(
+                f"{self.path}: {len(unlisted)} tensors are in the files but not in the index, {_first(unlisted)}; "
+                f"the files and the index are of two models, fetch them again"
+            )
+        for name, (shape, _) in headers.items():
             if name in expected and shape != expected[name]:
                 raise _wrong_shape(self.files[name], name, shape, expected[name])
+        if tied and tied[0] in self.files:
+            self._check_tied(tied[0])
+
+    def _check_tied(self, output: str) -> None:
+        """Hold an output layer that is stored beside tied embeddings against them, by some rows."""
+        embedding = next(iter(axes.family(self.family).first))
+        here, there = (self._some_rows(name) for name in (output, *naming.hf_names(self.family, embedding)))
+        if here.shape != there.shape or not bool((here == there).all()):
+            raise CheckpointError(
+                f"{self.files[output]}: {output} is another matrix than the embedding, but config.json ties the two "
+                f"(tie_word_embeddings); set it to false, or remove the tensor"
+            )
+
+    def _some_rows(self, name: str, count: int = 64) -> torch.Tensor:
+        """Rows of a matrix, evenly over it."""
+        file = self.files[name]
+        if file.suffix != ".safetensors":
+            tensor = _torch_load(file)[name]
+            return tensor[:: max(1, len(tensor) // count)]
+        import torch
+
+        with _safe_open(file) as handle:
+            part = handle.get_slice(name)
+            step = max(1, part.get_shape()[0] // count)
+            return torch.cat([part[row : row + 1] for row in range(0, part.get_shape()[0], step)])
 
     def dtype(self) -> str:
         """The dtype that holds all stored tensors."""

@@ -18,7 +18,7 @@ from support.checkpoints import hf_logits, tiny_checkpoint, tiny_hf_model, token
 from nemo_minitron.checkpoints import accounting, open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
-from nemo_minitron.checkpoints.formats.huggingface.config import from_hf
+from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
 from nemo_minitron.errors import CheckpointError
 
 NAMES = st.from_regex(r"[a-z][a-z_]{3,20}", fullmatch=True)
@@ -227,3 +227,58 @@ def test_own_exports_have_nothing_to_name(source: Path, tmp_path: Path, warnings
     open_checkpoint(tmp_path / "out")
     assert warnings == []
     assert torch.equal(hf_logits(tmp_path / "out", tokens()), hf_logits(source, tokens()))
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_type": "llama3",
+}
+
+
+def newer(config: dict[str, Any], **rope: Any) -> dict[str, Any]:
+    """The configuration as transformers 5 writes it."""
+    kept = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    return {**kept, "dtype": "float32", "rope_parameters": rope}
+
+
+def test_both_spellings_of_rotary_embeddings(config: dict[str, Any]) -> None:
+    where = Path("config.json")
+    plain = from_hf({**config, "rope_theta": 30000.0, "rope_scaling": None}, where)
+    scaled = from_hf({**config, "rope_theta": 30000.0, "rope_scaling": LLAMA3}, where)
+    assert (scaled[1].rotary_base, scaled[1].rotary_scaling) == (30000.0, LLAMA3)
+    assert from_hf(newer(config, rope_theta=30000.0, rope_type="default"), where) == plain
+    assert from_hf(newer(config, rope_theta=30000.0, **LLAMA3), where) == scaled
+    for shape, architecture in (plain, scaled):
+        written = to_hf(shape, architecture, dtype="float32")
+        assert from_hf(written, where) == (shape, architecture)
+        for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+            assert key in written
+        older = {key: value for key, value in written.items() if key != "rope_parameters"}
+        only_newer = {key: value for key, value in written.items() if key not in ("rope_scaling", "rope_theta")}
+        assert from_hf(older, where) == from_hf(only_newer, where) == (shape, architecture)
+
+
+@pytest.mark.parametrize(
+    ("outside", "rope", "message"),
+    [
+        (
+            {"rope_theta": 10000.0},
+            {"rope_theta": 5e5},
+            r"rope_theta=10000\.0 and rope_parameters\.rope_theta=500000\.0",
+        ),
+        ({"rope_scaling": LLAMA3}, {"rope_theta": 5e5}, "rope_scaling=.* and rope_parameters=.* differ"),
+        ({"rope_scaling": LLAMA3}, {**LLAMA3, "factor": 4.0}, "rope_scaling=.* and rope_parameters=.* differ"),
+        ({}, {"rope_type": "yarn", "factor": 4.0}, "'yarn' is not supported"),
+        ({}, {"rope_theta": 5e5, "alpha": 2.0}, r"rope_scaling\.alpha=2\.0 is not known"),
+        ({}, {"full_attention": {"rope_theta": 5e5}}, "by kind of layer"),
+        ({}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported in this family"),
+    ],
+)
+def test_rotary_embeddings_that_are_refused(
+    config: dict[str, Any], outside: dict[str, Any], rope: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        from_hf({**newer(config, **rope), **outside}, Path("config.json"))

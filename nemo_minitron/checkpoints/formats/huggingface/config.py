@@ -11,17 +11,17 @@ from nemo_minitron.checkpoints.accounting import Noted, unread, warn_once
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
+from nemo_minitron.checkpoints.formats.huggingface.rotary import (
+    older_spelling,
+    scaling_faults,
+    scaling_type,
+    spellings,
+)
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import HFFamily
 from nemo_minitron.shape import Architecture, ModelShape
 
 __all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
-
-#: Types of RoPE scaling -> the keys that each has.
-ROPE_SCALING: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,8 +59,9 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             f"{source}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(readers)}"
         )
     key, family = readers[name]
-    given = Noted(config, family.reads[name])
-    faults = _unsupported(given, axes.family(key), family)
+    older, faults = older_spelling(config)
+    given = Noted(older, family.reads[name])
+    faults += _unsupported(given, axes.family(key), family)
     try:
         described = _describe(given, source, key, name)
     except (TypeError, ValueError) as error:
@@ -110,7 +111,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
         norm_epsilon=config[family.epsilon],
         rotary_base=float(config["rope_theta"]),
         rotary_percent=float(config["partial_rotary_factor"]),
-        rotary_scaling=None if _rope_type(rope) == "default" else rope,
+        rotary_scaling=None if scaling_type(rope) == "default" else rope,
         max_position_embeddings=config["max_position_embeddings"],
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
@@ -176,7 +177,7 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
         for key, value in family.needs.items()
         if config[key] != value
     ]
-    faults += _scaling_faults(rope)
+    faults += scaling_faults(rope)
     if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
         faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
     slides = config["use_sliding_window"] and window is not None
@@ -191,30 +192,6 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
     if config.get("quantization_config"):
         faults.append("quantized weights are not supported; dequantize the model first")
     return faults
-
-
-def _scaling_faults(rope: Any) -> list[str]:
-    """What in a ``rope_scaling`` is not of its type."""
-    if rope is not None and not isinstance(rope, dict):
-        return [f"rope_scaling={rope!r}: must be an object or null"]
-    kind = _rope_type(rope)
-    if kind not in ROPE_SCALING:
-        return [f"rope_scaling of type {kind!r} is not supported; supported: {', '.join(ROPE_SCALING)}"]
-    rope = rope or {}
-    faults = []
-    if None not in (rope.get("rope_type"), rope.get("type")) and rope["rope_type"] != rope["type"]:
-        faults.append(f"rope_scaling has rope_type={rope['rope_type']!r} and type={rope['type']!r}; remove one of them")
-    for key in ROPE_SCALING[kind]:
-        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), int | float):
-            faults.append(f"rope_scaling.{key}={rope.get(key)!r}: type {kind!r} needs a number")
-    other = {key: value for key, value in rope.items() if key not in ("rope_type", "type", *ROPE_SCALING[kind])}
-    active, _ = unread(other, harmless={})
-    faults += [f"rope_scaling.{key}={_short(value)} is not known in type {kind!r}" for key, value in active.items()]
-    return faults
-
-
-def _rope_type(rope: Any) -> str:
-    return (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else "default"
 
 
 def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
@@ -261,18 +238,21 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": None if blocks else shape.num_query_groups,
         family.epsilon: architecture.norm_epsilon,
-        "rope_scaling": architecture.rotary_scaling,
-        "rope_theta": architecture.rotary_base,
+        **spellings(
+            architecture.rotary_base,
+            architecture.rotary_percent,
+            architecture.rotary_scaling,
+            partial_rotary=axes.family(architecture.family).partial_rotary,
+        ),
         "sliding_window": None,
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
+        "dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **family.writes,
         **blocks,
     }
-    if axes.family(architecture.family).partial_rotary:
-        config["partial_rotary_factor"] = architecture.rotary_percent
     if family.expert:
         config |= {
             "num_local_experts": shape.num_moe_experts,

@@ -30,7 +30,14 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     constants = checkpoint.architecture.to_dict()
-    for told_by_others in ("dtype", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+    for told_by_others in (
+        "dtype",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "generation",
+    ):
         constants.pop(told_by_others, None)
     digest.update(json.dumps([checkpoint.shape.to_dict(), constants], sort_keys=True, default=str).encode())
     outer = {0, checkpoint.shape.num_layers - 1}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
-from nemo_minitron.checkpoints.formats.huggingface import known
+from nemo_minitron.checkpoints.formats.huggingface import generation, known
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
@@ -43,6 +43,11 @@ def open_hf(path: Path) -> Checkpoint:
             another shape than the configuration says, tokenizer that does not fit.
     """
     shape, architecture = from_hf(read_json(path / "config.json"), path / "config.json")
+    if (path / generation.FILE_NAME).is_file():
+        own = generation.read_generation(
+            read_json(path / generation.FILE_NAME), path / generation.FILE_NAME, architecture
+        )
+        architecture = dataclasses.replace(architecture, generation=own)
     record = read_record(path)
     lineage: dict[str, Any] = {}
     if record is not None:
@@ -262,12 +267,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     close()
     _name_shards(directory, shards, total)
     _write_json(directory / "config.json", config)
-    ids = {
-        key: value
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if (value := getattr(checkpoint.architecture, key)) is not None
-    }
-    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    _write_json(directory / generation.FILE_NAME, generation.generation_config(checkpoint.architecture))
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
         copy_tokenizer(checkpoint.tokenizer, directory)

@@ -1,7 +1,7 @@
 """Rotary embeddings in a ``config.json``: as transformers 4 spells them, and as transformers 5 does.
 
-transformers 4 has ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``; transformers 5 has one object with all
-of it, ``rope_parameters``. The older ones ignore the newer key, and compute another model without a word.
+transformers 4 has ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``; transformers 5 has one object with
+all of it, ``rope_parameters``. The older ones ignore the newer key, and compute another model without a word.
 """
 
 from __future__ import annotations

@@ -207,8 +207,9 @@ def test_an_unknown_file_is_named(source: Path, warnings: list[str], tmp_path: P
     (tmp_path / "hf").mkdir()
     for file in (*known.FILES, "config.json", "tokenizer.json", "model.safetensors", name):
         (tmp_path / "hf" / file.replace("*", "x")).touch()
-    account_files(tmp_path / "hf", [tmp_path / "hf" / "model.safetensors"])
-    if name in ("config.json", "params.json"):
+    weights = tmp_path / "hf" / "model.safetensors"
+    account_files(tmp_path / "hf", weights, [weights])
+    if name == "config.json" or name in known.FILES:
         return
     (warning,) = warnings
     assert warning.endswith(f"files that are not known are left behind: {name}")
@@ -282,3 +283,53 @@ def test_rotary_embeddings_that_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         from_hf({**newer(config, **rope), **outside}, Path("config.json"))
+
+
+def test_weights_are_chosen_as_transformers_chooses(source: Path, tmp_path: Path, warnings: list[str]) -> None:
+    """Four models in one directory: each time the one that is read is removed."""
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "hf"
+    shutil.copytree(source, model)
+    tensors = load_file(model / "model.safetensors")
+
+    def scaled(factor: float) -> dict[str, torch.Tensor]:
+        return {**tensors, "model.embed_tokens.weight": tensors["model.embed_tokens.weight"] * factor}
+
+    save_file(scaled(2.0), model / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    torch.save(scaled(3.0), model / "pytorch_model.bin")
+    torch.save(scaled(4.0), model / "pytorch_model-00001-of-00001.bin")
+    for index, file in (
+        ("model.safetensors.index.json", "model-00001-of-00001.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"),
+    ):
+        places = dict.fromkeys(tensors, file)
+        (model / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    order = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for place, first in enumerate(order):
+        warnings.clear()
+        opened = open_checkpoint(model)
+        embedding = opened.weights.tensor("embedding.word_embeddings.weight")
+        assert torch.equal(embedding, tensors["model.embed_tokens.weight"] * (place + 1.0)), first
+        write_checkpoint(opened, tmp_path / f"out{place}", "hf")
+        assert torch.equal(hf_logits(tmp_path / f"out{place}", tokens()), hf_logits(model, tokens())), first
+        (warning,) = warnings
+        assert f"weights that are not read, since {first} comes first: " in warning
+        for other in order[place + 1 :]:
+            assert other in warning.partition("comes first")[2]
+        (model / first).unlink()
+
+
+def test_what_a_torch_file_holds_besides_tensors(source: Path, tmp_path: Path, warnings: list[str]) -> None:
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save({**tensors, "epoch": 3}, tmp_path / "hf" / "pytorch_model.bin")
+    open_checkpoint(tmp_path / "hf")
+    (warning,) = warnings
+    assert warning.endswith("pytorch_model.bin: entries that are no tensors are left behind: epoch")
+    torch.save([1, 2], tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds list where tensors by name are needed"):
+        open_checkpoint(tmp_path / "hf")

@@ -17,12 +17,13 @@ __all__ = ["account_files"]
 _READ = ("config.json", "generation_config.json", FILE_NAME, *FILES)
 
 
-def account_files(path: Path, weights: Collection[Path]) -> None:
+def account_files(path: Path, first: Path, weights: Collection[Path]) -> None:
     """Account for every file and folder of a Hugging Face directory.
 
     Args:
         path: the directory.
-        weights: files of it whose tensors are read.
+        first: the file of weights that was chosen, or the index of several.
+        weights: files whose tensors are read.
 
     Raises:
         CheckpointError: for what changes the model that the weights are.
@@ -32,11 +33,7 @@ def account_files(path: Path, weights: Collection[Path]) -> None:
         for pattern, remedy in known.REFUSED_FILES.items():
             if fnmatch.fnmatchcase(name, pattern):
                 raise CheckpointError(f"{path / name} lies beside the weights: {remedy}")
-    used = {*_READ, *(file.name for file in weights)}
-    suffix = next((file.suffix for file in weights), "")
-    index = "model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json"
-    if used.isdisjoint(("model.safetensors", "pytorch_model.bin")):
-        used.add(index)
+    used = {*_READ, first.name, *(file.name for file in weights)}
     other = [
         name
         for name in entries
@@ -44,17 +41,13 @@ def account_files(path: Path, weights: Collection[Path]) -> None:
     ]
     leftover = [name for name in other if _is_weights(name)]
     if leftover:
-        warn_once(path, f"weights that are not read, since {_first_of(weights)} comes first: {', '.join(leftover)}")
+        warn_once(path, f"weights that are not read, since {first.name} comes first: {_shown(leftover)}")
     if other := [name for name in other if name not in leftover]:
         warn_once(path, f"files that are not known are left behind: {_shown(other)}")
 
 
 def _is_weights(name: str) -> bool:
     return name.removesuffix(".index.json").endswith((".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".pth"))
-
-
-def _first_of(weights: Collection[Path]) -> str:
-    return min((file.name for file in weights), default="nothing")
 
 
 def _shown(names: list[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.accounting import warn_once
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.huggingface import generation, known
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["HFWeights", "is_hf", "open_hf", "write_hf"]
+
+#: Where weights are looked for, in transformers' order (``modeling_utils._get_resolved_checkpoint_files``).
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 SMALLEST_SHARD = 32 * 2**20
 """Bytes below which models are not split over files, whatever the size of their layers."""
@@ -57,10 +66,10 @@ def open_hf(path: Path) -> Checkpoint:
                 f"one of them was edited, restore it"
             )
         lineage = record.lineage
-    tensors = _find_tensors(path)
+    first, tensors = _find_tensors(path)
     weights = HFWeights(path, shape, architecture.family, tensors)
     weights.check()
-    account_files(path, set(tensors.values()))
+    account_files(path, first, set(tensors.values()))
     architecture = dataclasses.replace(architecture, dtype=weights.dtype())
     tokenizer = find_tokenizer(path)
     if tokenizer is not None:
@@ -274,30 +283,26 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     write_record(checkpoint, directory, dtype=dtype, form="hf")
 
 
-def _find_tensors(path: Path) -> dict[str, Path]:
-    """HF tensor name -> file, in the order of preference safetensors, sharded safetensors, pytorch_model.bin."""
-    if (path / "model.safetensors").is_file():
-        with _safe_open(path / "model.safetensors") as handle:
-            return dict.fromkeys(handle.keys(), path / "model.safetensors")
-    if (path / "pytorch_model.bin").is_file():
-        return dict.fromkeys(_torch_load(path / "pytorch_model.bin"), path / "pytorch_model.bin")
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if not (path / name).is_file():
-            continue
-        places = read_json(path / name).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{path / name} has no weight_map; restore the file")
-        files = {tensor: path / str(file) for tensor, file in places.items()}
-        for file in dict.fromkeys(files.values()):
-            if file.parent != path:
-                raise CheckpointError(f"{path / name} names {file}, which lies outside the checkpoint")
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing ({name} names it); the download is incomplete")
-        return files
-    raise CheckpointError(
-        f"{path} has a config.json but no weights; expected model.safetensors, model.safetensors.index.json "
-        f"or pytorch_model.bin"
-    )
+def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
+    """The first of :data:`WEIGHTS` that is there, and by it HF tensor name -> file."""
+    name = next((name for name in WEIGHTS if (path / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{path} has a config.json but no weights; expected {', '.join(WEIGHTS)}")
+    if name.endswith(".safetensors"):
+        with _safe_open(path / name) as handle:
+            return path / name, dict.fromkeys(handle.keys(), path / name)
+    if name.endswith(".bin"):
+        return path / name, dict.fromkeys(_torch_load(path / name), path / name)
+    places = read_json(path / name).get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{path / name} has no weight_map; restore the file")
+    files = {tensor: path / str(file) for tensor, file in places.items()}
+    for file in dict.fromkeys(files.values()):
+        if file.parent != path:
+            raise CheckpointError(f"{path / name} names {file}, which lies outside the checkpoint")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing ({name} names it); the download is incomplete")
+    return path / name, files
 
 
 def _safe_open(file: Path) -> Any:
@@ -321,7 +326,13 @@ def _torch_load(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is truncated or holds more than tensors ({reason}); "
             f"fetch it again, or convert it to safetensors where it was made"
         ) from error
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds {type(content).__name__} where tensors by name are needed; save it again")
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    if len(tensors) < len(content):
+        other = ", ".join(str(name) for name in content if name not in tensors)
+        warn_once(file, f"entries that are no tensors are left behind: {other}")
+    return tensors
 
 
 def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:

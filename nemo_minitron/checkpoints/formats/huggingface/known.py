@@ -145,6 +145,11 @@ FILES: dict[str, str] = {
     "consolidated*": "the same model in its maker's own format",
     "params.json": "the same model in its maker's own format",
     "tekken.json": "the same tokenizer in its maker's own format",
+    "config.yaml": "of a stage of this suite",
+    "kept.json": "of a stage of this suite",
+    "logs": "of a stage of this suite",
+    "metrics.jsonl": "of a stage of this suite",
+    "record.json": "of a stage of this suite",
     "*.gguf": "a model of its own",
     "onnx": "a model of its own",
 }

@@ -26,6 +26,8 @@ class Architecture:
         dtype: dtype of the source weights ("float32", "bfloat16", ...).
         moe_router_topk: experts that each token is sent to; None where MLPs are dense.
         moe_aux_loss_coeff: weight of the load-balancing loss in training.
+        generation: settings of HF's ``generation_config.json`` beyond the token ids above (temperature, top_p, further
+            end tokens ...); empty where there are none.
     """
 
     family: str = "llama"
@@ -40,12 +42,13 @@ class Architecture:
     dtype: str = "float32"
     moe_router_topk: int | None = None
     moe_aux_loss_coeff: float = 0.0
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def end_tokens(self) -> list[int]:
-        """``eos_token_id`` as a list; empty if there is none."""
-        ids = self.eos_token_id
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
+        """The tokens that end an answer: those of the model's configuration and of its generation's; may be empty."""
+        both = (self.eos_token_id, self.generation.get("eos_token_id"))
+        return list(dict.fromkeys(token for ids in both for token in _as_list(ids)))
 
     def faults(self, shape: ModelShape) -> list[str]:
         """Why a model of ``shape`` cannot have these constants; empty if it can."""
@@ -58,4 +61,11 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        if not self.generation:
+            del content["generation"]
+        return content
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

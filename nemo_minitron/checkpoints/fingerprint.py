@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["model_fingerprint"]
 
 #: Architecture fields that do not change the logits of given tokens. The dtype counts with each tensor.
-_NOT_PART_OF_THE_FUNCTION = ("dtype", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_NOT_PART_OF_THE_FUNCTION = (
+    "dtype",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "generation",
+)
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:

@@ -66,6 +66,10 @@ def test_biases_that_the_family_does_not_have(tmp_path):
     path = family_model("qwen2", tmp_path)
     content = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(content | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(CheckpointError, match="model_type='qwen2' is not that of LlamaForCausalLM"):
+        open_checkpoint(path)
+    content |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (path / "config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="9 tensors have no place in a llama model.*k_proj.bias"):
         open_checkpoint(path)
 

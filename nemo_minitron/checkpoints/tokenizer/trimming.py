@@ -41,6 +41,7 @@ _TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
 #: What else describes the full vocabulary, and would contradict the trimmed one.
 _STALE = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _TOKENIZER = "# tokenizer: "
 
@@ -217,16 +218,26 @@ def renumber(architecture: Architecture, kept: Sequence[int]) -> Architecture:
     """
     new = {old: index for index, old in enumerate(kept)}
 
-    def renumbered(name: str) -> Any:
-        value = getattr(architecture, name)
+    def renumbered(name: str, value: Any) -> Any:
         try:
             return [new[token] for token in value] if isinstance(value, list) else None if value is None else new[value]
         except KeyError as error:
             raise ShapeError(f"{name}={value}: token {error} is not among the kept tokens; keep it") from None
 
-    return dataclasses.replace(
-        architecture, **{name: renumbered(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    )
+    generation: dict[str, Any] = {}
+    for key, value in architecture.generation.items():
+        if key.endswith("_token_id"):
+            generation[key] = renumbered(key, value)
+        elif key in ("suppress_tokens", "begin_suppress_tokens") and value:
+            generation[key] = [new[token] for token in value if token in new]
+        elif key == "bad_words_ids" and value:
+            generation[key] = [[new[token] for token in word] for word in value if new.keys() >= set(word)]
+        elif key in ("forced_decoder_ids", "sequence_bias") and value:
+            raise ShapeError(f"{key} of generation_config.json names tokens by their ids in another form; remove it")
+        else:
+            generation[key] = value
+    ids = {name: renumbered(name, getattr(architecture, name)) for name in _IDS}
+    return dataclasses.replace(architecture, generation=generation, **ids)
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -89,8 +89,9 @@ def _vocabulary(config: PruneConfig, checkpoint: Checkpoint) -> tuple[int, ...] 
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"{config.model}: carries no tokenizer, which would have to follow the vocabulary")
     constants = checkpoint.architecture
-    ends = constants.eos_token_id if isinstance(constants.eos_token_id, list) else [constants.eos_token_id]
-    special = [token for token in (constants.bos_token_id, constants.pad_token_id, *ends) if token is not None]
+    named = [constants.bos_token_id, constants.pad_token_id, *constants.end_tokens]
+    named += [value for key, value in constants.generation.items() if key.endswith("_token_id")]
+    special = [token for token in named if isinstance(token, int)]
     return choose_vocabulary(
         checkpoint.tokenizer,
         read_frequencies(frequencies_path(config.vocabulary.frequencies)),

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
+from nemo_minitron.checkpoints.accounting import warn_once
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
+from nemo_minitron.checkpoints.formats.huggingface import generation, known
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
+from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
@@ -26,6 +29,14 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["HFWeights", "is_hf", "open_hf", "write_hf"]
+
+#: Where weights are looked for, in transformers' order (``modeling_utils._get_resolved_checkpoint_files``).
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 SMALLEST_SHARD = 32 * 2**20
 """Bytes below which models are not split over files, whatever the size of their layers."""
@@ -44,10 +55,11 @@ def open_hf(path: Path) -> Checkpoint:
             another shape than the configuration says, tokenizer that does not fit.
     """
     shape, architecture = from_hf(read_json(path / "config.json"), path / "config.json")
-    tensors = _find_tensors(path)
-    weights = HFWeights(path, shape, architecture.family, tensors)
-    weights.check()
-    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
+    if (path / generation.FILE_NAME).is_file():
+        own = generation.read_generation(
+            read_json(path / generation.FILE_NAME), path / generation.FILE_NAME, architecture
+        )
+        architecture = dataclasses.replace(architecture, generation=own)
     record = read_model_record(path)
     lineage: dict[str, Any] = {}
     if record is not None:
@@ -57,6 +69,11 @@ def open_hf(path: Path) -> Checkpoint:
                 f"one of them was edited, restore it"
             )
         lineage = record.lineage
+    first, tensors = _find_tensors(path)
+    weights = HFWeights(path, shape, architecture.family, tensors)
+    weights.check()
+    account_files(path, first, set(tensors.values()))
+    architecture = dataclasses.replace(architecture, dtype=weights.dtype())
     tokenizer = find_tokenizer(path)
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape.vocab_size)
@@ -119,16 +136,52 @@ class HFWeights:
         unexpected = [
             name
             for name in self.files
-            if name not in expected and name not in tied and not naming.IGNORED_HF.search(name)
+            if name not in expected and name not in tied and not any(each.search(name) for each in known.TENSORS)
         ]
         if unexpected:
             raise CheckpointError(
                 f"{self.path}: {len(unexpected)} tensors have no place in a {self.family} model of this configuration, "
                 f"{_first(unexpected)}; check num_hidden_layers, and that it has no biases but its family's"
             )
-        for name, (shape, _) in self._headers().items():
+        headers = self._headers()
+        if missing := [name for name in expected if name not in headers]:
+            raise CheckpointError(
+                f"{self.path}: the index places {len(missing)} tensors in files that do not hold them, "
+                f"{_first(missing)}; the files and the index are of two models, fetch them again"
+            )
+        if unlisted := [name for name in headers if name not in self.files]:
+            raise CheckpointError(
+                f"{self.path}: {len(unlisted)} tensors are in the files but not in the index, {_first(unlisted)}; "
+                f"the files and the index are of two models, fetch them again"
+            )
+        for name, (shape, _) in headers.items():
             if name in expected and shape != expected[name]:
                 raise _wrong_shape(self.files[name], name, shape, expected[name])
+        if tied and tied[0] in self.files:
+            self._check_tied(tied[0])
+
+    def _check_tied(self, output: str) -> None:
+        """Hold an output layer that is stored beside tied embeddings against them, by some rows."""
+        embedding = next(iter(axes.family(self.family).first))
+        here, there = (self._some_rows(name) for name in (output, *naming.hf_names(self.family, embedding)))
+        if here.shape != there.shape or not bool((here == there).all()):
+            raise CheckpointError(
+                f"{self.files[output]}: {output} is another matrix than the embedding, but config.json ties the two "
+                f"(tie_word_embeddings); set it to false, or remove the tensor"
+            )
+
+    def _some_rows(self, name: str, count: int = 64) -> torch.Tensor:
+        """Rows of a matrix, evenly over it."""
+        file = self.files[name]
+        if file.suffix != ".safetensors":
+            tensor = _torch_load(file)[name]
+            return tensor[:: max(1, len(tensor) // count)]
+        import torch
+
+        with _safe_open(file) as handle:
+            part = handle.get_slice(name)
+            step = max(1, part.get_shape()[0] // count)
+            return torch.cat([part[row : row + 1] for row in range(0, part.get_shape()[0], step)])
 
     def dtype(self) -> str:
         """The dtype that holds all stored tensors."""
@@ -226,42 +279,33 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     close()
     _name_shards(directory, shards, total)
     _write_json(directory / "config.json", config)
-    ids = {
-        key: value
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if (value := getattr(checkpoint.architecture, key)) is not None
-    }
-    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+    _write_json(directory / generation.FILE_NAME, generation.generation_config(checkpoint.architecture))
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
         copy_tokenizer(checkpoint.tokenizer, directory)
     write_model_record(checkpoint, directory, dtype=dtype, form="hf")
 
 
-def _find_tensors(path: Path) -> dict[str, Path]:
-    """HF tensor name -> file, in the order of preference safetensors, sharded safetensors, pytorch_model.bin."""
-    if (path / "model.safetensors").is_file():
-        with _safe_open(path / "model.safetensors") as handle:
-            return dict.fromkeys(handle.keys(), path / "model.safetensors")
-    if (path / "pytorch_model.bin").is_file():
-        return dict.fromkeys(_torch_load(path / "pytorch_model.bin"), path / "pytorch_model.bin")
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if not (path / name).is_file():
-            continue
-        places = read_json(path / name).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{path / name} has no weight_map; restore the file")
-        files = {tensor: path / str(file) for tensor, file in places.items()}
-        for file in dict.fromkeys(files.values()):
-            if file.parent != path:
-                raise CheckpointError(f"{path / name} names {file}, which lies outside the checkpoint")
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing ({name} names it); the download is incomplete")
-        return files
-    raise CheckpointError(
-        f"{path} has a config.json but no weights; expected model.safetensors, model.safetensors.index.json "
-        f"or pytorch_model.bin"
-    )
+def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
+    """The first of :data:`WEIGHTS` that is there, and by it HF tensor name -> file."""
+    name = next((name for name in WEIGHTS if (path / name).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{path} has a config.json but no weights; expected {', '.join(WEIGHTS)}")
+    if name.endswith(".safetensors"):
+        with _safe_open(path / name) as handle:
+            return path / name, dict.fromkeys(handle.keys(), path / name)
+    if name.endswith(".bin"):
+        return path / name, dict.fromkeys(_torch_load(path / name), path / name)
+    places = read_json(path / name).get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{path / name} has no weight_map; restore the file")
+    files = {tensor: path / str(file) for tensor, file in places.items()}
+    for file in dict.fromkeys(files.values()):
+        if file.parent != path:
+            raise CheckpointError(f"{path / name} names {file}, which lies outside the checkpoint")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing ({name} names it); the download is incomplete")
+    return path / name, files
 
 
 def _safe_open(file: Path) -> Any:
@@ -285,7 +329,13 @@ def _torch_load(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is truncated or holds more than tensors ({reason}); "
             f"fetch it again, or convert it to safetensors where it was made"
         ) from error
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds {type(content).__name__} where tensors by name are needed; save it again")
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    if len(tensors) < len(content):
+        other = ", ".join(str(name) for name in content if name not in tensors)
+        warn_once(file, f"entries that are no tensors are left behind: {other}")
+    return tensors
 
 
 def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:

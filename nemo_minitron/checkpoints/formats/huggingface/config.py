@@ -8,15 +8,21 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.accounting import Noted, unread, warn_once
+from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
+from nemo_minitron.checkpoints.formats.huggingface.rotary import (
+    older_spelling,
+    scaling_faults,
+    scaling_type,
+    spellings,
+)
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import HFFamily
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
-
-ROPE_SCALING = ("default", "llama3")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,11 +45,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architecture]:
     """Sizes and constants out of a parsed ``config.json``.
 
-    Keys that the file leaves out take the defaults of transformers' configuration classes.
+    Keys that the file leaves out take the defaults of transformers' configuration classes. A key that is neither used
+    nor known as harmless is refused where it is switched on, and named in a warning where it is not.
 
     Raises:
-        CheckpointError: for a foreign architecture or a feature that the family's table does not have; all of them
-            are named in one message.
+        CheckpointError: for a foreign architecture, a feature that the family's table does not have, or a key that is
+            not known; all of them are named in one message.
     """
     names = config.get("architectures") or [config.get("model_type", "unknown")]
     readers = {name: (key, family) for key, family in hf_families().items() for name in family.reads}
@@ -53,10 +60,27 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             f"{source}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(readers)}"
         )
     key, family = readers[name]
-    config = {**family.reads[name], **config}
-    if unsupported := _unsupported(config, axes.family(key), family):
-        raise CheckpointError(f"{source}: " + "; ".join(unsupported))
-    rope = config["rope_scaling"]
+    older, faults = older_spelling(config)
+    given = Noted(older, family.reads[name])
+    faults += _unsupported(given, axes.family(key), family)
+    try:
+        described = _describe(given, source, key, name)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: " + "; ".join([*faults, f"a value is of the wrong kind ({error})"])
+        ) from error
+    except CheckpointError as error:
+        if not faults:
+            raise
+        raise CheckpointError(f"{source}: " + "; ".join(faults)) from error
+    if faults := faults + _unknown(given, described, source, name, family):
+        raise CheckpointError(f"{source}: " + "; ".join(faults))
+    return described
+
+
+def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelShape, Architecture]:
+    """Sizes and constants of a model of the family ``key`` and transformers' class ``name``."""
+    family = hf_family(key)
     try:
         heads, width = config["num_attention_heads"], config["intermediate_size"]
         groups, layers = config["num_key_value_heads"] or heads, None
@@ -82,12 +106,13 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         ) from None
     except (CheckpointError, ShapeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    rope = config["rope_scaling"]
     architecture = Architecture(
         family=key,
         norm_epsilon=config[family.epsilon],
         rotary_base=float(config["rope_theta"]),
         rotary_percent=float(config["partial_rotary_factor"]),
-        rotary_scaling=None if _rope_type(rope) == "default" else rope,
+        rotary_scaling=None if scaling_type(rope) == "default" else rope,
         max_position_embeddings=config["max_position_embeddings"],
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
@@ -100,33 +125,74 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     return shape, architecture
 
 
-def _unsupported(config: dict[str, Any], table: axes.Family, family: HFFamily) -> list[str]:
-    """All settings of a configuration that the family's table does not support."""
-    rope, positions = config["rope_scaling"], config["max_position_embeddings"]
+def _unknown(
+    config: Noted, described: tuple[ModelShape, Architecture], source: Path, name: str, family: HFFamily
+) -> list[str]:
+    """Refusals of keys that nobody asked for; warns of those that are switched off."""
+    own_code = family.by_layer is not None and name == family.by_layer[0]
+    faults = []
+    kind = family.by_layer[1] if own_code and family.by_layer else family.model_type
+    if name not in (family.architecture, *(family.by_layer or ())):
+        kind = name.removesuffix("ForCausalLM").lower()
+    if config.get("model_type") not in (None, kind):
+        faults.append(
+            f"model_type={config['model_type']!r} is not that of {name}, {kind!r}, and transformers goes by it; "
+            f"make architectures and model_type agree"
+        )
+    shape, architecture = described
+    for key, value in (
+        ("kv_channels", shape.head_dim),
+        ("rotary_percent", architecture.rotary_percent),
+        ("rope_percent", architecture.rotary_percent),
+    ):
+        if config.get(key) not in (None, value):
+            faults.append(f"{key}={config[key]!r} contradicts the {value} that the other keys say; correct one of them")
+    code = config.get("auto_map") or {}
+    if not own_code and any(str(each).startswith("AutoModel") for each in code):
+        faults.append(
+            f"auto_map={code!r}: the model has code of its own, which may compute something else; "
+            f"if it is a plain {name}, remove auto_map"
+        )
+    config.get("architectures")
+    active, idle = unread(config.left(), harmless=known.KEYS, neutral=known.NEUTRAL_KEYS)
+    faults += [
+        f"{key}={_short(value)} is not known, and may change what the model computes; if it does not, remove the key"
+        for key, value in active.items()
+    ]
+    if idle:
+        keys = ", ".join(f"{key}={_short(value)}" for key, value in idle.items())
+        warn_once(source, f"keys that are not known, and switched off, are left behind: {keys}")
+    return faults
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[str]:
+    """Everything in a configuration that the family's table does not stand for."""
+    rope, positions, window = config["rope_scaling"], config["max_position_embeddings"], config["sliding_window"]
     faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
         for key, value in family.needs.items()
         if config[key] != value
     ]
-    if _rope_type(rope) not in ROPE_SCALING:
-        faults.append(
-            f"rope_scaling of type {_rope_type(rope)!r} is not supported; supported: {', '.join(ROPE_SCALING)}"
-        )
+    faults += scaling_faults(rope)
     if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
         faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
-    window = config["sliding_window"] if config["use_sliding_window"] else None
-    if window is not None and window < positions:
+    slides = config["use_sliding_window"] and window is not None
+    if slides and window < positions:
         faults.append(
             f"sliding_window={window} is not supported; if no sequence will be longer than {window} tokens, set "
             f"sliding_window to null and max_position_embeddings to {window}"
         )
+    kinds = set(config.get("layer_types") or ()) - {"full_attention", *(["sliding_attention"] if slides else [])}
+    if kinds:
+        faults.append(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported; supported: full_attention")
     if config.get("quantization_config"):
         faults.append("quantized weights are not supported; dequantize the model first")
     return faults
-
-
-def _rope_type(rope: dict[str, Any] | None) -> str:
-    return (rope.get("rope_type") or rope.get("type") or "default") if rope else "default"
 
 
 def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
@@ -173,18 +239,21 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": None if blocks else shape.num_query_groups,
         family.epsilon: architecture.norm_epsilon,
-        "rope_scaling": architecture.rotary_scaling,
-        "rope_theta": architecture.rotary_base,
+        **spellings(
+            architecture.rotary_base,
+            architecture.rotary_percent,
+            architecture.rotary_scaling,
+            partial_rotary=axes.family(architecture.family).partial_rotary,
+        ),
         "sliding_window": None,
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
+        "dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **family.writes,
         **blocks,
     }
-    if axes.family(architecture.family).partial_rotary:
-        config["partial_rotary_factor"] = architecture.rotary_percent
     if family.expert:
         config |= {
             "num_local_experts": shape.num_moe_experts,

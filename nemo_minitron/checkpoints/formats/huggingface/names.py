@@ -18,10 +18,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED_HF", "hf_names", "hf_shapes", "merge", "split"]
-
-IGNORED_HF = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-"""Buffers that old transformers releases stored; they follow from the configuration."""
+__all__ = ["hf_names", "hf_shapes", "merge", "split"]
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 

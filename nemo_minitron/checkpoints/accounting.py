@@ -1,0 +1,80 @@
+"""What a reader does with everything that it is given: use it, know it as harmless, refuse it by name, or warn of it.
+
+A reader hands a configuration on as :class:`Noted`, which notes the keys that are asked for. What nobody asked for, and
+no list knows, :func:`unread` divides: something that is switched on may change what the model computes, so the reader
+refuses it; something that is switched off cannot, so it is named in one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["Noted", "off", "unread", "warn_once"]
+
+logger = logging.getLogger(__name__)
+
+_warned: set[tuple[str, str]] = set()
+
+
+class Noted(Mapping[str, Any]):
+    """A configuration that notes which of its keys are read.
+
+    Args:
+        given: what the file says.
+        defaults: what holds for keys that it leaves out.
+    """
+
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        self._given, self._defaults = given, defaults or {}
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return self._given[key] if key in self._given else self._defaults[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._defaults, **self._given})
+
+    def __len__(self) -> int:
+        return len({**self._defaults, **self._given})
+
+    def left(self) -> dict[str, Any]:
+        """What the file says and nobody asked for."""
+        return {key: value for key, value in self._given.items() if key not in self._read}
+
+
+def off(value: Any) -> bool:
+    """Whether a value switches nothing on: null, false, zero, or empty."""
+    return not value
+
+
+def unread(
+    left: Mapping[str, Any], *, harmless: Mapping[str, str], neutral: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a configuration is neither used nor known to be harmless.
+
+    Args:
+        left: keys that nobody asked for.
+        harmless: key -> why it changes nothing that is computed, whatever its value.
+        neutral: key -> the value at which it changes nothing.
+
+    Returns:
+        ``(active, idle)``: what may change the model, to be refused, and what is switched off, to be warned of.
+    """
+    neutral = neutral or {}
+    unknown = {
+        key: value
+        for key, value in left.items()
+        if key not in harmless and not (key in neutral and (off(value) or value == neutral[key]))
+    }
+    idle = {key: value for key, value in unknown.items() if off(value)}
+    return {key: value for key, value in unknown.items() if key not in idle}, idle
+
+
+def warn_once(where: Any, text: str) -> None:
+    """Log a warning, once in a process: stages open the same checkpoint several times."""
+    if (str(where), text) not in _warned:
+        _warned.add((str(where), text))
+        logger.warning("%s: %s", where, text)

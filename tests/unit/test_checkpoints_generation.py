@@ -12,6 +12,7 @@ import torch
 from support.checkpoints import tiny_checkpoint, tokens
 
 from nemo_minitron.alignment.export import trained_checkpoint
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.fingerprint import model_fingerprint
@@ -19,7 +20,6 @@ from nemo_minitron.checkpoints.model_record import read_model_record
 from nemo_minitron.checkpoints.tokenizer.trimming import renumber
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.pruning import prune_weights
-from nemo_minitron.shape import Architecture
 
 #: As Llama-3-Instruct's and Qwen's are: more end tokens than ``config.json`` (2), another padding token (0).
 GENERATION: dict[str, Any] = {

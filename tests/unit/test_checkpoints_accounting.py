@@ -112,6 +112,9 @@ def test_known_keys_pass_without_a_word(source: Path, config: dict[str, Any], wa
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 2]}}, r"rope_scaling\.mrope_section"),
         ({"rope_scaling": {"rope_type": "default", "type": "llama3"}}, "remove one of them"),
         ({"rope_scaling": 2.0}, "must be an object"),
+        ({"auto_map": 3, "mlp_bias": True}, "mlp_bias=True is not supported.*; a value is of the wrong kind"),
+        ({"layer_types": [{}]}, "a value is of the wrong kind"),
+        ({"architectures": 5}, "architecture 5 is not supported"),
     ],
 )
 def test_keys_that_change_the_model_are_refused(config: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -52,6 +52,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             not known; all of them are named in one message.
     """
     names = config.get("architectures") or [config.get("model_type", "unknown")]
+    names = names if isinstance(names, list) else [names]
     readers = {name: (key, family) for key, family in hf_families().items() for name in family.reads}
     name = next((name for name in readers if name in names), None)
     if name is None:
@@ -61,9 +62,10 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     key, family = readers[name]
     older, faults = older_spelling(config)
     given = Noted(older, family.reads[name])
-    faults += _unsupported(given, axes.family(key), family)
     try:
+        faults += _unsupported(given, axes.family(key), family)
         described = _describe(given, source, key, name)
+        faults += _unknown(given, described, source, name, family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{source}: " + "; ".join([*faults, f"a value is of the wrong kind ({error})"])
@@ -72,7 +74,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         if not faults:
             raise
         raise CheckpointError(f"{source}: " + "; ".join(faults)) from error
-    if faults := faults + _unknown(given, described, source, name, family):
+    if faults:
         raise CheckpointError(f"{source}: " + "; ".join(faults))
     return described
 

@@ -336,3 +336,14 @@ def test_what_a_torch_file_holds_besides_tensors(source: Path, tmp_path: Path, w
     torch.save([1, 2], tmp_path / "hf" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="holds list where tensors by name are needed"):
         open_checkpoint(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_without_a_class_the_type_says_the_model(config: dict[str, Any], architectures: Any) -> None:
+    where = Path("config.json")
+    assert from_hf(config | {"architectures": architectures}, where) == from_hf(config, where)
+    mistral = config | {"architectures": architectures, "model_type": "mistral", "sliding_window": 16}
+    with pytest.raises(CheckpointError, match="sliding_window=16 is not supported"):
+        from_hf(mistral, where)
+    with pytest.raises(CheckpointError, match="architecture gpt2 is not supported"):
+        from_hf(config | {"architectures": architectures, "model_type": "gpt2"}, where)

@@ -112,6 +112,9 @@ def test_known_keys_pass_without_a_word(source: Path, config: dict[str, Any], wa
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 2]}}, r"rope_scaling\.mrope_section"),
         ({"rope_scaling": {"rope_type": "default", "type": "llama3"}}, "remove one of them"),
         ({"rope_scaling": 2.0}, "must be an object"),
+        ({"auto_map": 3, "mlp_bias": True}, "mlp_bias=True is not supported.*; a value is of the wrong kind"),
+        ({"layer_types": [{}]}, "a value is of the wrong kind"),
+        ({"architectures": 5}, "architecture 5 is not supported"),
     ],
 )
 def test_keys_that_change_the_model_are_refused(config: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -333,3 +336,14 @@ def test_what_a_torch_file_holds_besides_tensors(source: Path, tmp_path: Path, w
     torch.save([1, 2], tmp_path / "hf" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="holds list where tensors by name are needed"):
         open_checkpoint(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_without_a_class_the_type_says_the_model(config: dict[str, Any], architectures: Any) -> None:
+    where = Path("config.json")
+    assert from_hf(config | {"architectures": architectures}, where) == from_hf(config, where)
+    mistral = config | {"architectures": architectures, "model_type": "mistral", "sliding_window": 16}
+    with pytest.raises(CheckpointError, match="sliding_window=16 is not supported"):
+        from_hf(mistral, where)
+    with pytest.raises(CheckpointError, match="architecture gpt2 is not supported"):
+        from_hf(config | {"architectures": architectures, "model_type": "gpt2"}, where)

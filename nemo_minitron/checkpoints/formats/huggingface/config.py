@@ -52,8 +52,12 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         CheckpointError: for a foreign architecture, a feature that the family's table does not have, or a key that is
             not known; all of them are named in one message.
     """
-    names = config.get("architectures") or [config.get("model_type", "unknown")]
     readers = {name: (key, family) for key, family in hf_families().items() for name in family.reads}
+    kind = config.get("model_type", "unknown")
+    # without a class transformers' AutoModelForCausalLM goes by the type alone
+    by_type = next((name for name, (_, family) in readers.items() if _model_type(name, family) == kind), kind)
+    names = config.get("architectures") or [by_type]
+    names = names if isinstance(names, list) else [names]
     name = next((name for name in readers if name in names), None)
     if name is None:
         raise CheckpointError(
@@ -62,9 +66,10 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     key, family = readers[name]
     older, faults = older_spelling(config)
     given = Noted(older, family.reads[name])
-    faults += _unsupported(given, axes.family(key), family)
     try:
+        faults += _unsupported(given, axes.family(key), family)
         described = _describe(given, source, key, name)
+        faults += _unknown(given, described, source, name, family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{source}: " + "; ".join([*faults, f"a value is of the wrong kind ({error})"])
@@ -73,7 +78,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         if not faults:
             raise
         raise CheckpointError(f"{source}: " + "; ".join(faults)) from error
-    if faults := faults + _unknown(given, described, source, name, family):
+    if faults:
         raise CheckpointError(f"{source}: " + "; ".join(faults))
     return described
 
@@ -131,9 +136,7 @@ def _unknown(
     """Refusals of keys that nobody asked for; warns of those that are switched off."""
     own_code = family.by_layer is not None and name == family.by_layer[0]
     faults = []
-    kind = family.by_layer[1] if own_code and family.by_layer else family.model_type
-    if name not in (family.architecture, *(family.by_layer or ())):
-        kind = name.removesuffix("ForCausalLM").lower()
+    kind = _model_type(name, family)
     if config.get("model_type") not in (None, kind):
         faults.append(
             f"model_type={config['model_type']!r} is not that of {name}, {kind!r}, and transformers goes by it; "
@@ -163,6 +166,13 @@ def _unknown(
         keys = ", ".join(f"{key}={_short(value)}" for key, value in idle.items())
         warn_once(source, f"keys that are not known, and switched off, are left behind: {keys}")
     return faults
+
+
+def _model_type(name: str, family: HFFamily) -> str:
+    """The ``model_type`` of a transformers class that a family reads."""
+    if family.by_layer is not None and name == family.by_layer[0]:
+        return family.by_layer[1]
+    return family.model_type if name == family.architecture else name.removesuffix("ForCausalLM").lower()
 
 
 def _short(value: Any) -> str:

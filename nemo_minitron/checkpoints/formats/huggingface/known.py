@@ -55,6 +55,7 @@ KEYS: dict[str, str] = {
     "torchscript": _OUTPUTS,
     "transformers.js_config": "of another library",
     "transformers_version": _NOTE,
+    "unk_token_id": "the tokenizer's own files say it",
     "unsloth_fixed": _NOTE,
     "unsloth_version": _NOTE,
     "use_bfloat16": "the tensors' own dtype is read",

@@ -87,6 +87,7 @@ def distillation(config: CacheConfig, **changes: Any) -> DistillConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_distillation_of_these_blocks_finds_them(made: tuple[CacheConfig, list[dict[str, Any]]]) -> None:
     config = distillation(made[0], teacher=made[0].teacher, loss=LossConfig("reverse_kl", temperature=2.0))
     assert config.faults() == []
@@ -95,6 +96,7 @@ def test_a_distillation_of_these_blocks_finds_them(made: tuple[CacheConfig, list
     distill._check_cache(config, Path(made[0].output), student, {"training": train, "validation": validation})
 
 
+@pytest.mark.slow
 def test_a_cache_of_something_else_is_refused(made: tuple[CacheConfig, list[dict[str, Any]]], tmp_path: Path) -> None:
     """Other data, another teacher, another tokenizer."""
     student = open_checkpoint(made[0].teacher)

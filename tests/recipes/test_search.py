@@ -111,6 +111,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, home: Path, *, fail_at: int | N
     return calls
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_candidate_by_candidate(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = here(monkeypatch)
     calls = fake_stages(monkeypatch, home, fail_at=3)
@@ -140,6 +141,7 @@ def test_a_stopped_search_goes_on_candidate_by_candidate(home: Path, monkeypatch
         search.run(config(home, "stopped", "samples=3"))
 
 
+@pytest.mark.slow
 def test_memory_and_latency_are_budgets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = here(monkeypatch)
     fake_stages(monkeypatch, home)
@@ -177,6 +179,7 @@ def test_search_end_to_end(home: Path) -> None:
     assert student.shape.ffn_hidden_size == best["sizes"]["ffn_hidden_size"]
 
 
+@pytest.mark.slow
 def test_the_plan_counts_and_refuses(home: Path) -> None:
     plan = search.plan(config(home, "plan"))
     assert not plan.faults

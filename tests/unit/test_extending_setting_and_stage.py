@@ -82,6 +82,7 @@ def test_the_command_line_knows_the_stage_and_its_setting(package: Path) -> None
     assert "story.txt does not exist" in minitron("words", "words.yaml", "--dry-run", cwd=package, code=2)
 
 
+@pytest.mark.slow
 def test_the_stage_runs_in_a_process_of_its_own_and_is_recorded(package: Path) -> None:
     assert "words: done" in minitron("words", "words.yaml", "shortest=2", cwd=package)
     assert json.loads((package / "words/words.json").read_text()) == {"few": 2, "words": 1, "and": 1, "more": 1}
@@ -144,6 +145,7 @@ for number in (1, 2):
 """
 
 
+@pytest.mark.slow
 def test_a_class_without_entry_point_runs_from_its_import_on(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
     (tmp_path / "script.py").write_text(RUN)

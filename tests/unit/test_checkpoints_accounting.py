@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import hf_logits, tiny_checkpoint, tiny_hf_model, tokens
 
-from nemo_minitron.checkpoints import accounting, open_checkpoint, write_checkpoint
+from nemo_minitron import accounting
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from nemo_minitron.accounting import Noted
 from nemo_minitron.data import packages
+from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.turns import ROLES, Message, check_order, parse_messages, text_of
 from nemo_minitron.errors import DataError
 
 __all__ = [
@@ -35,24 +39,9 @@ __all__ = [
     "split_held_out",
 ]
 
-ROLES = ("system", "user", "assistant")
-#: Names that other forms of the same data use.
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 _REPORTED = 20  # bad lines named in one error
 
 T = TypeVar("T")
-
-
-class Message(NamedTuple):
-    """One turn.
-
-    Attributes:
-        role: of :data:`ROLES`.
-        content: the text, not empty.
-    """
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -128,93 +117,34 @@ def parse_chat(record: Any, *, answered: bool = True) -> Chat:
     """
     if not isinstance(record, dict):
         raise DataError(f"a JSON object is needed, not {type(record).__name__}")
-    attributes = parse_attributes(record.get("attributes"))
-    for key in ("messages", "conversations"):
-        if key in record:
-            messages = parse_messages(record[key], system=record.get("system"))
-            break
+    given, unknown = Noted(record), Unknown()
+    attributes = parse_attributes(given.get("attributes"))
+    listed = next((key for key in ("messages", "conversations") if key in record), None)
+    pair = next((keys for keys in (("prompt", "response"), ("instruction", "output")) if keys[0] in record), None)
+    if listed is not None:
+        messages = parse_messages(given[listed], unknown, system=given.get("system"))
+    elif pair is not None:
+        messages = _pair(given, *pair, answered=answered)
     else:
-        pair = next((keys for keys in (("prompt", "response"), ("instruction", "output")) if keys[0] in record), None)
-        if pair is None:
-            have = ", ".join(sorted(record)) or "nothing"
-            raise DataError(f"has none of messages, conversations, prompt and instruction; it has {have}")
-        messages = _pair(record, *pair, answered=answered)
+        have = ", ".join(sorted(record)) or "nothing"
+        raise UnknownKinds({"form": f"has none of messages, conversations, prompt and instruction; it has {have}"})
     check_order(messages, answered=answered)
+    unknown.account(given, RECORD_FIELDS, kind="record")
+    unknown.refuse()
     return Chat(messages, attributes)
 
 
-def _pair(record: dict[str, Any], asked: str, given: str, *, answered: bool) -> tuple[Message, ...]:
+def _pair(given: Noted, asked: str, answer: str, *, answered: bool) -> tuple[Message, ...]:
     """The forms of one question and one answer."""
-    question = text_of(record[asked], asked)
-    if asked == "instruction" and record.get("input"):
-        question += "\n" + text_of(record["input"], "input")
-    system = record.get("system")
+    question = text_of(given[asked], asked)
+    if asked == "instruction" and given.get("input"):
+        question += "\n" + text_of(given["input"], "input")
+    system = given.get("system")
     messages = [Message("system", text_of(system, "system"))] if system else []
     messages.append(Message("user", question))
-    if given in record or answered:
-        messages.append(Message("assistant", text_of(record.get(given), given)))
+    if answer in given or answered:
+        messages.append(Message("assistant", text_of(given.get(answer), answer)))
     return tuple(messages)
-
-
-def text_of(value: Any, name: str) -> str:
-    """The text itself.
-
-    Raises:
-        DataError: if it is missing, no text, or empty.
-    """
-    if value is None:
-        raise DataError(f"has no {name}")
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {type(value).__name__}, not text")
-    if not value.strip():
-        raise DataError(f"{name} is empty")
-    return value
-
-
-def parse_messages(value: Any, *, system: Any = None) -> tuple[Message, ...]:
-    """A list of ``{role, content}`` or ``{from, value}`` objects.
-
-    Raises:
-        DataError: for no list, an empty one, unknown roles and empty contents.
-    """
-    if not isinstance(value, list):
-        raise DataError(f"messages must be a list, not {type(value).__name__}")
-    if not value:
-        raise DataError("messages is empty")
-    messages = [Message("system", text_of(system, "system"))] if system else []
-    return (*messages, *(parse_message(turn, f"message {number}") for number, turn in enumerate(value, 1)))
-
-
-def parse_message(turn: Any, name: str) -> Message:
-    """One ``{role, content}`` or ``{from, value}`` object.
-
-    Raises:
-        DataError: for another object, an unknown role or an empty content.
-    """
-    if not isinstance(turn, dict):
-        raise DataError(f"{name} is {type(turn).__name__}, not an object with role and content")
-    role, content = ("from", "value") if "from" in turn else ("role", "content")
-    if not isinstance(turn.get(role), str) or turn[role].lower() not in _ROLE_NAMES:
-        raise DataError(f"{name}: unknown role {turn.get(role)!r}; known: {', '.join(ROLES)}")
-    known = _ROLE_NAMES[turn[role].lower()]
-    what = "answer" if known == "assistant" else "content"
-    return Message(known, text_of(turn.get(content), f"{name}: its {what}"))
-
-
-def check_order(messages: Sequence[Message], *, answered: bool) -> None:
-    """Raise a DataError unless user and assistant follow each other after at most one system message."""
-    turns = [message.role for message in messages]
-    body = turns[1:] if turns[:1] == ["system"] else turns
-    expected = ["user" if number % 2 == 0 else "assistant" for number in range(len(body))]
-    if not body:
-        raise DataError("holds no message of the user")
-    if body != expected:
-        at = next(number for number, (have, want) in enumerate(zip(body, expected, strict=True)) if have != want)
-        raise DataError(
-            f"roles out of order: message {at + 1 + len(turns) - len(body)} is {body[at]}'s, {expected[at]}'s was due"
-        )
-    if answered and body[-1] != "assistant":
-        raise DataError("ends without an answer of the assistant")
 
 
 def parse_attributes(value: Any) -> dict[str, int]:
@@ -280,8 +210,11 @@ def _parse_array(content: bytes, title: str, parse: Callable[[Any], T]) -> list[
 
 
 def _parse_all(items: Iterable[tuple[str, Any]], title: str, parse: Callable[[Any], T]) -> list[T]:
-    chats, faults = [], []
+    chats, faults, bad = [], [], 0
+    kinds: dict[str, int] = {}
+    again: Counter[int] = Counter()  # further lines of the fault with this number
     for where, item in items:
+        bad += 1
         try:
             record = json.loads(item.decode("utf-8-sig")) if isinstance(item, bytes) else item
             chat = parse(record)
@@ -289,24 +222,39 @@ def _parse_all(items: Iterable[tuple[str, Any]], title: str, parse: Callable[[An
             faults.append(f"{where}: not UTF-8 ({error.reason})")
         except json.JSONDecodeError as error:
             faults.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
+        except UnknownKinds as error:
+            for kind, fault in error.kinds.items():
+                if kind in kinds:
+                    again[kinds[kind]] += 1
+                else:
+                    kinds[kind] = len(faults)
+                    faults.append(f"{where}: {fault}")
         except DataError as error:
             faults.append(f"{where}: {error}")
         else:
+            bad -= 1
             chats.append(replace(chat, where=f"{title}, {where}") if hasattr(chat, "where") else chat)  # type: ignore[type-var]
     if faults:
-        raise bad_lines(title, faults)
+        for number, count in again.items():
+            faults[number] += f" (and {count} more like it)"
+        raise bad_lines(title, faults, lines=bad)
     if not chats:
         raise DataError(f"{title}: is empty; give a file with at least one line")
     return chats
 
 
-def bad_lines(title: str, faults: Sequence[str]) -> DataError:
-    """One error for all bad lines of a file."""
+def bad_lines(title: str, faults: Sequence[str], *, lines: int | None = None) -> DataError:
+    """One error for all bad lines of a file.
+
+    Args:
+        title: the file.
+        faults: what is wrong, each with its line.
+        lines: how many lines are bad; by default as many as there are faults.
+    """
     more = f"\n  and {len(faults) - _REPORTED} more" if len(faults) > _REPORTED else ""
     shown = "".join(f"\n  {fault}" for fault in faults[:_REPORTED])
-    plural = "1 bad line; correct or remove it" if len(faults) == 1 else (
-        f"{len(faults)} bad lines; correct or remove them"
-    )  # fmt: skip
+    lines = len(faults) if lines is None else lines
+    plural = "1 bad line; correct or remove it" if lines == 1 else f"{lines} bad lines; correct or remove them"
     return DataError(f"{title}: {plural}:{shown}{more}")
 
 

@@ -12,16 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.data.chat.conversations import (
-    Chat,
-    Message,
-    check_order,
-    parse_message,
-    parse_messages,
-    read_package_records,
-    read_records,
-    text_of,
-)
+from nemo_minitron.accounting import Noted
+from nemo_minitron.data.chat.conversations import Chat, read_package_records, read_records
+from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.turns import Message, check_order, parse_message, parse_messages, text_of
 from nemo_minitron.errors import DataError
 
 __all__ = ["PREFERENCE_PACKAGES", "Preference", "parse_preference", "read_package_preferences", "read_preferences"]
@@ -87,31 +81,35 @@ def parse_preference(record: Any) -> Preference:
     asked = next((key for key in ("prompt", "conversations", "messages") if key in record), None)
     if missing := [key for key, there in (("prompt", asked), ("chosen", "chosen" in record),
                                           ("rejected", "rejected" in record)) if not there]:  # fmt: skip
-        raise DataError(f"has no {' and no '.join(missing)}")
+        have = ", ".join(sorted(record)) or "nothing"
+        raise UnknownKinds({f"form {missing}": f"has no {' and no '.join(missing)}; it has {have}"})
     assert asked is not None
-    if isinstance(record[asked], str):
-        system = record.get("system")
-        prompt: tuple[Message, ...] = (Message("user", text_of(record[asked], asked)),)
+    given, unknown = Noted(record), Unknown()
+    system = given.get("system")
+    if isinstance(given[asked], str):
+        prompt: tuple[Message, ...] = (Message("user", text_of(given[asked], asked)),)
         if system:
             prompt = (Message("system", text_of(system, "system")), *prompt)
     else:
-        prompt = parse_messages(record[asked], system=record.get("system"))
+        prompt = parse_messages(given[asked], unknown, system=system)
     check_order(prompt, answered=False)
     if prompt[-1].role != "user":
         raise DataError("the prompt ends with an answer; its last message must be the user's")
-    chosen, rejected = (_answer(record[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (_answer(given[name], name, unknown) for name in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
         raise DataError("chosen and rejected are the same")
-    first, second = (_reward(record.get(name), name) for name in ("chosen_reward", "rejected_reward"))
+    first, second = (_reward(given.get(name), name) for name in ("chosen_reward", "rejected_reward"))
+    unknown.account(given, RECORD_FIELDS, kind="record")
+    unknown.refuse()
     return Preference(prompt, chosen, rejected, chosen_reward=first, rejected_reward=second)
 
 
-def _answer(value: Any, name: str) -> str:
+def _answer(value: Any, name: str, unknown: Unknown) -> str:
     if isinstance(value, list) and value:  # the whole conversation: its last turn is the answer
         value = value[-1]
     if not isinstance(value, dict):
         return text_of(value, name)
-    message = parse_message(value, name)
+    message = parse_message(value, name, unknown)
     if message.role != "assistant":
         raise DataError(f"{name} is a message of the {message.role}; the assistant's is needed")
     return message.content

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Collection
 from pathlib import Path
 
-from nemo_minitron.checkpoints.accounting import warn_once
+from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.model_record import FILE_NAME
 from nemo_minitron.checkpoints.tokenizer.files import FILES

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.accounting import Noted, unread, warn_once
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.accounting import Noted, unread, warn_once
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.checkpoints.accounting import unread
+from nemo_minitron.accounting import unread
 
 __all__ = ["SCALING", "older_spelling", "scaling_faults", "scaling_type", "spellings"]
 

@@ -1,14 +1,14 @@
 """What a reader does with everything that it is given: use it, know it as harmless, refuse it by name, or warn of it.
 
-A reader hands a configuration on as :class:`Noted`, which notes the keys that are asked for. What nobody asked for, and
-no list knows, :func:`unread` divides: something that is switched on may change what the model computes, so the reader
-refuses it; something that is switched off cannot, so it is named in one warning.
+A reader hands a configuration or a record on as :class:`Noted`, which notes the keys that are asked for. What nobody
+asked for, and no list knows, :func:`unread` divides: something that is switched on may change what the model computes
+or is trained on, so the reader refuses it; something that is switched off cannot.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 __all__ = ["Noted", "off", "unread", "warn_once"]
@@ -51,7 +51,11 @@ def off(value: Any) -> bool:
 
 
 def unread(
-    left: Mapping[str, Any], *, harmless: Mapping[str, str], neutral: Mapping[str, Any] | None = None
+    left: Mapping[str, Any],
+    *,
+    harmless: Mapping[str, str],
+    neutral: Mapping[str, Any] | None = None,
+    idle: Callable[[Any], bool] = off,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a configuration is neither used nor known to be harmless.
 
@@ -59,18 +63,19 @@ def unread(
         left: keys that nobody asked for.
         harmless: key -> why it changes nothing that is computed, whatever its value.
         neutral: key -> the value at which it changes nothing.
+        idle: whether a value switches nothing on.
 
     Returns:
-        ``(active, idle)``: what may change the model, to be refused, and what is switched off, to be warned of.
+        ``(active, idle)``: what may change something, to be refused, and what is switched off.
     """
     neutral = neutral or {}
     unknown = {
         key: value
         for key, value in left.items()
-        if key not in harmless and not (key in neutral and (off(value) or value == neutral[key]))
+        if key not in harmless and not (key in neutral and (idle(value) or value == neutral[key]))
     }
-    idle = {key: value for key, value in unknown.items() if off(value)}
-    return {key: value for key, value in unknown.items() if key not in idle}, idle
+    resting = {key: value for key, value in unknown.items() if idle(value)}
+    return {key: value for key, value in unknown.items() if key not in resting}, resting
 
 
 def warn_once(where: Any, text: str) -> None:

@@ -100,11 +100,13 @@ def encode_prompts(
     for chat in chats:
         where = chat.where.rpartition(", ")[2]
         if chosen is not None:
-            ids = prompt_ids(chat.messages, tokenizer, chosen, attributes)
-        elif len(chat.messages) == 1:
+            ids = prompt_ids(chat.messages, tokenizer, chosen, attributes, tools=chat.tools, where=chat.where)
+        elif len(chat.messages) == 1 and not chat.tools and not chat.messages[0].more:
             ids = tokenizer(chat.messages[0].content, verbose=False)["input_ids"]
         else:
-            faults.append(f"{where}: has several messages, which plain text has no form for; choose a template")
+            faults.append(
+                f"{where}: has several messages or tools, which plain text has no form for; choose a template"
+            )
             continue
         if not ids:
             faults.append(f"{where}: gives no token; write a longer one")

@@ -139,7 +139,17 @@ def _prompts(
     from nemo_minitron.data.chat.templates import prompt_ids
 
     rows = [
-        (chat, prompt_ids(chat.prompt, tokenizer, template, chat.attributes if config.data.labelled else None))
+        (
+            chat,
+            prompt_ids(
+                chat.prompt,
+                tokenizer,
+                template,
+                chat.attributes if config.data.labelled else None,
+                tools=chat.tools,
+                where=chat.where,
+            ),
+        )
         for chat in chats
     ]
     lengths = [len(ids) + config.max_new_tokens for _, ids in rows]

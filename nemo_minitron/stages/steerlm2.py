@@ -103,7 +103,15 @@ class _Sampler:
 
         if missing := [f"{chat.where.rpartition(', ')[2]}: has no attributes" for chat in chats if not chat.attributes]:
             raise bad_lines(str(self.config.data.path or self.config.data.package), missing)
-        rows = [(chat, prompt_ids(chat.prompt, self.tokenizer, self.template, chat.attributes)) for chat in chats]
+        rows = [
+            (
+                chat,
+                prompt_ids(
+                    chat.prompt, self.tokenizer, self.template, chat.attributes, tools=chat.tools, where=chat.where
+                ),
+            )
+            for chat in chats
+        ]
         lengths = [len(ids) + self.config.max_new_tokens for _, ids in rows]
         return shorter(rows, lengths, [chat.where for chat in chats], self.config.data)
 
@@ -148,7 +156,7 @@ class _Sampler:
             _log_fit(dict(zip(model.schema.names, row, strict=True)), chat.attributes, config.deviation)
             for row, chat in zip(scores.tolist(), chats, strict=True)
         ]
-        plain = [prompt_ids(chat.prompt, self.tokenizer, self.template) for chat in chats]
+        plain = [prompt_ids(chat.prompt, self.tokenizer, self.template, tools=chat.tools) for chat in chats]
         likelihoods = self._log_likelihoods(groups, plain, [answer.tokens for answer in answers])
         sampled = [
             Responses(

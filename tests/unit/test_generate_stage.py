@@ -115,7 +115,7 @@ def test_prompts_come_from_every_form(tmp_path: Path) -> None:
     text = tmp_path / "prompts.txt"
     text.write_text("w1 w2\n\n  w3\n")
     chats = read_prompts(PromptsConfig(path=str(text)), system="w0")
-    assert [[tuple(message) for message in chat.messages] for chat in chats] == [
+    assert [[tuple(message.identity()) for message in chat.messages] for chat in chats] == [
         [("system", "w0"), ("user", "w1 w2")],
         [("system", "w0"), ("user", "w3")],
     ]

@@ -7,8 +7,8 @@ A line is one of::
     {"prompt": "...", "response": "..."}
     {"instruction": "...", "input": "...", "output": "..."}
 
-with ``"attributes": {"verbosity": 3}`` of the last answer, if it has attribute values. A ``.json`` file is an array of
-the same objects.
+with ``"attributes": {"verbosity": 3}`` of the last answer, if it has attribute values, and ``"tools"`` that may be
+called. A ``.json`` file is an array of the same objects.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data import packages
 from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.tools import parse_tools
 from nemo_minitron.data.chat.turns import ROLES, Message, check_order, parse_messages, text_of
 from nemo_minitron.errors import DataError
 
@@ -46,17 +47,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation: a system message or none, then user and assistant in turn.
+    """One conversation: a system message or none, then user and assistant in turn, and results of tools after calls.
 
     Attributes:
         messages: the turns.
         attributes: values of the last answer by name ("verbosity" -> 3); empty where the data give none.
         where: file and line, for messages.
+        tools: what the assistant may call, a JSON list; empty for none.
     """
 
     messages: tuple[Message, ...]
     attributes: Mapping[str, int] = ()  # type: ignore[assignment]
     where: str = ""
+    tools: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attributes", dict(self.attributes))
@@ -72,13 +75,16 @@ class Chat:
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
     def answered(self, answer: str, attributes: Mapping[str, int] | None = None) -> Chat:
-        """The same prompt with this answer."""
-        messages = (*self.prompt, Message("assistant", answer))
+        """The same prompt with this answer; if it is the answer that stands there, its other fields stay."""
+        last = self.messages[-1] if answer == self.answer else Message("assistant", answer)
+        messages = (*self.prompt, last)
         return replace(self, messages=messages, attributes=dict(attributes or {}))
 
     def record(self) -> dict[str, Any]:
         """The ``messages`` form of a line."""
-        content: dict[str, Any] = {"messages": [message._asdict() for message in self.messages]}
+        content: dict[str, Any] = {"messages": [message.record() for message in self.messages]}
+        if self.tools:
+            content["tools"] = json.loads(self.tools)
         return content | ({"attributes": dict(self.attributes)} if self.attributes else {})
 
 
@@ -128,10 +134,13 @@ def parse_chat(record: Any, *, answered: bool = True) -> Chat:
     else:
         have = ", ".join(sorted(record)) or "nothing"
         raise UnknownKinds({"form": f"has none of messages, conversations, prompt and instruction; it has {have}"})
+    tools = parse_tools(given.get("tools"))
     check_order(messages, answered=answered)
+    if answered and not any(message.trained for message in messages if message.role == "assistant"):
+        raise DataError("all answers have the weight 0, so nothing is trained on; remove the line")
     unknown.account(given, RECORD_FIELDS, kind="record")
     unknown.refuse()
-    return Chat(messages, attributes)
+    return Chat(messages, attributes, tools=tools)
 
 
 def _pair(given: Noted, asked: str, answer: str, *, answered: bool) -> tuple[Message, ...]:
@@ -270,7 +279,10 @@ def split_held_out(
         key: the messages that two items must not share across the split; their ``prompt`` by default.
     """
     prompt: Callable[[Any], Sequence[Message]] = key or (lambda item: item.prompt)
-    digests = [hashlib.sha256(json.dumps([seed, *prompt(item)]).encode()).hexdigest() for item in items]
+    digests = [
+        hashlib.sha256(json.dumps([seed, *(message.identity() for message in prompt(item))]).encode()).hexdigest()
+        for item in items
+    ]
     order = sorted(set(digests))
     count = max(1, round(len(order) * fraction)) if fraction > 0 and len(order) > 1 else 0
     chosen = set(order[:count])

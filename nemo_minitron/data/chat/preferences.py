@@ -15,6 +15,7 @@ from typing import Any
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data.chat.conversations import Chat, read_package_records, read_records
 from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.tools import parse_tools
 from nemo_minitron.data.chat.turns import Message, check_order, parse_message, parse_messages, text_of
 from nemo_minitron.errors import DataError
 
@@ -33,6 +34,8 @@ class Preference:
         chosen, rejected: the answers, different and not empty.
         chosen_reward, rejected_reward: where the data give them.
         where: file and line, for messages.
+        chosen_more, rejected_more: of the answers, as :attr:`Message.more`.
+        tools: as :attr:`Chat.tools`.
     """
 
     prompt: tuple[Message, ...]
@@ -41,12 +44,15 @@ class Preference:
     chosen_reward: float | None = None
     rejected_reward: float | None = None
     where: str = ""
+    chosen_more: str = ""
+    rejected_more: str = ""
+    tools: str = ""
 
     def chats(self) -> tuple[Chat, Chat]:
         """The conversation with the chosen and with the rejected answer."""
         both = (
-            Chat((*self.prompt, Message("assistant", answer)), where=self.where)
-            for answer in (self.chosen, self.rejected)
+            Chat((*self.prompt, Message("assistant", answer, more=more)), where=self.where, tools=self.tools)
+            for answer, more in ((self.chosen, self.chosen_more), (self.rejected, self.rejected_more))
         )
         chosen, rejected = both
         return chosen, rejected
@@ -93,26 +99,38 @@ def parse_preference(record: Any) -> Preference:
     else:
         prompt = parse_messages(given[asked], unknown, system=system)
     check_order(prompt, answered=False)
-    if prompt[-1].role != "user":
+    if prompt[-1].role == "assistant":
         raise DataError("the prompt ends with an answer; its last message must be the user's")
     chosen, rejected = (_answer(given[name], name, unknown) for name in ("chosen", "rejected"))
-    if chosen.strip() == rejected.strip():
+    if chosen.content.strip() == rejected.content.strip() and chosen.more == rejected.more:
         raise DataError("chosen and rejected are the same")
     first, second = (_reward(given.get(name), name) for name in ("chosen_reward", "rejected_reward"))
+    tools = parse_tools(given.get("tools"))
     unknown.account(given, RECORD_FIELDS, kind="record")
     unknown.refuse()
-    return Preference(prompt, chosen, rejected, chosen_reward=first, rejected_reward=second)
+    return Preference(
+        prompt,
+        chosen.content,
+        rejected.content,
+        chosen_reward=first,
+        rejected_reward=second,
+        chosen_more=chosen.more,
+        rejected_more=rejected.more,
+        tools=tools,
+    )
 
 
-def _answer(value: Any, name: str, unknown: Unknown) -> str:
+def _answer(value: Any, name: str, unknown: Unknown) -> Message:
     if isinstance(value, list) and value:  # the whole conversation: its last turn is the answer
         value = value[-1]
     if not isinstance(value, dict):
-        return text_of(value, name)
+        return Message("assistant", text_of(value, name))
     message = parse_message(value, name, unknown)
     if message.role != "assistant":
         raise DataError(f"{name} is a message of the {message.role}; the assistant's is needed")
-    return message.content
+    if not message.trained:
+        raise DataError(f"{name} has the weight 0, and both answers of a pair are trained on; remove the line")
+    return message
 
 
 def _reward(value: Any, name: str) -> float | None:

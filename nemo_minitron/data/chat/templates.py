@@ -2,11 +2,13 @@
 
 A template is data: jinja text as ``transformers`` runs it, the special tokens that it needs, the ends of an answer.
 An answer's tokens are found without help from the template: render the conversation up to the answer, and up to the
-question with the generation prompt; the answer is the text that the first has beyond the second.
+question with the generation prompt; the answer is the text that the first has beyond the second. Answers of weight 0
+are not marked. Tools, calls and thoughts go to the template, and what it does not write is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +24,9 @@ __all__ = ["OWN", "TEMPLATES", "Rendered", "Template", "choose_template", "promp
 
 OWN = "own"
 """Names the template that the tokenizer carries."""
+
+#: Fields of a tool's result that only link it with its call, which stands before it.
+_LINKS = ("name", "tool_call_id")
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,9 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     attributes: Mapping[str, int] | None = None,
+    *,
+    tools: str = "",
+    where: str = "",
 ) -> list[int]:
     """Tokens of a prompt up to where the assistant begins to answer.
 
@@ -143,8 +151,14 @@ def prompt_ids(
         tokenizer: of the model.
         template: as :func:`choose_template` gives it.
         attributes: values that the answer should have, for a model trained on attributes (SteerLM).
+        tools: as :attr:`Chat.tools`.
+        where: file and line, for faults.
+
+    Raises:
+        DataError: for fields of messages, or tools, that the template does not write.
     """
-    text = _text(messages, tokenizer, template, prompt=True) + _label(template, attributes)
+    _check_written(messages, tools, tokenizer, template, where)
+    text = _text(messages, tokenizer, template, tools=tools, prompt=True) + _label(template, attributes)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -170,20 +184,23 @@ def render(
             marked.
 
     Raises:
-        DataError: where the template does not append turns, so that answers cannot be found.
+        DataError: where the template does not append turns, so that answers cannot be found, or does not write
+            tools, calls or other fields of the conversation.
     """
+    tools = chat.tools
+    _check_written(chat.messages, tools, tokenizer, template, chat.where)
     label = _label(template, chat.attributes) if labelled else ""
     messages = list(chat.messages)
     if label:
-        messages[-1] = Message("assistant", label + messages[-1].content)
-    text = _text(messages, tokenizer, template)
+        messages[-1] = messages[-1]._replace(content=label + messages[-1].content)
+    text = _text(messages, tokenizer, template, tools=tools)
     spans = []
     for number, message in enumerate(messages):
         last = number == len(messages) - 1
-        if message.role != "assistant" or (last_answer_only and not last):
+        if message.role != "assistant" or not message.trained or (last_answer_only and not last):
             continue
-        before = _text(messages[:number], tokenizer, template, prompt=True) + (label if last else "")
-        after = _text(messages[: number + 1], tokenizer, template)
+        before = _text(messages[:number], tokenizer, template, tools=tools, prompt=True) + (label if last else "")
+        after = _text(messages[: number + 1], tokenizer, template, tools=tools)
         if not after.startswith(before) or not text.startswith(after):
             raise DataError(
                 f"{chat.where or 'chat'}: the template {template.name} changes earlier turns when one is added, so the "
@@ -202,13 +219,52 @@ def _label(template: Template, attributes: Mapping[str, int] | None) -> str:
     return f"{template.label_start}{attribute_string(attributes)}\n" if attributes else ""
 
 
+def _check_written(
+    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerBase, template: Template, where: str
+) -> None:
+    """Raise a DataError for what the template leaves out: its text is the same without it."""
+    without: dict[str, tuple[Sequence[Message], str]] = {"tools": (messages, "")} if tools else {}
+    for number, message in enumerate(messages):
+        names = [name for name in message.fields if not (message.role == "tool" and name in _LINKS)]
+        cut = {
+            name: message._replace(more=json.dumps({key: it for key, it in message.fields.items() if key != name}))
+            for name in names
+        }
+        if message.role == "tool":
+            cut["content"] = message._replace(content="")
+        for name, other in cut.items():
+            changed = [*messages[:number], other, *messages[number + 1 :]]
+            without[f"message {number + 1}: {name}"] = (changed, tools)
+    if not without:
+        return
+    text, left_out = _text(messages, tokenizer, template, tools=tools), []
+    for name, (others, fewer) in without.items():
+        try:
+            same = _text(others, tokenizer, template, tools=fewer) == text
+        except DataError:  # the template needs it
+            same = False
+        if same:
+            left_out.append(name)
+    if left_out:
+        raise DataError(
+            f"{where or 'chat'}: {', '.join(left_out)}: the template {template.name} does not write it; choose a "
+            "template that does, or remove it from the data"
+        )
+
+
 def _text(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template, *, prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    tools: str = "",
+    prompt: bool = False,
 ) -> str:
-    turns = [message._asdict() for message in messages]
+    turns = [message.turn() for message in messages]
+    more = {"tools": json.loads(tools)} if tools else {}
     try:
         text = tokenizer.apply_chat_template(
-            turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt
+            turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt, **more
         )
     except Exception as error:  # a tokenizer's own template raises what it pleases
         raise DataError(f"template {template.name}: {type(error).__name__}: {error}") from None

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nemo_minitron.accounting import Noted
-from nemo_minitron.data.chat.fields import MESSAGE_FIELDS, Unknown
+from nemo_minitron.data.chat.fields import MESSAGE_FIELDS, Unknown, UnknownKinds, blank, shown
+from nemo_minitron.data.chat.tools import parse_calls
 from nemo_minitron.errors import DataError
 
 __all__ = ["ROLES", "Message", "check_order", "parse_message", "parse_messages", "text_of"]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 #: Names that other forms of the same data use.
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+#: Fields that say whether a message is trained on: 1 or 0.
+_WEIGHTS = ("weight", "loss", "train")
+#: Fields that a template writes, by role; each is a text, but for the calls.
+_MORE = {
+    "system": ("name",),
+    "user": ("name",),
+    "assistant": ("name", "reasoning_content", "thinking", "tool_calls"),
+    "tool": ("name", "tool_call_id"),
+}
 
 
 class Message(NamedTuple):
@@ -21,11 +32,33 @@ class Message(NamedTuple):
 
     Attributes:
         role: of :data:`ROLES`.
-        content: the text, not empty.
+        content: the text; not empty, but where the assistant calls a tool.
+        trained: whether an answer is trained on.
+        more: other fields that the chat template gets (``tool_calls``, ``reasoning_content``, ...), a JSON object;
+            empty for none.
     """
 
     role: str
     content: str
+    trained: bool = True
+    more: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """``more`` as an object."""
+        return json.loads(self.more) if self.more else {}
+
+    def turn(self) -> dict[str, Any]:
+        """What the chat template gets."""
+        return {"role": self.role, "content": self.content, **self.fields}
+
+    def record(self) -> dict[str, Any]:
+        """The message of a line."""
+        return self.turn() | ({} if self.trained else {"weight": 0})
+
+    def identity(self) -> list[str]:
+        """What two equal messages of a prompt share."""
+        return [self.role, self.content, *([self.more] if self.more else [])]
 
 
 def text_of(value: Any, name: str) -> str:
@@ -60,6 +93,8 @@ def parse_messages(value: Any, unknown: Unknown, *, system: Any = None) -> tuple
 def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
     """One ``{role, content}`` or ``{from, value}`` object; its unknown fields go to ``unknown``.
 
+    The content is a text or a list of text parts. ``weight``, ``loss`` or ``train`` says whether it is trained on.
+
     Raises:
         DataError: for another object, an unknown role or an empty content.
     """
@@ -70,23 +105,81 @@ def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
     if not isinstance(given.get(role), str) or given[role].lower() not in _ROLE_NAMES:
         raise DataError(f"{name}: unknown role {given.get(role)!r}; known: {', '.join(ROLES)}")
     known = _ROLE_NAMES[given[role].lower()]
-    what = "answer" if known == "assistant" else "content"
-    message = Message(known, text_of(given.get(content), f"{name}: its {what}"))
+    trained = _trained(given, known, name)
+    more = _more(given, known, name, unknown)
+    text = _content(given.get(content), name, unknown)
+    if not (blank(text) and "tool_calls" in more):  # a call needs no words
+        text = text_of(text, f"{name}: its {'answer' if known == 'assistant' else 'content'}")
     unknown.account(given, MESSAGE_FIELDS, kind="message", place=name)
-    return message
+    return Message(known, text or "", trained, json.dumps(more) if more else "")
+
+
+def _trained(given: Noted, role: str, name: str) -> bool:
+    """Whether a message is trained on, as its weight says."""
+    said = {key: given[key] for key in _WEIGHTS if given.get(key) is not None}
+    for key, value in said.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise DataError(f"{name}: {key}={shown(value)}; a message is trained on (1) or not (0): write one of both")
+        if value == 1 and role != "assistant":
+            raise DataError(f"{name}: {key}={value} of the {role}; only answers are trained on: remove it, or write 0")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise DataError(
+            f"{name}: {' and '.join(f'{key}={value}' for key, value in said.items())} contradict each other"
+        )
+    return all(said.values())
+
+
+def _more(given: Noted, role: str, name: str, unknown: Unknown) -> dict[str, Any]:
+    """Fields beyond the content that a template may write."""
+    more: dict[str, Any] = {}
+    for key in _MORE[role]:
+        value = given.get(key)
+        if blank(value):
+            continue
+        if key == "tool_calls":
+            value = parse_calls(value, name, unknown)
+        elif not isinstance(value, str):
+            raise DataError(f"{name}: {key} is {type(value).__name__}, not text")
+        more[key] = value
+    return more
+
+
+def _content(value: Any, name: str, unknown: Unknown) -> Any:
+    """The content, its parts joined."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for number, part in enumerate(value, 1):
+        place = f"{name}, part {number}"
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise DataError(f"{place}: is {type(part).__name__}, not a text part; correct it")
+        given = Noted(part)
+        if given.get("type", "text") != "text" or not isinstance(given.get("text"), str):
+            kind = shown(part.get("type", part))
+            raise UnknownKinds({f"part {kind}": f"{place}: is {kind}; only text can be trained on: remove the line"})
+        texts.append(given["text"])
+        unknown.account(given, {}, kind="part", place=place)
+    return "".join(texts)
 
 
 def check_order(messages: Sequence[Message], *, answered: bool) -> None:
-    """Raise a DataError unless user and assistant follow each other after at most one system message."""
-    turns = [message.role for message in messages]
-    body = turns[1:] if turns[:1] == ["system"] else turns
-    expected = ["user" if number % 2 == 0 else "assistant" for number in range(len(body))]
+    """Raise a DataError unless user and assistant follow each other after at most one system message.
+
+    Results of tools follow a call, and the assistant follows them.
+    """
+    body = messages[1:] if messages and messages[0].role == "system" else messages
     if not body:
         raise DataError("holds no message of the user")
-    if body != expected:
-        at = next(number for number, (have, want) in enumerate(zip(body, expected, strict=True)) if have != want)
-        raise DataError(
-            f"roles out of order: message {at + 1 + len(turns) - len(body)} is {body[at]}'s, {expected[at]}'s was due"
-        )
-    if answered and body[-1] != "assistant":
+    due: tuple[str, ...] = ("user",)
+    for number, message in enumerate(body, 1 + len(messages) - len(body)):
+        if message.role not in due:
+            raise DataError(f"roles out of order: message {number} is {message.role}'s, {' or '.join(due)}'s was due")
+        if message.role == "assistant":
+            due = ("tool",) if "tool_calls" in message.fields else ("user",)
+        else:
+            due = ("tool", "assistant") if message.role == "tool" else ("assistant",)
+    if answered and body[-1].role != "assistant":
         raise DataError("ends without an answer of the assistant")

@@ -64,7 +64,7 @@ def test_every_form_is_read(tmp_path: Path) -> None:
 BAD = [
     ("{oops", "not JSON"),
     ([1], "a JSON object is needed, not list"),
-    ({"text": "x"}, "has none of messages, conversations, prompt and instruction; it has text"),
+    ({"text": "x"}, "is of no form that is known; it has text; known: messages, conversations"),
     ({"messages": []}, "messages is empty"),
     ({"messages": "hi"}, "messages must be a list, not str"),
     ({"messages": [{"role": "judge", "content": "x"}]}, "message 1: unknown role 'judge'"),
@@ -115,11 +115,11 @@ def test_preferences(tmp_path: Path) -> None:
                 "chosen": {"from": "gpt", "value": "Hello"},
                 "rejected": {"from": "gpt", "value": "Go"},
             },
-            {"prompt": "Hi", "chosen": TURNS[:3], "rejected": TURNS},
+            {"prompt": "Two and two?", "chosen": TURNS[:3], "rejected": [*TURNS[:2], {**TURNS[2], "content": "Five."}]},
         )
     )
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [
-        ("Hello", "No"), ("Seven. ", "Eight."), ("Hello", "Go"), ("Four.", "Seven. "),
+        ("Hello", "No"), ("Seven. ", "Eight."), ("Hello", "Go"), ("Four.", "Five."),
     ]  # fmt: skip
     assert (pairs[0].chosen_reward, pairs[0].rejected_reward) == (2.0, 0.5)
     chosen, rejected = pairs[1].chats()
@@ -134,6 +134,7 @@ def test_preferences(tmp_path: Path) -> None:
         ({"prompt": TURNS[:3], "chosen": "A", "rejected": "B"}, "the prompt ends with an answer"),
         ({"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_reward": "x"}, "chosen_reward='x' is no number"),
         ({"prompt": "Hi", "chosen": 5, "rejected": "B"}, "chosen is int"),
+        ({"prompt": "Hi", "chosen": TURNS[:3], "rejected": TURNS}, "chosen is a dialogue that does not begin with"),
     ]
     with pytest.raises(DataError) as caught:
         read_preferences(lines(tmp_path / "bad.jsonl", *(record for record, _ in bad)))

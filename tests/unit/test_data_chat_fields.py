@@ -22,10 +22,14 @@ CHATS: list[dict[str, Any]] = [
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     {"prompt": "Hi", "response": "Hello"},
     {"instruction": "Hi", "output": "Hello"},
+    {"prompt": [USER], "completion": [ANSWER]},
+    {"input": "Hi", "output": "Hello"},
 ]
 PAIRS: list[dict[str, Any]] = [
     {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
     {"prompt": [USER], "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "No"}]},
+    {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "No"}]},
+    {"prompt": "Hi", "chosen_response": "Hello", "rejected_response": "No", "chosen_reward": 2, "rejected_reward": 1},
 ]
 # A prefix that no form uses: what is invented is unknown.
 NAMES = st.from_regex(r"zz[a-z_]{1,12}", fullmatch=True)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_minitron.data.chat.conversations import Chat, bad_lines
+from nemo_minitron.data.chat.forms import HELPSTEER
 from nemo_minitron.errors import DataError
 
 __all__ = [
@@ -58,7 +59,7 @@ SCHEMAS: dict[str, AttributeSchema] = {
     schema.name: schema
     for schema in (
         # HelpSteer (arXiv 2311.09528, section 3) and HelpSteer 2: Likert scores 0 to 4.
-        AttributeSchema("helpsteer", ("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 4),
+        AttributeSchema("helpsteer", HELPSTEER, 4),
         # OpenAssistant as SteerLM uses it (arXiv 2310.05344, section 3.1): its scores in [0, 1] on a scale of 0 to 9.
         AttributeSchema(
             "oasst",

@@ -1,11 +1,13 @@
 """Conversations: JSONL of the user or of a package as :class:`Chat`, and their tokens through a chat template.
 
-A line is one of::
+A line is one of (:mod:`nemo_minitron.data.chat.forms`)::
 
     {"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], "system": "..."}
-    {"prompt": "...", "response": "..."}
+    {"prompt": "..." or messages, "response" or "completion": "..." or messages}
     {"instruction": "...", "input": "...", "output": "..."}
+    {"input": "...", "output": "..."}
+    {"question": "...", "answer": "..."}
 
 with ``"attributes": {"verbosity": 3}`` of the last answer, if it has attribute values, and ``"tools"`` that may be
 called. A ``.json`` file is an array of the same objects.
@@ -23,9 +25,10 @@ from typing import Any, TypeVar
 
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data import packages
-from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.fields import ANSWER_FIELDS, RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.forms import chat_turns, read_attributes
 from nemo_minitron.data.chat.tools import parse_tools
-from nemo_minitron.data.chat.turns import ROLES, Message, check_order, parse_messages, text_of
+from nemo_minitron.data.chat.turns import ROLES, Message, check_order
 from nemo_minitron.errors import DataError
 
 __all__ = [
@@ -124,36 +127,15 @@ def parse_chat(record: Any, *, answered: bool = True) -> Chat:
     if not isinstance(record, dict):
         raise DataError(f"a JSON object is needed, not {type(record).__name__}")
     given, unknown = Noted(record), Unknown()
-    attributes = parse_attributes(given.get("attributes"))
-    listed = next((key for key in ("messages", "conversations") if key in record), None)
-    pair = next((keys for keys in (("prompt", "response"), ("instruction", "output")) if keys[0] in record), None)
-    if listed is not None:
-        messages = parse_messages(given[listed], unknown, system=given.get("system"))
-    elif pair is not None:
-        messages = _pair(given, *pair, answered=answered)
-    else:
-        have = ", ".join(sorted(record)) or "nothing"
-        raise UnknownKinds({"form": f"has none of messages, conversations, prompt and instruction; it has {have}"})
+    attributes = parse_attributes(read_attributes(record, given))
+    messages = chat_turns(record, given, unknown, answered=answered)
     tools = parse_tools(given.get("tools"))
     check_order(messages, answered=answered)
     if answered and not any(message.trained for message in messages if message.role == "assistant"):
         raise DataError("all answers have the weight 0, so nothing is trained on; remove the line")
-    unknown.account(given, RECORD_FIELDS, kind="record")
+    unknown.account(given, RECORD_FIELDS if answered else RECORD_FIELDS | ANSWER_FIELDS, kind="record")
     unknown.refuse()
     return Chat(messages, attributes, tools=tools)
-
-
-def _pair(given: Noted, asked: str, answer: str, *, answered: bool) -> tuple[Message, ...]:
-    """The forms of one question and one answer."""
-    question = text_of(given[asked], asked)
-    if asked == "instruction" and given.get("input"):
-        question += "\n" + text_of(given["input"], "input")
-    system = given.get("system")
-    messages = [Message("system", text_of(system, "system"))] if system else []
-    messages.append(Message("user", question))
-    if answer in given or answered:
-        messages.append(Message("assistant", text_of(given.get(answer), answer)))
-    return tuple(messages)
 
 
 def parse_attributes(value: Any) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_minitron.accounting import Noted, unread
 from nemo_minitron.errors import DataError
 
-__all__ = ["MESSAGE_FIELDS", "RECORD_FIELDS", "Unknown", "UnknownKinds", "blank", "shown"]
+__all__ = ["ANSWER_FIELDS", "MESSAGE_FIELDS", "RECORD_FIELDS", "Unknown", "UnknownKinds", "blank", "shown"]
 
 _NAMES = "names the record, and says nothing about its text"
 _ORIGIN = "says where the text comes from"
@@ -43,6 +43,12 @@ RECORD_FIELDS: dict[str, str] = {
     **dict.fromkeys(("prompt_index", "sample", "finish", "tokens", "logprob"), _GENERATE),
     "predicted": "written by `minitron label`; its whole numbers stand under attributes",
 }  # fmt: skip
+
+#: The same where prompts alone are wanted: the pairs of `minitron dpo` have prompts, too.
+ANSWER_FIELDS: dict[str, str] = dict.fromkeys(
+    ("chosen", "rejected", "chosen_reward", "rejected_reward", "chosen_response", "rejected_response"),
+    "says how the prompt was answered, and the prompt alone is read",
+)
 
 #: The same of a message.
 MESSAGE_FIELDS: dict[str, str] = {

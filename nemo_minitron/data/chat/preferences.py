@@ -1,20 +1,24 @@
 """Preference pairs: a prompt, a chosen and a rejected answer.
 
-A line is ``{"prompt": "..." or messages, "chosen": "..." or a message (or a list that ends in one), "rejected": ...}``,
-optionally with ``chosen_reward`` and ``rejected_reward``; ``conversations`` in place of ``prompt`` is
-LLaMA-Factory's form.
+A line is ``{"prompt": "..." or messages, "chosen": "..." or a message or a dialogue, "rejected": ...}``. A dialogue is
+a list of messages, or HH-RLHF's text, that ends in the answer; it begins with the prompt, which may then be left out.
+``chosen_response`` and ``rejected_response`` are NeMo-Aligner's names; ``conversations`` in place of ``prompt`` is
+LLaMA-Factory's. ``chosen_reward`` and ``rejected_reward``, or scores, are RPO's rewards.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data.chat.conversations import Chat, read_package_records, read_records
-from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds, shown
+from nemo_minitron.data.chat.forms import marked_turns, question_turns, without_end
 from nemo_minitron.data.chat.tools import parse_tools
 from nemo_minitron.data.chat.turns import Message, check_order, parse_message, parse_messages, text_of
 from nemo_minitron.errors import DataError
@@ -23,6 +27,32 @@ __all__ = ["PREFERENCE_PACKAGES", "Preference", "parse_preference", "read_packag
 
 #: Pairs that come through pip alone.
 PREFERENCE_PACKAGES = ("llamafactory-dpo",)
+
+#: Fields of the prompt; without any of them, it is the common beginning of both dialogues.
+_ASKED = ("prompt", "question", "instruction", "conversations", "messages")
+#: Fields of the chosen and of the rejected answer: of most data, and of NeMo-Aligner.
+_ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+#: Two answers that a number compares, below 0 for the first (HelpSteer 2's preferences).
+_COMPARED = ("response_1", "response_2")
+#: Fields of the rewards: NeMo-Aligner's, UltraFeedback's and their like.
+_REWARDS = (
+    ("chosen_reward", "rejected_reward"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+#: Harmless fields of pairs -> why.
+_PAIR_FIELDS = {
+    **dict.fromkeys(
+        ("preference_statement", "preference_elaboration", "three_most_similar_preferences",
+         "all_preferences_unprocessed"),
+        "what the annotators of HelpSteer 2 said; preference_strength is its sum",
+    ),
+    **dict.fromkeys(
+        ("chosen_model", "rejected_model", "chosen-model", "rejected-model"), "says who wrote the answer"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,29 +114,21 @@ def parse_preference(record: Any) -> Preference:
     """
     if not isinstance(record, dict):
         raise DataError(f"a JSON object is needed, not {type(record).__name__}")
-    asked = next((key for key in ("prompt", "conversations", "messages") if key in record), None)
-    if missing := [key for key, there in (("prompt", asked), ("chosen", "chosen" in record),
-                                          ("rejected", "rejected" in record)) if not there]:  # fmt: skip
-        have = ", ".join(sorted(record)) or "nothing"
-        raise UnknownKinds({f"form {missing}": f"has no {' and no '.join(missing)}; it has {have}"})
-    assert asked is not None
     given, unknown = Noted(record), Unknown()
-    system = given.get("system")
-    if isinstance(given[asked], str):
-        prompt: tuple[Message, ...] = (Message("user", text_of(given[asked], asked)),)
-        if system:
-            prompt = (Message("system", text_of(system, "system")), *prompt)
-    else:
-        prompt = parse_messages(given[asked], unknown, system=system)
+    better, worse = _answer_fields(record, given)
+    sides = {name: _side(given[name], name, unknown) for name in (better, worse)}
+    prompt = _prompt(record, given, unknown, sides)
     check_order(prompt, answered=False)
     if prompt[-1].role == "assistant":
         raise DataError("the prompt ends with an answer; its last message must be the user's")
-    chosen, rejected = (_answer(given[name], name, unknown) for name in ("chosen", "rejected"))
+    chosen, rejected = sides[better].answer, sides[worse].answer
     if chosen.content.strip() == rejected.content.strip() and chosen.more == rejected.more:
-        raise DataError("chosen and rejected are the same")
-    first, second = (_reward(given.get(name), name) for name in ("chosen_reward", "rejected_reward"))
+        raise DataError(f"{better} and {worse} are the same")
+    _check_repeated(record, given, (*prompt, chosen), unknown)
+    names = next((names for names in _REWARDS if any(record.get(name) is not None for name in names)), _REWARDS[0])
+    first, second = (_reward(given.get(name), name) for name in names)
     tools = parse_tools(given.get("tools"))
-    unknown.account(given, RECORD_FIELDS, kind="record")
+    unknown.account(given, RECORD_FIELDS | _PAIR_FIELDS, kind="record")
     unknown.refuse()
     return Preference(
         prompt,
@@ -120,17 +142,108 @@ def parse_preference(record: Any) -> Preference:
     )
 
 
-def _answer(value: Any, name: str, unknown: Unknown) -> Message:
-    if isinstance(value, list) and value:  # the whole conversation: its last turn is the answer
-        value = value[-1]
-    if not isinstance(value, dict):
-        return Message("assistant", text_of(value, name))
-    message = parse_message(value, name, unknown)
-    if message.role != "assistant":
-        raise DataError(f"{name} is a message of the {message.role}; the assistant's is needed")
-    if not message.trained:
+class _Side(NamedTuple):
+    """One answer of a pair, and what stands before it where the data give the whole dialogue."""
+
+    before: tuple[Message, ...]
+    answer: Message
+
+
+def _answer_fields(record: Mapping[str, Any], given: Noted) -> tuple[str, str]:
+    """Names of the fields of the chosen and of the rejected answer."""
+    for better, worse in _ANSWERS:
+        if record.get(better) is not None and record.get(worse) is not None:
+            return better, worse
+    have = ", ".join(sorted(record)) or "nothing"
+    if "preference_strength" in record and all(isinstance(record.get(name), str) for name in _COMPARED):
+        strength = given["preference_strength"]
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+            raise DataError(f"preference_strength={shown(strength)} is no number")
+        if strength == 0:
+            raise DataError("preference_strength=0 prefers neither answer; remove the line")
+        return _COMPARED if strength < 0 else (_COMPARED[1], _COMPARED[0])
+    missing = [name for name in ("chosen", "rejected") if record.get(name) is None]
+    if not any(record.get(key) is not None for key in _ASKED):
+        missing.insert(0, "prompt")
+    known = ", ".join(f"{better} with {worse}" for better, worse in (*_ANSWERS, _COMPARED))
+    raise UnknownKinds({f"form {missing}": f"has no {' and no '.join(missing)}; it has {have}; known: {known}"})
+
+
+def _side(value: Any, name: str, unknown: Unknown) -> _Side:
+    """An answer: a text, a message, or a dialogue that ends in it (messages, or HH-RLHF's text)."""
+    turns: tuple[Message, ...]
+    if isinstance(value, list):
+        turns = parse_messages(value, unknown)
+    elif isinstance(value, dict):
+        turns = (parse_message(value, name, unknown),)
+    else:
+        text = without_end(text_of(value, name))
+        turns = marked_turns(text) or (Message("assistant", text),)
+    *before, answer = turns
+    if answer.role != "assistant":
+        raise DataError(f"{name} is a message of the {answer.role}; the assistant's is needed")
+    if not (answer.content.strip() or answer.more):
+        raise DataError(f"{name} is empty")
+    if not answer.trained:
         raise DataError(f"{name} has the weight 0, and both answers of a pair are trained on; remove the line")
-    return message
+    return _Side(tuple(before), answer)
+
+
+def _prompt(
+    record: Mapping[str, Any], given: Noted, unknown: Unknown, sides: Mapping[str, _Side]
+) -> tuple[Message, ...]:
+    """The turns before both answers.
+
+    Raises:
+        DataError: unless whole dialogues begin with the prompt of the record, and with the same turns.
+    """
+    asked = next((key for key in _ASKED if record.get(key) is not None), None)
+    own = () if asked is None else question_turns(record, given, asked, unknown)
+    prompts = {}
+    for name, side in sides.items():
+        before = side.before
+        if not before:
+            if asked is None:
+                kind = f"no prompt in {name}"
+                raise UnknownKinds({kind: f"has no prompt, and {name} is no dialogue that begins with it"})
+            prompts[name] = own
+        elif own and before[0].role == "assistant":  # a dialogue that goes on from the prompt
+            prompts[name] = (*own, *before)
+        else:
+            prompts[name] = _same(own, before, name, single=asked is not None and isinstance(record[asked], str))
+    (first, one), (second, other) = prompts.items()
+    for number, (here, there) in enumerate(zip_longest(one, other), 1):
+        if here is None or there is None or here.identity() != there.identity():
+            raise DataError(
+                f"{first} and {second} part at message {number}, before their last answers; a pair has one prompt: "
+                "cut both behind the answers that differ"
+            )
+    return one
+
+
+def _same(own: tuple[Message, ...], before: tuple[Message, ...], name: str, *, single: bool) -> tuple[Message, ...]:
+    """The turns of a dialogue before its answer, with the prompt's system message; checked against the prompt."""
+    if not own:
+        return before
+    heads = [turns[:1] if turns[0].role == "system" else () for turns in (own, before)]
+    body, whole = own[len(heads[0]) :], before[len(heads[1]) :]
+    if single and len(body) == 1:  # one text: the first or the last question of the dialogue
+        asked = [turn.content.strip() for turn in whole if turn.role == "user"]
+        same = bool(asked) and body[0].content.strip() in (asked[0], asked[-1])
+    else:
+        same = [turn.identity() for turn in body] == [turn.identity() for turn in whole]
+    if not same or (all(heads) and heads[0] != heads[1]):
+        raise DataError(f"{name} is a dialogue that does not begin with the prompt; correct one of both")
+    return (*(heads[0] or heads[1]), *whole)
+
+
+def _check_repeated(record: Mapping[str, Any], given: Noted, chosen: Sequence[Message], unknown: Unknown) -> None:
+    """``messages`` beside a prompt are right if they are the chosen dialogue, as UltraFeedback has them."""
+    if record.get("prompt") is None or record.get("messages") is None:
+        return
+    turns = parse_messages(given["messages"], unknown)
+    if [turn.identity() for turn in turns] != [turn.identity() for turn in chosen]:
+        raise DataError("has messages that are not the prompt with the chosen answer; remove one of both")
 
 
 def _reward(value: Any, name: str) -> float | None:

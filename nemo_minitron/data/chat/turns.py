@@ -15,7 +15,14 @@ __all__ = ["ROLES", "Message", "check_order", "parse_message", "parse_messages",
 
 ROLES = ("system", "user", "assistant", "tool")
 #: Names that other forms of the same data use.
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+_ROLE_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    **{role: role for role in ROLES},
+}
 #: Fields that say whether a message is trained on: 1 or 0.
 _WEIGHTS = ("weight", "loss", "train")
 #: Fields that a template writes, by role; each is a text, but for the calls.
@@ -105,6 +112,8 @@ def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
     if not isinstance(given.get(role), str) or given[role].lower() not in _ROLE_NAMES:
         raise DataError(f"{name}: unknown role {given.get(role)!r}; known: {', '.join(ROLES)}")
     known = _ROLE_NAMES[given[role].lower()]
+    if given[role].lower() == "function_call":  # ShareGPT's: the value is the call
+        return _call(given, content, name, unknown)
     trained = _trained(given, known, name)
     more = _more(given, known, name, unknown)
     text = _content(given.get(content), name, unknown)
@@ -112,6 +121,17 @@ def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
         text = text_of(text, f"{name}: its {'answer' if known == 'assistant' else 'content'}")
     unknown.account(given, MESSAGE_FIELDS, kind="message", place=name)
     return Message(known, text or "", trained, json.dumps(more) if more else "")
+
+
+def _call(given: Noted, content: str, name: str, unknown: Unknown) -> Message:
+    try:
+        calls = json.loads(text_of(given.get(content), f"{name}: its call"))
+    except ValueError:
+        raise DataError(f"{name}: its call {shown(given[content])} is no JSON; correct it") from None
+    calls = parse_calls(calls if isinstance(calls, list) else [calls], name, unknown)
+    trained = _trained(given, "assistant", name)
+    unknown.account(given, MESSAGE_FIELDS, kind="message", place=name)
+    return Message("assistant", "", trained, json.dumps({"tool_calls": calls}))
 
 
 def _trained(given: Noted, role: str, name: str) -> bool:

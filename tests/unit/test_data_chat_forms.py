@@ -212,3 +212,27 @@ def test_pairs_that_are_refused(record: dict[str, Any], fault: str) -> None:
         parse_preference(record)
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None, []])
+def test_empty_system_messages_are_left_out(empty: Any) -> None:
+    plain = parse_chat({"messages": say("a", "b")})
+    records: list[dict[str, Any]] = [
+        {"messages": [{"role": "system", "content": empty}, *say("a", "b")]},
+        {"conversations": [{"from": "system", "value": empty}, *({"from": m["role"], "value": m["content"]}
+                                                                 for m in say("a", "b"))]},
+        {"messages": say("a", "b"), "system": empty},
+        {"prompt": "a", "response": "b", "system": empty},
+        {"instruction": "a", "output": "b", "system": empty},
+        {"prompt": [{"role": "system", "content": empty}, *say("a")], "completion": "b"},
+    ]  # fmt: skip
+    assert [parse_chat(record) for record in records] == [plain] * len(records)
+    both = parse_chat({"messages": records[0]["messages"], "system": "s"})
+    assert both == parse_chat({"messages": say("a", "b", system="s")})
+    pair = parse_preference({"chosen": records[0]["messages"], "rejected": say("a", "c")})
+    assert pair.prompt == plain.prompt
+    with pytest.raises(DataError, match="holds no message of the user"):
+        parse_chat({"messages": [{"role": "system", "content": empty}]})
+    for turn in ({"role": "system", "content": empty, "zz": 1}, {"role": "system", "content": 3}):
+        with pytest.raises(DataError, match="message 1: "):
+            parse_chat({"messages": [turn, *say("a", "b")]})

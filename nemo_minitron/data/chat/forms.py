@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data.chat.fields import Unknown, UnknownKinds, shown
-from nemo_minitron.data.chat.turns import Message, parse_message, parse_messages, text_of
+from nemo_minitron.data.chat.turns import Message, parse_message, parse_messages, system_turn, text_of
 from nemo_minitron.errors import DataError
 
 __all__ = ["HELPSTEER", "LISTS", "chat_turns", "marked_turns", "question_turns", "read_attributes", "without_end"]
@@ -94,14 +94,14 @@ def question_turns(record: Mapping[str, Any], given: Noted, asked: str, unknown:
     question = text_of(given[asked], asked)
     if (marked := marked_turns(question)) is not None:
         turns = marked[:-1] if marked[-1] == Message("assistant", "") else marked
-        if system and turns[0].role == "system":
+        if system_turn(system) and turns[0].role == "system":
             raise DataError(f"{asked} has a system message of its own; remove one of both")
-        return (*_system_turn(system), *turns)
+        return (*system_turn(system), *turns)
     about = next((key for key in _ABOUT if asked == "instruction" and record.get(key)), None)
     if about is not None:
         question += "\n" + text_of(given[about], about)
     history = _history(given.get("history")) if asked == "instruction" else ()
-    return (*_system_turn(system), *history, Message("user", question))
+    return (*system_turn(system), *history, Message("user", question))
 
 
 def marked_turns(text: str) -> tuple[Message, ...] | None:
@@ -161,10 +161,6 @@ def _whole(value: Any) -> Any:
 def _system(record: Mapping[str, Any], given: Noted) -> Any:
     name = next((name for name in _SYSTEM if record.get(name)), "system")
     return given.get(name)
-
-
-def _system_turn(system: Any) -> tuple[Message, ...]:
-    return (Message("system", text_of(system, "system")),) if system else ()
 
 
 def _answers(value: Any, name: str, unknown: Unknown) -> tuple[Message, ...]:

@@ -11,7 +11,7 @@ from nemo_minitron.data.chat.fields import MESSAGE_FIELDS, Unknown, UnknownKinds
 from nemo_minitron.data.chat.tools import parse_calls
 from nemo_minitron.errors import DataError
 
-__all__ = ["ROLES", "Message", "check_order", "parse_message", "parse_messages", "text_of"]
+__all__ = ["ROLES", "Message", "check_order", "parse_message", "parse_messages", "system_turn", "text_of"]
 
 ROLES = ("system", "user", "assistant", "tool")
 #: Names that other forms of the same data use.
@@ -86,6 +86,8 @@ def text_of(value: Any, name: str) -> str:
 def parse_messages(value: Any, unknown: Unknown, *, system: Any = None) -> tuple[Message, ...]:
     """A list of ``{role, content}`` or ``{from, value}`` objects; their unknown fields go to ``unknown``.
 
+    System messages without a text are left out.
+
     Raises:
         DataError: for no list, an empty one, unknown roles and empty contents.
     """
@@ -93,8 +95,20 @@ def parse_messages(value: Any, unknown: Unknown, *, system: Any = None) -> tuple
         raise DataError(f"messages must be a list, not {type(value).__name__}")
     if not value:
         raise DataError("messages is empty")
-    messages = [Message("system", text_of(system, "system"))] if system else []
-    return (*messages, *(parse_message(turn, f"message {number}", unknown) for number, turn in enumerate(value, 1)))
+    messages = [parse_message(turn, f"message {number}", unknown) for number, turn in enumerate(value, 1)]
+    said = (turn for turn in messages if turn.role != "system" or turn.content.strip() or turn.more)
+    return (*system_turn(system), *said)
+
+
+def system_turn(value: Any) -> tuple[Message, ...]:
+    """The system message of a record's field; none for null, or for a text without a character that shows.
+
+    Raises:
+        DataError: for anything but text.
+    """
+    if blank(value) or (isinstance(value, str) and not value.strip()):
+        return ()
+    return (Message("system", text_of(value, "system")),)
 
 
 def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
@@ -117,7 +131,8 @@ def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
     trained = _trained(given, known, name)
     more = _more(given, known, name, unknown)
     text = _content(given.get(content), name, unknown)
-    if not (blank(text) and "tool_calls" in more):  # a call needs no words
+    wordless = blank(text) or (isinstance(text, str) and not text.strip())
+    if not (wordless and (known == "system" or "tool_calls" in more)):  # a call needs no words
         text = text_of(text, f"{name}: its {'answer' if known == 'assistant' else 'content'}")
     unknown.account(given, MESSAGE_FIELDS, kind="message", place=name)
     return Message(known, text or "", trained, json.dumps(more) if more else "")

@@ -44,6 +44,7 @@ __all__ = ["TokenStream", "source_state", "token_stream"]
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of a kept directory; raise it when the same source would give other tokens
+_CHAT_FORMAT = 2  # the same of conversations
 _CHECKED_BYTES = 1 << 30
 """Checksums are of files up to this size; larger ones are held to their size alone."""
 
@@ -80,7 +81,7 @@ def token_stream(source: SourceConfig, config: DataConfig, tokenizer: PreTrained
         return IndexedStream(source.megatron, end=encoder.end, seed=config.seed)
     key = json.dumps(
         [
-            _FORMAT,
+            _FORMAT if encoder.template is None else _CHAT_FORMAT,
             source_state(source, config.cache_dir),
             source.text_key,
             source.max_characters,

@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS, Progress, WriteOptions, detect, written_formats
 from nemo_minitron.checkpoints.weights import torch_dtype
+from nemo_minitron.config.parts import SHARD_SIZE, parse_bytes
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.atomic import staging, write_aside
 
@@ -51,6 +52,7 @@ def write_checkpoint(
     vocab_multiple: int = 128,
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> Checkpoint:
     """Write a checkpoint as ``format`` and open the result.
 
@@ -65,6 +67,7 @@ def write_checkpoint(
         vocab_multiple: NeMo formats store the vocabulary padded with zero rows to a multiple of this.
         overwrite: replace an existing ``path``.
         progress: called as ``progress(tensor name, tensors done, tensors in all)``.
+        max_shard_size: what a file of "hf" may hold, in bytes or as "5GB"; up to that the weights are one file.
 
     Raises:
         CheckpointError: bad arguments, existing output, a damaged source, a full disk.
@@ -77,7 +80,11 @@ def write_checkpoint(
     assert write is not None
     path, dtype = Path(path).expanduser(), dtype or checkpoint.architecture.dtype
     torch_dtype(dtype)
-    options = WriteOptions(dtype, staging(path), vocab_multiple, progress)
+    try:
+        limit = parse_bytes(str(max_shard_size))
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size: {error}") from error
+    options = WriteOptions(dtype, staging(path), vocab_multiple, progress, limit)
     with write_aside(path, overwrite=overwrite, error=CheckpointError) as partial:
         write(checkpoint, partial, options)
     return open_checkpoint(path)

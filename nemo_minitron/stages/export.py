@@ -53,7 +53,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     exports: dict[str, Any] = {}
     with stage_output(config.output, config.overwrite) as output:
         for form in dict.fromkeys(config.formats):
-            written = write_checkpoint(named, output / FORMATS[form].output_name, form, dtype=config.dtype)
+            path = output / FORMATS[form].output_name
+            written = write_checkpoint(named, path, form, dtype=config.dtype, max_shard_size=config.max_shard_size)
             figures = verified(source, written, verify if config.verify else None)
             exports[form] = {"path": str(Path(config.output) / FORMATS[form].output_name), "verification": figures}
             logger.info("exported %s", exports[form]["path"])

@@ -17,7 +17,7 @@ from nemo_minitron.config.paths import absolute, paths_of, read_paths
 #: Settings that hold text, and no path, wherever they stand.
 WORDS = {
     "account", "allowed", "also", "attributes", "balance", "base_model", "baseline", "batch", "checks", "constraint",
-    "criterion",
+    "criterion", "max_shard_size",
     "dataset_split", "depth", "device", "documents", "dtype", "embedding", "estimator", "extra", "form", "format",
     "formats", "greedy_by", "hidden", "host", "identity", "keep_best", "kind", "latency_of", "license", "long", "loss",
     "memory_of", "method", "names", "name", "package", "packing", "partition", "precision", "prompts", "qos",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config.parts import SHARD_SIZE, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +29,14 @@ class WriteOptions:
             removed afterwards.
         vocab_multiple: a format with a padded vocabulary pads it to a multiple of this.
         progress: called after each tensor.
+        max_shard_bytes: what a file of weights may hold, in formats that split them over files by size.
     """
 
     dtype: str
     scratch: Path
     vocab_multiple: int = 128
     progress: Progress | None = None
+    max_shard_bytes: int = parse_bytes(SHARD_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)

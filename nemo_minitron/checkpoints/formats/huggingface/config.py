@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,
+        **_library_version(),
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **family.writes,
@@ -271,3 +273,11 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
             "router_aux_loss_coef": architecture.moe_aux_loss_coeff,
         }
     return config
+
+
+def _library_version() -> dict[str, str]:
+    """``transformers_version``, which transformers and other readers look at; nothing where it is not installed."""
+    try:
+        return {"transformers_version": metadata.version("transformers")}
+    except metadata.PackageNotFoundError:
+        return {}

@@ -57,6 +57,7 @@ class Format:
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
+        card: a ``README.md`` with a model card belongs beside it.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
@@ -71,6 +72,7 @@ class Format:
     convert: Callable[[Path, Path], Checkpoint] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
     safe_loader: bool = False
+    card: bool = False
     suffix: str | None = None
     read_needs: tuple[str, ...] = ()
     write_needs: tuple[str, ...] = ()

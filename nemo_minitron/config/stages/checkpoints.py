@@ -78,6 +78,9 @@ class ExportConfig(StageConfig):
         verify: reload each result with its format's own loader and compare logits.
         max_shard_size: what one file of the "hf" weights may hold, such as "5GB" or "512MiB"; up to that they are one
             file.
+        base_model: name on the Hugging Face Hub of the model that it was made from, for the model card.
+        license: the Hub's name of that model's license, such as "apache-2.0", for the model card; null takes what the
+            base's own card says.
     """
 
     STAGE: ClassVar[str] = "export"
@@ -85,7 +88,7 @@ class ExportConfig(StageConfig):
     LEVEL: ClassVar[str] = "torch"
     ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
-    ADDED: ClassVar[tuple[str, ...]] = ("max_shard_size",)
+    ADDED: ClassVar[tuple[str, ...]] = ("max_shard_size", "base_model", "license")
     TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats()}
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -94,6 +97,8 @@ class ExportConfig(StageConfig):
     dtype: str | None = None
     verify: bool = True
     max_shard_size: str = SHARD_SIZE
+    base_model: str | None = None
+    license: str | None = None
 
     def faults(self) -> list[str]:
         """Unknown or no formats, a size that is none."""

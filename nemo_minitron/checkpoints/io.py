@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS, Progress, WriteOptions, detect, written_formats
 from nemo_minitron.checkpoints.weights import torch_dtype
+from nemo_minitron.config.hub import cached_model, download_hint
 from nemo_minitron.config.parts import SHARD_SIZE, parse_bytes
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.atomic import staging, write_aside
@@ -20,14 +21,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Metadata is read, tensors are not. Nothing in the checkpoint is executed: no pickle beyond tensors, no class that a
     file names.
 
+    Args:
+        path: of the checkpoint, or the name of a model (``org/name``) that is in the cache of the Hugging Face Hub.
+
     Raises:
         CheckpointError: if the path is missing, of no known format, or damaged.
     """
-    path = Path(path).expanduser()
+    given, path = str(path), Path(path).expanduser()
     if not path.exists():
+        if (snapshot := cached_model(given)) is not None:
+            return open_checkpoint(snapshot)
         aside = sorted(path.parent.glob(f".{path.name}.replaced.*")) if path.parent.is_dir() else []
         hint = f"; an earlier output was moved to {aside[0]} by a save that was killed" if aside else ""
-        raise CheckpointError(f"{path} does not exist; check the path{hint}")
+        raise CheckpointError(f"{path} does not exist; check the path{hint}{download_hint(given)}")
     entry = detect(path)
     if entry is None and path.is_file():
         entry = FORMATS["nemo"]  # an archive under any name

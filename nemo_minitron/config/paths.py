@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemo_minitron.config.hub import cached_model
 from nemo_minitron.config.stages.base import StageConfig
 
 __all__ = ["absolute", "expanded", "paths_of", "read_paths"]
@@ -23,6 +24,9 @@ _VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 #: Paths that a stage writes; all others are read.
 _WRITTEN = ("output", "cache_dir")
+
+#: Settings that are checkpoints or hold them.
+_CHECKPOINTS = frozenset(("attribute_model", "base", "model", "models", "reference", "source", "student", "teacher"))
 
 
 def paths_of(config: Any) -> dict[str, str]:
@@ -46,6 +50,9 @@ def absolute(config: C) -> C:
 def expanded(config: C, fault: Callable[[str, str], None]) -> C:
     """The configuration with ``~`` and ``$NAME`` in every path replaced, as a shell would.
 
+    A checkpoint that is named ``org/name``, and is in the cache of the Hugging Face Hub, becomes the path of its
+    snapshot there.
+
     Args:
         config: as it was read, interpolations (``${...}``) resolved.
         fault: called with a setting and what is wrong with its path, which then stays as it is.
@@ -67,10 +74,17 @@ def expanded(config: C, fault: Callable[[str, str], None]) -> C:
                 "directory of that name)",
             )
             return path
-        return result
+        return _cached(setting, result)
 
     result: C = _mapped(config, change, "")
     return result
+
+
+def _cached(setting: str, path: str) -> str:
+    """The snapshot of a model that is named as the Hub names it; a path that is there goes before."""
+    if _CHECKPOINTS.isdisjoint(re.split(r"[.\[]", setting)) or Path(path).exists():
+        return path
+    return str(cached_model(path) or path)
 
 
 def read_paths(config: StageConfig) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from nemo_minitron.config.hub import hub_name as name_on_hub
 from nemo_minitron.data.packages import PACKAGES
 
 __all__ = ["Base", "base_of", "steps_of"]
@@ -39,6 +40,7 @@ def base_of(lineage: Mapping[str, Any], path: str | Path, *, hub_name: str | Non
         hub_name, license_name: win over what is read beside the base's weights.
     """
     origin = steps_of(lineage, path)[-1][1]
+    hub_name = hub_name or name_on_hub(origin)
     package = PACKAGES.get(origin)
     card = {} if package else _front_matter(Path(origin) / "README.md")
     terms = ", ".join(str(card[key]) for key in ("license_name", "license_link") if card.get(key)) or None

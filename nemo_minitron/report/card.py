@@ -9,6 +9,7 @@ import yaml
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.model_record import package_versions
+from nemo_minitron.config.hub import hub_name
 from nemo_minitron.report import tables
 from nemo_minitron.report.base import Base, base_of, steps_of
 from nemo_minitron.report.collect import Model, Run, stage_of
@@ -55,7 +56,10 @@ def export_content(
     count = axes.parameter_count(model.family, model.shape)
     alone = Run(model.path, base.name, models=[Model("this model", "other", model.shape, count)])
     versions = [[name, version] for name, version in package_versions().items() if version]
-    steps = [[step, place.rstrip("/").rpartition("/")[2]] for step, place in steps_of(model.lineage, model.path)]
+    steps = [
+        [step, hub_name(place) or place.rstrip("/").rpartition("/")[2]]
+        for step, place in steps_of(model.lineage, model.path)
+    ]
     return {
         "front": _front(base),
         "title": base.name,

@@ -27,7 +27,8 @@ class ImportConfig(StageConfig):
     """Import a model into the suite's working format.
 
     Attributes:
-        source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
+        source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file, or ``org/name``, a model in the local cache
+            of the Hugging Face Hub.
         package: instead of ``source``, a model that a Python package carries, by its name in the table of packages.
         format: what to write
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.

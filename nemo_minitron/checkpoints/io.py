@@ -7,6 +7,8 @@ from pathlib import Path
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS, Progress, WriteOptions, detect, written_formats
 from nemo_minitron.checkpoints.weights import torch_dtype
+from nemo_minitron.config.hub import cached_model, download_hint
+from nemo_minitron.config.parts import SHARD_SIZE, parse_bytes
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.atomic import staging, write_aside
 
@@ -19,14 +21,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Metadata is read, tensors are not. Nothing in the checkpoint is executed: no pickle beyond tensors, no class that a
     file names.
 
+    Args:
+        path: of the checkpoint, or the name of a model (``org/name``) that is in the cache of the Hugging Face Hub.
+
     Raises:
         CheckpointError: if the path is missing, of no known format, or damaged.
     """
-    path = Path(path).expanduser()
+    given, path = str(path), Path(path).expanduser()
     if not path.exists():
+        if (snapshot := cached_model(given)) is not None:
+            return open_checkpoint(snapshot)
         aside = sorted(path.parent.glob(f".{path.name}.replaced.*")) if path.parent.is_dir() else []
         hint = f"; an earlier output was moved to {aside[0]} by a save that was killed" if aside else ""
-        raise CheckpointError(f"{path} does not exist; check the path{hint}")
+        raise CheckpointError(f"{path} does not exist; check the path{hint}{download_hint(given)}")
     entry = detect(path)
     if entry is None and path.is_file():
         entry = FORMATS["nemo"]  # an archive under any name
@@ -51,6 +58,7 @@ def write_checkpoint(
     vocab_multiple: int = 128,
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> Checkpoint:
     """Write a checkpoint as ``format`` and open the result.
 
@@ -65,6 +73,7 @@ def write_checkpoint(
         vocab_multiple: NeMo formats store the vocabulary padded with zero rows to a multiple of this.
         overwrite: replace an existing ``path``.
         progress: called as ``progress(tensor name, tensors done, tensors in all)``.
+        max_shard_size: what a file of "hf" may hold, in bytes or as "5GB"; up to that the weights are one file.
 
     Raises:
         CheckpointError: bad arguments, existing output, a damaged source, a full disk.
@@ -77,7 +86,11 @@ def write_checkpoint(
     assert write is not None
     path, dtype = Path(path).expanduser(), dtype or checkpoint.architecture.dtype
     torch_dtype(dtype)
-    options = WriteOptions(dtype, staging(path), vocab_multiple, progress)
+    try:
+        limit = parse_bytes(str(max_shard_size))
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size: {error}") from error
+    options = WriteOptions(dtype, staging(path), vocab_multiple, progress, limit)
     with write_aside(path, overwrite=overwrite, error=CheckpointError) as partial:
         write(checkpoint, partial, options)
     return open_checkpoint(path)

@@ -23,6 +23,7 @@ from nemo_minitron.shape import ModelShape
 __all__ = [
     "FILE_NAME",
     "ModelRecord",
+    "package_versions",
     "parse_model_record",
     "peek_architecture",
     "peek_family",
@@ -56,7 +57,7 @@ def write_model_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, f
         "shape": checkpoint.shape.to_dict(),
         "architecture": dataclasses.replace(checkpoint.architecture, dtype=dtype).to_dict(),
         "lineage": checkpoint.lineage,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(),
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
@@ -91,6 +92,11 @@ def parse_model_record(data: bytes, path: Path) -> ModelRecord:
         )
     except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error
+
+
+def package_versions() -> dict[str, str | None]:
+    """The installed version of each package that a checkpoint depends on; None where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

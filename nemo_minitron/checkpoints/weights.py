@@ -15,7 +15,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "CastWeights", "largest_part", "names_and_shapes", "torch_dtype", "writing_order"]
+__all__ = ["DTYPES", "CastWeights", "names_and_shapes", "torch_dtype", "writing_order"]
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Dtypes a checkpoint may have, with the bytes of one element."""
@@ -64,18 +64,10 @@ def names_and_shapes(architecture: Architecture, shape: ModelShape) -> dict[str,
 def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """:func:`names_and_shapes` with the tensors outside the layers first.
 
-    The allocator keeps the memory of the layers' small tensors. An output layer after them would come on top of that,
-    and an embedding plus a shard of layers is more memory than a conversion may use.
+    The allocator keeps the memory of the layers' small tensors. An output layer after them would come on top of that.
     """
     shapes = names_and_shapes(architecture, shape)
     return dict(sorted(shapes.items(), key=lambda item: item[0].startswith("decoder.layers.")))
-
-
-def largest_part(architecture: Architecture, shape: ModelShape) -> int:
-    """Numbers of one layer or of one embedding, the larger of both: a conversion holds that much at a time."""
-    table = axes.family(architecture.family)
-    outer = [axes.entry(table, shape, name).count for name in (*table.first, *table.last)]
-    return max(*outer, *(axes.layer_count(table, sizes) for sizes in set(shape.each())))
 
 
 @dataclasses.dataclass(frozen=True)

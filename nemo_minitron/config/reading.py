@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from nemo_minitron.config.hints import item_class, type_words
+from nemo_minitron.config.paths import expanded
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.errors import ConfigError
 
@@ -168,9 +169,13 @@ class Reader:
         self.where = where
         node = OmegaConf.structured(cls)
         self._fill(node, cls, values, ())
-        config = self._build(node, cls, ())
+        config = expanded(self._build(node, cls, ()), self._path_fault)
         self._faults(config, ())
         return config
+
+    def _path_fault(self, setting: str, message: str) -> None:
+        parts = re.findall(r"[^.\[\]]+|\[\d+\]", setting)
+        self._fault(tuple(int(part[1:-1]) if part.startswith("[") else part for part in parts), message)
 
     def _fault(self, path: tuple[str | int, ...], message: str) -> None:
         """Add a fault: the name of the setting followed by ``message``."""

@@ -108,7 +108,7 @@ class SlurmConfig:
         job_dir: where scripts and logs of the jobs go on the cluster; null takes ``jobs`` in the run's output.
     """
 
-    PATHS: ClassVar[tuple[str, ...]] = ("container_image", "python", "job_dir")
+    PATHS: ClassVar[tuple[str, ...]] = ("container_image", "python", "job_dir", "identity")
 
     account: str = MISSING
     partition: str | None = None
@@ -166,10 +166,15 @@ class SlurmConfig:
         return faults
 
     def is_path(self, name: str, value: str) -> bool:
-        """An image may also be in a registry, an interpreter in the container or on ``PATH``."""
+        """An image may also be in a registry, an interpreter in the container or on ``PATH``.
+
+        What ``~`` and ``$NAME`` stand for on ``host`` is not known here: there the shell replaces them.
+        """
         if name == "container_image":
-            return value.startswith((".", "/")) or value.endswith(".sqsh")
-        return name == "job_dir" or (self.container_image is None and "/" in value)
+            return value.startswith((".", "/", "~", "$")) or value.endswith(".sqsh")
+        if name != "identity" and self.host is not None and (value.startswith("~") or "$" in value):
+            return False
+        return name in ("job_dir", "identity") or (self.container_image is None and "/" in value)
 
     @property
     def per_node(self) -> int:

@@ -96,6 +96,9 @@ def identity_of(config: StageConfig) -> dict[str, Any]:
 def hashed_settings(config: StageConfig) -> dict[str, Any]:
     """The settings of a stage that its result depends on, without paths of inputs."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_HASHED}
+    for field in dataclasses.fields(config):
+        if field.name in config.ADDED and settings[field.name] == field.default:
+            del settings[field.name]
     settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
     if "data" in settings:
         settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}

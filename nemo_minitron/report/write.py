@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.errors import DataError
 from nemo_minitron.report import plots, tables
 from nemo_minitron.report.alignment import alignment_tables
-from nemo_minitron.report.card import card_content
+from nemo_minitron.report.ancestry import ancestry
+from nemo_minitron.report.card import card_content, export_content
 from nemo_minitron.report.collect import Run, collect
 from nemo_minitron.report.compare import Comparison, compare
 from nemo_minitron.report.diagram import shape_diagram
@@ -20,7 +22,9 @@ from nemo_minitron.report.lineage import lineage_table
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["write_comparison", "write_report"]
+    from nemo_minitron.checkpoints import Checkpoint
+
+__all__ = ["write_comparison", "write_export_card", "write_report"]
 
 
 def write_report(
@@ -59,6 +63,31 @@ def write_report(
     if card is not None:
         _write(environment, "model-card.md.j2", card, out / "model-card.md")
     return run
+
+
+def write_export_card(
+    model: Checkpoint,
+    file: Path,
+    *,
+    run_dir: Path | None = None,
+    base_model: str | None = None,
+    license_name: str | None = None,
+) -> None:
+    """Write the model card that lies beside an exported model.
+
+    Args:
+        model: the model that is exported, at the path where its stage wrote it.
+        file: the card.
+        run_dir: directory of the stages' outputs, one of which made the model; None if it is not known. What cannot be
+            read there is left out.
+        base_model, license_name: see :func:`~nemo_minitron.report.card.export_content`.
+    """
+    try:
+        run = None if run_dir is None else ancestry(collect(run_dir), model.path)
+    except DataError:
+        run = None
+    content = export_content(model, run, base_model=base_model, license_name=license_name)
+    _write(_environment(), "model-card.md.j2", content, file)
 
 
 def write_comparison(run_dirs: Sequence[str | Path], output: str | Path, *, title: str = "") -> Comparison:

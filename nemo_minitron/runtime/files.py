@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.runtime.atomic import write_aside
 
-__all__ = ["is_earlier", "read_json_lines", "replace_file"]
+__all__ = ["is_earlier", "read_json_lines", "replace_file", "take_umask"]
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -20,6 +21,13 @@ def replace_file(path: Path, content: str | bytes) -> None:
     """
     with write_aside(path, overwrite=True, parents=False) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def take_umask(path: Path) -> None:
+    """Give a file the mode that the umask says; safetensors' own writer leaves it to its owner alone (0600)."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

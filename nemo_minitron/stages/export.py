@@ -12,6 +12,7 @@ from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.config import ExportConfig
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.jobs.records import read_record
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 
 __all__ = ["plan", "run"]
@@ -44,6 +45,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         MinitronError: for a model that cannot be read, or a result with other logits.
     """
     from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
+    from nemo_minitron.report import write_export_card
 
     source = open_checkpoint(config.model)
     check_conversion(source, config.formats, verify=config.verify)
@@ -53,8 +55,24 @@ def run(config: ExportConfig) -> dict[str, Any]:
     exports: dict[str, Any] = {}
     with stage_output(config.output, config.overwrite) as output:
         for form in dict.fromkeys(config.formats):
-            written = write_checkpoint(named, output / FORMATS[form].output_name, form, dtype=config.dtype)
+            path = output / FORMATS[form].output_name
+            written = write_checkpoint(named, path, form, dtype=config.dtype, max_shard_size=config.max_shard_size)
             figures = verified(source, written, verify if config.verify else None)
+            if FORMATS[form].card:
+                write_export_card(
+                    source,
+                    path / "README.md",
+                    run_dir=_run_dir(config.model),
+                    base_model=config.base_model,
+                    license_name=config.license,
+                )
             exports[form] = {"path": str(Path(config.output) / FORMATS[form].output_name), "verification": figures}
             logger.info("exported %s", exports[form]["path"])
     return {"parameters": axes.parameter_count(source.family, source.shape), "formats": exports}
+
+
+def _run_dir(model: str) -> Path | None:
+    """The directory that holds the output of the stage that made a model; None if no record says so."""
+    path = Path(model).absolute()
+    output = next((place for place in (path, *path.parents) if read_record(place) is not None), None)
+    return None if output is None else output.parent

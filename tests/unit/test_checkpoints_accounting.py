@@ -348,3 +348,30 @@ def test_without_a_class_the_type_says_the_model(config: dict[str, Any], archite
         from_hf(mistral, where)
     with pytest.raises(CheckpointError, match="architecture gpt2 is not supported"):
         from_hf(config | {"architectures": architectures, "model_type": "gpt2"}, where)
+
+
+@pytest.mark.parametrize("name", ["MyLlamaForCausalLM", "LLaMAForCausalLM", "LlamaForCausalLMTuned"])
+def test_a_subclass_is_read_by_its_type(config: dict[str, Any], warnings: list[str], name: str) -> None:
+    where = Path(f"{name}.json")
+    assert from_hf(config | {"architectures": [name]}, where) == from_hf(config, where)
+    (warning,) = warnings
+    assert warning.endswith(
+        f"architecture {name} is read as LlamaForCausalLM: transformers, too, goes by model_type='llama'"
+    )
+    own = config | {"architectures": [name], "auto_map": {"AutoModelForCausalLM": f"modeling.{name}"}}
+    with pytest.raises(CheckpointError, match="the model has code of its own"):
+        from_hf(own, where)
+
+
+def test_a_class_of_another_name_is_refused_with_the_remedy(config: dict[str, Any], warnings: list[str]) -> None:
+    where = Path("config.json")
+    for names in (["LlamaForSequenceClassification"], ["OtherForCausalLM"], ["MyLlamaForCausalLM", "Other"]):
+        with pytest.raises(
+            CheckpointError, match="if it is a plain LlamaForCausalLM, as model_type='llama' says, write"
+        ):
+            from_hf(config | {"architectures": names}, where)
+    with pytest.raises(CheckpointError) as refused:
+        from_hf(config | {"architectures": ["MyLlamaForCausalLM"], "model_type": "gpt2"}, where)
+    assert "architecture MyLlamaForCausalLM is not supported" in str(refused.value)
+    assert "if it is a plain" not in str(refused.value)
+    assert warnings == []

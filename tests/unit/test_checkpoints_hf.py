@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.checkpoints import TINY, hf_logits, tiny_checkpoint, tiny_hf_model, tiny_tokenizer, tokens
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
+from nemo_minitron.checkpoints.formats.huggingface.shards import ShardWriter, plan_shards
+from nemo_minitron.config.parts import parse_bytes
 from nemo_minitron.errors import CheckpointError
 
 
@@ -66,7 +72,9 @@ def test_written_directory_is_the_same_model(tmp_path: Path, tied: bool) -> None
     assert torch.equal(hf_logits(tmp_path / "out", tokens()), hf_logits(source, tokens()))
     assert written.shape.tied_embeddings is tied
     assert seen[-1][1] == seen[-1][2] == len(written.weights.names())
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["head_dim"] == 12
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["head_dim"] == 12
+    assert config["transformers_version"] == metadata.version("transformers")
     assert (tmp_path / "out" / "generation_config.json").is_file()
     from transformers import AutoTokenizer
 
@@ -76,21 +84,102 @@ def test_written_directory_is_the_same_model(tmp_path: Path, tied: bool) -> None
     assert after("w5 w9").input_ids == before("w5 w9").input_ids
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.checkpoints.formats.huggingface.checkpoint.SMALLEST_SHARD", 0)
+LAYER = 4 * (48 * (6 + 2 * 2) * 12 + 48 * 72 + 3 * 48 * 76 + 2 * 48)
+"""Bytes of a layer of the tiny model in float32."""
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_shards_hold_one_layer_or_one_embedding(hf: Path, tmp_path: Path) -> None:
-    written = write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf")
+def test_shards_are_filled_up_to_the_limit(hf: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    written = write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf", max_shard_size=LAYER)
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
-    layer = 48 * (6 + 2 * 2) * 12 + 48 * 72 + 3 * 48 * 76 + 2 * 48
+    largest_tensor = 4 * 48 * 131
+    held = [sum(tensor.nbytes for tensor in load_file(shard).values()) for shard in shards]
     assert len(shards) > 1
-    assert all(shard.stat().st_size < 4 * layer + 4096 for shard in shards)
+    assert all(LAYER - largest_tensor < size <= LAYER for size in held[:-1])
+    assert LAYER // 8 <= held[-1] <= LAYER
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert index["metadata"]["total_size"] == sum(held)
+    assert all(name in load_file(tmp_path / "out" / file) for name, file in index["weight_map"].items())
+    assert torch.equal(hf_logits(tmp_path / "out", tokens()), hf_logits(hf, tokens()))
     assert written.lineage == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_file_is_what_the_safetensors_library_writes(hf: Path, tmp_path: Path, dtype: str) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    written = write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf", dtype=dtype)
+    file, source = tmp_path / "out" / "model.safetensors", load_file(hf / "model.safetensors")
+    stored = load_file(file)
+    assert stored.keys() == source.keys()
+    for name, tensor in source.items():
+        assert torch.equal(stored[name], tensor.to(getattr(torch, dtype))), name
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+    assert written.architecture.dtype == dtype
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 40), st.integers(100, 400)), min_size=1, max_size=40),
+    st.integers(100, 1000),
+)
+def test_plans_of_shards_keep_order_and_limit(sizes: list[int], limit: int) -> None:
+    named = {str(index): size for index, size in enumerate(sizes)}
+    plan = plan_shards(named, limit)
+    assert [name for shard in plan for name in shard] == list(named)
+    for shard in plan:
+        held = [named[name] for name in shard]
+        # above the limit there is one tensor, behind little else
+        assert sum(held) <= limit or (held[-1] > limit and sum(held[:-1]) < limit / 8)
+    if sum(sizes) <= limit:
+        assert len(plan) == 1
+
+
+def test_no_shard_is_left_small() -> None:
+    assert plan_shards({"embedding": 2000, "norm": 1, "output": 2000, "layer": 500}, 1000) == [
+        ["embedding"],
+        ["norm", "output"],
+        ["layer"],
+    ]
+    assert plan_shards({**{str(index): 100 for index in range(10)}, "norm": 1}, 1000) == [
+        [str(index) for index in range(5)],
+        [*(str(index) for index in range(5, 10)), "norm"],
+    ]
+    assert plan_shards({"a": 100, "b": 900, "norm": 1}, 1000) == [["a"], ["b", "norm"]]
+
+
+def test_a_tensor_out_of_turn_or_missing_is_refused(tmp_path: Path) -> None:
+    shapes = {"a": (2, 3), "b": (4,)}
+    with (
+        pytest.raises(CheckpointError, match=r"b, \[4\] in torch.float32, came where the header says a, \[2, 3\]"),
+        ShardWriter(tmp_path, shapes, "float32", 100) as shards,
+    ):
+        shards.write("b", torch.zeros(4))
+    with (
+        pytest.raises(CheckpointError, match="b was not written"),
+        ShardWriter(tmp_path, shapes, "float32", 100) as shards,
+    ):
+        shards.write("a", torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_files_get_the_mode_that_the_umask_says(hf: Path, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(mode)}
+
+
+def test_sizes_of_shards_are_refused_by_value(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="max_shard_size: '5 apples' is not a size"):
+        write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf", max_shard_size="5 apples")
+    assert [parse_bytes(text) for text in ("5GB", "512MiB", "1.5 kb", "10")] == [5 * 10**9, 2**29, 1500, 10]
 
 
 def test_one_shard_has_the_plain_name(hf: Path, tmp_path: Path) -> None:
@@ -99,10 +188,9 @@ def test_one_shard_has_the_plain_name(hf: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_reads_its_own_shards_and_torch_files(hf: Path, tmp_path: Path) -> None:
     first = open_checkpoint(hf)
-    sharded = write_checkpoint(first, tmp_path / "sharded", "hf")
+    sharded = write_checkpoint(first, tmp_path / "sharded", "hf", max_shard_size=LAYER)
     old = tmp_path / "bin"
     tiny_hf_model(old)
     from safetensors.torch import load_file
@@ -180,10 +268,9 @@ def test_missing_path_empty_directory_unknown_format(tmp_path: Path, hf: Path) -
         write_checkpoint(open_checkpoint(hf), tmp_path / "out", "nemo2", vocab_multiple=0)
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_truncated_and_missing_files(hf: Path, tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
-    write_checkpoint(open_checkpoint(hf), sharded, "hf")
+    write_checkpoint(open_checkpoint(hf), sharded, "hf", max_shard_size=LAYER)
     first = sorted(sharded.glob("model-*.safetensors"))[0]
     whole = first.read_bytes()
     first.write_bytes(whole[: len(whole) // 2])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.checkpoints import tiny_checkpoint
 
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError
 from nemo_minitron.runtime.atomic import clear_leftovers, staging, write_aside
+from nemo_minitron.runtime.files import take_umask
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -41,6 +46,27 @@ def test_an_existing_output_is_kept_unless_told_otherwise(sources: tuple[Path, P
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
+def test_a_file_of_many_layers_holds_one_tensor_in_memory(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    source = open_checkpoint(sources[0])
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = []
+
+    class Counted:
+        def names(self) -> list[str]:
+            return list(source.weights.names())
+
+        def tensor(self, name: str) -> torch.Tensor:
+            most.append(sum(reference() is not None for reference in alive))
+            tensor = source.weights.tensor(name).clone()
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+    write_checkpoint(dataclasses.replace(source, weights=Counted()), tmp_path / "out", "hf")
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert len(most) == len(source.weights.names())
+    assert max(most) == 0  # each is gone before the next is read
+
+
 def test_converting_in_place_reads_before_it_replaces(sources: tuple[Path, Path]) -> None:
     checkpoint = open_checkpoint(sources[0])
     name = "decoder.layers.2.mlp.linear_fc1.weight"
@@ -62,7 +88,8 @@ def test_a_full_disk_leaves_the_old_output(
         calls.append(1)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file" if form == "hf" else "torch.save", full)
+    writer = "nemo_minitron.checkpoints.formats.huggingface.shards.ShardWriter.write"
+    monkeypatch.setattr(writer if form == "hf" else "torch.save", full)
     with pytest.raises(CheckpointError, match=r"no space left while writing .*untouched"):
         write_checkpoint(open_checkpoint(sources[1]), out, form, overwrite=True)
     assert calls
@@ -166,3 +193,16 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointError, match="no space"), write_aside(folder, overwrite=True, error=CheckpointError):
         staging(folder).mkdir()
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_a_file_that_safetensors_wrote_takes_the_mode_of_the_umask(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file({"a": torch.zeros(2)}, file)
+    file.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        take_umask(file)
+        assert os.umask(0o027) == 0o027  # left as it was
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o640

@@ -146,6 +146,8 @@ def test_unresolvable_interpolations(write):
         ),
         ("export", "model: m\noutput: o\nformats: [hf, onnx]", "formats: 'onnx' must be one of"),
         ("export", "model: m\noutput: o\nformats: []", "formats: none is given"),
+        ("export", "model: m\noutput: o\nmax_shard_size: big", "max_shard_size=big: 'big' is not a size"),
+        ("export", "model: m\noutput: o\nmax_shard_size: 5", "max_shard_size=5: must be at least 1MB"),
         ("evaluate", f"output: o\n{DATA}", "models: none is given"),
         ("evaluate", f"output: o\nmodels: {{a: x}}\nbaseline: b\n{DATA}", "baseline=b: is none of the models (a)"),
         ("evaluate", f"output: o\nmodels: {{a: x}}\ntokens: 3\n{DATA}", "tokens=3: less than one block"),

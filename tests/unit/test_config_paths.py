@@ -11,15 +11,25 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_minitron.config import STAGES, DataConfig, DpoConfig, SlurmConfig, SourceConfig, load, load_pipeline
+from nemo_minitron.config import (
+    STAGES,
+    DataConfig,
+    DpoConfig,
+    SlurmConfig,
+    SourceConfig,
+    load,
+    load_pipeline,
+    load_slurm,
+)
 from nemo_minitron.config.paths import absolute, paths_of, read_paths
+from nemo_minitron.errors import ConfigError
 
 #: Settings that hold text, and no path, wherever they stand.
 WORDS = {
     "account", "allowed", "also", "attributes", "balance", "base_model", "baseline", "batch", "checks", "constraint",
-    "criterion",
+    "criterion", "max_shard_size",
     "dataset_split", "depth", "device", "documents", "dtype", "embedding", "estimator", "extra", "form", "format",
-    "formats", "greedy_by", "hidden", "host", "identity", "keep_best", "kind", "latency_of", "license", "long", "loss",
+    "formats", "greedy_by", "hidden", "host", "keep_best", "kind", "latency_of", "license", "long", "loss",
     "memory_of", "method", "names", "name", "package", "packing", "partition", "precision", "prompts", "qos",
     "recompute", "result", "rule", "schema", "sequence", "spacing", "split", "system", "tasks", "teacher_placement",
     "template", "text_key", "texts", "title", "user", "values", "weights", "builtin", "greedy",
@@ -152,3 +162,81 @@ def test_what_a_stage_reads(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(content))
     (config,) = load_pipeline(tmp_path / "pipeline.yaml")[1]
     assert read_paths(config) == {"student": "s", "teacher": "t", "data.sources[0].path": "a.jsonl"}
+
+
+def test_home_and_variables_are_expanded_once_at_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("WHO", "me")
+    content = {
+        "output": "~/runs/$WHO",
+        "vars": {"models": "$DATA/models"},
+        "defaults": {
+            "data": {
+                "sources": [
+                    {"name": "a", "path": "$DATA/$WHO-*.jsonl"},
+                    {"name": "b", "dataset": "$DATA/table", "dataset_split": "train"},
+                    {"name": "c", "dataset": "owner/name", "dataset_split": "train"},
+                ],
+                "blend": ["30", "~/tokens/a", "70", "/tokens/~/b"],
+            }
+        },
+        "stages": [
+            {"stage": "import", "name": "teacher", "source": "${vars.models}/hf"},
+            {"stage": "distill", "student": "${output}/pruned", "teacher": "${output}/teacher"},
+            {"stage": "evaluate", "models": {"a.b": "~/x"}, "prompts": ["What is $WHO?"]},
+            {"stage": "report", "title": "~ $DATA"},
+        ],
+    }  # fmt: skip
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(content))
+    pipeline, stages = load_pipeline("pipeline.yaml", ["stages.report.others=[$DATA/other]"])
+    teacher, distilled, evaluation, report = stages
+    assert pipeline.output == "/home/me/runs/me"
+    assert (teacher.source, teacher.output) == ("/data/models/hf", "/home/me/runs/me/teacher")  # type: ignore[attr-defined]
+    assert distilled.teacher == "/home/me/runs/me/teacher"  # type: ignore[attr-defined]
+    data: DataConfig = distilled.data  # type: ignore[attr-defined]
+    assert data.sources[0].path == "/data/me-*.jsonl"
+    assert [source.dataset for source in data.sources[1:]] == ["/data/table", "owner/name"]
+    assert data.blend == ["30", "/home/me/tokens/a", "70", "/tokens/~/b"]
+    assert evaluation.models == {"a.b": "/home/me/x"}  # type: ignore[attr-defined]
+    assert evaluation.prompts == ["What is $WHO?"]  # type: ignore[attr-defined]
+    assert (report.run, report.output) == ("/home/me/runs/me", "/home/me/runs/me/report")  # type: ignore[attr-defined]
+    assert report.others == ["/data/other"]  # type: ignore[attr-defined]
+    assert report.title == "~ $DATA", "no path"  # type: ignore[attr-defined]
+    assert list(tmp_path.iterdir()) == [tmp_path / "pipeline.yaml"]
+    # what is expanded is a configuration like any other
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(dataclasses.asdict(distilled)))
+    assert load("distill", tmp_path / "stage.yaml") == distilled
+
+
+def test_what_cannot_be_expanded_is_refused_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    file = tmp_path / "evaluate.yaml"
+    file.write_text(
+        "models:\n  a: $NOWHERE/$EMPTY/a\noutput: ~nobody-of-this-name/out\ndata:\n  sources:\n"
+        "    - {name: x, path: $EMPTY/x}\n"
+    )
+    with pytest.raises(ConfigError) as refused:
+        load("evaluate", file)
+    text = str(refused.value)
+    assert (
+        "line 2: models.a=$NOWHERE/$EMPTY/a: the environment variables NOWHERE, EMPTY are not set, or empty; set"
+        in text
+    )
+    assert "line 6: data.sources[0].path=$EMPTY/x: the environment variable EMPTY is not set, or empty; set it" in text
+    assert "line 3: output=~nobody-of-this-name/out: there is no user of the name nobody-of-this-name" in text
+
+
+def test_paths_of_another_machine_are_left_to_its_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "slurm.yaml"
+    file.write_text("account: a\npython: ~/env/bin/python\nidentity: ~/.ssh/key\njob_dir: /scratch/$SOMEBODY\n")
+    slurm = load_slurm(file, ["host=login", "user=u"])
+    assert (slurm.python, slurm.identity, slurm.job_dir) == (
+        "~/env/bin/python",
+        "/home/me/.ssh/key",
+        "/scratch/$SOMEBODY",
+    )
+    assert load_slurm(file, ["job_dir=~/jobs"]).python == "/home/me/env/bin/python"

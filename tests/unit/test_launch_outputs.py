@@ -18,7 +18,7 @@ from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
-from nemo_minitron.jobs.records import parents, read_record, record_path
+from nemo_minitron.jobs.records import hashed_settings, parents, read_record, record_path
 
 
 def contents(folder: Path) -> set[str]:
@@ -137,10 +137,16 @@ def test_the_hash_follows_settings_and_inputs_only(tmp_path):
         {"runtime": RuntimeConfig(threads=4, timeout_minutes=3.0)},
     ):
         assert Output(export(tmp_path, **same)).hash == base
-    for other in ({"formats": ["nemo"]}, {"runtime": RuntimeConfig(seed=2)}):
+    for other in ({"formats": ["nemo"]}, {"runtime": RuntimeConfig(seed=2)}, {"max_shard_size": "1GB"}):
         assert Output(export(tmp_path, **other)).hash != base
     (model / "w").write_text("23")
     assert Output(export(tmp_path)).hash != base
+
+
+def test_a_setting_that_was_added_leaves_earlier_identities(tmp_path):
+    settings = hashed_settings(export(tmp_path))
+    assert not set(ExportConfig.ADDED) & set(settings)
+    assert hashed_settings(export(tmp_path, max_shard_size="1GB")) == settings | {"max_shard_size": "1GB"}
 
 
 def test_a_recorded_input_counts_by_its_record(tmp_path):

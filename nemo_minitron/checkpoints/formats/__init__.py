@@ -31,6 +31,7 @@ OWN_FORMATS = (
         write=write_hf,
         loader=hf_logits,
         safe_loader=True,
+        card=True,
     ),
     Format(
         name="nemo2",

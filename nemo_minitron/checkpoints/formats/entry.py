@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.config.parts import SHARD_SIZE, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +29,14 @@ class WriteOptions:
             removed afterwards.
         vocab_multiple: a format with a padded vocabulary pads it to a multiple of this.
         progress: called after each tensor.
+        max_shard_bytes: what a file of weights may hold, in formats that split them over files by size.
     """
 
     dtype: str
     scratch: Path
     vocab_multiple: int = 128
     progress: Progress | None = None
+    max_shard_bytes: int = parse_bytes(SHARD_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Format:
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
+        card: a ``README.md`` with a model card belongs beside it.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
@@ -68,6 +72,7 @@ class Format:
     convert: Callable[[Path, Path], Checkpoint] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
     safe_loader: bool = False
+    card: bool = False
     suffix: str | None = None
     read_needs: tuple[str, ...] = ()
     write_needs: tuple[str, ...] = ()

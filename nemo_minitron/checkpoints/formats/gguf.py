@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.formats.huggingface.checkpoint import open_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
+from nemo_minitron.config.parts import SHARD_SIZE
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.atomic import write_aside
+from nemo_minitron.runtime.files import take_umask
 from nemo_minitron.runtime.requirements import require
 
 if TYPE_CHECKING:
@@ -129,7 +131,9 @@ def _write_model(source: Path, directory: Path, dtype: str) -> dict[str, Any]:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    model.to(torch_dtype(dtype)).save_pretrained(directory, max_shard_size="2GB")
+    model.to(torch_dtype(dtype)).save_pretrained(directory, max_shard_size=SHARD_SIZE)
+    for file in directory.glob("*.safetensors"):
+        take_umask(file)
     return content
 
 

@@ -18,4 +18,5 @@ from nemo_minitron.config.parts.process import *
 from nemo_minitron.config.parts.pruning import *
 from nemo_minitron.config.parts.schedule import *
 from nemo_minitron.config.parts.search import *
+from nemo_minitron.config.parts.sizes import *
 from nemo_minitron.config.parts.text import *

@@ -156,7 +156,7 @@ class DataConfig:
 
 def looks_like_path(dataset: str) -> bool:
     """Whether a dataset is certainly no name on the hub (``name`` or ``owner/name``)."""
-    return dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or "*" in dataset
+    return dataset.startswith((".", "/", "~", "$")) or dataset.count("/") > 1 or "*" in dataset
 
 
 def _above_0(text: str) -> bool:

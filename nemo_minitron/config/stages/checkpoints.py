@@ -7,7 +7,15 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DTYPES, choice, format_list_faults, one_of, written_formats
+from nemo_minitron.config.parts import (
+    DTYPES,
+    SHARD_SIZE,
+    choice,
+    format_list_faults,
+    one_of,
+    shard_size_faults,
+    written_formats,
+)
 from nemo_minitron.config.stages.base import NEEDS_TORCH, StageConfig
 from nemo_minitron.config.tables import Choices, WrittenFormats
 
@@ -19,7 +27,8 @@ class ImportConfig(StageConfig):
     """Import a model into the suite's working format.
 
     Attributes:
-        source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file.
+        source: HF directory, GGUF file, NeMo 2 directory or ``.nemo`` file, or ``org/name``, a model in the local cache
+            of the Hugging Face Hub.
         package: instead of ``source``, a model that a Python package carries, by its name in the table of packages.
         format: what to write
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
@@ -68,6 +77,11 @@ class ExportConfig(StageConfig):
         formats: what to write, any of these
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload each result with its format's own loader and compare logits.
+        max_shard_size: what one file of the "hf" weights may hold, such as "5GB" or "512MiB"; up to that they are one
+            file.
+        base_model: name on the Hugging Face Hub of the model that it was made from, for the model card.
+        license: the Hub's name of that model's license, such as "apache-2.0", for the model card; null takes what the
+            base's own card says.
     """
 
     STAGE: ClassVar[str] = "export"
@@ -75,6 +89,7 @@ class ExportConfig(StageConfig):
     LEVEL: ClassVar[str] = "torch"
     ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    ADDED: ClassVar[tuple[str, ...]] = ("max_shard_size", "base_model", "license")
     TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats()}
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -82,10 +97,13 @@ class ExportConfig(StageConfig):
     formats: list[str] = field(default_factory=lambda: ["hf"])
     dtype: str | None = None
     verify: bool = True
+    max_shard_size: str = SHARD_SIZE
+    base_model: str | None = None
+    license: str | None = None
 
     def faults(self) -> list[str]:
-        """Unknown or no formats."""
+        """Unknown or no formats, a size that is none."""
         faults = format_list_faults(self.formats)
         if not self.formats:
             faults.append(f"formats: none is given; list any of {', '.join(written_formats())}")
-        return [*faults, *choice(self, "dtype", DTYPES)]
+        return [*faults, *choice(self, "dtype", DTYPES), *shard_size_faults(self.max_shard_size)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -23,6 +23,8 @@ class PipelineConfig:
         defaults: settings of every stage that has them (``runtime``, ``data``, ...); a stage's own settings win.
         stages: each ``{stage: distill, name: ..., <the stage's keys>}``; the name is the stage's own unless given.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("output",)
 
     name: str = "pipeline"
     output: str = MISSING

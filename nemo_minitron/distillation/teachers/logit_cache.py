@@ -39,7 +39,7 @@ import torch
 from nemo_minitron.distillation.losses.kernels import TopTokens
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.atomic import write_aside
-from nemo_minitron.runtime.files import replace_file
+from nemo_minitron.runtime.files import replace_file, take_umask
 
 __all__ = ["LogitCache", "Manifest", "decode_logits", "decode_top", "encode", "sample_keys", "write_shard"]
 
@@ -231,6 +231,7 @@ def write_shard(directory: Path, manifest: Manifest, samples: Sequence[tuple[byt
     try:
         with write_aside(path, overwrite=True, error=DataError, parents=False) as aside:
             save_file(tensors, aside, metadata={"manifest": manifest.digest})
+            take_umask(aside)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"{path}: cannot be written ({error}); what was written before is whole. Make room, or see to the "

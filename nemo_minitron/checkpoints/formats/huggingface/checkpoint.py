@@ -19,9 +19,10 @@ from nemo_minitron.checkpoints.formats.huggingface import generation, known
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
+from nemo_minitron.checkpoints.formats.huggingface.shards import ShardWriter
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
-from nemo_minitron.checkpoints.weights import DTYPES, CastWeights, dtype_name, largest_part, writing_order
+from nemo_minitron.checkpoints.weights import CastWeights, dtype_name, writing_order
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.shape import ModelShape
 
@@ -37,9 +38,6 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-SMALLEST_SHARD = 32 * 2**20
-"""Bytes below which models are not split over files, whatever the size of their layers."""
 
 
 def is_hf(path: Path) -> bool:
@@ -234,9 +232,8 @@ class HFWeights:
 def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:
     """Write a HF directory into ``directory`` (which this creates; callers write aside).
 
-    Tensors are read, split and written one after the other, those outside the layers first. A shard is closed before it
-    would exceed one layer or one embedding, whichever is larger (or :data:`SMALLEST_SHARD`), so no more than that is
-    held at a time.
+    Tensors are read, split and written one after the other, those outside the layers first, so that one tensor is held
+    at a time, whatever the size of a file.
 
     Raises:
         CheckpointError: if transformers does not have the family, or not with layers that differ in size.
@@ -245,39 +242,24 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     shape, table = checkpoint.shape, checkpoint.family
     config = to_hf(shape, checkpoint.architecture, dtype=dtype)
     directory.mkdir(parents=True)
-    limit = max(SMALLEST_SHARD, largest_part(checkpoint.architecture, shape) * DTYPES[dtype])
     weights = CastWeights(checkpoint.weights, dtype)
     expected = writing_order(checkpoint.architecture, shape)
-    pending: dict[str, torch.Tensor] = {}
-    held = total = 0
-    shards: list[list[str]] = []
-
-    def close() -> None:
-        nonlocal held
-        if pending:
-            shards.append(list(pending))
-            _save_shard(pending, directory / _shard_name(len(shards)))
-            pending.clear()
-            held = 0
-
-    for index, (name, size) in enumerate(expected.items()):
-        count = DTYPES[dtype]
-        for length in size:
-            count *= length
-        if held + count > limit:
-            close()
-        tensor = weights.tensor(name)
-        if tuple(tensor.shape) != size:
-            raise _wrong_shape(checkpoint.path, name, tuple(tensor.shape), size)
-        entry = axes.entry(table, shape, name)
-        parts = naming.split(entry.row.axes, tensor, entry.sizes)
-        pending |= dict(zip(naming.hf_names(table.name, name), parts, strict=True))
-        held, total = held + count, total + count
-        del tensor, parts
-        if progress is not None:
-            progress(name, index + 1, len(expected))
-    close()
-    _name_shards(directory, shards, total)
+    entries = {name: axes.entry(table, shape, name) for name in expected}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in entries.items():
+        part_shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
+        shapes |= dict(zip(naming.hf_names(table.name, name), part_shapes, strict=True))
+    with ShardWriter(directory, shapes, dtype, options.max_shard_bytes) as shards:
+        for index, (name, entry) in enumerate(entries.items()):
+            tensor = weights.tensor(name)
+            if tuple(tensor.shape) != expected[name]:
+                raise _wrong_shape(checkpoint.path, name, tuple(tensor.shape), expected[name])
+            parts = naming.split(entry.row.axes, tensor, entry.sizes)
+            for part_name, part in zip(naming.hf_names(table.name, name), parts, strict=True):
+                shards.write(part_name, part)
+            del tensor, parts, part
+            if progress is not None:
+                progress(name, index + 1, len(expected))
     _write_json(directory / "config.json", config)
     _write_json(directory / generation.FILE_NAME, generation.generation_config(checkpoint.architecture))
     if checkpoint.tokenizer is not None:
@@ -336,36 +318,6 @@ def _torch_load(file: Path) -> dict[str, torch.Tensor]:
         other = ", ".join(str(name) for name in content if name not in tensors)
         warn_once(file, f"entries that are no tensors are left behind: {other}")
     return tensors
-
-
-def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors wraps the system's error as text; give the full disk back its number
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(28, "No space left on device", str(file)) from error
-        raise
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number}.safetensors"
-
-
-def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
-    """Give the shards the names that transformers looks for; the count is known only at the end."""
-    if len(shards) == 1:
-        (directory / _shard_name(1)).rename(directory / "model.safetensors")
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (directory / _shard_name(number)).rename(directory / final)
-        places |= dict.fromkeys(names, final)
-    _write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

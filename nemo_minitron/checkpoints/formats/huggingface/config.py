@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,17 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     names = config.get("architectures") or [by_type]
     names = names if isinstance(names, list) else [names]
     name = next((name for name in readers if name in names), None)
+    shown, subclass = ", ".join(map(str, names)), name is None and by_type in readers and _derived(names, by_type)
+    if subclass:
+        name = by_type
     if name is None:
+        remedy = (
+            f"; if it is a plain {by_type}, as model_type={kind!r} says, write that into architectures"
+            if by_type in readers
+            else ""
+        )
         raise CheckpointError(
-            f"{source}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(readers)}"
+            f"{source}: architecture {shown} is not supported; supported: {', '.join(readers)}{remedy}"
         )
     key, family = readers[name]
     older, faults = older_spelling(config)
@@ -80,7 +89,14 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
         raise CheckpointError(f"{source}: " + "; ".join(faults)) from error
     if faults:
         raise CheckpointError(f"{source}: " + "; ".join(faults))
+    if subclass:
+        warn_once(source, f"architecture {shown} is read as {name}: transformers, too, goes by model_type={kind!r}")
     return described
+
+
+def _derived(names: list[Any], known: str) -> bool:
+    """Whether classes are named after a known one, as subclasses are: ``MyLlamaForCausalLM``, ``LLaMAForCausalLM``."""
+    return all(known.casefold() in str(name).casefold() for name in names)
 
 
 def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelShape, Architecture]:
@@ -259,6 +275,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,
+        **_library_version(),
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **family.writes,
@@ -271,3 +288,11 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
             "router_aux_loss_coef": architecture.moe_aux_loss_coeff,
         }
     return config
+
+
+def _library_version() -> dict[str, str]:
+    """``transformers_version``, which transformers and other readers look at; nothing where it is not installed."""
+    try:
+        return {"transformers_version": metadata.version("transformers")}
+    except metadata.PackageNotFoundError:
+        return {}

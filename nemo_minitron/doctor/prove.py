@@ -80,6 +80,7 @@ def prove(config: DoctorConfig, folder: Path, *, say: Callable[[str], None] = pr
         outcomes |= leader.run(group, [case for case in cases if CHECKS[case[0]].group == group])
         if ranks.is_main and number == 0:
             reference.start()  # not beside the first group, whose bandwidth it would take
+    ranks.leave(seconds=30)
     if not ranks.is_main:
         return None
     say("the rest of the same in one process on the CPU")

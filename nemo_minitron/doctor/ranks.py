@@ -6,6 +6,7 @@ through a store of torch's, which torchrun, or rank 0, serves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -80,6 +81,20 @@ class Ranks:
         """
         self.publish(f"{key}/{self.rank}", value)
         return [self.wait(f"{key}/{rank}", seconds) for rank in range(self.world)]
+
+    def leave(self, seconds: float) -> None:
+        """End the communication. Every rank calls it last.
+
+        Rank 0, which may serve the store, waits for the others, but not for one that has died.
+        """
+        if self._store is None:
+            return
+        if self.is_main:
+            with contextlib.suppress(MinitronError):
+                for rank in range(1, self.world):
+                    self.wait(f"left/{rank}", seconds)
+        else:
+            self.publish(f"left/{self.rank}", True)
 
 
 def alone() -> Ranks:

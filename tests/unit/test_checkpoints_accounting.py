@@ -56,9 +56,15 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             kept.append(record.getMessage())
 
     handler = Keep(logging.WARNING)
+    # Whatever other tests of this process did to the loggers.
+    monkeypatch.setattr(accounting.logger, "disabled", False)
+    monkeypatch.setattr(accounting.logger, "level", logging.WARNING)
+    monkeypatch.setattr(accounting.logger.manager, "disable", logging.NOTSET)
+    accounting.logger._cache.clear()  # type: ignore[attr-defined]
     accounting.logger.addHandler(handler)
     yield kept
     accounting.logger.removeHandler(handler)
+    accounting.logger._cache.clear()  # type: ignore[attr-defined]
 
 
 @EACH

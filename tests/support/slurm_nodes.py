@@ -118,7 +118,11 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm says of a job: ``JobState``, ``NodeList``, ``Restarts``, ``Reason``, ..."""
-        line = self.run("scontrol", "show", "job", "-o", number)
+        for attempt in range(4):  # a controller with much to do does not answer now and then
+            line = self.run("scontrol", "show", "job", "-o", number, check=attempt == 3)
+            if line:
+                break
+            time.sleep(2)
         return dict(part.split("=", 1) for part in line.split() if "=" in part)
 
     def state(self, node: str) -> str:

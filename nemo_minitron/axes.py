@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.families import FAMILIES
@@ -38,6 +38,7 @@ __all__ = [
     "Entry",
     "Family",
     "KeptUnits",
+    "NameParts",
     "Parameter",
     "axis_parts",
     "axis_rows",
@@ -49,6 +50,7 @@ __all__ = [
     "join_qkv",
     "layer_count",
     "layer_parameters",
+    "name_parts",
     "parameter",
     "parameter_count",
     "parameters",
@@ -63,6 +65,28 @@ EXPERTS = "mlp.experts.local_experts."
 """Before an expert's number in the names of its parameters: Megatron's module of experts computed one by one."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+
+
+class NameParts(NamedTuple):
+    """The parts of a canonical name; see :func:`name_parts`.
+
+    Attributes:
+        layer: number of the layer; None outside the layers.
+        expert: number of the expert; None outside experts.
+        below: name below ``decoder.layers.N.`` or below the expert's module; outside the layers the whole name.
+    """
+
+    layer: int | None
+    expert: int | None
+    below: str
+
+
+def name_parts(name: str) -> NameParts:
+    """Take a canonical name apart."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return NameParts(None, None, name)
+    return NameParts(int(match[1]), None if match[2] is None else int(match[2]), match[3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +166,12 @@ def parameter(table: Family, name: str) -> Parameter:
     Raises:
         KeyError: for a name that the family does not have.
     """
-    match = _LAYER.fullmatch(name)
-    if match is None:
+    layer, expert, below = name_parts(name)
+    if layer is None:
         return table.first[name] if name in table.first else table.last[name]
-    if match[2] is None:
-        return table.layer[match[3]]
-    return dataclasses.replace(table.expert[match[3]], expert=int(match[2]))
+    if expert is None:
+        return table.layer[below]
+    return dataclasses.replace(table.expert[below], expert=expert)
 
 
 def entry(table: Family, shape: ModelShape, name: str) -> Entry:
@@ -156,8 +180,7 @@ def entry(table: Family, shape: ModelShape, name: str) -> Entry:
     Raises:
         KeyError: for a name that the family does not have.
     """
-    match = _LAYER.fullmatch(name)
-    layer = None if match is None else int(match[1])
+    layer = name_parts(name).layer
     return Entry(name, parameter(table, name), layer, shape.at(layer))
 
 
@@ -244,8 +267,8 @@ def axis_rows(
     q = shape.heads_per_group
     blocks = []
     for group, heads in zip(kept.groups[layer], kept.heads[layer], strict=True):
-        first = group * (q + 2)
-        blocks += [first + head % q for head in heads] + [first + q, first + q + 1]
+        keys = group * (q + 2) + q
+        blocks += [*head_blocks(heads, q), keys, keys + 1]
     return _blocks(torch.tensor(blocks), shape.head_dim)
 
 

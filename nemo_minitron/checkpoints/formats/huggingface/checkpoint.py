@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ class HFWeights:
         """
         entry = axes.entry(axes.family(self.family), self.shape, name)
         parts = []
-        for part, expected in self._parts(entry).items():
+        for part, expected in naming.hf_parts(self.family, entry).items():
             part_tensor = self._read(part)
             if tuple(part_tensor.shape) != expected:
                 raise _wrong_shape(self.files[part], part, tuple(part_tensor.shape), expected)
@@ -124,7 +125,7 @@ class HFWeights:
         table = axes.family(self.family)
         expected: dict[str, tuple[int, ...]] = {}
         for entry in axes.parameters(table, self.shape):
-            expected |= self._parts(entry)
+            expected |= naming.hf_parts(self.family, entry)
         if missing := [name for name in expected if name not in self.files]:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} tensors that config.json asks for are missing, "
@@ -141,7 +142,7 @@ class HFWeights:
                 f"{self.path}: {len(unexpected)} tensors have no place in a {self.family} model of this configuration, "
                 f"{_first(unexpected)}; check num_hidden_layers, and that it has no biases but its family's"
             )
-        headers = self._headers()
+        headers = self._headers
         if missing := [name for name in expected if name not in headers]:
             raise CheckpointError(
                 f"{self.path}: the index places {len(missing)} tensors in files that do not hold them, "
@@ -183,13 +184,9 @@ class HFWeights:
 
     def dtype(self) -> str:
         """The dtype that holds all stored tensors."""
-        return dtype_name([dtype for _, dtype in self._headers().values()], str(self.path))
+        return dtype_name([dtype for _, dtype in self._headers.values()], str(self.path))
 
-    def _parts(self, entry: axes.Entry) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the HF tensors that make a canonical tensor, in order."""
-        shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
-        return dict(zip(naming.hf_names(self.family, entry.name), shapes, strict=True))
-
+    @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """HF name -> shape and dtype, without reading data."""
         import torch
@@ -246,9 +243,8 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     expected = writing_order(checkpoint.architecture, shape)
     entries = {name: axes.entry(table, shape, name) for name in expected}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in entries.items():
-        part_shapes = naming.hf_shapes(entry.row.axes, entry.sizes)
-        shapes |= dict(zip(naming.hf_names(table.name, name), part_shapes, strict=True))
+    for entry in entries.values():
+        shapes |= naming.hf_parts(table.name, entry)
     with ShardWriter(directory, shapes, dtype, options.max_shard_bytes) as shards:
         for index, (name, entry) in enumerate(entries.items()):
             tensor = weights.tensor(name)

@@ -7,29 +7,35 @@ every other tensor is one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_minitron.axes import Axis, axis_parts, axis_size, join_gate, join_qkv, split_gate, split_qkv
+from nemo_minitron.axes import (
+    Axis,
+    Entry,
+    axis_parts,
+    axis_size,
+    join_gate,
+    join_qkv,
+    name_parts,
+    split_gate,
+    split_qkv,
+)
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_family
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hf_names", "hf_shapes", "merge", "split"]
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
+__all__ = ["hf_names", "hf_parts", "hf_shapes", "merge", "split"]
 
 
 def hf_names(family: str, name: str) -> tuple[str, ...]:
     """The HF tensors that a canonical tensor is made of, in the order in which :func:`merge` takes them."""
-    known, match = hf_family(family), _LAYER.fullmatch(name)
-    if match is None:
+    known, (layer, expert, below) = hf_family(family), name_parts(name)
+    if layer is None:
         return (known.outer[name],)
-    layer, expert, rest = match.groups()
-    parts = known.layer[rest] if expert is None else [part.format(expert) for part in known.expert[rest]]
+    parts = known.layer[below] if expert is None else [part.format(expert) for part in known.expert[below]]
     return tuple(f"model.layers.{layer}.{part}" for part in parts)
 
 
@@ -40,6 +46,11 @@ def hf_shapes(axes: Sequence[Axis], shape: ModelShape) -> list[tuple[int, ...]]:
     """
     rest = tuple(axis_size(axis, shape) for axis in axes[1:])
     return [(rows, *rest) for rows in axis_parts(axes[0], shape)]
+
+
+def hf_parts(family: str, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the HF tensors that a canonical tensor is made of, in the order of :func:`hf_names`."""
+    return dict(zip(hf_names(family, entry.name), hf_shapes(entry.row.axes, entry.sizes), strict=True))
 
 
 def merge(axes: Sequence[Axis], parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:

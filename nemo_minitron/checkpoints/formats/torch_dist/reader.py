@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["PREFIXES", "TorchDist", "TorchDistWeights"]
 
 PREFIXES = ("module.", "model.", "")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 _EXPERTS = "mlp.experts.experts."
 _NORMS = (
     # a model built from Megatron's local layer spec may keep its norms outside the linears, and in a mixture it names
@@ -251,18 +249,17 @@ class TorchDistWeights:
 
     def _locate(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Canonical name -> stored key, and the place along its leading dimensions: of the layer, of the expert."""
-        match = _LAYER.fullmatch(name)
-        if match is None:
+        layer, expert, below = axes.name_parts(name)
+        if layer is None:
             if self.prefix + name in self.store.sizes:
                 return self.prefix + name, ()
         else:
-            layer, rest = int(match[1]), match[3]
-            expert = () if match[2] is None else (int(match[2]),)
-            for spelling in _spellings(rest if match[2] is None else _EXPERTS + rest):
+            place = () if expert is None else (expert,)
+            for spelling in _spellings(below if expert is None else _EXPERTS + below):
                 if (key := f"{self.prefix}decoder.layers.{spelling}") in self.store.sizes:
-                    return key, (layer, *expert)
+                    return key, (layer, *place)
                 if (key := f"{self.prefix}decoder.layers.{layer}.{spelling}") in self.store.sizes:
-                    return key, expert
+                    return key, place
         raise CheckpointError(
             f"{self.store.directory} has no tensor {self.prefix}{name}; the checkpoint is incomplete "
             f"or has fewer layers than its configuration says"

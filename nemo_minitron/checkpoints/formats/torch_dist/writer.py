@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from nemo_minitron.errors import CheckpointError
 
 __all__ = ["write_torch_dist"]
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)")
 _EXPERTS = "mlp.experts.experts."
 
 
@@ -156,17 +154,18 @@ class _Planner(dcp.SavePlanner):
     def _tensors(self, prefix: str) -> list[WriteItem]:
         items = []
         for name, sizes in self._shapes.items():
-            if match := _LAYER.fullmatch(name):
+            layer, expert, below = axes.name_parts(name)
+            if layer is not None:
                 shape = self._checkpoint.shape
-                key, place, stacked = f"{prefix}decoder.layers.", [int(match[1])], [shape.num_layers]
+                key, place, stacked = f"{prefix}decoder.layers.", [layer], [shape.num_layers]
                 if not shape.uniform:
-                    key, place, stacked = f"{key}{match[1]}.", [], []
-                if match[2] is not None:
+                    key, place, stacked = f"{key}{layer}.", [], []
+                if expert is not None:
                     key += _EXPERTS
-                    place, stacked = [*place, int(match[2])], [*stacked, shape.num_moe_experts or 0]
-                key += match[3]
+                    place, stacked = [*place, expert], [*stacked, shape.num_moe_experts or 0]
+                key += below
                 ones = [1] * len(place)
-                source = _Source(name, match[1])
+                source = _Source(name, str(layer))
                 items.append(self._item(key, (*stacked, *sizes), (*place, *_zeros(sizes)), (*ones, *sizes), source))
                 continue
             row = axes.parameter(self._checkpoint.family, name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -366,12 +365,9 @@ def _run_config(config: StageConfig, source: str, dry_run: bool) -> None:
         show_plans([config], Console(), source, alone=True)
         return
     from nemo_minitron.jobs.local import run_stage
+    from nemo_minitron.jobs.nested import show_output
 
-    def show(data: bytes) -> None:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-
-    record = run_stage(config, show)
+    record = run_stage(config, show_output)
     typer.echo(f"{record['name']}: done in {record['seconds']:.1f} s, {config.output}")
 
 

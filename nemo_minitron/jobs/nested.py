@@ -33,6 +33,6 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
 
 
 def show_output(data: bytes) -> None:
-    """Print the output of a child stage."""
+    """Pass on what rank 0 of a stage prints."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()

@@ -302,7 +302,7 @@ def claim_output(config: StageConfig) -> Path:
         ConfigError: for a directory that this suite did not write, or any existing directory if ``resume`` is off.
     """
     output = Path(config.output)
-    if not ((output / MARKER).exists() and getattr(config, "resume", False)):
+    if not ((output / MARKER).exists() and Output(config).resumable):
         check_output(output, overwrite=False)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).touch()

@@ -48,6 +48,11 @@ def run_output(output: Output, on_output: Callable[[bytes], None] | None = None)
         MinitronError: if the stage refused its settings or inputs.
         StageCrashError: if it crashed.
     """
+    with output.leased():
+        return _run_leased(output, on_output)
+
+
+def _run_leased(output: Output, on_output: Callable[[bytes], None] | None) -> dict[str, Any]:
     config = output.config
     # A stage that resumes keeps its output; another that finds one is refused before anything starts.
     if not output.resumable:

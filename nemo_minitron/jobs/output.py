@@ -25,7 +25,9 @@ from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
 from nemo_minitron.jobs import slurm_environment
 from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.differences import differences
+from nemo_minitron.jobs.lease import check_held, leased
 from nemo_minitron.jobs.records import hashed_settings, identity_of, read_record, record_path, write_record
+from nemo_minitron.runtime.atomic import clear_leftovers
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
 __all__ = ["Output", "archived_outputs", "claim_output"]
@@ -79,6 +81,11 @@ class Output:
         if "identity" in self.__dict__:
             other.__dict__["identity"] = self.identity
         return other
+
+    @property
+    def _lease(self) -> Path:
+        """The file of the lease: beside the logs."""
+        return self.folder.with_name(f"{self.path.name}.lease")
 
     # How far it is
 
@@ -208,6 +215,20 @@ class Output:
 
     # A run of the stage
 
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        """Keep other processes, on any host, from writing the output while the block runs. One rank of a stage does.
+
+        What a killed process left beside the output is cleared away, and an old output that it had moved aside comes
+        back.
+
+        Raises:
+            ConfigError: if another process writes it.
+        """
+        with leased(self._lease, f"output: {self.path}", f"minitron {self.config.STAGE}"):
+            clear_leftovers(self.path.absolute(), alone=True)
+            yield
+
     def prepare(self, *, overwrite: bool = False) -> Output | None:
         """Prepare a run of the stage. One rank calls it, right before the stage starts.
 
@@ -287,7 +308,12 @@ class Output:
         peak_rss_bytes: int | None = None,
         started: str | None = None,
     ) -> dict[str, Any]:
-        """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`."""
+        """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`.
+
+        Raises:
+            MinitronError: if another process has taken the output over.
+        """
+        check_held(self._lease)
         return write_record(
             self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started
         )

@@ -17,6 +17,7 @@ from typing import Any
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.launch import attach, job_folder
+from nemo_minitron.jobs.lease import release_all
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.results import RankResult, failure, save_result
@@ -78,6 +79,7 @@ def main(stage: str, part: str | None = None) -> int:
     result.peak_rss_bytes = peak_rss_bytes()
     save_result(folder, result)
     if code:
+        release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,6 +21,7 @@ from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
+from nemo_minitron.checkpoints.formats.torch_dist.checksums import damage
 from nemo_minitron.checkpoints.formats.torch_dist.metadata import read_metadata
 from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["PREFIXES", "TorchDist", "TorchDistWeights"]
 
 PREFIXES = ("module.", "model.", "")
+_SMALL = 1 << 20  # bytes of a chunk whose checksums take no time
 _EXPERTS = "mlp.experts.experts."
 _NORMS = (
     # a model built from Megatron's local layer spec may keep its norms outside the linears, and in a mixture it names
@@ -166,11 +169,20 @@ class TorchDist:
                 raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
             if length < chunk.start + chunk.length:
                 raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
+            checked = None
+            if chunk.length > _SMALL:
+                # beside the reading, from a file of its own; what either reads the other has in the page cache
+                checked = stack.enter_context(ThreadPoolExecutor(1)).submit(
+                    damage, Window(stack.enter_context(self._open(chunk.file)), chunk.start, chunk.length)
+                )
             try:
                 tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
             except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
+            fault = checked.result() if checked else damage(Window(file, chunk.start, chunk.length))
+            if fault is not None:
+                raise CheckpointError(f"{where}: the stored chunk is damaged ({fault}); restore the file")
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
             actual = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CheckpointError(f"{where}: the chunk holds {actual}, .metadata says {list(chunk.sizes)}")

@@ -97,6 +97,7 @@ def _prepared(config: StageConfig) -> Iterator[Output]:
                 if output.config.overwrite or not output.resumable:
                     check_output(output.path, output.config.overwrite)
                 output.check_resumable()
+                output.check_inputs()
                 replaced.enter_context(output.replacing())
                 output.begin()
             except ConfigError as error:

@@ -58,6 +58,7 @@ def _run_leased(output: Output, on_output: Callable[[bytes], None] | None) -> di
     if not output.resumable:
         check_output(config.output, config.overwrite)
     output.check_resumable()
+    output.check_inputs()
     check_needs([config])
     output.write_settings()
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()

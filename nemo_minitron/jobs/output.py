@@ -24,9 +24,17 @@ from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
 from nemo_minitron.jobs import slurm_environment
 from nemo_minitron.jobs.atomic import MARKER, check_output
+from nemo_minitron.jobs.contents import SMALL, damaged, missing
 from nemo_minitron.jobs.differences import differences
 from nemo_minitron.jobs.lease import check_held, leased
-from nemo_minitron.jobs.records import hashed_settings, identity_of, read_record, record_path, write_record
+from nemo_minitron.jobs.records import (
+    hashed_settings,
+    identity_of,
+    owner_of,
+    read_record,
+    record_path,
+    write_record,
+)
 from nemo_minitron.runtime.atomic import clear_leftovers
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
@@ -106,9 +114,10 @@ class Output:
         """How far the stage is.
 
         Returns:
-            "done"; "changed" (made with other settings or inputs), with the differences; "unfinished" (an output
-            without a record, or of a stage that is always made anew); "begun" (unfinished, and started with other
-            settings, so that it cannot be resumed), with the differences; or "new".
+            "done"; "changed" (made with other settings or inputs), with the differences; "damaged" (files are gone or
+            of another size), with the files; "unfinished" (an output without a record, or of a stage that is always
+            made anew); "begun" (unfinished, and started with other settings, so that it cannot be resumed), with the
+            differences; or "new".
         """
         record = self.record()
         if self.config.REPEATS:
@@ -117,7 +126,10 @@ class Output:
             return ("new", []) if record is None else ("changed", ["the output is gone"])
         if record is not None:
             changes = self._changes_since(record)
-            return ("changed", list(changes.values())) if changes else ("done", [])
+            if changes:
+                return "changed", list(changes.values())
+            faults = missing(self.path, record.get("files", {}))
+            return ("damaged", faults) if faults else ("done", [])
         changes = self._changes_since(self.started_identity()) if self.resumable else {}
         return ("begun", list(changes.values())) if changes else ("unfinished", [])
 
@@ -147,6 +159,28 @@ class Output:
             ConfigError: with the :meth:`resume_faults`, if any.
         """
         if faults := self.resume_faults():
+            raise ConfigError(faults)
+
+    def check_inputs(self) -> None:
+        """Refuse inputs that are not what their record says: files that are gone, cut off, or, where they are small,
+        changed.
+
+        Raises:
+            ConfigError: with each of them.
+        """
+        faults = []
+        for setting, path in self.config.inputs().items():
+            place = Path(path).absolute()
+            owner = owner_of(place)
+            record = read_record(owner) if owner else None
+            if owner is None or record is None:
+                continue
+            files = {
+                name: entry for name, entry in record.get("files", {}).items() if (owner / name).is_relative_to(place)
+            }
+            remedy = f"make {owner} again, or restore the file"
+            faults += [f"{setting}: {fault}; {remedy}" for fault in damaged(owner, files, limit=SMALL)]
+        if faults:
             raise ConfigError(faults)
 
     def is_requeued_job(self) -> bool:
@@ -251,7 +285,9 @@ class Output:
                 self.archive()
                 self.restore_unfinished()
             return self
-        if changed or (state == "unfinished" and not self.resumable):
+        if state == "damaged" and self.resumable:
+            record_path(self.path).unlink()  # it says that the output is complete
+        if changed or (state in ("unfinished", "damaged") and not self.resumable):
             return self.replaced_by(overwrite=True)
         return self
 
@@ -346,7 +382,9 @@ def archived_outputs(output: str | Path) -> list[Path]:
 def _holds(place: Path, identity: str) -> bool:
     """Whether ``place`` is a complete output of that identity."""
     record = read_record(place)
-    return record is not None and record["hash"] == identity and place.exists()
+    if record is None or record["hash"] != identity or not place.exists():
+        return False
+    return not missing(place, record.get("files", {}))
 
 
 def _archive(output: Path, identity: str) -> Path:

@@ -94,6 +94,8 @@ def run_pipeline(
                 if state in ("changed", "begun"):
                     what = "comes back from" if todo is None else "made again for"
                     display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
+                elif state == "damaged":
+                    display.note(f"{config.name}: made again, as {'; '.join(reasons)}")
                 if todo is None:
                     record = output.record()
                     skipped.add(config.name)

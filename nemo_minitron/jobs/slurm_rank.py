@@ -74,6 +74,7 @@ def _prepare(output: Output, folder: Path, overwrite: bool, held: contextlib.Exi
             output.write_settings(folder)
         todo = output.prepare(overwrite=overwrite)
         if todo is not None:
+            todo.check_inputs()
             held.enter_context(todo.replacing())
             if not todo.resumable:  # one that resumes begins with nothing, and goes on if requeued
                 todo.write_settings(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config import DistillConfig, PruneConfig
+from nemo_minitron.config import DistillConfig, PruneConfig, load
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs import lease as module
 from nemo_minitron.jobs.lease import Holder, Lease, leased
@@ -195,3 +195,13 @@ def test_an_old_output_that_a_kill_left_aside_comes_back(tmp_path):
     with Output(config).leased():
         assert (tmp_path / "out" / "content").read_text() == "old"
         assert not half.exists()
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to("disk")
+    (tmp_path / "score.yaml").write_text("model: m\noutput: out\ndata: {sources: [{name: a, path: a.txt}]}\n")
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "scores")  # of a directory that is still to be made
+    assert load("score", tmp_path / "score.yaml").output == str(tmp_path / "disk" / "scores")
+    assert load("score", tmp_path / "score.yaml", ["output=runs/x"]).output == "runs/x"

@@ -14,7 +14,7 @@ from nemo_minitron.runtime.files import is_earlier
 __all__ = ["SMALL", "contents_of", "damaged", "missing"]
 
 #: Directories of training state and logs: deleting them to free space loses no result.
-_PASSING = ("checkpoints", "log", "logs", "tensorboard")
+_PASSING = ("checkpoints", "log", "logs", "previous", "tensorboard")
 #: Files that users may edit, and those that this suite writes into a finished output.
 _FREE = ("README.md", "record.json")
 _BLOCK = 1 << 20

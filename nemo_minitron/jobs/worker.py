@@ -5,6 +5,7 @@ The launcher states the job's folder in the environment; its ``config.yaml`` is 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -72,12 +73,13 @@ def main(stage: str, part: str | None = None) -> int:
         metrics = execute(stage, folder, part)
         result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
     except (Exception, SystemExit) as error:
-        result = failure(rank, error)
-        code = error.exit_code if isinstance(error, MinitronError) else 1
+        result = failure(rank, error, folder)
+        code = error.exit_code if isinstance(error, MinitronError) else 2 if result.status == "refused" else 1
         logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
     result.peak_rss_bytes = peak_rss_bytes()
-    save_result(folder, result)
+    with contextlib.suppress(MinitronError if code else ()):  # on a full disk the launcher looks for itself
+        save_result(folder, result)
     if code:
         release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.

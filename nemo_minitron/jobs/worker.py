@@ -5,7 +5,6 @@ The launcher states the job's folder in the environment; its ``config.yaml`` is 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
@@ -78,8 +77,11 @@ def main(stage: str, part: str | None = None) -> int:
         logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
     result.peak_rss_bytes = peak_rss_bytes()
-    with contextlib.suppress(MinitronError if code else ()):  # on a full disk the launcher looks for itself
+    try:
         save_result(folder, result)
+    except MinitronError:
+        if not code:
+            raise  # a failure goes on: on a full disk the launcher looks for itself
     if code:
         release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.

@@ -27,6 +27,8 @@ class Architecture:
         bos_token_id, eos_token_id, pad_token_id: as in the HF config.
         dtype: dtype of the source weights ("float32", "bfloat16", ...).
         moe_router_topk: experts that each token is sent to; None where MLPs are dense.
+        moe_router_pre_softmax: the weights of a token's experts are their shares in the softmax over all experts; else,
+            over the chosen ones, so that they sum to 1 (HF's ``norm_topk_prob``).
         moe_aux_loss_coeff: weight of the load-balancing loss in training.
         generation: settings of HF's ``generation_config.json`` beyond the token ids above (temperature, top_p, further
             end tokens ...); empty where there are none.
@@ -44,6 +46,7 @@ class Architecture:
     dtype: str = "float32"
     moe_router_topk: int | None = None
     moe_aux_loss_coeff: float = 0.0
+    moe_router_pre_softmax: bool = False
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,8 +75,9 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         content = dataclasses.asdict(self)
-        if not self.generation:
-            del content["generation"]
+        for later in ("generation", "moe_router_pre_softmax"):  # records of earlier releases do not have them
+            if not content[later]:
+                del content[later]
         return content
 
 

@@ -35,7 +35,8 @@ def _own(table: axes.Family) -> dict[str, Any]:
     if table.partial_rotary:
         found["partial_rotary_factor"] = 0.5
     if table.expert:
-        found |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+        assert table.hf is not None
+        found |= {table.hf.experts: 4, "num_experts_per_tok": 2, table.hf.width: 24}
     return found
 
 

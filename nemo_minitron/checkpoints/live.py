@@ -30,18 +30,25 @@ _BEFORE_EXPERTS = ("pre_mlp_layernorm.weight", "pre_mlp_layernorm.bias")
 
 
 def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a chunk under canonical names: global layer number, Transformer Engine spelling.
+    """The parameters of a chunk under canonical names: global numbers (of layers, of experts), Transformer Engine
+    spelling.
 
     Works for any pipeline or virtual pipeline stage (``layer_number`` is global in Megatron) and for both layer specs.
     A parameter is named after the module that holds it. If embeddings are tied and the last stage is not the first, its
     copy of the embedding is named ``output_layer.weight``.
     """
     layers = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+    experts = {
+        index: getattr(layer.mlp, "local_expert_indices", ()) for index, layer in enumerate(chunk.decoder.layers)
+    }
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name.removeprefix("decoder.layers.").split(".", 1)
             if chunk.config.num_moe_experts is None or rest not in _BEFORE_EXPERTS:
                 rest = _LOCAL_SPELLING.get(rest, rest)
+            if rest.startswith(axes.EXPERTS):
+                local, below = rest.removeprefix(axes.EXPERTS).split(".", 1)
+                rest = f"{axes.EXPERTS}{experts[int(index)][int(local)]}.{below}"
             yield f"decoder.layers.{layers[int(index)]}.{rest}", parameter
         else:
             yield name, parameter

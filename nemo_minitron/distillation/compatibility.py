@@ -57,7 +57,7 @@ def check_context(
     documents: bool = False,
     placement: str = "shared",
 ) -> None:
-    """Check that a training can split its sequences over context-parallel ranks, if its layout has several.
+    """Check that a training can share out its sequences, or its experts, over ranks, if its layout does.
 
     Args:
         layout: of the trained model.
@@ -67,6 +67,8 @@ def check_context(
     Raises:
         ConfigError: if not.
     """
+    if layout.expert > 1 and placement != "shared":
+        raise ConfigError(f"parallel.expert={layout.expert}: is not offered with a teacher on {placement}; set it to 1")
     if layout.context == 1:
         return
     needs = {
@@ -86,7 +88,7 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
         faults += [f"{name}: {fault}" for fault in uniform_faults(shape, "distillation")]
-        layout_faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
+        layout_faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert)
         faults += [f"{name}: {fault}" for fault in layout_faults]
     trained, (checkpoint, layout) = next(iter(models.items()))
     if checkpoint.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
@@ -95,6 +97,8 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "
             "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
         )
+    if checkpoint.shape.num_moe_experts is None and layout.expert > 1:
+        faults.append(f"{trained}: parallel.expert={layout.expert}: the model has no experts to share out; set it to 1")
     faults += layout.sequence_faults(sequence_length)
     if checkpoint.shape.num_moe_experts is not None and layout.context > 1:
         faults.append(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.checkpoints.formats.huggingface.loader import hf_config
 from nemo_minitron.errors import CheckpointError, DataError
 from nemo_minitron.generation import Sampling, generate_tokens
 from nemo_minitron.runtime.groups import Groups
@@ -75,7 +76,9 @@ def generate(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, local_files_only=True, torch_dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            hf_dir, config=hf_config(Path(hf_dir)), local_files_only=True, torch_dtype=getattr(torch, dtype)
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{hf_dir}: transformers cannot load it ({error})") from error
     model.eval()

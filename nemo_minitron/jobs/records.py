@@ -109,6 +109,10 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         if field.name in config.ADDED and settings[field.name] == field.default:
             del settings[field.name]
+        section = getattr(config, field.name)
+        for inner in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if inner.name in getattr(section, "ADDED", ()) and settings[field.name][inner.name] == inner.default:
+                del settings[field.name][inner.name]
     settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
     if "data" in settings:
         settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}

@@ -70,7 +70,7 @@ class Workload:
         bytes: of a weight: 2 or 4.
         recompute: of :data:`RECOMPUTE`: what the backward pass computes again.
         fused: kernels as on CUDA; False: Megatron's plain layers, as on CPU.
-        tensor, pipeline, data, context: parallel sizes.
+        tensor, pipeline, data, context, expert: parallel sizes.
         virtual_pipeline: model chunks of a stage, or None for one.
         sequence_parallel: norms and residuals are split over the tensor group.
         micro_batches: of a step, on one data-parallel rank; what waits of a teacher is of all of them.
@@ -89,6 +89,7 @@ class Workload:
     sequence_parallel: bool = False
     micro_batches: int = 1
     context: int = 1
+    expert: int = 1
 
     @classmethod
     def on(cls, layout: ParallelLayout, **settings: Any) -> Workload:
@@ -140,7 +141,7 @@ class MemoryCost:
         self.distilled = teacher is not None
         self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
         self._padded = shape.replace(vocab_size=padded_vocab(shape.vocab_size, tensor=work.tensor))
-        self._kept: dict[tuple[int, int | None], tuple[float, float, LayerCost]] = {}
+        self._kept: dict[tuple[int, int | None, int], tuple[float, float, LayerCost]] = {}
 
     @classmethod
     def of(cls, model: Model, work: Workload, teacher: Model | None = None) -> MemoryCost:
@@ -177,6 +178,7 @@ class MemoryCost:
             tensor=work.tensor,
             pipeline=work.pipeline,
             virtual_pipeline=work.virtual_pipeline,
+            expert=work.expert if shape.num_moe_experts is not None else 1,
         )
         stages = [rank.weights for rank in MemoryCost(table, shape, inference).ranks(shape)]
         split = work.tensor if work.sequence_parallel else 1
@@ -192,6 +194,9 @@ class MemoryCost:
         if self.shape.tied_embeddings and 0 < stage == work.pipeline - 1:
             ends += first  # the copy
         weights = ends + sum(count * self._weights(layer)[2].parameters(layer) for layer, count in layers)
+        # The optimizer's state of experts is shared out over the replicas that hold the same ones: it is as much as
+        # that of all experts over all replicas.
+        kept = ends + sum(count * self._weights(layer, expert=1)[2].parameters(layer) for layer, count in layers)
         tokens = work.batch_size * work.sequence_length
         if not work.training:
             cached = sum(
@@ -205,7 +210,7 @@ class MemoryCost:
         return MemoryUse(
             weights * work.bytes,
             gradients=weights * 4,
-            optimizer=weights * (8 if work.bytes == 4 else 12) / (work.data * work.context),
+            optimizer=kept * (8 if work.bytes == 4 else 12) / (work.data * work.context),
             activations=activations,
             teacher=self._teacher[stage],
         )
@@ -278,14 +283,20 @@ class MemoryCost:
             return self._norm(sizes) + attention
         return 2 * self._norm(sizes) + attention + mlp
 
-    def _weights(self, sizes: SizesLike) -> tuple[float, float, LayerCost]:
+    def _weights(self, sizes: SizesLike, *, expert: int | None = None) -> tuple[float, float, LayerCost]:
         """Weights of a rank: before the layers, after them, and of a layer."""
         hidden, experts, tensor = sizes.hidden_size, sizes.num_moe_experts, self.work.tensor
-        if (hidden, experts) not in self._kept:
-            self._kept[hidden, experts] = (
+        key = hidden, experts, expert or self.work.expert
+        if key not in self._kept:
+            self._kept[key] = (
                 *outer_counts(self.table, self._padded, hidden_size=hidden, tensor=tensor),
                 layer_cost(
-                    self.table, hidden_size=hidden, head_dim=self.shape.head_dim, experts=experts, tensor=tensor
+                    self.table,
+                    hidden_size=hidden,
+                    head_dim=self.shape.head_dim,
+                    experts=experts,
+                    tensor=tensor,
+                    expert=key[2],
                 ),
             )
-        return self._kept[hidden, experts]
+        return self._kept[key]

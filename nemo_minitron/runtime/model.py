@@ -17,6 +17,7 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
+from nemo_minitron.runtime.rotary import attention_settings, interpolation_factor, scale_rotary
 from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
 if TYPE_CHECKING:
@@ -83,13 +84,22 @@ def transformer_config(
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
     if shape.num_moe_experts is not None:
+        if architecture.moe_router_topk == 1 and not architecture.moe_router_pre_softmax:
+            raise ShapeError(
+                "moe_router_topk=1: Megatron sends a token to one expert only where its weight is not normalised to 1 "
+                "(norm_topk_prob=false)"
+            )
         experts = {
             "num_moe_experts": shape.num_moe_experts,
             "moe_ffn_hidden_size": shape.ffn_hidden_size,
             "moe_router_topk": architecture.moe_router_topk,
+            "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
             # what measures and prunes must not add the loss that balances the experts in training
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": False,
+            "expert_model_parallel_size": layout.expert,
+            # the order in which an expert gets its tokens is known of this one (importance.experts)
+            "moe_token_dispatcher_type": "allgather",
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -133,6 +143,7 @@ def transformer_config(
         deallocate_pipeline_outputs=device.is_cuda or layout.virtual_pipeline is None,
         variable_seq_lengths=False,
         perform_initialization=False,
+        **attention_settings(architecture, shape.head_dim),
         **experts,
     )
 
@@ -186,7 +197,7 @@ def build_model(
     )
 
     layout = groups.layout
-    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
+    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert):
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize
@@ -216,12 +227,12 @@ def build_model(
                 position_embedding_type="rope",
                 rotary_percent=architecture.rotary_percent,
                 rotary_base=architecture.rotary_base,
+                seq_len_interpolation_factor=interpolation_factor(architecture),
                 **stage,
             )
         )
         _place(chunks[-1], groups.device.torch, dtype)
-        if architecture.rotary_scaling is not None:
-            _scale_rotary(chunks[-1], architecture.rotary_scaling)
+        scale_rotary(chunks[-1].rotary_pos_emb, architecture)
     return chunks
 
 
@@ -240,19 +251,3 @@ def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
                 for mark, value in vars(parameter).items():  # Megatron's: sequence_parallel
                     vars(placed).setdefault(mark, value)
                 setattr(part, name, placed)
-
-
-def _scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:
-    """Llama-3 scaling of the RoPE frequencies with the model's own constants.
-
-    ``GPTModel(rope_scaling=True)`` takes the factor alone and fixes the others at those of Llama 3.1; NeMo's
-    ``Llama31Config`` sets all four as done here.
-    """
-    rotary = chunk.rotary_pos_emb
-    rotary.inv_freq = rotary._apply_scaling(
-        rotary.inv_freq,
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_position_embeddings=scaling["original_max_position_embeddings"],
-    )

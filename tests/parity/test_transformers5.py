@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from support.checkpoints import hf_logits
 from support.families import CLASSES, OWN, SIZES
 from support.pruning import live, logits, one_process, tokens
@@ -26,11 +27,23 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.3,
+}
 #: Name -> class of transformers, and its settings. Thetas are nobody's default.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (CLASSES[family], OWN[family]) for family in CLASSES},
     "mistral": ("Mistral", {"sliding_window": None}),
     "llama-scaled": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 30000.0}}),
+    "qwen2-linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 30000.0}}),
+    "llama-yarn": ("Llama", {"rope_parameters": {**YARN, "rope_theta": 30000.0}}),
+    "mistral-yarn": ("Mistral", {"sliding_window": None, "rope_parameters": {**YARN, "rope_theta": 30000.0}}),
+    "qwen3-moe-normalized": ("Qwen3Moe", {**OWN["qwen3_moe"], "norm_topk_prob": True}),
     "qwen3-scaled": ("Qwen3", {"rope_parameters": {**LLAMA3, "rope_theta": 30000.0}, "tie_word_embeddings": True}),
 }
 
@@ -48,6 +61,8 @@ for name, (kind, own) in models.items():
             if parameter.ndim == 1 and not key.endswith("bias") and kind != "Nemotron":
                 parameter.add_(1.0)
     model.save_pretrained(f"{folder}/{name}")
+    if "experts" in str(sorted(model.state_dict())):
+        model.save_pretrained(f"{folder}/{name}-fused", save_original_format=False)
 """
 
 ANSWER = """
@@ -108,6 +123,16 @@ def test_megatron_computes_what_transformers_5_computes(name, saved, groups):
     expected, _ = torch.load(saved / "answers.pt")[name]
     assert "rope_theta" not in json.loads((saved / name / "config.json").read_text())
     assert close(logits(live(open_checkpoint(saved / name), groups), IDS), expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor(name, saved):
+    """As transformers 5 holds them, and saves them if it is told to."""
+    with safe_open(saved / f"{name}-fused" / "model.safetensors", framework="pt") as file:
+        assert "model.layers.0.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 (not a dict)
+    fused, alone = open_checkpoint(saved / f"{name}-fused").weights, open_checkpoint(saved / name).weights
+    for tensor in alone.names():
+        assert torch.equal(fused.tensor(tensor), alone.tensor(tensor)), tensor
 
 
 @pytest.mark.parametrize("name", MODELS)

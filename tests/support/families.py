@@ -35,7 +35,8 @@ def _own(table: axes.Family) -> dict[str, Any]:
     if table.partial_rotary:
         found["partial_rotary_factor"] = 0.5
     if table.expert:
-        found |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+        assert table.hf is not None
+        found |= {table.hf.experts: 4, "num_experts_per_tok": 2, table.hf.width: 24}
     return found
 
 
@@ -44,12 +45,15 @@ OWN = {name: _own(table) for name, table in axes.FAMILIES.items()}
 CLASSES = {name: table.hf.architecture.removesuffix("ForCausalLM") for name, table in axes.FAMILIES.items() if table.hf}
 
 
-def family_model(family: str, path: Path, *, seed: int = 0) -> Path:
-    """A random model of a family, saved by transformers at ``path``; norms and biases are random too."""
+def family_model(family: str, path: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random model of a family, saved by transformers at ``path``; norms and biases are random too.
+
+    ``changes`` are other values, or further keys, of its configuration.
+    """
     import transformers
 
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**SIZES | OWN[family])
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**SIZES | OWN[family] | changes)
     model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -25,12 +25,16 @@ from nemo_minitron.shape import ModelShape, padded_vocab
 from nemo_minitron.stages import distill
 
 SHAPE = ModelShape(3, 48, 80, 8, 4, 12, 250)
-CONSTANTS = {"nemotron": {"rotary_percent": 0.5}, "mixtral": {"moe_router_topk": 2}}
+CONSTANTS = {
+    "nemotron": {"rotary_percent": 0.5},
+    "mixtral": {"moe_router_topk": 2},
+    "qwen3_moe": {"moe_router_topk": 2, "moe_router_pre_softmax": True},
+}
 BATCH, LENGTH = 2, 40
 
 
 def of_family(name: str) -> tuple[ModelShape, Architecture]:
-    shape = SHAPE.replace(num_moe_experts=4) if name == "mixtral" else SHAPE
+    shape = SHAPE.replace(num_moe_experts=4) if axes.family(name).expert else SHAPE
     return shape, Architecture(family=name, max_position_embeddings=64, **CONSTANTS.get(name, {}))
 
 

@@ -90,6 +90,7 @@ def trainer_of(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         **versions.layer_layout(pipeline_layer_layout(shape, layout)),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
@@ -142,6 +143,7 @@ def trained_config(
         multiple=128,
         rows=padded_vocab(initial.shape.vocab_size, tensor=layout.tensor),
     )
+    config.expert_model_parallel_size = layout.expert
     if schedule.recompute != "none":
         config.recompute_granularity = schedule.recompute
     if schedule.recompute == "full":

@@ -95,7 +95,7 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "
             "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
         )
-    faults += layout.sequence_faults(sequence_length)
+    faults += layout.sequence_faults(sequence_length) + checkpoint.architecture.context_faults(layout.context)
     if checkpoint.shape.num_moe_experts is not None and layout.context > 1:
         faults.append(
             f"{trained}: parallel.context={layout.context}: the loss that balances the experts of a mixture is of "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["build_model", "pipeline_layer_layout", "shape_of", "transformer_config"]
+__all__ = ["build_model", "pipeline_layer_layout", "scale_rotary", "shape_of", "transformer_config"]
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -31,8 +31,14 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.relu(x).square()
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
+    "gelu_tanh": gelu_tanh,
     "squared_relu": squared_relu,
 }
 """By the name that a family's table has for them."""
@@ -78,8 +84,10 @@ def transformer_config(
     require_uniform(shape, "a Megatron model")
     from megatron.core.transformer import TransformerConfig
 
+    from nemo_minitron.runtime.layer_types import note_layer_types
+
     fused, table = device.transformer_engine, family(architecture.family)
-    if faults := architecture.faults(shape):
+    if faults := architecture.faults(shape) + architecture.context_faults(layout.context):
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
     if shape.num_moe_experts is not None:
@@ -91,13 +99,14 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": False,
         }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
+        softmax_scale=architecture.softmax_scale,
         normalization=table.normalization,
         layernorm_zero_centered_gamma=table.zero_centered_norm,
         layernorm_epsilon=architecture.norm_epsilon,
@@ -123,8 +132,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not device.is_cuda,
-        # Megatron fuses the gated activations only
-        bias_activation_fusion=fused and table.gated,
+        # Of these activations Megatron fuses the gated SiLU only
+        bias_activation_fusion=fused and table.gated and table.activation == "silu",
         masked_softmax_fusion=fused,
         persist_layer_norm=fused,
         bias_dropout_fusion=fused,
@@ -135,6 +144,8 @@ def transformer_config(
         perform_initialization=False,
         **experts,
     )
+    note_layer_types(config, architecture)
+    return config
 
 
 def shape_of(config: Any, *, vocab_size: int = 1, tied_embeddings: bool = False) -> ModelShape:
@@ -185,6 +196,8 @@ def build_model(
         get_gpt_layer_with_transformer_engine_spec,
     )
 
+    from nemo_minitron.runtime.layer_types import complete, with_family_parts
+
     layout = groups.layout
     if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
         raise ShapeError(faults)
@@ -196,6 +209,7 @@ def build_model(
         if groups.device.transformer_engine
         else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
     )
+    spec = with_family_parts(spec, architecture, transformer_engine=groups.device.transformer_engine)
     if layout.context > 1 and not groups.device.transformer_engine:
         from nemo_minitron.runtime.context_attention import with_context_attention
 
@@ -221,7 +235,8 @@ def build_model(
         )
         _place(chunks[-1], groups.device.torch, dtype)
         if architecture.rotary_scaling is not None:
-            _scale_rotary(chunks[-1], architecture.rotary_scaling)
+            scale_rotary(chunks[-1], architecture.rotary_scaling)
+        complete(chunks[-1], architecture)
     return chunks
 
 
@@ -242,7 +257,7 @@ def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
                 setattr(part, name, placed)
 
 
-def _scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:
+def scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:
     """Llama-3 scaling of the RoPE frequencies with the model's own constants.
 
     ``GPTModel(rope_scaling=True)`` takes the factor alone and fixes the others at those of Llama 3.1; NeMo's

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
+from nemo_minitron.checkpoints.formats.nemo2.layer_types import type_faults
 from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.jobs.atomic import MARKER
@@ -46,10 +47,12 @@ def format_faults(output: str, form: str) -> list[str]:
 
 
 def written_faults(shape: ModelShape, architecture: Architecture, formats: Sequence[str]) -> list[str]:
-    """Which of the formats cannot hold a model because its layers differ in size."""
+    """Which of the formats cannot hold a model because its layers differ in size, or their types follow no pattern."""
     faults = layer_faults(shape, architecture) if "hf" in formats else []
     for form in dict.fromkeys(formats):
         faults += [] if form == "hf" else uniform_faults(shape, f"format={form}")
+    if "nemo2" in formats and not architecture.faults(shape):  # else the types are those of the unpruned model
+        faults += type_faults(architecture)
     return faults
 
 

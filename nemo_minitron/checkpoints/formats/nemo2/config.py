@@ -14,6 +14,8 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.formats.nemo2.layer_types import read_scaling, read_types, written_types
+from nemo_minitron.checkpoints.formats.nemo_common import padded
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
@@ -23,7 +25,7 @@ from nemo_minitron.shape import ModelShape
 __all__ = ["from_nemo2", "model_class", "nemo_config"]
 
 
-ACTIVATIONS = {"silu": "silu", "squared_relu": "squared_relu"}
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "openai_gelu", "squared_relu": "squared_relu"}
 """Name in the axes table -> end of the function's name in a ``model.yaml``."""
 
 PLAIN_ROUTING: dict[str, Any] = {
@@ -70,6 +72,8 @@ def required(table: axes.Family) -> dict[str, Any]:
     }
     if not table.partial_rotary:
         needs["rotary_percent"] = 1.0
+    if table.layer_types:
+        del needs["qk_layernorm"]  # NeMo's layers of these families have the norms whatever it says
     return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
 
 
@@ -126,8 +130,10 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
             "moe_router_topk": architecture.moe_router_topk,
             "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff,
         }
+    if table.layer_types:
+        values |= written_types(architecture, rows or padded(shape.vocab_size, multiple))
     module, name = import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.config
-    if (scaling := architecture.rotary_scaling) is not None:
+    if (scaling := architecture.rotary_scaling) is not None and not table.layer_types:
         if known.scaled is None:
             raise CheckpointError(
                 f"NeMo has no scaled RoPE for the family {architecture.family!r}; write another format, or set "
@@ -175,6 +181,7 @@ def from_nemo2(
     if faults[family]:
         raise CheckpointError(f"{source}: {name} is no {family} model: " + "; ".join(faults[family]))
     special = special_ids(tokenizer) if tokenizer is not None else {}
+    typed = axes.family(family).layer_types
     try:
         heads, hidden, experts = config["num_attention_heads"], config["hidden_size"], bool(axes.family(family).expert)
         vocab = config.get("vocab_size")
@@ -197,9 +204,9 @@ def from_nemo2(
         architecture = Architecture(
             family=family,
             norm_epsilon=config["layernorm_epsilon"],
-            rotary_base=float(config["rotary_base"]),
+            rotary_base=float(config["rotary_base"][1] if typed else config["rotary_base"]),
             rotary_percent=float(config.get("rotary_percent", known[family].rotary_percent)),
-            rotary_scaling=_rotary_scaling(config),
+            rotary_scaling=read_scaling(config) if typed else _rotary_scaling(config),
             # the classes of some families have both, and their importers set only one
             max_position_embeddings=config.get("max_position_embeddings") or config["seq_length"],
             bos_token_id=special.get("bos_token_id"),
@@ -207,12 +214,13 @@ def from_nemo2(
             pad_token_id=special.get("pad_token_id"),
             moe_router_topk=config["moe_router_topk"] if experts else None,
             moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
+            **(read_types(config, shape) if typed else {}),
         )
         if invalid := architecture.faults(shape):
             raise CheckpointError(f"{source}: {invalid[0]}")
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; it is not a complete {family} configuration") from None
-    except (ShapeError, TypeError, ZeroDivisionError) as error:
+    except (ShapeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     return shape, architecture
 
@@ -245,9 +253,9 @@ def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
     activation = activation.get("_target_") if isinstance(activation, dict) else activation
     if activation is not None and not str(activation).endswith(needed):
         faults.append(f"activation_func={activation} is not supported (needed: {needed})")
-    window = config.get("window_size")
+    window = None if table.layer_types else config.get("window_size")
     if window is not None and window[0] + 1 < config["seq_length"]:
-        faults.append(f"window_size={window} is not supported: no family here has sliding-window attention")
+        faults.append(f"window_size={window} is not supported: the family has no sliding-window attention")
     return faults
 
 

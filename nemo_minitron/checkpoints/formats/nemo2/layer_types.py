@@ -1,0 +1,82 @@
+"""Layers of two types in NeMo 2's configurations (``Gemma3Config``), which have a pattern and no list.
+
+NeMo gives Transformer Engine the window as tokens before a query's own, so a ``window_size`` of n lets a query see
+n + 1 tokens, where transformers' ``sliding_window`` counts the query's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_minitron.architecture import FULL, Architecture, period_of, types_of
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.shape import ModelShape
+
+__all__ = ["read_scaling", "read_types", "type_faults", "written_types"]
+
+
+def type_faults(architecture: Architecture) -> list[str]:
+    """Why a NeMo 2 configuration cannot describe the types of the layers; empty if it can."""
+    types = architecture.layer_types
+    if types is None or period_of(types) is not None:
+        return []
+    shown = "".join("F" if kind == FULL else "s" for kind in types)
+    return [
+        f"format=nemo2: NeMo's {architecture.family} layers have full attention at every n-th place; the types of this "
+        f"model's layers follow no such pattern ({shown}: F full, s sliding); write the hf format"
+    ]
+
+
+def written_types(architecture: Architecture, rows: int) -> dict[str, Any]:
+    """Values of a ``Gemma3Config``.
+
+    Args:
+        architecture: of a family with layer types.
+        rows: of the vocabulary; NeMo's embedding takes them from the configuration and never from the tokenizer.
+
+    Raises:
+        CheckpointError: for types without a pattern, or RoPE that is scaled otherwise than linearly.
+    """
+    if faults := type_faults(architecture):
+        raise CheckpointError(faults[0])
+    assert architecture.layer_types is not None, "of a family with layer types"
+    assert architecture.sliding_window is not None, "of a family with layer types"
+    scaling = architecture.rotary_scaling
+    if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "linear":
+        raise CheckpointError(
+            f"NeMo scales RoPE of the family {architecture.family!r} linearly alone, not as rope_scaling={scaling!r}; "
+            "write the hf format"
+        )
+    bases = (architecture.rotary_base_local or 0.0, architecture.rotary_base)
+    return {
+        "window_size": architecture.sliding_window - 1,
+        "interleaved_attn_pattern": ((period_of(architecture.layer_types) or 1) - 1, 1),
+        "rotary_base": tuple(int(base) if float(base).is_integer() else base for base in bases),
+        "rope_scaling_factor": 1.0 if scaling is None else float(scaling["factor"]),
+        "softmax_scale": architecture.softmax_scale,
+        # without it Megatron does not sum the gradients of these norms over tensor-parallel ranks
+        "qk_layernorm": True,
+        "vocab_size": rows,
+    }
+
+
+def read_types(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+    """The constants of a family with layer types, out of a ``model.yaml``.
+
+    Raises:
+        KeyError, TypeError, ValueError: where a value is missing or of the wrong kind.
+    """
+    sliding, full = config["interleaved_attn_pattern"]
+    scale = config.get("softmax_scale")
+    return {
+        "layer_types": types_of(sliding + full, shape.num_layers),
+        "sliding_window": int(config["window_size"]) + 1,
+        "rotary_base_local": float(config["rotary_base"][0]),
+        "query_pre_attn_scalar": float(shape.head_dim) if scale is None else float(f"{float(scale) ** -2:.9g}"),
+    }
+
+
+def read_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    """HF's ``rope_scaling`` of the layers with full attention."""
+    factor = float(config.get("rope_scaling_factor", 1.0))
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}

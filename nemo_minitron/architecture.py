@@ -34,7 +34,9 @@ class Architecture:
         norm_epsilon: epsilon of the normalisation layers.
         rotary_base: RoPE theta.
         rotary_percent: part of each head's channels that RoPE turns (HF's ``partial_rotary_factor``).
-        rotary_scaling: HF's ``rope_scaling`` (Llama-3 style) or None.
+        rotary_scaling: HF's ``rope_scaling`` without keys that say nothing, or None. Its ``rope_type`` is one of
+            "llama3", "linear" and "yarn"; of "yarn" the factor and the original context are always there, and their
+            product is ``max_position_embeddings``.
         max_position_embeddings: longest sequence.
         bos_token_id, eos_token_id, pad_token_id: as in the HF config.
         dtype: dtype of the source weights ("float32", "bfloat16", ...).
@@ -86,6 +88,14 @@ class Architecture:
         """The tokens that end an answer: those of the model's configuration and of its generation's; may be empty."""
         both = (self.eos_token_id, self.generation.get("eos_token_id"))
         return list(dict.fromkeys(token for ids in both for token in _as_list(ids)))
+
+    @property
+    def rotary_type(self) -> str:
+        """The type of RoPE scaling; "default" for none."""
+        if self.rotary_scaling is None:
+            return "default"
+        # records of earlier releases know one type, under either of transformers' names for the key
+        return str(self.rotary_scaling.get("rope_type") or self.rotary_scaling.get("type") or "llama3")
 
     def faults(self, shape: ModelShape) -> list[str]:
         """Why a model of ``shape`` cannot have these constants; empty if it can."""

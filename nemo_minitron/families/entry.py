@@ -82,7 +82,7 @@ class NeMo2Family:
         config, model: classes in it that are written.
         reads: beginnings of the names of configuration classes that may be of this family.
         rotary_percent: what the configuration takes where a file is silent.
-        scaled: class that is written where RoPE is scaled; None where NeMo has none.
+        scaled: class that is written where RoPE is scaled as Llama 3's is; None where NeMo has none.
     """
 
     module: str = "base"
@@ -155,6 +155,11 @@ class Family:
     def qkv_bias(self) -> bool:
         """Whether queries, keys and values have a bias."""
         return "self_attention.linear_qkv.bias" in self.layer
+
+    @property
+    def scales_rotary(self) -> bool:
+        """Whether models of the family may have scaled RoPE."""
+        return self.hf is None or "rope_scaling" not in self.hf.needs
 
     @property
     def qk_layernorm(self) -> bool:

@@ -17,13 +17,14 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
+from nemo_minitron.runtime.rotary import attention_settings, interpolation_factor, scale_rotary
 from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["build_model", "pipeline_layer_layout", "scale_rotary", "shape_of", "transformer_config"]
+__all__ = ["build_model", "pipeline_layer_layout", "shape_of", "transformer_config"]
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,6 @@ def transformer_config(
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
-        softmax_scale=architecture.softmax_scale,
         normalization=table.normalization,
         layernorm_zero_centered_gamma=table.zero_centered_norm,
         layernorm_epsilon=architecture.norm_epsilon,
@@ -142,6 +142,7 @@ def transformer_config(
         deallocate_pipeline_outputs=device.is_cuda or layout.virtual_pipeline is None,
         variable_seq_lengths=False,
         perform_initialization=False,
+        **attention_settings(architecture, shape.head_dim),
         **experts,
     )
     note_layer_types(config, architecture)
@@ -230,12 +231,12 @@ def build_model(
                 position_embedding_type="rope",
                 rotary_percent=architecture.rotary_percent,
                 rotary_base=architecture.rotary_base,
+                seq_len_interpolation_factor=interpolation_factor(architecture),
                 **stage,
             )
         )
         _place(chunks[-1], groups.device.torch, dtype)
-        if architecture.rotary_scaling is not None:
-            scale_rotary(chunks[-1], architecture.rotary_scaling)
+        scale_rotary(chunks[-1].rotary_pos_emb, architecture)
         complete(chunks[-1], architecture)
     return chunks
 
@@ -255,19 +256,3 @@ def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
                 for mark, value in vars(parameter).items():  # Megatron's: sequence_parallel
                     vars(placed).setdefault(mark, value)
                 setattr(part, name, placed)
-
-
-def scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:
-    """Llama-3 scaling of the RoPE frequencies with the model's own constants.
-
-    ``GPTModel(rope_scaling=True)`` takes the factor alone and fixes the others at those of Llama 3.1; NeMo's
-    ``Llama31Config`` sets all four as done here.
-    """
-    rotary = chunk.rotary_pos_emb
-    rotary.inv_freq = rotary._apply_scaling(
-        rotary.inv_freq,
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_position_embeddings=scaling["original_max_position_embeddings"],
-    )

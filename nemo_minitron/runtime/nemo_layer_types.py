@@ -40,7 +40,7 @@ def configure_model(
     from nemo.collections.llm.gpt.model.base import GPTConfig
 
     from nemo_minitron.runtime.layer_types import complete, note_layer_types, with_family_parts
-    from nemo_minitron.runtime.model import scale_rotary
+    from nemo_minitron.runtime.rotary import interpolation_factor, scale_rotary
 
     spec: Any = (
         get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
@@ -51,6 +51,7 @@ def configure_model(
     changed = {
         "transformer_layer_spec": with_family_parts(spec, architecture, transformer_engine=transformer_engine),
         "rotary_base": architecture.rotary_base,  # NeMo's has both bases, which Megatron's class cannot take
+        "seq_len_interpolation_factor": interpolation_factor(architecture),
     }
     if not transformer_engine:
         changed["attention_backend"] = AttnBackend.auto  # a choice among Transformer Engine's
@@ -60,8 +61,7 @@ def configure_model(
         chunk: GPTModel = GPTConfig.configure_model(config, tokenizer, **options)
     finally:
         vars(config).update(before)
-    if architecture.rotary_scaling is not None:
-        scale_rotary(chunk, architecture.rotary_scaling)
+    scale_rotary(chunk.rotary_pos_emb, architecture)
     complete(chunk, architecture)
     return chunk
 

@@ -26,11 +26,22 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.3,
+}
 #: Name -> class of transformers, and its settings. Thetas are nobody's default.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (CLASSES[family], OWN[family]) for family in CLASSES},
     "mistral": ("Mistral", {"sliding_window": None}),
     "llama-scaled": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 30000.0}}),
+    "qwen2-linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 30000.0}}),
+    "llama-yarn": ("Llama", {"rope_parameters": {**YARN, "rope_theta": 30000.0}}),
+    "mistral-yarn": ("Mistral", {"sliding_window": None, "rope_parameters": {**YARN, "rope_theta": 30000.0}}),
     "qwen3-scaled": ("Qwen3", {"rope_parameters": {**LLAMA3, "rope_theta": 30000.0}, "tie_word_embeddings": True}),
 }
 

@@ -52,13 +52,16 @@ OWN = {name: _own(table) for name, table in axes.FAMILIES.items()}
 CLASSES = {name: table.hf.architecture.removesuffix("ForCausalLM") for name, table in axes.FAMILIES.items() if table.hf}
 
 
-def family_model(family: str, path: Path, *, seed: int = 0) -> Path:
-    """A random model of a family, saved by transformers at ``path``; norms and biases are random too."""
+def family_model(family: str, path: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random model of a family, saved by transformers at ``path``; norms and biases are random too.
+
+    ``changes`` are other values, or further keys, of its configuration.
+    """
     import transformers
 
     torch.manual_seed(seed)
     kind = axes.family(family).hf.model_type
-    config = transformers.AutoConfig.for_model(kind, **SIZES | OWN[family])
+    config = transformers.AutoConfig.for_model(kind, **SIZES | OWN[family] | changes)
     model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -10,10 +10,13 @@ from pathlib import Path
 from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
 from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.config import hf_faults
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
 from nemo_minitron.checkpoints.formats.nemo1.checkpoint import is_nemo1, open_nemo1, write_nemo1
+from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_faults
 from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
 from nemo_minitron.checkpoints.formats.nemo2.checkpoint import is_nemo2, open_nemo2, write_nemo2
+from nemo_minitron.checkpoints.formats.nemo2.config import nemo2_faults, own_class_faults
 from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
 from nemo_minitron.config import tables
 from nemo_minitron.config.parts import written_formats
@@ -31,6 +34,7 @@ OWN_FORMATS = (
         write=write_hf,
         loader=hf_logits,
         safe_loader=True,
+        faults=hf_faults,
         card=True,
     ),
     Format(
@@ -41,6 +45,8 @@ OWN_FORMATS = (
         open=open_nemo2,
         write=write_nemo2,
         loader=nemo2_logits,
+        faults=nemo2_faults,
+        foreign_faults=own_class_faults,
         write_needs=("nemo", "lightning"),
     ),
     Format(
@@ -51,6 +57,7 @@ OWN_FORMATS = (
         open=open_nemo1,
         write=write_nemo1,
         loader=nemo1_logits,
+        faults=nemo1_faults,
         suffix=".nemo",
     ),
     Format(

@@ -36,6 +36,12 @@ FIELDS = (
 )
 """What is read of a file's header beside what transformers reads."""
 
+SCALING = "llama.rope.scaling."
+"""Begins the fields of RoPE scaling."""
+
+FREQUENCIES = "rope_freqs.weight"
+"""Divisors of the frequencies of RoPE, a tensor."""
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -79,7 +85,7 @@ def convert_gguf(
         )
     with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
         partial.mkdir(parents=True)
-        content = _write_model(source, partial, dtype)
+        content = _write_model(source, partial, dtype, _rotary_scaling(source, fields))
         _write_tokenizer(content, partial, fields)
     checkpoint = open_hf(target)
     assert checkpoint.tokenizer is not None
@@ -88,7 +94,9 @@ def convert_gguf(
 
 
 def _fields(source: Path) -> dict[str, Any]:
-    """The header's :data:`FIELDS` (None: absent)."""
+    """The header's :data:`FIELDS` and all of :data:`SCALING` (None: absent); under :data:`FREQUENCIES`, whether those
+    are there.
+    """
     require("gguf", for_="reading GGUF")
     from gguf import GGUFReader
 
@@ -100,12 +108,39 @@ def _fields(source: Path) -> dict[str, Any]:
     try:
         reader = GGUFReader(source, "r")
         fields = {key: field.contents() if (field := reader.get_field(key)) is not None else None for key in FIELDS}
+        fields |= {key: field.contents() for key, field in reader.fields.items() if key.startswith(SCALING)}
+        fields[FREQUENCIES] = any(tensor.name == FREQUENCIES for tensor in reader.tensors)
     except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{source} is truncated or damaged ({error}); fetch it again") from error
     return fields
 
 
-def _write_model(source: Path, directory: Path, dtype: str) -> dict[str, Any]:
+def _rotary_scaling(source: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """HF's ``rope_scaling``, which transformers does not read out of a GGUF file.
+
+    Raises:
+        CheckpointError: for a scaling that the header does not describe in full, or that no model here has.
+    """
+    if fields[FREQUENCIES]:
+        raise CheckpointError(
+            f"{source}: {FREQUENCIES}: the frequencies of its RoPE are scaled one by one (as of Llama 3.1 and later), "
+            "and the file does not say how; import the model's Hugging Face directory"
+        )
+    given = {key.removeprefix(SCALING): value for key, value in fields.items() if key.startswith(SCALING)}
+    kind = given.pop("type", None) or "none"
+    given.pop("finetuned", None)
+    scaling = {"factor": given.pop("factor", None), "original_max_position_embeddings": None}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = given.pop("original_context_length", None)
+    if kind not in ("none", "linear", "yarn") or (given and kind != "none"):
+        named = ", ".join(f"{SCALING}{key}={value!r}" for key, value in {"type": kind, **given}.items())
+        raise CheckpointError(f"{source}: {named} is not supported; import the model's Hugging Face directory")
+    if kind == "none":
+        return None
+    return {"rope_type": kind, **{key: value for key, value in scaling.items() if value is not None}}
+
+
+def _write_model(source: Path, directory: Path, dtype: str, scaling: dict[str, Any] | None) -> dict[str, Any]:
     """Write weights and configuration; return what transformers reads of the header: configuration and tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,7 +151,8 @@ def _write_model(source: Path, directory: Path, dtype: str) -> dict[str, Any]:
     # ``from_pretrained(gguf_file=...)`` is these two calls; it also wants accelerate, and its model refuses to be saved
     try:
         content = load_gguf_checkpoint(str(source), return_tensors=False)
-        shape, architecture = from_hf(content["config"] | {"architectures": ["LlamaForCausalLM"]}, source)
+        more = {"architectures": ["LlamaForCausalLM"], "rope_scaling": scaling}
+        shape, architecture = from_hf(content["config"] | more, source)
         # GGUF stores the epsilon as float32: 9.99999974e-06 was written as 1e-05
         architecture = dataclasses.replace(architecture, norm_epsilon=float(f"{architecture.norm_epsilon:.6g}"))
         config = to_hf(shape, architecture, dtype=dtype)

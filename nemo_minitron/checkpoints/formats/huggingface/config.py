@@ -20,15 +20,15 @@ from nemo_minitron.checkpoints.formats.huggingface.layer_types import (
 )
 from nemo_minitron.checkpoints.formats.huggingface.rotary import (
     older_spelling,
+    read_scaling,
     scaling_faults,
-    scaling_type,
     spellings,
 )
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import HFFamily
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
+__all__ = ["from_hf", "hf_faults", "read_json", "to_hf"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
         ) from None
     except (CheckpointError, ShapeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-    rope = config["rope_scaling"]
+    scaling, positions = read_scaling(config["rope_scaling"], config["max_position_embeddings"], source)
     architecture = Architecture(
         family=key,
         norm_epsilon=config[family.epsilon],
         rotary_base=float(config["rope_theta"]),
         rotary_percent=float(config["partial_rotary_factor"]),
-        rotary_scaling=None if scaling_type(rope) == "default" else rope,
-        max_position_embeddings=config["max_position_embeddings"],
+        rotary_scaling=scaling,
+        max_position_embeddings=positions,
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
         pad_token_id=config["pad_token_id"],
@@ -219,14 +219,18 @@ def _short(value: Any) -> str:
 def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[str]:
     """Everything in a configuration that the family's table does not stand for."""
     rope, positions, window = config["rope_scaling"], config["max_position_embeddings"], config["sliding_window"]
+    partial = config["partial_rotary_factor"]
     faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
         for key, value in family.needs.items()
         if config[key] != value
     ]
-    faults += scaling_faults(rope)
-    if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
-        faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
+    if scaled := scaling_faults(rope, positions=positions, partial=partial):
+        faults += scaled
+    else:
+        _, positions = read_scaling(rope, positions)
+    if partial != 1 and not table.partial_rotary:
+        faults.append(f"partial_rotary_factor={partial!r} is not supported in this family")
     if table.layer_types:
         faults += read_layer_types(config, config["num_hidden_layers"])[1]
         return faults + _quantized(config)
@@ -247,15 +251,18 @@ def _quantized(config: Noted) -> list[str]:
     return ["quantized weights are not supported; dequantize the model first"] if stated else []
 
 
-def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
-    """Why a ``config.json`` of the family cannot describe the layers of a shape; empty if it can."""
-    if shape.uniform or hf_family(architecture.family).by_layer is not None:
-        return []
-    able = ", ".join(name for name, family in hf_families().items() if family.by_layer is not None)
-    return [
-        f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of these "
-        f"it has: {able})"
-    ]
+def hf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
+    """Why a ``config.json`` of the family cannot describe a model; empty if it can."""
+    faults, family = [], hf_family(architecture.family)
+    if not shape.uniform and family.by_layer is None:
+        able = ", ".join(name for name, other in hf_families().items() if other.by_layer is not None)
+        faults.append(
+            f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of "
+            f"these it has: {able})"
+        )
+    if architecture.rotary_scaling is not None and not axes.family(architecture.family).scales_rotary:
+        faults.append(f"family {architecture.family!r}: transformers has no scaled RoPE for its models")
+    return faults
 
 
 def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[str, Any]:
@@ -266,13 +273,13 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
     models are, with ``block_configs``.
 
     Raises:
-        CheckpointError: if the family has no format for such layers.
+        CheckpointError: as :func:`hf_faults`.
     """
+    if faults := hf_faults(shape, architecture):
+        raise CheckpointError("; ".join(faults))
     family, table = hf_family(architecture.family), axes.family(architecture.family)
     kind, blocks = (family.architecture, family.model_type), {}
     if not shape.uniform:
-        if faults := layer_faults(shape, architecture):
-            raise CheckpointError(faults[0])
         assert family.by_layer is not None
         kind, blocks = family.by_layer, {"block_configs": write_blocks(shape)}
     rotary = spellings(

@@ -36,6 +36,7 @@ KEYS: dict[str, str] = {
     "is_llama_config": _NOTE,
     "keys_to_ignore_at_inference": _OUTPUTS,
     "label2id": _CLASSES,
+    "max_sequence_length": "a note of FastChat's; transformers goes by max_position_embeddings",
     "max_window_layers": "of sliding windows, which are refused",
     "num_labels": _CLASSES,
     "output_attentions": _OUTPUTS,

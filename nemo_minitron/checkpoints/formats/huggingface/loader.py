@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import SLIDING
+from nemo_minitron.checkpoints.formats.huggingface.config import read_json
+from nemo_minitron.checkpoints.formats.huggingface.rotary import older_spelling, read_scaling, scaling_type
 from nemo_minitron.runtime.versions import matches
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 __all__ = ["hf_logits", "load_transformers"]
 
@@ -20,14 +23,14 @@ def hf_logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def load_transformers(path: Path, dtype: torch.dtype) -> Any:
-    """Transformers' model of a directory. Nothing is downloaded, and none of its code runs.
+    """Transformers' model of a directory, which computes what this suite reads from it.
 
     transformers up to 4.52 knows types of layers as a pattern only. There a model whose types have no pattern gets them
     after it is built, and computes without its cache, which goes by the pattern.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config: Any = _config(path)
     types: list[str] = getattr(config, "layer_types", None) or []
     by_hand = bool(types) and matches("transformers<4.53") and config.sliding_window_pattern is None
     if by_hand:
@@ -40,3 +43,19 @@ def load_transformers(path: Path, dtype: torch.dtype) -> Any:
             layer.is_sliding = layer.self_attn.is_sliding = slides
             layer.self_attn.sliding_window = config.sliding_window if slides else None
     return model
+
+
+def _config(path: Path) -> PretrainedConfig:
+    """The configuration in a directory, by transformers; of YaRN, as this suite reads it.
+
+    See :func:`~nemo_minitron.checkpoints.formats.huggingface.rotary.read_scaling`.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    scaling = getattr(config, "rope_scaling", None) or older_spelling(read_json(path / "config.json"))[0].get(
+        "rope_scaling"
+    )
+    if scaling_type(scaling) == "yarn":
+        config.rope_scaling, config.max_position_embeddings = read_scaling(scaling, config.max_position_embeddings)
+    return config

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
-from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
+from nemo_minitron.checkpoints.formats.nemo2.config import config_class, from_nemo2, model_class, nemo_config
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
@@ -67,7 +67,7 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
     """Write a NeMo 2 directory into ``directory`` (which this creates; callers write aside).
 
     Raises:
-        CheckpointError: if the tokenizer does not fit the vocabulary.
+        CheckpointError: if the tokenizer does not fit the vocabulary, or there is no configuration for the model.
         ShapeError: if layers differ in size.
         MissingDependency: where NeMo cannot be imported.
     """
@@ -76,6 +76,8 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
     require_uniform(checkpoint.shape, "the nemo2 format")
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
+    require("nemo", for_="writing a NeMo 2 checkpoint")
+    config_class(checkpoint.architecture)
     directory.mkdir(parents=True)
     dtype, vocab_multiple = options.dtype, options.vocab_multiple
     rows = padded(checkpoint.shape.vocab_size, vocab_multiple)

@@ -16,14 +16,23 @@ __all__ = ["read_scaling", "read_types", "type_faults", "written_types"]
 
 
 def type_faults(architecture: Architecture) -> list[str]:
-    """Why a NeMo 2 configuration cannot describe the types of the layers; empty if it can."""
+    """Why a NeMo 2 configuration cannot describe the types of the layers and their RoPE; empty if it can."""
     types = architecture.layer_types
-    if types is None or period_of(types) is not None:
+    if types is None:
         return []
+    faults = []
+    if architecture.rotary_type not in ("default", "linear"):
+        faults.append(
+            f"format=nemo2: NeMo scales RoPE of the family {architecture.family!r} linearly alone, not by the type "
+            f"{architecture.rotary_type!r}; write the hf format"
+        )
+    if period_of(types) is not None:
+        return faults
     shown = "".join("F" if kind == FULL else "s" for kind in types)
     return [
+        *faults,
         f"format=nemo2: NeMo's {architecture.family} layers have full attention at every n-th place; the types of this "
-        f"model's layers follow no such pattern ({shown}: F full, s sliding); write the hf format"
+        f"model's layers follow no such pattern ({shown}: F full, s sliding); write the hf format",
     ]
 
 
@@ -38,20 +47,16 @@ def written_types(architecture: Architecture, rows: int) -> dict[str, Any]:
         CheckpointError: for types without a pattern, or RoPE that is scaled otherwise than linearly.
     """
     if faults := type_faults(architecture):
-        raise CheckpointError(faults[0])
+        raise CheckpointError("; ".join(faults))
     assert architecture.layer_types is not None, "of a family with layer types"
     assert architecture.sliding_window is not None, "of a family with layer types"
     scaling = architecture.rotary_scaling
-    if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "linear":
-        raise CheckpointError(
-            f"NeMo scales RoPE of the family {architecture.family!r} linearly alone, not as rope_scaling={scaling!r}; "
-            "write the hf format"
-        )
     bases = (architecture.rotary_base_local or 0.0, architecture.rotary_base)
     return {
         "window_size": architecture.sliding_window - 1,
         "interleaved_attn_pattern": ((period_of(architecture.layer_types) or 1) - 1, 1),
         "rotary_base": tuple(int(base) if float(base).is_integer() else base for base in bases),
+        "seq_len_interpolation_factor": None,  # NeMo would apply it to sliding layers too
         "rope_scaling_factor": 1.0 if scaling is None else float(scaling["factor"]),
         "softmax_scale": architecture.softmax_scale,
         # without it Megatron does not sum the gradients of these norms over tensor-parallel ranks

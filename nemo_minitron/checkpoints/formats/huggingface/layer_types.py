@@ -89,7 +89,8 @@ def type_spellings(architecture: Architecture, rotary: Mapping[str, Any]) -> dic
         rotary: of layers with full attention (:func:`~.rotary.spellings`).
     """
     assert architecture.layer_types is not None
-    local = architecture.rotary_base_local
+    local, scalar = architecture.rotary_base_local, architecture.query_pre_attn_scalar
+    whole = scalar is not None and float(scalar).is_integer()  # transformers 5 takes nothing else
     return {
         **rotary,
         _LOCAL: local,
@@ -100,5 +101,5 @@ def type_spellings(architecture: Architecture, rotary: Mapping[str, Any]) -> dic
         "layer_types": list(architecture.layer_types),
         "sliding_window": architecture.sliding_window,
         "sliding_window_pattern": period_of(architecture.layer_types),
-        "query_pre_attn_scalar": architecture.query_pre_attn_scalar,
+        "query_pre_attn_scalar": int(scalar) if whole and scalar is not None else scalar,
     }

@@ -88,7 +88,10 @@ def transformer_config(
     from nemo_minitron.runtime.layer_types import note_layer_types
 
     fused, table = device.transformer_engine, family(architecture.family)
-    if faults := architecture.faults(shape) + architecture.context_faults(layout.context):
+    faults = architecture.faults(shape) + architecture.context_faults(layout.context)
+    if table.layer_types and architecture.layer_types is None:
+        faults.append(f"layer_types: the family {table.name!r} has layers of two types; say which layer has which")
+    if faults:
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
     if shape.num_moe_experts is not None:

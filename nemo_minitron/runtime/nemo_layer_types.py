@@ -74,7 +74,8 @@ def architecture_of(config: Any, family: str) -> Architecture:
         family=family,
         rotary_base=base,
         rotary_scaling=None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
-        layer_types=types_of(sum(config.interleaved_attn_pattern), config.num_layers),
+        layer_types=getattr(config, "layer_types", None)
+        or types_of(sum(config.interleaved_attn_pattern), config.num_layers),
         sliding_window=config.window_size + 1,
         rotary_base_local=local,
     )

@@ -85,8 +85,6 @@ def run(config: PruneConfig) -> dict[str, Any]:
     if config.merge_pruned_heads and scores is not None:
         source = merge_pruned_heads(checkpoint, kept, scores.heads)
     pruned = prune_weights(source, kept, lineage=_lineage(config, scores))
-    if faults := written_faults(pruned.shape, pruned.architecture, [config.format]):
-        raise ShapeError(faults)
     with (
         _trimmed(pruned, checkpoint, kept) as pruned,
         staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path,

@@ -194,10 +194,13 @@ def test_generation_beyond_the_window(model, groups):
 
 
 def test_context_parallelism_is_refused(model):
+    from nemo_minitron.distillation.compatibility import check_model
     from nemo_minitron.runtime.device import Device
     from nemo_minitron.runtime.model import transformer_config
 
     checkpoint = open_checkpoint(model)
+    with pytest.raises(ShapeError, match="parallel.context=2: is not offered"):
+        check_model(checkpoint, ParallelLayout(context=2), 8)
     with pytest.raises(ShapeError, match="parallel.context=2: is not offered for the family 'gemma3'"):
         transformer_config(
             checkpoint.shape, checkpoint.architecture, ParallelLayout(context=2), Device("cpu", 0, False)

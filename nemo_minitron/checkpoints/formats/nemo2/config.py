@@ -14,7 +14,13 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.formats.nemo2.layer_types import read_scaling, read_types, type_faults, written_types
+from nemo_minitron.checkpoints.formats.nemo2.layer_types import (
+    list_faults,
+    read_scaling,
+    read_types,
+    rotary_faults,
+    written_types,
+)
 from nemo_minitron.checkpoints.formats.nemo_common import padded
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
@@ -28,6 +34,9 @@ __all__ = ["config_class", "from_nemo2", "model_class", "nemo2_faults", "nemo_co
 SCALED_MODULE = "nemo_minitron.checkpoints.formats.nemo2.scaled"
 OWN_CLASS = "Scaled"
 """Begins the names of the classes there; then comes the name of the class of NeMo's that is extended."""
+
+LISTED_MODULE, LISTED_CLASS = "nemo_minitron.checkpoints.formats.nemo2.listed", "Listed"
+"""The same of layers whose types follow no pattern."""
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "openai_gelu", "squared_relu": "squared_relu"}
 """Name in the axes table -> end of the function's name in a ``model.yaml``."""
@@ -100,6 +109,8 @@ def config_class(architecture: Architecture) -> Any:
     """
     known = _known(architecture.family)
     name, module = known.config, import_module(f"nemo.collections.llm.gpt.model.{known.module}")
+    if list_faults(architecture):
+        return getattr(import_module(LISTED_MODULE), LISTED_CLASS + name)
     if own_class_faults(architecture):
         name, module = OWN_CLASS + name, import_module(SCALED_MODULE)
         if not hasattr(module, name):
@@ -114,7 +125,9 @@ def config_class(architecture: Architecture) -> Any:
 
 
 def own_class_faults(architecture: Architecture) -> list[str]:
-    """Why NeMo alone, without this package, cannot open a model: none of its classes scales RoPE so. Or empty."""
+    """Why NeMo alone, without this package, cannot open a model: none of its classes can describe it. Or empty."""
+    if unlisted := list_faults(architecture):
+        return unlisted
     kind, known = architecture.rotary_type, _nemo2_families().get(architecture.family)
     if known is None or kind in ("default", "linear") or (kind == "llama3" and known.scaled is not None):
         return []
@@ -128,8 +141,7 @@ def own_class_faults(architecture: Architecture) -> list[str]:
 def nemo2_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
     """Why the format cannot hold a model; empty if it can."""
     faults = uniform_faults(shape, "format=nemo2")
-    if not architecture.faults(shape):  # else the types of layers are still those of the unpruned model
-        faults += type_faults(architecture)
+    faults += rotary_faults(architecture)
     return faults if architecture.family in _nemo2_families() else [*faults, _no_form(architecture.family)]
 
 
@@ -218,8 +230,8 @@ def from_nemo2(
     if not isinstance(config, dict):
         raise CheckpointError(f"{source} has no model configuration; it is not a NeMo 2 language model's")
     module, _, name = str(config.get("_target_", "unknown")).rpartition(".")
-    if module == SCALED_MODULE:
-        name = name.removeprefix(OWN_CLASS)
+    if module in (SCALED_MODULE, LISTED_MODULE):
+        name = name.removeprefix(OWN_CLASS).removeprefix(LISTED_CLASS)
     known = _nemo2_families()
     faults = {key: _unlike(config, axes.family(key)) for key, form in known.items() if name.startswith(form.reads)}
     if not faults:

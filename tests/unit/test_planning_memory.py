@@ -25,7 +25,15 @@ from nemo_minitron.shape import ModelShape, padded_vocab
 from nemo_minitron.stages import distill
 
 SHAPE = ModelShape(3, 48, 80, 8, 4, 12, 250)
-CONSTANTS = {"nemotron": {"rotary_percent": 0.5}, "mixtral": {"moe_router_topk": 2}}
+CONSTANTS = {
+    "nemotron": {"rotary_percent": 0.5},
+    "mixtral": {"moe_router_topk": 2},
+    "gemma3": {
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+        "sliding_window": 16,
+        "rotary_base_local": 500.0,
+    },
+}
 BATCH, LENGTH = 2, 40
 
 

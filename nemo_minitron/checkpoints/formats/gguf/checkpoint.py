@@ -1,55 +1,42 @@
-"""GGUF -> Hugging Face directory: a quantized Llama file becomes an ordinary checkpoint.
+"""GGUF -> Hugging Face directory: a file of llama.cpp, quantized or not, becomes an ordinary checkpoint.
 
-This is a converter, without lazy reading: transformers dequantizes the whole model at once, in float32.
+The numbers are those that llama.cpp's own ``gguf`` package dequantizes, one tensor at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.formats.huggingface.checkpoint import open_hf
-from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
-from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
-from nemo_minitron.config.parts import SHARD_SIZE
+from nemo_minitron import axes
+from nemo_minitron.accounting import unread, warn_once
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.entry import WriteOptions
+from nemo_minitron.checkpoints.formats.gguf import known
+from nemo_minitron.checkpoints.formats.gguf.architectures import ARCHITECTURES, DEFAULTS, GGUFArchitecture
+from nemo_minitron.checkpoints.formats.gguf.header import GGUFContent, read_gguf
+from nemo_minitron.checkpoints.formats.gguf.rope import DIVISORS, rotary_scaling
+from nemo_minitron.checkpoints.formats.gguf.tokenizer import write_tokenizer
+from nemo_minitron.checkpoints.formats.huggingface import names as naming
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.config import from_hf
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.atomic import write_aside
-from nemo_minitron.runtime.files import take_umask
-from nemo_minitron.runtime.requirements import require
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
-    from nemo_minitron.checkpoints.base import Checkpoint
+    import torch
 
-__all__ = ["convert_gguf", "is_gguf"]
+__all__ = ["GGUFWeights", "convert_gguf", "is_gguf"]
 
-MAGIC = b"GGUF"
-FIELDS = (
-    "general.architecture",
-    "tokenizer.chat_template",
-    "tokenizer.ggml.add_bos_token",
-    "tokenizer.ggml.bos_token_id",
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.padding_token_id",
-    "tokenizer.ggml.pre",
-    "tokenizer.ggml.unknown_token_id",
-)
-"""What is read of a file's header beside what transformers reads."""
-
-SCALING = "llama.rope.scaling."
-"""Begins the fields of RoPE scaling."""
-
-FREQUENCIES = "rope_freqs.weight"
-"""Divisors of the frequencies of RoPE, a tensor."""
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""Used where the file carries no template of its own but its vocabulary has ChatML's markers."""
-
-DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-"""Values of ``tokenizer.ggml.pre`` for which llama.cpp splits numbers into single digits before byte-level BPE."""
+#: Keys of a header below the architecture's name that every model has.
+_NEEDED = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
 def is_gguf(path: Path) -> bool:
@@ -60,144 +47,192 @@ def is_gguf(path: Path) -> bool:
 def convert_gguf(
     source: str | Path, target: str | Path, *, dtype: str = "float32", overwrite: bool = False
 ) -> Checkpoint:
-    """Convert a GGUF file of the Llama family into a HF directory and open it.
+    """Convert a GGUF file into a HF directory and open it.
 
-    The weights are dequantized by transformers. Its tokenizer conversion loses the splitting of digits, the end and
-    padding tokens, and that no first token is to be prepended; they are put back from the file's header. Where the
-    header says that the tokenizer splits digits, the pre-tokenizer is ``Sequence[Digits(individual), ByteLevel]``.
+    Memory holds one tensor at a time. Every key of the header and every tensor is used, or is known to change nothing,
+    or is refused, or named in a warning.
 
     Args:
-        source: the ``.gguf`` file.
+        source: the ``.gguf`` file; of a model in several parts any of them, with the others beside it.
         target: the directory to write.
         dtype: of the tensors written. Quantized weights do not fit bfloat16 exactly.
         overwrite: replace what stands at ``target``.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, or of another architecture; if ``target`` exists; if the
-            disk is full.
+        CheckpointError: if the file is missing, truncated, of another architecture, or holds what is not supported; if
+            ``target`` exists; if the disk is full.
         MissingDependency: without the ``gguf`` package.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    fields = _fields(source)
-    if fields["general.architecture"] != "llama":
-        raise CheckpointError(
-            f"{source}: architecture {fields['general.architecture']!r} is not supported; supported: 'llama'"
-        )
-    with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
-        partial.mkdir(parents=True)
-        content = _write_model(source, partial, dtype, _rotary_scaling(source, fields))
-        _write_tokenizer(content, partial, fields)
-    checkpoint = open_hf(target)
-    assert checkpoint.tokenizer is not None
-    check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
-    return checkpoint
+    content = read_gguf(source)
+    name = content.fields.get("general.architecture")
+    entry = ARCHITECTURES.get(str(name))
+    if entry is None:
+        supported = ", ".join(map(repr, ARCHITECTURES))
+        raise CheckpointError(f"{source}: architecture {name!r} is not supported; supported: {supported}")
+    config = _config(content, str(name), entry)
+    shape, architecture = from_hf(config, content.path)
+    architecture = dataclasses.replace(architecture, dtype=dtype)
+    weights = GGUFWeights(
+        content, shape, architecture.family, entry, _gguf_names(str(name), shape, architecture.family)
+    )
+    weights.check()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as scratch:
+        write_tokenizer(content, Path(scratch))
+        _check_fields(content, str(name), entry)
+        model = Checkpoint(shape, architecture, weights, Path(scratch), content.path, "gguf")
+        with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
+            write_hf(model, partial, WriteOptions(dtype=dtype, scratch=Path(scratch) / "parts"))
+    return open_hf(target)
 
 
-def _fields(source: Path) -> dict[str, Any]:
-    """The header's :data:`FIELDS` and all of :data:`SCALING` (None: absent); under :data:`FREQUENCIES`, whether those
-    are there.
+@dataclass(frozen=True)
+class GGUFWeights:
+    """Lazily read tensors of a GGUF file under canonical names, in float32. Implements ``Weights``.
+
+    Attributes:
+        content: the file.
+        shape, family: the model's.
+        entry: its architecture.
+        names_there: name in transformers -> name in the file.
     """
-    require("gguf", for_="reading GGUF")
-    from gguf import GGUFReader
 
-    if not source.is_file():
-        raise CheckpointError(f"{source} does not exist; check the path")
-    with open(source, "rb") as file:
-        if file.read(4) != MAGIC:
-            raise CheckpointError(f"{source} is not a GGUF file")
-    try:
-        reader = GGUFReader(source, "r")
-        fields = {key: field.contents() if (field := reader.get_field(key)) is not None else None for key in FIELDS}
-        fields |= {key: field.contents() for key, field in reader.fields.items() if key.startswith(SCALING)}
-        fields[FREQUENCIES] = any(tensor.name == FREQUENCIES for tensor in reader.tensors)
-    except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{source} is truncated or damaged ({error}); fetch it again") from error
-    return fields
+    content: GGUFContent
+    shape: ModelShape
+    family: str
+    entry: GGUFArchitecture
+    names_there: dict[str, str]
+
+    def names(self) -> Sequence[str]:
+        """Canonical names in the order of the forward pass."""
+        return [entry.name for entry in axes.parameters(axes.family(self.family), self.shape)]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The canonical tensor.
+
+        Raises:
+            CheckpointError: for a quantization that cannot be undone.
+        """
+        entry = axes.entry(axes.family(self.family), self.shape, name)
+        parts = [self.part(part) for part in naming.hf_parts(self.family, entry)]
+        return naming.merge(entry.row.axes, parts, entry.sizes)
+
+    def part(self, name: str) -> torch.Tensor:
+        """The tensor of this name in transformers."""
+        there = self.names_there[name]
+        undo = self.entry.undo.get(".".join(there.split(".")[-2:]))
+        tensor = self.content.tensor(there)
+        return tensor if undo is None else undo(tensor, self.shape)
+
+    def check(self) -> None:
+        """Compare names and shapes with the header.
+
+        Raises:
+            CheckpointError: naming tensors that are missing, of another shape, or have no place in the model.
+        """
+        path, stored = self.content.path, self.content.tensors
+        if missing := [there for there in self.names_there.values() if there not in stored]:
+            raise CheckpointError(
+                f"{path}: {len(missing)} tensors that its header asks for are missing, such as {', '.join(missing[:3])}"
+            )
+        shapes: dict[str, tuple[int, ...]] = {}
+        for entry in axes.parameters(axes.family(self.family), self.shape):
+            shapes |= naming.hf_parts(self.family, entry)
+        for name, there in self.names_there.items():
+            if self.content.shape(there) != shapes[name]:
+                raise CheckpointError(
+                    f"{path}: {there} has shape {list(self.content.shape(there))} where the header's sizes ask for "
+                    f"{list(shapes[name])}"
+                )
+        used = {*self.names_there.values(), DIVISORS}
+        unknown = [
+            name
+            for name in stored
+            if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in known.TENSORS)
+        ]
+        if unknown:
+            raise CheckpointError(
+                f"{path}: {len(unknown)} tensors have no place in a {self.family} model, such as "
+                f"{', '.join(unknown[:3])}; the model computes more than its architecture says"
+            )
 
 
-def _rotary_scaling(source: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
-    """HF's ``rope_scaling``, which transformers does not read out of a GGUF file.
+def _config(content: GGUFContent, name: str, entry: GGUFArchitecture) -> dict[str, Any]:
+    """The ``config.json`` that the header describes."""
+    fields, config = content.fields, {"architectures": [entry.title], **DEFAULTS, **entry.constants}
+    if missing := [f"{name}.{key}" for key in _NEEDED if fields.get(f"{name}.{key}") is None]:
+        raise CheckpointError(f"{content.path}: its header has no {', '.join(missing)}; it is not a whole model")
+    for key, there in entry.keys.items():
+        value = fields.get(f"{name}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) > 1:
+                raise CheckpointError(f"{content.path}: {name}.{key} differs between layers, which is not supported")
+            value = value[0] if value else None
+        if value is not None:
+            config[there] = _decimal(value) if isinstance(value, float) else value
+    if "token_embd.weight" not in content.tensors:
+        raise CheckpointError(f"{content.path} has no token_embd.weight; it is not a whole model")
+    config.setdefault("vocab_size", content.shape("token_embd.weight")[0])
+    config["tie_word_embeddings"] = "output.weight" not in content.tensors
+    config |= {f"{kind}_token_id": fields.get(f"tokenizer.ggml.{there}_token_id") for kind, there in _IDS.items()}
+    head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config |= entry.derived(config)
+    width = fields.get(f"{name}.attention.value_length")
+    if width not in (None, head):
+        raise CheckpointError(
+            f"{content.path}: {name}.attention.value_length={width} differs from the keys' {head}, which is not "
+            "supported"
+        )
+    turned = fields.get(f"{name}.rope.dimension_count")
+    if turned not in (None, head):
+        config["partial_rotary_factor"] = turned / head  # refused by families without such a factor
+    config["rope_scaling"] = rotary_scaling(content, name, theta=config["rope_theta"], head_dim=turned or head)
+    return config
+
+
+def _decimal(value: float) -> float:
+    """The shortest number that is the same in float32: 9.99999974e-06 was written as 1e-05."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _gguf_names(name: str, shape: ModelShape, family: str) -> dict[str, str]:
+    """Name in transformers -> name in the file, by the ``gguf`` package's own table."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    numbers = [number for number, title in MODEL_ARCH_NAMES.items() if title == name]
+    if not numbers:
+        raise CheckpointError(f"the gguf package does not know {name} files; install a newer one")
+    table = get_tensor_name_map(numbers[0], shape.num_layers)
+    there: dict[str, str] = {}
+    for entry in axes.parameters(axes.family(family), shape):
+        for part in naming.hf_names(family, entry.name):
+            found = table.get_name(part, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise CheckpointError(f"the gguf package has no name for {part} in {name} files; install a newer one")
+            there[part] = found
+    return there
+
+
+def _check_fields(content: GGUFContent, name: str, entry: GGUFArchitecture) -> None:
+    """Account for the keys of the header that nobody asked for.
 
     Raises:
-        CheckpointError: for a scaling that the header does not describe in full, or that no model here has.
+        CheckpointError: for keys that may change what the model computes.
     """
-    if fields[FREQUENCIES]:
+    left = content.fields.left()
+    harmless = {key: why for key in left for pattern, why in known.KEYS.items() if fnmatch.fnmatchcase(key, pattern)}
+    harmless |= {key: "its neutral value" for key, values in known.NEUTRAL.items() if left.get(key) in values}
+    neutral = {f"{name}.{key}": value for key, value in entry.neutral.items()}
+    active, idle = unread(left, harmless=harmless, neutral=neutral)
+    if active:
+        named = ", ".join(f"{key}={str(value)[:80]}" for key, value in active.items())
         raise CheckpointError(
-            f"{source}: {FREQUENCIES}: the frequencies of its RoPE are scaled one by one (as of Llama 3.1 and later), "
-            "and the file does not say how; import the model's Hugging Face directory"
+            f"{content.path}: its header has {named}, which is not supported and may change what the model computes; "
+            "import the model's Hugging Face directory"
         )
-    given = {key.removeprefix(SCALING): value for key, value in fields.items() if key.startswith(SCALING)}
-    kind = given.pop("type", None) or "none"
-    given.pop("finetuned", None)
-    scaling = {"factor": given.pop("factor", None), "original_max_position_embeddings": None}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = given.pop("original_context_length", None)
-    if kind not in ("none", "linear", "yarn") or (given and kind != "none"):
-        named = ", ".join(f"{SCALING}{key}={value!r}" for key, value in {"type": kind, **given}.items())
-        raise CheckpointError(f"{source}: {named} is not supported; import the model's Hugging Face directory")
-    if kind == "none":
-        return None
-    return {"rope_type": kind, **{key: value for key, value in scaling.items() if value is not None}}
-
-
-def _write_model(source: Path, directory: Path, dtype: str, scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Write weights and configuration; return what transformers reads of the header: configuration and tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    from nemo_minitron.checkpoints.weights import torch_dtype
-
-    # ``from_pretrained(gguf_file=...)`` is these two calls; it also wants accelerate, and its model refuses to be saved
-    try:
-        content = load_gguf_checkpoint(str(source), return_tensors=False)
-        more = {"architectures": ["LlamaForCausalLM"], "rope_scaling": scaling}
-        shape, architecture = from_hf(content["config"] | more, source)
-        # GGUF stores the epsilon as float32: 9.99999974e-06 was written as 1e-05
-        architecture = dataclasses.replace(architecture, norm_epsilon=float(f"{architecture.norm_epsilon:.6g}"))
-        config = to_hf(shape, architecture, dtype=dtype)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(
-                LlamaConfig(**{key: value for key, value in config.items() if key != "torch_dtype"})
-            )
-        tensors = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)["tensors"]
-    except (ValueError, KeyError, IndexError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{source} cannot be read by transformers ({str(error).splitlines()[0]})") from error
-    if shape.tied_embeddings:
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    model.to(torch_dtype(dtype)).save_pretrained(directory, max_shard_size=SHARD_SIZE)
-    for file in directory.glob("*.safetensors"):
-        take_umask(file)
-    return content
-
-
-def _write_tokenizer(content: dict[str, Any], directory: Path, fields: dict[str, Any]) -> None:
-    """The tokenizer by transformers, with what its conversion loses put back from the header."""
-    from tokenizers import pre_tokenizers, processors
-    from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
-    from transformers.integrations.ggml import convert_gguf_tokenizer
-
-    # ``from_pretrained(gguf_file=...)`` is this; it also parses the header twice more, seconds for a real vocabulary
-    converted, named = convert_gguf_tokenizer(content["config"]["model_type"], content["tokenizer"])
-    settings = content["tokenizer_config"] | named
-    backend = LlamaTokenizerFast(tokenizer_object=converted, **settings).backend_tokenizer
-    if fields["tokenizer.ggml.pre"] in DIGIT_SPLITTERS:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    if fields["tokenizer.ggml.add_bos_token"] is False:
-        # the conversion to a Llama tokenizer prepends the first token to every text all the same
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    # transformers 4.51 takes the text of the first token for the end token as well, and leaves the padding token out
-    special = {
-        f"{kind}_token": backend.id_to_token(number)
-        for kind, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (number := fields[f"tokenizer.ggml.{name}_token_id"]) is not None
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
-    tokenizer.chat_template = fields["tokenizer.chat_template"]
-    if tokenizer.chat_template is None and {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab()):
-        tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(directory)
+    if idle:
+        named = ", ".join(f"{key}={value!r}" for key, value in idle.items())
+        warn_once(content.path, f"keys that are not known, and switched off, are left behind: {named}")

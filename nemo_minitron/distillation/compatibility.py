@@ -99,7 +99,7 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
         )
     if checkpoint.shape.num_moe_experts is None and layout.expert > 1:
         faults.append(f"{trained}: parallel.expert={layout.expert}: the model has no experts to share out; set it to 1")
-    faults += layout.sequence_faults(sequence_length)
+    faults += layout.sequence_faults(sequence_length) + checkpoint.architecture.context_faults(layout.context)
     if checkpoint.shape.num_moe_experts is not None and layout.context > 1:
         faults.append(
             f"{trained}: parallel.context={layout.context}: the loss that balances the experts of a mixture is of "

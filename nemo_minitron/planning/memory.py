@@ -277,11 +277,12 @@ class MemoryCost:
             mlp = (3 if self.table.gated else 2) * width
         else:
             mlp = (4 if self.table.gated else 2) * width
+        norms = (2 if self.table.post_norms else 1) * self._norm(sizes)
         if not sizes.num_query_groups:
-            return self._norm(sizes) + mlp
+            return norms + mlp
         if not sizes.ffn_hidden_size:
-            return self._norm(sizes) + attention
-        return 2 * self._norm(sizes) + attention + mlp
+            return norms + attention
+        return 2 * norms + attention + mlp
 
     def _weights(self, sizes: SizesLike, *, expert: int | None = None) -> tuple[float, float, LayerCost]:
         """Weights of a rank: before the layers, after them, and of a layer."""

@@ -29,6 +29,11 @@ CONSTANTS = {
     "nemotron": {"rotary_percent": 0.5},
     "mixtral": {"moe_router_topk": 2},
     "qwen3_moe": {"moe_router_topk": 2, "moe_router_pre_softmax": True},
+    "gemma3": {
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+        "sliding_window": 16,
+        "rotary_base_local": 500.0,
+    },
 }
 BATCH, LENGTH = 2, 40
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_minitron.data.chat.attributes import attribute_string
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["OWN", "TEMPLATES", "Rendered", "Template", "choose_template", "prompt_ids", "render"]
 
 OWN = "own"
-"""Names the template that the tokenizer carries."""
+"""Names the template that the tokenizer carries; ``own:rag`` one that it carries under another name than "default"."""
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of templates in a tokenizer that carries several, as transformers chooses among them."""
 
 #: Fields of a tool's result that only link it with its call, which stands before it.
 _LINKS = ("name", "tool_call_id")
@@ -39,6 +41,7 @@ class Template:
         tokens: special tokens that the tokenizer must have, each as one token.
         ends: tokens that end an answer; generation stops at them.
         label_start: text between the name of the assistant and the attribute values of its answer.
+        with_tools: the template of conversations with tools; empty where it is the same.
     """
 
     name: str
@@ -46,6 +49,11 @@ class Template:
     tokens: tuple[str, ...]
     ends: tuple[str, ...]
     label_start: str = "Attributes: "
+    with_tools: str = ""
+
+    def of(self, tools: str) -> Template:
+        """The template of conversations that may call these tools."""
+        return replace(self, jinja=self.with_tools, with_tools="") if tools and self.with_tools else self
 
 
 #: Named as NeMo-Aligner and the model cards name them.
@@ -103,22 +111,18 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = OWN) -> Temp
 
     Args:
         tokenizer: of the model.
-        name: of :data:`TEMPLATES`, or :data:`OWN`.
+        name: of :data:`TEMPLATES`, or :data:`OWN`. Of several that the tokenizer carries that is "default", and
+            "tool_use" for conversations with tools; ``own:NAME`` is another.
 
     Raises:
-        DataError: for an unknown name, a tokenizer without a template of its own, or one that lacks special tokens
-            which the template needs.
+        DataError: for an unknown name, a tokenizer without a template of its own or without that one, or one that
+            lacks special tokens which the template needs.
     """
     where = tokenizer.name_or_path or "the tokenizer"
-    if name == OWN:
-        own = tokenizer.chat_template
-        if not isinstance(own, str):
-            raise DataError(f"{where}: carries no chat template; set template to one of {', '.join(TEMPLATES)}")
-        end = tokenizer.eos_token
-        ends = [mark for mark in ("<|im_end|>", "<|eot_id|>", "<extra_id_1>") if mark in own]
-        return Template(OWN, own, tokens=(), ends=tuple(ends or ([end] if end else [])))
+    if name == OWN or name.startswith(f"{OWN}:"):
+        return _own_template(tokenizer, name, where)
     if name not in TEMPLATES:
-        raise DataError(f"template={name!r}: is not known; known: {OWN}, {', '.join(TEMPLATES)}")
+        raise DataError(f"template={name!r}: is not known; known: {OWN}, {OWN}:NAME, {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
     missing = [token for token in template.tokens if tokenizer.tokenize(token) != [token]]
     if missing:
@@ -127,6 +131,22 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = OWN) -> Temp
             "tokens to the tokenizer and train them"
         )
     return template
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, where: str) -> Template:
+    carried = tokenizer.chat_template
+    if not carried:
+        raise DataError(f"{where}: carries no chat template; set template to one of {', '.join(TEMPLATES)}")
+    named: dict[str, str] = {DEFAULT: carried} if isinstance(carried, str) else dict(carried)
+    wanted = name.removeprefix(OWN).removeprefix(":") or DEFAULT
+    if wanted not in named:
+        others = ", ".join(f"{OWN}:{other}" for other in named)
+        raise DataError(f"template={name}: {where} carries no chat template {wanted!r}; set template to {others}")
+    own = named[wanted]
+    end = tokenizer.eos_token
+    ends = [mark for mark in ("<|im_end|>", "<|eot_id|>", "<extra_id_1>") if mark in own]
+    with_tools = named.get(TOOL_USE, "") if name == OWN else ""
+    return Template(name, own, tokens=(), ends=tuple(ends or ([end] if end else [])), with_tools=with_tools)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
@@ -155,8 +175,10 @@ def prompt_ids(
         where: file and line, for faults.
 
     Raises:
-        DataError: for fields of messages, or tools, that the template does not write.
+        DataError: for a message that the template refuses; for fields of messages, or tools, that it does not write.
     """
+    template = template.of(tools)
+    _check_taken(messages, tools, tokenizer, template, where, prompt=True)
     _check_written(messages, tools, tokenizer, template, where)
     text = _text(messages, tokenizer, template, tools=tools, prompt=True) + _label(template, attributes)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -184,10 +206,11 @@ def render(
             marked.
 
     Raises:
-        DataError: where the template does not append turns, so that answers cannot be found, or does not write
-            tools, calls or other fields of the conversation.
+        DataError: where the template refuses a message, does not append turns, so that answers cannot be found, or
+            does not write tools, calls or other fields of the conversation.
     """
-    tools = chat.tools
+    tools, template = chat.tools, template.of(chat.tools)
+    _check_taken(chat.messages, tools, tokenizer, template, chat.where)
     _check_written(chat.messages, tools, tokenizer, template, chat.where)
     label = _label(template, chat.attributes) if labelled else ""
     messages = list(chat.messages)
@@ -217,6 +240,44 @@ def render(
 
 def _label(template: Template, attributes: Mapping[str, int] | None) -> str:
     return f"{template.label_start}{attribute_string(attributes)}\n" if attributes else ""
+
+
+def _check_taken(
+    messages: Sequence[Message],
+    tools: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    where: str,
+    *,
+    prompt: bool = False,
+) -> None:
+    """Raise a DataError where the template refuses the conversation, with the message that it refuses.
+
+    That is the last one without which the template would take it; a template may refuse every beginning of a
+    conversation, and then it is the first.
+    """
+    try:
+        _text(messages, tokenizer, template, tools=tools, prompt=prompt)
+        return
+    except DataError as error:
+        reason = error
+    taken = 0
+    for count in range(len(messages) - 1, 0, -1):
+        try:
+            _text(messages[:count], tokenizer, template, tools=tools)
+        except DataError:
+            continue
+        taken = count
+        break
+    role = messages[taken].role
+    remedy = (
+        "put its text before that of the first user message"
+        if role == "system"
+        else "correct the roles, or remove the record"
+    )
+    raise DataError(
+        f"{where or 'chat'}: message {taken + 1} ({role}): {reason}; {remedy}, or choose another template"
+    ) from None
 
 
 def _check_written(
@@ -267,5 +328,5 @@ def _text(
             turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt, **more
         )
     except Exception as error:  # a tokenizer's own template raises what it pleases
-        raise DataError(f"template {template.name}: {type(error).__name__}: {error}") from None
+        raise DataError(f"the template {template.name} refuses it ({type(error).__name__}: {error})") from None
     return str(text)

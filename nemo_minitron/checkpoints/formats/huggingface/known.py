@@ -22,6 +22,7 @@ KEYS: dict[str, str] = {
     "_model_name_or_path": _NOTE,
     "_name_or_path": _NOTE,
     "attn_implementation": "how attention is computed, not what",
+    "cache_implementation": "how keys and values are kept between the tokens of an answer",
     "attention_dropout": _TRAINING,
     "chunk_size_feed_forward": "computes the MLP in pieces",
     "dtype": "the tensors' own is read",

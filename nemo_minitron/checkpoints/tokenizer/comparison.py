@@ -114,7 +114,7 @@ class CommonVocabulary:
         """All differences in one sentence; None where there are none."""
         if not self.remarks:
             return None
-        return f"{' and '.join(self.names)} share a tokenizer, but not all of it: {'; '.join(self.remarks)}"
+        return f"{' and '.join(self.names)} have one tokenizer but for {'; '.join(self.remarks)}"
 
 
 def compare(first: Vocabulary, second: Vocabulary) -> CommonVocabulary:

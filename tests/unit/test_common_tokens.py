@@ -180,9 +180,7 @@ def test_likeliest_tokens_of_which_some_are_missing(
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    size=st.integers(1, 40), rows=st.integers(1, 40), world=st.integers(1, 4), left_out=st.sets(st.integers(0, 39))
-)
+@given(size=st.integers(1, 40), rows=st.integers(1, 40), world=st.integers(1, 4), left_out=st.sets(st.integers(0, 39)))
 def test_every_rank_leaves_out_its_own_columns(size: int, rows: int, world: int, left_out: set[int]) -> None:
     common = CommonTokens(size, tuple(sorted(token for token in left_out if token < size)))
     held = -(-rows // world)

@@ -124,6 +124,10 @@ class TopTokens:
     log_rest: torch.Tensor
     full: bool = True
 
+    def to(self, device: torch.device) -> TopTokens:
+        """The same on a device."""
+        return TopTokens(self.tokens.to(device), self.log_probabilities.to(device), self.log_rest.to(device), self.full)
+
     def __getitem__(self, part: slice) -> TopTokens:
         """Those of some of the n positions."""
         return TopTokens(self.tokens[part], self.log_probabilities[part], self.log_rest[part], self.full)

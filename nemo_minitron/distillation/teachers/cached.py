@@ -123,8 +123,7 @@ class CachedTeacher:
         """Input of the loss: the likeliest tokens, or ``[s, b, V/tp]`` log-probabilities of the student's columns."""
         if self.cache.manifest.k is not None:
             top = decode_top(kept, k=self.loss.k, common=self._common)
-            tensors = (t.to(self._device) for t in (top.tokens, top.log_probabilities, top.log_rest))
-            return TopTokens(*tensors, full=top.full)
+            return top.to(self._device)
         tensor = self.groups.layout.tensor
         columns = padded_vocab(self._rows, tensor=tensor) // tensor
         first = self.groups.tp_rank * columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -366,4 +367,102 @@ def test_every_layout_placement_and_cache_gives_the_same_training(models: Path, 
     assert refused.startswith(
         "the training blocks: 1 tokens are not known to the teacher, or mean something else to it; the first is 131 "
         "(unknown to student, '<tool>' to teacher), in block 5, token 3. Leave such text out"
+    )
+
+
+def stages_case(models: str, out: str, text: str) -> list[str]:
+    """From text: the teacher itself, a cache of all log-probabilities, one of the likeliest; and what is refused."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    from nemo_minitron.config import CacheConfig, DataConfig, DistillConfig, SourceConfig
+    from nemo_minitron.errors import MinitronError
+    from nemo_minitron.stages import cache, distill
+
+    folder, schedule = Path(out), {"steps": STEPS, "global_batch_size": 2, "validation_batches": 1}
+    data = DataConfig(
+        sources=[SourceConfig(name="text", path=text)], sequence_length=16, held_out_fraction=0.3,
+        cache_dir=str(folder / "data"),
+    )  # fmt: skip
+    foreign = SourceConfig(name="calls", path=text.replace("text.jsonl", "calls.jsonl"))
+    calls = dataclasses.replace(data, sources=[foreign])
+    teacher, student = f"{models}/teacher", f"{models}/student"
+    for name, k in (("all", None), ("top", 8)):
+        cache.run(
+            CacheConfig(
+                teacher=teacher,
+                student=student,
+                output=str(folder / name),
+                data=data,
+                k=k,
+                values="float32",
+                **schedule,
+            )
+        )
+    errors = []
+    for name, sources in (
+        ("taught", {"teacher": teacher}),
+        ("from all", {"teacher": None, "teacher_cache": str(folder / "all")}),
+        ("from top", {"teacher": teacher, "teacher_cache": str(folder / "top")}),
+        ("foreign text", {"teacher": teacher, "data": calls}),
+    ):  # fmt: skip
+        destroy_num_microbatches_calculator()
+        config = DistillConfig(
+            student=student, output=str(folder / name), validate_every=STEPS, save_every=STEPS, warmup_steps=1,
+            **{"data": data, **schedule, **sources},
+        )  # fmt: skip
+        assert not config.faults()
+        try:
+            assert distill.run(config)["steps"] == STEPS
+        except MinitronError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+@pytest.mark.slow
+def test_the_stages_from_text(models: Path, tmp_path: Path) -> None:
+    """A base student and a teacher that ends texts with another token; one text has a token that the student added."""
+    import shutil
+
+    from support.text import sentences, write_jsonl
+
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.config import DataConfig, DistillConfig, SourceConfig
+    from nemo_minitron.data.build import build_blocks
+    from nemo_minitron.stages import distill
+
+    pair = tmp_path / "pair"
+    shutil.copytree(models, pair)
+    settings = pair / "student" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"eos_token": "</s>"', '"eos_token": "<|im_end|>"'))
+    path = pair / "student" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": TOOL, "content": "<call>"})
+    path.write_text(json.dumps(content))
+    text = write_jsonl(tmp_path / "text.jsonl", sentences(40, 30, 0))
+    write_jsonl(tmp_path / "calls.jsonl", [f"<call> {sentence}" for sentence in sentences(40, 30, 0)])
+    (errors,) = run_distributed(
+        stages_case, 1, tmp_path, timeout=240, models=str(pair), out=str(tmp_path / "out"), text=str(text)
+    )
+    (error,) = errors
+    assert error.startswith("DataError: the training blocks: ")
+    assert "the first is 131 ('<call>' to student, '<tool>' to teacher), in block" in error
+    assert "of source 'calls'" in error
+    first, second = (curve(tmp_path / "out" / name) for name in ("taught", "from all"))
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len(curve(tmp_path / "out" / "from top")) == len(first)
+    trained = open_checkpoint(tmp_path / "out" / "taught" / "model")
+    assert trained.shape.vocab_size == ROWS and trained.tokenizer is not None
+    # Documents end as the student ends them; it was these blocks that were cached and trained on.
+    data = DataConfig(
+        sources=[SourceConfig(name="text", path=str(text))], sequence_length=16, held_out_fraction=0.3,
+        cache_dir=str(tmp_path / "out" / "data"),
+    )  # fmt: skip
+    blocks = build_blocks(data, pair / "student", "train", blocks=2 * STEPS)
+    assert (blocks.tokens == 5).any() and not (blocks.tokens == 2).any()
+    config = DistillConfig(student=str(pair / "student"), teacher=str(pair / "teacher"), output="o", data=data)
+    (note,) = [note for note in distill.plan(config).notes if "one tokenizer but for" in note]
+    assert note.endswith(
+        "eos_token_id is 5 '<|im_end|>' and 2 '</s>': losses of the logits are over the first 140 ids without 1 of "
+        "them; text is cut with the student's tokenizer"
     )

@@ -10,6 +10,8 @@ Tokenizers are compared as data; only probes need the ``tokenizers`` library. To
 
 from __future__ import annotations
 
+import dataclasses
+import filecmp
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.tokenizer.files import special_ids
 from nemo_minitron.errors import CheckpointError
 
 __all__ = ["PROBES", "CommonVocabulary", "Vocabulary", "compare"]
@@ -136,7 +137,12 @@ def compare(first: Vocabulary, second: Vocabulary) -> CommonVocabulary:
             f"and the {lacking.name} carries no tokenizer that says which tokens they share; import it with its "
             "tokenizer, or use models with equally many rows"
         )
-    ours, theirs = _read(first.tokenizer), _read(second.tokenizer)
+    ours = _read(first.tokenizer)
+    if _same_files(first.tokenizer, second.tokenizer):
+        special = _special(second.tokenizer, ours.ids)
+        theirs = dataclasses.replace(ours, directory=second.tokenizer, special=special)
+    else:
+        theirs = _read(second.tokenizer)
     if faults := _faults(ours, theirs):
         raise CheckpointError(
             f"{first.name} ({first.tokenizer}) and {second.name} ({second.tokenizer}) have different tokenizers: "
@@ -191,6 +197,37 @@ class _Tokenizer:
         return repr(self.ids[number]) if number in self.ids else "unknown"
 
 
+def _same_files(first: Path, second: Path) -> bool:
+    """Whether the files of which a tokenizer is read are equal byte for byte."""
+    for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json"):
+        pair = [path for path in (first / name, second / name) if path.is_file()]
+        if len(pair) == 1 or (pair and not filecmp.cmp(*pair, shallow=False)):
+            return False
+        if pair and name == "tokenizer.json":
+            return True  # nothing else is looked at
+    return True
+
+
+def _special(directory: Path, ids: Mapping[int, str]) -> dict[str, int]:
+    """The ids of the tokens that begin, end and fill a text, as far as the tokenizer's configuration names them.
+
+    Raises:
+        CheckpointError: if the configuration cannot be read.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        named = {f"{kind}_token_id": config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+        texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); restore the file") from error
+    texts = {name: text for name, text in texts.items() if isinstance(text, str)}
+    numbers = {text: number for number, text in ids.items() if text in texts.values()}
+    return {name: numbers[text] for name, text in texts.items() if text in numbers}
+
+
 def _read(directory: Path) -> _Tokenizer:
     path = directory / "tokenizer.json"
     try:
@@ -209,14 +246,15 @@ def _read(directory: Path) -> _Tokenizer:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
         way = {name: content.get(name) for name in ("normalizer", "pre_tokenizer")}
         way["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
+        ids |= {token["id"]: token["content"] for token in added}
         return _Tokenizer(
             directory,
-            ids | {token["id"]: token["content"] for token in added},
+            ids,
             frozenset(token["id"] for token in added),
             tuple(merges),
             scores,
             way,
-            special_ids(directory),
+            _special(directory, ids),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); restore the file") from error
@@ -233,7 +271,7 @@ def _read_sentencepiece(directory: Path, path: Path) -> _Tokenizer:
     added = json.loads(added_path.read_text(encoding="utf-8")) if added_path.is_file() else {}
     ids |= {number: token for token, number in added.items()}
     return _Tokenizer(
-        directory, ids, frozenset(control | set(added.values())), None, None, None, special_ids(directory)
+        directory, ids, frozenset(control | set(added.values())), None, None, None, _special(directory, ids)
     )
 
 

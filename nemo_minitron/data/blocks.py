@@ -143,14 +143,14 @@ class Blocks:
                 "counts, all their tokens are masked; leave them out, or check the answers in the data"
             )
 
-    def check_known(self, rows: int, unlike: Mapping[int, str], *, what: str, reader: str) -> None:
-        """Refuse tokens that a model would read as something else than the tokenizer that cut the text meant.
+    def check_common(self, rows: int, unlike: Mapping[int, str], *, what: str, names: Sequence[str]) -> None:
+        """Refuse tokens that do not mean the same to two models that read them.
 
         Args:
-            rows: of the model's vocabulary.
-            unlike: id -> description, of ids that are something else to it.
+            rows: that both models have.
+            unlike: id -> what it is to both, of ids that do not mean the same.
             what: the blocks, for messages.
-            reader: the model, for messages.
+            names: of the models, for messages.
 
         Raises:
             DataError: with the first such token, how often any occurs, and where.
@@ -169,11 +169,11 @@ class Blocks:
         if first is None:
             return
         number, place, source = first
-        described = unlike.get(number, f"the {reader} has {rows} rows")
+        described = unlike.get(number, f"one of them has {rows} rows")
         where = f"{place} of source {source!r}" if source else place
         raise DataError(
-            f"{what}: {count} tokens are not known to the {reader}, or mean something else to it; the first is "
-            f"{number} ({described}), in {where}. Leave such text out, or use models that both know the token"
+            f"{what}: {count} of the tokens do not mean the same to {' and '.join(names)}; the first is {number} "
+            f"({described}), in {where}. Leave such text out, or use models that both know the token"
         )
 
     def _parts(self) -> Iterator[tuple[int, Blocks]]:

@@ -90,7 +90,7 @@ def distill(
         announce(common, student.path)
     if not common.whole:
         for name, part in blocks.items():
-            part.check_known(common.size, common.unlike, what=f"the {name} blocks", reader=common.names[1])
+            part.check_common(common.size, common.unlike, what=f"the {name} blocks", names=common.names)
     check_context(layout, placement=placement.kind)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
     model = DistillationModel(

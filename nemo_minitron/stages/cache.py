@@ -110,7 +110,7 @@ def run(config: CacheConfig) -> dict[str, Any]:
         reader = checkpoint if common.cuts_alike else student
     blocks = Blocks.cat([Blocks.of(part) for part in training_blocks(config, reader)])
     if common is not None and not common.whole:
-        blocks.check_known(common.size, common.unlike, what="the blocks", reader="teacher")
+        blocks.check_common(common.size, common.unlike, what="the blocks", names=common.names)
     tokens, starts = block_starts(blocks)
     teacher = Teacher.load(checkpoint, groups, dtype=getattr(torch, config.runtime.dtype))
     started = time.monotonic()

@@ -139,9 +139,9 @@ def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseli
         vocab_size=reference.rows,
         max_length=min(checkpoint.architecture.max_position_embeddings for checkpoint in checkpoints.values()),
     )
-    for name, common in shared.items():
+    for common in shared.values():
         for source, part in {} if common.whole else blocks.items():
-            part.check_known(common.size, common.unlike, what=f"held-out text {source!r}", reader=_called(name))
+            part.check_common(common.size, common.unlike, what=f"held-out text {source!r}", names=common.names)
     return blocks
 
 

@@ -158,6 +158,7 @@ def layouts() -> dict[str, Any]:
         "sp": ParallelLayout(tensor=2, sequence_parallel=True),
         "pp": ParallelLayout(pipeline=2),
         "cp": ParallelLayout(context=2),
+        "vpp": ParallelLayout(pipeline=2, virtual_pipeline=2),
     }
 
 
@@ -238,7 +239,7 @@ def two_processes_case(models: str, out: str) -> str:
     folder = Path(out)
     for name, k, values in (("all", None, "float32"), ("top", 8, "float32")):
         write_cache(models, folder / "caches" / name, k, values)
-    for layout in ("tp", "sp", "pp", "cp"):
+    for layout in ("tp", "sp", "pp", "cp", "vpp"):
         train(models, folder / layout, layout)
     train(models, folder / "tp, labels", "tp", loss=LossConfig("reverse_kl", label_weight=0.3))
     train(models, folder / "tp, learning", "tp", correction={"lr": 1e-4, "min_lr": 1e-5})
@@ -278,10 +279,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 72}
     tiny_checkpoint(
-        folder / "teacher", tied=True, num_hidden_layers=3, seed=1, vocab_size=TEACHER_ROWS, tokenizer=False, **sizes
+        folder / "teacher", tied=True, num_hidden_layers=5, seed=1, vocab_size=TEACHER_ROWS, tokenizer=False, **sizes
     )
     tiny_checkpoint(
-        folder / "student", num_hidden_layers=2, seed=2, vocab_size=ROWS, tokenizer=False,
+        folder / "student", num_hidden_layers=4, seed=2, vocab_size=ROWS, tokenizer=False,
         **{**sizes, "hidden_size": 32},
     )  # fmt: skip
     for name in ("teacher", "student"):
@@ -344,7 +345,7 @@ def plain_first_step(models: Path, k: int | None = None) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three launches of NeMo and 17 trainings
+@pytest.mark.timeout(900)  # three launches of NeMo and 18 trainings
 def test_every_layout_placement_and_cache_gives_the_same_training(models: Path, tmp_path: Path) -> None:
     """The first step against plain float64; every layout against one process: rel 1e-5."""
     runs = tmp_path / "runs"
@@ -356,7 +357,18 @@ def test_every_layout_placement_and_cache_gives_the_same_training(models: Path, 
     assert {name: one[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     refused = run_distributed(two_processes_case, 2, tmp_path, timeout=600, **where)[0]
     run_distributed(own_ranks_case, 4, tmp_path, timeout=300, **where)
-    same = ("tp", "sp", "pp", "cp", "tp on pp", "pp on tp", "tp on pp, logits", "pp on tp, logits", "tp from all")
+    same = (
+        "tp",
+        "sp",
+        "pp",
+        "cp",
+        "vpp",
+        "tp on pp",
+        "pp on tp",
+        "tp on pp, logits",
+        "pp on tp, logits",
+        "tp from all",
+    )
     pairs = dict.fromkeys((*same, "tp on ranks"), "one")
     pairs |= {"tp, labels": "one, labels", "tp, learning": "one, learning", "cp from top": "tp from top"}
     for run, reference in pairs.items():
@@ -365,7 +377,7 @@ def test_every_layout_placement_and_cache_gives_the_same_training(models: Path, 
     expected = plain_first_step(models, k=8)
     assert {name: curve(runs / "tp from top")[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert refused.startswith(
-        "the training blocks: 1 tokens are not known to the teacher, or mean something else to it; the first is 131 "
+        "the training blocks: 1 of the tokens do not mean the same to student and teacher; the first is 131 "
         "(unknown to student, '<tool>' to teacher), in block 5, token 3. Leave such text out"
     )
 

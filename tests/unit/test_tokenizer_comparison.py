@@ -122,6 +122,7 @@ def swap(content: dict[str, Any]) -> None:
         (isolated_digits, r"\d+ of \d+ texts become other ids \('0 1 12 123 .*: \d+ ids \(\d+, .*\) and \d+ ids"),
         (lambda x: x.update(normalizer={"type": "NFC"}), r"texts become other ids \('naïve.*decomposed"),
         (lambda x: x.update(normalizer={"type": "Lowercase"}), "texts become other ids"),
+        (lambda x: x["added_tokens"].append(added(303, "    ")), r"2 of 18 texts become other ids \(' {8}eight"),
     ],
 )
 def test_what_ordinary_text_becomes_must_be_the_same(

@@ -246,6 +246,12 @@ def _read(directory: Path) -> _Tokenizer:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
         way = {name: content.get(name) for name in ("normalizer", "pre_tokenizer")}
         way["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
+        # Some tokenizers have added tokens for ordinary text, such as runs of spaces.
+        way["added"] = [
+            {name: value for name, value in token.items() if name != "id"}
+            for token in added
+            if any(token["content"] in text for text in PROBES)
+        ]
         ids |= {token["id"]: token["content"] for token in added}
         return _Tokenizer(
             directory,

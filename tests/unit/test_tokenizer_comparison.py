@@ -97,6 +97,28 @@ def test_added_tokens_of_one_model_are_left_out(written: Callable[..., Vocabular
     assert swapped.left_out == common.left_out and "known to s alone" in str(swapped.warning)
 
 
+def test_tokens_around_a_text_are_compared(written: Callable[..., Vocabulary]) -> None:
+    def begins(content: dict[str, Any]) -> None:
+        token, text = {"SpecialToken": {"id": "<|turn|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        template = {
+            "type": "TemplateProcessing", "single": [token, text], "pair": [token, text],
+            "special_tokens": {"<|turn|>": {"id": "<|turn|>", "ids": [301], "tokens": ["<|turn|>"]}},
+        }  # fmt: skip
+        trim = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+        content["post_processor"] = {"type": "Sequence", "processors": [trim, template]}
+
+    student, teacher = written("student"), written("teacher", begins)
+    common = compare(student, teacher)
+    assert common.whole and not common.cuts_alike
+    assert common.remarks == ("a text becomes '...' and '<|turn|> ...'",)
+    assert compare(teacher, written("same", begins)).cuts_alike
+
+    def roberta(content: dict[str, Any]) -> None:
+        content["post_processor"] = {"type": "RobertaProcessing", "cls": ["<|turn|>", 301], "sep": ["<|end|>", 300]}
+
+    assert compare(written("r", roberta), student).remarks == ("a text becomes '<|turn|> ... <|end|>' and '...'",)
+
+
 def isolated_digits(content: dict[str, Any]) -> None:
     digits = {"type": "Digits", "individual_digits": True}
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, content["pre_tokenizer"]]}

@@ -11,14 +11,13 @@ Tokenizers are compared as data; only probes need the ``tokenizers`` library. To
 from __future__ import annotations
 
 import dataclasses
-import filecmp
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.tokenizer.content import TokenizerContent, named_specials, read_content, same_files
 from nemo_minitron.errors import CheckpointError
 
 __all__ = ["PROBES", "CommonVocabulary", "Vocabulary", "compare"]
@@ -80,7 +79,7 @@ class CommonVocabulary:
         names: of both models.
         rows: of each.
         unlike: id -> what it is to both, for ids that mean something to one model alone, or something else to each.
-        ends_differ: other tokens begin or end a text.
+        ends_differ: other tokens begin or end a text, or are put around it.
         remarks: all differences, for a warning; empty where there are none.
     """
 
@@ -137,12 +136,12 @@ def compare(first: Vocabulary, second: Vocabulary) -> CommonVocabulary:
             f"and the {lacking.name} carries no tokenizer that says which tokens they share; import it with its "
             "tokenizer, or use models with equally many rows"
         )
-    ours = _read(first.tokenizer)
-    if _same_files(first.tokenizer, second.tokenizer):
-        special = _special(second.tokenizer, ours.ids)
+    ours = read_content(first.tokenizer, PROBES)
+    if same_files(first.tokenizer, second.tokenizer):
+        special = named_specials(second.tokenizer, ours.ids)
         theirs = dataclasses.replace(ours, directory=second.tokenizer, special=special)
     else:
-        theirs = _read(second.tokenizer)
+        theirs = read_content(second.tokenizer, PROBES)
     if faults := _faults(ours, theirs):
         raise CheckpointError(
             f"{first.name} ({first.tokenizer}) and {second.name} ({second.tokenizer}) have different tokenizers: "
@@ -168,120 +167,7 @@ def compare(first: Vocabulary, second: Vocabulary) -> CommonVocabulary:
     return CommonVocabulary(names, rows, unlike, bool(ends), tuple(remarks + ends + fillers))
 
 
-@dataclass(frozen=True)
-class _Tokenizer:
-    """A tokenizer as its files describe it.
-
-    Attributes:
-        directory: where it is.
-        ids: id -> text.
-        added: ids that ordinary text does not become: added and control tokens.
-        merges: in order; None where the files do not say.
-        scores: of the pieces of a unigram model, in order; None of other models.
-        way: whatever else decides how a text becomes ids, as it is written; None of sentencepiece models.
-        special: ``{"eos_token_id": 2, ...}``.
-    """
-
-    directory: Path
-    ids: Mapping[int, str]
-    added: frozenset[int]
-    merges: tuple[str, ...] | None
-    scores: tuple[float, ...] | None
-    way: Any
-    special: Mapping[str, int]
-
-    def text(self, number: int) -> str | None:
-        return self.ids.get(number)
-
-    def shown(self, number: int) -> str:
-        return repr(self.ids[number]) if number in self.ids else "unknown"
-
-
-def _same_files(first: Path, second: Path) -> bool:
-    """Whether the files of which a tokenizer is read are equal byte for byte."""
-    for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json"):
-        pair = [path for path in (first / name, second / name) if path.is_file()]
-        if len(pair) == 1 or (pair and not filecmp.cmp(*pair, shallow=False)):
-            return False
-        if pair and name == "tokenizer.json":
-            return True  # nothing else is looked at
-    return True
-
-
-def _special(directory: Path, ids: Mapping[int, str]) -> dict[str, int]:
-    """The ids of the tokens that begin, end and fill a text, as far as the tokenizer's configuration names them.
-
-    Raises:
-        CheckpointError: if the configuration cannot be read.
-    """
-    path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        named = {f"{kind}_token_id": config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
-        texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); restore the file") from error
-    texts = {name: text for name, text in texts.items() if isinstance(text, str)}
-    numbers = {text: number for number, text in ids.items() if text in texts.values()}
-    return {name: numbers[text] for name, text in texts.items() if text in numbers}
-
-
-def _read(directory: Path) -> _Tokenizer:
-    path = directory / "tokenizer.json"
-    try:
-        if not path.is_file():
-            path = directory / "tokenizer.model"
-            return _read_sentencepiece(directory, path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model, added = content["model"], content.get("added_tokens") or []
-        vocabulary, scores = model["vocab"], None
-        if isinstance(vocabulary, dict):
-            ids = {number: token for token, number in vocabulary.items()}
-        else:
-            ids = {number: piece for number, (piece, _) in enumerate(vocabulary)}
-            scores = tuple(score for _, score in vocabulary)
-        # "a b" in older files, ["a", "b"] in newer ones
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-        way = {name: content.get(name) for name in ("normalizer", "pre_tokenizer")}
-        way["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
-        # Some tokenizers have added tokens for ordinary text, such as runs of spaces.
-        way["added"] = [
-            {name: value for name, value in token.items() if name != "id"}
-            for token in added
-            if any(token["content"] in text for text in PROBES)
-        ]
-        ids |= {token["id"]: token["content"] for token in added}
-        return _Tokenizer(
-            directory,
-            ids,
-            frozenset(token["id"] for token in added),
-            tuple(merges),
-            scores,
-            way,
-            _special(directory, ids),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); restore the file") from error
-
-
-def _read_sentencepiece(directory: Path, path: Path) -> _Tokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(path))
-    numbers = range(pieces.vocab_size())
-    ids = {number: pieces.id_to_piece(number) for number in numbers}
-    control = {n for n in numbers if pieces.is_control(n) or pieces.is_unknown(n) or pieces.is_unused(n)}
-    added_path = directory / "added_tokens.json"
-    added = json.loads(added_path.read_text(encoding="utf-8")) if added_path.is_file() else {}
-    ids |= {number: token for token, number in added.items()}
-    return _Tokenizer(
-        directory, ids, frozenset(control | set(added.values())), None, None, None, _special(directory, ids)
-    )
-
-
-def _faults(ours: _Tokenizer, theirs: _Tokenizer) -> list[str]:
+def _faults(ours: TokenizerContent, theirs: TokenizerContent) -> list[str]:
     """Differences in what ordinary text becomes."""
     # Of an id that one of them does not know, or that both have added, text without such tokens never learns.
     differing = [
@@ -317,7 +203,7 @@ def _difference(what: str, value: str, keys: Sequence[str], tables: Sequence[Map
     return f"{len(keys)} {what} differ ({keys[0]!r} has {values[0]} and {values[1]})"
 
 
-def _probed(ours: _Tokenizer, theirs: _Tokenizer) -> list[str]:
+def _probed(ours: TokenizerContent, theirs: TokenizerContent) -> list[str]:
     """The first of the probes that becomes other ids; none are encoded where nothing can differ."""
     if ours.way == theirs.way:
         both_models = ours.way is None and theirs.way is None
@@ -336,17 +222,17 @@ def _probed(ours: _Tokenizer, theirs: _Tokenizer) -> list[str]:
     return [f"{len(differing)} of {len(PROBES)} texts become other ids ({text!r}: {' and '.join(shown)})"]
 
 
-def _bytes(side: _Tokenizer) -> bytes:
+def _bytes(side: TokenizerContent) -> bytes:
     return (side.directory / "tokenizer.model").read_bytes()
 
 
-def _sentencepiece(side: _Tokenizer) -> Any:
+def _sentencepiece(side: TokenizerContent) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_file=str(side.directory / "tokenizer.model")).encode
 
 
-def _tokenizers(side: _Tokenizer) -> Any:
+def _tokenizers(side: TokenizerContent) -> Any:
     """Text -> ids, without the tokens that begin and end a text."""
     from tokenizers import Tokenizer
 
@@ -360,11 +246,11 @@ def _tokenizers(side: _Tokenizer) -> Any:
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _only(unlike: Iterable[int], known: _Tokenizer, unknown: _Tokenizer) -> list[int]:
+def _only(unlike: Iterable[int], known: TokenizerContent, unknown: TokenizerContent) -> list[int]:
     return [number for number in unlike if number in known.ids and number not in unknown.ids]
 
 
-def _ends(ours: _Tokenizer, theirs: _Tokenizer) -> tuple[list[str], list[str]]:
+def _ends(ours: TokenizerContent, theirs: TokenizerContent) -> tuple[list[str], list[str]]:
     """Remarks on other tokens that begin and end a text, and on other padding; a file may name none."""
     remarks: dict[bool, list[str]] = {False: [], True: []}
     for name in ours.special.keys() & theirs.special.keys():
@@ -372,4 +258,6 @@ def _ends(ours: _Tokenizer, theirs: _Tokenizer) -> tuple[list[str], list[str]]:
         if numbers[0] != numbers[1]:
             shown = [f"{n} {side.shown(n)}" for n, side in zip(numbers, (ours, theirs), strict=True)]
             remarks[name == "pad_token_id"].append(f"{name} is {' and '.join(shown)}")
+    if ours.around != theirs.around and None not in (ours.way, theirs.way):
+        remarks[False].append(f"a text becomes {' '.join(ours.around)!r} and {' '.join(theirs.around)!r}")
     return sorted(remarks[False]), remarks[True]

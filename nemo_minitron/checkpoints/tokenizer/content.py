@@ -51,7 +51,7 @@ def same_files(first: Path, second: Path) -> bool:
     """Whether the files of which a tokenizer is read are equal byte for byte."""
     for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json"):
         pair = [path for path in (first / name, second / name) if path.is_file()]
-        if len(pair) == 1 or (pair and not filecmp.cmp(*pair, shallow=False)):
+        if len(pair) == 1 or (pair and not filecmp.cmp(pair[0], pair[1], shallow=False)):
             return False
         if pair and name == "tokenizer.json":
             return True  # nothing else is looked at

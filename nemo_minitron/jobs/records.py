@@ -121,6 +121,8 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         section = settings
         for part in sections:
             section = section[part]
+        if name not in section:
+            continue  # added later, and at its default
         value = section[name]
         section[name] = sorted(value) if isinstance(value, dict) else value is not None
     return settings

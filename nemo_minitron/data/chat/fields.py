@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.accounting import Noted, unread
-from nemo_minitron.errors import DataError
+from nemo_minitron.data.bad_records import UnknownKinds, shown
 
 __all__ = ["ANSWER_FIELDS", "MESSAGE_FIELDS", "RECORD_FIELDS", "Unknown", "UnknownKinds", "blank", "shown"]
 
@@ -58,20 +58,6 @@ MESSAGE_FIELDS: dict[str, str] = {
     "model": _AUTHOR,
 }
 
-_SHOWN = 40  # characters of a value in a message
-
-
-class UnknownKinds(DataError):
-    """A record is of a form that is not known, or holds unknown fields.
-
-    Attributes:
-        kinds: what is unknown -> the fault. A file with many lines of one kind reports it once.
-    """
-
-    def __init__(self, kinds: Mapping[str, str]) -> None:
-        self.kinds = dict(kinds)
-        super().__init__("; ".join(self.kinds.values()))
-
 
 class Unknown:
     """Collects the unknown fields of a record and of its messages."""
@@ -104,9 +90,3 @@ class Unknown:
 def blank(value: Any) -> bool:
     """Whether a field has no value; false and 0 are values."""
     return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut short."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -20,6 +20,7 @@ from pathlib import Path
 from nemo_minitron.config import SourceConfig
 from nemo_minitron.config.parts.text import looks_like_path
 from nemo_minitron.data import packages, prose
+from nemo_minitron.data.containers import look
 from nemo_minitron.data.readers import SECTION_CHARACTERS, Document, documents_of, lines_of, read_documents, sections
 from nemo_minitron.data.records import Records, open_records
 from nemo_minitron.data.tables import open_dataset
@@ -94,12 +95,15 @@ def source_files(source: SourceConfig) -> list[Path]:
     """The files that ``source.path`` (or ``chat``) names, sorted; or the one directory that it names.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, or the directory has no dataset.
     """
     pattern = source.path or source.chat
     assert pattern is not None
     if Path(pattern).is_dir():
-        return [Path(pattern)]
+        try:
+            return [look(pattern).path]  # before anybody reads or hashes all that lies there
+        except DataError as error:
+            raise DataError(f"source {source.name!r}: {error}") from None
     files = [path for path in _matches(pattern) if path.is_file()]
     if not files:
         raise DataError(f"source {source.name!r}: no file matches {pattern}; correct the path")

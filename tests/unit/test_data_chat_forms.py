@@ -163,6 +163,13 @@ def test_conversations_that_are_refused(record: dict[str, Any], fault: str) -> N
 def test_prompts_of_pairs_are_prompts() -> None:
     chat = parse_chat({"prompt": "a", "chosen": "b", "rejected": "c"}, answered=False)
     assert chat.record()["messages"] == say("a")
+    for record in (
+        rated(6, 7),
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 1},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "chosen-rating": 5, "rejected-rating": 1, "chosen_model": "m"},
+    ):
+        assert parse_chat(record, answered=False).record()["messages"][:1] == say("a")
 
 
 def rated(*scores: float | None, **more: Any) -> dict[str, Any]:

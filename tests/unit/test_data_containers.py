@@ -397,3 +397,140 @@ def test_maps_are_objects(tmp_path: Path) -> None:
     table = pyarrow.table({"a": pyarrow.array([[("x", 1), ("y", 2)], []], kind)})
     (tmp_path / "t").write_bytes(parquet_bytes(table))
     assert [record.value for record in read(tmp_path / "t")] == [{"a": {"x": 1, "y": 2}}, {"a": []}]
+
+
+# ---------------------------------------------------------------------------------------------------------------- doors
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}],
+     "attributes": {"verbosity": n % 5}}
+    for n in range(6)
+]  # fmt: skip
+PAIRS = [{"prompt": f"q{n}", "chosen": f"a{n}", "rejected": "no", "score_chosen": 2.5, "score_rejected": 1.0}
+         for n in range(6)]  # fmt: skip
+QUESTIONS = [{"prompt": f"q{n}", "choices": ["a", "b"], "answer": n % 2} for n in range(6)]
+
+
+def texts_of(path: str) -> Any:
+    from nemo_minitron.config import SourceConfig
+    from nemo_minitron.data import read_source
+
+    return [document.text for document in read_source(SourceConfig(name="a", path=path, text_key="prompt"), "cache")]
+
+
+def blocks_of(path: str) -> Any:
+    """Conversations as text to train on."""
+    from nemo_minitron.config import SourceConfig
+    from nemo_minitron.data.sources import source_files
+    from nemo_minitron.data.streams import _chats, source_state
+
+    source = SourceConfig(name="a", chat=path)
+    assert len(source_files(source)) == 1 and source_state(source, "cache")
+    return [chat.record() for chat in _chats(source, skip=False)]
+
+
+def prompts_of(path: str) -> Any:
+    from nemo_minitron.config import PromptsConfig
+    from nemo_minitron.generation.prompts import read_prompts
+
+    return [chat.messages for chat in read_prompts(PromptsConfig(path=path))]
+
+
+def chats_of(path: str) -> Any:
+    from nemo_minitron.config import ChatDataConfig
+    from nemo_minitron.stages.shared.chats import load_chats
+
+    return [[chat.record() for chat in part] for part in load_chats(ChatDataConfig(path=path, validation=path))]
+
+
+def pairs_of(path: str) -> Any:
+    from nemo_minitron.config import ChatDataConfig
+    from nemo_minitron.stages.shared.chats import load_preferences
+
+    parts = load_preferences(ChatDataConfig(validation=path), path)
+    return [[(pair.prompt, pair.chosen, pair.rejected, pair.chosen_reward) for pair in part] for part in parts]
+
+
+def labelled_of(path: str) -> Any:
+    from nemo_minitron.config import AttributesConfig, ChatDataConfig
+    from nemo_minitron.data.chat.labelled import labelled_chats
+
+    found = labelled_chats(ChatDataConfig(path=path), AttributesConfig(), pairs=False)
+    return [[chat.record() for chat in part] for part in (found.train, found.held_out)]
+
+
+def labelled_pairs_of(path: str) -> Any:
+    from nemo_minitron.config import AttributesConfig, ChatDataConfig
+    from nemo_minitron.data.chat.labelled import labelled_chats
+
+    found = labelled_chats(ChatDataConfig(path=path), AttributesConfig(derive=True), pairs=True)
+    return [[chat.record() for chat in part] for part in (found.train, found.held_out)]
+
+
+def questions_of(path: str) -> Any:
+    from nemo_minitron.config import TaskConfig
+    from nemo_minitron.data.tasks import read_task
+
+    return read_task(TaskConfig(path=path), cache_dir="cache", seed=1)
+
+
+#: Every reader of data, with records that it takes.
+DOORS: list[tuple[Callable[[str], Any], list[dict[str, Any]]]] = [
+    (texts_of, QUESTIONS), (blocks_of, CHATS), (prompts_of, CHATS), (prompts_of, PAIRS), (chats_of, CHATS),
+    (pairs_of, PAIRS), (labelled_of, CHATS), (labelled_pairs_of, PAIRS), (questions_of, QUESTIONS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("door", "records"), DOORS)
+def test_every_door_takes_every_container(
+    door: Callable[[str], Any],
+    records: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: None,
+) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_progress_bars()
+    (tmp_path / "a.jsonl").write_text(dumped(records))
+    wanted = door("a.jsonl")
+    assert wanted
+    table = pyarrow.Table.from_pylist(records)
+    contents = {kind: write(records).encode() for kind, (write, _) in JSON.items()}
+    contents |= {"gzip": gzip.compress(contents["array"]), "zstd": compressed(contents["lines"], "zstd")}
+    contents |= {kind: write(table) for kind, write in TABLES.items()}
+    for kind, content in contents.items():
+        (tmp_path / "b.json").write_bytes(content)
+        assert door("b.json") == wanted, kind
+    datasets.Dataset(table).save_to_disk("set")
+    assert door("set") == wanted
+    (tmp_path / "b.json").write_bytes(contents["gzip"][:-9])
+    (tmp_path / "none").mkdir()
+    for path, fault in (("b.json", "is damaged or cut off"), ("none", "is a directory without a dataset")):
+        with pytest.raises(DataError, match=f"{path}: {fault}"):
+            door(path)
+
+
+def test_plain_text_may_begin_with_a_bracket(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_minitron.config import SourceConfig
+    from nemo_minitron.data import read_source
+
+    monkeypatch.setattr(accounting, "_warned", set())
+    for name, content, warned in (
+        ("a.md", "[A link](https://x.y) and\nmore.", False),
+        ("b.txt", "{\\bf bold}", False),
+        ("c.txt", '{"text": "a"}\n{"text": "b"}', True),
+        ("d.txt.gz", "plain", False),
+    ):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+        caplog.clear()
+        (document,) = read_source(SourceConfig(name="mine", path=str(path)), tmp_path)
+        assert document.text == content
+        assert caplog.messages == (
+            [f"{path}: is named .txt, and looks like JSON lines; it is read as plain text: name it .jsonl for records"]
+            if warned else []
+        )  # fmt: skip

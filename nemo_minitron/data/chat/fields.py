@@ -44,11 +44,18 @@ RECORD_FIELDS: dict[str, str] = {
     "predicted": "written by `minitron label`; its whole numbers stand under attributes",
 }  # fmt: skip
 
-#: The same where prompts alone are wanted: the pairs of `minitron dpo` have prompts, too.
+#: The same where prompts alone are wanted: pairs, rated answers and answers with labels have prompts, too.
 ANSWER_FIELDS: dict[str, str] = dict.fromkeys(
-    ("chosen", "rejected", "chosen_reward", "rejected_reward", "chosen_response", "rejected_response"),
+    (
+        "chosen", "rejected", "chosen_reward", "rejected_reward", "chosen_response", "rejected_response",
+        "score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_rating", "rejected_rating",
+        "chosen-rating", "rejected-rating", "chosen_model", "rejected_model", "chosen-model", "rejected-model",
+        "response_1", "response_2", "preference_strength", "preference_statement", "preference_elaboration",
+        "three_most_similar_preferences", "all_preferences_unprocessed", "completions", "models", "correct_answers",
+        "incorrect_answers", "label",
+    ),
     "says how the prompt was answered, and the prompt alone is read",
-)
+)  # fmt: skip
 
 #: The same of a message.
 MESSAGE_FIELDS: dict[str, str] = {

@@ -70,7 +70,8 @@ def chat_turns(record: Mapping[str, Any], given: Noted, unknown: Unknown, *, ans
     if asked is None:
         raise UnknownKinds({"form": f"is of no form that is known; it has {have}; known: {_KNOWN}"})
     answers = _PAIRS[asked]
-    check_paired(record)
+    if answered:
+        check_paired(record)
     if answered and record.get("chosen") is not None:
         raise UnknownKinds({"pair": f"is a preference pair, and conversations are wanted here; it has {have}"})
     answer = next((key for key in answers if record.get(key) is not None), None)

@@ -105,14 +105,7 @@ def identity_of(config: StageConfig) -> dict[str, Any]:
 
 def hashed_settings(config: StageConfig) -> dict[str, Any]:
     """The settings of a stage that its result depends on, without paths of inputs."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_HASHED}
-    for field in dataclasses.fields(config):
-        if field.name in config.ADDED and settings[field.name] == field.default:
-            del settings[field.name]
-        section = getattr(config, field.name)
-        for inner in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
-            if inner.name in getattr(section, "ADDED", ()) and settings[field.name][inner.name] == inner.default:
-                del settings[field.name][inner.name]
+    settings = {name: value for name, value in _settings(config).items() if name not in _NOT_HASHED}
     settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
     if "data" in settings:
         settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}
@@ -126,6 +119,22 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         value = section[name]
         section[name] = sorted(value) if isinstance(value, dict) else value is not None
     return settings
+
+
+def _settings(value: Any) -> Any:
+    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults."""
+    if dataclasses.is_dataclass(value):
+        added = getattr(value, "ADDED", ())
+        return {
+            field.name: _settings(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (field.name in added and getattr(value, field.name) == field.default)
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(_settings(entry) for entry in value)
+    if isinstance(value, dict):
+        return {key: _settings(entry) for key, entry in value.items()}
+    return value
 
 
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:

@@ -21,6 +21,7 @@ from nemo_minitron.jobs.lease import release_all
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.results import RankResult, failure, save_result
+from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.memory import peak_rss_bytes
@@ -48,13 +49,13 @@ def set_up(config: StageConfig) -> None:
     torch.manual_seed(config.runtime.seed)
 
 
-def execute(stage: str, folder: Path, part: str | None = None) -> dict[str, Any]:
-    """Read the configuration, set up the process and run the stage, or the module ``part`` of it."""
+def execute(stage: str, folder: Path, part: str | None = None, *, rank: int = 0) -> dict[str, Any]:
+    """Read the configuration, set up the process and run the stage, or the module ``part`` of it, as this rank."""
     config = load(stage, folder / "config.yaml")
     check_needs([config])  # here too: what started this process may have another environment
     module = stage_module(part or stage)
     set_up(config)
-    return module.run(config)
+    return run_module(module, config, rank=rank)
 
 
 def main(stage: str, part: str | None = None) -> int:
@@ -69,7 +70,7 @@ def main(stage: str, part: str | None = None) -> int:
     started = time.monotonic()
     code = 0
     try:
-        metrics = execute(stage, folder, part)
+        metrics = execute(stage, folder, part, rank=rank)
         result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
     except (Exception, SystemExit) as error:
         result = failure(rank, error, folder)

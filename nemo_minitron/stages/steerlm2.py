@@ -11,7 +11,7 @@ from nemo_minitron.config import Steerlm2Config
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
+from nemo_minitron.stages.shared.chats import align_plan, each_record, load_chats, shorter
 from nemo_minitron.stages.shared.vocabulary import plan_vocabularies
 
 if TYPE_CHECKING:
@@ -109,22 +109,18 @@ class _Sampler:
 
     def prompts(self, chats: Sequence[Chat]) -> list[tuple[Chat, list[int]]]:
         """Conversations whose prompt, with the wanted values, leaves space for an answer; and its tokens."""
-        from nemo_minitron.data.chat.conversations import bad_lines
         from nemo_minitron.data.chat.templates import prompt_ids
 
-        if missing := [f"{chat.where.rpartition(', ')[2]}: has no attributes" for chat in chats if not chat.attributes]:
-            raise bad_lines(str(self.config.data.path or self.config.data.package), missing)
-        rows = [
-            (
-                chat,
-                prompt_ids(
-                    chat.prompt, self.tokenizer, self.template, chat.attributes, tools=chat.tools, where=chat.where
-                ),
+        def encode(chat: Chat) -> list[int]:
+            if not chat.attributes:
+                raise DataError("has no attributes")
+            return prompt_ids(
+                chat.prompt, self.tokenizer, self.template, chat.attributes, tools=chat.tools, where=chat.where
             )
-            for chat in chats
-        ]
+
+        rows = each_record(chats, encode, data=self.config.data)
         lengths = [len(ids) + self.config.max_new_tokens for _, ids in rows]
-        return shorter(rows, lengths, [chat.where for chat in chats], self.config.data)
+        return shorter(rows, lengths, [chat.where for chat, _ in rows], self.config.data)
 
     def answer(
         self, chunks: list[Any], groups: Groups, *parts: list[tuple[Chat, list[int]]]

@@ -67,7 +67,7 @@ class StageConfig:
     #: Further fields that are paths.
     PATHS: ClassVar[tuple[str, ...]] = ("output",)
     #: Settings that a later release added: at their defaults they are no part of an output's identity, so that outputs
-    #: of earlier releases keep theirs.
+    #: of earlier releases keep theirs. A group of settings may have the same.
     ADDED: ClassVar[tuple[str, ...]] = ()
     #: The stage computes on a GPU where there is one. Others are given none on a cluster.
     NEEDS_GPU: ClassVar[bool] = True

@@ -24,7 +24,8 @@ class StallWatch:
     """Watches the ranks of a job on this host.
 
     A job has stalled when for :data:`QUIET` seconds none of its ranks has used the processor or written to its log:
-    each waits for another, or for a disk. It is said once for each stall.
+    each waits for another, or for a disk. It is said once for each stall. A rank that waits for a GPU by asking it again
+    and again uses the processor, so that only the time limit of its collectives ends it.
 
     Args:
         folder: of the job, with the ``rank-N.pid`` and ``rank-N.log`` of each rank.
@@ -33,7 +34,8 @@ class StallWatch:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._next, self._since, self._said, self._asked = 0.0, 0.0, False, False
-        self._seen: tuple[float, int] = (-1.0, -1)
+        self._used: dict[int, float] = {}
+        self._written = -1
 
     def step(self, now: float) -> str | None:
         """Look at the ranks, every few seconds.
@@ -49,10 +51,12 @@ class StallWatch:
         self._next = now + _LOOK
         used, written = self._progress()
         if self._asked:  # what they wrote because they were asked is no progress
-            self._seen, self._asked = (used, written), False
+            self._written, self._asked = written, False
             return None
-        if self._seen[0] < 0 or used - self._seen[0] > BUSY or used < self._seen[0] or written != self._seen[1]:
-            self._seen, self._since, self._said = (used, written), now, False
+        known = used.keys() == self._used.keys()
+        busy = not known or any(used[rank] - before > BUSY for rank, before in self._used.items())
+        if busy or written != self._written:
+            self._used, self._written, self._since, self._said = used, written, now, False
             return None
         if self._said or now - self._since < QUIET:
             return None
@@ -68,15 +72,13 @@ class StallWatch:
                     ranks[int(path.stem.removeprefix("rank-"))] = process
         return dict(sorted(ranks.items()))
 
-    def _progress(self) -> tuple[float, int]:
-        """Processor time of all ranks and their children, in seconds, and bytes in their logs."""
-        used = 0.0
-        for process in self._ranks().values():
+    def _progress(self) -> tuple[dict[int, float], int]:
+        """Processor time of each rank with its children, in seconds, and bytes in all logs."""
+        used = {}
+        for rank, process in self._ranks().items():
             with contextlib.suppress(psutil.Error):
-                for member in (process, *process.children(recursive=True)):
-                    with contextlib.suppress(psutil.Error):
-                        times = member.cpu_times()
-                        used += times.user + times.system
+                times = [member.cpu_times() for member in (process, *process.children(recursive=True))]
+                used[rank] = sum(time.user + time.system for time in times)
         return used, sum(path.stat().st_size for path in self.folder.glob("rank-*.log"))
 
     def _report(self, seconds: float) -> str:

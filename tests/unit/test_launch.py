@@ -186,7 +186,7 @@ def test_one_failing_rank_ends_all_and_shows_once(tmp_path, name, kind, message)
 def test_a_hang_of_several_is_said_and_bounded(tmp_path, monkeypatch):
     """One rank waits, the other is stopped."""
     monkeypatch.setattr(stalls, "QUIET", 2.0)
-    monkeypatch.setattr(stalls, "BUSY", 0.02)
+    monkeypatch.setattr(stalls, "BUSY", 0.3)
     monkeypatch.setattr(stalls, "_LOOK", 0.2)
     config = job(tmp_path, "hang", tensor=2, timeout_minutes=14 / 60)
     folder, shown = Output(config).folder, []

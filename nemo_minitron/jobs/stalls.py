@@ -24,8 +24,8 @@ class StallWatch:
     """Watches the ranks of a job on this host.
 
     A job has stalled when for :data:`QUIET` seconds none of its ranks has used the processor or written to its log:
-    each waits for another, or for a disk. It is said once for each stall. A rank that waits for a GPU by asking it again
-    and again uses the processor, so that only the time limit of its collectives ends it.
+    each waits for another, or for a disk. It is said once for each stall. A rank that waits for a GPU by asking it
+    again and again uses the processor, so that only the time limit of its collectives ends it.
 
     Args:
         folder: of the job, with the ``rank-N.pid`` and ``rank-N.log`` of each rank.
@@ -53,7 +53,7 @@ class StallWatch:
         if self._asked:  # what they wrote because they were asked is no progress
             self._written, self._asked = written, False
             return None
-        known = used.keys() == self._used.keys()
+        known = used and used.keys() == self._used.keys()
         busy = not known or any(used[rank] - before > BUSY for rank, before in self._used.items())
         if busy or written != self._written:
             self._used, self._written, self._since, self._said = used, written, now, False

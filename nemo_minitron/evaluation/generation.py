@@ -65,7 +65,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def generate(
     hf_dir: str | Path, prompts: Sequence[str], *, max_new_tokens: int, dtype: str = "float32"
 ) -> list[Generation]:
-    """Answer each prompt greedily with transformers' own ``AutoModelForCausalLM``, in one process.
+    """Answer each prompt greedily with transformers' own model, in one process.
 
     Args:
         hf_dir: Hugging Face directory with model and tokenizer. Nothing is downloaded, and none of its code runs.
@@ -76,10 +76,10 @@ def generate(
     Raises:
         CheckpointError: if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
+    from nemo_minitron.checkpoints.formats.huggingface.loader import load_transformers
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, local_files_only=True, torch_dtype=getattr(torch, dtype))
+        model = load_transformers(Path(hf_dir), getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{hf_dir}: transformers cannot load it ({error})") from error
     tokenizer = load_tokenizer(find_tokenizer(Path(hf_dir)))

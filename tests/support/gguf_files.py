@@ -59,7 +59,7 @@ def write_gguf(
         tensor = tensor.astype(np.float32)
         if architecture == "llama" and (count := {"q_proj": heads, "k_proj": groups}.get(name.split(".")[-2])):
             tensor = tensor.reshape(count, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-        if architecture == "nemotron" and name.endswith("norm.weight"):
+        if architecture in ("nemotron", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
         held[table.get_name(name, try_suffixes=(".weight", ".bias"))] = np.ascontiguousarray(tensor)
     held = {name: tensor for name, tensor in {**held, **(tensors or {})}.items() if name not in without}
@@ -89,6 +89,8 @@ def write_gguf(
         "tokenizer.ggml.add_bos_token": False,
         **(fields or {}),
     }
+    if architecture == "gemma3":
+        header = {f"{architecture}.attention.sliding_window": config["sliding_window"], **header}
     kind = Stored[stored]
     places = np.array_split(np.array(list(held), dtype=object), parts)
     paths = [path] if parts == 1 else [part_path(path, place, parts) for place in range(parts)]
@@ -204,12 +206,18 @@ def reference_logits(path: Path, ids: np.ndarray) -> np.ndarray:
         return default if field is None else field.contents()
 
     heads, groups = key("attention.head_count"), key("attention.head_count_kv")
-    head, turned = key("attention.key_length"), key("rope.dimension_count")
-    length = ids.shape[1]
+    head = key("attention.key_length")
+    turned, length = key("rope.dimension_count", head), ids.shape[1]
     steps = np.arange(0, turned, 2) / turned
-    angles = np.arange(length)[:, None] / key("rope.freq_base") ** steps / held.get("rope_freqs.weight", 1.0)
-    angles /= key("rope.scaling.factor", 1.0)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+
+    def circle(base: float, divisor: Any) -> tuple[np.ndarray, np.ndarray]:
+        angles = np.arange(length)[:, None] / base**steps / divisor
+        return np.cos(angles)[:, None], np.sin(angles)[:, None]
+
+    full = circle(key("rope.freq_base"), held.get("rope_freqs.weight", 1.0) * key("rope.scaling.factor", 1.0))
+    # of Gemma 3: five of six layers see a window, and turn with another base, unscaled
+    local, window = circle(key("rope.freq_base_swa", 10000.0), 1.0), key("attention.sliding_window")
+    period = key("attention.sliding_window_pattern", 6)
 
     def norm(x: np.ndarray, at: str) -> np.ndarray:
         if name == "nemotron":
@@ -222,7 +230,7 @@ def reference_logits(path: Path, ids: np.ndarray) -> np.ndarray:
     def linear(x: np.ndarray, at: str) -> np.ndarray:
         return x @ held[f"{at}.weight"].T + held.get(f"{at}.bias", 0.0)
 
-    def turn(x: np.ndarray) -> np.ndarray:
+    def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """llama.cpp turns neighbours in "llama", the halves of a head in the others."""
         x, rest = x[..., :turned], x[..., turned:]
         if name == "llama":
@@ -234,9 +242,13 @@ def reference_logits(path: Path, ids: np.ndarray) -> np.ndarray:
         return np.concatenate([out, rest], -1)
 
     x = held["token_embd.weight"][ids]
-    mask = np.where(np.tri(length, dtype=bool), 0.0, -np.inf)
+    if name == "gemma3":
+        x = x * np.sqrt(x.shape[-1])
+    causal = np.tri(length, dtype=bool)
     for layer in range(key("block_count")):
         at = f"blk.{layer}"
+        slides = name == "gemma3" and (layer + 1) % period != 0
+        mask = np.where(causal & ~np.tri(length, k=-window, dtype=bool) if slides else causal, 0.0, -np.inf)
         normed = norm(x, f"{at}.attn_norm")
         q, k, v = (
             linear(normed, f"{at}.attn_{part}").reshape(*x.shape[:2], count, head)
@@ -244,17 +256,23 @@ def reference_logits(path: Path, ids: np.ndarray) -> np.ndarray:
         )
         if f"{at}.attn_q_norm.weight" in held:
             q, k = norm(q, f"{at}.attn_q_norm"), norm(k, f"{at}.attn_k_norm")
-        q, k, v = turn(q), np.repeat(turn(k), heads // groups, 2), np.repeat(v, heads // groups, 2)
+        q, k = (turn(part, *(local if slides else full)) for part in (q, k))
+        k, v = (np.repeat(part, heads // groups, 2) for part in (k, v))
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(head) + mask
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         attended = np.einsum("bhqk,bkhd->bqhd", scores / scores.sum(-1, keepdims=True), v)
-        x = x + linear(attended.reshape(*x.shape[:2], heads * head), f"{at}.attn_output")
+        added = linear(attended.reshape(*x.shape[:2], heads * head), f"{at}.attn_output")
+        x = x + (norm(added, f"{at}.post_attention_norm") if name == "gemma3" else added)
         normed = norm(x, f"{at}.ffn_norm")
         up = linear(normed, f"{at}.ffn_up")
         if f"{at}.ffn_gate.weight" in held:
             gate = linear(normed, f"{at}.ffn_gate")
-            up = gate / (1 + np.exp(-gate)) * up
+            if name == "gemma3":
+                up = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+            else:
+                up = gate / (1 + np.exp(-gate)) * up
         else:
             up = np.maximum(up, 0) ** 2
-        x = x + linear(up, f"{at}.ffn_down")
+        added = linear(up, f"{at}.ffn_down")
+        x = x + (norm(added, f"{at}.post_ffw_norm") if name == "gemma3" else added)
     return norm(x, "output_norm") @ held.get("output.weight", held["token_embd.weight"]).T

@@ -229,7 +229,7 @@ def test_lineage_and_record_travel(hf: Path, tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"sliding_window": 16}, "sliding_window=16"),
         ({"num_key_value_heads": 4}, "not a multiple"),
         ({"num_hidden_layers": 4}, "tensors that config.json asks for are missing"),

@@ -169,6 +169,8 @@ NEMO2: dict[str, str] = {
     "data_step_fn": _TRAINING,
     "generation_config": _ANSWERS,
     "rope_scaling_factor": "of a scaling that is switched off",
+    "qk_layernorm": "read where layers follow it; those of families with layer types have the norms whatever it says",
+    "is_vision_language": "which weights NeMo's import from Hugging Face takes",
 }
 NEMO2_NEUTRAL: dict[str, tuple[object, ...]] = {"qk_l2_norm": (False,), "rope_scaling": (False, None)}
 #: Where a ``transformer_layer_spec`` may come from; another package's may compute anything.

@@ -41,6 +41,7 @@ class GGUFArchitecture:
         title: transformers' class; the family that reads it reads these files.
         keys: keys of the header below the architecture's name -> keys of ``config.json``.
         constants: keys of ``config.json`` that no header has.
+        derived: keys of ``config.json`` that llama.cpp computes from others: ``(config) -> keys and values``.
         undo: name of a tensor in the file, without ``blk.N.`` -> what undoes llama.cpp's change of it.
         neutral: keys of the header below the architecture's name -> the value at which they change nothing; another
             value is refused.
@@ -49,6 +50,7 @@ class GGUFArchitecture:
     title: str
     keys: Mapping[str, str] = field(default_factory=lambda: KEYS)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     undo: Mapping[str, Undo] = field(default_factory=dict)
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,6 +75,15 @@ def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
+def _gemma3_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scale of attention scores, which no key has: the 27B model, known by its layers, has one of its own."""
+    if config["num_hidden_layers"] == 62:
+        return {"query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]}
+    return {"query_pre_attn_scalar": config["head_dim"]}
+
+
+_GEMMA3_NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+
 #: By the name in ``general.architecture``. Mistral's files are called "llama".
 ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture(
@@ -86,5 +97,17 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
         "NemotronForCausalLM",
         keys=KEYS | {"attention.layer_norm_epsilon": "norm_eps"},
         undo=dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), minus_one),
+    ),
+    "gemma3": GGUFArchitecture(
+        "Gemma3ForCausalLM",
+        keys=KEYS
+        | {
+            "attention.sliding_window": "sliding_window",
+            "attention.sliding_window_pattern": "sliding_window_pattern",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        constants={"sliding_window": None},  # llama.cpp would compute without windows: such a file is refused
+        derived=_gemma3_scale,
+        undo=dict.fromkeys((f"{name}.weight" for name in ("output_norm", *_GEMMA3_NORMS)), minus_one),
     ),
 }

@@ -172,6 +172,7 @@ def _config(content: GGUFContent, name: str, entry: GGUFArchitecture) -> dict[st
     config["tie_word_embeddings"] = "output.weight" not in content.tensors
     config |= {f"{kind}_token_id": fields.get(f"tokenizer.ggml.{there}_token_id") for kind, there in _IDS.items()}
     head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config |= entry.derived(config)
     width = fields.get(f"{name}.attention.value_length")
     if width not in (None, head):
         raise CheckpointError(

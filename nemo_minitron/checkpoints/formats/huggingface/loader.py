@@ -32,6 +32,7 @@ def hf_config(path: Path) -> PretrainedConfig:
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     scaling = older_spelling(read_json(path / "config.json"))[0].get("rope_scaling")
-    if scaling_type(scaling) == "yarn":
+    # transformers 5 goes by the factor
+    if scaling_type(scaling) == "yarn" and not hasattr(config, "rope_parameters"):
         config.rope_scaling, config.max_position_embeddings = read_scaling(scaling, config.max_position_embeddings)
     return config

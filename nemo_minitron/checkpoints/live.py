@@ -96,8 +96,14 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
                 parameter.copy_(tensor)
 
 
-def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
+def output_weight(checkpoint: Checkpoint, groups: Groups, *, vocab_size: int | None = None) -> torch.Tensor:
     """This tensor-parallel rank's rows of the output layer (of tied embeddings, of the embedding), with padding rows.
+
+    Args:
+        checkpoint: of the model.
+        groups: of this process; the tensor-parallel group is used.
+        vocab_size: rows of a model by whose partition the layer is cut; None for its own. Rows that the layer lacks
+            are zero, rows above are dropped.
 
     Returns:
         ``[V/tp, H]`` in the stored dtype, the vocabulary padded as in
@@ -111,8 +117,9 @@ def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
     table, shape = checkpoint.family, checkpoint.shape
     rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)
     name = next(iter(table.first)) if shape.tied_embeddings else table.output
-    local = padded_vocab(shape.vocab_size, tensor=world) // world
-    return _shard(checkpoint.weights.tensor(name), axes.Axis.VOCAB, 0, rank=rank, world=world, local=local)
+    rows = shape.vocab_size if vocab_size is None else vocab_size
+    local = padded_vocab(rows, tensor=world) // world
+    return _shard(checkpoint.weights.tensor(name)[:rows], axes.Axis.VOCAB, 0, rank=rank, world=world, local=local)
 
 
 def _shard(tensor: torch.Tensor, axis: axes.Axis, dim: int, *, rank: int, world: int, local: int) -> torch.Tensor:

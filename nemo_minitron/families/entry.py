@@ -119,10 +119,13 @@ class Family:
         expert: of a mixture of experts, parameters of one expert, by name below
             ``decoder.layers.N.mlp.experts.local_experts.E.``; empty where the MLP is dense.
         output: name of the output layer, absent where embeddings are tied.
-        activation: of the MLP: "silu" or "squared_relu".
+        activation: of the MLP: "silu", "gelu_tanh" or "squared_relu".
         normalization: Megatron's name: "RMSNorm" or "LayerNorm".
         zero_centered_norm: norm weights are stored minus one (``layernorm_zero_centered_gamma``, NeMo's "layernorm1p").
         partial_rotary: RoPE may turn a part of each head; elsewhere it turns all of it.
+        scaled_embedding: embeddings are multiplied by the root of the hidden size before the first layer.
+        layer_types: layers are of two types, as :attr:`~nemo_minitron.architecture.Architecture.layer_types` says: full
+            attention, and attention within a sliding window with a rotary base of its own.
         hf: names in transformers; None if transformers does not have the family.
         nemo2: names in NeMo 2; None if NeMo 2 does not have the family.
         nemo1: keys of a NeMo 1 ``model_config.yaml`` with the family's values; None if NeMo 1 cannot hold the family.
@@ -139,6 +142,8 @@ class Family:
     normalization: str = "RMSNorm"
     zero_centered_norm: bool = False
     partial_rotary: bool = False
+    scaled_embedding: bool = False
+    layer_types: bool = False
     hf: HFFamily | None = None
     nemo2: NeMo2Family | None = None
     nemo1: Mapping[str, Any] | None = None
@@ -179,3 +184,8 @@ class Family:
     def qk_layernorm(self) -> bool:
         """Whether each head's queries and keys are normalised."""
         return "self_attention.q_layernorm.weight" in self.layer
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether the outputs of attention and MLP are normalised before they are added to the residual stream."""
+        return "mlp.linear_fc2.post_layernorm.weight" in self.layer

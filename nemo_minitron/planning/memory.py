@@ -30,7 +30,9 @@ plain layers keep ``(3A + 3G)d/t`` of it, as the fused ones always do (which gai
 time is whole; "full" keeps a layer's input ``H`` alone, and one layer at a time is whole.
 
 The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
-dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers.
+dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers. If
+the two vocabularies are padded to different sizes, tensor parallelism splits them differently, and the teacher's logits
+are held once more, in the student's partition.
 
 Under context parallelism the plain layers keep the keys and values of all ``s`` tokens (by the same count, but not
 measured); Transformer Engine's never hold them.
@@ -140,6 +142,8 @@ class MemoryCost:
         self.rotary = round(shape.head_dim * rotary)
         self.distilled = teacher is not None
         self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
+        rows = 0 if teacher is None else teacher[1].vocab_size
+        self._teacher_logits = padded_vocab(rows, tensor=work.tensor) / work.tensor
         self._padded = shape.replace(vocab_size=padded_vocab(shape.vocab_size, tensor=work.tensor))
         self._kept: dict[tuple[int, int | None, int], tuple[float, float, LayerCost]] = {}
 
@@ -236,7 +240,8 @@ class MemoryCost:
         if stage == work.pipeline - 1:
             logits = padded_vocab(self.shape.vocab_size, tensor=work.tensor) / work.tensor
             if self.distilled:
-                kept += logits * 2 * work.bytes
+                moved = logits if work.tensor > 1 and self._teacher_logits != logits else 0
+                kept += (logits + self._teacher_logits + moved) * work.bytes
             else:
                 kept += logits * (work.bytes if work.bytes == 4 else work.bytes + 4)
             kept += norm * work.bytes
@@ -277,11 +282,12 @@ class MemoryCost:
             mlp = (3 if self.table.gated else 2) * width
         else:
             mlp = (4 if self.table.gated else 2) * width
+        norms = (2 if self.table.post_norms else 1) * self._norm(sizes)
         if not sizes.num_query_groups:
-            return self._norm(sizes) + mlp
+            return norms + mlp
         if not sizes.ffn_hidden_size:
-            return self._norm(sizes) + attention
-        return 2 * self._norm(sizes) + attention + mlp
+            return norms + attention
+        return 2 * norms + attention + mlp
 
     def _weights(self, sizes: SizesLike, *, expert: int | None = None) -> tuple[float, float, LayerCost]:
         """Weights of a rank: before the layers, after them, and of a layer."""

@@ -6,7 +6,7 @@ sets every one of those copies, so that a resized model is, attribute by attribu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import types_of
 from nemo_minitron.checkpoints.live import canonical_parameters
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "apply_config",
+    "apply_layer_types",
     "apply_sizes",
     "apply_pipeline_stages",
     "like_parameter",
     "gpt_chunks",
+    "kept_types",
+    "layer_types_of",
     "live_family",
     "live_shape",
     "owned_parameters",
@@ -130,6 +134,40 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
             config.moe_ffn_hidden_size = target.ffn_hidden_size
 
 
+def layer_types_of(config: Any) -> tuple[str, ...] | None:
+    """The types of the layers in a configuration, as this suite notes them or by NeMo's pattern; None without types."""
+    if (stated := getattr(config, "layer_types", None)) is not None:
+        return tuple(stated)
+    pattern = getattr(config, "interleaved_attn_pattern", None)
+    return None if pattern is None else types_of(sum(pattern), config.num_layers)
+
+
+def kept_types(config: Any, layers: Sequence[int]) -> tuple[str, ...] | None:
+    """The types of the layers that stay.
+
+    Raises:
+        ShapeError: if the model is one of NeMo's, whose layers take their types from their numbers, and the types would
+            not be those of the layers.
+    """
+    if (types := layer_types_of(config)) is None:
+        return None
+    kept = tuple(types[layer] for layer in layers)
+    if getattr(config, "layer_types", None) is None and kept != types[: len(kept)]:
+        raise ShapeError(
+            f"kept layers {list(layers)}: each layer keeps its type, {', '.join(kept)}, but NeMo's "
+            f"interleaved_attn_pattern={config.interleaved_attn_pattern} gives {', '.join(types[: len(kept)])}; keep "
+            "layers whose types follow the pattern, or prune the checkpoint (`minitron prune`)"
+        )
+    return kept
+
+
+def apply_layer_types(module: nn.Module, types: tuple[str, ...] | None) -> None:
+    """Set the types of the layers in the configuration of ``module`` and of all its submodules, if they are noted."""
+    for config in _configs(module):
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = types
+
+
 def apply_pipeline_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
     """Set the layers of each pipeline stage in the configuration of ``module`` and of all its submodules."""
     for config in _configs(module):
@@ -198,6 +236,9 @@ def _resize_layer(layer: Any, target: ModelShape, tensor: int) -> None:
         _resize_mlp(layer.mlp, target, tensor)
     else:
         _resize_mixture(layer.mlp, target, tensor)
+    for linear in (attention.linear_proj, getattr(layer.mlp, "linear_fc2", None)):
+        if (norm := getattr(linear, "post_layernorm", None)) is not None:
+            _norm(norm, hidden)
     _rebuild_core_attention(layer)
 
 

@@ -23,9 +23,11 @@ from nemo_minitron.pruning.kept import LIVE_PRUNING, read_live_kept
 from nemo_minitron.pruning.layer_moves import keep_layers, plan_layer_moves
 from nemo_minitron.pruning.live import (
     apply_config,
+    apply_layer_types,
     apply_pipeline_stages,
     apply_sizes,
     gpt_chunks,
+    kept_types,
     like_parameter,
     live_family,
     live_shape,
@@ -83,7 +85,9 @@ class DepthPrune:
             raise ShapeError(faults)
         _check_agreement(self.kept, groups.pp)
         plan = plan_layer_moves(chunks, layers, shape, target, groups)
+        types = kept_types(chunks[0].config, layers)
         apply_config(module, target)
+        apply_layer_types(module, types)
         apply_pipeline_stages(module, target, groups.layout)
         keep_layers(chunks, plan, groups)
         apply_sizes(chunks, target, tensor=groups.layout.tensor)

@@ -32,8 +32,14 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.relu(x).square()
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
+    "gelu_tanh": gelu_tanh,
     "squared_relu": squared_relu,
 }
 """By the name that a family's table has for them."""
@@ -79,8 +85,13 @@ def transformer_config(
     require_uniform(shape, "a Megatron model")
     from megatron.core.transformer import TransformerConfig
 
+    from nemo_minitron.runtime.layer_types import note_layer_types
+
     fused, table = device.transformer_engine, family(architecture.family)
-    if faults := architecture.faults(shape):
+    faults = architecture.faults(shape) + architecture.context_faults(layout.context)
+    if table.layer_types and architecture.layer_types is None:
+        faults.append(f"layer_types: the family {table.name!r} has layers of two types; say which layer has which")
+    if faults:
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
     if shape.num_moe_experts is not None:
@@ -101,7 +112,7 @@ def transformer_config(
             # the order in which an expert gets its tokens is known of this one (importance.experts)
             "moe_token_dispatcher_type": "allgather",
         }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -133,8 +144,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not device.is_cuda,
-        # Megatron fuses the gated activations only
-        bias_activation_fusion=fused and table.gated,
+        # Of these activations Megatron fuses the gated SiLU only
+        bias_activation_fusion=fused and table.gated and table.activation == "silu",
         masked_softmax_fusion=fused,
         persist_layer_norm=fused,
         bias_dropout_fusion=fused,
@@ -146,6 +157,8 @@ def transformer_config(
         **attention_settings(architecture, shape.head_dim),
         **experts,
     )
+    note_layer_types(config, architecture)
+    return config
 
 
 def shape_of(config: Any, *, vocab_size: int = 1, tied_embeddings: bool = False) -> ModelShape:
@@ -196,6 +209,8 @@ def build_model(
         get_gpt_layer_with_transformer_engine_spec,
     )
 
+    from nemo_minitron.runtime.layer_types import complete, with_family_parts
+
     layout = groups.layout
     if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert):
         raise ShapeError(faults)
@@ -207,6 +222,7 @@ def build_model(
         if groups.device.transformer_engine
         else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
     )
+    spec = with_family_parts(spec, architecture, transformer_engine=groups.device.transformer_engine)
     if layout.context > 1 and not groups.device.transformer_engine:
         from nemo_minitron.runtime.context_attention import with_context_attention
 
@@ -233,6 +249,7 @@ def build_model(
         )
         _place(chunks[-1], groups.device.torch, dtype)
         scale_rotary(chunks[-1].rotary_pos_emb, architecture)
+        complete(chunks[-1], architecture)
     return chunks
 
 

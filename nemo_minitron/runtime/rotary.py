@@ -32,14 +32,16 @@ def interpolation_factor(architecture: Architecture) -> float | None:
 
 
 def attention_settings(architecture: Architecture, head_dim: int) -> dict[str, float]:
-    """Settings of Megatron's configuration that RoPE scaling needs; empty where the defaults do.
+    """Settings of Megatron's configuration for the scale of attention scores; empty where the defaults do.
 
     YaRN multiplies cosine and sine, and with them the rotated queries and keys, by a factor. They have all channels of
     a head here, so the attention scores are multiplied by its square (arXiv 2309.00071, section 3.4).
     """
+    own = architecture.softmax_scale
     if architecture.rotary_scaling is None or architecture.rotary_type != "yarn":
-        return {}
-    return {"softmax_scale": yarn_attention_factor(architecture.rotary_scaling) ** 2 / math.sqrt(head_dim)}
+        return {} if own is None else {"softmax_scale": own}
+    scale = 1 / math.sqrt(head_dim) if own is None else own
+    return {"softmax_scale": yarn_attention_factor(architecture.rotary_scaling) ** 2 * scale}
 
 
 def scale_rotary(rotary: RotaryEmbedding, architecture: Architecture) -> None:

@@ -40,11 +40,10 @@ def write_gguf(
     architecture: str = "llama",
     template: str | None = None,
     scaling: dict[str, Any] | None = None,
-    frequencies: bool = False,
 ) -> Path:
     """The tensors of a HF model as GGUF, query and key rows in llama.cpp's order for RoPE.
 
-    ``scaling`` are fields below ``llama.rope.scaling.``; ``frequencies`` adds Llama 3.1's tensor of them.
+    ``scaling`` are fields below ``llama.rope.scaling.``.
     """
     from safetensors.torch import load_file
 
@@ -88,8 +87,6 @@ def write_gguf(
     for key, value in (scaling or {}).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
         add[type(value)](f"llama.rope.scaling.{key}", value)
-    if frequencies:
-        writer.add_tensor("rope_freqs.weight", np.ones(TINY["head_dim"] // 2, dtype=np.float32))
     for name, tensor in load_file(model / "model.safetensors").items():
         heads = {"q_proj": TINY["num_attention_heads"], "k_proj": TINY["num_key_value_heads"]}.get(name.split(".")[-2])
         if heads:
@@ -182,7 +179,6 @@ def test_scaled_rotary_embeddings_are_kept(
     [
         ({"scaling": {"type": "longrope", "factor": 4.0}}, "scaling.type='longrope'.* is not supported"),
         ({"scaling": {"type": "yarn", "factor": 4.0, "attn_factor": 0.5}}, "scaling.attn_factor=0.5 is not supported"),
-        ({"frequencies": True}, "rope_freqs.weight: the frequencies of its RoPE are scaled"),
     ],
 )
 def test_scalings_that_the_file_does_not_describe_are_refused(

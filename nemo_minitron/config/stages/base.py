@@ -33,7 +33,7 @@ NEEDS_TRAINING = (*NEEDS_MODEL, "nemo", "lightning", "tensorboard")
 NEEDS_ALIGNMENT = (*NEEDS_MODEL, "nemo 1", "lightning", "tensorboard", "hydra", "nemo_aligner")
 
 #: Commands of ``minitron`` that are no stages, and words that stand where the name of one may.
-_RESERVED = ("run", "plan", "config", "status", "pipeline", "slurm")
+_RESERVED = ("run", "plan", "config", "status", "verify", "pipeline", "slurm")
 
 
 @dataclass
@@ -67,7 +67,7 @@ class StageConfig:
     #: Further fields that are paths.
     PATHS: ClassVar[tuple[str, ...]] = ("output",)
     #: Settings that a later release added: at their defaults they are no part of an output's identity, so that outputs
-    #: of earlier releases keep theirs.
+    #: of earlier releases keep theirs. A group of settings may have the same.
     ADDED: ClassVar[tuple[str, ...]] = ()
     #: The stage computes on a GPU where there is one. Others are given none on a cluster.
     NEEDS_GPU: ClassVar[bool] = True

@@ -31,7 +31,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HFWeights", "is_hf", "open_hf", "write_hf"]
+__all__ = ["HFWeights", "is_hf", "open_hf", "peek_hf", "write_hf"]
 
 #: Where weights are looked for, in transformers' order (``modeling_utils._get_resolved_checkpoint_files``).
 WEIGHTS = (
@@ -78,6 +78,16 @@ def open_hf(path: Path) -> Checkpoint:
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape.vocab_size)
     return Checkpoint(shape, architecture, weights, tokenizer, path, "hf", lineage)
+
+
+def peek_hf(path: Path) -> tuple[int | None, Path | None]:
+    """Rows of the vocabulary, and the directory of the tokenizer, as the small files of a HF directory say.
+
+    Raises:
+        CheckpointError: for a ``config.json`` that cannot be used.
+    """
+    shape, _ = from_hf(read_json(path / "config.json"), path / "config.json")
+    return shape.vocab_size, find_tokenizer(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,11 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
+from nemo_minitron.checkpoints.formats.huggingface.layer_types import (
+    older_spelling_by_type,
+    read_layer_types,
+    type_spellings,
+)
 from nemo_minitron.checkpoints.formats.huggingface.rotary import (
     older_spelling,
     read_scaling,
@@ -73,7 +78,8 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             f"{source}: architecture {shown} is not supported; supported: {', '.join(readers)}{remedy}"
         )
     key, family = readers[name]
-    older, faults = older_spelling(config)
+    spelled = older_spelling_by_type if axes.family(key).layer_types else older_spelling
+    older, faults = spelled(config)
     for other, known_key in family.other_names.items():
         value = older.pop(other, None)
         if value is not None and older.setdefault(known_key, value) != value:
@@ -145,10 +151,24 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
         moe_router_topk=config["num_experts_per_tok"] if family.expert else None,
         moe_aux_loss_coeff=config["router_aux_loss_coef"] if family.expert else 0.0,
         moe_router_pre_softmax=family.normalized is not None and not config[family.normalized],
+        **(_layer_types(config, shape) if axes.family(key).layer_types else {}),
     )
     if faults := architecture.faults(shape):
         raise CheckpointError(f"{source}: {faults[0]}")
     return shape, architecture
+
+
+def _layer_types(config: Noted, shape: ModelShape) -> dict[str, Any]:
+    """The constants of a family whose layers are of two types."""
+    window = config["sliding_window"]
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"sliding_window={window!r}")
+    return {
+        "layer_types": read_layer_types(config, shape.num_layers)[0],
+        "sliding_window": window,
+        "rotary_base_local": float(config["rope_local_base_freq"]),
+        "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
+    }
 
 
 def _unknown(
@@ -216,6 +236,9 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
         _, positions = read_scaling(rope, positions)
     if partial != 1 and not table.partial_rotary:
         faults.append(f"partial_rotary_factor={partial!r} is not supported in this family")
+    if table.layer_types:
+        faults += read_layer_types(config, config["num_hidden_layers"])[1]
+        return faults + _quantized(config)
     slides = config["use_sliding_window"] and window is not None
     if slides and window < positions:
         faults.append(
@@ -225,9 +248,12 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
     kinds = set(config.get("layer_types") or ()) - {"full_attention", *(["sliding_attention"] if slides else [])}
     if kinds:
         faults.append(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported; supported: full_attention")
-    if config.get("quantization_config"):
-        faults.append("quantized weights are not supported; dequantize the model first")
-    return faults
+    return faults + _quantized(config)
+
+
+def _quantized(config: Noted) -> list[str]:
+    stated = config.get("quantization_config")
+    return ["quantized weights are not supported; dequantize the model first"] if stated else []
 
 
 def hf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
@@ -258,11 +284,17 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
     """
     if faults := hf_faults(shape, architecture):
         raise CheckpointError("; ".join(faults))
-    family = hf_family(architecture.family)
+    family, table = hf_family(architecture.family), axes.family(architecture.family)
     kind, blocks = (family.architecture, family.model_type), {}
     if not shape.uniform:
         assert family.by_layer is not None
         kind, blocks = family.by_layer, {"block_configs": write_blocks(shape)}
+    rotary = spellings(
+        architecture.rotary_base,
+        architecture.rotary_percent,
+        architecture.rotary_scaling,
+        partial_rotary=table.partial_rotary,
+    )
     config: dict[str, Any] = {
         "architectures": [kind[0]],
         "model_type": kind[1],
@@ -279,13 +311,8 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": None if blocks else shape.num_query_groups,
         family.epsilon: architecture.norm_epsilon,
-        **spellings(
-            architecture.rotary_base,
-            architecture.rotary_percent,
-            architecture.rotary_scaling,
-            partial_rotary=axes.family(architecture.family).partial_rotary,
-        ),
         "sliding_window": None,
+        **(type_spellings(architecture, rotary) if table.layer_types else rotary),
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,

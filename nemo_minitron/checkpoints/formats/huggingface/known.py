@@ -22,6 +22,7 @@ KEYS: dict[str, str] = {
     "_model_name_or_path": _NOTE,
     "_name_or_path": _NOTE,
     "attn_implementation": "how attention is computed, not what",
+    "cache_implementation": "how keys and values are kept between the tokens of an answer",
     "attention_dropout": _TRAINING,
     "chunk_size_feed_forward": "computes the MLP in pieces",
     "dtype": "the tensors' own is read",
@@ -152,6 +153,7 @@ FILES: dict[str, str] = {
     "logs": "of a stage of this suite",
     "metrics.jsonl": "of a stage of this suite",
     "record.json": "of a stage of this suite",
+    "skipped.jsonl": "of a stage of this suite",
     "*.gguf": "a model of its own",
     "onnx": "a model of its own",
 }

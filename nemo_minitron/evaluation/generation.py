@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.checkpoints.tokenizer.opening import find_tokenizer
+from nemo_minitron.data.chat.templates import choose_template, prompt_ids
+from nemo_minitron.data.chat.turns import Message
+from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import CheckpointError, DataError
 from nemo_minitron.generation import Sampling, generate_tokens
 from nemo_minitron.runtime.groups import Groups
@@ -46,10 +50,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt: one user turn through the chat template, or the plain text where there is none.
 
     Raises:
-        DataError: for a prompt that gives no token.
+        DataError: for a prompt that gives no token, or that the chat template refuses.
     """
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        messages = [Message("user", prompt)]
+        ids = prompt_ids(messages, tokenizer, choose_template(tokenizer), where=f"prompt {prompt!r}")
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
@@ -60,7 +65,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def generate(
     hf_dir: str | Path, prompts: Sequence[str], *, max_new_tokens: int, dtype: str = "float32"
 ) -> list[Generation]:
-    """Answer each prompt greedily with transformers' own ``AutoModelForCausalLM``, in one process.
+    """Answer each prompt greedily with transformers' own model, in one process.
 
     Args:
         hf_dir: Hugging Face directory with model and tokenizer. Nothing is downloaded, and none of its code runs.
@@ -71,13 +76,13 @@ def generate(
     Raises:
         CheckpointError: if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from nemo_minitron.checkpoints.formats.huggingface.loader import load_transformers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, local_files_only=True, torch_dtype=getattr(torch, dtype))
+        model = load_transformers(Path(hf_dir), getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{hf_dir}: transformers cannot load it ({error})") from error
+    tokenizer = load_tokenizer(find_tokenizer(Path(hf_dir)))
     model.eval()
     answers = []
     for prompt in prompts:

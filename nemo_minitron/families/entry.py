@@ -59,6 +59,14 @@ class HFFamily:
         by_layer: class and type of models whose layers have sizes of their own (``block_configs``), one of ``reads``;
             None where transformers' users know none.
         epsilon: key of the norms' epsilon.
+        width: key of the MLP's width; with experts, of each expert's.
+        experts: key of the number of experts.
+        normalized: key that says whether the weights of a token's experts are normalised to sum to 1; None: they are.
+        other_names: other names of keys, as some releases write them, and the keys.
+        fused: canonical names, as in ``layer`` and ``expert``, -> names below ``model.layers.N.`` in files where all
+            experts of a layer are one tensor ``[E, ...]``, gates before up-projections; as transformers 5 holds them,
+            and saves them if told to. Names that are not there stay as they are.
+        unused: keys that have no meaning in these models, and why.
     """
 
     architecture: str
@@ -71,6 +79,12 @@ class HFFamily:
     expert: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_layer: tuple[str, str] | None = None
     epsilon: str = "rms_norm_eps"
+    width: str = "intermediate_size"
+    experts: str = "num_local_experts"
+    normalized: str | None = None
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class NeMo2Family:
         config, model: classes in it that are written.
         reads: beginnings of the names of configuration classes that may be of this family.
         rotary_percent: what the configuration takes where a file is silent.
-        scaled: class that is written where RoPE is scaled; None where NeMo has none.
+        scaled: class that is written where RoPE is scaled as Llama 3's is; None where NeMo has none.
     """
 
     module: str = "base"
@@ -105,10 +119,13 @@ class Family:
         expert: of a mixture of experts, parameters of one expert, by name below
             ``decoder.layers.N.mlp.experts.local_experts.E.``; empty where the MLP is dense.
         output: name of the output layer, absent where embeddings are tied.
-        activation: of the MLP: "silu" or "squared_relu".
+        activation: of the MLP: "silu", "gelu_tanh" or "squared_relu".
         normalization: Megatron's name: "RMSNorm" or "LayerNorm".
         zero_centered_norm: norm weights are stored minus one (``layernorm_zero_centered_gamma``, NeMo's "layernorm1p").
         partial_rotary: RoPE may turn a part of each head; elsewhere it turns all of it.
+        scaled_embedding: embeddings are multiplied by the root of the hidden size before the first layer.
+        layer_types: layers are of two types, as :attr:`~nemo_minitron.architecture.Architecture.layer_types` says: full
+            attention, and attention within a sliding window with a rotary base of its own.
         hf: names in transformers; None if transformers does not have the family.
         nemo2: names in NeMo 2; None if NeMo 2 does not have the family.
         nemo1: keys of a NeMo 1 ``model_config.yaml`` with the family's values; None if NeMo 1 cannot hold the family.
@@ -125,6 +142,8 @@ class Family:
     normalization: str = "RMSNorm"
     zero_centered_norm: bool = False
     partial_rotary: bool = False
+    scaled_embedding: bool = False
+    layer_types: bool = False
     hf: HFFamily | None = None
     nemo2: NeMo2Family | None = None
     nemo1: Mapping[str, Any] | None = None
@@ -152,6 +171,21 @@ class Family:
         return "self_attention.linear_qkv.bias" in self.layer
 
     @property
+    def normalizes_topk(self) -> bool:
+        """Whether the weights of a token's experts are normalised in every model of the family."""
+        return self.hf is None or self.hf.normalized is None
+
+    @property
+    def scales_rotary(self) -> bool:
+        """Whether models of the family may have scaled RoPE."""
+        return self.hf is None or "rope_scaling" not in self.hf.needs
+
+    @property
     def qk_layernorm(self) -> bool:
         """Whether each head's queries and keys are normalised."""
         return "self_attention.q_layernorm.weight" in self.layer
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether the outputs of attention and MLP are normalised before they are added to the residual stream."""
+        return "mlp.linear_fc2.post_layernorm.weight" in self.layer

@@ -92,11 +92,13 @@ def _prepared(config: StageConfig) -> Iterator[Output]:
     with contextlib.ExitStack() as replaced:
         if rank == 0:
             try:
+                replaced.enter_context(output.leased())
                 if output.is_requeued_job():
                     output = output.replaced_by(overwrite=False)
                 if output.config.overwrite or not output.resumable:
                     check_output(output.path, output.config.overwrite)
                 output.check_resumable()
+                output.check_inputs()
                 replaced.enter_context(output.replacing())
                 output.begin()
             except ConfigError as error:

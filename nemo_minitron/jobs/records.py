@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import StageConfig
+from nemo_minitron.jobs.contents import contents_of
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
-__all__ = ["hashed_settings", "identity_of", "parents", "read_record", "record_path", "write_record"]
+__all__ = ["hashed_settings", "identity_of", "owner_of", "parents", "read_record", "record_path", "write_record"]
 
 
 RECORD_VERSION = 1
+_KEYS = {"stage", "name", "hash", "config", "settings", "parents", "metrics", "seconds"}
 #: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
 _NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
 _NOT_HASHED_RUNTIME = {"threads", "timeout_minutes", "collective_timeout_minutes"}
@@ -30,9 +32,16 @@ def read_record(output: str | Path) -> dict[str, Any] | None:
     """The record of an output; None if there is no complete record."""
     try:
         record = json.loads(record_path(output).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("version") == RECORD_VERSION else None
+    whole = isinstance(record, dict) and record.get("version") == RECORD_VERSION and record.keys() >= _KEYS
+    return record if whole else None
+
+
+def owner_of(path: Path) -> Path | None:
+    """The recorded output that ``path`` is, or lies in; None if it is of no such output."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if read_record(place) is not None), None)
 
 
 def write_record(
@@ -55,8 +64,8 @@ def write_record(
         started: ISO time.
 
     Returns:
-        The record: ``version, stage, name, hash, config, settings, parents, metrics, started, seconds, peak_rss_bytes,
-        versions``.
+        The record: ``version, stage, name, hash, config, settings, parents, metrics, files, started, seconds,
+        peak_rss_bytes, versions``. Records of earlier releases have no ``files``.
     """
     record = {
         "version": RECORD_VERSION,
@@ -64,6 +73,7 @@ def write_record(
         "name": config.name or config.STAGE,
         "config": dataclasses.asdict(config),
         "metrics": metrics,
+        "files": {} if config.REPEATS else contents_of(Path(config.output)),
         "started": started,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
@@ -104,6 +114,8 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         section = settings
         for part in sections:
             section = section[part]
+        if name not in section:
+            continue  # added later, and at its default
         value = section[name]
         section[name] = sorted(value) if isinstance(value, dict) else value is not None
     return settings

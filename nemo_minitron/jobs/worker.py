@@ -17,6 +17,7 @@ from typing import Any
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.launch import attach, job_folder
+from nemo_minitron.jobs.lease import release_all
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.results import RankResult, failure, save_result
@@ -72,13 +73,18 @@ def main(stage: str, part: str | None = None) -> int:
         metrics = execute(stage, folder, part, rank=rank)
         result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
     except (Exception, SystemExit) as error:
-        result = failure(rank, error)
-        code = error.exit_code if isinstance(error, MinitronError) else 1
+        result = failure(rank, error, folder)
+        code = error.exit_code if isinstance(error, MinitronError) else 2 if result.status == "refused" else 1
         logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
     result.peak_rss_bytes = peak_rss_bytes()
-    save_result(folder, result)
+    try:
+        save_result(folder, result)
+    except MinitronError:
+        if not code:
+            raise  # a failure goes on: on a full disk the launcher looks for itself
     if code:
+        release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_minitron import axes
+from nemo_minitron.architecture import types_of
 from nemo_minitron.checkpoints.live import canonical_parameters
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "apply_config",
+    "apply_layer_types",
     "apply_sizes",
     "apply_pipeline_stages",
     "like_parameter",
     "gpt_chunks",
-    "keep_experts",
+    "kept_types",
+    "layer_types_of",
     "live_family",
     "live_shape",
     "owned_parameters",
@@ -92,14 +95,19 @@ def live_family(chunk: GPTModel) -> axes.Family:
     Raises:
         ShapeError: if there is none.
     """
-    names = {name.split(".", 3)[3] for name, _ in canonical_parameters(chunk) if name.startswith("decoder.layers.")}
-    for table in axes.FAMILIES.values():
-        if (
-            set(axes.layer_parameters(table, live_shape(chunk))) == names
-            and table.gated == chunk.config.gated_linear_unit
-        ):
-            return table
-    known = set().union(*(axes.layer_parameters(table, live_shape(chunk)) for table in axes.FAMILIES.values()))
+    names = {
+        _of_any_expert(name.split(".", 3)[3])
+        for name, _ in canonical_parameters(chunk)
+        if name.startswith("decoder.layers.")
+    }
+    tables = {
+        table.name: {_of_any_expert(name) for name in axes.layer_parameters(table, live_shape(chunk))}
+        for table in axes.FAMILIES.values()
+    }
+    for name, parameters in tables.items():
+        if parameters == names and axes.family(name).gated == chunk.config.gated_linear_unit:
+            return axes.family(name)
+    known = set().union(*tables.values())
     which = f"{sorted(names - known)[0]} is in none of them" if names - known else "its parameters are not those of any"
     raise ShapeError(
         f"the model fits no axes table ({', '.join(axes.FAMILIES)}): {which}; "
@@ -107,20 +115,11 @@ def live_family(chunk: GPTModel) -> axes.Family:
     )
 
 
-def keep_experts(layer: Any, experts: Sequence[int]) -> None:
-    """Remove all but these experts from a layer's mixture. The router's rows and the sizes are not touched.
-
-    Raises:
-        ShapeError: for a mixture that is spread over expert-parallel ranks, or whose experts are not modules of their
-            own.
-    """
-    if not hasattr(layer.mlp.experts, "local_experts") or layer.mlp.ep_group.size() > 1:
-        raise ShapeError(
-            f"the experts are a {type(layer.mlp.experts).__name__} over {layer.mlp.ep_group.size()} expert-parallel "
-            "ranks; live pruning needs moe_grouped_gemm=False and expert_model_parallel_size=1, or prune the "
-            "checkpoint (`minitron prune`)"
-        )
-    layer.mlp.experts.local_experts = nn.ModuleList([layer.mlp.experts.local_experts[expert] for expert in experts])
+def _of_any_expert(name: str) -> str:
+    """A name below a layer, whichever expert it is of: a rank need not hold all."""
+    if not name.startswith(axes.EXPERTS):
+        return name
+    return axes.EXPERTS + name.removeprefix(axes.EXPERTS).split(".", 1)[1]
 
 
 def apply_config(module: nn.Module, target: ModelShape) -> None:
@@ -133,6 +132,40 @@ def apply_config(module: nn.Module, target: ModelShape) -> None:
             config.kv_channels = target.head_dim
         if hasattr(config, "moe_ffn_hidden_size") and target.num_moe_experts is not None:
             config.moe_ffn_hidden_size = target.ffn_hidden_size
+
+
+def layer_types_of(config: Any) -> tuple[str, ...] | None:
+    """The types of the layers in a configuration, as this suite notes them or by NeMo's pattern; None without types."""
+    if (stated := getattr(config, "layer_types", None)) is not None:
+        return tuple(stated)
+    pattern = getattr(config, "interleaved_attn_pattern", None)
+    return None if pattern is None else types_of(sum(pattern), config.num_layers)
+
+
+def kept_types(config: Any, layers: Sequence[int]) -> tuple[str, ...] | None:
+    """The types of the layers that stay.
+
+    Raises:
+        ShapeError: if the model is one of NeMo's, whose layers take their types from their numbers, and the types would
+            not be those of the layers.
+    """
+    if (types := layer_types_of(config)) is None:
+        return None
+    kept = tuple(types[layer] for layer in layers)
+    if getattr(config, "layer_types", None) is None and kept != types[: len(kept)]:
+        raise ShapeError(
+            f"kept layers {list(layers)}: each layer keeps its type, {', '.join(kept)}, but NeMo's "
+            f"interleaved_attn_pattern={config.interleaved_attn_pattern} gives {', '.join(types[: len(kept)])}; keep "
+            "layers whose types follow the pattern, or prune the checkpoint (`minitron prune`)"
+        )
+    return kept
+
+
+def apply_layer_types(module: nn.Module, types: tuple[str, ...] | None) -> None:
+    """Set the types of the layers in the configuration of ``module`` and of all its submodules, if they are noted."""
+    for config in _configs(module):
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = types
 
 
 def apply_pipeline_stages(module: nn.Module, target: ModelShape, layout: ParallelLayout) -> None:
@@ -203,6 +236,9 @@ def _resize_layer(layer: Any, target: ModelShape, tensor: int) -> None:
         _resize_mlp(layer.mlp, target, tensor)
     else:
         _resize_mixture(layer.mlp, target, tensor)
+    for linear in (attention.linear_proj, getattr(layer.mlp, "linear_fc2", None)):
+        if (norm := getattr(linear, "post_layernorm", None)) is not None:
+            _norm(norm, hidden)
     _rebuild_core_attention(layer)
 
 
@@ -216,9 +252,11 @@ def _resize_mlp(mlp: Any, target: ModelShape, tensor: int) -> None:
 def _resize_mixture(mixture: Any, target: ModelShape, tensor: int) -> None:
     from megatron.core.transformer.moe.moe_utils import get_default_model_comm_pgs
 
-    count = target.num_moe_experts
-    mixture.num_local_experts = mixture.experts.num_local_experts = mixture.router.num_experts = count
-    mixture.local_expert_indices = list(range(count or 0))
+    experts, group = target.num_moe_experts or 0, mixture.ep_group
+    count, rank = experts // dist.get_world_size(group), dist.get_rank(group)
+    mixture.router.num_experts = experts
+    mixture.num_local_experts = mixture.experts.num_local_experts = count
+    mixture.local_expert_indices = list(range(rank * count, (rank + 1) * count))
     for expert in mixture.experts.local_experts:
         _resize_mlp(expert, target, tensor)
     # Dispatchers have no parameters: as for core attention.

@@ -74,10 +74,11 @@ def prune_weights(checkpoint: Checkpoint, kept: KeptUnits, *, lineage: dict[str,
     Raises:
         ShapeError: if the units do not fit the checkpoint, with every fault.
     """
-    faults = kept.faults(checkpoint.shape)
-    if faults := faults or checkpoint.architecture.faults(kept.target(checkpoint.shape)):
+    if faults := kept.faults(checkpoint.shape):
         raise ShapeError(faults)
-    architecture, tokenizer = checkpoint.architecture, checkpoint.tokenizer
+    architecture, tokenizer = checkpoint.architecture.of_layers(kept.layers), checkpoint.tokenizer
+    if faults := architecture.faults(kept.target(checkpoint.shape)):
+        raise ShapeError(faults)
     if kept.vocab is not None:
         architecture, tokenizer = renumber(architecture, kept.vocab), None
     parent = {

@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["FILLING", "attention_mask", "counted_labels", "document_positions", "documents_masked"]
+__all__ = ["FILLING", "attention_mask", "counted_labels", "document_positions", "documents_masked", "within_window"]
 
 FILLING = -1
 """Segment number of what fills a block up."""
@@ -42,6 +42,28 @@ def document_positions(segments: torch.Tensor) -> torch.Tensor:
     starts = torch.zeros_like(places)
     starts[..., 1:] = places[..., 1:] * (segments[..., 1:] != segments[..., :-1])
     return places - starts.cummax(dim=-1).values
+
+
+def within_window(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, window: int
+) -> torch.Tensor | None:
+    """A mask with everything hidden, too, that lies ``window`` tokens or more before a query.
+
+    Args:
+        mask: ``[..., sq, sk]`` bool, True where attention is not allowed; None: causal.
+        query, key: ``[sq, ...]`` and ``[sk, ...]``; the queries are those of the last keys.
+        window: tokens that a query sees at most, its own included.
+
+    Returns:
+        ``[..., sq, sk]``; the mask itself where the window hides nothing.
+    """
+    count, length = len(query), len(key)
+    if length <= window:
+        return mask
+    places = torch.arange(length, device=query.device)
+    distance = places[length - count :, None] - places
+    outside = distance >= window
+    return (outside | (distance < 0))[None, None] if mask is None else mask | outside
 
 
 def counted_labels(segments: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout
+from nemo_minitron.runtime.rotary import attention_settings, interpolation_factor, scale_rotary
 from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
 if TYPE_CHECKING:
@@ -31,8 +32,14 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.relu(x).square()
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
+    "gelu_tanh": gelu_tanh,
     "squared_relu": squared_relu,
 }
 """By the name that a family's table has for them."""
@@ -78,20 +85,34 @@ def transformer_config(
     require_uniform(shape, "a Megatron model")
     from megatron.core.transformer import TransformerConfig
 
+    from nemo_minitron.runtime.layer_types import note_layer_types
+
     fused, table = device.transformer_engine, family(architecture.family)
-    if faults := architecture.faults(shape):
+    faults = architecture.faults(shape) + architecture.context_faults(layout.context)
+    if table.layer_types and architecture.layer_types is None:
+        faults.append(f"layer_types: the family {table.name!r} has layers of two types; say which layer has which")
+    if faults:
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
     if shape.num_moe_experts is not None:
+        if architecture.moe_router_topk == 1 and not architecture.moe_router_pre_softmax:
+            raise ShapeError(
+                "moe_router_topk=1: Megatron sends a token to one expert only where its weight is not normalised to 1 "
+                "(norm_topk_prob=false)"
+            )
         experts = {
             "num_moe_experts": shape.num_moe_experts,
             "moe_ffn_hidden_size": shape.ffn_hidden_size,
             "moe_router_topk": architecture.moe_router_topk,
+            "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
             # what measures and prunes must not add the loss that balances the experts in training
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": False,
+            "expert_model_parallel_size": layout.expert,
+            # the order in which an expert gets its tokens is known of this one (importance.experts)
+            "moe_token_dispatcher_type": "allgather",
         }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -123,8 +144,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not device.is_cuda,
-        # Megatron fuses the gated activations only
-        bias_activation_fusion=fused and table.gated,
+        # Of these activations Megatron fuses the gated SiLU only
+        bias_activation_fusion=fused and table.gated and table.activation == "silu",
         masked_softmax_fusion=fused,
         persist_layer_norm=fused,
         bias_dropout_fusion=fused,
@@ -133,8 +154,11 @@ def transformer_config(
         deallocate_pipeline_outputs=device.is_cuda or layout.virtual_pipeline is None,
         variable_seq_lengths=False,
         perform_initialization=False,
+        **attention_settings(architecture, shape.head_dim),
         **experts,
     )
+    note_layer_types(config, architecture)
+    return config
 
 
 def shape_of(config: Any, *, vocab_size: int = 1, tied_embeddings: bool = False) -> ModelShape:
@@ -185,8 +209,10 @@ def build_model(
         get_gpt_layer_with_transformer_engine_spec,
     )
 
+    from nemo_minitron.runtime.layer_types import complete, with_family_parts
+
     layout = groups.layout
-    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
+    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert):
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize
@@ -196,6 +222,7 @@ def build_model(
         if groups.device.transformer_engine
         else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
     )
+    spec = with_family_parts(spec, architecture, transformer_engine=groups.device.transformer_engine)
     if layout.context > 1 and not groups.device.transformer_engine:
         from nemo_minitron.runtime.context_attention import with_context_attention
 
@@ -216,12 +243,13 @@ def build_model(
                 position_embedding_type="rope",
                 rotary_percent=architecture.rotary_percent,
                 rotary_base=architecture.rotary_base,
+                seq_len_interpolation_factor=interpolation_factor(architecture),
                 **stage,
             )
         )
         _place(chunks[-1], groups.device.torch, dtype)
-        if architecture.rotary_scaling is not None:
-            _scale_rotary(chunks[-1], architecture.rotary_scaling)
+        scale_rotary(chunks[-1].rotary_pos_emb, architecture)
+        complete(chunks[-1], architecture)
     return chunks
 
 
@@ -240,19 +268,3 @@ def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
                 for mark, value in vars(parameter).items():  # Megatron's: sequence_parallel
                     vars(placed).setdefault(mark, value)
                 setattr(part, name, placed)
-
-
-def _scale_rotary(chunk: GPTModel, scaling: dict[str, Any]) -> None:
-    """Llama-3 scaling of the RoPE frequencies with the model's own constants.
-
-    ``GPTModel(rope_scaling=True)`` takes the factor alone and fixes the others at those of Llama 3.1; NeMo's
-    ``Llama31Config`` sets all four as done here.
-    """
-    rotary = chunk.rotary_pos_emb
-    rotary.inv_freq = rotary._apply_scaling(
-        rotary.inv_freq,
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_position_embeddings=scaling["original_max_position_embeddings"],
-    )

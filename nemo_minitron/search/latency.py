@@ -85,7 +85,9 @@ class Timer:
     def _build(self, shape: ModelShape) -> Any:
         from nemo_minitron.runtime.model import build_model
 
-        (model,) = build_model(shape, self.architecture, self.groups, dtype=self.dtype, initialize=True)
+        # which layers would stay is not known here; the first ones have about the model's share of each type
+        architecture = self.architecture.of_layers(range(shape.num_layers))
+        (model,) = build_model(shape, architecture, self.groups, dtype=self.dtype, initialize=True)
         return model.eval()
 
     def _run(self, model: Any) -> tuple[float, float]:

@@ -28,7 +28,7 @@ def plan(config: ExportConfig) -> StagePlan:
         reads=[PlannedPath(config.model, "model")],
         writes=[PlannedPath(str(output / FORMATS[form].output_name), f"model ({form})") for form in config.formats],
         costs=model_costs(config.model, config.dtype or "float32"),
-        faults=conversion_faults(config.model, config.formats, verify=config.verify),
+        faults=conversion_faults(config.model, config.formats, verify=config.verify, export=True),
     )
     if config.verify:
         plan.notes.append("each result is loaded by its own side's loader and its logits compared")
@@ -48,7 +48,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     from nemo_minitron.report import write_export_card
 
     source = open_checkpoint(config.model)
-    check_conversion(source, config.formats, verify=config.verify)
+    check_conversion(source, config.formats, verify=config.verify, export=True)
     named = dataclasses.replace(
         source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
     )

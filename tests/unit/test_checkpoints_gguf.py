@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,18 @@ RENAMED = {
 }
 
 
-def write_gguf(path: Path, model: Path, *, architecture: str = "llama", template: str | None = None) -> Path:
-    """The tensors of a HF model as GGUF, query and key rows in llama.cpp's order for RoPE."""
+def write_gguf(
+    path: Path,
+    model: Path,
+    *,
+    architecture: str = "llama",
+    template: str | None = None,
+    scaling: dict[str, Any] | None = None,
+) -> Path:
+    """The tensors of a HF model as GGUF, query and key rows in llama.cpp's order for RoPE.
+
+    ``scaling`` are fields below ``llama.rope.scaling.``.
+    """
     from safetensors.torch import load_file
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -73,6 +84,9 @@ def write_gguf(path: Path, model: Path, *, architecture: str = "llama", template
     writer.add_add_bos_token(False)
     if template:
         writer.add_chat_template(template)
+    for key, value in (scaling or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+        add[type(value)](f"llama.rope.scaling.{key}", value)
     for name, tensor in load_file(model / "model.safetensors").items():
         heads = {"q_proj": TINY["num_attention_heads"], "k_proj": TINY["num_key_value_heads"]}.get(name.split(".")[-2])
         if heads:
@@ -138,3 +152,38 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a GGUF file; turn it into"):
         open_checkpoint(tmp_path / "tiny.gguf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"type": "none"}, None),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 16, "finetuned": True},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        ),
+    ],
+)
+def test_scaled_rotary_embeddings_are_kept(
+    tmp_path: Path, scaling: dict[str, Any], expected: dict[str, Any] | None
+) -> None:
+    model = tiny_hf_model(tmp_path / "model", rope_scaling=expected)
+    converted = convert_gguf(write_gguf(tmp_path / "tiny.gguf", model, scaling=scaling), tmp_path / "out")
+    assert converted.architecture.rotary_scaling == expected
+    assert torch.equal(hf_logits(tmp_path / "out", tokens()), hf_logits(model, tokens()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": {"type": "longrope", "factor": 4.0}}, "scaling.type='longrope'.* is not supported"),
+        ({"scaling": {"type": "yarn", "factor": 4.0, "attn_factor": 0.5}}, "scaling.attn_factor=0.5 is not supported"),
+    ],
+)
+def test_scalings_that_the_file_does_not_describe_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_hf_model(tmp_path / "model"), **options)
+    with pytest.raises(CheckpointError, match=message):
+        convert_gguf(file, tmp_path / "out")

@@ -220,15 +220,79 @@ def test_the_tokenizers_own_template(tmp_path: Path) -> None:
     from nemo_minitron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(byte_tokenizer(tmp_path))
-    for name, fault in (("own", "carries no chat template"), ("vicuna", "is not known; known: own, chatml")):
+    for name, fault in (("own", "carries no chat template"), ("vicuna", "is not known; known: own, own:NAME, chatml")):
         with pytest.raises(DataError, match=fault):
             choose_template(tokenizer, name)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="changes earlier turns"):
         render(CHAT, tokenizer, choose_template(tokenizer))
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(DataError, match="no system turn"):
+    with pytest.raises(DataError, match=r"message 1 \(system\): the template own refuses it .*no system turn"):
         render(CHAT, tokenizer, choose_template(tokenizer))
+
+
+#: Gemma's: no system message, user and assistant in turn.
+STRICT = (
+    "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}"
+    "{%- for m in messages %}"
+    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{%- endif %}"
+    "{{ m['content'] }}{{ '<|im_end|>' }}{%- endfor %}"
+)
+
+
+def test_a_role_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    from nemo_minitron.data.chat.templates import choose_template, prompt_ids, render
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=STRICT))
+    template = choose_template(tokenizer)
+    (chat,) = read_chats(lines(tmp_path / "chats.jsonl", {"messages": TURNS}))
+    place = r"chats\.jsonl, line 1: message 1 \(system\): the template own refuses it .*System role not supported.*"
+    with pytest.raises(DataError, match=place + "put its text before that of the first user message"):
+        render(chat, tokenizer, template)
+    with pytest.raises(DataError, match=place):
+        prompt_ids(chat.prompt, tokenizer, template, where=chat.where)
+    turns = [TURNS[1], TURNS[2], {"role": "user", "content": "x"}]
+    later = [*turns, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]
+    later += [{"role": "tool", "content": "y"}, {"role": "assistant", "content": "z"}]
+    (chat,) = read_chats(lines(tmp_path / "tools.jsonl", {"messages": later}))
+    with pytest.raises(DataError, match=r"line 1: message 5 \(tool\): .*roles must alternate.*correct the roles"):
+        render(chat, tokenizer, template)
+    (chat,) = read_chats(lines(tmp_path / "fine.jsonl", {"messages": TURNS[1:]}))
+    assert tokenizer.decode(render(chat, tokenizer, template).ids).count("<|im_end|>") == 4
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    from nemo_minitron.data.chat.templates import choose_template, prompt_ids, render
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    folder = byte_tokenizer(tmp_path / "tokenizer", chat_template=STRICT)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = {
+        "default": STRICT,
+        "tool_use": "{{ tools | tojson }}" + STRICT,
+        "rag": "{{ 'RAG ' }}" + STRICT,
+    }
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    own, tool = choose_template(tokenizer), [{"type": "function", "function": {"name": "add"}}]
+    records = [{"messages": TURNS[1:3]}, {"messages": TURNS[1:3], "tools": tool}]
+    plain, tools = read_chats(lines(tmp_path / "chats.jsonl", *records))
+    assert tokenizer.decode(render(plain, tokenizer, own).ids) == "Two and two?<|im_end|>Four.<|im_end|>"
+    text = json.dumps(tool) + "Two and two?<|im_end|>Four.<|im_end|>"
+    assert tokenizer.decode(render(tools, tokenizer, own).ids) == text
+    assert tokenizer.decode(prompt_ids(tools.prompt, tokenizer, own, tools=tools.tools)).startswith(json.dumps(tool))
+    rag = choose_template(tokenizer, "own:rag")
+    assert tokenizer.decode(render(plain, tokenizer, rag).ids).startswith("RAG Two")
+    with pytest.raises(DataError, match="tools: the template own:rag does not write it"):
+        render(tools, tokenizer, rag)
+    with pytest.raises(DataError, match=r"no chat template 'x'; set template to own:default, own:tool_use, own:rag"):
+        choose_template(tokenizer, "own:x")
+    tokenizer.chat_template = {"rag": STRICT}
+    with pytest.raises(DataError, match="carries no chat template 'default'; set template to own:rag"):
+        choose_template(tokenizer)
+    with pytest.raises(DataError, match="template='owned': is not known"):
+        choose_template(tokenizer, "owned")
 
 
 def test_attributes(tmp_path: Path) -> None:

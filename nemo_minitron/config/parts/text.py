@@ -32,7 +32,7 @@ class SourceConfig:
         dataset_split: which split of a dataset with several, such as "train"; always needed for a name on the hub.
         megatron: prefix of a Megatron ``.bin`` and ``.idx`` pair, whose documents are token ids already.
         chat: file of conversations, in any container that ``path`` may be, or a glob; only the answers are learned.
-        template: chat template, "own" for the one that the tokenizer carries.
+        template: chat template, "own" for the one that the tokenizer carries ("own:rag" for one that it names "rag").
         text_key: key of a JSON object, or column of a table or dataset, that holds the text.
         weight: share of this source in the mixture, relative to the others.
         max_characters: read no more characters than this; null reads all.

@@ -8,12 +8,11 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
-    CHAT_TEMPLATES,
     ParallelLayout,
     PromptsConfig,
     Sampling,
-    choice,
     positive,
+    template_faults,
 )
 from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
 
@@ -28,7 +27,8 @@ class GenerateConfig(StageConfig):
         model: checkpoint that answers.
         prompts: the prompts.
         system: system message of conversations that have none.
-        template: "chatml", "llama3", "nemotron", "own" (the tokenizer's), or "none" for the question as plain text.
+        template: "chatml", "llama3", "nemotron", "own" (the tokenizer's; "own:rag" for one that it names "rag"), or
+            "none" for the question as plain text.
         attributes: values that the answers shall have, for a model that SteerLM trained ("verbosity" -> 1).
         sampling: how answers are drawn.
         samples: answers to each prompt.
@@ -57,7 +57,7 @@ class GenerateConfig(StageConfig):
         """Ranges, an unknown template, what plain text has no place for, samples that would all be the same."""
         faults = [
             *positive(self, "samples", "batch_size", "max_length"),
-            *choice(self, "template", (*CHAT_TEMPLATES, "none")),
+            *template_faults(self, "none"),
             *(f"attributes.{name}={value}: must be 0 or more" for name, value in self.attributes.items() if value < 0),
         ]
         if self.template == "none":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_minitron.data.bad_records import BadRecord
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["OWN", "TEMPLATES", "Rendered", "Template", "choose_template", "prompt_ids", "render"]
 
 OWN = "own"
-"""Names the template that the tokenizer carries."""
+"""Names the template that the tokenizer carries; ``own:rag`` one that it carries under another name than "default"."""
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of templates in a tokenizer that carries several, as transformers chooses among them."""
 
 #: Fields of a tool's result that only link it with its call, which stands before it.
 _LINKS = ("name", "tool_call_id")
@@ -41,6 +43,7 @@ class Template:
         tokens: special tokens that the tokenizer must have, each as one token.
         ends: tokens that end an answer; generation stops at them.
         label_start: text between the name of the assistant and the attribute values of its answer.
+        with_tools: the template of conversations with tools; empty where it is the same.
     """
 
     name: str
@@ -48,6 +51,11 @@ class Template:
     tokens: tuple[str, ...]
     ends: tuple[str, ...]
     label_start: str = "Attributes: "
+    with_tools: str = ""
+
+    def of(self, tools: str) -> Template:
+        """The template of conversations that may call these tools."""
+        return replace(self, jinja=self.with_tools, with_tools="") if tools and self.with_tools else self
 
 
 #: Named as NeMo-Aligner and the model cards name them.
@@ -105,22 +113,18 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = OWN) -> Temp
 
     Args:
         tokenizer: of the model.
-        name: of :data:`TEMPLATES`, or :data:`OWN`.
+        name: of :data:`TEMPLATES`, or :data:`OWN`. Of several that the tokenizer carries that is "default", and
+            "tool_use" for conversations with tools; ``own:NAME`` is another.
 
     Raises:
-        DataError: for an unknown name, a tokenizer without a template of its own, or one that lacks special tokens
-            which the template needs.
+        DataError: for an unknown name, a tokenizer without a template of its own or without that one, or one that
+            lacks special tokens which the template needs.
     """
     where = tokenizer.name_or_path or "the tokenizer"
-    if name == OWN:
-        own = tokenizer.chat_template
-        if not isinstance(own, str):
-            raise DataError(f"{where}: carries no chat template; set template to one of {', '.join(TEMPLATES)}")
-        end = tokenizer.eos_token
-        ends = [mark for mark in ("<|im_end|>", "<|eot_id|>", "<extra_id_1>") if mark in own]
-        return Template(OWN, own, tokens=(), ends=tuple(ends or ([end] if end else [])))
+    if name == OWN or name.startswith(f"{OWN}:"):
+        return _own_template(tokenizer, name, where)
     if name not in TEMPLATES:
-        raise DataError(f"template={name!r}: is not known; known: {OWN}, {', '.join(TEMPLATES)}")
+        raise DataError(f"template={name!r}: is not known; known: {OWN}, {OWN}:NAME, {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
     missing = [token for token in template.tokens if tokenizer.tokenize(token) != [token]]
     if missing:
@@ -129,6 +133,22 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = OWN) -> Temp
             "tokens to the tokenizer and train them"
         )
     return template
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, where: str) -> Template:
+    carried = tokenizer.chat_template
+    if not carried:
+        raise DataError(f"{where}: carries no chat template; set template to one of {', '.join(TEMPLATES)}")
+    named: dict[str, str] = {DEFAULT: carried} if isinstance(carried, str) else dict(carried)
+    wanted = name.removeprefix(OWN).removeprefix(":") or DEFAULT
+    if wanted not in named:
+        others = ", ".join(f"{OWN}:{other}" for other in named)
+        raise DataError(f"template={name}: {where} carries no chat template {wanted!r}; set template to {others}")
+    own = named[wanted]
+    end = tokenizer.eos_token
+    ends = [mark for mark in ("<|im_end|>", "<|eot_id|>", "<extra_id_1>") if mark in own]
+    with_tools = named.get(TOOL_USE, "") if name == OWN else ""
+    return Template(name, own, tokens=(), ends=tuple(ends or ([end] if end else [])), with_tools=with_tools)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
@@ -158,9 +178,11 @@ def prompt_ids(
         where: file and place of the conversation, for faults.
 
     Raises:
-        BadRecord: for fields of messages, or tools, that the template does not write.
+        BadRecord: for a message that the template refuses; for fields of messages, or tools, that it does not write.
     """
+    template = template.of(tools)
     with _placed(where or "chat"):
+        _check_taken(messages, tools, tokenizer, template, prompt=True)
         _check_written(messages, tools, tokenizer, template)
         if attributes:
             messages = [turn._replace(content=_own_label(template, turn) + turn.content) for turn in messages]
@@ -190,11 +212,13 @@ def render(
             earlier turns before them; they are not marked.
 
     Raises:
-        BadRecord: where the template does not append turns, so that answers cannot be found, or does not write
-            tools, calls or other fields of the conversation.
+        BadRecord: where the template refuses a message, does not append turns, so that answers cannot be found, or
+            does not write tools, calls or other fields of the conversation.
     """
     with _placed(chat.where or "chat"):
-        text, spans = _spans(chat, tokenizer, template, last_answer_only=last_answer_only, labelled=labelled)
+        text, spans = _spans(
+            chat, tokenizer, template.of(chat.tools), last_answer_only=last_answer_only, labelled=labelled
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     answers = [
         any(start < high and end > low for low, high in spans) and end > start
@@ -208,6 +232,7 @@ def _spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and where in it the answers begin and end."""
     tools = chat.tools
+    _check_taken(chat.messages, tools, tokenizer, template)
     _check_written(chat.messages, tools, tokenizer, template)
     labels = [_own_label(template, message) if labelled else "" for message in chat.messages]
     if labelled and chat.attributes:
@@ -247,6 +272,41 @@ def _own_label(template: Template, message: Message) -> str:
 
 def _label(template: Template, attributes: Mapping[str, int] | None) -> str:
     return f"{template.label_start}{attribute_string(attributes)}\n" if attributes else ""
+
+
+def _check_taken(
+    messages: Sequence[Message],
+    tools: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    prompt: bool = False,
+) -> None:
+    """Raise a DataError where the template refuses the conversation, with the message that it refuses.
+
+    That is the last one without which the template would take it; a template may refuse every beginning of a
+    conversation, and then it is the first.
+    """
+    try:
+        _text(messages, tokenizer, template, tools=tools, prompt=prompt)
+        return
+    except DataError as error:
+        reason = error
+    taken = 0
+    for count in range(len(messages) - 1, 0, -1):
+        try:
+            _text(messages[:count], tokenizer, template, tools=tools)
+        except DataError:
+            continue
+        taken = count
+        break
+    role = messages[taken].role
+    remedy = (
+        "put its text before that of the first user message"
+        if role == "system"
+        else "correct the roles, or remove the record"
+    )
+    raise DataError(f"message {taken + 1} ({role}): {reason}; {remedy}, or choose another template") from None
 
 
 def _check_written(
@@ -297,5 +357,5 @@ def _text(
             turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt, **more
         )
     except Exception as error:  # a tokenizer's own template raises what it pleases
-        raise DataError(f"template {template.name}: {type(error).__name__}: {error}") from None
+        raise DataError(f"the template {template.name} refuses it ({type(error).__name__}: {error})") from None
     return str(text)

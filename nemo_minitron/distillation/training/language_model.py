@@ -21,6 +21,7 @@ from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_par
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current
+from nemo_minitron.runtime.nemo_layer_types import configure_model
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
@@ -111,7 +112,17 @@ class TrainedModel(GPTModel):
         """
         if hasattr(self, "module"):
             return
-        super().configure_model(**versions.virtual_pipeline_stage(vp_stage))
+        stage, architecture = versions.virtual_pipeline_stage(vp_stage), self._initial.architecture
+        if architecture.layer_types is None:
+            super().configure_model(**stage)
+        else:
+            self.module = configure_model(
+                self.config,
+                architecture,
+                self.tokenizer,
+                transformer_engine=self.groups.device.transformer_engine,
+                **stage,
+            )
         load_into([self.module], self._initial, self.groups)
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:

@@ -101,18 +101,33 @@ class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
         return torch.nn.functional.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
+class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is stored minus one, in float32 at least until the result is rounded (as Gemma's)."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        normed = torch.nn.functional.rms_norm(input.to(wide), self.normalized_shape, self.weight.to(wide) + 1, self.eps)
+        return normed.to(input.dtype)
+
+
+_ZERO_CENTERED: dict[str, Any] = {"LayerNorm": _ZeroCenteredLayerNorm, "RMSNorm": _ZeroCenteredRMSNorm}
+
+
 def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
     def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:  # noqa: N807
         plain = copy.copy(config)
         plain.sequence_parallel = plain.layernorm_zero_centered_gamma = False
         norm = original(cls, plain, *args, **kwargs)
         if config.layernorm_zero_centered_gamma:
-            if not isinstance(norm, torch.nn.LayerNorm):
+            if config.normalization not in _ZERO_CENTERED:
                 raise ShapeError(
                     f"normalization={config.normalization} with layernorm_zero_centered_gamma=True: without CUDA only "
-                    "LayerNorm can have it; set it to False, or run where Transformer Engine is"
+                    f"{' and '.join(_ZERO_CENTERED)} can have it; set it to False, or run where Transformer Engine is"
                 )
-            norm = _ZeroCenteredLayerNorm(norm.normalized_shape, eps=norm.eps)
+            norm = _ZERO_CENTERED[config.normalization](norm.normalized_shape, eps=norm.eps)
         if config.sequence_parallel:
             for parameter in norm.parameters():
                 parameter.sequence_parallel = True
@@ -143,6 +158,13 @@ def _no_gemm(original: Any) -> None:
     """The router asks whether there is one before it calls it."""
 
 
+def _as_numpy(original: Any) -> Callable[..., Any]:
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, **options: Any) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, **options)
+
+    return maybe_move_tensor_to_cpu
+
+
 def _no_fp8_parameters(original: Any) -> Callable[..., None]:
     def _quantize_param_shard_impl(model_params: Any, *args: Any, **kwargs: Any) -> None:
         if model_params:
@@ -171,6 +193,14 @@ PATCHES: tuple[Patch, ...] = (
         lacking="transformer_engine",
     ),
     Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _as_numpy,
+        "makes plain numbers of the sizes of messages to expert-parallel ranks only on the way from CUDA; as tensors, "
+        "all_to_all_single does not take them",
+        optional=True,
+    ),
+    Patch(
         "megatron.core.models.gpt.gpt_layer_specs",
         "get_gpt_layer_local_spec",
         _local_spec,
@@ -186,7 +216,7 @@ PATCHES: tuple[Patch, ...] = (
         "asserts that there is no sequence parallelism, because torch's norms do not mark their weights as "
         "'sequence_parallel' for finalize_model_grads to sum their gradients over the tensor-parallel group; Apex's "
         "and Transformer Engine's do. A norm is per token, the mark is all that is missing. Nor does it know weights "
-        "that are stored minus one (layernorm_zero_centered_gamma, Nemotron's)",
+        "that are stored minus one (layernorm_zero_centered_gamma, Nemotron's and Gemma's)",
         lacking="apex",
     ),
     Patch(

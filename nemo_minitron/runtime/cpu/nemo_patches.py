@@ -99,6 +99,19 @@ def _local_spec(original: Any) -> Callable[..., Any]:
     return get_specs
 
 
+def _gemma3(original: Any) -> Callable[..., Any]:
+    def configure_model(
+        self: Any, tokenizer: Any, pre_process: Any = None, post_process: Any = None, vp_stage: int | None = None
+    ) -> Any:
+        from nemo_minitron.runtime.nemo_layer_types import architecture_of
+        from nemo_minitron.runtime.nemo_layer_types import configure_model as build
+
+        options = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+        return build(self, architecture_of(self, "gemma3"), tokenizer, transformer_engine=False, **options)
+
+    return configure_model
+
+
 def _uncompiled(original: Any) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(original, "_torchdynamo_orig_callable", original)
     return function
@@ -244,6 +257,14 @@ PATCHES: tuple[Patch, ...] = (
         _local_spec,
         "builds every known layer specification, Transformer Engine's among them, before it picks one; here the plain "
         "GPT layer is Megatron-core's local one and the others are left to upstream",
+        lacking="transformer_engine",
+    ),
+    Patch(
+        "nemo.collections.llm.gpt.model.gemma3",
+        "Gemma3Config.configure_model",
+        _gemma3,
+        "builds Transformer Engine's layers, whose classes are missing; here the suite's own, with the parts of "
+        "Megatron-core's local ones",
         lacking="transformer_engine",
     ),
     Patch(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats import FORMATS, written_formats
-from nemo_minitron.checkpoints.formats.huggingface.config import layer_faults
 from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.jobs.atomic import MARKER
@@ -45,34 +44,37 @@ def format_faults(output: str, form: str) -> list[str]:
     return []
 
 
-def written_faults(shape: ModelShape, architecture: Architecture, formats: Sequence[str]) -> list[str]:
-    """Which of the formats cannot hold a model because its layers differ in size."""
-    faults = layer_faults(shape, architecture) if "hf" in formats else []
-    for form in dict.fromkeys(formats):
-        faults += [] if form == "hf" else uniform_faults(shape, f"format={form}")
-    return faults
+def written_faults(
+    shape: ModelShape, architecture: Architecture, formats: Sequence[str], *, export: bool = False
+) -> list[str]:
+    """Why a model cannot be written in all of the formats; ``export``: to be opened without this package."""
+    return [
+        fault for form in dict.fromkeys(formats) for fault in FORMATS[form].refuses(shape, architecture, export=export)
+    ]
 
 
-def conversion_faults(model: str, formats: Sequence[str], *, verify: bool) -> list[str]:
+def conversion_faults(model: str, formats: Sequence[str], *, verify: bool, export: bool = False) -> list[str]:
     """Why a model cannot be written in all the formats, and verified if asked for, as far as a plan can know."""
     shape, architecture = peek_shape(model), peek_architecture(model)
-    return [] if shape is None or architecture is None else _conversion_faults(shape, architecture, formats, verify)
+    if shape is None or architecture is None:
+        return []
+    return _conversion_faults(shape, architecture, formats, verify, export)
 
 
-def check_conversion(model: Checkpoint, formats: Sequence[str], *, verify: bool) -> None:
+def check_conversion(model: Checkpoint, formats: Sequence[str], *, verify: bool, export: bool = False) -> None:
     """:func:`conversion_faults` of an opened model, before it is written.
 
     Raises:
         ShapeError: with every fault.
     """
-    if faults := _conversion_faults(model.shape, model.architecture, formats, verify):
+    if faults := _conversion_faults(model.shape, model.architecture, formats, verify, export):
         raise ShapeError(faults)
 
 
 def _conversion_faults(
-    shape: ModelShape, architecture: Architecture, formats: Sequence[str], verify: bool
+    shape: ModelShape, architecture: Architecture, formats: Sequence[str], verify: bool, export: bool
 ) -> list[str]:
-    faults = written_faults(shape, architecture, formats)
+    faults = written_faults(shape, architecture, formats, export=export)
     return faults + (uniform_faults(shape, "verify=true, which compares logits") if verify else [])
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.formats.huggingface import known
+from nemo_minitron.checkpoints.formats.huggingface.config import read_json
 from nemo_minitron.checkpoints.model_record import FILE_NAME
-from nemo_minitron.checkpoints.tokenizer.files import FILES
+from nemo_minitron.checkpoints.tokenizer.names import CONFIG, named_files, tokenizer_files
 from nemo_minitron.errors import CheckpointError
 
 __all__ = ["account_files"]
 
-_READ = ("config.json", "generation_config.json", FILE_NAME, *FILES)
+_READ = ("config.json", "generation_config.json", FILE_NAME)
 
 
 def account_files(path: Path, first: Path, weights: Collection[Path]) -> None:
@@ -33,7 +34,9 @@ def account_files(path: Path, first: Path, weights: Collection[Path]) -> None:
         for pattern, remedy in known.REFUSED_FILES.items():
             if fnmatch.fnmatchcase(name, pattern):
                 raise CheckpointError(f"{path / name} lies beside the weights: {remedy}")
-    used = {*_READ, first.name, *(file.name for file in weights)}
+    described = read_json(path / CONFIG) if CONFIG in entries else {}
+    tokenizer = {Path(name).parts[0] for name in tokenizer_files(path, named_files(described))}
+    used = {*_READ, first.name, *(file.name for file in weights), *tokenizer}
     other = [
         name
         for name in entries

@@ -13,17 +13,22 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
+from nemo_minitron.checkpoints.formats.huggingface.layer_types import (
+    older_spelling_by_type,
+    read_layer_types,
+    type_spellings,
+)
 from nemo_minitron.checkpoints.formats.huggingface.rotary import (
     older_spelling,
+    read_scaling,
     scaling_faults,
-    scaling_type,
     spellings,
 )
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import HFFamily
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["from_hf", "layer_faults", "read_json", "to_hf"]
+__all__ = ["from_hf", "hf_faults", "read_json", "to_hf"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,7 +78,12 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             f"{source}: architecture {shown} is not supported; supported: {', '.join(readers)}{remedy}"
         )
     key, family = readers[name]
-    older, faults = older_spelling(config)
+    spelled = older_spelling_by_type if axes.family(key).layer_types else older_spelling
+    older, faults = spelled(config)
+    for other, known_key in family.other_names.items():
+        value = older.pop(other, None)
+        if value is not None and older.setdefault(known_key, value) != value:
+            faults.append(f"{other}={value!r} and {known_key}={older[known_key]!r} differ; remove the wrong one")
     given = Noted(older, family.reads[name])
     try:
         faults += _unsupported(given, axes.family(key), family)
@@ -103,7 +113,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
     """Sizes and constants of a model of the family ``key`` and transformers' class ``name``."""
     family = hf_family(key)
     try:
-        heads, width = config["num_attention_heads"], config["intermediate_size"]
+        heads, width = config["num_attention_heads"], config[family.width]
         groups, layers = config["num_key_value_heads"] or heads, None
         if family.by_layer is not None and name == family.by_layer[0]:
             layers = read_blocks(config)
@@ -118,7 +128,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
             head_dim=config["head_dim"] or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config["tie_word_embeddings"]),
-            num_moe_experts=config["num_local_experts"] if family.expert else None,
+            num_moe_experts=config[family.experts] if family.expert else None,
             layers=layers,
         )
     except KeyError as error:
@@ -127,23 +137,38 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
         ) from None
     except (CheckpointError, ShapeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-    rope = config["rope_scaling"]
+    scaling, positions = read_scaling(config["rope_scaling"], config["max_position_embeddings"], source)
     architecture = Architecture(
         family=key,
         norm_epsilon=config[family.epsilon],
         rotary_base=float(config["rope_theta"]),
         rotary_percent=float(config["partial_rotary_factor"]),
-        rotary_scaling=None if scaling_type(rope) == "default" else rope,
-        max_position_embeddings=config["max_position_embeddings"],
+        rotary_scaling=scaling,
+        max_position_embeddings=positions,
         bos_token_id=config["bos_token_id"],
         eos_token_id=config["eos_token_id"],
         pad_token_id=config["pad_token_id"],
         moe_router_topk=config["num_experts_per_tok"] if family.expert else None,
         moe_aux_loss_coeff=config["router_aux_loss_coef"] if family.expert else 0.0,
+        moe_router_pre_softmax=family.normalized is not None and not config[family.normalized],
+        **(_layer_types(config, shape) if axes.family(key).layer_types else {}),
     )
     if faults := architecture.faults(shape):
         raise CheckpointError(f"{source}: {faults[0]}")
     return shape, architecture
+
+
+def _layer_types(config: Noted, shape: ModelShape) -> dict[str, Any]:
+    """The constants of a family whose layers are of two types."""
+    window = config["sliding_window"]
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"sliding_window={window!r}")
+    return {
+        "layer_types": read_layer_types(config, shape.num_layers)[0],
+        "sliding_window": window,
+        "rotary_base_local": float(config["rope_local_base_freq"]),
+        "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
+    }
 
 
 def _unknown(
@@ -173,7 +198,7 @@ def _unknown(
             f"if it is a plain {name}, remove auto_map"
         )
     config.get("architectures")
-    active, idle = unread(config.left(), harmless=known.KEYS, neutral=known.NEUTRAL_KEYS)
+    active, idle = unread(config.left(), harmless={**known.KEYS, **family.unused}, neutral=known.NEUTRAL_KEYS)
     faults += [
         f"{key}={_short(value)} is not known, and may change what the model computes; if it does not, remove the key"
         for key, value in active.items()
@@ -199,14 +224,21 @@ def _short(value: Any) -> str:
 def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[str]:
     """Everything in a configuration that the family's table does not stand for."""
     rope, positions, window = config["rope_scaling"], config["max_position_embeddings"], config["sliding_window"]
+    partial = config["partial_rotary_factor"]
     faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
         for key, value in family.needs.items()
-        if config[key] != value
+        if config[key] != value and not (config[key] is None and value == [])
     ]
-    faults += scaling_faults(rope)
-    if config["partial_rotary_factor"] != 1 and not table.partial_rotary:
-        faults.append(f"partial_rotary_factor={config['partial_rotary_factor']!r} is not supported in this family")
+    if scaled := scaling_faults(rope, positions=positions, partial=partial):
+        faults += scaled
+    else:
+        _, positions = read_scaling(rope, positions)
+    if partial != 1 and not table.partial_rotary:
+        faults.append(f"partial_rotary_factor={partial!r} is not supported in this family")
+    if table.layer_types:
+        faults += read_layer_types(config, config["num_hidden_layers"])[1]
+        return faults + _quantized(config)
     slides = config["use_sliding_window"] and window is not None
     if slides and window < positions:
         faults.append(
@@ -216,20 +248,28 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
     kinds = set(config.get("layer_types") or ()) - {"full_attention", *(["sliding_attention"] if slides else [])}
     if kinds:
         faults.append(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported; supported: full_attention")
-    if config.get("quantization_config"):
-        faults.append("quantized weights are not supported; dequantize the model first")
+    return faults + _quantized(config)
+
+
+def _quantized(config: Noted) -> list[str]:
+    stated = config.get("quantization_config")
+    return ["quantized weights are not supported; dequantize the model first"] if stated else []
+
+
+def hf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
+    """Why a ``config.json`` of the family cannot describe a model; empty if it can."""
+    faults, family = [], hf_family(architecture.family)
+    if not shape.uniform and family.by_layer is None:
+        able = ", ".join(name for name, other in hf_families().items() if other.by_layer is not None)
+        faults.append(
+            f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of "
+            f"these it has: {able})"
+        )
+    if architecture.moe_router_pre_softmax and family.normalized is None:
+        faults.append(f"family {architecture.family!r}: transformers always normalises the weights of its experts")
+    if architecture.rotary_scaling is not None and not axes.family(architecture.family).scales_rotary:
+        faults.append(f"family {architecture.family!r}: transformers has no scaled RoPE for its models")
     return faults
-
-
-def layer_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
-    """Why a ``config.json`` of the family cannot describe the layers of a shape; empty if it can."""
-    if shape.uniform or hf_family(architecture.family).by_layer is not None:
-        return []
-    able = ", ".join(name for name, family in hf_families().items() if family.by_layer is not None)
-    return [
-        f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of these "
-        f"it has: {able})"
-    ]
 
 
 def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[str, Any]:
@@ -240,15 +280,21 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
     models are, with ``block_configs``.
 
     Raises:
-        CheckpointError: if the family has no format for such layers.
+        CheckpointError: as :func:`hf_faults`.
     """
-    family = hf_family(architecture.family)
+    if faults := hf_faults(shape, architecture):
+        raise CheckpointError("; ".join(faults))
+    family, table = hf_family(architecture.family), axes.family(architecture.family)
     kind, blocks = (family.architecture, family.model_type), {}
     if not shape.uniform:
-        if faults := layer_faults(shape, architecture):
-            raise CheckpointError(faults[0])
         assert family.by_layer is not None
         kind, blocks = family.by_layer, {"block_configs": write_blocks(shape)}
+    rotary = spellings(
+        architecture.rotary_base,
+        architecture.rotary_percent,
+        architecture.rotary_scaling,
+        partial_rotary=table.partial_rotary,
+    )
     config: dict[str, Any] = {
         "architectures": [kind[0]],
         "model_type": kind[1],
@@ -265,13 +311,8 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": None if blocks else shape.num_query_groups,
         family.epsilon: architecture.norm_epsilon,
-        **spellings(
-            architecture.rotary_base,
-            architecture.rotary_percent,
-            architecture.rotary_scaling,
-            partial_rotary=axes.family(architecture.family).partial_rotary,
-        ),
         "sliding_window": None,
+        **(type_spellings(architecture, rotary) if table.layer_types else rotary),
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,
@@ -283,10 +324,13 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
     }
     if family.expert:
         config |= {
-            "num_local_experts": shape.num_moe_experts,
+            family.experts: shape.num_moe_experts,
+            family.width: shape.ffn_hidden_size,
             "num_experts_per_tok": architecture.moe_router_topk,
             "router_aux_loss_coef": architecture.moe_aux_loss_coeff,
         }
+        if family.normalized is not None:
+            config[family.normalized] = not architecture.moe_router_pre_softmax
     return config
 
 

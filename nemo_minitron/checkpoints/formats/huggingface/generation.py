@@ -14,7 +14,12 @@ FILE_NAME = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 #: What transformers writes of itself into a file that it makes from ``config.json``.
 _NOTES = ("_from_model_config", "transformers_version")
-_MADE = {"output_attentions": False, "output_hidden_states": False, "use_cache": True}
+_MADE = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "use_cache": True,
+    "cache_implementation": "hybrid",  # of Gemma's configuration in transformers 4
+}
 
 
 def read_generation(content: dict[str, Any], source: Path, architecture: Architecture) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def read_generation(content: dict[str, Any], source: Path, architecture: Archite
         for key, value in content.items()
         if key not in _NOTES
         and not (key in IDS and value in (None, getattr(architecture, key)))
-        and not (key in made and value is made[key])
+        and not (key in made and type(value) is type(made[key]) and value == made[key])
     }
     for key in IDS:
         ids = own.get(key, [])

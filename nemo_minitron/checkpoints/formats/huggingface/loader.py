@@ -3,17 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.architecture import SLIDING
+from nemo_minitron.checkpoints.formats.huggingface.config import read_json
+from nemo_minitron.checkpoints.formats.huggingface.rotary import older_spelling, read_scaling, scaling_type
+from nemo_minitron.runtime.versions import matches
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
-__all__ = ["hf_logits"]
+__all__ = ["hf_logits", "load_transformers"]
 
 
 def hf_logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[rows, s, V]`` logits of ``AutoModelForCausalLM``, weights rounded to ``dtype``, in float32 arithmetic."""
+    """``[rows, s, V]`` logits of transformers' model, weights rounded to ``dtype``, in float32 arithmetic."""
+    return load_transformers(path, dtype).float().eval()(ids).logits
+
+
+def load_transformers(path: Path, dtype: torch.dtype) -> Any:
+    """Transformers' model of a directory, which computes what this suite reads from it.
+
+    transformers up to 4.52 knows types of layers as a pattern only. There a model whose types have no pattern gets them
+    after it is built, and computes without its cache, which goes by the pattern.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype, local_files_only=True).float().eval()
-    return model(ids).logits
+    config: Any = _config(path)
+    types: list[str] = getattr(config, "layer_types", None) or []
+    by_hand = bool(types) and matches("transformers<4.53") and config.sliding_window_pattern is None
+    if by_hand:
+        config.sliding_window_pattern, config.use_cache = 1, False
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype, local_files_only=True)
+    if by_hand:
+        model.generation_config.cache_implementation, model.generation_config.use_cache = None, False
+        for layer, kind in zip(model.model.layers, types, strict=True):
+            slides = kind == SLIDING
+            layer.is_sliding = layer.self_attn.is_sliding = slides
+            layer.self_attn.sliding_window = config.sliding_window if slides else None
+    return model
+
+
+def _config(path: Path) -> PretrainedConfig:
+    """The configuration in a directory, by transformers; of YaRN, as this suite reads it.
+
+    See :func:`~nemo_minitron.checkpoints.formats.huggingface.rotary.read_scaling`.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    scaling = getattr(config, "rope_scaling", None) or older_spelling(read_json(path / "config.json"))[0].get(
+        "rope_scaling"
+    )
+    if scaling_type(scaling) == "yarn":
+        config.rope_scaling, config.max_position_embeddings = read_scaling(scaling, config.max_position_embeddings)
+    return config

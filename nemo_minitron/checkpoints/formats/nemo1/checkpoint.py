@@ -27,13 +27,8 @@ from nemo_minitron.checkpoints.formats.nemo1.config import from_nemo1, to_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.model_record import FILE_NAME, parse_model_record, write_model_record
-from nemo_minitron.checkpoints.tokenizer.files import (
-    FILES,
-    check_tokenizer,
-    copy_tokenizer,
-    find_tokenizer,
-    token_count,
-)
+from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer, token_count
+from nemo_minitron.checkpoints.tokenizer.names import is_tokenizer_file
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.shape import require_uniform
 
@@ -226,7 +221,8 @@ def _unpack_tokenizer(archive: Archive, config: dict[str, Any]) -> Path | None:
 
     NeMo's own archives hold a sentencepiece model as an artifact that ``tokenizer.model`` names as ``nemo:<file>``.
     """
-    wanted = {f"{TOKENIZER}/{name}": name for name in FILES}
+    inside = [name.removeprefix(f"{TOKENIZER}/") for name in archive.names() if name.startswith(f"{TOKENIZER}/")]
+    wanted = {f"{TOKENIZER}/{name}": name for name in inside if is_tokenizer_file(name)}
     described = config.get("tokenizer")
     artifact = described.get("model") if isinstance(described, dict) else None
     if isinstance(artifact, str) and artifact.startswith("nemo:"):
@@ -237,6 +233,7 @@ def _unpack_tokenizer(archive: Archive, config: dict[str, Any]) -> Path | None:
     directory = Path(tempfile.mkdtemp(prefix="nemo_minitron_tokenizer_"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     for name in present:
+        (directory / wanted[name]).parent.mkdir(exist_ok=True)
         (directory / wanted[name]).write_bytes(archive.read(name))
     return find_tokenizer(directory)
 

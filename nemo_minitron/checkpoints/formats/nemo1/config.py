@@ -10,9 +10,9 @@ from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, uniform_faults
 
-__all__ = ["from_nemo1", "nemo1_families", "to_nemo1"]
+__all__ = ["from_nemo1", "nemo1_families", "nemo1_faults", "to_nemo1"]
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 
@@ -22,7 +22,6 @@ REQUIRED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_interleaved": False,
     "apply_embedding_scaling": False,
-    "seq_len_interpolation_factor": None,
     "num_moe_experts": None,
     "mcore_customization_config": None,
     "qk_layernorm": False,
@@ -98,7 +97,19 @@ def from_nemo1(
         for family, needs in nemo1_families().items()
     }
     family = min(unlike, key=lambda name: len(unlike[name]))
-    if faults := faults + unlike[family]:
+    faults += unlike[family]
+    interpolated, scaled = config["seq_len_interpolation_factor"], config["scale_positional_embedding"]
+    if not axes.family(family).scales_rotary and (interpolated is not None or scaled):
+        faults.append(
+            f"seq_len_interpolation_factor={interpolated!r}, scale_positional_embedding={scaled!r}: RoPE of the family "
+            "is not scaled"
+        )
+    elif interpolated is not None and scaled:
+        faults.append(
+            f"seq_len_interpolation_factor={interpolated!r} with scale_positional_embedding={scaled!r}: one scaling of "
+            "RoPE alone is supported"
+        )
+    if faults:
         target = str(config.get("target", "unknown")).rsplit(".", 1)[-1]
         raise CheckpointError(f"{source}: {target} is not a {family} model: " + "; ".join(faults))
     special = special_ids(tokenizer) if tokenizer is not None else {}
@@ -117,19 +128,12 @@ def from_nemo1(
             vocab_size=vocab,
             tied_embeddings=config["share_embeddings_and_output_weights"],
         )
-        scaling = {
-            "rope_type": "llama3",
-            "factor": float(config["scale_factor"]),
-            "low_freq_factor": float(config["low_freq_factor"]),
-            "high_freq_factor": float(config["high_freq_factor"]),
-            "original_max_position_embeddings": config["old_context_len"],
-        }
         architecture = Architecture(
             family=family,
             norm_epsilon=float(config["layernorm_epsilon"]),
             rotary_base=float(config["rotary_base"]),
             rotary_percent=float(config["rotary_percentage"]),
-            rotary_scaling=scaling if config["scale_positional_embedding"] else None,
+            rotary_scaling=_rotary_scaling(config),
             max_position_embeddings=config["encoder_seq_length"],
             bos_token_id=special.get("bos_token_id"),
             eos_token_id=special.get("eos_token_id"),
@@ -140,6 +144,33 @@ def from_nemo1(
     except (ShapeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     return shape, architecture
+
+
+def _rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    if (factor := config["seq_len_interpolation_factor"]) is not None:
+        return {"rope_type": "linear", "factor": float(factor)}
+    if not config["scale_positional_embedding"]:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(config["scale_factor"]),
+        "low_freq_factor": float(config["low_freq_factor"]),
+        "high_freq_factor": float(config["high_freq_factor"]),
+        "original_max_position_embeddings": config["old_context_len"],
+    }
+
+
+def nemo1_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
+    """Why the format cannot hold a model; empty if it can."""
+    faults, known = uniform_faults(shape, "format=nemo"), nemo1_families()
+    if architecture.family not in known:
+        faults.append(
+            f"a .nemo cannot hold a {architecture.family} model (NeMo 1 holds {', '.join(known)}); write the nemo2 "
+            "or the hf format"
+        )
+    if (kind := architecture.rotary_type) not in ("default", "linear", "llama3"):
+        faults.append(f"a .nemo cannot hold RoPE scaling of type {kind!r}: NeMo 1 has none; write the hf format")
+    return faults
 
 
 def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multiple: int, rows: int | None) -> str:
@@ -155,17 +186,15 @@ def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multi
         rows: fixed vocabulary rows, or None where the tokenizer gives the vocabulary.
 
     Raises:
-        CheckpointError: for a family that NeMo 1 cannot hold.
+        CheckpointError: for a model that NeMo 1 cannot hold.
     """
     import yaml
 
-    known = nemo1_families()
-    if architecture.family not in known:
-        raise CheckpointError(
-            f"a .nemo cannot hold a {architecture.family} model (NeMo 1 holds {', '.join(known)}); write the nemo2 "
-            "or the hf format"
-        )
-    base, needs = architecture.rotary_base, known[architecture.family]
+    from nemo_minitron.runtime.rotary import interpolation_factor
+
+    if faults := nemo1_faults(shape, architecture):
+        raise CheckpointError("; ".join(faults))
+    base, needs = architecture.rotary_base, nemo1_families()[architecture.family]
     config: dict[str, Any] = {
         "target": TARGET,
         "mcore_gpt": True,
@@ -194,6 +223,7 @@ def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multi
         "position_embedding_type": "rope",
         "rotary_percentage": architecture.rotary_percent,
         "rotary_interleaved": False,
+        "seq_len_interpolation_factor": interpolation_factor(architecture),
         "rotary_base": int(base) if float(base).is_integer() else base,
         "bias": False,
         **needs,
@@ -255,7 +285,7 @@ def to_nemo1(shape: ModelShape, architecture: Architecture, *, dtype: str, multi
     }
     if rows is not None:
         config["override_vocab_size"] = rows
-    if (scaling := architecture.rotary_scaling) is not None:
+    if (scaling := architecture.rotary_scaling) is not None and architecture.rotary_type == "llama3":
         config |= {
             "scale_positional_embedding": True,
             "scale_factor": scaling["factor"],

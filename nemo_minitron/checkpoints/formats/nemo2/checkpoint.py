@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
-from nemo_minitron.checkpoints.formats.nemo2.config import from_nemo2, model_class, nemo_config
+from nemo_minitron.checkpoints.formats.nemo2.config import config_class, from_nemo2, model_class, nemo_config
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
@@ -23,7 +23,7 @@ from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import require_uniform
 
-__all__ = ["is_nemo2", "open_nemo2", "write_nemo2"]
+__all__ = ["is_nemo2", "open_nemo2", "peek_nemo2", "write_nemo2"]
 
 
 def is_nemo2(path: Path) -> bool:
@@ -63,11 +63,22 @@ def open_nemo2(path: Path) -> Checkpoint:
     )
 
 
+def peek_nemo2(path: Path) -> tuple[int | None, Path | None]:
+    """Rows of the vocabulary, if ``minitron.json`` says them, and the directory of the tokenizer.
+
+    Raises:
+        CheckpointError: for a context that cannot be read.
+    """
+    source, record = path / "context" / "model.yaml", read_model_record(path)
+    content = parse_yaml(source.read_bytes(), source) if source.is_file() else {}
+    return None if record is None else record.shape.vocab_size, _find_tokenizer(path / "context", content)
+
+
 def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:
     """Write a NeMo 2 directory into ``directory`` (which this creates; callers write aside).
 
     Raises:
-        CheckpointError: if the tokenizer does not fit the vocabulary.
+        CheckpointError: if the tokenizer does not fit the vocabulary, or there is no configuration for the model.
         ShapeError: if layers differ in size.
         MissingDependency: where NeMo cannot be imported.
     """
@@ -76,6 +87,8 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
     require_uniform(checkpoint.shape, "the nemo2 format")
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, checkpoint.shape.vocab_size)
+    require("nemo", for_="writing a NeMo 2 checkpoint")
+    config_class(checkpoint.architecture)
     directory.mkdir(parents=True)
     dtype, vocab_multiple = options.dtype, options.vocab_multiple
     rows = padded(checkpoint.shape.vocab_size, vocab_multiple)

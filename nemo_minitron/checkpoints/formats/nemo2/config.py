@@ -14,20 +14,34 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.formats.nemo2.layer_types import (
+    list_faults,
+    read_scaling,
+    read_types,
+    rotary_faults,
+    written_types,
+)
+from nemo_minitron.checkpoints.formats.nemo_common import padded
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import NeMo2Family
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import ModelShape, uniform_faults
 
-__all__ = ["from_nemo2", "model_class", "nemo_config"]
+__all__ = ["config_class", "from_nemo2", "model_class", "nemo2_faults", "nemo_config", "own_class_faults"]
 
 
-ACTIVATIONS = {"silu": "silu", "squared_relu": "squared_relu"}
+SCALED_MODULE = "nemo_minitron.checkpoints.formats.nemo2.scaled"
+OWN_CLASS = "Scaled"
+"""Begins the names of the classes there; then comes the name of the class of NeMo's that is extended."""
+
+LISTED_MODULE, LISTED_CLASS = "nemo_minitron.checkpoints.formats.nemo2.listed", "Listed"
+"""The same of layers whose types follow no pattern."""
+
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "openai_gelu", "squared_relu": "squared_relu"}
 """Name in the axes table -> end of the function's name in a ``model.yaml``."""
 
 PLAIN_ROUTING: dict[str, Any] = {
-    "moe_router_pre_softmax": False,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
@@ -37,7 +51,7 @@ PLAIN_ROUTING: dict[str, Any] = {
     "moe_apply_probs_on_input": False,
     "moe_layer_freq": 1,
 }
-"""Mixtral's router: a softmax over the logits of the chosen experts, in every layer."""
+"""A router of a softmax, with nothing added, in every layer."""
 
 NO_FUSIONS = dict.fromkeys(
     (
@@ -66,10 +80,15 @@ def required(table: axes.Family) -> dict[str, Any]:
         "qk_layernorm": table.qk_layernorm,
         "layernorm_zero_centered_gamma": table.zero_centered_norm,
         "multi_latent_attention": False,
-        "seq_len_interpolation_factor": None,
     }
     if not table.partial_rotary:
         needs["rotary_percent"] = 1.0
+    if table.layer_types:
+        del needs["qk_layernorm"]  # NeMo's layers of these families have the norms whatever it says
+    if table.layer_types or not table.scales_rotary:
+        needs["seq_len_interpolation_factor"] = None
+    if table.normalizes_topk:
+        needs["moe_router_pre_softmax"] = False
     return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
 
 
@@ -83,8 +102,52 @@ def model_class(name: str) -> Any:
     return getattr(import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.model)
 
 
+def config_class(architecture: Architecture) -> Any:
+    """The class of a model's configuration: NeMo's, or one of :mod:`scaled` where NeMo's cannot scale RoPE as it is.
+
+    Raises:
+        CheckpointError: if NeMo does not know the family, or neither has a class.
+    """
+    known = _known(architecture.family)
+    name, module = known.config, import_module(f"nemo.collections.llm.gpt.model.{known.module}")
+    if list_faults(architecture):
+        return getattr(import_module(LISTED_MODULE), LISTED_CLASS + name)
+    if own_class_faults(architecture):
+        name, module = OWN_CLASS + name, import_module(SCALED_MODULE)
+        if not hasattr(module, name):
+            raise CheckpointError(
+                f"there is no NeMo configuration with RoPE scaling of type {architecture.rotary_type!r} for the family "
+                f"{architecture.family!r}; write the hf format"
+            )
+    elif architecture.rotary_type == "llama3":
+        assert known.scaled is not None
+        name = known.scaled
+    return getattr(module, name)
+
+
+def own_class_faults(architecture: Architecture) -> list[str]:
+    """Why NeMo alone, without this package, cannot open a model: none of its classes can describe it. Or empty."""
+    if unlisted := list_faults(architecture):
+        return unlisted
+    kind, known = architecture.rotary_type, _nemo2_families().get(architecture.family)
+    if known is None or kind in ("default", "linear") or (kind == "llama3" and known.scaled is not None):
+        return []
+    return [
+        f"NeMo has no class of {architecture.family} models with RoPE scaling of type {kind!r}, so others could not "
+        "open the export; export the hf format, or set rope_scaling to null where no sequence is longer than its "
+        "original_max_position_embeddings"
+    ]
+
+
+def nemo2_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
+    """Why the format cannot hold a model; empty if it can."""
+    faults = uniform_faults(shape, "format=nemo2")
+    faults += rotary_faults(architecture)
+    return faults if architecture.family in _nemo2_families() else [*faults, _no_form(architecture.family)]
+
+
 def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, multiple: int, rows: int | None) -> Any:
-    """NeMo's configuration of a model: ``LlamaConfig`` (``Llama31Config`` where RoPE is scaled), ``Qwen2Config``, ...
+    """NeMo's configuration of a model: ``LlamaConfig``, ``Qwen2Config``, ..., or see :func:`config_class`.
 
     Args:
         shape, architecture: the model's.
@@ -93,8 +156,10 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         rows: fixed number of vocabulary rows; None lets NeMo derive it from the tokenizer for any TP.
 
     Raises:
-        CheckpointError: if NeMo does not know the family, or has no scaled RoPE for it.
+        CheckpointError: as :func:`config_class`.
     """
+    from nemo_minitron.runtime import rotary
+
     known, table, base = _known(architecture.family), axes.family(architecture.family), architecture.rotary_base
     values: dict[str, Any] = {
         "num_layers": shape.num_layers,
@@ -114,33 +179,40 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         "bf16": dtype == "bfloat16",
         "params_dtype": torch_dtype(dtype),
         "use_cpu_initialization": True,
+        "seq_len_interpolation_factor": rotary.interpolation_factor(architecture),
+        **rotary.attention_settings(architecture, shape.head_dim),
         **NO_FUSIONS,
     }
     if known.config == "GPTConfig":
         from nemo_minitron.runtime.model import ACTIVATIONS as FUNCTIONS
 
+        # NeMo's classes of families switch dropout off, this base of theirs does not
+        values |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
         values |= {**required(table), "activation_func": FUNCTIONS[table.activation], **values}
     if table.expert:
         values |= {
             "num_moe_experts": shape.num_moe_experts,
             "moe_router_topk": architecture.moe_router_topk,
+            "moe_ffn_hidden_size": shape.ffn_hidden_size,
+            "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
             "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff,
+            # experts computed one by one, which needs no library of CUDA's, and can be scored and pruned
+            "moe_grouped_gemm": False,
+            "moe_permute_fusion": False,
         }
-    module, name = import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.config
-    if (scaling := architecture.rotary_scaling) is not None:
-        if known.scaled is None:
-            raise CheckpointError(
-                f"NeMo has no scaled RoPE for the family {architecture.family!r}; write another format, or set "
-                "rope_scaling to null where no sequence is longer than its original_max_position_embeddings"
-            )
-        name = known.scaled
+    if table.layer_types:
+        values |= written_types(architecture, rows or padded(shape.vocab_size, multiple))
+    config = config_class(architecture)
+    scaling = architecture.rotary_scaling
+    if config.__name__.startswith(OWN_CLASS):
+        values["rotary_scaling"] = scaling
+    elif scaling is not None and architecture.rotary_type == "llama3":
         values |= {
             "scale_factor": scaling["factor"],
             "low_freq_factor": scaling["low_freq_factor"],
             "high_freq_factor": scaling["high_freq_factor"],
             "old_context_len": scaling["original_max_position_embeddings"],
         }
-    config = getattr(module, name)
     if any(field.name == "max_position_embeddings" for field in dataclasses.fields(config)):
         values["max_position_embeddings"] = architecture.max_position_embeddings
     return config(**values)
@@ -163,7 +235,9 @@ def from_nemo2(
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{source} has no model configuration; it is not a NeMo 2 language model's")
-    name = str(config.get("_target_", "unknown")).rsplit(".", 1)[-1]
+    module, _, name = str(config.get("_target_", "unknown")).rpartition(".")
+    if module in (SCALED_MODULE, LISTED_MODULE):
+        name = name.removeprefix(OWN_CLASS).removeprefix(LISTED_CLASS)
     known = _nemo2_families()
     faults = {key: _unlike(config, axes.family(key)) for key, form in known.items() if name.startswith(form.reads)}
     if not faults:
@@ -175,6 +249,7 @@ def from_nemo2(
     if faults[family]:
         raise CheckpointError(f"{source}: {name} is no {family} model: " + "; ".join(faults[family]))
     special = special_ids(tokenizer) if tokenizer is not None else {}
+    typed = axes.family(family).layer_types
     try:
         heads, hidden, experts = config["num_attention_heads"], config["hidden_size"], bool(axes.family(family).expert)
         vocab = config.get("vocab_size")
@@ -197,9 +272,9 @@ def from_nemo2(
         architecture = Architecture(
             family=family,
             norm_epsilon=config["layernorm_epsilon"],
-            rotary_base=float(config["rotary_base"]),
+            rotary_base=float(config["rotary_base"][1] if typed else config["rotary_base"]),
             rotary_percent=float(config.get("rotary_percent", known[family].rotary_percent)),
-            rotary_scaling=_rotary_scaling(config),
+            rotary_scaling=read_scaling(config) if typed else _rotary_scaling(config),
             # the classes of some families have both, and their importers set only one
             max_position_embeddings=config.get("max_position_embeddings") or config["seq_length"],
             bos_token_id=special.get("bos_token_id"),
@@ -207,12 +282,14 @@ def from_nemo2(
             pad_token_id=special.get("pad_token_id"),
             moe_router_topk=config["moe_router_topk"] if experts else None,
             moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
+            moe_router_pre_softmax=experts and bool(config.get("moe_router_pre_softmax")),
+            **(read_types(config, shape) if typed else {}),
         )
         if invalid := architecture.faults(shape):
             raise CheckpointError(f"{source}: {invalid[0]}")
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; it is not a complete {family} configuration") from None
-    except (ShapeError, TypeError, ZeroDivisionError) as error:
+    except (ShapeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     return shape, architecture
 
@@ -225,11 +302,15 @@ def _nemo2_families() -> dict[str, NeMo2Family]:
 def _known(name: str) -> NeMo2Family:
     known = _nemo2_families()
     if name not in known:
-        raise CheckpointError(
-            f"family {name!r} has no NeMo 2 form; write another format, or add the form to "
-            f"nemo_minitron/families/{name}.py (there: {', '.join(known)})"
-        )
+        raise CheckpointError(_no_form(name))
     return known[name]
+
+
+def _no_form(name: str) -> str:
+    return (
+        f"family {name!r} has no NeMo 2 form; write another format, or add the form to "
+        f"nemo_minitron/families/{name}.py (there: {', '.join(_nemo2_families())})"
+    )
 
 
 def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
@@ -245,20 +326,33 @@ def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
     activation = activation.get("_target_") if isinstance(activation, dict) else activation
     if activation is not None and not str(activation).endswith(needed):
         faults.append(f"activation_func={activation} is not supported (needed: {needed})")
+    if table.layer_types:
+        return faults
+    scaling, scale = config.get("rotary_scaling"), config.get("softmax_scale")
+    if scale is not None and (scaling or {}).get("rope_type") != "yarn":
+        faults.append(f"softmax_scale={scale} is not supported: the attention of the family has the scale of its heads")
     window = config.get("window_size")
     if window is not None and window[0] + 1 < config["seq_length"]:
-        faults.append(f"window_size={window} is not supported: no family here has sliding-window attention")
+        faults.append(f"window_size={window} is not supported: the family has no sliding-window attention")
     return faults
 
 
 def _rotary_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
-    """HF's ``rope_scaling`` for a ``Llama31Config``; its classes are the only ones with a ``scale_factor``."""
-    if "scale_factor" not in config:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": config["scale_factor"],
-        "low_freq_factor": config["low_freq_factor"],
-        "high_freq_factor": config["high_freq_factor"],
-        "original_max_position_embeddings": config["old_context_len"],
-    }
+    """HF's ``rope_scaling`` for a ``Llama31Config``, a linear interpolation, or a class of ours.
+
+    The first's classes are the only ones of NeMo's with a ``scale_factor``.
+    """
+    scaling: dict[str, Any] | None = config.get("rotary_scaling")
+    if scaling is None and "scale_factor" in config:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config["scale_factor"],
+            "low_freq_factor": config["low_freq_factor"],
+            "high_freq_factor": config["high_freq_factor"],
+            "original_max_position_embeddings": config["old_context_len"],
+        }
+    if (factor := config.get("seq_len_interpolation_factor")) is None:
+        return scaling
+    if scaling is not None:
+        raise ShapeError(f"seq_len_interpolation_factor={factor} beside another scaling of RoPE is not supported")
+    return {"rope_type": "linear", "factor": float(factor)}

@@ -1,0 +1,238 @@
+"""GGUF -> Hugging Face directory: a file of llama.cpp, quantized or not, becomes an ordinary checkpoint.
+
+The numbers are those that llama.cpp's own ``gguf`` package dequantizes, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import axes
+from nemo_minitron.accounting import unread, warn_once
+from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.formats.entry import WriteOptions
+from nemo_minitron.checkpoints.formats.gguf import known
+from nemo_minitron.checkpoints.formats.gguf.architectures import ARCHITECTURES, DEFAULTS, GGUFArchitecture
+from nemo_minitron.checkpoints.formats.gguf.header import GGUFContent, read_gguf
+from nemo_minitron.checkpoints.formats.gguf.rope import DIVISORS, rotary_scaling
+from nemo_minitron.checkpoints.formats.gguf.tokenizer import write_tokenizer
+from nemo_minitron.checkpoints.formats.huggingface import names as naming
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.config import from_hf
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.atomic import write_aside
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["GGUFWeights", "convert_gguf", "is_gguf"]
+
+#: Keys of a header below the architecture's name that every model has.
+_NEEDED = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path has the name of a GGUF file."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def convert_gguf(
+    source: str | Path, target: str | Path, *, dtype: str = "float32", overwrite: bool = False
+) -> Checkpoint:
+    """Convert a GGUF file into a HF directory and open it.
+
+    Memory holds one tensor at a time. Every key of the header and every tensor is used, or is known to change nothing,
+    or is refused, or named in a warning.
+
+    Args:
+        source: the ``.gguf`` file; of a model in several parts any of them, with the others beside it.
+        target: the directory to write.
+        dtype: of the tensors written. Quantized weights do not fit bfloat16 exactly.
+        overwrite: replace what stands at ``target``.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, of another architecture, or holds what is not supported; if
+            ``target`` exists; if the disk is full.
+        MissingDependency: without the ``gguf`` package.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    content = read_gguf(source)
+    name = content.fields.get("general.architecture")
+    entry = ARCHITECTURES.get(str(name))
+    if entry is None:
+        supported = ", ".join(map(repr, ARCHITECTURES))
+        raise CheckpointError(f"{source}: architecture {name!r} is not supported; supported: {supported}")
+    config = _config(content, str(name), entry)
+    shape, architecture = from_hf(config, content.path)
+    architecture = dataclasses.replace(architecture, dtype=dtype)
+    weights = GGUFWeights(
+        content, shape, architecture.family, entry, _gguf_names(str(name), shape, architecture.family)
+    )
+    weights.check()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as scratch:
+        write_tokenizer(content, Path(scratch))
+        _check_fields(content, str(name), entry)
+        model = Checkpoint(shape, architecture, weights, Path(scratch), content.path, "gguf")
+        with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
+            write_hf(model, partial, WriteOptions(dtype=dtype, scratch=Path(scratch) / "parts"))
+    return open_hf(target)
+
+
+@dataclass(frozen=True)
+class GGUFWeights:
+    """Lazily read tensors of a GGUF file under canonical names, in float32. Implements ``Weights``.
+
+    Attributes:
+        content: the file.
+        shape, family: the model's.
+        entry: its architecture.
+        names_there: name in transformers -> name in the file.
+    """
+
+    content: GGUFContent
+    shape: ModelShape
+    family: str
+    entry: GGUFArchitecture
+    names_there: dict[str, str]
+
+    def names(self) -> Sequence[str]:
+        """Canonical names in the order of the forward pass."""
+        return [entry.name for entry in axes.parameters(axes.family(self.family), self.shape)]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The canonical tensor.
+
+        Raises:
+            CheckpointError: for a quantization that cannot be undone.
+        """
+        entry = axes.entry(axes.family(self.family), self.shape, name)
+        parts = [self.part(part) for part in naming.hf_parts(self.family, entry)]
+        return naming.merge(entry.row.axes, parts, entry.sizes)
+
+    def part(self, name: str) -> torch.Tensor:
+        """The tensor of this name in transformers."""
+        there = self.names_there[name]
+        undo = self.entry.undo.get(".".join(there.split(".")[-2:]))
+        tensor = self.content.tensor(there)
+        return tensor if undo is None else undo(tensor, self.shape)
+
+    def check(self) -> None:
+        """Compare names and shapes with the header.
+
+        Raises:
+            CheckpointError: naming tensors that are missing, of another shape, or have no place in the model.
+        """
+        path, stored = self.content.path, self.content.tensors
+        if missing := [there for there in self.names_there.values() if there not in stored]:
+            raise CheckpointError(
+                f"{path}: {len(missing)} tensors that its header asks for are missing, such as {', '.join(missing[:3])}"
+            )
+        shapes: dict[str, tuple[int, ...]] = {}
+        for entry in axes.parameters(axes.family(self.family), self.shape):
+            shapes |= naming.hf_parts(self.family, entry)
+        for name, there in self.names_there.items():
+            if self.content.shape(there) != shapes[name]:
+                raise CheckpointError(
+                    f"{path}: {there} has shape {list(self.content.shape(there))} where the header's sizes ask for "
+                    f"{list(shapes[name])}"
+                )
+        used = {*self.names_there.values(), DIVISORS}
+        unknown = [
+            name
+            for name in stored
+            if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in known.TENSORS)
+        ]
+        if unknown:
+            raise CheckpointError(
+                f"{path}: {len(unknown)} tensors have no place in a {self.family} model, such as "
+                f"{', '.join(unknown[:3])}; the model computes more than its architecture says"
+            )
+
+
+def _config(content: GGUFContent, name: str, entry: GGUFArchitecture) -> dict[str, Any]:
+    """The ``config.json`` that the header describes."""
+    fields, config = content.fields, {"architectures": [entry.title], **DEFAULTS, **entry.constants}
+    if missing := [f"{name}.{key}" for key in _NEEDED if fields.get(f"{name}.{key}") is None]:
+        raise CheckpointError(f"{content.path}: its header has no {', '.join(missing)}; it is not a whole model")
+    for key, there in entry.keys.items():
+        value = fields.get(f"{name}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) > 1:
+                raise CheckpointError(f"{content.path}: {name}.{key} differs between layers, which is not supported")
+            value = value[0] if value else None
+        if value is not None:
+            config[there] = _decimal(value) if isinstance(value, float) else value
+    if "token_embd.weight" not in content.tensors:
+        raise CheckpointError(f"{content.path} has no token_embd.weight; it is not a whole model")
+    config.setdefault("vocab_size", content.shape("token_embd.weight")[0])
+    config["tie_word_embeddings"] = "output.weight" not in content.tensors
+    config |= {f"{kind}_token_id": fields.get(f"tokenizer.ggml.{there}_token_id") for kind, there in _IDS.items()}
+    head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config |= entry.derived(config)
+    width = fields.get(f"{name}.attention.value_length")
+    if width not in (None, head):
+        raise CheckpointError(
+            f"{content.path}: {name}.attention.value_length={width} differs from the keys' {head}, which is not "
+            "supported"
+        )
+    turned = fields.get(f"{name}.rope.dimension_count")
+    if turned not in (None, head):
+        config["partial_rotary_factor"] = turned / head  # refused by families without such a factor
+    config["rope_scaling"] = rotary_scaling(content, name, theta=config["rope_theta"], head_dim=turned or head)
+    return config
+
+
+def _decimal(value: float) -> float:
+    """The shortest number that is the same in float32: 9.99999974e-06 was written as 1e-05."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _gguf_names(name: str, shape: ModelShape, family: str) -> dict[str, str]:
+    """Name in transformers -> name in the file, by the ``gguf`` package's own table."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    numbers = [number for number, title in MODEL_ARCH_NAMES.items() if title == name]
+    if not numbers:
+        raise CheckpointError(f"the gguf package does not know {name} files; install a newer one")
+    table = get_tensor_name_map(numbers[0], shape.num_layers)
+    there: dict[str, str] = {}
+    for entry in axes.parameters(axes.family(family), shape):
+        for part in naming.hf_names(family, entry.name):
+            found = table.get_name(part, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise CheckpointError(f"the gguf package has no name for {part} in {name} files; install a newer one")
+            there[part] = found
+    return there
+
+
+def _check_fields(content: GGUFContent, name: str, entry: GGUFArchitecture) -> None:
+    """Account for the keys of the header that nobody asked for.
+
+    Raises:
+        CheckpointError: for keys that may change what the model computes.
+    """
+    left = content.fields.left()
+    harmless = {key: why for key in left for pattern, why in known.KEYS.items() if fnmatch.fnmatchcase(key, pattern)}
+    harmless |= {key: "its neutral value" for key, values in known.NEUTRAL.items() if left.get(key) in values}
+    neutral = {f"{name}.{key}": value for key, value in entry.neutral.items()}
+    active, idle = unread(left, harmless=harmless, neutral=neutral)
+    if active:
+        named = ", ".join(f"{key}={str(value)[:80]}" for key, value in active.items())
+        raise CheckpointError(
+            f"{content.path}: its header has {named}, which is not supported and may change what the model computes; "
+            "import the model's Hugging Face directory"
+        )
+    if idle:
+        named = ", ".join(f"{key}={value!r}" for key, value in idle.items())
+        warn_once(content.path, f"keys that are not known, and switched off, are left behind: {named}")

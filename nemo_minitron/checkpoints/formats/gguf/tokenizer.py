@@ -1,0 +1,224 @@
+"""The tokenizer in the header of a GGUF file, as ``tokenizer.json`` with a ``tokenizer_config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.accounting import warn_once
+from nemo_minitron.checkpoints.formats.gguf.header import GGUFContent
+from nemo_minitron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["MODELS", "SPLITS", "write_tokenizer"]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Used where the file carries no template of its own but its vocabulary has ChatML's markers."""
+
+# llama.cpp's kinds of tokens
+_CONTROL, _USER_DEFINED = 3, 4
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How text is divided before byte-level BPE.
+
+    Attributes:
+        digits: into single digits, then as GPT-2 does.
+        pattern: by this pattern; None for GPT-2's.
+        compose: characters are composed first (NFC).
+        whole_words: a word that is a token is not merged (``ignore_merges``).
+        first: the first token is prepended where the header does not say.
+    """
+
+    digits: bool = False
+    pattern: str | None = None
+    compose: bool = False
+    whole_words: bool = False
+    first: bool = False
+
+
+_DIGITS = Split(digits=True)
+_LLAMA3 = Split(pattern=_WORDS + r"\p{N}{1,3}" + _OTHERS, whole_words=True, first=True)
+_QWEN2 = Split(pattern=_WORDS + r"\p{N}" + _OTHERS, compose=True)
+#: By ``tokenizer.ggml.pre``, as llama.cpp reads it (``llama-vocab.cpp``).
+SPLITS: dict[str, Split] = {
+    "gpt-2": Split(),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+}
+
+
+def write_tokenizer(content: GGUFContent, directory: Path) -> None:
+    """Write the tokenizer's files into a directory.
+
+    Raises:
+        CheckpointError: for a kind of tokenizer, or a splitting of text, that is not known; for a damaged vocabulary.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    fields = content.fields
+    kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
+    if kind not in MODELS:
+        raise CheckpointError(
+            f"{content.path}: tokenizer.ggml.model={kind!r} is not supported; supported: {', '.join(MODELS)}"
+        )
+    if not isinstance(words, list) or len(set(words)) != len(words):
+        raise CheckpointError(f"{content.path}: tokenizer.ggml.tokens is missing, or has a token twice; fetch it again")
+    special = {
+        f"{name}_token": words[number]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if isinstance(number := fields.get(f"tokenizer.ggml.{key}_token_id"), int) and 0 <= number < len(words)
+    }
+    tokenizer = MODELS[kind](content, words, special)
+    _add_tokens(content, tokenizer, words)
+    # transformers sets a byte-level pre-tokenizer to what it is given here
+    prefix = _starts_with_space(content)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, add_prefix_space=prefix, **special
+    )
+    named = _templates(content)
+    if not named and {"<|im_start|>", "<|im_end|>"} <= set(words):
+        named = {"default": CHATML}
+    wrapped.chat_template = named.get("default") if len(named) < 2 else named
+    wrapped.save_pretrained(directory)
+
+
+def _byte_level(content: GGUFContent, words: list[str], special: dict[str, str]) -> Tokenizer:
+    """Byte-level BPE, as GPT-2's."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    fields = content.fields
+    name, merges = fields.get("tokenizer.ggml.pre"), fields.get("tokenizer.ggml.merges") or []
+    if name in (None, "default"):
+        warn_once(content.path, "does not say how text is divided into words (tokenizer.ggml.pre); GPT-2's way is used")
+        name = "gpt-2"
+    if name not in SPLITS:
+        raise CheckpointError(
+            f"{content.path}: tokenizer.ggml.pre={name!r}: this way of dividing text is not known; known: "
+            f"{', '.join(SPLITS)}; import the model's Hugging Face directory"
+        )
+    split = SPLITS[name]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        tokenizer = Tokenizer(
+            models.BPE(_ids(words), pairs, ignore_merges=split.whole_words)  # type: ignore[arg-type]
+        )
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CheckpointError(f"{content.path}: tokenizer.ggml.merges do not fit the tokens ({error})") from error
+    if split.compose:
+        tokenizer.normalizer = normalizers.NFC()
+    prefix = _starts_with_space(content)
+    before: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=split.pattern is None)]
+    if split.digits:
+        before.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if split.pattern is not None:
+        before.insert(0, pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(before) if len(before) > 1 else before[0]
+    tokenizer.decoder = decoders.ByteLevel()
+    ends = _ends(content, tokenizer, special, first=split.first)
+    bytes_only = processors.ByteLevel(trim_offsets=ends is None)
+    tokenizer.post_processor = bytes_only if ends is None else processors.Sequence([bytes_only, ends])
+    return tokenizer
+
+
+def _sentencepiece(content: GGUFContent, words: list[str], special: dict[str, str]) -> Tokenizer:
+    """Sentencepiece's BPE with byte fallback, as Llama 2's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    fields = content.fields
+    scores = fields.get("tokenizer.ggml.scores")
+    fields.get("tokenizer.ggml.pre")  # says nothing of this kind
+    if not isinstance(scores, list) or len(scores) != len(words):
+        raise CheckpointError(f"{content.path}: tokenizer.ggml.scores are missing, or not one for each token")
+    ids = _ids(words)
+    merges = fields.get("tokenizer.ggml.merges")
+    pairs = (
+        [tuple(merge.split(" ")) for merge in merges]
+        if merges
+        else generate_merges(ids, dict(zip(words, scores, strict=True)))
+    )
+    tokenizer = Tokenizer(models.BPE(ids, pairs, unk_token=special.get("unk_token"), fuse_unk=True, byte_fallback=True))
+    prefix = fields.get("tokenizer.ggml.add_space_prefix") is not False
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)] if prefix else steps)
+    if (ends := _ends(content, tokenizer, special, first=True)) is not None:
+        tokenizer.post_processor = ends
+    return tokenizer
+
+
+#: By ``tokenizer.ggml.model``: ``(content, tokens by id, special tokens) -> tokenizer``.
+MODELS: dict[str, Callable[[GGUFContent, list[str], dict[str, str]], Any]] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+}
+
+
+def _starts_with_space(content: GGUFContent) -> bool:
+    """Whether byte-level BPE puts a space before each text."""
+    return content.fields.get("tokenizer.ggml.add_space_prefix") is True
+
+
+def _ids(words: list[str]) -> dict[str, int]:
+    return {word: number for number, word in enumerate(words)}
+
+
+def _ends(content: GGUFContent, tokenizer: Tokenizer, special: dict[str, str], *, first: bool) -> Any:
+    """What is prepended and appended to each text; None for nothing.
+
+    Args:
+        content: the file.
+        tokenizer: knows the tokens' ids.
+        special: special tokens.
+        first: whether the first token is prepended where the header does not say.
+    """
+    from tokenizers import processors
+
+    wanted = {"bos": content.fields.get("tokenizer.ggml.add_bos_token"),
+              "eos": content.fields.get("tokenizer.ggml.add_eos_token")}  # fmt: skip
+    begins = special.get("bos_token") if (first if wanted["bos"] is None else wanted["bos"]) else None
+    closes = special.get("eos_token") if wanted["eos"] else None
+    if begins is None and closes is None:
+        return None
+    single = [*([begins] if begins else []), "$A", *([closes] if closes else [])]
+    return processors.TemplateProcessing(
+        single=single,
+        pair=[*single, *(part.replace("$A", "$B") + ":1" for part in single)],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {begins, closes} - {None}],
+    )
+
+
+def _add_tokens(content: GGUFContent, tokenizer: Tokenizer, words: list[str]) -> None:
+    """Mark the tokens that are looked for in a text as they stand."""
+    from tokenizers import AddedToken
+
+    kinds = content.fields.get("tokenizer.ggml.token_type") or [1] * len(words)
+    if len(kinds) != len(words):
+        raise CheckpointError(f"{content.path}: tokenizer.ggml.token_type has not one entry for each token")
+    for word, kind in zip(words, kinds, strict=True):
+        if kind == _CONTROL:
+            tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True)])
+        elif kind == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(word, normalized=False, special=False)])
+
+
+def _templates(content: GGUFContent) -> dict[str, str]:
+    """Chat templates by name."""
+    names = content.fields.get("tokenizer.chat_templates") or []
+    named = {"default": content.fields.get("tokenizer.chat_template")}
+    named |= {name: content.fields.get(f"tokenizer.chat_template.{name}") for name in names}
+    return {name: text for name, text in named.items() if isinstance(text, str)}

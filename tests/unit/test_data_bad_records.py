@@ -87,6 +87,22 @@ def test_what_no_record_survives_is_refused(tmp_path: Path) -> None:
         read_chats(tmp_path / "d.json", skip=True)
 
 
+def test_many_bad_records(tmp_path: Path) -> None:
+    """The first twenty faults are shown; of a kind only the first, with the number of the others."""
+    records = [{**GOOD, f"zz{n % 40}": 1} for n in range(100)]
+    with pytest.raises(DataError) as caught:
+        read_chats(lines(tmp_path / "a.jsonl", *records))
+    first, *faults, last = str(caught.value).splitlines()
+    assert first.endswith(
+        "a.jsonl: 100 bad lines; correct or remove them, or set on_bad_record=skip to leave them out:"
+    )
+    assert len(faults) == 20 and all(
+        fault.startswith(f"  line {n}: unknown field zz{n - 1}=1") for n, fault in enumerate(faults, 1)
+    )
+    assert faults[0].endswith("(and 2 more like it)")
+    assert last == "  and 20 more"
+
+
 def test_pairs_prompts_and_tasks(tmp_path: Path) -> None:
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
     tie = {**pair, "chosen_reward": 2, "rejected_reward": 2.0}

@@ -41,6 +41,8 @@ class Architecture:
         bos_token_id, eos_token_id, pad_token_id: as in the HF config.
         dtype: dtype of the source weights ("float32", "bfloat16", ...).
         moe_router_topk: experts that each token is sent to; None where MLPs are dense.
+        moe_router_pre_softmax: the weights of a token's experts are their shares in the softmax over all experts; else,
+            over the chosen ones, so that they sum to 1 (HF's ``norm_topk_prob``).
         moe_aux_loss_coeff: weight of the load-balancing loss in training.
         layer_types: :data:`FULL` or :data:`SLIDING` for each layer, in a family that has both; elsewhere None.
         sliding_window: tokens that a query of a sliding layer sees, its own included; None without such layers.
@@ -62,6 +64,7 @@ class Architecture:
     dtype: str = "float32"
     moe_router_topk: int | None = None
     moe_aux_loss_coeff: float = 0.0
+    moe_router_pre_softmax: bool = False
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
     rotary_base_local: float | None = None
@@ -122,9 +125,10 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         content = dataclasses.asdict(self)
-        if not self.generation:
-            del content["generation"]
-        # What only some families have: left out elsewhere, a record reads as it did before there were such families.
+        # Left out at their defaults: a record reads as it did before there were such settings.
+        for name in ("generation", "moe_router_pre_softmax"):
+            if not content[name]:
+                del content[name]
         for name in ("layer_types", "sliding_window", "rotary_base_local", "query_pre_attn_scalar"):
             if content[name] is None:
                 del content[name]

@@ -208,8 +208,9 @@ class ModelShape:
             if (groups := self._size(layer, "num_query_groups")) and self.num_attention_heads % groups
         ]
 
-    def layout_faults(self, *, tensor: int, pipeline: int = 1) -> list[str]:
-        """Why this shape cannot be split ``tensor`` ways by columns and ``pipeline`` ways by layers; empty if it can.
+    def layout_faults(self, *, tensor: int, pipeline: int = 1, expert: int = 1) -> list[str]:
+        """Why this shape cannot be split ``tensor`` ways by columns, ``pipeline`` ways by layers and ``expert`` ways by
+        experts; empty if it can. A shape without experts is not split by them.
 
         Each message names the sizes that would fit.
         """
@@ -223,6 +224,12 @@ class ModelShape:
                         f"{_where(layer)}{name}={size} cannot be split over parallel.tensor={tensor}; it fits "
                         f"parallel.tensor in {fits}"
                     )
+        if (experts := self.num_moe_experts or 0) % expert:
+            fits = [ways for ways in range(1, min(experts, 64) + 1) if experts % ways == 0]
+            faults.append(
+                f"num_moe_experts={experts} cannot be shared out over parallel.expert={expert}; it fits "
+                f"parallel.expert in {fits}"
+            )
         if pipeline > self.num_layers:
             faults.append(
                 f"num_layers={self.num_layers} cannot fill {pipeline} stages (parallel.pipeline, times "

@@ -12,7 +12,7 @@ from typing import IO, Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nemo_minitron.errors import NonFiniteError
-from nemo_minitron.runtime.files import read_json_lines, replace_file
+from nemo_minitron.runtime.files import resumed_lines
 from nemo_minitron.runtime.progress import Advance, progress_bar
 
 __all__ = ["FiniteLoss", "MetricsLog"]
@@ -65,8 +65,7 @@ class MetricsLog:
         if writes:
             path = directory / "metrics.jsonl"
             directory.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read_json_lines(path) if line["step"] <= done] if done else []
-            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+            resumed_lines(path, lambda line: bool(line["step"] <= done and done), done=done)
             self._file = self._stack.enter_context(path.open("a", buffering=1))
             self._board = TensorBoardLogger(save_dir=str(directory), name="tensorboard", version="")
         self._advance: Advance = self._stack.enter_context(progress_bar(label, steps, completed=done, shown=writes))

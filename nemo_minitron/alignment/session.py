@@ -30,6 +30,7 @@ from nemo_minitron.alignment.metrics import MetricsLog
 from nemo_minitron.alignment.settings import aligner_settings, check_model, total_steps, vocabulary_rows
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.training_state import check_state, clear_previous, keep_previous, use_previous
 from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.device import here
@@ -153,12 +154,15 @@ class Session:
 def last_checkpoint(directory: Path) -> Path:
     """The training checkpoint with the most steps below ``directory``: distributed, with optimizer state.
 
+    Called when the training has ended: the checkpoint before it goes.
+
     Raises:
         CheckpointError: if there is none.
     """
     checkpoints = [path for path in (directory / "checkpoints").glob("*-last") if path.is_dir()]
     if not checkpoints:
         raise CheckpointError(f"{directory}/checkpoints holds no checkpoint; the training saved none")
+    clear_previous(directory / "checkpoints")
     return max(checkpoints, key=_steps_of)
 
 
@@ -245,6 +249,12 @@ class _Checkpoints(NeMoModelCheckpoint):
             save_best_model=False,
         )
 
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str, override_async: bool = False) -> None:
+        """Called for the checkpoint that a newer one has replaced; it is kept until the training has ended."""
+        if trainer.is_global_zero:
+            keep_previous(Path(filepath.removesuffix(".ckpt")))
+        trainer.strategy.barrier()
+
 
 def _add_checkpoints(trainer: Trainer, directory: Path) -> None:
     """Save into ``directory``, and resume from the last checkpoint there.
@@ -252,8 +262,10 @@ def _add_checkpoints(trainer: Trainer, directory: Path) -> None:
     NeMo's ``exp_manager`` would do that too, and on a resume move all other files of the output away.
     """
     callback = _Checkpoints(directory)
+    use_previous(directory)
     saved = sorted(directory.glob("*-last"), key=_steps_of)
     if saved:
+        check_state(saved[-1], begin_again="give overwrite=true to begin again")
         trainer.ckpt_path = callback.last_model_path = str(saved[-1])
     trainer.callbacks.append(callback)
 
@@ -297,6 +309,7 @@ def _clear(checkpoints: Path, *, everything: bool) -> None:
     """
     if everything:
         shutil.rmtree(checkpoints, ignore_errors=True)
+        clear_previous(checkpoints)
     for marker in checkpoints.glob("*" + NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX):
         whole = str(marker).removesuffix(NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
         shutil.rmtree(whole, ignore_errors=True)

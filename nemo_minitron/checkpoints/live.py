@@ -30,18 +30,25 @@ _BEFORE_EXPERTS = ("pre_mlp_layernorm.weight", "pre_mlp_layernorm.bias")
 
 
 def canonical_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a chunk under canonical names: global layer number, Transformer Engine spelling.
+    """The parameters of a chunk under canonical names: global numbers (of layers, of experts), Transformer Engine
+    spelling.
 
     Works for any pipeline or virtual pipeline stage (``layer_number`` is global in Megatron) and for both layer specs.
     A parameter is named after the module that holds it. If embeddings are tied and the last stage is not the first, its
     copy of the embedding is named ``output_layer.weight``.
     """
     layers = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+    experts = {
+        index: getattr(layer.mlp, "local_expert_indices", ()) for index, layer in enumerate(chunk.decoder.layers)
+    }
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name.removeprefix("decoder.layers.").split(".", 1)
             if chunk.config.num_moe_experts is None or rest not in _BEFORE_EXPERTS:
                 rest = _LOCAL_SPELLING.get(rest, rest)
+            if rest.startswith(axes.EXPERTS):
+                local, below = rest.removeprefix(axes.EXPERTS).split(".", 1)
+                rest = f"{axes.EXPERTS}{experts[int(index)][int(local)]}.{below}"
             yield f"decoder.layers.{layers[int(index)]}.{rest}", parameter
         else:
             yield name, parameter
@@ -89,8 +96,14 @@ def load_into(chunks: Sequence[GPTModel], checkpoint: Checkpoint, groups: Groups
                 parameter.copy_(tensor)
 
 
-def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
+def output_weight(checkpoint: Checkpoint, groups: Groups, *, vocab_size: int | None = None) -> torch.Tensor:
     """This tensor-parallel rank's rows of the output layer (of tied embeddings, of the embedding), with padding rows.
+
+    Args:
+        checkpoint: of the model.
+        groups: of this process; the tensor-parallel group is used.
+        vocab_size: rows of a model by whose partition the layer is cut; None for its own. Rows that the layer lacks
+            are zero, rows above are dropped.
 
     Returns:
         ``[V/tp, H]`` in the stored dtype, the vocabulary padded as in
@@ -104,8 +117,9 @@ def output_weight(checkpoint: Checkpoint, groups: Groups) -> torch.Tensor:
     table, shape = checkpoint.family, checkpoint.shape
     rank, world = torch.distributed.get_rank(groups.tp), torch.distributed.get_world_size(groups.tp)
     name = next(iter(table.first)) if shape.tied_embeddings else table.output
-    local = padded_vocab(shape.vocab_size, tensor=world) // world
-    return _shard(checkpoint.weights.tensor(name), axes.Axis.VOCAB, 0, rank=rank, world=world, local=local)
+    rows = shape.vocab_size if vocab_size is None else vocab_size
+    local = padded_vocab(rows, tensor=world) // world
+    return _shard(checkpoint.weights.tensor(name)[:rows], axes.Axis.VOCAB, 0, rank=rank, world=world, local=local)
 
 
 def _shard(tensor: torch.Tensor, axis: axes.Axis, dim: int, *, rank: int, world: int, local: int) -> torch.Tensor:

@@ -330,6 +330,22 @@ def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output
         show_status(directory, Console())
 
 
+@app.command("verify", help="Check the files of outputs and checkpoints against the hashes written with them.")
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="An output, the directory of a run, or a NeMo checkpoint.", exists=True),
+    ],
+) -> None:
+    """Read all files at and below a path and name those that are damaged."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from nemo_minitron.cli.verify import show_verified
+
+        show_verified(path, Console())
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version

@@ -49,7 +49,8 @@ def _table(name: str, config: StageConfig, plan: StagePlan, produced: set[str]) 
     layout = config.layout
     size = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
     context = f" x context {layout.context}" if layout.context > 1 else ""
-    sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{context}"
+    expert = f" (experts over {layout.expert})" if layout.expert > 1 else ""
+    sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{context}{expert}"
     table.add_row("layout", f"{sizes} = {size}")
     for what, value in plan.costs.items():
         table.add_row(what, value)

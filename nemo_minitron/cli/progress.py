@@ -17,6 +17,7 @@ from rich.text import Text
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.contents import missing
 from nemo_minitron.jobs.output import archived_outputs
 from nemo_minitron.jobs.plans import human_bytes
 from nemo_minitron.jobs.records import read_record
@@ -79,7 +80,10 @@ def show_status(folder: Path, console: Console) -> None:
     earlier: list[Path] = []
     for stage in manifest["stages"]:
         record = read_record(stage["output"])
-        state = "done" if record else "unfinished" if Path(stage["output"]).exists() else "-"
+        output = Path(stage["output"])
+        state = "done" if record else "unfinished" if output.exists() else "-"
+        if record and missing(output, record.get("files", {})):
+            state = "damaged"
         table.add_row(stage["name"], state, _clock(record["seconds"]) if record else "", stage["output"])
         earlier += archived_outputs(stage["output"])
     console.print(table)

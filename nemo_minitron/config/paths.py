@@ -51,7 +51,8 @@ def expanded(config: C, fault: Callable[[str, str], None]) -> C:
     """The configuration with ``~`` and ``$NAME`` in every path replaced, as a shell would.
 
     A checkpoint that is named ``org/name``, and is in the cache of the Hugging Face Hub, becomes the path of its
-    snapshot there.
+    snapshot there. An output that is a symbolic link becomes the path that it leads to: outputs are renamed and
+    replaced, and the link stays.
 
     Args:
         config: as it was read, interpolations (``${...}``) resolved.
@@ -74,6 +75,8 @@ def expanded(config: C, fault: Callable[[str, str], None]) -> C:
                 "directory of that name)",
             )
             return path
+        if setting.rpartition(".")[2] in _WRITTEN and Path(result).is_symlink():
+            return str(Path(result).resolve())
         return _cached(setting, result)
 
     result: C = _mapped(config, change, "")

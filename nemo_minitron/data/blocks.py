@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,6 +142,39 @@ class Blocks:
                 f"{what}: {len(empty)} of {len(self)} blocks (the first is block {empty[0]}) have no label that "
                 "counts, all their tokens are masked; leave them out, or check the answers in the data"
             )
+
+    def check_common(self, rows: int, unlike: Mapping[int, str], *, what: str, names: Sequence[str]) -> None:
+        """Refuse tokens that do not mean the same to two models that read them.
+
+        Args:
+            rows: that both models have.
+            unlike: id -> what it is to both, of ids that do not mean the same.
+            what: the blocks, for messages.
+            names: of the models, for messages.
+
+        Raises:
+            DataError: with the first such token, how often any occurs, and where.
+        """
+        import torch
+
+        stray = torch.tensor(sorted(unlike), dtype=torch.int64)
+        count, first = 0, None
+        for start, part in self._parts():
+            bad = (part.tokens >= rows) | torch.isin(part.tokens, stray)
+            count += int(bad.sum())
+            if first is None and bad.any():
+                row, column = (int(index) for index in bad.nonzero()[0])
+                source = self.domains[int(part.domain[row])]
+                first = (int(part.tokens[row, column]), f"block {start + row}, token {column}", source)
+        if first is None:
+            return
+        number, place, source = first
+        described = unlike.get(number, f"one of them has {rows} rows")
+        where = f"{place} of source {source!r}" if source else place
+        raise DataError(
+            f"{what}: {count} of the tokens do not mean the same to {' and '.join(names)}; the first is {number} "
+            f"({described}), in {where}. Leave such text out, or use models that both know the token"
+        )
 
     def _parts(self) -> Iterator[tuple[int, Blocks]]:
         """Some blocks at a time, with the index of the first, so that a memory-mapped file is never read whole."""

@@ -28,10 +28,12 @@ from nemo_minitron.config.parts.text import ORIGINS
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.data.packing import Packing, best_fit, stream
 from nemo_minitron.data.splits import SPLITS, deal, seen_in
-from nemo_minitron.data.streams import TokenStream, source_state, token_stream
+from nemo_minitron.data.streams import TokenStream, source_state, titles_of, token_stream
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
 from nemo_minitron.errors import DataError
+from nemo_minitron.jobs import skipped
 from nemo_minitron.runtime.atomic import write_aside
+from nemo_minitron.runtime.files import read_json_lines
 from nemo_minitron.runtime.masks import FILLING
 from nemo_minitron.runtime.progress import progress_bar
 
@@ -148,6 +150,8 @@ def _cached_blocks(
             cached = _read(folder)
     if cached is None:
         raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
+    if config.skip:
+        skipped.restore(read_json_lines(folder / skipped.FILE_NAME))
     blocks_found, ids = cached
     _check_ids(blocks_found, ids, str(tokenizer_dir), vocab_size)
     return blocks_found
@@ -289,6 +293,9 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
         del arrays
         content = {"domains": [part.source.name for part in packed], "arrays": wanted, "ids": [lowest, highest]}
         (aside / _CONTENT).write_text(json.dumps(content), encoding="utf-8")
+        if config.skip:
+            titles = [title for part in packed for title in titles_of(part.source)]
+            (aside / skipped.FILE_NAME).write_text(skipped.as_text(skipped.entries(titles)))
     if config.packing == "best_fit" and split != "calibration":
         share = 1 - sum(part.packing.tokens for part in packed if part.packing) / max(
             1, sum(part.available for part in packed) * (length + 1)
@@ -346,7 +353,7 @@ def _quotas(weights: list[float], available: list[int], blocks: int | None) -> l
 
 def _folder(config: DataConfig, tokenizer_dir: Path, split: str, blocks: int | None) -> Path:
     """A name that changes with everything that the blocks depend on."""
-    apart = ("sources", "blend", "cache_dir", "workers")
+    apart = ("sources", "blend", "cache_dir", "workers", *([] if config.skip else ["on_bad_record"]))
     settings = {field: value for field, value in asdict(config).items() if field not in apart}
     origins = [
         [

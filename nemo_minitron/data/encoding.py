@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nemo_minitron.data.bad_records import BadRecord
 from nemo_minitron.errors import DataError, MinitronError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.data.chat.conversations import Chat
 
-__all__ = ["Encoded", "Encoder", "encode_all"]
+__all__ = ["Encoded", "Encoder", "Refused", "encode_all"]
 
 BATCH_ITEMS = 256
 BATCH_CHARACTERS = 1 << 20
@@ -44,6 +45,20 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     answers: np.ndarray | None
+
+
+class Refused(NamedTuple):
+    """A conversation that the template cannot write.
+
+    Attributes:
+        where: its file and place.
+        reason: why not.
+        record: the conversation.
+    """
+
+    where: str
+    reason: str
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class Encoder:
         return cls(backend, str(tokenizer.name_or_path), int(end), template)
 
     def ready(self) -> Any:
-        """The function ``batch -> list[Encoded]``, with everything loaded that it needs."""
+        """The function ``batch -> list[Encoded | Refused]``, with everything loaded that it needs."""
         if self.template is not None:
             return self._chats()
         if self.backend is not None:
@@ -109,10 +124,14 @@ class Encoder:
         tokenizer = load_tokenizer(self.directory)
         template = choose_template(tokenizer, self.template)
 
-        def encode(chats: Sequence[Chat]) -> list[Encoded]:
-            encoded = []
+        def encode(chats: Sequence[Chat]) -> list[Encoded | Refused]:
+            encoded: list[Encoded | Refused] = []
             for chat in chats:
-                rendered = render(chat, tokenizer, template)
+                try:
+                    rendered = render(chat, tokenizer, template)
+                except BadRecord as error:
+                    encoded.append(Refused(error.where, error.reason, chat.record()))
+                    continue
                 closed = self._closed(rendered.ids).ids
                 answers = np.zeros(len(closed), dtype=bool)
                 answers[: len(rendered.answers)] = rendered.answers
@@ -129,7 +148,7 @@ class Encoder:
 
 def encode_all(
     encoder: Encoder, documents: Iterable[tuple[Any, str | Chat, int]], workers: int | None
-) -> Iterator[tuple[Any, Encoded]]:
+) -> Iterator[tuple[Any, Encoded | Refused]]:
     """Encode ``(key, document, characters)`` one after the other, giving ``(key, tokens)`` in the same order.
 
     Args:
@@ -157,7 +176,7 @@ def encode_all(
             yield from zip([key for key, *_ in batch], encode([text for _, text, _ in batch]), strict=True)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(encoder,)) as pool:
-        running: deque[tuple[list[Any], Future[list[Encoded]]]] = deque()
+        running: deque[tuple[list[Any], Future[list[Encoded | Refused]]]] = deque()
         try:
             for batch in _chain(ahead, batches):
                 running.append(([key for key, *_ in batch], pool.submit(_encode, [text for _, text, _ in batch])))
@@ -213,7 +232,7 @@ def _start(encoder: Encoder) -> None:
     _encode_here = encoder.ready()
 
 
-def _encode(batch: list[Any]) -> list[Encoded]:
+def _encode(batch: list[Any]) -> list[Encoded | Refused]:
     try:
         return _encode_here(batch)  # type: ignore[no-any-return]
     except MinitronError as error:

@@ -20,16 +20,10 @@ from pathlib import Path
 from nemo_minitron.config import SourceConfig
 from nemo_minitron.config.parts.text import looks_like_path
 from nemo_minitron.data import packages, prose
-from nemo_minitron.data.readers import (
-    READERS,
-    SECTION_CHARACTERS,
-    Document,
-    dataset_rows,
-    lines_of,
-    open_dataset,
-    reader_of,
-    sections,
-)
+from nemo_minitron.data.containers import look
+from nemo_minitron.data.readers import SECTION_CHARACTERS, Document, documents_of, lines_of, read_documents, sections
+from nemo_minitron.data.records import Records, open_records
+from nemo_minitron.data.tables import open_dataset
 from nemo_minitron.errors import DataError
 
 __all__ = [
@@ -43,12 +37,12 @@ __all__ = [
 ]
 
 
-def read_source(source: SourceConfig, cache_dir: str | Path) -> list[Document]:
+def read_source(source: SourceConfig, cache_dir: str | Path, *, skip: bool = False) -> list[Document]:
     """All documents of a source of text, in memory: :func:`iter_documents`."""
-    return list(iter_documents(source, cache_dir))
+    return list(iter_documents(source, cache_dir, skip=skip))
 
 
-def iter_documents(source: SourceConfig, cache_dir: str | Path) -> Iterator[Document]:
+def iter_documents(source: SourceConfig, cache_dir: str | Path, *, skip: bool = False) -> Iterator[Document]:
     """The documents of a source of text, in the source's order, without duplicates.
 
     Memory: one document, and a 16-byte hash of each document that was read.
@@ -57,18 +51,16 @@ def iter_documents(source: SourceConfig, cache_dir: str | Path) -> Iterator[Docu
         source: a path, package or dataset. Reading ends with the document that reaches ``source.max_characters``; that
             document is kept whole.
         cache_dir: where fetched packages and harvested docstrings are kept.
+        skip: leave records without a text out (``on_bad_record: skip``).
 
     Raises:
         DataError: for a missing, malformed or empty source; the message names file and line.
     """
     seen: set[bytes] = set()
     characters = 0
-    for title, text in _documents(source, Path(cache_dir)):
+    for title, text in _documents(source, Path(cache_dir), skip=skip):
         text = text.strip()
-        try:
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        except UnicodeEncodeError as error:  # JSON can spell half a character
-            raise DataError(f"{title}: is no text ({error.reason}); correct or remove it") from None
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if not text or digest in seen:
             continue
         seen.add(digest)
@@ -80,26 +72,38 @@ def iter_documents(source: SourceConfig, cache_dir: str | Path) -> Iterator[Docu
         raise DataError(f"source {source.name!r} ({source.origin}) holds no text; point it at a file with some")
 
 
-def _documents(source: SourceConfig, cache_dir: Path) -> Iterator[Document]:
+def _documents(source: SourceConfig, cache_dir: Path, *, skip: bool) -> Iterator[Document]:
     if source.package is not None:
         yield from _package_documents(source.package, cache_dir)
-    elif source.dataset is not None:
-        files = dataset_files(source)
-        yield from dataset_rows(
-            source.dataset, open_dataset(source.dataset, source.dataset_split, files), source.text_key
-        )
-    else:
-        yield from _file_documents(source)
+        return
+    files = source_files(source) if source.dataset is None else dataset_files(source)
+    if source.dataset is not None and (not files or any(path.is_dir() for path in files)):
+        dataset = open_dataset(source.dataset, source.dataset_split, files)
+        yield from documents_of(Records.of_dataset(source.dataset, dataset), source.text_key, skip=skip)
+        return
+    for path in files:
+        try:
+            if source.dataset is not None:
+                yield from documents_of(open_records(path), source.text_key, skip=skip)
+            else:
+                yield from read_documents(path, source.text_key, skip=skip)
+        except DataError as error:
+            raise DataError(f"source {source.name!r}: {error}") from None
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files that ``source.path`` (or ``chat``) names, sorted.
+    """The files that ``source.path`` (or ``chat``) names, sorted; or the one directory that it names.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, or the directory has no dataset.
     """
     pattern = source.path or source.chat
     assert pattern is not None
+    if Path(pattern).is_dir():
+        try:
+            return [look(pattern).path]  # before anybody reads or hashes all that lies there
+        except DataError as error:
+            raise DataError(f"source {source.name!r}: {error}") from None
     files = [path for path in _matches(pattern) if path.is_file()]
     if not files:
         raise DataError(f"source {source.name!r}: no file matches {pattern}; correct the path")
@@ -122,19 +126,6 @@ def dataset_files(source: SourceConfig) -> list[Path]:
 def _matches(pattern: str) -> list[Path]:
     # Path.glob refuses absolute patterns.
     return sorted(Path(match) for match in glob.glob(pattern, recursive=True))  # noqa: PTH207
-
-
-def _file_documents(source: SourceConfig) -> Iterator[Document]:
-    for path in source_files(source):
-        reader = reader_of(path)
-        if reader is None:
-            raise DataError(
-                f"source {source.name!r}: {path} is none of {', '.join(READERS)}; convert it to one of them"
-            )
-        try:
-            yield from reader(path, source.text_key)
-        except OSError as error:
-            raise DataError(f"source {source.name!r}: {path} cannot be read ({error.strerror or error})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- packages

@@ -2,7 +2,8 @@
 
 They do not depend on sequence length, weight, splits or the other sources, so a change of these does not tokenise a
 source again. A directory holds ``tokens.bin`` (int32, document after document in the source's order),
-``answers.bin`` (of conversations, a byte a token) and ``documents.safetensors`` (lengths, sizes, order). It is written
+``answers.bin`` (of conversations, a byte a token), ``documents.safetensors`` (lengths, sizes, order) and, where bad
+records are left out, ``skipped.jsonl``. It is written
 aside and renamed; one that is damaged is made anew.
 """
 
@@ -23,15 +24,18 @@ from filelock import FileLock
 
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.data import packages, prose
+from nemo_minitron.data.bad_records import BadRecord, BadRecords
 from nemo_minitron.data.digests import file_digest
-from nemo_minitron.data.encoding import Encoder, encode_all
+from nemo_minitron.data.encoding import Encoder, Refused, encode_all
 from nemo_minitron.data.indexed import IndexedStream, pair
-from nemo_minitron.data.readers import open_dataset
 from nemo_minitron.data.sources import PACKAGE_TEXTS, dataset_files, iter_documents, source_files
 from nemo_minitron.data.splits import DocumentTable, order_key
+from nemo_minitron.data.tables import open_dataset
 from nemo_minitron.data.tokenizer import tokenizer_files_digest
 from nemo_minitron.errors import DataError
+from nemo_minitron.jobs import skipped
 from nemo_minitron.runtime.atomic import write_aside
+from nemo_minitron.runtime.files import read_json_lines
 from nemo_minitron.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.data.chat.conversations import Chat
 
-__all__ = ["TokenStream", "source_state", "token_stream"]
+__all__ = ["TokenStream", "source_state", "titles_of", "token_stream"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +92,7 @@ def token_stream(source: SourceConfig, config: DataConfig, tokenizer: PreTrained
             encoder.template,
             config.seed,
             tokenizer_files_digest(tokenizer.name_or_path),
+            *(["skip"] if config.skip else []),
         ]
     )
     folder = Path(config.cache_dir) / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -99,6 +104,8 @@ def token_stream(source: SourceConfig, config: DataConfig, tokenizer: PreTrained
             kept = _Kept.open(folder)
     if kept is None:
         raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
+    if config.skip:
+        skipped.restore(read_json_lines(folder / skipped.FILE_NAME))
     return kept
 
 
@@ -181,9 +188,16 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
             closing(_Writer(aside / "answers.bin")) as answers,
         ):
             documents = _documents(source, config)
+            bad = BadRecords(source.name, skip=config.skip)
             with progress_bar(f"tokenising {source.name}", None) as advance:
                 count = 0
                 for (key, size), encoded in encode_all(encoder, documents, config.workers):
+                    if isinstance(encoded, Refused):
+                        if not config.skip:
+                            raise BadRecord(encoded.where, encoded.reason)
+                        file, _, place = encoded.where.rpartition(", ")
+                        bad.add(place, DataError(encoded.reason), encoded.record, file=file)
+                        continue
                     lengths.append(len(encoded.ids))
                     sizes.append(size)
                     keys.append(key)
@@ -192,6 +206,8 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
                         answers.add(encoded.answers)
                     count += len(encoded.ids)
                     advance(1, f"{count:,} tokens")
+            if bad:
+                bad.close(len(lengths))
         checksums = {"tokens.bin": tokens.checksum}
         if encoder.template is not None:
             checksums["answers.bin"] = answers.checksum
@@ -202,6 +218,8 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
             np.array(sizes, dtype=np.int64),
             np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), 32),
         )
+        if config.skip:
+            (aside / skipped.FILE_NAME).write_text(skipped.as_text(skipped.entries(titles_of(source))))
         save_file(table._asdict(), aside / "documents.safetensors", metadata={"checksums": json.dumps(checksums)})
     logger.info("source %r: %d documents, %s tokens", source.name, len(lengths), f"{sum(lengths):,}")
 
@@ -209,13 +227,13 @@ def _make(source: SourceConfig, config: DataConfig, encoder: Encoder, folder: Pa
 def _documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[tuple[bytes, int], Any, int]]:
     """``((order key, size), document, characters)``."""
     if source.chat is None:
-        for document in iter_documents(source, config.cache_dir):
+        for document in iter_documents(source, config.cache_dir, skip=config.skip):
             size = len(document.text)
             yield (order_key(config.seed, document.text), size), document.text, size
         return
     seen: set[bytes] = set()
     characters = 0
-    for chat in _chats(source):
+    for chat in _chats(source, skip=config.skip):
         text = json.dumps(chat.record())
         size = sum(len(message.content) for message in chat.messages)
         if (key := order_key(config.seed, text)) in seen:
@@ -227,11 +245,18 @@ def _documents(source: SourceConfig, config: DataConfig) -> Iterator[tuple[tuple
             break
 
 
-def _chats(source: SourceConfig) -> Iterator[Chat]:
-    from nemo_minitron.data.chat.conversations import read_chats
+def _chats(source: SourceConfig, *, skip: bool) -> Iterator[Chat]:
+    from nemo_minitron.data.chat.conversations import iter_chats
 
     for path in source_files(source):
-        yield from read_chats(path)
+        yield from iter_chats(path, skip=skip)
+
+
+def titles_of(source: SourceConfig) -> list[str]:
+    """The titles of the containers of a source, by which records that were left out are known."""
+    if source.dataset is not None:
+        return [f"dataset {source.dataset!r}", *map(str, dataset_files(source))]
+    return [str(path) for path in source_files(source)] if source.path or source.chat else []
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -258,7 +283,8 @@ def source_state(source: SourceConfig, cache_dir: str | Path) -> object:
             dataset = open_dataset(source.dataset, source.dataset_split, [])
             return [source.dataset, source.dataset_split, dataset._fingerprint]
     else:
-        files = source_files(source)
+        named = source_files(source)
+        files = [file for entry in named for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
     return [
         source.dataset_split,
         [[path.suffix, file_digest(path, cache_dir)] for path in files if path.is_file()],

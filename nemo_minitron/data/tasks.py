@@ -1,12 +1,11 @@
-"""Multiple-choice tasks: JSONL of the user, or built from text that a package carries; and their tokens.
+"""Multiple-choice tasks: records of the user, or built from text that a package carries; and their tokens.
 
-A line of a task is ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``. A choice follows its prompt after a
+A record of a task is ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``. A choice follows its prompt after a
 space, unless the prompt ends in white space or is empty.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import SourceConfig, TaskConfig
+from nemo_minitron.data.records import open_records, parse_all
 from nemo_minitron.data.sources import read_source
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import DataError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILTIN_TASKS", "EncodedTask", "Question", "encode_task", "read_task"]
 
-_REPORTED = 20  # bad lines named in one error
 _PAD_TO = 32  # lengths are rounded up to a multiple, so that rows of like length run together
 
 
@@ -77,44 +76,27 @@ def read_task(config: TaskConfig, *, cache_dir: str | Path, seed: int) -> list[Q
         seed: for tasks whose questions are drawn at random.
 
     Raises:
-        DataError: for an unknown or empty task, or a file with bad lines, which are all named with their numbers.
+        DataError: for an unknown or empty task, or a file with bad records, which are all named with their places.
     """
     if config.path is not None:
-        return _read_file(Path(config.path), config.questions)
+        return _read_file(Path(config.path), config.questions, skip=config.skip)
     if config.builtin not in BUILTIN_TASKS:
         known = ", ".join(sorted(BUILTIN_TASKS))
         raise DataError(f"task.builtin={config.builtin!r}: is not known; known: {known}; or set task.path")
     return BUILTIN_TASKS[config.builtin](cache_dir, seed, config.questions)
 
 
-def _read_file(path: Path, limit: int | None) -> list[Question]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"task.path={path}: cannot be read ({error.strerror or error})") from None
-    questions, faults = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            questions.append(_question(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))))
-        except UnicodeDecodeError as error:
-            faults.append(f"line {number}: not UTF-8 ({error.reason})")
-        except json.JSONDecodeError as error:
-            faults.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
-        except DataError as error:
-            faults.append(f"line {number}: {error}")
-    if faults:
-        more = f"\n  and {len(faults) - _REPORTED} more" if len(faults) > _REPORTED else ""
-        shown = "".join(f"\n  {fault}" for fault in faults[:_REPORTED])
-        raise DataError(f"{path}: {len(faults)} bad lines; correct or remove them:{shown}{more}")
+def _read_file(path: Path, limit: int | None, *, skip: bool) -> list[Question]:
+    records = open_records(path)
+    parsed = parse_all(records.read(), records.title, _question, skip=skip, may_be_empty=True)
+    questions = [question for _, question in parsed]
     if not questions:
         raise DataError(f"{path}: holds no question; a line is {{'prompt': ..., 'choices': [...], 'answer': 0}}")
     return questions[:limit]
 
 
 def _question(record: Any) -> Question:
-    """A line's object as a question.
+    """A record as a question.
 
     Raises:
         DataError: what is wrong with it.

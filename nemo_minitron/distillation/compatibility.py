@@ -5,13 +5,25 @@ They run before NeMo is imported, which takes ten seconds.
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
+from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.tokenizer.files import check_same_tokenizer
+from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary, Vocabulary, compare
 from nemo_minitron.config import ParallelLayout
-from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
+from nemo_minitron.distillation.teachers.manifest import Manifest, cached_tokenizer
+from nemo_minitron.errors import ConfigError, DataError, ShapeError
 from nemo_minitron.shape import uniform_faults
 
-__all__ = ["check_context", "check_model", "check_pair"]
+__all__ = [
+    "announce",
+    "check_context",
+    "check_model",
+    "check_pair",
+    "common_with_cache",
+    "consequences",
+]
 
 
 def check_pair(
@@ -21,24 +33,70 @@ def check_pair(
     sequence_length: int,
     *,
     teacher_layout: ParallelLayout | None = None,
-) -> None:
+) -> CommonVocabulary:
     """Check that the student can learn from the teacher under this layout.
 
     ``teacher_layout`` is given where the teacher has a layout of its own.
 
+    Returns:
+        The token ids that they share. Where those are not all, a warning says so, once.
+
     Raises:
-        CheckpointError: if their vocabularies or tokenizers differ.
+        CheckpointError: if their tokenizers turn ordinary text into other ids (see
+            :func:`~nemo_minitron.checkpoints.tokenizer.comparison.compare`).
         DataError: if the sequences are longer than either model's context.
         ShapeError: if the layout cannot split either, or layers of either differ in size.
     """
-    if student.shape.vocab_size != teacher.shape.vocab_size:
-        raise CheckpointError(
-            f"student {student.path} has a vocabulary of {student.shape.vocab_size} and teacher {teacher.path} of "
-            f"{teacher.shape.vocab_size}: logits of different vocabularies cannot be compared; use models with one "
-            "tokenizer"
-        )
-    check_same_tokenizer({"student": student.tokenizer, "teacher": teacher.tokenizer})
+    common = compare(Vocabulary.of("student", student), Vocabulary.of("teacher", teacher))
+    announce(common, student.path)
     _check({"student": (student, layout), "teacher": (teacher, teacher_layout or layout)}, sequence_length)
+    return common
+
+
+def common_with_cache(student: Vocabulary, cache: Path) -> CommonVocabulary:
+    """The token ids that a student and the teacher in a cache share.
+
+    Raises:
+        CheckpointError: if their tokenizers turn ordinary text into other ids.
+        DataError: if there is no cache; or, of a cache without the teacher's tokenizer, if the student's is not the
+            same in every token.
+    """
+    from nemo_minitron.checkpoints.tokenizer.trimming import tokenizer_fingerprint
+
+    manifest = Manifest.read(cache)
+    if manifest is None:
+        raise DataError(f"{cache}: is no logit cache; write one with `minitron cache`")
+    theirs = Vocabulary("cached teacher", cache, manifest.vocab_size, cached_tokenizer(cache))
+    if student.tokenizer is not None and theirs.tokenizer is None:
+        own = tokenizer_fingerprint(student.tokenizer)
+        if manifest.tokenizer != own:
+            raise DataError(
+                f"{cache}: is a cache of something else\n  - its vocab_size is {manifest.vocab_size}, the student's "
+                f"vocabulary is {student.rows}\n  - its tokenizer is {manifest.tokenizer}, the fingerprint of the "
+                f"student's is {own}\nwrite one for this training with `minitron cache`, which keeps the tokenizer "
+                "too, so that the two can be compared"
+            )
+        theirs = dataclasses.replace(theirs, tokenizer=student.tokenizer)  # as good as its own
+    return compare(student, theirs)
+
+
+def consequences(common: CommonVocabulary) -> str | None:
+    """The differences of two vocabularies, and what a distillation does about them; None where there are none."""
+    if common.warning is None:
+        return None
+    parts, count = [], len(common.left_out)
+    if not common.whole:
+        but = f" without {count} of them" if count else ""
+        parts.append(f"losses of the logits are over the first {common.size} ids{but}")
+    if not common.cuts_alike:
+        parts.append(f"text is cut with the {common.names[0]}'s tokenizer")
+    return f"{common.warning}: {'; '.join(parts) or 'nothing of this changes the training'}"
+
+
+def announce(common: CommonVocabulary, where: Path) -> None:
+    """Warn of what two vocabularies do not share, once."""
+    if (text := consequences(common)) is not None:
+        warn_once(where, text)
 
 
 def check_model(model: Checkpoint, layout: ParallelLayout, sequence_length: int) -> None:
@@ -57,7 +115,7 @@ def check_context(
     documents: bool = False,
     placement: str = "shared",
 ) -> None:
-    """Check that a training can split its sequences over context-parallel ranks, if its layout has several.
+    """Check that a training can share out its sequences, or its experts, over ranks, if its layout does.
 
     Args:
         layout: of the trained model.
@@ -67,6 +125,8 @@ def check_context(
     Raises:
         ConfigError: if not.
     """
+    if layout.expert > 1 and placement != "shared":
+        raise ConfigError(f"parallel.expert={layout.expert}: is not offered with a teacher on {placement}; set it to 1")
     if layout.context == 1:
         return
     needs = {
@@ -86,7 +146,7 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             raise DataError(f"data.sequence_length={sequence_length}: the {name} reads {longest} tokens at most")
         shape = checkpoint.shape
         faults += [f"{name}: {fault}" for fault in uniform_faults(shape, "distillation")]
-        layout_faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
+        layout_faults = shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert)
         faults += [f"{name}: {fault}" for fault in layout_faults]
     trained, (checkpoint, layout) = next(iter(models.items()))
     if checkpoint.shape.num_moe_experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
@@ -95,6 +155,8 @@ def _check(models: dict[str, tuple[Checkpoint, ParallelLayout]], sequence_length
             f"{trained}: Megatron trains a mixture of experts under tensor parallelism only with sequence "
             "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
         )
+    if checkpoint.shape.num_moe_experts is None and layout.expert > 1:
+        faults.append(f"{trained}: parallel.expert={layout.expert}: the model has no experts to share out; set it to 1")
     faults += layout.sequence_faults(sequence_length) + checkpoint.architecture.context_faults(layout.context)
     if checkpoint.shape.num_moe_experts is not None and layout.context > 1:
         faults.append(

@@ -15,8 +15,10 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
 from nemo_minitron.config import IntermediateConfig, LossConfig
 from nemo_minitron.distillation.losses.balance import Balance
+from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.layer_maps import layer_maps
 from nemo_minitron.distillation.losses.state_hooks import Plan, StudentLosses, TeacherStates
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_loss
@@ -49,19 +51,21 @@ class DistillationModel(TrainedModel):
     Args:
         config: NeMo's configuration of the student; see :class:`TrainedModel`.
         student: initial weights.
-        teacher: the model to learn from; same vocabulary. None where a cache takes its place.
+        teacher: the model to learn from. None where a cache takes its place.
         layout: parallel layout of the student, and of the teacher unless it has its own.
         loss: of a token's logits.
         intermediate: losses of the states inside the models; None for none.
         kept_layers: the teacher's layers that a student pruned from it kept (see
             :func:`~nemo_minitron.distillation.losses.layer_maps.layer_maps`).
         placement: where the teacher runs; intermediate losses need it on the student's ranks, in the same layout.
+        common: the token ids that both share; None where they are all.
         correction: settings of a :class:`~nemo_minitron.distillation.teachers.learning.LearningTeacher`; None for a
             teacher that stays as it is.
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
     Attributes:
         balance: the values of all losses, and the weight of the intermediate ones.
+        common_tokens: what the loss of the logits is over; None for the whole vocabulary of both.
 
     Raises:
         ConfigError: for intermediate losses that the models do not fit, or a loss that a cache does not hold.
@@ -80,6 +84,7 @@ class DistillationModel(TrainedModel):
         kept_layers: Sequence[int] | None = None,
         placement: TeacherPlacement | None = None,
         correction: Mapping[str, Any] | None = None,
+        common: CommonVocabulary | None = None,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
@@ -87,6 +92,10 @@ class DistillationModel(TrainedModel):
         self._teacher_checkpoint = teacher
         self._placement = placement or TeacherPlacement()
         self._correction = correction
+        self._common = common
+        # Nothing differs from one vocabulary where there is nothing to leave out.
+        whole = common is None or common.whole
+        self.common_tokens = None if common is None or whole else CommonTokens(common.size, common.left_out)
         self._loss = loss_of(self._placement, loss or LossConfig())
         self._intermediate = intermediate or IntermediateConfig()
         self._layer_maps = layer_maps(
@@ -115,6 +124,7 @@ class DistillationModel(TrainedModel):
             self._loss,
             placement=self._placement,
             correction=self._correction,
+            common=self._common,
         )
         chunk._intermediate, chunk._layer_maps, chunk.balance = self._intermediate, self._layer_maps, self.balance
         chunk._teacher, chunk._root = self._teacher, self._root
@@ -140,7 +150,15 @@ class DistillationModel(TrainedModel):
             dtype = torch.bfloat16 if self.config.bf16 else torch.float32
             teacher: TeacherSource
             if self._correction is None:
-                teacher = open_teacher(self._placement, self._teacher_checkpoint, groups, dtype=dtype, loss=self._loss)
+                teacher = open_teacher(
+                    self._placement,
+                    self._teacher_checkpoint,
+                    groups,
+                    dtype=dtype,
+                    loss=self._loss,
+                    student_rows=self.vocab_size,
+                    common=self.common_tokens,
+                )
             else:
                 from nemo_minitron.distillation.teachers.learning import LearningTeacher
 
@@ -193,6 +211,7 @@ class DistillationLoss(TokenLoss):
             loss=model._loss,
             labels=batch["labels"].T if self.validation or model._loss.label_weight else None,
             inplace=not self.validation,
+            common=model.common_tokens,
         )
         measured = {KL: losses.divergence}
         if losses.cross_entropy is not None:

@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary
 from nemo_minitron.config import CorrectionConfig, IntermediateConfig, LossConfig, Schedule
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.distillation.compatibility import check_context, check_model, check_pair
+from nemo_minitron.distillation.compatibility import (
+    announce,
+    check_context,
+    check_model,
+    check_pair,
+    common_with_cache,
+)
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.teachers.learning import CorrectTeacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
@@ -51,7 +58,7 @@ def distill(
         student: initial weights.
         teacher: the model to learn from; None where a cache takes its place.
         train_blocks, validation_blocks: ``[n, s + 1]`` token blocks, or blocks that say which documents they hold; the
-            same on every rank.
+            same on every rank. Student and teacher must know all of their tokens.
         layout: of the student, and of the teacher unless it has its own.
         schedule: hyper-parameters.
         seed: of the order of repeated passes over the data.
@@ -72,11 +79,18 @@ def distill(
     if resume and (done := finished(directory, schedule.steps)):
         return done
     placement = placement or TeacherPlacement()
-    length = Blocks.of(train_blocks).sequence_length
-    if teacher is None:
-        check_model(student, layout, length)
+    blocks = {"training": Blocks.of(train_blocks), "validation": Blocks.of(validation_blocks)}
+    length = blocks["training"].sequence_length
+    if teacher is not None:
+        common = check_pair(student, teacher, layout, length, teacher_layout=placement.layout)
     else:
-        check_pair(student, teacher, layout, length, teacher_layout=placement.layout)
+        assert placement.cache is not None, "where there is no teacher, a cache takes its place"
+        check_model(student, layout, length)
+        common = common_with_cache(Vocabulary.of("student", student), placement.cache)
+        announce(common, student.path)
+    if not common.whole:
+        for name, part in blocks.items():
+            part.check_common(common.size, common.unlike, what=f"the {name} blocks", names=common.names)
     check_context(layout, placement=placement.kind)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
     model = DistillationModel(
@@ -89,6 +103,7 @@ def distill(
         kept_layers,
         placement,
         learning,
+        common,
         optim=optimizer_of(schedule),
     )
     try:

@@ -14,10 +14,11 @@ from nemo_minitron.families.mixtral import MIXTRAL
 from nemo_minitron.families.nemotron import NEMOTRON
 from nemo_minitron.families.qwen2 import QWEN2
 from nemo_minitron.families.qwen3 import QWEN3
+from nemo_minitron.families.qwen3_moe import QWEN3_MOE
 
 __all__ = ["FAMILIES"]
 
-OWN_FAMILIES = (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL, GEMMA3)
+OWN_FAMILIES = (LLAMA, QWEN2, QWEN3, NEMOTRON, MIXTRAL, QWEN3_MOE, GEMMA3)
 
 FAMILIES: Table[Family] = tables.FAMILIES
 """By name. A model is of the first family that fits it. ``FAMILIES.register(Family(...))`` adds one in this process,

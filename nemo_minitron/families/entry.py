@@ -59,6 +59,14 @@ class HFFamily:
         by_layer: class and type of models whose layers have sizes of their own (``block_configs``), one of ``reads``;
             None where transformers' users know none.
         epsilon: key of the norms' epsilon.
+        width: key of the MLP's width; with experts, of each expert's.
+        experts: key of the number of experts.
+        normalized: key that says whether the weights of a token's experts are normalised to sum to 1; None: they are.
+        other_names: other names of keys, as some releases write them, and the keys.
+        fused: canonical names, as in ``layer`` and ``expert``, -> names below ``model.layers.N.`` in files where all
+            experts of a layer are one tensor ``[E, ...]``, gates before up-projections; as transformers 5 holds them,
+            and saves them if told to. Names that are not there stay as they are.
+        unused: keys that have no meaning in these models, and why.
     """
 
     architecture: str
@@ -71,6 +79,12 @@ class HFFamily:
     expert: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_layer: tuple[str, str] | None = None
     epsilon: str = "rms_norm_eps"
+    width: str = "intermediate_size"
+    experts: str = "num_local_experts"
+    normalized: str | None = None
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,6 +169,11 @@ class Family:
     def qkv_bias(self) -> bool:
         """Whether queries, keys and values have a bias."""
         return "self_attention.linear_qkv.bias" in self.layer
+
+    @property
+    def normalizes_topk(self) -> bool:
+        """Whether the weights of a token's experts are normalised in every model of the family."""
+        return self.hf is None or self.hf.normalized is None
 
     @property
     def scales_rotary(self) -> bool:

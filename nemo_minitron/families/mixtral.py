@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from nemo_minitron.families.entry import Axis, Family, HFFamily, NeMo2Family, Parameter
+from nemo_minitron.families.entry import Family, HFFamily, NeMo2Family
 from nemo_minitron.families.shared import (
     ATTENTION,
-    DOWN,
+    EXPERT,
     FIRST,
-    GATED,
     HF_ATTENTION,
     HF_DEFAULTS,
+    HF_FUSED_EXPERTS,
     HF_OUTER,
     LAST,
-    NORM,
+    ROUTED,
 )
 
 __all__ = ["MIXTRAL"]
 
 MIXTRAL = Family(
     "mixtral",
-    # the router reads the norm's output too, so Megatron does not fuse it into the experts' first linear
-    layer=ATTENTION | {"pre_mlp_layernorm.weight": NORM, "mlp.router.weight": Parameter((Axis.EXPERTS, Axis.HIDDEN))},
+    layer=ATTENTION | ROUTED,
     first=FIRST,
     last=LAST,
-    expert={"linear_fc1.weight": GATED, "linear_fc2.weight": DOWN},
+    expert=EXPERT,
     hf=HFFamily(
         "MixtralForCausalLM",
         "mixtral",
@@ -52,6 +51,7 @@ MIXTRAL = Family(
             "linear_fc2.weight": ("block_sparse_moe.experts.{}.w2.weight",),
         },
         outer=HF_OUTER,
+        fused=HF_FUSED_EXPERTS,
     ),
     nemo2=NeMo2Family("mixtral", "MixtralConfig", "MixtralModel", ("MixtralConfig", "GPTConfig")),
     nemo1=None,  # it gives the experts of a mixture no width (``megatron_gpt_model.build_transformer_config``)

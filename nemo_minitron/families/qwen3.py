@@ -7,11 +7,12 @@ from nemo_minitron.families.shared import (
     ATTENTION,
     FIRST,
     GATED_MLP,
-    HEAD_NORM,
     HF_ATTENTION,
     HF_GATED_MLP,
+    HF_HEAD_NORMS,
     HF_OUTER,
     LAST,
+    QK_NORMS,
     QWEN_DEFAULTS,
 )
 
@@ -19,9 +20,7 @@ __all__ = ["QWEN3"]
 
 QWEN3 = Family(
     "qwen3",
-    layer=ATTENTION
-    | {"self_attention.q_layernorm.weight": HEAD_NORM, "self_attention.k_layernorm.weight": HEAD_NORM}
-    | GATED_MLP,
+    layer=ATTENTION | QK_NORMS | GATED_MLP,
     first=FIRST,
     last=LAST,
     hf=HFFamily(
@@ -30,12 +29,7 @@ QWEN3 = Family(
         reads={"Qwen3ForCausalLM": QWEN_DEFAULTS | {"head_dim": 128}},
         needs={"hidden_act": "silu", "attention_bias": False},
         writes={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
-        layer=HF_ATTENTION
-        | {
-            "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
-            "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
-        }
-        | HF_GATED_MLP,
+        layer=HF_ATTENTION | HF_HEAD_NORMS | HF_GATED_MLP,
         outer=HF_OUTER,
     ),
     nemo2=NeMo2Family("qwen3", "Qwen3Config", "Qwen3Model", ("Qwen3Config", "GPTConfig")),

@@ -25,6 +25,12 @@ GATED_MLP = {
     "mlp.linear_fc2.weight": DOWN,
 }
 
+QK_NORMS = {"self_attention.q_layernorm.weight": HEAD_NORM, "self_attention.k_layernorm.weight": HEAD_NORM}
+#: Instead of an MLP, with :data:`EXPERT`. The router reads the norm's output too, so Megatron does not fuse it into the
+#: experts' first linear.
+ROUTED = {"pre_mlp_layernorm.weight": NORM, "mlp.router.weight": Parameter((Axis.EXPERTS, Axis.HIDDEN))}
+EXPERT = {"linear_fc1.weight": GATED, "linear_fc2.weight": DOWN}
+
 HF_OUTER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
@@ -38,6 +44,15 @@ HF_ATTENTION = {
         "self_attn.v_proj.weight",
     ),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+}
+HF_HEAD_NORMS = {
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+}
+HF_FUSED_EXPERTS = {
+    "linear_fc1.weight": "mlp.experts.gate_up_proj",
+    "linear_fc2.weight": "mlp.experts.down_proj",
+    "mlp.router.weight": "mlp.gate.weight",
 }
 HF_MLP_NORM = {"mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",)}
 HF_GATED_MLP = HF_MLP_NORM | {
@@ -73,4 +88,4 @@ QWEN_DEFAULTS = HF_DEFAULTS | {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-"""Of ``Qwen2Config``, and all but ``head_dim`` of ``Qwen3Config``."""
+"""Of ``Qwen2Config``, all but ``head_dim`` of ``Qwen3Config``, and much of ``Qwen3MoeConfig``."""

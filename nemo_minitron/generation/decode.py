@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.config import Sampling
-from nemo_minitron.errors import DataError, NonFiniteError
+from nemo_minitron.errors import ConfigError, DataError, NonFiniteError
 from nemo_minitron.generation.sampling import check_sampling, choose, draws
 from nemo_minitron.runtime.forward import evaluating
 from nemo_minitron.runtime.groups import Groups
@@ -84,13 +84,16 @@ def generate_tokens(
         progress: called with the number of prompts answered since its last call.
 
     Raises:
-        ConfigError: for sampling settings that leave nothing to draw from.
+        ConfigError: for sampling settings that leave nothing to draw from, or expert parallelism.
         DataError: for prompts without a token, with an id beyond the vocabulary, or that fill ``max_length`` already.
         NonFiniteError: where a logit is NaN.
     """
     requests = range(len(prompts)) if requests is None else requests
     check_sampling(sampling, seed)
     _check(prompts, vocab_size, max_length)
+    if groups.layout.expert > 1:
+        # replicas answer different prompts, and come to an end after different numbers of passes
+        raise ConfigError(f"parallel.expert={groups.layout.expert}: generation shares no experts out; set it to 1")
     texts = [
         _Text(number, list(ids), sampling, seed, request, max_length)
         for number, (ids, request) in enumerate(zip(prompts, requests, strict=True))

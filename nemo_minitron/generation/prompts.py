@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.config import PromptsConfig
-from nemo_minitron.data.chat.conversations import Chat, Message, bad_lines, read_chats, read_package_chats
+from nemo_minitron.data.bad_records import BadRecords, each
+from nemo_minitron.data.chat.conversations import Chat, Message, read_chats, read_package_chats
 from nemo_minitron.data.chat.templates import choose_template, end_ids, prompt_ids
+from nemo_minitron.data.containers import JSON_KINDS, look, opened, says_text
+from nemo_minitron.data.json_records import text_lines
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ def read_prompts(config: PromptsConfig, *, system: str | None = None) -> list[Ch
     """The conversations to be answered, without their last answers.
 
     Args:
-        config: their source; a path that ends in ``.txt`` has one question per line.
+        config: their source; a file that is named as plain text (``.txt``, also compressed) has one question per line.
         system: system message for conversations without one.
 
     Raises:
@@ -40,10 +43,10 @@ def read_prompts(config: PromptsConfig, *, system: str | None = None) -> list[Ch
         chats = [_question(text, f"prompts.texts, item {number}") for number, text in enumerate(config.texts, 1)]
     elif config.package is not None:
         chats = read_package_chats(config.package, config.cache_dir)
-    elif str(config.path).endswith(".txt"):
-        chats = _read_lines(Path(str(config.path)))
+    elif says_text(Path(str(config.path))):
+        chats = _read_lines(Path(str(config.path)), skip=config.skip)
     else:
-        chats = read_chats(str(config.path), answered=False)
+        chats = read_chats(str(config.path), answered=False, skip=config.skip)
     prompts = []
     for chat in chats[: config.limit]:
         messages = chat.prompt
@@ -57,18 +60,19 @@ def _question(text: str, where: str) -> Chat:
     return Chat((Message("user", text),), where=where)
 
 
-def _read_lines(path: Path) -> list[Chat]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason}); convert it") from None
-    questions = [
-        _question(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not questions:
-        raise DataError(f"{path}: is empty; give a file with at least one line")
+def _read_lines(path: Path, *, skip: bool) -> list[Chat]:
+    container = look(path, plain=True)
+    if container.kind not in (*JSON_KINDS, "text", "empty"):
+        return read_chats(path, answered=False, skip=skip)
+    bad = BadRecords(str(path), skip=skip)
+    questions = []
+    with opened(path, container.compression) as stream:
+        for number, line, fault in text_lines(stream):
+            if fault:
+                bad.add(f"line {number}", DataError(fault), line)
+            elif line.strip():
+                questions.append(_question(line.strip(), f"{path}, line {number}"))
+    bad.close(len(questions))
     return questions
 
 
@@ -80,8 +84,9 @@ def encode_prompts(
     title: str,
     max_length: int,
     attributes: Mapping[str, int] | None = None,
-) -> tuple[list[list[int]], tuple[int, ...]]:
-    """Tokens of each prompt, up to where the assistant begins, and the ids that end an answer.
+    skip: bool = False,
+) -> tuple[list[tuple[Chat, list[int]]], tuple[int, ...]]:
+    """Each prompt with its tokens, up to where the assistant begins, and the ids that end an answer.
 
     Args:
         chats: without last answers.
@@ -90,31 +95,30 @@ def encode_prompts(
         title: source of the chats, for messages.
         max_length: of prompt and answer together.
         attributes: values that the answers should have (SteerLM).
+        skip: leave out prompts that cannot be used.
 
     Raises:
-        DataError: for a template that the tokenizer cannot run, and for prompts that give no token, leave no room for
-            an answer, or cannot be written as plain text; all of them with their lines.
+        DataError: for a template that the tokenizer cannot run, and for prompts that it refuses, that give no token,
+            leave no room for an answer, or cannot be written as plain text; all of them with their places.
     """
     chosen = None if template == PLAIN else choose_template(tokenizer, template)
-    encoded, faults = [], []
-    for chat in chats:
-        where = chat.where.rpartition(", ")[2]
+
+    def encode(chat: Chat) -> list[int]:
         if chosen is not None:
             ids = prompt_ids(chat.messages, tokenizer, chosen, attributes, tools=chat.tools, where=chat.where)
         elif len(chat.messages) == 1 and not chat.tools and not chat.messages[0].more:
             ids = tokenizer(chat.messages[0].content, verbose=False)["input_ids"]
         else:
-            faults.append(
-                f"{where}: has several messages or tools, which plain text has no form for; choose a template"
-            )
-            continue
+            raise DataError("has several messages or tools, which plain text has no form for; choose a template")
         if not ids:
-            faults.append(f"{where}: gives no token; write a longer one")
-        elif len(ids) >= max_length:
-            faults.append(f"{where}: {len(ids)} tokens leave no room for an answer in a context of {max_length}")
-        encoded.append(list(ids))
-    if faults:
-        raise bad_lines(title, faults)
+            raise DataError("gives no token; write a longer one")
+        if len(ids) >= max_length:
+            raise DataError(f"{len(ids)} tokens leave no room for an answer in a context of {max_length}")
+        return list(ids)
+
+    encoded = each(
+        chats, encode, where=lambda chat: chat.where, record=lambda chat: chat.record(), title=title, skip=skip
+    )
     if chosen is not None:
         return encoded, end_ids(tokenizer, chosen)
     return encoded, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -211,7 +211,7 @@ class Recorder(ABC):
         places: list[TokenPlaces] = []  # of the micro-batch that is running, by expert
 
         def record_routing(module: Any, args: tuple[torch.Tensor, ...], output: tuple[Any, torch.Tensor]) -> None:
-            places[:] = token_places(output[1], args[0].shape, self.groups)
+            places[:] = token_places(output[1], args[0].shape, self.groups, self.rows)
 
         def record_expert(expert: int) -> Any:
             def record(module: Any, args: Any, output: Any) -> None:
@@ -221,7 +221,7 @@ class Recorder(ABC):
             return record
 
         handles = [mlp.router.register_forward_hook(record_routing)]
-        for number, expert in enumerate(mlp.experts.local_experts):
+        for number, expert in zip(mlp.local_expert_indices, mlp.experts.local_experts, strict=True):
             handles.append(self._hook_ffn(Key(index, "ffn", number), expert.linear_fc2, places))
             handles.append(expert.register_forward_hook(record_expert(number)))
         return handles
@@ -285,16 +285,14 @@ class ActivationRecorder(Recorder):
             aggregation(criterion.sequence, "aggregation.sequence")
 
     def values(self, reading: Reading) -> torch.Tensor:
-        """``[s (/tp), b, units]`` values to aggregate; of a unit of several channels, their L2 norm."""
+        """``[s (/tp), b, units]`` values of the samples that count; of a unit of several channels, their L2 norm."""
         x, width = reading.x.detach(), reading.width
         if reading.partial and self.groups.layout.tensor > 1:
             x = x.contiguous().clone()
             dist.all_reduce(x, group=self.groups.tp)
         if width > 1:
             x = torch.linalg.vector_norm(x.unflatten(-1, (x.shape[-1] // width, width)), dim=-1)
-        if reading.places is not None:
-            x = reading.places.spread(x)
-        return x[:, : self.rows]
+        return x[:, : self.rows] if reading.places is None else reading.places.spread(x)
 
     @torch.no_grad()
     def read(self, reading: Reading) -> None:

@@ -96,9 +96,8 @@ class TaylorRecorder(Recorder):
         product = activation.to(wide) * gradient.to(wide)
         if width > 1:
             product = product.unflatten(-1, (product.shape[-1] // width, width)).sum(-1)
-        if places is not None:
-            product = places.spread(product)
-        sums = product[:, :rows].sum(0, dtype=torch.float64)  # [b, units]
+        product = product[:, :rows] if places is None else places.spread(product)
+        sums = product.sum(0, dtype=torch.float64)  # [b, units]
         if across and self.groups.layout.tensor > 1 and sums.numel():
             dist.all_reduce(sums, group=self.groups.tp)
         for criterion in self.criteria:

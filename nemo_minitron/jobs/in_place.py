@@ -22,6 +22,7 @@ from nemo_minitron.jobs.atomic import check_output
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.output import Output
+from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime.environment import hide_launchers
 
 __all__ = ["checked", "run_in_place"]
@@ -67,7 +68,7 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     started = time.monotonic()
     set_up(config)
     with _prepared(config) as output:
-        metrics: dict[str, Any] = stage_module(config.STAGE).run(output.config)
+        metrics = run_module(stage_module(config.STAGE), output.config, rank=int(os.environ.get("RANK", "0")))
         if metrics:
             output.finish(metrics, time.monotonic() - started)
     return metrics
@@ -91,11 +92,13 @@ def _prepared(config: StageConfig) -> Iterator[Output]:
     with contextlib.ExitStack() as replaced:
         if rank == 0:
             try:
+                replaced.enter_context(output.leased())
                 if output.is_requeued_job():
                     output = output.replaced_by(overwrite=False)
                 if output.config.overwrite or not output.resumable:
                     check_output(output.path, output.config.overwrite)
                 output.check_resumable()
+                output.check_inputs()
                 replaced.enter_context(output.replacing())
                 output.begin()
             except ConfigError as error:

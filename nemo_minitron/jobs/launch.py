@@ -72,14 +72,14 @@ def attach(folder: Path) -> int:
 def end_with_launcher() -> None:
     """End this process when the launcher is gone, so that killing ``minitron`` leaves no processes behind.
 
-    A thread checks every two seconds. Linux's parent-death signal would reach only the launcher's own child, not the
+    A thread checks twice a second. Linux's parent-death signal would reach only the launcher's own child, not the
     ranks below torchrun, and torchx's handler of it leaves torchrun running.
     """
     pid, born = os.environ[LAUNCHER_VARIABLE].split(":")
 
     def watch() -> None:
         while _is_alive(int(pid), float(born)):
-            time.sleep(2)
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -48,11 +48,17 @@ def run_output(output: Output, on_output: Callable[[bytes], None] | None = None)
         MinitronError: if the stage refused its settings or inputs.
         StageCrashError: if it crashed.
     """
+    with output.leased():
+        return _run_leased(output, on_output)
+
+
+def _run_leased(output: Output, on_output: Callable[[bytes], None] | None) -> dict[str, Any]:
     config = output.config
     # A stage that resumes keeps its output; another that finds one is refused before anything starts.
     if not output.resumable:
         check_output(config.output, config.overwrite)
     output.check_resumable()
+    output.check_inputs()
     check_needs([config])
     output.write_settings()
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()

@@ -13,6 +13,9 @@ from nemo_minitron.runtime.requirements import faults
 
 __all__ = ["check_needs", "needs_of"]
 
+#: Ends of names of data that only pyarrow reads.
+_PYARROW = (".parquet", ".pq", ".arrow", ".feather", ".ipc", ".zst")
+
 
 def needs_of(config: StageConfig) -> tuple[str, ...]:
     """Keys of :data:`~nemo_minitron.runtime.requirements.PARTS` that a stage needs with these settings."""
@@ -23,9 +26,10 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
         modules.append("lm_eval")
     if (source := getattr(config, "source", None)) is not None:
         modules += [need for entry in FORMATS.values() if entry.detect(Path(source)) for need in entry.read_needs]
-    if any(Path(str(source.path)).suffix == ".parquet" for source in _sources(config)):
+    paths = [Path(path) for path in _data_paths(config)]
+    if any(path.suffix.lower() in _PYARROW for path in paths):
         modules.append("pyarrow")
-    if any(source.dataset is not None for source in _sources(config)):
+    if any(source.dataset is not None for source in _sources(config)) or any(path.is_dir() for path in paths):
         modules.append("datasets")
     return tuple(dict.fromkeys(modules))
 
@@ -43,6 +47,14 @@ def check_needs(stages: Iterable[StageConfig]) -> None:
         needs.setdefault(subject, {}).update(dict.fromkeys(modules))
     if lacking := faults(needs):
         raise MissingDependency("\n".join(lacking))
+
+
+def _data_paths(config: StageConfig) -> list[str]:
+    """The files of texts, conversations, pairs, prompts and tasks."""
+    groups = [getattr(config, name, None) for name in ("data", "prompts", "task")]
+    named = [getattr(group, name, None) for group in groups for name in ("path", "validation")]
+    named += [getattr(source, name) for source in _sources(config) for name in ("path", "chat")]
+    return [path for path in named if path is not None]
 
 
 def _sources(config: StageConfig) -> list[Any]:

@@ -24,12 +24,13 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
     """
     keep_pool(stage.runtime.device)
     output = Output(stage)
-    todo = output.prepare()
-    if todo is None:
-        record = output.record()
-        assert record is not None  # that is what "done" means
-        return record
-    return run_output(todo, show_output)
+    with output.leased():
+        todo = output.prepare()
+        if todo is None:
+            record = output.record()
+            assert record is not None  # that is what "done" means
+            return record
+        return run_output(todo, show_output)
 
 
 def show_output(data: bytes) -> None:

@@ -24,8 +24,18 @@ from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
 from nemo_minitron.jobs import slurm_environment
 from nemo_minitron.jobs.atomic import MARKER, check_output
+from nemo_minitron.jobs.contents import SMALL, damaged, missing
 from nemo_minitron.jobs.differences import differences
-from nemo_minitron.jobs.records import hashed_settings, identity_of, read_record, record_path, write_record
+from nemo_minitron.jobs.lease import check_held, leased
+from nemo_minitron.jobs.records import (
+    hashed_settings,
+    identity_of,
+    owner_of,
+    read_record,
+    record_path,
+    write_record,
+)
+from nemo_minitron.runtime.atomic import clear_leftovers
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
 __all__ = ["Output", "archived_outputs", "claim_output"]
@@ -80,6 +90,11 @@ class Output:
             other.__dict__["identity"] = self.identity
         return other
 
+    @property
+    def _lease(self) -> Path:
+        """The file of the lease: beside the logs."""
+        return self.folder.with_name(f"{self.path.name}.lease")
+
     # How far it is
 
     def record(self) -> dict[str, Any] | None:
@@ -99,9 +114,10 @@ class Output:
         """How far the stage is.
 
         Returns:
-            "done"; "changed" (made with other settings or inputs), with the differences; "unfinished" (an output
-            without a record, or of a stage that is always made anew); "begun" (unfinished, and started with other
-            settings, so that it cannot be resumed), with the differences; or "new".
+            "done"; "changed" (made with other settings or inputs), with the differences; "damaged" (files are gone or
+            of another size), with the files; "unfinished" (an output without a record, or of a stage that is always
+            made anew); "begun" (unfinished, and started with other settings, so that it cannot be resumed), with the
+            differences; or "new".
         """
         record = self.record()
         if self.config.REPEATS:
@@ -110,7 +126,10 @@ class Output:
             return ("new", []) if record is None else ("changed", ["the output is gone"])
         if record is not None:
             changes = self._changes_since(record)
-            return ("changed", list(changes.values())) if changes else ("done", [])
+            if changes:
+                return "changed", list(changes.values())
+            faults = missing(self.path, record.get("files", {}))
+            return ("damaged", faults) if faults else ("done", [])
         changes = self._changes_since(self.started_identity()) if self.resumable else {}
         return ("begun", list(changes.values())) if changes else ("unfinished", [])
 
@@ -140,6 +159,28 @@ class Output:
             ConfigError: with the :meth:`resume_faults`, if any.
         """
         if faults := self.resume_faults():
+            raise ConfigError(faults)
+
+    def check_inputs(self) -> None:
+        """Refuse inputs that are not what their record says: files that are gone, cut off, or, where they are small,
+        changed.
+
+        Raises:
+            ConfigError: with each of them.
+        """
+        faults = []
+        for setting, path in self.config.inputs().items():
+            place = Path(path).absolute()
+            owner = owner_of(place)
+            record = read_record(owner) if owner else None
+            if owner is None or record is None:
+                continue
+            files = {
+                name: entry for name, entry in record.get("files", {}).items() if (owner / name).is_relative_to(place)
+            }
+            remedy = f"make {owner} again, or restore the file"
+            faults += [f"{setting}: {fault}; {remedy}" for fault in damaged(owner, files, limit=SMALL)]
+        if faults:
             raise ConfigError(faults)
 
     def is_requeued_job(self) -> bool:
@@ -208,6 +249,20 @@ class Output:
 
     # A run of the stage
 
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        """Keep other processes, on any host, from writing the output while the block runs. One rank of a stage does.
+
+        What a killed process left beside the output is cleared away, and an old output that it had moved aside comes
+        back.
+
+        Raises:
+            ConfigError: if another process writes it.
+        """
+        with leased(self._lease, f"output: {self.path}", f"minitron {self.config.STAGE}"):
+            clear_leftovers(self.path.absolute(), alone=True)
+            yield
+
     def prepare(self, *, overwrite: bool = False) -> Output | None:
         """Prepare a run of the stage. One rank calls it, right before the stage starts.
 
@@ -230,7 +285,9 @@ class Output:
                 self.archive()
                 self.restore_unfinished()
             return self
-        if changed or (state == "unfinished" and not self.resumable):
+        if state == "damaged" and self.resumable:
+            record_path(self.path).unlink()  # it says that the output is complete
+        if changed or (state in ("unfinished", "damaged") and not self.resumable):
             return self.replaced_by(overwrite=True)
         return self
 
@@ -287,7 +344,12 @@ class Output:
         peak_rss_bytes: int | None = None,
         started: str | None = None,
     ) -> dict[str, Any]:
-        """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`."""
+        """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`.
+
+        Raises:
+            MinitronError: if another process has taken the output over.
+        """
+        check_held(self._lease)
         return write_record(
             self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started
         )
@@ -320,7 +382,9 @@ def archived_outputs(output: str | Path) -> list[Path]:
 def _holds(place: Path, identity: str) -> bool:
     """Whether ``place`` is a complete output of that identity."""
     record = read_record(place)
-    return record is not None and record["hash"] == identity and place.exists()
+    if record is None or record["hash"] != identity or not place.exists():
+        return False
+    return not missing(place, record.get("files", {}))
 
 
 def _archive(output: Path, identity: str) -> Path:

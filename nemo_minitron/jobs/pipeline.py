@@ -7,16 +7,14 @@ a change of settings, only the stages that depend on them run again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_minitron.config import PipelineConfig, StageConfig
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.lease import leased
 from nemo_minitron.jobs.local import run_output
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.output import Output
@@ -84,37 +82,29 @@ def run_pipeline(
     folder = Path(pipeline.output)
     folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if all(config.runtime.device == "cpu" for config in stages) else "auto"
-    with _locked(folder), warm_pool(device):
+    with leased(folder / ".lease", str(folder), "minitron run"), warm_pool(device):
         write_manifest(folder, pipeline, stages)
         records, skipped = [], set()
         for number, config in enumerate(stages, 1):
             line = display.stage(number, len(stages), config.name)
             output = Output(config)
-            state, reasons = output.state()
-            todo = output.prepare(overwrite=overwrite)
-            if state in ("changed", "begun"):
-                what = "comes back from" if todo is None else "made again for"
-                display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
-            if todo is None:
-                record = output.record()
-                skipped.add(config.name)
-                line.kept()
-            else:
-                record = _run(todo, line)
+            with output.leased():
+                state, reasons = output.state()
+                todo = output.prepare(overwrite=overwrite)
+                if state in ("changed", "begun"):
+                    what = "comes back from" if todo is None else "made again for"
+                    display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
+                elif state == "damaged":
+                    display.note(f"{config.name}: made again, as {'; '.join(reasons)}")
+                if todo is None:
+                    record = output.record()
+                    skipped.add(config.name)
+                    line.kept()
+                else:
+                    record = _run(todo, line)
             records.append(record or {})
         display.summary(stages, records, skipped)
     return records
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the directory while this one lives; the system drops the lock if it is killed."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{folder}: another `minitron run` is at work here; wait for it or stop it") from error
-        yield
 
 
 def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageConfig]) -> None:

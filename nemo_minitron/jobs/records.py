@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import StageConfig
+from nemo_minitron.jobs.contents import contents_of
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
-__all__ = ["hashed_settings", "identity_of", "parents", "read_record", "record_path", "write_record"]
+__all__ = ["hashed_settings", "identity_of", "owner_of", "parents", "read_record", "record_path", "write_record"]
 
 
 RECORD_VERSION = 1
+_KEYS = {"stage", "name", "hash", "config", "settings", "parents", "metrics", "seconds"}
 #: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
 _NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
 _NOT_HASHED_RUNTIME = {"threads", "timeout_minutes", "collective_timeout_minutes"}
@@ -30,9 +32,16 @@ def read_record(output: str | Path) -> dict[str, Any] | None:
     """The record of an output; None if there is no complete record."""
     try:
         record = json.loads(record_path(output).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("version") == RECORD_VERSION else None
+    whole = isinstance(record, dict) and record.get("version") == RECORD_VERSION and record.keys() >= _KEYS
+    return record if whole else None
+
+
+def owner_of(path: Path) -> Path | None:
+    """The recorded output that ``path`` is, or lies in; None if it is of no such output."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if read_record(place) is not None), None)
 
 
 def write_record(
@@ -55,8 +64,8 @@ def write_record(
         started: ISO time.
 
     Returns:
-        The record: ``version, stage, name, hash, config, settings, parents, metrics, started, seconds, peak_rss_bytes,
-        versions``.
+        The record: ``version, stage, name, hash, config, settings, parents, metrics, files, started, seconds,
+        peak_rss_bytes, versions``. Records of earlier releases have no ``files``.
     """
     record = {
         "version": RECORD_VERSION,
@@ -64,6 +73,7 @@ def write_record(
         "name": config.name or config.STAGE,
         "config": dataclasses.asdict(config),
         "metrics": metrics,
+        "files": {} if config.REPEATS else contents_of(Path(config.output)),
         "started": started,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
@@ -95,10 +105,7 @@ def identity_of(config: StageConfig) -> dict[str, Any]:
 
 def hashed_settings(config: StageConfig) -> dict[str, Any]:
     """The settings of a stage that its result depends on, without paths of inputs."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_HASHED}
-    for field in dataclasses.fields(config):
-        if field.name in config.ADDED and settings[field.name] == field.default:
-            del settings[field.name]
+    settings = {name: value for name, value in _settings(config).items() if name not in _NOT_HASHED}
     settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k not in _NOT_HASHED_RUNTIME}
     if "data" in settings:
         settings["data"] = {k: v for k, v in settings["data"].items() if k not in _NOT_HASHED}
@@ -107,9 +114,27 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         section = settings
         for part in sections:
             section = section[part]
+        if name not in section:
+            continue  # added later, and at its default
         value = section[name]
         section[name] = sorted(value) if isinstance(value, dict) else value is not None
     return settings
+
+
+def _settings(value: Any) -> Any:
+    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults."""
+    if dataclasses.is_dataclass(value):
+        added = getattr(value, "ADDED", ())
+        return {
+            field.name: _settings(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (field.name in added and getattr(value, field.name) == field.default)
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(_settings(entry) for entry in value)
+    if isinstance(value, dict):
+        return {key: _settings(entry) for key, entry in value.items()}
+    return value
 
 
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from nemo_minitron import errors
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.runtime.disk import disk_fault, full_disk
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.requirements import missing
 
@@ -82,9 +83,18 @@ def save_result(folder: Path, result: RankResult) -> None:
     replace_file(folder / f"rank-{result.rank}.json", json.dumps(asdict(result), default=str))
 
 
-def failure(rank: int, error: BaseException) -> RankResult:
-    """The result of a rank that ended with ``error``."""
+def failure(rank: int, error: BaseException, folder: Path | None = None) -> RankResult:
+    """The result of a rank that ended with ``error``.
+
+    Args:
+        rank: global rank.
+        error: what the stage raised.
+        folder: on the disk that the stage writes to; a fault of that disk is named instead of what a library made of
+            it.
+    """
     error = missing(error, for_="this stage") or error
+    if folder is not None and not isinstance(error, MinitronError):
+        error = disk_fault(error, folder) or error
     if isinstance(error, MinitronError):
         return RankResult(rank, "refused", error=type(error).__name__, message=str(error))
     text = "".join(traceback.format_exception(error)).rstrip()
@@ -119,6 +129,8 @@ def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, 
         return results
     # A rank that was killed leaves no result; its peers then crash on the lost connection, which explains nothing.
     silent = sorted(set(range(world_size)) - {result.rank for result in results})
+    if silent and (fault := full_disk(folder)) is not None:  # then a rank cannot say so
+        raise fault
     first = first_failure or _first_failure(folder)
     if failed and not (first is not None and first[0] in silent):
         crash = failed[0]

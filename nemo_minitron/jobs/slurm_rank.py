@@ -49,32 +49,33 @@ def main(folder: Path) -> int:
             file=sys.stderr,
         )
         return 2
-    replaced = contextlib.ExitStack()
     output = Output(config)
-    if rank == 0:
-        begin_attempt(folder, attempt)
-        state = _prepare(output, folder, job["overwrite"], replaced)
-        (folder / f"ready-{attempt}").write_text(state)
-    else:
-        state = _wait_for(folder / f"ready-{attempt}")
-    if state != "run":
-        print(f"minitron: {config.name}: {state}", file=sys.stderr if state.startswith("refused") else sys.stdout)
-        return 2 if state.startswith("refused") else 0
-    started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    code = work(job["stage"])  # a failure ends the process there
-    with replaced:
+    with contextlib.ExitStack() as held:
+        if rank == 0:
+            begin_attempt(folder, attempt)
+            state = _prepare(output, folder, job["overwrite"], held)
+            (folder / f"ready-{attempt}").write_text(state)
+        else:
+            state = _wait_for(folder / f"ready-{attempt}")
+        if state != "run":
+            print(f"minitron: {config.name}: {state}", file=sys.stderr if state.startswith("refused") else sys.stdout)
+            return 2 if state.startswith("refused") else 0
+        started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+        code = work(job["stage"])  # a failure ends the process there
         return code if rank else _record(output, folder, world, started, clock)
 
 
-def _prepare(output: Output, folder: Path, overwrite: bool, replaced: contextlib.ExitStack) -> str:
+def _prepare(output: Output, folder: Path, overwrite: bool, held: contextlib.ExitStack) -> str:
     """Called by rank 0 before the others start. Returns "run", "done before", or "refused: ..."."""
-    if output.is_requeued_job():
-        output, overwrite = output.replaced_by(overwrite=False), False
-        output.write_settings(folder)
     try:
+        held.enter_context(output.leased())
+        if output.is_requeued_job():
+            output, overwrite = output.replaced_by(overwrite=False), False
+            output.write_settings(folder)
         todo = output.prepare(overwrite=overwrite)
         if todo is not None:
-            replaced.enter_context(todo.replacing())
+            todo.check_inputs()
+            held.enter_context(todo.replacing())
             if not todo.resumable:  # one that resumes begins with nothing, and goes on if requeued
                 todo.write_settings(folder)
     except MinitronError as error:

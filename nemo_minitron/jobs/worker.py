@@ -17,9 +17,11 @@ from typing import Any
 from nemo_minitron.config import StageConfig, load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.launch import attach, job_folder
+from nemo_minitron.jobs.lease import release_all
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.results import RankResult, failure, save_result
+from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.memory import peak_rss_bytes
@@ -47,13 +49,13 @@ def set_up(config: StageConfig) -> None:
     torch.manual_seed(config.runtime.seed)
 
 
-def execute(stage: str, folder: Path, part: str | None = None) -> dict[str, Any]:
-    """Read the configuration, set up the process and run the stage, or the module ``part`` of it."""
+def execute(stage: str, folder: Path, part: str | None = None, *, rank: int = 0) -> dict[str, Any]:
+    """Read the configuration, set up the process and run the stage, or the module ``part`` of it, as this rank."""
     config = load(stage, folder / "config.yaml")
     check_needs([config])  # here too: what started this process may have another environment
     module = stage_module(part or stage)
     set_up(config)
-    return module.run(config)
+    return run_module(module, config, rank=rank)
 
 
 def main(stage: str, part: str | None = None) -> int:
@@ -68,16 +70,21 @@ def main(stage: str, part: str | None = None) -> int:
     started = time.monotonic()
     code = 0
     try:
-        metrics = execute(stage, folder, part)
+        metrics = execute(stage, folder, part, rank=rank)
         result = RankResult(rank, "done", metrics=metrics if rank == 0 else {})
     except (Exception, SystemExit) as error:
-        result = failure(rank, error)
-        code = error.exit_code if isinstance(error, MinitronError) else 1
+        result = failure(rank, error, folder)
+        code = error.exit_code if isinstance(error, MinitronError) else 2 if result.status == "refused" else 1
         logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
     result.peak_rss_bytes = peak_rss_bytes()
-    save_result(folder, result)
+    try:
+        save_result(folder, result)
+    except MinitronError:
+        if not code:
+            raise  # a failure goes on: on a full disk the launcher looks for itself
     if code:
+        release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.
         sys.stdout.flush()
         sys.stderr.flush()

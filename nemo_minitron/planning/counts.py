@@ -60,9 +60,15 @@ class LayerCost(NamedTuple):
 
 
 def layer_cost(
-    table: axes.Family, *, hidden_size: int, head_dim: int, experts: int | None = None, tensor: int = 1
+    table: axes.Family,
+    *,
+    hidden_size: int,
+    head_dim: int,
+    experts: int | None = None,
+    tensor: int = 1,
+    expert: int = 1,
 ) -> LayerCost:
-    """The cost of a layer on each of ``tensor`` ranks; whole numbers on one.
+    """The cost of a layer on each of ``tensor * expert`` ranks; whole numbers on one.
 
     Args:
         table: of the family.
@@ -70,6 +76,7 @@ def layer_cost(
         head_dim: channels of a head.
         experts: of a mixture.
         tensor: tensor-parallel ranks.
+        expert: expert-parallel ranks.
     """
     lengths = {Axis.HIDDEN: hidden_size, Axis.HEAD_DIM: head_dim, Axis.EXPERTS: experts or 0}
     varying = {
@@ -79,7 +86,11 @@ def layer_cost(
         Axis.QKV: {"per_head": head_dim, "per_group": 2 * head_dim},
     }
     cost: dict[str, float] = dict.fromkeys(LayerCost._fields, 0)
-    rows = [(row, 1) for row in table.layer.values()] + [(row, experts or 0) for row in table.expert.values()]
+    own = (experts or 0) if expert == 1 else (experts or 0) / expert
+    rows: list[tuple[axes.Parameter, float]] = [
+        *((row, 1) for row in table.layer.values()),
+        *((row, own) for row in table.expert.values()),
+    ]
     for row, copies in rows:
         terms: dict[str, int] = {row.part or "mlp": 1}
         for axis in row.axes:
@@ -132,6 +143,6 @@ def outer_counts(table: axes.Family, shape: ModelShape, *, hidden_size: int, ten
     return count(table.first), count(table.last)
 
 
-def _share(count: int, row: axes.Parameter, tensor: int) -> float:
+def _share(count: float, row: axes.Parameter, tensor: int) -> float:
     """What one rank holds of so many numbers of a parameter."""
     return count if tensor == 1 or row.tensor_parallel_dim is None else count / tensor

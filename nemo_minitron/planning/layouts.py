@@ -83,7 +83,9 @@ def layout_faults(training: Training, layout: ParallelLayout) -> list[str]:
     problems = []
     for who, model in (("student", training.student), ("teacher", training.teacher)):
         if model is not None:
-            faults = model.shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
+            faults = model.shape.layout_faults(
+                tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert
+            )
             problems += [f"{who}: {fault}" for fault in faults]
     one_pass = training.micro_batch_size * layout.data
     if training.global_batch_size % one_pass:

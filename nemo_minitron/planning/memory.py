@@ -30,7 +30,9 @@ plain layers keep ``(3A + 3G)d/t`` of it, as the fused ones always do (which gai
 time is whole; "full" keeps a layer's input ``H`` alone, and one layer at a time is whole.
 
 The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
-dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers.
+dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers. If
+the two vocabularies are padded to different sizes, tensor parallelism splits them differently, and the teacher's logits
+are held once more, in the student's partition.
 
 Under context parallelism the plain layers keep the keys and values of all ``s`` tokens (by the same count, but not
 measured); Transformer Engine's never hold them.
@@ -70,7 +72,7 @@ class Workload:
         bytes: of a weight: 2 or 4.
         recompute: of :data:`RECOMPUTE`: what the backward pass computes again.
         fused: kernels as on CUDA; False: Megatron's plain layers, as on CPU.
-        tensor, pipeline, data, context: parallel sizes.
+        tensor, pipeline, data, context, expert: parallel sizes.
         virtual_pipeline: model chunks of a stage, or None for one.
         sequence_parallel: norms and residuals are split over the tensor group.
         micro_batches: of a step, on one data-parallel rank; what waits of a teacher is of all of them.
@@ -89,6 +91,7 @@ class Workload:
     sequence_parallel: bool = False
     micro_batches: int = 1
     context: int = 1
+    expert: int = 1
 
     @classmethod
     def on(cls, layout: ParallelLayout, **settings: Any) -> Workload:
@@ -139,8 +142,10 @@ class MemoryCost:
         self.rotary = round(shape.head_dim * rotary)
         self.distilled = teacher is not None
         self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
+        rows = 0 if teacher is None else teacher[1].vocab_size
+        self._teacher_logits = padded_vocab(rows, tensor=work.tensor) / work.tensor
         self._padded = shape.replace(vocab_size=padded_vocab(shape.vocab_size, tensor=work.tensor))
-        self._kept: dict[tuple[int, int | None], tuple[float, float, LayerCost]] = {}
+        self._kept: dict[tuple[int, int | None, int], tuple[float, float, LayerCost]] = {}
 
     @classmethod
     def of(cls, model: Model, work: Workload, teacher: Model | None = None) -> MemoryCost:
@@ -177,6 +182,7 @@ class MemoryCost:
             tensor=work.tensor,
             pipeline=work.pipeline,
             virtual_pipeline=work.virtual_pipeline,
+            expert=work.expert if shape.num_moe_experts is not None else 1,
         )
         stages = [rank.weights for rank in MemoryCost(table, shape, inference).ranks(shape)]
         split = work.tensor if work.sequence_parallel else 1
@@ -192,6 +198,9 @@ class MemoryCost:
         if self.shape.tied_embeddings and 0 < stage == work.pipeline - 1:
             ends += first  # the copy
         weights = ends + sum(count * self._weights(layer)[2].parameters(layer) for layer, count in layers)
+        # The optimizer's state of experts is shared out over the replicas that hold the same ones: it is as much as
+        # that of all experts over all replicas.
+        kept = ends + sum(count * self._weights(layer, expert=1)[2].parameters(layer) for layer, count in layers)
         tokens = work.batch_size * work.sequence_length
         if not work.training:
             cached = sum(
@@ -205,7 +214,7 @@ class MemoryCost:
         return MemoryUse(
             weights * work.bytes,
             gradients=weights * 4,
-            optimizer=weights * (8 if work.bytes == 4 else 12) / (work.data * work.context),
+            optimizer=kept * (8 if work.bytes == 4 else 12) / (work.data * work.context),
             activations=activations,
             teacher=self._teacher[stage],
         )
@@ -231,7 +240,8 @@ class MemoryCost:
         if stage == work.pipeline - 1:
             logits = padded_vocab(self.shape.vocab_size, tensor=work.tensor) / work.tensor
             if self.distilled:
-                kept += logits * 2 * work.bytes
+                moved = logits if work.tensor > 1 and self._teacher_logits != logits else 0
+                kept += (logits + self._teacher_logits + moved) * work.bytes
             else:
                 kept += logits * (work.bytes if work.bytes == 4 else work.bytes + 4)
             kept += norm * work.bytes
@@ -279,14 +289,20 @@ class MemoryCost:
             return norms + attention
         return 2 * norms + attention + mlp
 
-    def _weights(self, sizes: SizesLike) -> tuple[float, float, LayerCost]:
+    def _weights(self, sizes: SizesLike, *, expert: int | None = None) -> tuple[float, float, LayerCost]:
         """Weights of a rank: before the layers, after them, and of a layer."""
         hidden, experts, tensor = sizes.hidden_size, sizes.num_moe_experts, self.work.tensor
-        if (hidden, experts) not in self._kept:
-            self._kept[hidden, experts] = (
+        key = hidden, experts, expert or self.work.expert
+        if key not in self._kept:
+            self._kept[key] = (
                 *outer_counts(self.table, self._padded, hidden_size=hidden, tensor=tensor),
                 layer_cost(
-                    self.table, hidden_size=hidden, head_dim=self.shape.head_dim, experts=experts, tensor=tensor
+                    self.table,
+                    hidden_size=hidden,
+                    head_dim=self.shape.head_dim,
+                    experts=experts,
+                    tensor=tensor,
+                    expert=key[2],
                 ),
             )
-        return self._kept[hidden, experts]
+        return self._kept[key]

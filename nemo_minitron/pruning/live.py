@@ -32,7 +32,6 @@ __all__ = [
     "apply_pipeline_stages",
     "like_parameter",
     "gpt_chunks",
-    "keep_experts",
     "kept_types",
     "layer_types_of",
     "live_family",
@@ -96,14 +95,19 @@ def live_family(chunk: GPTModel) -> axes.Family:
     Raises:
         ShapeError: if there is none.
     """
-    names = {name.split(".", 3)[3] for name, _ in canonical_parameters(chunk) if name.startswith("decoder.layers.")}
-    for table in axes.FAMILIES.values():
-        if (
-            set(axes.layer_parameters(table, live_shape(chunk))) == names
-            and table.gated == chunk.config.gated_linear_unit
-        ):
-            return table
-    known = set().union(*(axes.layer_parameters(table, live_shape(chunk)) for table in axes.FAMILIES.values()))
+    names = {
+        _of_any_expert(name.split(".", 3)[3])
+        for name, _ in canonical_parameters(chunk)
+        if name.startswith("decoder.layers.")
+    }
+    tables = {
+        table.name: {_of_any_expert(name) for name in axes.layer_parameters(table, live_shape(chunk))}
+        for table in axes.FAMILIES.values()
+    }
+    for name, parameters in tables.items():
+        if parameters == names and axes.family(name).gated == chunk.config.gated_linear_unit:
+            return axes.family(name)
+    known = set().union(*tables.values())
     which = f"{sorted(names - known)[0]} is in none of them" if names - known else "its parameters are not those of any"
     raise ShapeError(
         f"the model fits no axes table ({', '.join(axes.FAMILIES)}): {which}; "
@@ -111,20 +115,11 @@ def live_family(chunk: GPTModel) -> axes.Family:
     )
 
 
-def keep_experts(layer: Any, experts: Sequence[int]) -> None:
-    """Remove all but these experts from a layer's mixture. The router's rows and the sizes are not touched.
-
-    Raises:
-        ShapeError: for a mixture that is spread over expert-parallel ranks, or whose experts are not modules of their
-            own.
-    """
-    if not hasattr(layer.mlp.experts, "local_experts") or layer.mlp.ep_group.size() > 1:
-        raise ShapeError(
-            f"the experts are a {type(layer.mlp.experts).__name__} over {layer.mlp.ep_group.size()} expert-parallel "
-            "ranks; live pruning needs moe_grouped_gemm=False and expert_model_parallel_size=1, or prune the "
-            "checkpoint (`minitron prune`)"
-        )
-    layer.mlp.experts.local_experts = nn.ModuleList([layer.mlp.experts.local_experts[expert] for expert in experts])
+def _of_any_expert(name: str) -> str:
+    """A name below a layer, whichever expert it is of: a rank need not hold all."""
+    if not name.startswith(axes.EXPERTS):
+        return name
+    return axes.EXPERTS + name.removeprefix(axes.EXPERTS).split(".", 1)[1]
 
 
 def apply_config(module: nn.Module, target: ModelShape) -> None:
@@ -257,9 +252,11 @@ def _resize_mlp(mlp: Any, target: ModelShape, tensor: int) -> None:
 def _resize_mixture(mixture: Any, target: ModelShape, tensor: int) -> None:
     from megatron.core.transformer.moe.moe_utils import get_default_model_comm_pgs
 
-    count = target.num_moe_experts
-    mixture.num_local_experts = mixture.experts.num_local_experts = mixture.router.num_experts = count
-    mixture.local_expert_indices = list(range(count or 0))
+    experts, group = target.num_moe_experts or 0, mixture.ep_group
+    count, rank = experts // dist.get_world_size(group), dist.get_rank(group)
+    mixture.router.num_experts = experts
+    mixture.num_local_experts = mixture.experts.num_local_experts = count
+    mixture.local_expert_indices = list(range(rank * count, (rank + 1) * count))
     for expert in mixture.experts.local_experts:
         _resize_mlp(expert, target, tensor)
     # Dispatchers have no parameters: as for core attention.

@@ -18,6 +18,7 @@ from torch import nn
 from nemo_minitron import axes
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import ShapeError
+from nemo_minitron.pruning.expert_moves import keep_experts
 from nemo_minitron.pruning.kept import LIVE_PRUNING, read_live_kept
 from nemo_minitron.pruning.layer_moves import keep_layers, plan_layer_moves
 from nemo_minitron.pruning.live import (
@@ -26,7 +27,6 @@ from nemo_minitron.pruning.live import (
     apply_pipeline_stages,
     apply_sizes,
     gpt_chunks,
-    keep_experts,
     kept_types,
     like_parameter,
     live_family,
@@ -131,13 +131,14 @@ class WidthPrune:
         chunks = gpt_chunks(module)
         shape = live_shape(chunks[0])
         target = self._target(shape, groups.layout)
-        _check_agreement(self.kept, groups.tp)
+        for group in (groups.tp, groups.ep):
+            _check_agreement(self.kept, group)
         table = self.family or live_family(chunks[0])
         rows = {entry.name: (entry.row, entry.layer) for entry in axes.parameters(table, shape)}
         for chunk in chunks:
             if self.kept.experts is not None:
                 for part in chunk.decoder.layers:
-                    keep_experts(part, self.kept.experts[part.layer_number - 1])
+                    keep_experts(part, self.kept.experts[part.layer_number - 1], groups.ep)
             for name, parameter, owners in owned_parameters(chunk):
                 # The last stage's copy of a tied embedding comes under the output layer's name.
                 tied = shape.tied_embeddings and name == table.output
@@ -175,7 +176,7 @@ class WidthPrune:
             raise ShapeError(faults)
         target = self.kept.target(unpruned)
         require_uniform(target, LIVE_PRUNING)
-        if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
+        if faults := target.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert):
             raise ShapeError(faults)
         if self.kept.vocab is not None:
             return target.replace(vocab_size=padded_vocab(target.vocab_size, tensor=layout.tensor))

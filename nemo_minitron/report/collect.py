@@ -17,6 +17,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats import detect
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.errors import DataError, MinitronError
+from nemo_minitron.jobs import skipped
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import ModelShape
 
@@ -201,6 +202,10 @@ def _stages(path: Path, run: Run) -> list[StageRun]:
             continue
         if stage.stage != "report":
             stages.append(stage)
+        metrics = record.get("metrics")
+        if isinstance(metrics, dict) and (count := metrics.get(skipped.METRIC)):
+            where = skipped.skipped_path(output).relative_to(path)
+            run.remarks.append(f"{stage.name} left out {count} bad records of its data, which {where} lists")
     return sorted(stages, key=lambda stage: (str(stage.record.get("started") or ""), stage.name))
 
 

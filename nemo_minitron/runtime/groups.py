@@ -32,6 +32,8 @@ class Groups:
         tp, pp, dp, cp: tensor-, pipeline-, data- and context-parallel process groups.
         dp_cp: data- and context-parallel ranks together: the ranks that process different tokens.
         model: all ranks that hold a part of this replica of the model (tensor x pipeline).
+        ep: data-parallel ranks that share the experts of a mixture.
+        tp_ep: tensor- and expert-parallel ranks together, whose tokens meet in an expert.
         device: of this process.
     """
 
@@ -42,6 +44,8 @@ class Groups:
     cp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     model: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    tp_ep: dist.ProcessGroup
     device: Device
 
     def without_sequence_parallel(self) -> Groups:
@@ -67,6 +71,11 @@ class Groups:
     def cp_rank(self) -> int:
         """Place in the context-parallel group."""
         return dist.get_rank(self.cp)
+
+    @property
+    def ep_rank(self) -> int:
+        """Place in the expert-parallel group."""
+        return dist.get_rank(self.ep)
 
     @property
     def is_first_stage(self) -> bool:
@@ -123,6 +132,7 @@ def initialize(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     model_parallel_cuda_manual_seed(seed)
@@ -146,6 +156,8 @@ def current(layout: ParallelLayout, device: Device | None = None) -> Groups:
         cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        tp_ep=parallel_state.get_expert_tensor_and_model_parallel_group(),
         device=device or here(),
     )
 
@@ -167,6 +179,7 @@ def current_groups() -> Groups:
             data=parallel_state.get_data_parallel_world_size(),
             virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
             context=parallel_state.get_context_parallel_world_size(),
+            expert=parallel_state.get_expert_model_parallel_world_size(),
         )
     )
 
@@ -206,6 +219,7 @@ class SecondLayout:
                 pipeline_model_parallel_size=layout.pipeline,
                 virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
                 context_parallel_size=layout.context,
+                expert_model_parallel_size=layout.expert,
                 distributed_timeout_minutes=max(1, round(timeout_minutes)),
             )
             self.groups = current(layout)

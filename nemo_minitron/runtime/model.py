@@ -95,13 +95,22 @@ def transformer_config(
         raise ShapeError(faults)
     experts: dict[str, Any] = {}
     if shape.num_moe_experts is not None:
+        if architecture.moe_router_topk == 1 and not architecture.moe_router_pre_softmax:
+            raise ShapeError(
+                "moe_router_topk=1: Megatron sends a token to one expert only where its weight is not normalised to 1 "
+                "(norm_topk_prob=false)"
+            )
         experts = {
             "num_moe_experts": shape.num_moe_experts,
             "moe_ffn_hidden_size": shape.ffn_hidden_size,
             "moe_router_topk": architecture.moe_router_topk,
+            "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
             # what measures and prunes must not add the loss that balances the experts in training
             "moe_router_load_balancing_type": "none",
             "moe_grouped_gemm": False,
+            "expert_model_parallel_size": layout.expert,
+            # the order in which an expert gets its tokens is known of this one (importance.experts)
+            "moe_token_dispatcher_type": "allgather",
         }
     config = TransformerConfig(
         num_layers=shape.num_layers,
@@ -203,7 +212,7 @@ def build_model(
     from nemo_minitron.runtime.layer_types import complete, with_family_parts
 
     layout = groups.layout
-    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages):
+    if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert):
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize

@@ -22,6 +22,7 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.measuring import start_groups
 from nemo_minitron.stages.shared.training import training_blocks
+from nemo_minitron.stages.shared.vocabulary import plan_pair_vocabulary
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -45,6 +46,9 @@ def plan(config: CacheConfig) -> StagePlan:
         notes=data.notes,
         faults=data.faults,
     )
+    if config.student is not None:
+        plan.reads.append(PlannedPath(config.student, "student, of which the tokenizer"))
+        plan_pair_vocabulary(plan, config.student, config.teacher)
     shape = peek_shape(config.teacher)
     if shape is None:
         return plan
@@ -81,8 +85,9 @@ def run(config: CacheConfig) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
     from nemo_minitron.data.blocks import Blocks
-    from nemo_minitron.distillation.compatibility import check_model
+    from nemo_minitron.distillation.compatibility import announce, check_model
     from nemo_minitron.distillation.teachers.cache_filling import fill_cache, open_for_writing
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.frozen import Teacher
@@ -95,9 +100,18 @@ def run(config: CacheConfig) -> dict[str, Any]:
     _check_output(config, manifest)
     torch.distributed.barrier()
     if groups.is_main:
-        _prepare(config, manifest)
+        _prepare(config, manifest, checkpoint)
     cache = open_for_writing(Path(config.output), is_main=groups.is_main)
-    tokens, starts = block_starts(Blocks.cat([Blocks.of(part) for part in training_blocks(config, checkpoint)]))
+    reader, common = checkpoint, None
+    if config.student is not None:
+        student = open_checkpoint(config.student)
+        common = compare(Vocabulary.of("student", student), Vocabulary.of("teacher", checkpoint))
+        announce(common, student.path)
+        reader = checkpoint if common.cuts_alike else student
+    blocks = Blocks.cat([Blocks.of(part) for part in training_blocks(config, reader)])
+    if common is not None and not common.whole:
+        blocks.check_common(common.size, common.unlike, what="the blocks", names=common.names)
+    tokens, starts = block_starts(blocks)
     teacher = Teacher.load(checkpoint, groups, dtype=getattr(torch, config.runtime.dtype))
     started = time.monotonic()
     with progress_bar("caching", len(tokens), completed=min(len(cache), len(tokens)), shown=groups.is_main) as advance:
@@ -170,9 +184,10 @@ def _check_output(config: CacheConfig, manifest: Manifest) -> None:
         raise ConfigError(f"{output} exists and resume=false; set resume=true to add to it, or --overwrite")
 
 
-def _prepare(config: CacheConfig, manifest: Manifest) -> None:
+def _prepare(config: CacheConfig, manifest: Manifest, teacher: Checkpoint) -> None:
     """Remove an output that is to be overwritten; create the directory of a new cache. One rank calls it."""
-    from nemo_minitron.distillation.teachers.logit_cache import MANIFEST
+    from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer
+    from nemo_minitron.distillation.teachers.manifest import MANIFEST, TOKENIZER, cached_tokenizer
 
     output = Path(config.output)
     if config.overwrite:
@@ -181,3 +196,5 @@ def _prepare(config: CacheConfig, manifest: Manifest) -> None:
         output.mkdir(parents=True, exist_ok=True)
         (output / MARKER).touch()
         manifest.write(output)
+    if teacher.tokenizer is not None and cached_tokenizer(output) is None:
+        copy_tokenizer(teacher.tokenizer, output / TOKENIZER)

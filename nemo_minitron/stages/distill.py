@@ -30,6 +30,7 @@ from nemo_minitron.stages.shared.training import (
     summary,
     training_blocks,
 )
+from nemo_minitron.stages.shared.vocabulary import plan_cached_vocabulary, plan_pair_vocabulary
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -56,7 +57,9 @@ def plan(config: DistillConfig) -> StagePlan:
         return plan
     if cache is not None:
         plan.reads.append(PlannedPath(cache, "logit cache"))
+        plan_cached_vocabulary(plan, config.student, cache)
         return plan
+    plan_pair_vocabulary(plan, config.student, paths["teacher"])
     if apart:
         count = config.teacher_parallel.world_size
         plan.notes.append(f"the teacher has {count} {'process' if count == 1 else 'processes'} of its own")
@@ -131,7 +134,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
 def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
     """Train the student. A rank that runs only the teacher serves it until the training ends, and returns None."""
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation.compatibility import check_model, check_pair
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary
+    from nemo_minitron.distillation.compatibility import announce, check_model, check_pair, common_with_cache
 
     teacher = None
     layout = config.parallel
@@ -152,18 +156,20 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
     kept, placement = None, _placement(config)
     if placement.cache is not None:
         check_model(student, layout, config.data.sequence_length)
+        common = common_with_cache(Vocabulary.of("student", student), placement.cache)
+        announce(common, student.path)
         train, validation = training_blocks(config, student)
-        _check_cache(config, placement.cache, student, {"training": train, "validation": validation})
+        _check_cache(config, placement.cache, {"training": train, "validation": validation})
     else:
         assert config.teacher is not None  # the configuration was checked
         teacher = open_checkpoint(config.teacher)
-        check_pair(student, teacher, layout, config.data.sequence_length, teacher_layout=placement.layout)
+        common = check_pair(student, teacher, layout, config.data.sequence_length, teacher_layout=placement.layout)
         kept = _kept_layers(config, student.shape, teacher.shape)
         layer_maps(config.intermediate, student.shape, teacher.shape, tensor=layout.tensor, kept_layers=kept)
         if _is_teacher_rank(layout, placement):
-            _serve_teacher(config, teacher, layout, placement)
+            _serve_teacher(config, teacher, student.shape.vocab_size, placement)
             return None
-        train, validation = training_blocks(config, teacher)
+        train, validation = training_blocks(config, teacher if common.cuts_alike else student)
 
     from nemo_minitron.distillation.recipe import distill
 
@@ -202,9 +208,7 @@ def _is_teacher_rank(layout: ParallelLayout, placement: TeacherPlacement) -> boo
     return becomes_teacher(layout, placement.layout)
 
 
-def _serve_teacher(
-    config: DistillConfig, teacher: Checkpoint, layout: ParallelLayout, placement: TeacherPlacement
-) -> None:
+def _serve_teacher(config: DistillConfig, teacher: Checkpoint, student_rows: int, placement: TeacherPlacement) -> None:
     """Serve the teacher's logits to the student's ranks, until the training ends."""
     import torch
 
@@ -216,16 +220,17 @@ def _serve_teacher(
         return  # the student's ranks have nothing to ask for
     serve_teacher(
         teacher,
-        layout,
+        config.parallel,
         placement.layout,
         dtype=torch.bfloat16 if config.precision.startswith("bf16") else torch.float32,
         timeout_minutes=placement.timeout_minutes,
         seed=config.runtime.seed,
+        student_rows=student_rows,
     )
 
 
-def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks: dict[str, Blocks]) -> None:
-    """Check that a cache fits the student's tokenizer, the configured teacher (if any) and these blocks.
+def _check_cache(config: DistillConfig, cache: Path, blocks: dict[str, Blocks]) -> None:
+    """Check that a cache fits the configured teacher (if any) and these blocks.
 
     Raises:
         DataError: with all differences, or the number of missing samples.
@@ -233,16 +238,13 @@ def _check_cache(config: DistillConfig, cache: Path, student: Checkpoint, blocks
     """
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint
-    from nemo_minitron.checkpoints.tokenizer.trimming import tokenizer_fingerprint
     from nemo_minitron.distillation.teachers.cached import cached_loss
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.logit_cache import LogitCache, sample_keys
 
     logits = LogitCache(cache)
     logits.check(
-        vocab_size=student.shape.vocab_size,
         sequence_length=config.data.sequence_length,
-        tokenizer=None if student.tokenizer is None else tokenizer_fingerprint(student.tokenizer),
         teacher=None if config.teacher is None else model_fingerprint(open_checkpoint(config.teacher)),
     )
     cached_loss(config.loss, logits.manifest)

@@ -132,9 +132,7 @@ def _pairs(config: DpoConfig, checkpoint: Checkpoint, path: str | None) -> tuple
 def _tokenized(config: DpoConfig, checkpoint: Checkpoint, preferences: list[Preference]) -> tuple[list[Pair], Template]:
     from nemo_minitron.alignment.pairs import Pair
 
-    chats = [preference.chats() for preference in preferences]
-    chosen, template = tokens_of([chat for chat, _ in chats], checkpoint, config.data, last_answer_only=True)
-    rejected, _ = tokens_of([other for _, other in chats], checkpoint, config.data, last_answer_only=True)
+    encoded, template = tokens_of(preferences, checkpoint, config.data, chats=Preference.chats, last_answer_only=True)
     pairs = [
         Pair(
             good,
@@ -142,7 +140,7 @@ def _tokenized(config: DpoConfig, checkpoint: Checkpoint, preferences: list[Pref
             config.chosen_reward if preference.chosen_reward is None else preference.chosen_reward,
             config.rejected_reward if preference.rejected_reward is None else preference.rejected_reward,
         )
-        for good, bad, preference in zip(chosen, rejected, preferences, strict=True)
+        for preference, (good, bad) in encoded
     ]
     lengths = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
-    return shorter(pairs, lengths, [preference.where for preference in preferences], config.data), template
+    return shorter(pairs, lengths, [preference.where for preference, _ in encoded], config.data), template

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import EvaluateConfig
-from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.runtime.progress import progress_bar
@@ -20,6 +19,7 @@ from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.measuring import live_model, start_groups
 from nemo_minitron.stages.shared.memory import weights_of_rank
+from nemo_minitron.stages.shared.vocabulary import plan_vocabularies
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -71,7 +71,15 @@ def plan(config: EvaluateConfig) -> StagePlan:
         # Two operations for each weight and token; attention scores are small beside it at these lengths.
         plan.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
         plan.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
+    first, *others = ((_called(name), path) for name, path in _baseline_first(config).items())
+    plan_vocabularies(plan, first, *others)
     return plan
+
+
+def _baseline_first(config: EvaluateConfig) -> dict[str, str]:
+    """The models, of which the baseline's tokenizer cuts the text."""
+    baseline = config.baseline or next(iter(config.models))
+    return {baseline: config.models[baseline], **config.models}
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -109,26 +117,36 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, Blocks]:
-    """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer, which must fit every model."""
-    from nemo_minitron.checkpoints.tokenizer.files import check_same_tokenizer
+    """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer; every model must know their tokens.
+
+    Models may differ in rows, in added tokens, and in what ends a text; a warning names it.
+    """
+    from nemo_minitron.accounting import warn_once
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
     from nemo_minitron.data import build_domain_blocks
 
-    vocabulary = checkpoints[baseline].shape.vocab_size
-    for name, checkpoint in checkpoints.items():
-        if checkpoint.shape.vocab_size != vocabulary:
-            raise DataError(
-                f"model {name!r} has a vocabulary of {checkpoint.shape.vocab_size}, {baseline!r} one of {vocabulary}: "
-                "losses over different tokens cannot be compared; evaluate them in separate stages"
-            )
-    check_same_tokenizer({f"model {name!r}": checkpoint.tokenizer for name, checkpoint in checkpoints.items()})
-    return build_domain_blocks(
+    vocabularies = {name: Vocabulary.of(_called(name), checkpoint) for name, checkpoint in checkpoints.items()}
+    reference = vocabularies.pop(baseline)
+    shared = {name: compare(reference, vocabulary) for name, vocabulary in vocabularies.items()}
+    for common in shared.values():
+        if common.warning is not None:
+            warn_once("evaluation", common.warning)
+    blocks = build_domain_blocks(
         config.data,
-        checkpoints[baseline].tokenizer,
+        reference.tokenizer,
         "held_out",
         blocks=config.tokens // config.data.sequence_length,
-        vocab_size=vocabulary,
+        vocab_size=reference.rows,
         max_length=min(checkpoint.architecture.max_position_embeddings for checkpoint in checkpoints.values()),
     )
+    for common in shared.values():
+        for source, part in {} if common.whole else blocks.items():
+            part.check_common(common.size, common.unlike, what=f"held-out text {source!r}", names=common.names)
+    return blocks
+
+
+def _called(name: str) -> str:
+    return f"model {name!r}"
 
 
 def _evaluate(

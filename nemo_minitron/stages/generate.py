@@ -99,14 +99,16 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     context = checkpoint.architecture.max_position_embeddings
     max_length = min(config.max_length or context, context)
     chats = read_prompts(config.prompts, system=config.system)
-    prompts, ends = encode_prompts(
+    encoded, ends = encode_prompts(
         chats,
         tokenizer,
         config.template,
         title=prompt_title(config.prompts),
         max_length=max_length,
         attributes=config.attributes,
+        skip=config.prompts.skip,
     )
+    chats, prompts = [chat for chat, _ in encoded], [ids for _, ids in encoded]
     ends = (*ends, *checkpoint.architecture.end_tokens)
     chunks = live_model(config, checkpoint, groups)
 

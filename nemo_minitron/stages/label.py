@@ -60,11 +60,11 @@ def run(config: LabelConfig) -> dict[str, Any]:
     groups = start_groups(config)
     attribute_model = load_attribute_model(config.reward)
     scorer = AttributeScorer(attribute_model, groups)
-    chats = open_chats(config.data.path, config.data.package, config.data.cache_dir)
+    chats = open_chats(config.data.path, config.data.package, config.data.cache_dir, skip=config.data.skip)
     data = dataclasses.replace(config.data, template=attribute_model.template, labelled=False)
-    samples, _ = tokens_of(chats, scorer.checkpoint, data)
-    pairs = list(zip(chats, (sample.ids for sample in samples), strict=True))
-    chosen = shorter(pairs, [len(ids) for _, ids in pairs], [chat.where for chat in chats], data)
+    encoded, _ = tokens_of(chats, scorer.checkpoint, data)
+    pairs = [(chat, sample.ids) for chat, (sample,) in encoded]
+    chosen = shorter(pairs, [len(ids) for _, ids in pairs], [chat.where for chat, _ in pairs], data)
     rows = [ids for _, ids in chosen]
     key = _key(attribute_model.weight, rows)
     if groups.is_main:
@@ -98,7 +98,7 @@ def run(config: LabelConfig) -> dict[str, Any]:
     }
     return {
         "conversations": len(chosen),
-        "left_out": len(chats) - len(chosen),
+        "left_out": len(pairs) - len(chosen),
         "kept": kept,
         "derived": attribute_model.derived,
         "attributes": counts,

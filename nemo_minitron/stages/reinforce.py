@@ -11,7 +11,7 @@ from nemo_minitron.config import ReinforceConfig
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
+from nemo_minitron.stages.shared.chats import align_plan, each_record, load_chats, shorter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,20 +138,11 @@ def _prompts(
     from nemo_minitron.alignment.reinforce import Prompt
     from nemo_minitron.data.chat.templates import prompt_ids
 
-    rows = [
-        (
-            chat,
-            prompt_ids(
-                chat.prompt,
-                tokenizer,
-                template,
-                chat.attributes if config.data.labelled else None,
-                tools=chat.tools,
-                where=chat.where,
-            ),
-        )
-        for chat in chats
-    ]
+    def encode(chat: Chat) -> list[int]:
+        attributes = chat.attributes if config.data.labelled else None
+        return prompt_ids(chat.prompt, tokenizer, template, attributes, tools=chat.tools, where=chat.where)
+
+    rows = each_record(chats, encode, data=config.data)
     lengths = [len(ids) + config.max_new_tokens for _, ids in rows]
     kept = shorter(rows, lengths, [chat.where for chat, _ in rows], config.data)
     return [chat for chat, _ in kept], [Prompt(number, ids) for number, (_, ids) in enumerate(kept)]

@@ -114,10 +114,10 @@ def _samples(
     """The labelled conversations that are not too long, their indices in ``chats``, and their template."""
     from nemo_minitron.alignment.reward import ScoredSample
 
-    samples, template = tokens_of(chats, source, config.data)
+    done, template = tokens_of(list(enumerate(chats)), source, config.data, chats=lambda row: row[1:])
     encoded = [
         (ScoredSample.of(sample.ids, chat.attributes, schema), number, chat.where)
-        for number, (sample, chat) in enumerate(zip(samples, chats, strict=True))
+        for (number, chat), (sample,) in done
         if chat.attributes
     ]
     kept = shorter(encoded, [len(sample.ids) for sample, *_ in encoded], [where for *_, where in encoded], config.data)

@@ -39,7 +39,7 @@ def plan(config: ScoreConfig) -> StagePlan:
     plan = plan_measuring(config, "score", written)
     plan.faults += faults
     if shape is not None:
-        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
+        plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert)
         plan.costs.update(model_costs(config.model, config.runtime.dtype))
         count = axes.parameter_count(peek_family(config.model), shape)
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores

@@ -86,9 +86,10 @@ def run(config: SftConfig) -> dict[str, Any]:
 
 
 def _samples(config: SftConfig, checkpoint: Checkpoint, chats: list[Chat]) -> tuple[list[Sample], Template]:
-    samples, template = tokens_of(chats, checkpoint, config.data)
+    encoded, template = tokens_of(chats, checkpoint, config.data)
+    samples = [sample for _, (sample,) in encoded]
     lengths = [len(sample.ids) for sample in samples]
-    samples = shorter(samples, lengths, [chat.where for chat in chats], config.data)
+    samples = shorter(samples, lengths, [chat.where for chat, _ in encoded], config.data)
     if config.pack:
         from nemo_minitron.alignment.batches import pack
 

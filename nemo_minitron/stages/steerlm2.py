@@ -11,13 +11,15 @@ from nemo_minitron.config import Steerlm2Config
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.stages.shared.chats import align_plan, load_chats, shorter
+from nemo_minitron.stages.shared.chats import align_plan, each_record, load_chats, shorter
+from nemo_minitron.stages.shared.vocabulary import plan_vocabularies
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_minitron.alignment.steerlm2 import Responses
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["plan", "run"]
@@ -27,6 +29,7 @@ def plan(config: Steerlm2Config) -> StagePlan:
     """What :func:`run` would read, write and cost."""
     plan = align_plan(config, CHAT_PACKAGES)
     plan.reads += [PlannedPath(config.attribute_model, "attribute model"), PlannedPath(config.base, "base model")]
+    plan_vocabularies(plan, ("model", config.model), ("base model", config.base))
     return plan
 
 
@@ -41,17 +44,22 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
     """
     import torch
 
+    from nemo_minitron.accounting import warn_once
     from nemo_minitron.alignment.export import save_trained
     from nemo_minitron.alignment.steerlm2 import train_steerlm2
     from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
     from nemo_minitron.data.chat.templates import choose_template
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.runtime.files import read_json_lines
 
     source = open_checkpoint(config.model)
+    common = compare(Vocabulary.of("model", source), Vocabulary.of("base model", open_checkpoint(config.base)))
+    if common.warning is not None:
+        warn_once(config.base, common.warning)
     tokenizer = load_tokenizer(source.tokenizer)
     template = choose_template(tokenizer, config.data.template)
-    sampler = _Sampler(config, source, tokenizer, template)
+    sampler = _Sampler(config, source, tokenizer, template, common)
     train, held_out = (sampler.prompts(chats) for chats in load_chats(config.data))
     output = Path(config.output)
     last = train_steerlm2(
@@ -93,27 +101,26 @@ def run(config: Steerlm2Config) -> dict[str, Any]:
 class _Sampler:
     """Answers of the model to be trained, with the scores of the attribute model and the base model."""
 
-    def __init__(self, config: Steerlm2Config, source: Checkpoint, tokenizer: Any, template: Any) -> None:
+    def __init__(
+        self, config: Steerlm2Config, source: Checkpoint, tokenizer: Any, template: Any, common: CommonVocabulary
+    ) -> None:
         self.config, self.source, self.tokenizer, self.template = config, source, tokenizer, template
+        self.common = common
 
     def prompts(self, chats: Sequence[Chat]) -> list[tuple[Chat, list[int]]]:
         """Conversations whose prompt, with the wanted values, leaves space for an answer; and its tokens."""
-        from nemo_minitron.data.chat.conversations import bad_lines
         from nemo_minitron.data.chat.templates import prompt_ids
 
-        if missing := [f"{chat.where.rpartition(', ')[2]}: has no attributes" for chat in chats if not chat.attributes]:
-            raise bad_lines(str(self.config.data.path or self.config.data.package), missing)
-        rows = [
-            (
-                chat,
-                prompt_ids(
-                    chat.prompt, self.tokenizer, self.template, chat.attributes, tools=chat.tools, where=chat.where
-                ),
+        def encode(chat: Chat) -> list[int]:
+            if not chat.attributes:
+                raise DataError("has no attributes")
+            return prompt_ids(
+                chat.prompt, self.tokenizer, self.template, chat.attributes, tools=chat.tools, where=chat.where
             )
-            for chat in chats
-        ]
+
+        rows = each_record(chats, encode, data=self.config.data)
         lengths = [len(ids) + self.config.max_new_tokens for _, ids in rows]
-        return shorter(rows, lengths, [chat.where for chat in chats], self.config.data)
+        return shorter(rows, lengths, [chat.where for chat, _ in rows], self.config.data)
 
     def answer(
         self, chunks: list[Any], groups: Groups, *parts: list[tuple[Chat, list[int]]]
@@ -171,18 +178,24 @@ class _Sampler:
         return sampled[: len(parts[0])], sampled[len(parts[0]) :]
 
     def _log_likelihoods(self, groups: Groups, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
-        """``log P(y|x)`` of the base model, without attribute values."""
+        """``log P(y|x)`` of the base model over its own vocabulary, without attribute values.
+
+        Raises:
+            DataError: for a token that the base model does not know.
+        """
         import torch
 
         from nemo_minitron.checkpoints import load_into, open_checkpoint
         from nemo_minitron.runtime.forward import block_losses
         from nemo_minitron.runtime.model import build_model
 
-        base = open_checkpoint(self.config.base)
-        if base.shape.vocab_size != self.source.shape.vocab_size:
+        base, common = open_checkpoint(self.config.base), self.common
+        strange = (ids for row in (*prompts, *answers) for ids in row if ids >= common.size or ids in common.unlike)
+        if (token := next(strange, None)) is not None:
+            described = common.unlike.get(token, f"it has {base.shape.vocab_size} rows")
             raise DataError(
-                f"base={self.config.base}: has {base.shape.vocab_size} tokens, the model "
-                f"{self.source.shape.vocab_size}; name a base model with the same tokenizer"
+                f"base={self.config.base}: does not know token {token} of prompts and answers ({described}); name a "
+                "base model with the same added tokens, or a template without them"
             )
         # Lengths are those of the answers: no multiples of the tensor-parallel size.
         groups = groups.without_sequence_parallel()

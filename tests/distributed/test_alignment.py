@@ -116,7 +116,10 @@ def against_aligner(folder: str) -> dict[str, Any]:
         "nemotron": ("<extra_id_0>", "<extra_id_1>", "\n", "\n", "<extra_id_2>"),
         "chatml": ("<|im_start|>", "<|im_start|>", "<|im_end|>\n", "\n", "<extra_id_2>"),
     }
-    for name, (system, turn, end, name_end, label) in forms.items():
+    for case in ("nemotron", "nemotron with labels", "chatml"):
+        name = case.partition(" ")[0]
+        system, turn, end, name_end, label = forms[name]
+        labels = {"user": "quality:3", "assistant": "quality:4,toxicity:0"} if case != name else {}
         special = {
             "system_turn_start": system, "turn_start": turn, "end_of_turn": end, "end_of_name": name_end,
             "label_start": label,
@@ -128,20 +131,20 @@ def against_aligner(folder: str) -> dict[str, Any]:
                 "mask": say("user"),
                 "type": "VALUE_TO_TEXT",
                 "conversations": [
-                    {"from": say(m["role"]), "value": m["content"], "label": None}
+                    {"from": say(m["role"]), "value": m["content"], "label": labels.get(m["role"])}
                     for m in row["messages"] if m["role"] != "system"
                 ],
             }
             for row in rows
         ]  # fmt: skip
-        path = write_jsonl(root / f"aligner-{name}.jsonl", lines)
+        path = write_jsonl(root / f"aligner-{case}.jsonl", lines)
         dataset = GPTSFTChatDataset(
             str(path), theirs, 256, 1, 8, add_bos=False, add_eos=False, special_tokens=special,
             prompt_template="", hf_dataset=True,
         )  # fmt: skip
         template, same = choose_template(ours, name), []
-        for row, item in zip(rows, (dataset[index] for index in range(len(rows))), strict=True):
-            ids, answers = render(parse_chat(row), ours, template)
+        for line, item in zip(lines, (dataset[index] for index in range(len(rows))), strict=True):
+            ids, answers = render(parse_chat(line), ours, template, labelled=bool(labels))
             if name == "nemotron":
                 batch = collate(8, masked=False)([Sample(ids, answers, (len(ids),))])
                 other = dataset.collate_fn([item])
@@ -162,7 +165,7 @@ def against_aligner(folder: str) -> dict[str, Any]:
                 ends = [ids[index] in theirs.text_to_ids(turn + end) for index in range(mine, len(ids))]
                 masks = zip(answers[mine:], inside, ends, strict=True)
                 same.append(ids[mine:] == body[at:] and all(a == b or (b and e) for a, b, e in masks))
-        found[name] = same
+        found[case] = same
     template, same = choose_template(ours, "nemotron"), []
     for row in preferences(6):
         one = parse_preference(row)
@@ -318,7 +321,7 @@ def test_a_signal_and_a_loss_that_is_not_finite_end_in_good_order(workspace: Pat
 
 @pytest.mark.slow
 def test_tokens_masks_and_pairs_are_those_of_aligners_datasets(whole: dict[str, Any]) -> None:
-    assert whole["aligner"] == {name: [True] * 6 for name in ("nemotron", "chatml", "pairs")}
+    assert whole["aligner"] == {name: [True] * 6 for name in ("nemotron", "nemotron with labels", "chatml", "pairs")}
 
 
 def bernoulli_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

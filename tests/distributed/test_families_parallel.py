@@ -12,7 +12,7 @@ from support.distributed import run_distributed
 from support.families import SIZES, family_model, some_units
 from support.pruning import live, tokens
 
-FAMILIES = ("qwen2", "qwen3", "nemotron", "mixtral", "gemma3")
+FAMILIES = ("qwen2", "qwen3", "nemotron", "mixtral", "qwen3_moe", "gemma3")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
     "tp2-sp": {"tensor": 2, "sequence_parallel": True},

@@ -27,12 +27,15 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": {"pipeline": 2},
         "pp2-vp2": {"pipeline": 2, "virtual_pipeline": 2},
         "dp2": {"data": 2},
+        "dp2-ep2": {"data": 2, "expert": 2},
     },
     3: {"tp3": {"tensor": 3}, "tp3-sp": {"tensor": 3, "sequence_parallel": True}, "pp3": {"pipeline": 3}},
     4: {
         "tp2-pp2": {"tensor": 2, "pipeline": 2},
         "tp2-pp2-sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         "tp2-dp2": {"tensor": 2, "data": 2},
+        "tp2-dp2-ep2-sp": {"tensor": 2, "data": 2, "expert": 2, "sequence_parallel": True},
+        "dp4-ep2": {"data": 4, "expert": 2},
         "pp2-dp2-vp2": {"pipeline": 2, "data": 2, "virtual_pipeline": 2},
     },
 }

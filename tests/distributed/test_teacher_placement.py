@@ -67,6 +67,7 @@ CACHES: dict[str, tuple[str, int | None, str]] = {
 def write_cache(models: str, directory: Path, layout: Any, k: int | None, values: str) -> None:
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.fingerprint import model_fingerprint
+    from nemo_minitron.checkpoints.tokenizer.trimming import tokenizer_fingerprint
     from nemo_minitron.distillation.teachers.cache_filling import fill_cache, open_for_writing
     from nemo_minitron.distillation.teachers.documents import block_starts
     from nemo_minitron.distillation.teachers.frozen import Teacher
@@ -76,7 +77,9 @@ def write_cache(models: str, directory: Path, layout: Any, k: int | None, values
     checkpoint = open_checkpoint(Path(models) / "teacher")
     groups = initialize(layout)
     if groups.is_main:
-        Manifest(model_fingerprint(checkpoint), "", VOCABULARY, SEQUENCE, k, values, "float32").write(directory)
+        # as caches were before they kept the tokenizer
+        fingerprints = model_fingerprint(checkpoint), tokenizer_fingerprint(checkpoint.tokenizer)
+        Manifest(*fingerprints, VOCABULARY, SEQUENCE, k, values, "float32").write(directory)
     torch.distributed.barrier()
     cache = open_for_writing(directory, is_main=groups.is_main)
     arguments = {"micro_batch_size": 3, "samples_per_shard": 5, "progress": lambda count: None}

@@ -6,6 +6,7 @@ Each process of the cases runs several trainings, as most of its time goes into 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def one_process_case(models: str, out: str) -> None:
     train(models, f"{out}/corrected", **CORRECTION)
     train(models, f"{out}/corrected-resumed", at=(4, signal.SIGTERM), **CORRECTION)
     train(models, f"{out}/straight", **LONG)
+    train(models, f"{out}/damaged", at=(12, signal.SIGTERM), **LONG)
     train(models, f"{out}/killed", at=(6, None), **LONG)
 
 
@@ -50,8 +52,38 @@ def resumed_case(models: str, out: str) -> list[str]:
         configure(self, vp_stage)
         next(self.parameters()).register_hook(lambda gradient: gradient / 0)
 
+    found += damaged_state(models, Path(out, "damaged"))
     TrainedModel.configure_model = broken  # type: ignore[method-assign]
     return [*found, train(models, f"{out}/broken", **LONG)]
+
+
+def damaged_state(models: str, directory: Path) -> list[str]:
+    """What a training says whose last checkpoint is damaged, and then the training from the one before it."""
+    from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
+
+    checkpoints = directory / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step=11-last"]
+    assert [path.name for path in (directory / "previous").iterdir()] == ["step=9-last"]
+    last = checkpoints / "step=11-last"
+    found = []
+    chunks = TorchDist(last / "weights")._chunks
+    (moments,) = (chunks[key] for key in chunks if "exp_avg" in key and "linear_fc2" in key and "sq" not in key)
+    common = last / "weights/common.pt"
+    for file, middle in (
+        (last / "weights" / moments[0].file, moments[0].start + moments[0].length // 2),
+        (common, common.stat().st_size // 2),
+    ):
+        content = file.read_bytes()
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :])
+        found.append(train(models, str(directory), **LONG))
+        file.write_bytes(content)
+    shutil.rmtree(last)
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join([*lines[:7], b"\xff\n", *lines[8:]]))
+    found.append(train(models, str(directory), **LONG))
+    assert metrics.with_name("metrics.jsonl.damaged").read_bytes().count(b"\n") == len(lines)
+    return found
 
 
 def preempted_case(models: str, out: str, name: str, layout: dict[str, Any], order: signal.Signals) -> list[str]:
@@ -234,6 +266,23 @@ def test_a_killed_training_goes_on_exactly(one_process: Path, resumed: list[str]
 
 
 @pytest.mark.slow
+def test_a_damaged_state_is_refused_and_the_one_before_goes_on(one_process: Path, resumed: list[str]) -> None:
+    """A flipped bit of the optimizer's state, or of what NeMo would unpickle; then from step 10, bit for bit."""
+    last = one_process / "damaged/checkpoints/step=11-last"
+    chunk, common, after = resumed[3:6]
+    assert chunk.startswith(f"CheckpointError: the training state in {last} is damaged: {last}/weights/")
+    assert "the stored chunk is damaged (the checksum of" in chunk
+    assert common.startswith(f"CheckpointError: the training state in {last} is damaged: {last}/weights/common.pt ")
+    for message in (chunk, common):
+        assert message.endswith(f"; remove {last} to go on from step=9-last, the checkpoint before")
+    assert after == ""
+    assert [path.name for path in last.parent.iterdir()] == ["step=25-last"]
+    assert not (one_process / "damaged/previous").exists()
+    straight = [line for line in measured(one_process / "straight") if line["step"] > 10]
+    assert [line for line in measured(one_process / "damaged") if line["step"] > 10] == straight
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp", "vpp"])
 def test_a_preempted_training_goes_on_exactly(layout: str, request: pytest.FixtureRequest) -> None:
     """The signal comes to one rank; all end their step and save."""
@@ -259,6 +308,6 @@ def test_metrics_and_the_best_checkpoint(one_process: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_before_the_update(one_process: Path, resumed: list[str]) -> None:
-    assert resumed[3].startswith("NonFiniteError: a gradient of step 0 is not finite; nothing was updated")
+    assert resumed[6].startswith("NonFiniteError: a gradient of step 0 is not finite; nothing was updated")
     assert measured(one_process / "broken") == []
     assert not list((one_process / "broken/checkpoints").glob("*"))

@@ -72,6 +72,35 @@ def test_divergences(groups: Any, place: torch.device, logits: Any, dtype: Any, 
 
 
 @pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
+@pytest.mark.parametrize("kind", list(LOGIT_LOSSES))
+@pytest.mark.parametrize("label_weight", [0.0, 0.3])
+def test_divergences_over_common_tokens(
+    groups: Any, place: torch.device, logits: Any, dtype: Any, kind: str, label_weight: float
+) -> None:
+    """A teacher of fewer rows, and ids in the middle that are left out."""
+    from nemo_minitron.distillation.losses.common import CommonTokens
+
+    student, _, labels = logits[dtype]
+    teacher = logits[torch.float32][1]  # without ties, of which another number of columns may choose another
+    rows, left_out = VOCAB - 200, (17, 4_000, 31_000)
+    kept = [token for token in range(rows) if token not in left_out]
+    loss = LossConfig(kind=kind, temperature=1.5, beta=0.3, k=64, label_weight=label_weight)
+    exact = student[..., :VOCAB].double().requires_grad_()
+    value = (1 - label_weight) * LOGIT_LOSSES[kind].expected(exact[..., kept], teacher[..., kept].double(), loss)
+    value = value + label_weight * reference.cross_entropy(exact, labels)
+    value.sum().backward()
+    z = leaf(student, place)
+    taken = vocabulary_parallel.vocabulary_parallel_loss(
+        z, teacher[..., : rows + 50].contiguous().to(place), groups.tp, vocab_size=VOCAB, loss=loss,
+        labels=labels.to(place), common=CommonTokens(rows, left_out),
+    )  # fmt: skip
+    taken.total.sum().backward()
+    close(taken.total, value.detach(), FLOAT32, kind)
+    gradient = torch.nn.functional.pad(exact.grad, (0, PADDED - VOCAB))
+    close(z.grad, gradient, GRADIENT[dtype], f"gradient of {kind}")
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
 def test_forward_kl_goes_through_its_tokens_in_blocks(
     groups: Any, place: torch.device, logits: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

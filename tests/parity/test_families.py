@@ -61,7 +61,8 @@ def test_writing_gives_back_every_bit(family, models, tmp_path):
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(hf_logits(tmp_path / "again", IDS), hf_logits(source, IDS))
+    # the same products, of tensors that lie elsewhere in their file
+    assert close(hf_logits(tmp_path / "again", IDS), hf_logits(source, IDS), 1e-6)
 
 
 def test_every_axis_pruned_at_once(family, models, groups, tmp_path):
@@ -189,7 +190,7 @@ def test_nemo2_configurations(family, models, tmp_path):
     source = open_checkpoint(models(family))
     written = write_checkpoint(source, tmp_path / "nemo2", "nemo2")
     assert (written.shape, written.architecture) == (source.shape, source.architecture)
-    if family in ("mixtral", "gemma3"):  # farthest from Llama, so NeMo itself opens these
+    if axes.family(family).expert or family == "gemma3":  # farthest from Llama, so NeMo itself opens these
         assert verify(source, written).relative < 1e-4
     (tmp_path / "nemo2" / "minitron.json").unlink()
     read = open_checkpoint(tmp_path / "nemo2")
@@ -197,8 +198,9 @@ def test_nemo2_configurations(family, models, tmp_path):
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     assert read.architecture == dataclasses.replace(source.architecture, **ids)
     config = yaml.safe_load((tmp_path / "nemo2" / "context" / "model.yaml").read_text())
-    name, of_size = family.capitalize(), "1B" if family == "gemma3" else ""
-    assert config["_target_"].endswith(f".{name}Model")
+    name = {"qwen3_moe": "Qwen3MoE"}.get(family, family.capitalize())
+    of_size = "1B" if family == "gemma3" else ""
+    assert config["_target_"].endswith(f".{name.removesuffix('MoE')}Model")
     assert config["config"]["_target_"].endswith(f".{name}Config{of_size}")
 
     from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
@@ -207,7 +209,7 @@ def test_nemo2_configurations(family, models, tmp_path):
 
     made = nemo_config(source.shape, source.architecture, dtype="float32", multiple=128, rows=256)
     model = DistillationModel(made, source, source, ParallelLayout())
-    assert model.__io__.__fn_or_cls__.__name__ == f"{name}Model"
+    assert model.__io__.__fn_or_cls__.__name__ == f"{name.removesuffix('MoE')}Model"
 
 
 def sizes(chunk: Any) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-yarn": ("qwen2", {**YARN, "attention_factor": 0.8}),
     "qwen3-yarn": ("qwen3", {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3}),
     "mixtral-yarn": ("mixtral", YARN),
+    "qwen3_moe-yarn": ("qwen3_moe", YARN),
     "llama-linear": ("llama", LINEAR),
     "qwen2-linear": ("qwen2", {**LINEAR, "factor": 8.0}),
     "qwen3-llama3": ("qwen3", LLAMA3),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from support.checkpoints import hf_logits
 from support.families import CLASSES, OWN, SIZES
 from support.pruning import live, logits, one_process, tokens
@@ -67,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 30000.0}}),
     "llama-yarn": ("Llama", {"rope_parameters": {**YARN, "rope_theta": 30000.0}}),
     "mistral-yarn": ("Mistral", {"sliding_window": None, "rope_parameters": {**YARN, "rope_theta": 30000.0}}),
+    "qwen3-moe-normalized": ("Qwen3Moe", {**OWN["qwen3_moe"], "norm_topk_prob": True}),
     "qwen3-scaled": ("Qwen3", {"rope_parameters": {**LLAMA3, "rope_theta": 30000.0}, "tie_word_embeddings": True}),
 }
 
@@ -84,6 +86,8 @@ for name, (kind, own) in models.items():
             if parameter.ndim == 1 and not key.endswith("bias") and kind not in ("Nemotron", "Gemma3"):
                 parameter.add_(1.0)
     model.save_pretrained(f"{folder}/{name}")
+    if "experts" in str(sorted(model.state_dict())):
+        model.save_pretrained(f"{folder}/{name}-fused", save_original_format=False)
 """
 
 ANSWER = """
@@ -144,6 +148,16 @@ def test_megatron_computes_what_transformers_5_computes(name, saved, groups):
     expected, _ = torch.load(saved / "answers.pt")[name]
     assert "rope_theta" not in json.loads((saved / name / "config.json").read_text())
     assert close(logits(live(open_checkpoint(saved / name), groups), IDS), expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor(name, saved):
+    """As transformers 5 holds them, and saves them if it is told to."""
+    with safe_open(saved / f"{name}-fused" / "model.safetensors", framework="pt") as file:
+        assert "model.layers.0.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118 (not a dict)
+    fused, alone = open_checkpoint(saved / f"{name}-fused").weights, open_checkpoint(saved / name).weights
+    for tensor in alone.names():
+        assert torch.equal(fused.tensor(tensor), alone.tensor(tensor)), tensor
 
 
 @pytest.mark.parametrize("name", MODELS)

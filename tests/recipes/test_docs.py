@@ -43,7 +43,7 @@ def test_command(page: str, line: str) -> None:
         assert done.returncode == 0, done.stderr
         return
     stage, *rest = words
-    if stage in ("--help", "--version", "--install-completion", "status"):
+    if stage in ("--help", "--version", "--install-completion", "status", "verify"):
         return
     if rest == ["--help"]:
         assert stage in [*STAGES, "run", "plan"]

@@ -43,7 +43,8 @@ def _own(table: axes.Family) -> dict[str, Any]:
             "query_pre_attn_scalar": 20,
         }
     if table.expert:
-        found |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+        assert table.hf is not None
+        found |= {table.hf.experts: 4, "num_experts_per_tok": 2, table.hf.width: 24}
     return found
 
 

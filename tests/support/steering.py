@@ -88,10 +88,10 @@ def train(model: str, out: str, layout: dict[str, int], dies_after: int | None =
     }
 
 
-def tiny_chat_model(folder: Path) -> str:
+def tiny_chat_model(folder: Path, rows: int = 260) -> str:
     """A tiny tied Llama with a byte tokenizer."""
     tiny_hf_model(
-        folder, tied=True, vocab_size=260, num_hidden_layers=2, hidden_size=32, intermediate_size=64,
+        folder, tied=True, vocab_size=rows, num_hidden_layers=2, hidden_size=32, intermediate_size=64,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=256, pad_token_id=None,
         bos_token_id=None, max_position_embeddings=128,
     )  # fmt: skip
@@ -281,7 +281,8 @@ def stages(model: str, out: Path) -> dict[str, Any]:
     of_reward = RewardConfig(output=str(out / "reward"), data=data, **common)
     found["reward"] = reward.run(of_reward)
     of_steerlm2 = Steerlm2Config(
-        output=str(out / "steerlm2"), base=model, attribute_model=of_reward.output, data=data, samples_per_prompt=2,
+        output=str(out / "steerlm2"), base=tiny_chat_model(out / "base", rows=272), samples_per_prompt=2,
+        attribute_model=of_reward.output, data=data,
         max_new_tokens=6, **common,
     )  # fmt: skip
     found["steerlm2"] = steerlm2.run(of_steerlm2)

@@ -69,9 +69,10 @@ def test_templates_and_tokens_that_the_model_lacks(checkpoint: Checkpoint, tmp_p
     small = dataclasses.replace(checkpoint, shape=checkpoint.shape.replace(vocab_size=5))
     with pytest.raises(DataError, match="the model's vocabulary only 5 entries"):
         tokens_of(rows, small, ChatDataConfig(template="nemotron"))
-    samples, template = tokens_of(rows, checkpoint, ChatDataConfig(template="llama3"))
+    done, template = tokens_of(rows, checkpoint, ChatDataConfig(template="llama3"))
     assert template.name == "llama3"
-    assert all(sample.lengths == (len(sample.ids),) and any(sample.trained) for sample in samples)
+    assert [chat for chat, _ in done] == rows
+    assert all(sample.lengths == (len(sample.ids),) and any(sample.trained) for _, (sample,) in done)
 
 
 def test_long_samples_are_refused_by_line_or_left_out() -> None:

@@ -16,7 +16,8 @@ from support.text import write_tokenizer
 
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.tokenizer import opening
-from nemo_minitron.checkpoints.tokenizer.files import check_same_tokenizer, special_ids, token_count
+from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
+from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.tokenizer.opening import find_tokenizer, origin
 from nemo_minitron.checkpoints.tokenizer.trimming import TokenFrequencies, choose_vocabulary, trim_tokenizer
 from nemo_minitron.data.tokenizer import load_tokenizer
@@ -69,7 +70,10 @@ def test_sentencepiece_with_added_tokens_and_other_special_pieces(tmp_path):
     made.sentencepiece_model(tmp_path / "other" / "tokenizer.model", size=390)
     (tmp_path / "other" / "added_tokens.json").unlink()
     with pytest.raises(CheckpointError, match=r"teacher \(.*sp\) and student .* have different tokenizers"):
-        check_same_tokenizer({"teacher": directory, "student": find_tokenizer(tmp_path / "other")})
+        compare(
+            Vocabulary("teacher", tmp_path, 400, directory),
+            Vocabulary("student", tmp_path, 400, find_tokenizer(tmp_path / "other")),
+        )
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be read as a tokenizer"):
         find_tokenizer(tmp_path / "sp")

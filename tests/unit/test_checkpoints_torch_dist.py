@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import random
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support.checkpoints import tiny_checkpoint
 from torch.distributed import checkpoint as dcp
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.formats.torch_dist import reader
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, TorchDistWeights
 from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError
@@ -183,6 +185,60 @@ class Evil:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (str(self.marker),)
+
+
+def flipped(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place // 8] ^= 1 << place % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [".metadata", "chunks"])
+def test_a_flipped_bit_is_seen_or_changes_nothing(
+    directory: Path, source: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 150 flips at random places, each is refused by one line or leaves every weight as it was."""
+    monkeypatch.setattr(reader, "_SMALL", 4096)  # both ways of checking
+    files = sorted(directory.glob("*.distcp")) if name == "chunks" else [directory / name]
+    expected = {name: source.weights.tensor(name) for name in source.weights.names()}
+    dice, refused = random.Random(7), []
+    for _ in range(150):
+        file = dice.choice(files)
+        place = dice.randrange(8 * file.stat().st_size)
+        flipped(file, place)
+        try:
+            read = weights(directory, source)
+            read.check()
+            same = all(torch.equal(read.tensor(name), tensor) for name, tensor in expected.items())
+            assert same, f"bit {place} of {file.name}"
+        except CheckpointError as error:
+            refused.append(str(error))
+        flipped(file, place)
+    assert len(refused) > 20
+    assert not [message for message in refused if "\n" in message]
+    weights(directory, source).check()
+
+
+def test_chunks_without_checksums_are_taken(directory: Path, source: Checkpoint, tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_torch_dist(source, tmp_path / "n", prefix="module.", dtype="float32", vocab_rows=256, common={})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(TorchDist(tmp_path / "n").damage()) == []
+    read = weights(tmp_path / "n", source)
+    assert torch.equal(read.tensor(EMBEDDING), source.weights.tensor(EMBEDDING))
+
+
+def test_all_damaged_chunks_are_named(directory: Path) -> None:
+    store = TorchDist(directory)
+    assert list(store.damage()) == []
+    for key in (EMBEDDING, "output_layer.weight"):
+        chunk, *_ = store._chunks["module." + key]
+        flipped(directory / chunk.file, 8 * (chunk.start + chunk.length // 2))
+    faults = list(TorchDist(directory).damage())
+    assert len(faults) == 2
+    assert all("the stored chunk is damaged (the checksum of" in fault for fault in faults)
 
 
 def test_a_hostile_metadata_runs_nothing(directory: Path, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_killed_pipeline_goes_on_where_it_was(tmp_path, pipeline):
         time.sleep(0.05)
     second = minitron("run", "pipe.yaml", cwd=tmp_path)
     assert second.returncode == 2
-    assert "another `minitron run` is at work here" in second.stderr
+    assert f"run: `minitron run`, process {process.pid} on " in second.stderr
     process.kill()
     process.wait()
     before = made(tmp_path / "run")

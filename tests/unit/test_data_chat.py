@@ -94,7 +94,7 @@ def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
     for name, content, fault in (
         ("latin.jsonl", None, "line 1: not UTF-8"),
         ("empty.jsonl", "", "is empty"),
-        ("object.json", "{}", "JSON array"),
+        ("object.json", "{}", "line 1: is of no form"),
         ("broken.json", "[", "not JSON"),
         ("absent.jsonl", None, "cannot be read"),
     ):
@@ -309,7 +309,7 @@ def test_attributes(tmp_path: Path) -> None:
         {"prompt": "a", "response": "b"},
     ]
     chats = read_chats(lines(tmp_path / "a.jsonl", *rows))
-    with pytest.raises(DataError, match="4 bad lines") as caught:
+    with pytest.raises(DataError, match="3 bad lines") as caught:
         check_attributes(chats, schema, "a.jsonl", needed=True)
     for fault in ("line 1: verbosity=5: must lie from 0 to 4", "line 3: unknown attribute 'wit'", "line 4: has no"):
         assert fault in str(caught.value)

@@ -103,7 +103,7 @@ def test_a_kind_is_refused_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_chats(write(tmp_path / "a.jsonl", CHATS[0], *[marked] * 50, {"prompt": "", "response": "a"}))
     title, *faults = str(caught.value).splitlines()
-    assert title.endswith("a.jsonl: 51 bad lines; correct or remove them:")
+    assert title.endswith("a.jsonl: 51 bad lines; correct or remove them, or set on_bad_record=skip to leave them out:")
     assert len(faults) == 3
     assert faults[0].startswith("  line 2: message 2: unknown field zz=1")
     assert faults[1].startswith("  line 2: unknown field yy=2")

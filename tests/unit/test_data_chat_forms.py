@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from nemo_minitron.data.chat.conversations import parse_chat, read_chats
@@ -47,6 +50,20 @@ CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"from": "User", "value": "a", "label": None}, {"from": "Assistant", "value": "b", "label": None}]},
         say("a", "b", system="s"),
     ),
+    "NeMo's labels": (
+        {"mask": "User", "system": "", "type": "VALUE_TO_TEXT", "conversations": [
+            {"from": "User", "value": "a", "label": None},
+            {"from": "Assistant", "value": "b", "label": "quality:4, toxicity:0"},
+            {"from": "User", "value": "c", "label": "quality:1"},
+            {"from": "Assistant", "value": "d", "label": "quality:3"}]},
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "label": "quality:4,toxicity:0"},
+         {"role": "user", "content": "c", "label": "quality:1"}, {"role": "assistant", "content": "d"}],
+    ),
+    "a column for each field of the messages": (
+        {"messages": {"role": ["user", "assistant"], "content": ["a", "b"], "name": [None, "Eve"]}},
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "Eve"}],
+    ),
+    "null in place of an answer's other name": ({"prompt": "a", "response": None, "completion": "b"}, say("a", "b")),
     "prompt, response": ({"prompt": "a", "response": "b", "system": "s"}, say("a", "b", system="s")),
     "TRL's prompt, completion": ({"prompt": "a", "completion": " b"}, say("a", " b")),
     "TRL's conversations": (
@@ -99,17 +116,34 @@ def test_columns_of_helpsteer_are_attributes() -> None:
             parse_chat({"prompt": "a", "response": "b", **HELPSTEER, **changed})
 
 
+def test_labels_of_the_last_answer_are_its_attributes() -> None:
+    labelled, _ = CHATS["NeMo's labels"]
+    chat = parse_chat(labelled)
+    assert chat.attributes == {"quality": 3}
+    again = parse_chat(chat.record())
+    assert (again.messages, again.attributes) == (chat.messages, chat.attributes)
+    assert parse_chat({**labelled, "attributes": {"quality": 3}}) == chat
+    prompt = parse_chat({**labelled, "conversations": labelled["conversations"][:3]}, answered=False)
+    assert (prompt.attributes, prompt.messages[-1].label) == ({}, "quality:1")
+
+
 @pytest.mark.parametrize(
     ("record", "fault"),
     [
+        ({**CHATS["NeMo's labels"][0], "attributes": {"quality": 1}}, "say different values; remove one of both"),
+        ({**CHATS["NeMo's labels"][0], "type": "TEXT_TO_VALUE"}, "minitron reward trains one that predicts them"),
+        ({**CHATS["NeMo's labels"][0], "type": "OTHER"}, "unknown field type='OTHER'"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "label": [1, 2]}]},
+         "message 2: label=[1, 2] is no text of attribute values"),
+        ({"messages": {"role": ["user", "assistant"], "content": ["a"]}}, "messages must be a list, not dict"),
         ({"prompt": "z", "messages": say("a", "b")}, "a prompt that is none of them"),
         ({"mask": "Assistant", "messages": say("a", "b")}, "mask='Assistant'"),
         ({"conversations": [{"from": "User", "value": "a", "label": "quality:4"}]}, "ends without an answer"),
         ({"conversations": [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b", "label": "x"}]},
-         "message 2: unknown field label='x'"),
+         "message 2: label: attributes 'x': 'x' is no name=number"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f("}]}, "is no JSON"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is a preference pair"),
-        ({"prompt": "a", "completion": "b", "label": True}, "unknown field label=True"),
+        ({"prompt": "a", "completion": "b", "label": True}, "is an answer with a label (KTO)"),
         ({"prompt": "a", "response": "b", "completion": "c"}, "unknown field completion='c'"),
         ({"instruction": "a", "output": "b", "text": "c"}, "text='c' does not hold instruction and output"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "no list of [question, answer]"),
@@ -129,6 +163,24 @@ def test_conversations_that_are_refused(record: dict[str, Any], fault: str) -> N
 def test_prompts_of_pairs_are_prompts() -> None:
     chat = parse_chat({"prompt": "a", "chosen": "b", "rejected": "c"}, answered=False)
     assert chat.record()["messages"] == say("a")
+    for record in (
+        rated(6, 7),
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 1},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "chosen-rating": 5, "rejected-rating": 1, "chosen_model": "m"},
+    ):
+        assert parse_chat(record, answered=False).record()["messages"][:1] == say("a")
+
+
+def rated(*scores: float | None, **more: Any) -> dict[str, Any]:
+    """UltraFeedback's own form; the answers are called by their places."""
+    completions = [
+        {"model": "m", "principle": "honesty", "custom_system_prompt": "s", "critique": "x", "fine-grained_score": 4.0,
+         "annotations": {"honesty": {"Rating": "5"}}, "response": f"answer {number}", "overall_score": score}
+        for number, score in enumerate(scores)
+    ]  # fmt: skip
+    return {"source": "evol", "instruction": "a", "models": ["m"], "correct_answers": ["None"],
+            "incorrect_answers": ["None"], "completions": completions, **more}  # fmt: skip
 
 
 AB, AC = say("a", "b"), say("a", "c")
@@ -151,6 +203,7 @@ PAIRS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], tuple[Any, ...]]] =
         {"prompt": "a", "prompt_id": "1", "chosen": AB, "rejected": AC, "messages": AB, "score_chosen": 8.5,
          "score_rejected": 4},
         say("a"), ("b", "c", 8.5, 4.0)),
+    "rated answers": (rated(5, 7.5, 7.5, 2, 2.0), say("a"), ("answer 1", "answer 3", 7.5, 2.0)),
     "ratings": (
         {"instruction": "a", "input": "x", "chosen": "b", "rejected": "c", "chosen-rating": 5, "rejected-rating": 1},
         say("a\nx"), ("b", "c", 5.0, 1.0)),
@@ -201,12 +254,24 @@ def test_forms_of_pairs(name: str, tmp_path: Path) -> None:
         ({"chosen": "b", "rejected": "c"}, "has no prompt, and chosen is no dialogue"),
         ({"prompt": "a", "chosen": say("a"), "rejected": "c"}, "chosen is a message of the user"),
         ({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 0}, "prefers neither"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": 7.5},
+         "score_chosen and score_rejected are both 7.5, so neither answer is preferred"),
+        (rated(6, 6), "all 2 completions have the overall_score 6, so none is preferred"),
+        (rated(6), "has 1 completions; a pair needs two"),
+        (rated(6, None), "completion 2 has no overall_score"),
+        (rated(6, "7"), "completion 2: overall_score='7' is no number"),
+        ({**rated(6, 7), "completions": ["a", "b"]}, "completion 1 is str, not an object"),
+        ({**rated(6, 7), "completions": [{"response": str(n), "overall_score": n, "z": 2} for n in range(2)]},
+         "completion 1: unknown field z=2"),
+        ({"prompt": "a", "completion": "b", "label": False}, "no stage trains on those; give minitron dpo pairs"),
+        ({"prompt": "a", "chosen": {"role": "assistant", "content": "b", "label": "quality:1"}, "rejected": "c"},
+         "chosen has attribute values (label), and answers of pairs have rewards"),
         ({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": "x"}, "is no number"),
         ({"prompt": "a", "response_1": "b", "response_2": "c"}, "has no chosen and no rejected; it has prompt, resp"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, "unknown field margin=2"),
         ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: e"}, "chosen is empty"),
     ],
-)
+)  # fmt: skip
 def test_pairs_that_are_refused(record: dict[str, Any], fault: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_preference(record)
@@ -236,3 +301,42 @@ def test_empty_system_messages_are_left_out(empty: Any) -> None:
     for turn in ({"role": "system", "content": empty, "zz": 1}, {"role": "system", "content": 3}):
         with pytest.raises(DataError, match="message 1: "):
             parse_chat({"messages": [turn, *say("a", "b")]})
+
+
+FORMS = [(read_chats, record) for record, _ in CHATS.values()] + [
+    (read_preferences, record) for record, *_ in PAIRS.values()
+]
+
+
+@pytest.mark.parametrize("number", range(len(FORMS)))
+def test_forms_of_tables(number: int, tmp_path: Path) -> None:
+    """A table holds a record and, where its columns can, one of any other form: their missing fields are null there."""
+    read, record = FORMS[number]
+    together = 0
+    for other in (other for reader, other in FORMS if reader is read):
+        (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(other) + "\n")
+        try:
+            table = pyarrow.Table.from_pylist([{**dict.fromkeys(other), **record}, {**dict.fromkeys(record), **other}])
+        except pyarrow.ArrowException:  # a field is text in one and a list in the other
+            continue
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        wanted, found = (
+            [dataclasses.replace(item, where="") for item in read(tmp_path / name)] for name in ("a.jsonl", "a.parquet")
+        )
+        assert found == wanted
+        together += 1
+    assert together  # with itself at least
+
+
+def test_calls_of_tables(tmp_path: Path) -> None:
+    """Arguments of a call are those that it has: the other functions' have a place in its row, too."""
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x", "c": [None, 2]}}]
+    rows = [
+        {"messages": [*say("a"), {"role": "assistant", "content": None, "tool_calls": [call]},
+                      {"role": "tool", "content": "2"}, {"role": "assistant", "content": "b"}]}
+        for call in calls
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    chats = read_chats(tmp_path / "a.parquet")
+    assert [chat.messages[1].fields["tool_calls"][0]["function"] for chat in chats] == calls
+    assert [chat.messages[0].fields for chat in chats] == [{}, {}]

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
 from nemo_minitron.distillation.compatibility import check_model, check_pair
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -35,9 +36,12 @@ def test_models_of_different_width_and_depth_fit(layout: dict[str, Any]) -> None
     check_pair(student, model("teacher"), ParallelLayout(**layout), 64)
 
 
-def test_vocabularies_must_agree() -> None:
-    with pytest.raises(CheckpointError, match=r"student s has a vocabulary of 99 and teacher t of 100"):
+def test_rows_may_differ_only_with_tokenizers_to_say_what_they_mean() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"student s has a vocabulary of 99 and teacher t of 100, and the student"
+    ):
         check_pair(model("s", vocab_size=99), model("t"), ParallelLayout(), 8)
+    assert check_pair(model("s"), model("t"), ParallelLayout(), 8).whole
 
 
 def test_sequences_must_fit_both_contexts() -> None:
@@ -78,8 +82,8 @@ def test_a_model_by_itself_is_checked_in_the_same_way() -> None:
         check_model(model("m", num_moe_experts=4), ParallelLayout(tensor=2), 8)
 
 
-def test_tokenizers_must_agree(tmp_path: Path) -> None:
-    """Of one size, and yet other tokens; written in another way, and yet the same."""
+def test_tokenizers_must_agree_in_ordinary_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of one size, and yet other tokens; written in another way, and yet the same; one warning of all else."""
     content = {
         "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "ba": 3}, "merges": ["a b", "b a"]},
         "added_tokens": [{"id": 4, "content": "<eos>", "special": True}, {"id": 5, "content": "<pad>"}],
@@ -95,13 +99,27 @@ def test_tokenizers_must_agree(tmp_path: Path) -> None:
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config | options))
         return tmp_path / name
 
-    def pair(other: Path) -> None:
+    def pair(other: Path, **sizes: Any) -> CommonVocabulary:
         student = dataclasses.replace(model("s"), tokenizer=written(other.name + "-student"))
-        check_pair(student, dataclasses.replace(model("t"), tokenizer=other), ParallelLayout(), 8)
+        return check_pair(student, dataclasses.replace(model("t", **sizes), tokenizer=other), ParallelLayout(), 8)
 
     pair(written("same"))
     pair(written("newer", lambda x: x["model"].update(merges=[["a", "b"], ["b", "a"]])))
-    pair(written("fills otherwise", pad_token="<eos>"))
+    assert not caplog.records
+    assert pair(written("fills otherwise", pad_token="<eos>")).cuts_alike
+    assert "pad_token_id is 5 '<pad>' and 4 '<eos>': nothing of this changes the training" in caplog.text
+    caplog.clear()
+    common = pair(written("ends", lambda x: x["added_tokens"].append({"id": 7, "content": "<x>"}), eos_token="<pad>"))
+    assert common.left_out == (7,) and common.ends_differ
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "s: student and teacher have one tokenizer but for 1 added token known to teacher alone (7 is unknown to "
+        "student, '<x>' to teacher); eos_token_id is 4 '<eos>' and 5 '<pad>': losses of the logits are over the first "
+        "100 ids without 1 of them; text is cut with the student's tokenizer"
+    )
+    caplog.clear()
+    assert pair(written("padded"), vocab_size=120).size == 100
+    assert "for 100 and 120 rows: losses of the logits are over the first 100 ids" in caplog.text
     check_pair(dataclasses.replace(model("s"), tokenizer=written("alone")), model("t"), ParallelLayout(), 8)
     swapped = written("swapped", lambda x: x["model"]["vocab"].update(ab=3, ba=2))
     with pytest.raises(CheckpointError, match=r"2 tokens differ \('ab' has id 2 and id 3\).*do not mean the same"):
@@ -110,7 +128,5 @@ def test_tokenizers_must_agree(tmp_path: Path) -> None:
         CheckpointError, match=r"student \(.*\) and teacher \(.*merges differ \('a b' has order 0 and order 1"
     ):
         pair(written("order", lambda x: x["model"].update(merges=["b a", "a b"])))
-    with pytest.raises(CheckpointError, match=r"special tokens differ \('eos_token_id' has id 4 and id 5\)"):
-        pair(written("ends", eos_token="<pad>"))
     with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
         pair(written("damaged", lambda x: x.pop("model")))

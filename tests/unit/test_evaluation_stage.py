@@ -73,10 +73,11 @@ def test_models_are_evaluated_on_the_same_tokens(tmp_path: Path, pipeline: int) 
 
 
 @pytest.mark.slow
-def test_models_with_other_vocabularies_are_refused(tmp_path: Path) -> None:
+def test_models_with_other_tokenizers_are_refused(tmp_path: Path) -> None:
     models = {"a": tiny_checkpoint(tmp_path / "a"), "b": tiny_checkpoint(tmp_path / "b", vocab_size=140)}
     found = run_distributed(run_stage, 1, tmp_path, config=make_config(tmp_path, models))[0]
-    assert "DataError: model 'b' has a vocabulary of 140, 'a' one of 131" in found["error"]
+    assert "CheckpointError: model 'a'" in found["error"]
+    assert "have different tokenizers: 9 tokens differ ('w125' has none and id 131)" in found["error"]
     assert not (tmp_path / "evaluation").exists()
 
 

@@ -85,11 +85,70 @@ def test_configurations_come_back(family, tmp_path):
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("mixtral", {"num_experts_per_tok": 5}, "num_moe_experts=4: each token goes to 5 experts"),
         ("mixtral", {"num_local_experts": 0}, "num_moe_experts=0: must be a whole number"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported; a qwen3_moe model needs 1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
+        ("qwen3_moe", {"num_local_experts": 8}, "num_local_experts=8 and num_experts=4 differ"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_moe_experts=4: each token goes to 5 experts"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size=24 is not known"),
     ],
 )
 def test_configurations_of_another_model(family, changes, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         from_hf(config(family, **changes), tmp_path / "config.json")
+
+
+def test_spellings_of_a_mixture(tmp_path):
+    """Names of keys differ between releases, and null means no layer; a public configuration is read."""
+    shape, architecture = from_hf(config("qwen3_moe"), tmp_path)
+    assert (shape.num_moe_experts, shape.ffn_hidden_size) == (4, 24)
+    renamed = config("qwen3_moe", mlp_only_layers=None, num_local_experts=4)
+    del renamed["num_experts"]
+    assert from_hf(renamed, tmp_path) == (shape, architecture)
+    assert architecture.moe_router_pre_softmax
+    _, normalized = from_hf(config("qwen3_moe", norm_topk_prob=True), tmp_path)
+    assert not normalized.moe_router_pre_softmax
+    assert to_hf(shape, normalized, dtype="float32")["norm_topk_prob"]
+    with pytest.raises(CheckpointError, match="always normalises"):
+        to_hf(shape, dataclasses.replace(architecture, family="mixtral"), dtype="float32")
+    public = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    shape, architecture = from_hf(public, tmp_path)
+    assert axes.parameter_count(axes.family("qwen3_moe"), shape) == 30532122624
+    assert (architecture.moe_router_topk, architecture.moe_router_pre_softmax) == (8, False)
 
 
 def test_biases_that_the_family_does_not_have(tmp_path):
@@ -105,7 +164,7 @@ def test_biases_that_the_family_does_not_have(tmp_path):
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen3_moe", "gemma3"])
 def test_a_nemo_file_cannot_hold_them(family, tmp_path):
     source = open_checkpoint(tiny_tokenizer(family_model(family, tmp_path / "hf")))
     with pytest.raises(CheckpointError, match=f"cannot hold a {family} model .*; write the nemo2 or the hf format"):
@@ -161,11 +220,11 @@ def test_where_a_pruned_parameter_comes_from():
 
 
 def test_experts_that_live_pruning_cannot_reach():
-    from nemo_minitron.pruning.live import keep_experts
+    from nemo_minitron.pruning.expert_moves import keep_experts
 
-    grouped = SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace(), ep_group=SimpleNamespace(size=lambda: 2)))
-    with pytest.raises(ShapeError, match="SimpleNamespace over 2 expert-parallel ranks"):
-        keep_experts(grouped, (0,))
+    grouped = SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace()))
+    with pytest.raises(ShapeError, match="a SimpleNamespace; live pruning needs moe_grouped_gemm=False"):
+        keep_experts(grouped, (0,), None)
 
 
 @given(period=st.integers(1, 9), layers=st.integers(1, 12))

@@ -126,8 +126,8 @@ def test_prompts_come_from_every_form(tmp_path: Path) -> None:
         read_prompts(PromptsConfig(path=str(text)))
     with pytest.raises(DataError, match="cannot be read"):
         read_prompts(PromptsConfig(path=str(tmp_path / "none.txt")))
-    text.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="not UTF-8"):
+    text.write_bytes(b"w1\nw\xfe\n")
+    with pytest.raises(DataError, match="line 2: not UTF-8"):
         read_prompts(PromptsConfig(path=str(text)))
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"prompt": ""}\n{"prompt": "w1"}\n{"messages": [{"role": "judge", "content": "x"}]}\n')
@@ -141,10 +141,12 @@ def test_prompts_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
 
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "plain"))
     chats = read_prompts(PromptsConfig(texts=["w0 w1", "w1 " * 9, "w2", "w3 " * 8]))
-    with pytest.raises(DataError, match=r"(?s)2 bad lines.*item 2: 9 tokens leave no room.*item 4: 8 tokens"):
+    with pytest.raises(DataError, match=r"(?s)2 bad items.*item 2: 9 tokens leave no room.*item 4: 8 tokens"):
         encode_prompts(chats, tokenizer, "none", title="prompts.texts", max_length=8)
     prompts, ends = encode_prompts(chats, tokenizer, "none", title="", max_length=64)
-    assert (prompts[0], ends) == ([3, 4], (0,))
+    assert (prompts[0], ends) == ((chats[0], [3, 4]), (0,))
+    kept, _ = encode_prompts(chats, tokenizer, "none", title="prompts.texts", max_length=8, skip=True)
+    assert [chat for chat, _ in kept] == [chats[0], chats[2]]
     with pytest.raises(DataError, match="no chat template; set template to one of chatml"):
         encode_prompts(chats, tokenizer, "own", title="", max_length=64)
     chats = read_prompts(PromptsConfig(texts=["w0"]), system="w1")

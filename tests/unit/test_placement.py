@@ -103,15 +103,21 @@ def test_a_router_is_not_left_on_the_cpu(groups: Any) -> None:
 @pytest.mark.parametrize("label_weight", [0.0, 0.3])
 def test_no_loss_mixes_devices(groups: Any, kind: str, label_weight: float) -> None:
     from nemo_minitron.config import LossConfig
+    from nemo_minitron.distillation.losses.common import CommonTokens
     from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_loss
 
     student = torch.empty(6, 2, 256, device=META, requires_grad=True)
     teacher, labels = torch.empty(6, 2, 256, device=META), torch.zeros(6, 2, dtype=torch.int64, device=META)
     loss = LossConfig(kind=kind, k=16, temperature=2.0, label_weight=label_weight)
-    taken = vocabulary_parallel_loss(student, teacher, groups.tp, vocab_size=251, loss=loss, labels=labels)
-    taken.total.sum().backward()
-    assert student.grad is not None
-    assert student.grad.device.type == "meta"
+    fewer = torch.empty(6, 2, 128, device=META)
+    for logits, common in ((teacher, None), (fewer, CommonTokens(100, (7, 50)))):
+        student.grad = None
+        taken = vocabulary_parallel_loss(
+            student, logits, groups.tp, vocab_size=251, loss=loss, labels=labels, common=common
+        )
+        taken.total.sum().backward()
+        assert student.grad is not None
+        assert student.grad.device.type == "meta"
 
 
 def test_a_tensor_that_was_left_behind_is_noticed(groups: Any) -> None:

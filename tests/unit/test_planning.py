@@ -51,7 +51,7 @@ def show(name: str, overrides: list[str], **how: object) -> str:
 
 def test_parts_are_the_whole():
     for name in axes.FAMILIES:
-        topk = 2 if name == "mixtral" else None
+        topk = 2 if axes.FAMILIES[name].expert else None
         for tied in (False, True):
             shape = STUDENT.shape.replace(tied_embeddings=tied, num_moe_experts=4 if topk else None)
             model = Model(shape, Architecture(family=name, moe_router_topk=topk))

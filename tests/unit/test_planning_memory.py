@@ -28,6 +28,7 @@ SHAPE = ModelShape(3, 48, 80, 8, 4, 12, 250)
 CONSTANTS = {
     "nemotron": {"rotary_percent": 0.5},
     "mixtral": {"moe_router_topk": 2},
+    "qwen3_moe": {"moe_router_topk": 2, "moe_router_pre_softmax": True},
     "gemma3": {
         "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
         "sliding_window": 16,
@@ -38,7 +39,7 @@ BATCH, LENGTH = 2, 40
 
 
 def of_family(name: str) -> tuple[ModelShape, Architecture]:
-    shape = SHAPE.replace(num_moe_experts=4) if name == "mixtral" else SHAPE
+    shape = SHAPE.replace(num_moe_experts=4) if axes.family(name).expert else SHAPE
     return shape, Architecture(family=name, max_position_embeddings=64, **CONSTANTS.get(name, {}))
 
 
@@ -124,6 +125,21 @@ def test_never_falls_when_a_size_grows(training):
         costs = [cost(smallest._replace(**{name: getattr(smallest, name) + more})) for more in range(12)]
         assert costs == sorted(costs)
         assert costs[0] < costs[-1]
+
+
+@pytest.mark.parametrize(("tensor", "moved"), [(1, 0), (2, 1)])
+def test_logits_of_both_vocabularies_are_counted(tensor: int, moved: int):
+    """A larger vocabulary of the teacher, and what moves to the student's partition."""
+    shape, table = SHAPE.replace(vocab_size=140), axes.family("llama")
+    work = Workload(training=True, batch_size=2, sequence_length=64, bytes=4, fused=False, tensor=tensor)
+    activations = [
+        MemoryCost(table, shape, work, teacher=(table, shape.replace(vocab_size=rows))).ranks(shape)[-1].activations
+        for rows in (140, 250, 300)
+    ]
+    assert activations[0] == activations[1]  # both are padded to 256
+    padded = padded_vocab(300, tensor=tensor) // tensor
+    own = padded_vocab(140, tensor=tensor) // tensor
+    assert activations[2] - activations[0] == (padded - own + moved * own) * 4 * 2 * 64
 
 
 def test_a_teacher_and_recomputation_of_a_layout():

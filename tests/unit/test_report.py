@@ -163,6 +163,9 @@ def test_a_gap_is_never_silent(tmp_path: Path) -> None:
     (run / "pruned" / "kept.json").write_text("[]")
     with (run / "distilled" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "kl":')
+    record = json.loads((run / "evaluation" / "record.json").read_text())
+    record["metrics"]["skipped_records"] = 3
+    (run / "evaluation" / "record.json").write_text(json.dumps(record))
     (run / "broken").mkdir()
     (run / "broken" / "record.json").write_text("{}")
     found = report.run(ReportConfig(run=str(run), output=str(run / "report")))
@@ -174,6 +177,7 @@ def test_a_gap_is_never_silent(tmp_path: Path) -> None:
         "kept units of pruned",
         "metrics.jsonl: 1",
         "broken",
+        "evaluation left out 3 bad records of its data, which evaluation/skipped.jsonl lists",
     ):
         assert name in remarks, name
     text = (run / "report" / "index.html").read_text(encoding="utf-8")

@@ -13,12 +13,16 @@ from packaging.version import Version
 
 from nemo_minitron.config import (
     STAGES,
+    ChatDataConfig,
     DataConfig,
     EvaluateConfig,
     ExportConfig,
+    GenerateConfig,
     HarnessConfig,
     ImportConfig,
+    PromptsConfig,
     ScoreConfig,
+    SftConfig,
     SourceConfig,
 )
 from nemo_minitron.errors import MissingDependency, ShapeError
@@ -113,12 +117,17 @@ def test_stages_say_together_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> 
     assert line.startswith("score and evaluate need megatron-core>=0.12 (not installed): pip install")
 
 
-def test_settings_add_needs() -> None:
+def test_settings_add_needs(tmp_path: Path) -> None:
     assert "lm_eval" in needs_of(EvaluateConfig(harness=HarnessConfig(tasks=["arc_easy"])))
     assert "gguf" in needs_of(ImportConfig(source="a/model.gguf"))
     assert "nemo" in needs_of(ExportConfig(formats=["nemo2"]))
     sources = [SourceConfig(path="a.parquet"), SourceConfig(dataset="b")]
     assert {"pyarrow", "datasets"} <= set(needs_of(ScoreConfig(data=DataConfig(sources=sources))))
+    for data in (ChatDataConfig(path="a.jsonl.zst"), ChatDataConfig(path="a.jsonl", validation="b.arrow")):
+        assert "pyarrow" in needs_of(SftConfig(data=data))
+    assert not {"pyarrow", "datasets"} & set(needs_of(SftConfig(data=ChatDataConfig(path="a.jsonl"))))
+    (tmp_path / "rows").mkdir()
+    assert "datasets" in needs_of(GenerateConfig(prompts=PromptsConfig(path=str(tmp_path / "rows"))))
 
 
 def test_a_patch_is_for_the_versions_it_says(pretend: dict[str, str | None]) -> None:

@@ -183,3 +183,33 @@ def test_the_report_shows_alignment(tmp_path: Path) -> None:
     run.stages = [stage("sft", {"steps": 3})]
     assert alignment_tables(run) == []
     assert "the metrics of sft are incomplete" in run.remarks[0]
+
+
+def test_a_base_model_must_know_the_tokens_of_prompts_and_answers(tmp_path: Path) -> None:
+    """Its rows and added tokens may differ, as a plan says; a token that it does not know is refused by name."""
+    from support.steering import tiny_chat_model
+
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
+    from nemo_minitron.config import ChatDataConfig, Steerlm2Config
+    from nemo_minitron.stages import steerlm2
+
+    model, base = tiny_chat_model(tmp_path / "model"), tiny_chat_model(tmp_path / "base", rows=272)
+    path = tmp_path / "base" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    added = content["added_tokens"]
+    gone = added.pop()
+    content["model"]["vocab"].pop(gone["content"], None)
+    path.write_text(json.dumps(content))
+    config = Steerlm2Config(
+        model=model, base=base, attribute_model="a", output=str(tmp_path / "o"), data=ChatDataConfig(path="chats.jsonl")
+    )
+    (note,) = [note for note in steerlm2.plan(config).notes if "model and base model" in note]
+    assert "260 and 272 rows" in note and f"({gone['id']} is {gone['content']!r} to model, unknown to base" in note
+    common = compare(Vocabulary.of("model", open_checkpoint(model)), Vocabulary.of("base", open_checkpoint(base)))
+    sampler = steerlm2._Sampler(config, open_checkpoint(model), None, None, common)
+    with pytest.raises(DataError, match=rf"base: does not know token {gone['id']} of prompts and answers \('"):
+        sampler._log_likelihoods(None, [[3, 4]], [[5, gone["id"]]])  # type: ignore[arg-type]
+    config.base = tiny_chat_model(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(path.read_text().replace('"b":', '"bb":'))
+    assert any("have different tokenizers" in fault for fault in steerlm2.plan(config).faults)

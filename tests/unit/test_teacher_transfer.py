@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -46,22 +47,29 @@ class Post:
 
 @pytest.mark.parametrize("teacher", LAYOUTS, ids=str)
 @pytest.mark.parametrize("student", LAYOUTS, ids=str)
-@pytest.mark.parametrize("vocabulary", [5, 300], ids=["logits", "hidden"])
-def test_every_rank_gets_its_part(vocabulary: int, student: ParallelLayout, teacher: ParallelLayout) -> None:
-    """Ranks of its own: delivered tensors equal the parts of whole ones."""
-    transfer = Transfer(shape(vocabulary), student, teacher)
+@pytest.mark.parametrize(
+    ("vocabulary", "student_rows", "hidden"),
+    [(5, None, 8), (300, None, 8), (300, 420, 400), (420, 300, 500), (300, 310, 400)],
+    ids=["logits", "hidden", "more rows", "fewer rows", "a few more"],
+)
+def test_every_rank_gets_its_part(
+    vocabulary: int, student_rows: int | None, hidden: int, student: ParallelLayout, teacher: ParallelLayout
+) -> None:
+    """Ranks of its own: delivered tensors equal the parts of whole ones, in the student's partition."""
+    transfer = Transfer(shape(vocabulary, hidden), student, teacher, student_rows)
+    rows = student_rows or vocabulary
     copies = 1 if student.sequence_parallel else student.tensor
-    assert transfer.hidden is (8 * copies <= vocabulary)
+    assert transfer.hidden is (hidden * copies <= vocabulary)
     micro_batches = 3
     count = micro_batches * student.data
-    width = 8 if transfer.hidden else padded_vocab(vocabulary, tensor=1)
+    width = hidden if transfer.hidden else padded_vocab(vocabulary, tensor=1)
     whole = torch.randn(count, SEQUENCE, ROWS, width)
 
-    def part(layout: ParallelLayout, tensor: int, number: int) -> torch.Tensor:
-        first, last = transfer.extent(layout, tensor, SEQUENCE)
+    def part(extent: Any, size: int, layout: ParallelLayout, tensor: int, number: int) -> torch.Tensor:
+        first, last = extent(tensor, SEQUENCE)
         if transfer.hidden:
             return whole[number, first:last]
-        columns = padded_vocab(vocabulary, tensor=layout.tensor) // layout.tensor
+        columns = padded_vocab(size, tensor=layout.tensor) // layout.tensor
         found = torch.zeros(SEQUENCE, ROWS, columns)
         found[..., : last - first] = whole[number, ..., first:last]
         return found
@@ -75,7 +83,7 @@ def test_every_rank_gets_its_part(vocabulary: int, student: ParallelLayout, teac
         run.update(numbers)
         for tensor in range(teacher.tensor):
             post.here = teacher.rank(tensor=tensor, data=data, pipeline=teacher.pipeline - 1)
-            results = {number: part(teacher, tensor, number) for number in numbers}
+            results = {number: part(transfer.held, vocabulary, teacher, tensor, number) for number in numbers}
             deliver(transfer, post, results, teacher_rank=post.here, student_rank=None, **arguments)
     assert run == Counter(range(count))
     for data in range(student.data):
@@ -84,7 +92,11 @@ def test_every_rank_gets_its_part(vocabulary: int, student: ParallelLayout, teac
             found = deliver(transfer, post, {}, teacher_rank=None, student_rank=post.here, **arguments)
             assert len(found) == micro_batches
             for index, one in enumerate(found):
-                assert torch.equal(one, part(student, tensor, data * micro_batches + index))
+                expected = part(transfer.needed, rows, student, tensor, data * micro_batches + index)
+                assert torch.equal(one, expected)
+    if not transfer.hidden:
+        needed = {c for rank in range(student.tensor) for c in range(*transfer.needed(rank, SEQUENCE))}
+        assert needed == set(range(min(rows, vocabulary)))
     assert not any(post.boxes.values())
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
-from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, write_hf
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, peek_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import hf_faults
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
 from nemo_minitron.checkpoints.formats.nemo1.checkpoint import is_nemo1, open_nemo1, write_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_faults
 from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
-from nemo_minitron.checkpoints.formats.nemo2.checkpoint import is_nemo2, open_nemo2, write_nemo2
+from nemo_minitron.checkpoints.formats.nemo2.checkpoint import is_nemo2, open_nemo2, peek_nemo2, write_nemo2
 from nemo_minitron.checkpoints.formats.nemo2.config import nemo2_faults, own_class_faults
 from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
 from nemo_minitron.config import tables
@@ -33,6 +33,7 @@ OWN_FORMATS = (
         open=open_hf,
         write=write_hf,
         loader=hf_logits,
+        peek=peek_hf,
         safe_loader=True,
         faults=hf_faults,
         card=True,
@@ -47,6 +48,7 @@ OWN_FORMATS = (
         loader=nemo2_logits,
         faults=nemo2_faults,
         foreign_faults=own_class_faults,
+        peek=peek_nemo2,
         write_needs=("nemo", "lightning"),
     ),
     Format(

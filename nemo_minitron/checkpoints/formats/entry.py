@@ -68,6 +68,8 @@ class Format:
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
+        peek: for plans, what small files of a checkpoint say without its tensors: ``(rows of the vocabulary, directory
+            of the tokenizer)``, None for what they do not say. None where only opening tells.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Format:
     suffix: str | None = None
     read_needs: tuple[str, ...] = ()
     write_needs: tuple[str, ...] = ()
+    peek: Callable[[Path], tuple[int | None, Path | None]] | None = None
 
     def refuses(self, shape: ModelShape, architecture: Architecture, *, export: bool = False) -> list[str]:
         """Why a model cannot be written in this format; empty if it can.

@@ -1,1 +1,1 @@
-"""Tokenizers: their files beside a checkpoint, and trimming to a smaller vocabulary."""
+"""Tokenizers: their files beside a checkpoint, comparison, and trimming to a smaller vocabulary."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
+from nemo_minitron.config.parts.checks import ON_BAD_RECORD, choice, not_negative, one_of, positive
 
 __all__ = ["CHAT_TEMPLATES", "ChatDataConfig", "template_faults"]
 
@@ -28,9 +28,11 @@ class ChatDataConfig:
     """Conversations or preference pairs, split into training and held-out ones.
 
     Attributes:
-        path: JSONL file of conversations or preference pairs.
+        path: conversations or preference pairs: a file of JSONL, of a JSON array (both also as ``.gz`` and ``.zst``),
+            Parquet or Arrow, told by its content; or a directory that ``save_to_disk`` of Hugging Face ``datasets``
+            wrote.
         package: instead, a source that an installable package carries, by its name in the table of packages.
-        validation: JSONL file of held-out conversations; null sets ``held_out_fraction`` of the others aside.
+        validation: such a file of held-out conversations; null sets ``held_out_fraction`` of the others aside.
         held_out_fraction: share that is set aside.
         template: "chatml", "llama3", "nemotron", or "own" for the tokenizer's; of a tokenizer with several,
             "own:rag" for the one that it names "rag".
@@ -39,9 +41,13 @@ class ChatDataConfig:
         long: what becomes of a conversation with more tokens: "refuse" names them all, "drop" leaves them out.
         seed: seed of the split.
         cache_dir: where fetched sources are kept.
+        on_bad_record: what becomes of records that cannot be used (no JSON, wrong types, an unknown form or field, or
+            refused by the template): "refuse" names them all, "skip" leaves them out, counts them in the results and
+            keeps them in ``skipped.jsonl``.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "validation", "cache_dir")
+    ADDED: ClassVar[tuple[str, ...]] = ("on_bad_record",)
 
     path: str | None = None
     package: str | None = None
@@ -53,6 +59,12 @@ class ChatDataConfig:
     long: str = "refuse"
     seed: int = 1234
     cache_dir: str = ".cache/minitron"
+    on_bad_record: str = "refuse"
+
+    @property
+    def skip(self) -> bool:
+        """Bad records are left out."""
+        return self.on_bad_record == "skip"
 
     def faults(self) -> list[str]:
         """Not exactly one origin, a split that leaves nothing."""
@@ -60,6 +72,7 @@ class ChatDataConfig:
             *one_of(self, "path", "package"),
             *template_faults(self),
             *choice(self, "long", ("refuse", "drop")),
+            *choice(self, "on_bad_record", ON_BAD_RECORD),
             *positive(self, "max_length"),
             *not_negative(self, "seed"),
         ]

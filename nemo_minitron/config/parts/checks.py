@@ -15,6 +15,7 @@ __all__ = [
     "DTYPES",
     "LATENCIES",
     "MEMORY_USES",
+    "ON_BAD_RECORD",
     "RECOMPUTE",
     "TEACHER_PLACEMENTS",
     "choice",
@@ -35,6 +36,8 @@ BALANCES = ("fixed", "dynamic")
 RECOMPUTE = ("none", "selective", "full")
 MEMORY_USES = ("inference", "training")
 LATENCIES = ("prefill", "decode")
+#: What becomes of a record that cannot be used.
+ON_BAD_RECORD = ("refuse", "skip")
 
 
 def written_formats() -> list[str]:

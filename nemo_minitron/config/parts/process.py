@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
 
@@ -23,7 +24,12 @@ class ParallelLayout:
             for none.
         sequence_parallel: shard the activations between tensor-parallel regions along the sequence.
         context: ranks that each have a part of every sequence, attention included (Megatron's context_parallel_size).
+        expert: data-parallel replicas that share the experts of a mixture, each with some of them (Megatron's
+            expert_model_parallel_size); it divides ``data``, and starts no further processes.
     """
+
+    #: Settings that a later release added; see ``StageConfig.ADDED``.
+    ADDED: ClassVar[tuple[str, ...]] = ("expert",)
 
     tensor: int = 1
     pipeline: int = 1
@@ -31,6 +37,7 @@ class ParallelLayout:
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
     context: int = 1
+    expert: int = 1
 
     @property
     def world_size(self) -> int:
@@ -69,7 +76,19 @@ class ParallelLayout:
 
     def faults(self) -> list[str]:
         """Sizes below 1 and options that need a size above 1."""
-        faults = positive(self, "tensor", "pipeline", "data", "virtual_pipeline", "context")
+        faults = positive(self, "tensor", "pipeline", "data", "virtual_pipeline", "context", "expert")
+        if not faults and self.data % self.expert:
+            faults.append(
+                f"expert={self.expert}: the experts are shared out over data-parallel replicas; set parallel.data="
+                f"{self.data} to a multiple of it"
+            )
+        if not faults and self.expert > 1 and self.context > 1:
+            faults.append(f"expert={self.expert}: is not offered with parallel.context={self.context}; set one to 1")
+        if not faults and self.expert > 1 and self.tensor > 1 and not self.sequence_parallel:
+            faults.append(
+                f"expert={self.expert}: beside tensor parallelism Megatron shares experts out only with sequence "
+                "parallelism; set parallel.sequence_parallel=true, or parallel.tensor=1"
+            )
         if not faults and self.virtual_pipeline is not None and self.pipeline == 1:
             faults.append(f"virtual_pipeline={self.virtual_pipeline}: needs parallel.pipeline above 1; set it to null")
         if not faults and self.sequence_parallel and self.tensor == 1:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts.checks import choice, not_negative, one_of, positive
+from nemo_minitron.config.parts.checks import ON_BAD_RECORD, choice, not_negative, one_of, positive
 
 __all__ = ["DOCUMENTS", "DataConfig", "ORIGINS", "PACKINGS", "SourceConfig", "TaskConfig", "looks_like_path"]
 
@@ -24,15 +24,16 @@ class SourceConfig:
 
     Attributes:
         name: its name in reports; each source is a domain of the evaluation.
-        path: text, JSONL (``.gz`` and ``.zst`` too) or Parquet file, or a glob of them.
+        path: file of plain text, JSONL, a JSON array, Parquet or Arrow, or a glob of them; text and JSON also as
+            ``.gz`` and ``.zst``. What is no plain text is told by its content.
         package: a source that an installable package carries, by its name in the table of packages.
         dataset: a dataset of Hugging Face ``datasets``: a directory that ``save_to_disk`` wrote, ``.arrow`` files (a
             glob), or a name on the hub. No code of a dataset runs.
         dataset_split: which split of a dataset with several, such as "train"; always needed for a name on the hub.
         megatron: prefix of a Megatron ``.bin`` and ``.idx`` pair, whose documents are token ids already.
-        chat: JSONL file of conversations; only the answers are learned.
+        chat: file of conversations, in any container that ``path`` may be, or a glob; only the answers are learned.
         template: chat template, "own" for the one that the tokenizer carries ("own:rag" for one that it names "rag").
-        text_key: JSONL key, or column of a Parquet file or dataset, that holds the text.
+        text_key: key of a JSON object, or column of a table or dataset, that holds the text.
         weight: share of this source in the mixture, relative to the others.
         max_characters: read no more characters than this; null reads all.
     """
@@ -92,9 +93,13 @@ class DataConfig:
         seed: seed of the split and of the order of the documents.
         cache_dir: where fetched sources, tokens and token blocks are kept.
         workers: processes that tokenise; null for as many as there are cores, where there is enough text for them.
+        on_bad_record: what becomes of records that cannot be used (no JSON, no text under ``text_key``, an unknown form
+            of a conversation): "refuse" stops, "skip" leaves them out, counts them in the results and keeps them in
+            ``skipped.jsonl``.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("blend", "cache_dir")
+    ADDED: ClassVar[tuple[str, ...]] = ("on_bad_record",)
 
     sources: list[SourceConfig] = field(default_factory=list)
     blend: list[str] = field(default_factory=list)
@@ -106,6 +111,12 @@ class DataConfig:
     seed: int = 1234
     cache_dir: str = ".cache/minitron"
     workers: int | None = None
+    on_bad_record: str = "refuse"
+
+    @property
+    def skip(self) -> bool:
+        """Bad records are left out."""
+        return self.on_bad_record == "skip"
 
     def is_path(self, name: str, value: str) -> bool:
         """``blend`` has weights between its prefixes."""
@@ -126,6 +137,7 @@ class DataConfig:
         """No or doubled sources, splits that leave nothing to train on."""
         faults = [*positive(self, "sequence_length", "workers"), *not_negative(self, "seed")]
         faults += [*choice(self, "documents", DOCUMENTS), *choice(self, "packing", PACKINGS)]
+        faults += choice(self, "on_bad_record", ON_BAD_RECORD)
         if self.packing == "best_fit" and self.documents == "join":
             faults.append("packing=best_fit: keeps documents whole, so it needs documents=mask")
         if not self.sources and not self.blend:
@@ -171,16 +183,26 @@ class TaskConfig:
     """A multiple-choice task, for the layers whose absence costs the least accuracy; none unless one is named.
 
     Attributes:
-        path: JSONL file; a line is ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``.
+        path: records ``{"prompt": "...", "choices": ["...", "..."], "answer": 0}``: a file of JSONL, of a JSON array,
+            Parquet or Arrow, or a directory with a dataset.
         builtin: instead, a task that is built from a package's text, by its name in the table of packages.
         questions: use no more questions than this; null uses all.
+        on_bad_record: what becomes of records that cannot be used: "refuse" names them all, "skip" leaves them out,
+            counts them in the results and keeps them in ``skipped.jsonl``.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)
+    ADDED: ClassVar[tuple[str, ...]] = ("on_bad_record",)
 
     path: str | None = None
     builtin: str | None = None
     questions: int | None = None
+    on_bad_record: str = "refuse"
+
+    @property
+    def skip(self) -> bool:
+        """Bad records are left out."""
+        return self.on_bad_record == "skip"
 
     @property
     def given(self) -> str | None:
@@ -189,7 +211,7 @@ class TaskConfig:
 
     def faults(self) -> list[str]:
         """Two tasks, no questions."""
-        faults = positive(self, "questions")
+        faults = [*positive(self, "questions"), *choice(self, "on_bad_record", ON_BAD_RECORD)]
         if self.path is not None and self.builtin is not None:
             faults.append("path: give one of path and builtin, not both")
         return faults

@@ -33,7 +33,7 @@ NEEDS_TRAINING = (*NEEDS_MODEL, "nemo", "lightning", "tensorboard")
 NEEDS_ALIGNMENT = (*NEEDS_MODEL, "nemo 1", "lightning", "tensorboard", "hydra", "nemo_aligner")
 
 #: Commands of ``minitron`` that are no stages, and words that stand where the name of one may.
-_RESERVED = ("run", "plan", "config", "status", "pipeline", "slurm")
+_RESERVED = ("run", "plan", "config", "status", "verify", "pipeline", "slurm")
 
 
 @dataclass
@@ -67,12 +67,14 @@ class StageConfig:
     #: Further fields that are paths.
     PATHS: ClassVar[tuple[str, ...]] = ("output",)
     #: Settings that a later release added: at their defaults they are no part of an output's identity, so that outputs
-    #: of earlier releases keep theirs.
+    #: of earlier releases keep theirs. A group of settings may have the same.
     ADDED: ClassVar[tuple[str, ...]] = ()
     #: The stage computes on a GPU where there is one. Others are given none on a cluster.
     NEEDS_GPU: ClassVar[bool] = True
     #: Layouts that may have context parallelism, by field.
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ()
+    #: Layouts that may have expert parallelism, by field.
+    EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ()
     #: The stage runs other stages; its output holds theirs, each with a record of its own.
     RUNS_CHILD_STAGES: ClassVar[bool] = False
     #: Each run is made anew: the result does not follow from the settings and the inputs alone.
@@ -134,13 +136,22 @@ class StageConfig:
         return inputs
 
     def context_faults(self) -> list[str]:
-        """Faults for layouts with context parallelism that the stage does not use."""
-        layouts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Faults for layouts with context or expert parallelism that the stage does not use."""
+        layouts = {
+            field.name: layout
+            for field in dataclasses.fields(self)
+            if isinstance(layout := getattr(self, field.name), ParallelLayout)
+        }
         return [
             f"{name}.context={layout.context}: only the trainings distill and correct share sequences out, by "
             "parallel.context; set it to 1"
             for name, layout in layouts.items()
-            if isinstance(layout, ParallelLayout) and layout.context > 1 and name not in self.CONTEXT_PARALLEL
+            if layout.context > 1 and name not in self.CONTEXT_PARALLEL
+        ] + [
+            f"{name}.expert={layout.expert}: only score, distill and correct share experts out, by parallel.expert; "
+            "set it to 1"
+            for name, layout in layouts.items()
+            if layout.expert > 1 and name not in self.EXPERT_PARALLEL
         ]
 
     def faults(self) -> list[str]:

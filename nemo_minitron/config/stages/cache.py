@@ -24,6 +24,8 @@ class CacheConfig(StageConfig):
 
     Attributes:
         teacher: checkpoint whose logits are kept.
+        student: model that is going to read the cache, where its tokenizer ends texts otherwise or has other added
+            tokens than the teacher's: it then cuts the text, as in the training. null: the teacher's does.
         data: training text; its held-out split validates.
         steps, global_batch_size, validation_batches: as in the training that the cache is for.
         k: tokens kept of each position; null keeps all.
@@ -38,9 +40,11 @@ class CacheConfig(StageConfig):
     STAGE: ClassVar[str] = "cache"
     HELP: ClassVar[str] = "Keep a teacher's logits on disk, for trainings without it."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
-    INPUTS: ClassVar[tuple[str, ...]] = ("teacher",)
+    INPUTS: ClassVar[tuple[str, ...]] = ("teacher", "student")
+    ADDED: ClassVar[tuple[str, ...]] = ("student",)
 
     teacher: str = MISSING
+    student: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 300
     global_batch_size: int = 8

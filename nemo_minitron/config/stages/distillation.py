@@ -39,6 +39,7 @@ class TrainingConfig(Schedule, StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
+    EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
         "result", "data.workers", "teacher_placement", "teacher_parallel",
@@ -167,7 +168,7 @@ class DistillConfig(TrainingConfig):
                 "teacher=null: there is something to learn from it; name a checkpoint or a teacher_cache, or train on "
                 "the labels alone with loss.label_weight=1 and no intermediate losses"
             )
-        faults += self._context_faults()
+        faults += self._context_faults() + self._expert_faults()
         if self.recompute == "full" and self.intermediate.weights():
             faults.append(
                 "recompute=full: intermediate losses are taken inside the layers, which would run twice; use "
@@ -181,6 +182,20 @@ class DistillConfig(TrainingConfig):
         return [
             f"parallel.context={self.parallel.context}: sequences are shared out over the student's ranks, so the "
             "teacher must be there too; set teacher_placement=shared, or use a teacher_cache"
+        ]
+
+    def _expert_faults(self) -> list[str]:
+        if self.parallel.expert == 1:
+            return []
+        needs = {
+            f"teacher_placement={self.teacher_placement}": self.teacher_placement != "shared",
+            f"teacher_correction.lr={self.teacher_correction.lr}": self.teacher_correction.lr is not None,
+        }
+        return [
+            f"parallel.expert={self.parallel.expert}: is not offered with {what}; set it to 1, or use a frozen teacher "
+            "in the student's layout"
+            for what, there in needs.items()
+            if there
         ]
 
     def _placement_faults(self) -> list[str]:

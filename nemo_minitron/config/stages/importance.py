@@ -38,6 +38,7 @@ class ScoreConfig(StageConfig):
         parallel: layout of the model.
     """
 
+    EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     STAGE: ClassVar[str] = "score"
     HELP: ClassVar[str] = "Score every unit of a model by forward passes over calibration data."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL

@@ -10,8 +10,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from nemo_minitron.data.chat.conversations import Chat, bad_lines
+from nemo_minitron.data.bad_records import each
+from nemo_minitron.data.chat.conversations import Chat
 from nemo_minitron.data.chat.forms import HELPSTEER
+from nemo_minitron.data.chat.labels import parse_attribute_string
 from nemo_minitron.errors import DataError
 
 __all__ = [
@@ -91,22 +93,9 @@ def attribute_string(attributes: Mapping[str, int], schema: AttributeSchema | No
     return ",".join(f"{name}:{attributes[name]}" for name in order)
 
 
-def parse_attribute_string(text: str) -> dict[str, int]:
-    """``verbosity=1,complexity=2`` or ``verbosity:1`` as a mapping.
-
-    Raises:
-        DataError: for anything else.
-    """
-    values = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*[=:]\s*(-?\d+)\s*", part)
-        if match is None or match[1] in values:
-            raise DataError(f"attributes {text!r}: {part!r} is no name=number, or the name again; write verbosity=1")
-        values[match[1]] = int(match[2])
-    return values
-
-
-def check_attributes(chats: Sequence[Chat], schema: AttributeSchema, title: str, *, needed: bool = False) -> None:
+def check_attributes(
+    chats: Sequence[Chat], schema: AttributeSchema, title: str, *, needed: bool = False, skip: bool = False
+) -> list[int]:
     """Check every chat's values.
 
     Args:
@@ -114,18 +103,33 @@ def check_attributes(chats: Sequence[Chat], schema: AttributeSchema, title: str,
         schema: what they may be.
         title: the file, for the message.
         needed: report chats without attribute values.
+        skip: leave chats with such faults out.
+
+    Returns:
+        The numbers of the chats without a fault.
 
     Raises:
-        DataError: all faults with their lines.
+        DataError: all faults with their places, unless they are left out; in any case if all chats have some.
     """
-    faults = []
-    for chat in chats:
-        where = chat.where.rpartition(", ")[2]
-        faults += [f"{where}: {fault}" for fault in schema.faults(chat.attributes)]
+
+    def check(row: tuple[int, Chat]) -> int:
+        number, chat = row
+        faults = schema.faults(chat.attributes)
         if needed and not chat.attributes:
-            faults.append(f"{where}: has no attributes")
-    if faults:
-        raise bad_lines(title, faults)
+            faults.append("has no attributes")
+        if faults:
+            raise DataError("; ".join(faults))
+        return number
+
+    checked = each(
+        enumerate(chats),
+        check,
+        where=lambda row: row[1].where,
+        record=lambda row: row[1].record(),
+        title=title,
+        skip=skip,
+    )
+    return [number for _, number in checked]
 
 
 # -------------------------------------------------------------------------------------------------------------- derived

@@ -1,6 +1,6 @@
-"""Conversations: JSONL of the user or of a package as :class:`Chat`, and their tokens through a chat template.
+"""Conversations: records of the user or of a package as :class:`Chat`.
 
-A line is one of (:mod:`nemo_minitron.data.chat.forms`)::
+A record is one of (:mod:`nemo_minitron.data.chat.forms`)::
 
     {"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], "system": "..."}
@@ -10,25 +10,28 @@ A line is one of (:mod:`nemo_minitron.data.chat.forms`)::
     {"question": "...", "answer": "..."}
 
 with ``"attributes": {"verbosity": 3}`` of the last answer, if it has attribute values, and ``"tools"`` that may be
-called. A ``.json`` file is an array of the same objects.
+called.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data import packages
-from nemo_minitron.data.chat.fields import ANSWER_FIELDS, RECORD_FIELDS, Unknown, UnknownKinds
+from nemo_minitron.data.chat.fields import ANSWER_FIELDS, RECORD_FIELDS, Unknown
 from nemo_minitron.data.chat.forms import chat_turns, read_attributes
+from nemo_minitron.data.chat.labels import parse_attribute_string
 from nemo_minitron.data.chat.tools import parse_tools
-from nemo_minitron.data.chat.turns import ROLES, Message, check_order
+from nemo_minitron.data.chat.turns import ROLES, Message, by_message, check_order
+from nemo_minitron.data.json_records import items
+from nemo_minitron.data.records import open_records, parse_all
 from nemo_minitron.errors import DataError
 
 __all__ = [
@@ -36,14 +39,14 @@ __all__ = [
     "ROLES",
     "Chat",
     "Message",
+    "iter_chats",
+    "iter_records",
     "parse_chat",
     "read_chats",
     "read_package_chats",
     "read_records",
     "split_held_out",
 ]
-
-_REPORTED = 20  # bad lines named in one error
 
 T = TypeVar("T")
 
@@ -55,7 +58,7 @@ class Chat:
     Attributes:
         messages: the turns.
         attributes: values of the last answer by name ("verbosity" -> 3); empty where the data give none.
-        where: file and line, for messages.
+        where: file and place in it, for messages.
         tools: what the assistant may call, a JSON list; empty for none.
     """
 
@@ -91,18 +94,24 @@ class Chat:
         return content | ({"attributes": dict(self.attributes)} if self.attributes else {})
 
 
-def read_chats(path: str | Path, *, answered: bool = True) -> list[Chat]:
-    """All conversations of a JSONL or JSON file.
+def read_chats(path: str | Path, *, answered: bool = True, skip: bool = False) -> list[Chat]:
+    """All conversations of a file: :func:`iter_chats`."""
+    return list(iter_chats(path, answered=answered, skip=skip))
+
+
+def iter_chats(path: str | Path, *, answered: bool = True, skip: bool = False) -> Iterator[Chat]:
+    """The conversations of a file, streamed; of any container (:mod:`nemo_minitron.data.containers`).
 
     Args:
-        path: the file.
+        path: of a file, or of a directory with a dataset.
         answered: each must end with an answer; otherwise it may end with the user's turn (prompts).
+        skip: leave bad records out (``on_bad_record: skip``).
 
     Raises:
-        DataError: for a file that cannot be read or holds nothing, and for bad lines, which are all named with their
-            numbers and what is wrong with each.
+        DataError: for a file that cannot be read or holds nothing, and for bad records, which are all named with their
+            places and what is wrong with each, at the end of the file; after the first nothing is given out.
     """
-    return read_records(path, lambda record: parse_chat(record, answered=answered))
+    return iter_records(path, lambda record: parse_chat(record, answered=answered), skip=skip)
 
 
 def read_package_chats(name: str, cache_dir: str | Path) -> list[Chat]:
@@ -126,9 +135,11 @@ def parse_chat(record: Any, *, answered: bool = True) -> Chat:
     """
     if not isinstance(record, dict):
         raise DataError(f"a JSON object is needed, not {type(record).__name__}")
+    record = by_message(record)
     given, unknown = Noted(record), Unknown()
     attributes = parse_attributes(read_attributes(record, given))
     messages = chat_turns(record, given, unknown, answered=answered)
+    attributes, messages = _labelled(attributes, messages)
     tools = parse_tools(given.get("tools"))
     check_order(messages, answered=answered)
     if answered and not any(message.trained for message in messages if message.role == "assistant"):
@@ -136,6 +147,17 @@ def parse_chat(record: Any, *, answered: bool = True) -> Chat:
     unknown.account(given, RECORD_FIELDS if answered else RECORD_FIELDS | ANSWER_FIELDS, kind="record")
     unknown.refuse()
     return Chat(messages, attributes, tools=tools)
+
+
+def _labelled(attributes: dict[str, int], messages: tuple[Message, ...]) -> tuple[dict[str, int], tuple[Message, ...]]:
+    """The label of the last answer (NeMo's) as the values of the conversation."""
+    last = messages[-1] if messages else None
+    if last is None or last.role != "assistant" or not last.label:
+        return attributes, messages
+    values = parse_attribute_string(last.label)
+    if attributes and attributes != values:
+        raise DataError("attributes and the label of the last message say different values; remove one of both")
+    return values, (*messages[:-1], last._replace(label=""))
 
 
 def parse_attributes(value: Any) -> dict[str, int]:
@@ -156,23 +178,26 @@ def parse_attributes(value: Any) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def read_records(path: str | Path, parse: Callable[[Any], T]) -> list[T]:
-    """Each object of a JSONL file (or of the array in a ``.json`` file) through ``parse``.
+def read_records(path: str | Path, parse: Callable[[Any], T], *, skip: bool = False) -> list[T]:
+    """Each record of a file through ``parse``: :func:`iter_records`."""
+    return list(iter_records(path, parse, skip=skip))
 
-    In a result with a field ``where``, that field is set to file and line.
+
+def iter_records(path: str | Path, parse: Callable[[Any], T], *, skip: bool = False) -> Iterator[T]:
+    """Each record of a file through ``parse``, streamed; of any container (:mod:`nemo_minitron.data.containers`).
+
+    In a result with a field ``where``, that field is set to the file and the record's place in it.
+
+    Args:
+        path: of a file, or of a directory with a dataset.
+        parse: raises a DataError with what is wrong with one object.
+        skip: leave bad records out (``on_bad_record: skip``).
 
     Raises:
-        DataError: as :func:`read_chats`; ``parse`` raises it with what is wrong with one object.
+        DataError: as :func:`read_chats`, at the end of the file; after the first bad record nothing is given out.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
-    if path.suffix.lower() == ".json":
-        return _parse_array(content, str(path), parse)
-    lines = ((f"line {number}", line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
-    return _parse_all(lines, str(path), parse)
+    records = open_records(path)
+    return _placed(parse_all(records.read(), records.title, parse, skip=skip))
 
 
 def read_package_records(name: str, cache_dir: str | Path, known: Sequence[str], parse: Callable[[Any], T]) -> list[T]:
@@ -191,62 +216,12 @@ def read_package_records(name: str, cache_dir: str | Path, known: Sequence[str],
 
 
 def _parse_array(content: bytes, title: str, parse: Callable[[Any], T]) -> list[T]:
-    try:
-        records = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{title}: not JSON ({error}); correct it") from None
-    if not isinstance(records, list):
-        raise DataError(f"{title}: a JSON array of objects is needed, not {type(records).__name__}; or write JSONL")
-    return _parse_all(((f"item {number}", record) for number, record in enumerate(records, 1)), title, parse)
+    return list(_placed(parse_all(items(io.BytesIO(content), title, array=True), title, parse)))
 
 
-def _parse_all(items: Iterable[tuple[str, Any]], title: str, parse: Callable[[Any], T]) -> list[T]:
-    chats, faults, bad = [], [], 0
-    kinds: dict[str, int] = {}
-    again: Counter[int] = Counter()  # further lines of the fault with this number
-    for where, item in items:
-        bad += 1
-        try:
-            record = json.loads(item.decode("utf-8-sig")) if isinstance(item, bytes) else item
-            chat = parse(record)
-        except UnicodeDecodeError as error:
-            faults.append(f"{where}: not UTF-8 ({error.reason})")
-        except json.JSONDecodeError as error:
-            faults.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
-        except UnknownKinds as error:
-            for kind, fault in error.kinds.items():
-                if kind in kinds:
-                    again[kinds[kind]] += 1
-                else:
-                    kinds[kind] = len(faults)
-                    faults.append(f"{where}: {fault}")
-        except DataError as error:
-            faults.append(f"{where}: {error}")
-        else:
-            bad -= 1
-            chats.append(replace(chat, where=f"{title}, {where}") if hasattr(chat, "where") else chat)  # type: ignore[type-var]
-    if faults:
-        for number, count in again.items():
-            faults[number] += f" (and {count} more like it)"
-        raise bad_lines(title, faults, lines=bad)
-    if not chats:
-        raise DataError(f"{title}: is empty; give a file with at least one line")
-    return chats
-
-
-def bad_lines(title: str, faults: Sequence[str], *, lines: int | None = None) -> DataError:
-    """One error for all bad lines of a file.
-
-    Args:
-        title: the file.
-        faults: what is wrong, each with its line.
-        lines: how many lines are bad; by default as many as there are faults.
-    """
-    more = f"\n  and {len(faults) - _REPORTED} more" if len(faults) > _REPORTED else ""
-    shown = "".join(f"\n  {fault}" for fault in faults[:_REPORTED])
-    lines = len(faults) if lines is None else lines
-    plural = "1 bad line; correct or remove it" if lines == 1 else f"{lines} bad lines; correct or remove them"
-    return DataError(f"{title}: {plural}:{shown}{more}")
+def _placed(parsed: Iterable[tuple[str, T]]) -> Iterator[T]:
+    for where, item in parsed:
+        yield replace(item, where=where) if hasattr(item, "where") else item  # type: ignore[type-var]
 
 
 def split_held_out(

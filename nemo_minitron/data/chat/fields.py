@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.accounting import Noted, unread
-from nemo_minitron.errors import DataError
+from nemo_minitron.data.bad_records import UnknownKinds, shown
 
 __all__ = ["ANSWER_FIELDS", "MESSAGE_FIELDS", "RECORD_FIELDS", "Unknown", "UnknownKinds", "blank", "shown"]
 
@@ -44,11 +44,18 @@ RECORD_FIELDS: dict[str, str] = {
     "predicted": "written by `minitron label`; its whole numbers stand under attributes",
 }  # fmt: skip
 
-#: The same where prompts alone are wanted: the pairs of `minitron dpo` have prompts, too.
+#: The same where prompts alone are wanted: pairs, rated answers and answers with labels have prompts, too.
 ANSWER_FIELDS: dict[str, str] = dict.fromkeys(
-    ("chosen", "rejected", "chosen_reward", "rejected_reward", "chosen_response", "rejected_response"),
+    (
+        "chosen", "rejected", "chosen_reward", "rejected_reward", "chosen_response", "rejected_response",
+        "score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_rating", "rejected_rating",
+        "chosen-rating", "rejected-rating", "chosen_model", "rejected_model", "chosen-model", "rejected-model",
+        "response_1", "response_2", "preference_strength", "preference_statement", "preference_elaboration",
+        "three_most_similar_preferences", "all_preferences_unprocessed", "completions", "models", "correct_answers",
+        "incorrect_answers", "label",
+    ),
     "says how the prompt was answered, and the prompt alone is read",
-)
+)  # fmt: skip
 
 #: The same of a message.
 MESSAGE_FIELDS: dict[str, str] = {
@@ -57,20 +64,6 @@ MESSAGE_FIELDS: dict[str, str] = {
     **dict.fromkeys(("metadata", "language"), _NOTES),
     "model": _AUTHOR,
 }
-
-_SHOWN = 40  # characters of a value in a message
-
-
-class UnknownKinds(DataError):
-    """A record is of a form that is not known, or holds unknown fields.
-
-    Attributes:
-        kinds: what is unknown -> the fault. A file with many lines of one kind reports it once.
-    """
-
-    def __init__(self, kinds: Mapping[str, str]) -> None:
-        self.kinds = dict(kinds)
-        super().__init__("; ".join(self.kinds.values()))
 
 
 class Unknown:
@@ -104,9 +97,3 @@ class Unknown:
 def blank(value: Any) -> bool:
     """Whether a field has no value; false and 0 are values."""
     return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut short."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -14,7 +14,16 @@ from nemo_minitron.data.chat.fields import Unknown, UnknownKinds, shown
 from nemo_minitron.data.chat.turns import Message, parse_message, parse_messages, system_turn, text_of
 from nemo_minitron.errors import DataError
 
-__all__ = ["HELPSTEER", "LISTS", "chat_turns", "marked_turns", "question_turns", "read_attributes", "without_end"]
+__all__ = [
+    "HELPSTEER",
+    "LISTS",
+    "chat_turns",
+    "check_paired",
+    "marked_turns",
+    "question_turns",
+    "read_attributes",
+    "without_end",
+]
 
 #: HelpSteer's attributes (arXiv 2311.09528, section 3), which its rows have as columns.
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -61,15 +70,21 @@ def chat_turns(record: Mapping[str, Any], given: Noted, unknown: Unknown, *, ans
     if asked is None:
         raise UnknownKinds({"form": f"is of no form that is known; it has {have}; known: {_KNOWN}"})
     answers = _PAIRS[asked]
+    if answered:
+        check_paired(record)
     if answered and record.get("chosen") is not None:
         raise UnknownKinds({"pair": f"is a preference pair, and conversations are wanted here; it has {have}"})
-    answer = next((key for key in answers if key in record), None)
-    if answer is None and answered:
+    answer = next((key for key in answers if record.get(key) is not None), None)
+    if answer is None and answered and not any(key in record for key in answers):
         raise UnknownKinds({f"no answer to {asked}": f"has no {' and no '.join(answers)}; it has {have}"})
     prompt = question_turns(record, given, asked, unknown)
     if asked != "instruction":  # answers within a prompt are context; those of a history are trained on
         prompt = tuple(turn._replace(trained=turn.role != "assistant" and turn.trained) for turn in prompt)
-    if answer is None or (not answered and record[answer] is None):
+    if answer is None:
+        if answered:
+            raise DataError(f"has no {' and no '.join(answers)}")
+        for key in answers:
+            given.get(key)
         return prompt
     if "text" in record:  # Alpaca's column of the whole, written out
         _check_written_out(given, asked, answer)
@@ -143,6 +158,15 @@ def without_end(text: str) -> str:
     return stripped.removesuffix(_NEMO_END) if stripped.endswith(_NEMO_END) else text
 
 
+def check_paired(record: Mapping[str, Any]) -> None:
+    """Raise an UnknownKinds error for a row of KTO: an answer, and whether it is good."""
+    if isinstance(record.get("label"), bool) and record.get("completion") is not None:
+        raise UnknownKinds(
+            {"KTO": "is an answer with a label (KTO), and no stage trains on those; give minitron dpo pairs (chosen "
+             "and rejected of one prompt), or minitron sft the answers whose label is true, without it"}
+        )  # fmt: skip
+
+
 def read_attributes(record: Mapping[str, Any], given: Noted) -> Any:
     """What a record says of its last answer: ``attributes``, or HelpSteer's columns; None for nothing."""
     if record.get("attributes") is not None:
@@ -191,6 +215,13 @@ def _check_repeated(record: Mapping[str, Any], given: Noted, messages: Sequence[
         if prompt.strip() not in [turn.content.strip() for turn in messages if turn.role == "user"]:
             raise DataError("has messages and a prompt that is none of them; remove one of both")
         given.get("prompt")
+    if record.get("type") == "TEXT_TO_VALUE":
+        raise DataError(
+            "type=TEXT_TO_VALUE trains a model to write attribute values; minitron reward trains one that predicts "
+            "them, from the same conversations without the type"
+        )
+    if record.get("type") == "VALUE_TO_TEXT":  # what labelled=true does
+        given.get("type")
     if (mask := record.get("mask")) is not None:  # of NeMo's chats: whose turns are not trained on
         if not isinstance(mask, str) or mask.lower() != "user":
             raise DataError(f"mask={shown(mask)}: only the user's turns can be left out; write User, or give weights")

@@ -33,14 +33,16 @@ def schema_of(config: AttributesConfig) -> AttributeSchema:
     return choose_schema(config.schema, config.names, config.highest)
 
 
-def open_chats(path: str | None, package: str | None, cache_dir: str | Path, *, answered: bool = True) -> list[Chat]:
+def open_chats(
+    path: str | None, package: str | None, cache_dir: str | Path, *, answered: bool = True, skip: bool = False
+) -> list[Chat]:
     """Conversations of a file or of a package.
 
     Raises:
         DataError: as their readers.
     """
     if path is not None:
-        return read_chats(path, answered=answered)
+        return read_chats(path, answered=answered, skip=skip)
     assert package is not None  # the configuration has one of both
     return read_package_chats(package, cache_dir)
 
@@ -61,10 +63,10 @@ def labelled_chats(config: ChatDataConfig, attributes: AttributesConfig, *, pair
     for path, package in ((config.path, config.package), (config.validation, None)):
         if path is None and package is None:
             continue
-        chats, preferred = _read(path, package, config.cache_dir, pairs=pairs)
+        chats, preferred = _read(path, package, config.cache_dir, pairs=pairs, skip=config.skip)
         title = str(path or package)
-        check_attributes(chats, schema, title, needed=not attributes.derive)
-        parts.append(list(zip(chats, preferred, strict=True)))
+        good = check_attributes(chats, schema, title, needed=not attributes.derive, skip=config.skip)
+        parts.append([(chats[number], preferred[number]) for number in good])
     if attributes.derive:  # on one scale for both parts
         together = [labelled for part in parts for labelled in part]
         derived = derive_attributes([chat for chat, _ in together], schema, [chosen for _, chosen in together])
@@ -83,12 +85,15 @@ def labelled_chats(config: ChatDataConfig, attributes: AttributesConfig, *, pair
 
 
 def _read(
-    path: str | None, package: str | None, cache_dir: str | Path, *, pairs: bool
+    path: str | None, package: str | None, cache_dir: str | Path, *, pairs: bool, skip: bool
 ) -> tuple[list[Chat], list[bool | None]]:
     if not pairs and package not in PREFERENCE_PACKAGES:
-        chats = open_chats(path, package, cache_dir)
+        chats = open_chats(path, package, cache_dir, skip=skip)
         return chats, [None] * len(chats)
-    preferences = read_preferences(path) if path is not None else read_package_preferences(str(package), cache_dir)
+    if path is not None:
+        preferences = read_preferences(path, skip=skip)
+    else:
+        preferences = read_package_preferences(str(package), cache_dir)
     return [chat for pair in preferences for chat in pair.chats()], [
         chosen for _ in preferences for chosen in (True, False)
     ]

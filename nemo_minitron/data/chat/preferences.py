@@ -3,7 +3,8 @@
 A line is ``{"prompt": "..." or messages, "chosen": "..." or a message or a dialogue, "rejected": ...}``. A dialogue is
 a list of messages, or HH-RLHF's text, that ends in the answer; it begins with the prompt, which may then be left out.
 ``chosen_response`` and ``rejected_response`` are NeMo-Aligner's names; ``conversations`` in place of ``prompt`` is
-LLaMA-Factory's. ``chosen_reward`` and ``rejected_reward``, or scores, are RPO's rewards.
+LLaMA-Factory's. ``chosen_reward`` and ``rejected_reward``, or scores, are RPO's rewards. UltraFeedback's
+``instruction`` with ``completions`` that have an ``overall_score`` is the pair of the best and the worst of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any, NamedTuple
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data.chat.conversations import Chat, read_package_records, read_records
 from nemo_minitron.data.chat.fields import RECORD_FIELDS, Unknown, UnknownKinds, shown
-from nemo_minitron.data.chat.forms import marked_turns, question_turns, without_end
+from nemo_minitron.data.chat.forms import check_paired, marked_turns, question_turns, without_end
 from nemo_minitron.data.chat.tools import parse_tools
-from nemo_minitron.data.chat.turns import Message, check_order, parse_message, parse_messages, text_of
+from nemo_minitron.data.chat.turns import Message, by_message, check_order, parse_message, parse_messages, text_of
 from nemo_minitron.errors import DataError
 
 __all__ = ["PREFERENCE_PACKAGES", "Preference", "parse_preference", "read_package_preferences", "read_preferences"]
@@ -53,6 +54,20 @@ _PAIR_FIELDS = {
         ("chosen_model", "rejected_model", "chosen-model", "rejected-model"), "says who wrote the answer"
     ),
 }  # fmt: skip
+#: The same of a record with UltraFeedback's rated answers, and of each of these.
+_RATED_FIELDS = {
+    "models": "says who wrote the answers",
+    "correct_answers": "what the annotators were shown",
+    "incorrect_answers": "what the annotators were shown",
+}
+_COMPLETION_FIELDS = {
+    "model": "says who wrote the answer",
+    "principle": "how the answer was drawn",
+    "custom_system_prompt": "how the answer was drawn, another way for each: no system message of the pair",
+    "annotations": "what the annotators said; overall_score is their verdict",
+    "critique": "what the annotators said; overall_score is their verdict",
+    "fine-grained_score": "what the annotators said; overall_score is their verdict",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Preference:
         prompt: turns before the answer; the last is the user's.
         chosen, rejected: the answers, different and not empty.
         chosen_reward, rejected_reward: where the data give them.
-        where: file and line, for messages.
+        where: file and place in it, for messages.
         chosen_more, rejected_more: of the answers, as :attr:`Message.more`.
         tools: as :attr:`Chat.tools`.
     """
@@ -88,13 +103,17 @@ class Preference:
         return chosen, rejected
 
 
-def read_preferences(path: str | Path) -> list[Preference]:
-    """All pairs of a JSONL or JSON file.
+def read_preferences(path: str | Path, *, skip: bool = False) -> list[Preference]:
+    """All pairs of a file, of any container (:mod:`nemo_minitron.data.containers`).
+
+    Args:
+        path: of a file, or of a directory with a dataset.
+        skip: leave bad records out (``on_bad_record: skip``).
 
     Raises:
         DataError: as :func:`~nemo_minitron.data.chat.conversations.read_chats`.
     """
-    return read_records(path, parse_preference)
+    return read_records(path, parse_preference, skip=skip)
 
 
 def read_package_preferences(name: str, cache_dir: str | Path) -> list[Preference]:
@@ -114,9 +133,15 @@ def parse_preference(record: Any) -> Preference:
     """
     if not isinstance(record, dict):
         raise DataError(f"a JSON object is needed, not {type(record).__name__}")
+    record = by_message(record)
     given, unknown = Noted(record), Unknown()
-    better, worse = _answer_fields(record, given)
-    sides = {name: _side(given[name], name, unknown) for name in (better, worse)}
+    rated = _rated(record, given, unknown)
+    if rated is not None:
+        sides, rewards = rated
+    else:
+        sides = {name: _side(given[name], name, unknown) for name in _answer_fields(record, given)}
+        rewards = _rewards(record, given)
+    better, worse = sides
     prompt = _prompt(record, given, unknown, sides)
     check_order(prompt, answered=False)
     if prompt[-1].role == "assistant":
@@ -125,8 +150,6 @@ def parse_preference(record: Any) -> Preference:
     if chosen.content.strip() == rejected.content.strip() and chosen.more == rejected.more:
         raise DataError(f"{better} and {worse} are the same")
     _check_repeated(record, given, (*prompt, chosen), unknown)
-    names = next((names for names in _REWARDS if any(record.get(name) is not None for name in names)), _REWARDS[0])
-    first, second = (_reward(given.get(name), name) for name in names)
     tools = parse_tools(given.get("tools"))
     unknown.account(given, RECORD_FIELDS | _PAIR_FIELDS, kind="record")
     unknown.refuse()
@@ -134,8 +157,8 @@ def parse_preference(record: Any) -> Preference:
         prompt,
         chosen.content,
         rejected.content,
-        chosen_reward=first,
-        rejected_reward=second,
+        chosen_reward=rewards[0],
+        rejected_reward=rewards[1],
         chosen_more=chosen.more,
         rejected_more=rejected.more,
         tools=tools,
@@ -149,23 +172,68 @@ class _Side(NamedTuple):
     answer: Message
 
 
+def _rated(
+    record: Mapping[str, Any], given: Noted, unknown: Unknown
+) -> tuple[dict[str, _Side], tuple[float | None, float | None]] | None:
+    """UltraFeedback's answers with scores: the best against the worst, the first where several are; None without any.
+
+    Raises:
+        DataError: unless there are two answers whose scores differ.
+    """
+    if not isinstance(record.get("completions"), list) or any(record.get(name) is not None for name, _ in _ANSWERS):
+        return None
+    answers: list[tuple[float, str]] = []
+    for number, completion in enumerate(given["completions"], 1):
+        place = f"completion {number}"
+        if not isinstance(completion, dict):
+            raise DataError(f"{place} is {type(completion).__name__}, not an object with response and overall_score")
+        each = Noted(completion)
+        score = _reward(each.get("overall_score"), f"{place}: overall_score")
+        if score is None:
+            raise DataError(f"{place} has no overall_score")
+        answers.append((score, text_of(each.get("response"), f"{place}: its response")))
+        unknown.account(each, _COMPLETION_FIELDS, kind="completion", place=place)
+    for name in _RATED_FIELDS:
+        given.get(name)
+    if len(answers) < 2:
+        raise DataError(f"has {len(answers)} completions; a pair needs two")
+    best, worst = max(answers, key=lambda answer: answer[0]), min(answers, key=lambda answer: answer[0])
+    if best[0] == worst[0]:
+        raise DataError(f"all {len(answers)} completions have the overall_score {best[0]:g}, so none is preferred")
+    sides = {
+        name: _Side((), Message("assistant", text))
+        for name, (_, text) in (("the best completion", best), ("the worst completion", worst))
+    }
+    return sides, (best[0], worst[0])
+
+
+def _rewards(record: Mapping[str, Any], given: Noted) -> tuple[float | None, float | None]:
+    names = next((names for names in _REWARDS if any(record.get(name) is not None for name in names)), _REWARDS[0])
+    first, second = (_reward(given.get(name), name) for name in names)
+    if first is not None and first == second:
+        raise DataError(f"{names[0]} and {names[1]} are both {first:g}, so neither answer is preferred")
+    return first, second
+
+
 def _answer_fields(record: Mapping[str, Any], given: Noted) -> tuple[str, str]:
     """Names of the fields of the chosen and of the rejected answer."""
     for better, worse in _ANSWERS:
         if record.get(better) is not None and record.get(worse) is not None:
             return better, worse
+    check_paired(record)
     have = ", ".join(sorted(record)) or "nothing"
     if "preference_strength" in record and all(isinstance(record.get(name), str) for name in _COMPARED):
         strength = given["preference_strength"]
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
             raise DataError(f"preference_strength={shown(strength)} is no number")
         if strength == 0:
-            raise DataError("preference_strength=0 prefers neither answer; remove the line")
+            raise DataError("preference_strength=0 prefers neither answer")
         return _COMPARED if strength < 0 else (_COMPARED[1], _COMPARED[0])
     missing = [name for name in ("chosen", "rejected") if record.get(name) is None]
     if not any(record.get(key) is not None for key in _ASKED):
         missing.insert(0, "prompt")
     known = ", ".join(f"{better} with {worse}" for better, worse in (*_ANSWERS, _COMPARED))
+    known += ", completions with response and overall_score"
     raise UnknownKinds({f"form {missing}": f"has no {' and no '.join(missing)}; it has {have}; known: {known}"})
 
 
@@ -184,6 +252,8 @@ def _side(value: Any, name: str, unknown: Unknown) -> _Side:
         raise DataError(f"{name} is a message of the {answer.role}; the assistant's is needed")
     if not (answer.content.strip() or answer.more):
         raise DataError(f"{name} is empty")
+    if answer.label:
+        raise DataError(f"{name} has attribute values (label), and answers of pairs have rewards; remove them")
     if not answer.trained:
         raise DataError(f"{name} has the weight 0, and both answers of a pair are trained on; remove the line")
     return _Side(tuple(before), answer)

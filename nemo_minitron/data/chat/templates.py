@@ -9,11 +9,13 @@ are not marked. Tools, calls and thoughts go to the template, and what it does n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemo_minitron.data.chat.attributes import attribute_string
+from nemo_minitron.data.bad_records import BadRecord
+from nemo_minitron.data.chat.attributes import attribute_string, parse_attribute_string
 from nemo_minitron.data.chat.conversations import Chat, Message
 from nemo_minitron.errors import DataError
 
@@ -170,17 +172,21 @@ def prompt_ids(
         messages: the last one is the user's.
         tokenizer: of the model.
         template: as :func:`choose_template` gives it.
-        attributes: values that the answer should have, for a model trained on attributes (SteerLM).
+        attributes: values that the answer should have, for a model trained on attributes (SteerLM). With them, the
+            values of earlier turns are written too.
         tools: as :attr:`Chat.tools`.
-        where: file and line, for faults.
+        where: file and place of the conversation, for faults.
 
     Raises:
-        DataError: for a message that the template refuses; for fields of messages, or tools, that it does not write.
+        BadRecord: for a message that the template refuses; for fields of messages, or tools, that it does not write.
     """
     template = template.of(tools)
-    _check_taken(messages, tools, tokenizer, template, where, prompt=True)
-    _check_written(messages, tools, tokenizer, template, where)
-    text = _text(messages, tokenizer, template, tools=tools, prompt=True) + _label(template, attributes)
+    with _placed(where or "chat"):
+        _check_taken(messages, tools, tokenizer, template, prompt=True)
+        _check_written(messages, tools, tokenizer, template)
+        if attributes:
+            messages = [turn._replace(content=_own_label(template, turn) + turn.content) for turn in messages]
+        text = _text(messages, tokenizer, template, tools=tools, prompt=True) + _label(template, attributes)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -202,40 +208,66 @@ def render(
         tokenizer: a fast tokenizer (it gives the characters of each token).
         template: as :func:`choose_template` gives it.
         last_answer_only: leave the earlier answers unmarked.
-        labelled: put the attribute values of the last answer before it, as :func:`prompt_ids` does; they are not
-            marked.
+        labelled: put the attribute values of the last answer before it, as :func:`prompt_ids` does, and those of
+            earlier turns before them; they are not marked.
 
     Raises:
-        DataError: where the template refuses a message, does not append turns, so that answers cannot be found, or
+        BadRecord: where the template refuses a message, does not append turns, so that answers cannot be found, or
             does not write tools, calls or other fields of the conversation.
     """
-    tools, template = chat.tools, template.of(chat.tools)
-    _check_taken(chat.messages, tools, tokenizer, template, chat.where)
-    _check_written(chat.messages, tools, tokenizer, template, chat.where)
-    label = _label(template, chat.attributes) if labelled else ""
-    messages = list(chat.messages)
-    if label:
-        messages[-1] = messages[-1]._replace(content=label + messages[-1].content)
-    text = _text(messages, tokenizer, template, tools=tools)
-    spans = []
-    for number, message in enumerate(messages):
-        last = number == len(messages) - 1
-        if message.role != "assistant" or not message.trained or (last_answer_only and not last):
-            continue
-        before = _text(messages[:number], tokenizer, template, tools=tools, prompt=True) + (label if last else "")
-        after = _text(messages[: number + 1], tokenizer, template, tools=tools)
-        if not after.startswith(before) or not text.startswith(after):
-            raise DataError(
-                f"{chat.where or 'chat'}: the template {template.name} changes earlier turns when one is added, so the "
-                f"answers cannot be told from the rest; choose one of {', '.join(TEMPLATES)}"
-            )
-        spans.append((len(before), len(after.rstrip())))
+    with _placed(chat.where or "chat"):
+        text, spans = _spans(
+            chat, tokenizer, template.of(chat.tools), last_answer_only=last_answer_only, labelled=labelled
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     answers = [
         any(start < high and end > low for low, high in spans) and end > start
         for start, end in encoded["offset_mapping"]
     ]
     return Rendered(encoded["input_ids"], answers)
+
+
+def _spans(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, template: Template, *, last_answer_only: bool, labelled: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where in it the answers begin and end."""
+    tools = chat.tools
+    _check_taken(chat.messages, tools, tokenizer, template)
+    _check_written(chat.messages, tools, tokenizer, template)
+    labels = [_own_label(template, message) if labelled else "" for message in chat.messages]
+    if labelled and chat.attributes:
+        labels[-1] = _label(template, chat.attributes)
+    messages = [
+        message._replace(content=label + message.content) for message, label in zip(chat.messages, labels, strict=True)
+    ]
+    text = _text(messages, tokenizer, template, tools=tools)
+    spans = []
+    for number, message in enumerate(messages):
+        last = number == len(messages) - 1
+        if message.role != "assistant" or not message.trained or (last_answer_only and not last):
+            continue
+        before = _text(messages[:number], tokenizer, template, tools=tools, prompt=True) + labels[number]
+        after = _text(messages[: number + 1], tokenizer, template, tools=tools)
+        if not after.startswith(before) or not text.startswith(after):
+            raise DataError(
+                f"the template {template.name} changes earlier turns when one is added, so the answers cannot be told "
+                f"from the rest; choose one of {', '.join(TEMPLATES)}"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return text, spans
+
+
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """What is wrong with a conversation, with its place."""
+    try:
+        yield
+    except DataError as error:
+        raise BadRecord(where, str(error)) from None
+
+
+def _own_label(template: Template, message: Message) -> str:
+    return _label(template, parse_attribute_string(message.label)) if message.label else ""
 
 
 def _label(template: Template, attributes: Mapping[str, int] | None) -> str:
@@ -247,7 +279,6 @@ def _check_taken(
     tools: str,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
-    where: str,
     *,
     prompt: bool = False,
 ) -> None:
@@ -275,13 +306,11 @@ def _check_taken(
         if role == "system"
         else "correct the roles, or remove the record"
     )
-    raise DataError(
-        f"{where or 'chat'}: message {taken + 1} ({role}): {reason}; {remedy}, or choose another template"
-    ) from None
+    raise DataError(f"message {taken + 1} ({role}): {reason}; {remedy}, or choose another template") from None
 
 
 def _check_written(
-    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerBase, template: Template, where: str
+    messages: Sequence[Message], tools: str, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> None:
     """Raise a DataError for what the template leaves out: its text is the same without it."""
     without: dict[str, tuple[Sequence[Message], str]] = {"tools": (messages, "")} if tools else {}
@@ -308,7 +337,7 @@ def _check_written(
             left_out.append(name)
     if left_out:
         raise DataError(
-            f"{where or 'chat'}: {', '.join(left_out)}: the template {template.name} does not write it; choose a "
+            f"{', '.join(left_out)}: the template {template.name} does not write it; choose a "
             "template that does, or remove it from the data"
         )
 

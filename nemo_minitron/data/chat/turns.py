@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data.chat.fields import MESSAGE_FIELDS, Unknown, UnknownKinds, blank, shown
+from nemo_minitron.data.chat.labels import parse_attribute_string
 from nemo_minitron.data.chat.tools import parse_calls
 from nemo_minitron.errors import DataError
 
-__all__ = ["ROLES", "Message", "check_order", "parse_message", "parse_messages", "system_turn", "text_of"]
+__all__ = ["ROLES", "Message", "by_message", "check_order", "parse_message", "parse_messages", "system_turn", "text_of"]
 
 ROLES = ("system", "user", "assistant", "tool")
 #: Names that other forms of the same data use.
@@ -23,6 +24,8 @@ _ROLE_NAMES = {
     "observation": "tool",
     **{role: role for role in ROLES},
 }
+#: Fields of every message.
+_COLUMNS = ({"role", "content"}, {"from", "value"})
 #: Fields that say whether a message is trained on: 1 or 0.
 _WEIGHTS = ("weight", "loss", "train")
 #: Fields that a template writes, by role; each is a text, but for the calls.
@@ -43,12 +46,14 @@ class Message(NamedTuple):
         trained: whether an answer is trained on.
         more: other fields that the chat template gets (``tool_calls``, ``reasoning_content``, ...), a JSON object;
             empty for none.
+        label: attribute values of the turn in text form (SteerLM); of the last answer, the conversation has them.
     """
 
     role: str
     content: str
     trained: bool = True
     more: str = ""
+    label: str = ""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -61,11 +66,26 @@ class Message(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The message of a line."""
-        return self.turn() | ({} if self.trained else {"weight": 0})
+        record = self.turn() | ({} if self.trained else {"weight": 0})
+        return record | ({"label": self.label} if self.label else {})
 
     def identity(self) -> list[str]:
         """What two equal messages of a prompt share."""
         return [self.role, self.content, *([self.more] if self.more else [])]
+
+
+def by_message(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose messages are a column for each field, as tables may keep lists of objects, with lists of them."""
+    return {key: _by_message(value) for key, value in record.items()}
+
+
+def _by_message(value: Any) -> Any:
+    if not isinstance(value, dict) or not any(names <= value.keys() for names in _COLUMNS):
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def text_of(value: Any, name: str) -> str:
@@ -129,13 +149,14 @@ def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
     if given[role].lower() == "function_call":  # ShareGPT's: the value is the call
         return _call(given, content, name, unknown)
     trained = _trained(given, known, name)
+    label = _label(given, known, name)
     more = _more(given, known, name, unknown)
     text = _content(given.get(content), name, unknown)
     wordless = blank(text) or (isinstance(text, str) and not text.strip())
     if not (wordless and (known == "system" or "tool_calls" in more)):  # a call needs no words
         text = text_of(text, f"{name}: its {'answer' if known == 'assistant' else 'content'}")
     unknown.account(given, MESSAGE_FIELDS, kind="message", place=name)
-    return Message(known, text or "", trained, json.dumps(more) if more else "")
+    return Message(known, text or "", trained, json.dumps(more) if more else "", label)
 
 
 def _call(given: Noted, content: str, name: str, unknown: Unknown) -> Message:
@@ -162,6 +183,19 @@ def _trained(given: Noted, role: str, name: str) -> bool:
             f"{name}: {' and '.join(f'{key}={value}' for key, value in said.items())} contradict each other"
         )
     return all(said.values())
+
+
+def _label(given: Noted, role: str, name: str) -> str:
+    """NeMo's attribute values of a turn."""
+    value = given.get("label") if role in ("user", "assistant") else None
+    if blank(value):
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{name}: label={shown(value)} is no text of attribute values; write quality:4,verbosity:1")
+    try:
+        return ",".join(f"{key}:{number}" for key, number in parse_attribute_string(value).items())
+    except DataError as error:
+        raise DataError(f"{name}: label: {error}") from None
 
 
 def _more(given: Noted, role: str, name: str, unknown: Unknown) -> dict[str, Any]:

@@ -113,14 +113,24 @@ class TopTokens:
     """A teacher's likeliest tokens, the same on every rank.
 
     Attributes:
-        tokens: ``[n, k]`` global token ids, all different.
-        log_probabilities: ``[n, k]``, at the temperature of the loss.
+        tokens: ``[n, k]`` global token ids, all different; -1 where there is none.
+        log_probabilities: ``[n, k]``, at the temperature of the loss; minus infinity where there is no token.
         log_rest: ``[n]`` log of the probability of all other tokens.
+        full: there are k tokens everywhere.
     """
 
     tokens: torch.Tensor
     log_probabilities: torch.Tensor
     log_rest: torch.Tensor
+    full: bool = True
+
+    def to(self, device: torch.device) -> TopTokens:
+        """The same on a device."""
+        return TopTokens(self.tokens.to(device), self.log_probabilities.to(device), self.log_rest.to(device), self.full)
+
+    def __getitem__(self, part: slice) -> TopTokens:
+        """Those of some of the n positions."""
+        return TopTokens(self.tokens[part], self.log_probabilities[part], self.log_rest[part], self.full)
 
 
 def wide(logits: torch.Tensor) -> torch.dtype:
@@ -256,12 +266,17 @@ def top_k_kl(top: TopTokens, q: torch.Tensor, columns: Columns) -> LossAndGradie
     shift = _shift_rest(q, top.tokens, columns)
     packed = columns.total(*at_top.unbind(-1), q.exp_().sum(-1))
     log_top, sum_rest = packed[:-1].T, packed[-1]
+    if not top.full:
+        log_top = log_top.masked_fill(top.tokens < 0, float("-inf"))
     log_rest = sum_rest.log() + shift
     log_sum = torch.logaddexp(log_top.logsumexp(-1), log_rest)
     log_top, log_rest = log_top - log_sum[:, None], log_rest - log_sum
     log_p, log_p_rest = top.log_probabilities.to(q.dtype), top.log_rest.to(q.dtype)
     p, p_rest = log_p.exp(), log_p_rest.exp()
-    loss = (p * (log_p - log_top)).sum(-1) + p_rest * (log_p_rest - log_rest)
+    terms = p * (log_p - log_top)
+    if not top.full:
+        terms = terms.masked_fill(top.tokens < 0, 0.0)
+    loss = terms.sum(-1) + p_rest * (log_p_rest - log_rest)
     gradient = q.mul_(((log_rest.exp() - p_rest) / sum_rest)[:, None])
     if columns.valid:
         # q is zero at the top tokens

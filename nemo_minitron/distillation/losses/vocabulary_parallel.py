@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from nemo_minitron.config import LossConfig
 from nemo_minitron.distillation.losses import kernels
+from nemo_minitron.distillation.losses.common import CommonTokens, repartition, taking_part
 from nemo_minitron.distillation.losses.kernels import Columns, TopTokens
 from nemo_minitron.distillation.losses.table import LOGIT_LOSSES, LogitLoss
 from nemo_minitron.runtime.cpu.torch_patches import naming_no_device
@@ -59,22 +60,26 @@ def vocabulary_parallel_loss(
     loss: LossConfig,
     labels: torch.Tensor | None = None,
     inplace: bool = False,
+    common: CommonTokens | None = None,
 ) -> TokenLosses:
     """The loss of each token from vocabulary-parallel logits.
 
     Equal in value and gradient to :mod:`nemo_minitron.distillation.losses.reference` on the gathered logits.
 
     Memory above the inputs: one gradient in the student's dtype (none if ``inplace``), and four buffers of
-    :data:`CHUNK_BYTES`; for the forward KL without labels only five of ``kernels.BLOCK_BYTES``.
+    :data:`CHUNK_BYTES`; for the forward KL without labels only five of ``kernels.BLOCK_BYTES``. Where tokens are left
+    out, two more of :data:`CHUNK_BYTES`; where the teacher's columns lie on other ranks, these columns once more.
 
     Communication a chunk of tokens, which for the forward KL without labels is all of them: an all-reduce of 2 and one
     of 3 numbers a token for the KLs; one more of 2 numbers for Jensen-Shannon; see :func:`vocabulary_parallel_top_k`
-    for top-k; an all-reduce of 1 and one of 2 numbers a token for labels.
+    for top-k; an all-reduce of 1 and one of 2 numbers a token for labels. Where the teacher's columns lie on other
+    ranks, see :func:`~nemo_minitron.distillation.losses.common.repartition`.
 
     Args:
         student: ``[..., V/tp]`` logits of this rank's columns; gradients flow here. Contiguous, or it is copied whole.
         teacher: ``[..., V/tp]`` logits of the same columns (contiguous too), or for "top_k" its likeliest
-            tokens, ``n`` being the number of the student's tokens.
+            tokens, ``n`` being the number of the student's tokens. With ``common`` the logits may have another number
+            of columns, ``[..., W/tp]``; they are then those of the teacher's own partition.
         group: tensor-parallel group; its rank ``r`` holds columns ``r V/tp`` to ``(r + 1) V/tp - 1``.
         vocab_size: true vocabulary; columns from there on are padding, and take no part.
         loss: its kind is a key of :data:`~nemo_minitron.distillation.losses.table.LOGIT_LOSSES`.
@@ -82,6 +87,8 @@ def vocabulary_parallel_loss(
             cross-entropy is computed whenever they are given, whatever its weight.
         inplace: write the gradient over the student's logits, which the caller then may not read again (as
             Megatron's own vocabulary-parallel cross-entropy does with its logits).
+        common: the tokens that the divergence is over, where they are not the student's whole vocabulary. Labels are
+            always of that.
 
     Raises:
         ValueError: if the shapes differ, labels are lacking, or the loss is impossible.
@@ -90,12 +97,24 @@ def vocabulary_parallel_loss(
         raise ValueError("; ".join(faults))
     if loss.label_weight and labels is None:
         raise ValueError(f"label_weight={loss.label_weight}: needs labels")
-    columns = Columns.of(student.shape[-1], vocab_size, group)
+    if not isinstance(teacher, TopTokens) and teacher.shape != student.shape:
+        if common is None or teacher.shape[:-1] != student.shape[:-1]:
+            raise ValueError(
+                f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape"
+            )
+        if dist.get_world_size(group) > 1:  # alone, a rank has all that it needs
+            teacher = repartition(teacher.detach(), student.shape[-1], common.size, group)
+    common = common or CommonTokens(vocab_size)
+    # Without labels, tokens above the common ones take no part in anything: they are as padding.
+    taken = vocab_size if labels is not None else min(vocab_size, common.size)
+    columns = Columns.of(student.shape[-1], taken, group)
+    restricted = common.size < taken or bool(common.left_out)  # on every rank or on none
     entry = LOGIT_LOSSES[loss.kind]
-    if entry.over_all is not None and not isinstance(teacher, TopTokens) and loss.k >= vocab_size:
+    if entry.over_all is not None and not isinstance(teacher, TopTokens) and loss.k >= len(common):
         entry = LOGIT_LOSSES[entry.over_all]
-    blockwise = labels is None and entry.fused is not None
-    divergence = _divergence(student, teacher, columns, loss, entry, blockwise)
+    blockwise = labels is None and entry.fused is not None and not restricted
+    part = _Part(columns, common, student.device) if restricted else None
+    divergence = _divergence(student, teacher, columns, loss, entry, blockwise, part)
     kernel, weights = [divergence], [1 - loss.label_weight]
     if labels is not None:
         flat = labels.reshape(-1)
@@ -171,6 +190,18 @@ Kernel = Callable[[slice, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor
 the logits; apart from that a kernel must not write to them. A kernel may ignore ``out`` and return a new tensor."""
 
 
+class _Part:
+    """Leaves out the tokens of this rank that take no part in the divergence."""
+
+    def __init__(self, columns: Columns, common: CommonTokens, device: torch.device) -> None:
+        self.columns = columns
+        self.outside = torch.tensor(common.outside(columns), dtype=torch.int64, device=device)
+
+    def of(self, name: str, logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """See :func:`taking_part`."""
+        return taking_part(name, logits, like, self.outside, self.columns)
+
+
 def _divergence(
     student: torch.Tensor,
     teacher: torch.Tensor | TopTokens,
@@ -178,6 +209,7 @@ def _divergence(
     loss: LossConfig,
     entry: LogitLoss,
     blockwise: bool,
+    restricted: _Part | None,
 ) -> Kernel:
     """Teacher against student at the loss's temperature."""
     t, options = loss.temperature, entry.kernel_options(loss)
@@ -190,29 +222,33 @@ def _divergence(
             raise ValueError(f"the teacher's tokens are of {len(teacher.tokens)} positions, the student has {tokens}")
 
         def top(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            part = TopTokens(teacher.tokens[chunk], teacher.log_probabilities[chunk], teacher.log_rest[chunk])
+            part = teacher[chunk]
+            q = q if restricted is None else restricted.of("common_q", q, q)
             value, gradient = from_top_k(part, columns.divided("q", q, t), columns, **options)
             return value.mul_(t * t), gradient if t == 1 else gradient.mul_(t)
 
         return top
 
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in shape"
-        )
     p_logits = teacher.detach().reshape(-1, teacher.shape[-1])
+
+    def both(chunk: slice, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if restricted is None:
+            return p_logits[chunk, : columns.valid], q
+        return restricted.of("common_p", p_logits[chunk], q), restricted.of("common_q", q, q)
 
     if fused is not None:
 
         def whole(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
             if out is not None and not blockwise:
                 out = columns.buffer("gradient", q)  # the next kernel reads the logits, whose memory `out` may be
-            return fused(p_logits[chunk, : columns.valid], q, columns, temperature=t, out=out, **options), out
+            p, q = both(chunk, q)
+            return fused(p, q, columns, temperature=t, out=out, **options), out
 
         return whole
 
     def full(chunk: slice, q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        p, q = columns.divided("p", p_logits[chunk, : columns.valid], t), columns.divided("q", q, t)
+        p, q = both(chunk, q)
+        p, q = columns.divided("p", p, t), columns.divided("q", q, t)
         if from_top_k is not None:
             value, gradient = from_top_k(kernels.top_k_of(p, columns, k=loss.k), q, columns, **options)
         else:

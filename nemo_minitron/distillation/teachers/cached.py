@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_minitron.config import LossConfig
+from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.kernels import TopTokens
 from nemo_minitron.distillation.losses.table import LOGIT_LOSSES
 from nemo_minitron.distillation.teachers.documents import starts_of_positions
@@ -74,12 +75,25 @@ class CachedTeacher:
         cache: with the samples of the training.
         groups: the student's.
         loss: as :func:`cached_loss` gives it.
+        student_rows: the student's vocabulary; None where it is as large as the teacher's.
+        common: the tokens that the loss is over; None for the teacher's whole vocabulary.
     """
 
     states: TeacherStates | None = None
 
-    def __init__(self, cache: LogitCache, groups: Groups, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        cache: LogitCache,
+        groups: Groups,
+        loss: LossConfig,
+        *,
+        student_rows: int | None = None,
+        common: CommonTokens | None = None,
+    ) -> None:
         self.cache, self.groups, self.loss = cache, groups, loss
+        self._rows = cache.manifest.vocab_size if student_rows is None else student_rows
+        whole = common is None or len(common) == cache.manifest.vocab_size
+        self._common = None if whole else common
         self._device = groups.device.torch
 
     def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Sample]:
@@ -106,12 +120,12 @@ class CachedTeacher:
         return logits
 
     def logits(self, kept: Sample) -> torch.Tensor | TopTokens:
-        """Input of the loss: the likeliest tokens, or this rank's ``[s, b, V/tp]`` log-probabilities."""
+        """Input of the loss: the likeliest tokens, or ``[s, b, V/tp]`` log-probabilities of the student's columns."""
         if self.cache.manifest.k is not None:
-            top = decode_top(kept, k=self.loss.k)
-            return TopTokens(*(t.to(self._device) for t in (top.tokens, top.log_probabilities, top.log_rest)))
-        vocabulary, tensor = self.cache.manifest.vocab_size, self.groups.layout.tensor
-        columns = padded_vocab(vocabulary, tensor=tensor) // tensor
+            top = decode_top(kept, k=self.loss.k, common=self._common)
+            return top.to(self._device)
+        tensor = self.groups.layout.tensor
+        columns = padded_vocab(self._rows, tensor=tensor) // tensor
         first = self.groups.tp_rank * columns
         whole = decode_logits(kept)
         local = whole.new_zeros(*whole.shape[:-1], columns)

@@ -47,7 +47,11 @@ class TeacherSource(Protocol):
         ...
 
     def logits(self, kept: Any) -> torch.Tensor | TopTokens:
-        """Input of a micro-batch's loss, on the last pipeline stage: ``[s, b, V/tp]`` logits, or likeliest tokens."""
+        """Input of a micro-batch's loss, on the last pipeline stage: ``[s, b, V/tp]`` logits, or likeliest tokens.
+
+        The columns are those of the student's partition, or of the teacher's own in the student's tensor-parallel
+        group; where the number of columns on a rank is the same, so are these.
+        """
         ...
 
     def close(self) -> None:

@@ -26,110 +26,29 @@ tensor of a shard     of n samples        what
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.kernels import TopTokens
+from nemo_minitron.distillation.teachers.manifest import MANIFEST, Manifest
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.atomic import write_aside
-from nemo_minitron.runtime.files import replace_file, take_umask
+from nemo_minitron.runtime.files import take_umask
 
 __all__ = ["LogitCache", "Manifest", "decode_logits", "decode_top", "encode", "sample_keys", "write_shard"]
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _LOW_BITS = 1 << 16
 
 Sample = dict[str, torch.Tensor]
 """The tensors of one sample, without their first dimension ``n``."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of a cache, and how they are stored.
-
-    Attributes:
-        teacher: :func:`~nemo_minitron.checkpoints.fingerprint.model_fingerprint` of the model.
-        tokenizer: :func:`~nemo_minitron.checkpoints.tokenizer.trimming.tokenizer_fingerprint` of its tokenizer.
-        vocab_size: true vocabulary.
-        sequence_length: s.
-        k: tokens kept; None for all.
-        values: "float32", "float16", "bfloat16" or "int8". A log-probability has no need of the range of bfloat16, so
-            float16 is eight times finer at the same size.
-        dtype: that the teacher computed in.
-        temperature: of the log-probabilities.
-    """
-
-    teacher: str
-    tokenizer: str
-    vocab_size: int
-    sequence_length: int
-    k: int | None
-    values: str
-    dtype: str
-    temperature: float = 1.0
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes on disk per token, with a sample's key and checksum divided by its tokens."""
-        width = VALUE_BYTES[self.values]
-        per_token = 8 if self.values == "int8" else 0
-        if self.k is None:
-            per_token += self.vocab_size * width
-        else:
-            per_token += self.k * (width + 2 + (self.vocab_size > _LOW_BITS)) + 4
-        return per_token + 40 / self.sequence_length
-
-    @property
-    def digest(self) -> str:
-        """Hash of the manifest. Every shard holds it, so that a shard of another cache is refused."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-    def differences(self, other: Manifest) -> list[str]:
-        """``"k=64, not 128"`` for each field in which another manifest differs from this one."""
-        own, others = asdict(self), asdict(other)
-        return [f"{name}={own[name]}, not {others[name]}" for name in own if own[name] != others[name]]
-
-    def write(self, directory: Path) -> None:
-        """As ``manifest.json``."""
-        directory.mkdir(parents=True, exist_ok=True)
-        content = {"version": FORMAT_VERSION, **asdict(self), "bytes_per_token": round(self.bytes_per_token, 2)}
-        replace_file(directory / MANIFEST, json.dumps(content, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, directory: Path) -> Manifest | None:
-        """The manifest in a directory; None where there is none.
-
-        Raises:
-            DataError: if it cannot be read.
-        """
-        path = directory / MANIFEST
-        if not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content.pop("version")
-            if version != FORMAT_VERSION:
-                raise DataError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
-            content.pop("bytes_per_token")
-            manifest = cls(**content)
-            if manifest.values not in VALUE_BYTES:
-                raise ValueError(f"values={manifest.values!r}")
-            return manifest
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} cannot be read ({error}); write the cache again with `minitron cache --overwrite`"
-            ) from error
 
 
 def sample_keys(tokens: torch.Tensor, starts: torch.Tensor) -> list[bytes]:
@@ -176,15 +95,18 @@ def encode(manifest: Manifest, top: TopTokens | None = None, log_probabilities: 
     return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
 
 
-def decode_top(stored: Sample, *, k: int | None = None) -> TopTokens:
+def decode_top(stored: Sample, *, k: int | None = None, common: CommonTokens | None = None) -> TopTokens:
     """A stored sample (or several, stacked) as a distribution over its likeliest tokens and one ghost token.
 
     Args:
         stored: ``[..., k]`` and ``[...]`` tensors.
         k: number of tokens to take; the others join the ghost token. None takes all.
+        common: tokens that take part; None for all. What is known of the others is taken out: those that are stored.
+            Others are in the mass that the cache keeps of all that are not stored, and stay there.
 
     Returns:
-        ``[n, k]`` and ``[n]``, n being the number of tokens: float32, summing to one.
+        ``[n, k]`` and ``[n]``, n being the number of tokens: float32, summing to one. With ``common`` there may be
+        fewer than k tokens at a position.
     """
     values = _values(stored).flatten(0, -2).double()
     tokens = stored["tokens_low"].to(torch.int64)
@@ -194,10 +116,25 @@ def decode_top(stored: Sample, *, k: int | None = None) -> TopTokens:
     # The left-over mass is exact; what the tokens share is one minus it.
     log_top = values - values.logsumexp(-1, keepdim=True) + torch.log(-torch.expm1(log_rest))[:, None]
     tokens = tokens.flatten(0, -2)
+    if common is not None:
+        tokens, log_top, log_rest = _restricted(tokens, log_top, log_rest, common)
     if k is not None and k < tokens.shape[-1]:
         log_rest = torch.logaddexp(log_rest, log_top[:, k:].logsumexp(-1))
         tokens, log_top = tokens[:, :k], log_top[:, :k]
-    return TopTokens(tokens, log_top.float(), log_rest.float())
+    return TopTokens(tokens, log_top.float(), log_rest.float(), full=common is None)
+
+
+def _restricted(
+    tokens: torch.Tensor, log_top: torch.Tensor, log_rest: torch.Tensor, common: CommonTokens
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[n, k]``, ``[n, k]`` and ``[n]`` without the tokens that take no part, likeliest first, and scaled to one."""
+    gone = (tokens >= common.size) | torch.isin(tokens, torch.tensor(common.left_out, dtype=tokens.dtype))
+    order = gone.to(torch.uint8).argsort(dim=-1, stable=True)
+    gone = gone.gather(-1, order)
+    tokens = tokens.gather(-1, order).masked_fill(gone, -1)
+    log_top = log_top.gather(-1, order).masked_fill(gone, float("-inf"))
+    log_sum = torch.logaddexp(log_top.logsumexp(-1), log_rest)
+    return tokens, log_top - log_sum[:, None], log_rest - log_sum
 
 
 def decode_logits(stored: Sample) -> torch.Tensor:
@@ -355,16 +292,16 @@ class LogitCache:
                 "data, or its writing was stopped: run `minitron cache` with the data settings of this training"
             )
 
-    def check(self, *, vocab_size: int, sequence_length: int, tokenizer: str | None, teacher: str | None) -> None:
+    def check(self, *, sequence_length: int, teacher: str | None) -> None:
         """Check that a training with these values may use the cache; None skips a check.
+
+        Vocabularies are compared by :func:`~nemo_minitron.distillation.compatibility.common_with_cache`.
 
         Raises:
             DataError: with all differences.
         """
         asked = {
-            "vocab_size": (vocab_size, "the student's vocabulary"),
             "sequence_length": (sequence_length, "data.sequence_length"),
-            "tokenizer": (tokenizer, "the fingerprint of the training's tokenizer"),
             "teacher": (teacher, "the fingerprint of the teacher that was named"),
         }
         faults = [

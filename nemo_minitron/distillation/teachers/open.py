@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_minitron.config import LossConfig
+from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.teachers.cached import CachedTeacher, cached_loss
 from nemo_minitron.distillation.teachers.frozen import Teacher, TeacherSource
 from nemo_minitron.distillation.teachers.logit_cache import LogitCache, Manifest
@@ -42,6 +43,8 @@ def open_teacher(
     *,
     dtype: torch.dtype,
     loss: LossConfig,
+    student_rows: int,
+    common: CommonTokens | None = None,
 ) -> TeacherSource:
     """The teacher as this rank of the student sees it. Every rank of the student calls it.
 
@@ -51,9 +54,11 @@ def open_teacher(
         groups: the student's.
         dtype: of a model's weights and activations.
         loss: as :func:`loss_of` gave it.
+        student_rows: the student's vocabulary.
+        common: the tokens that the loss is over, where they are not the student's whole vocabulary.
     """
     if placement.cache is not None:
-        return CachedTeacher(LogitCache(placement.cache), groups, loss)
+        return CachedTeacher(LogitCache(placement.cache), groups, loss, student_rows=student_rows, common=common)
     assert checkpoint is not None, "the configuration was checked"
     if placement.kind == "shared":
         return Teacher.load(checkpoint, groups, dtype=dtype)
@@ -61,7 +66,14 @@ def open_teacher(
     if placement.kind == "own_layout":
         from nemo_minitron.distillation.teachers.own_layout import OwnLayoutTeacher
 
-        return OwnLayoutTeacher(checkpoint, groups, placement.layout, dtype)
+        return OwnLayoutTeacher(checkpoint, groups, placement.layout, dtype, student_rows=student_rows)
     from nemo_minitron.distillation.teachers.own_ranks import RemoteTeacher
 
-    return RemoteTeacher(checkpoint, groups, placement.layout, dtype, timeout_minutes=placement.timeout_minutes)
+    return RemoteTeacher(
+        checkpoint,
+        groups,
+        placement.layout,
+        dtype,
+        timeout_minutes=placement.timeout_minutes,
+        student_rows=student_rows,
+    )

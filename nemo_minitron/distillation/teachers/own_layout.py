@@ -27,7 +27,7 @@ __all__ = ["OutputLayer", "OwnLayoutTeacher", "run_replica"]
 
 
 class OutputLayer:
-    """On the student's last stage, turns the delivered tensors into logits.
+    """On the student's last stage, turns the delivered tensors into logits of the student's columns.
 
     Memory: if hidden states are delivered, the teacher's output layer ``[V/tp, H]``; under sequence parallelism, while
     it is applied, one ``[s, b, H]``.
@@ -37,7 +37,8 @@ class OutputLayer:
         self.groups = groups
         self._weight: torch.Tensor | None = None
         if transfer.hidden and groups.is_last_stage:
-            self._weight = output_weight(checkpoint, groups).to(groups.device.torch, dtype)
+            weight = output_weight(checkpoint, groups, vocab_size=transfer.student_rows)
+            self._weight = weight.to(groups.device.torch, dtype)
 
     @torch.no_grad()
     def logits(self, kept: torch.Tensor) -> torch.Tensor:
@@ -95,6 +96,7 @@ class OwnLayoutTeacher:
         groups: the student's.
         layout: the teacher's.
         dtype: of its weights and activations.
+        student_rows: the student's vocabulary, where it is not as large as the teacher's.
 
     Raises:
         ShapeError: if the layout cannot split it.
@@ -104,9 +106,17 @@ class OwnLayoutTeacher:
 
     states: TeacherStates | None = None
 
-    def __init__(self, checkpoint: Checkpoint, groups: Groups, layout: ParallelLayout, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        groups: Groups,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        *,
+        student_rows: int | None = None,
+    ) -> None:
         self.groups = groups
-        self.transfer = Transfer(checkpoint.shape, groups.layout, layout)
+        self.transfer = Transfer(checkpoint.shape, groups.layout, layout, student_rows)
         self._second = SecondLayout(layout)
         with self._second.active() as own:
             self._teacher = Teacher.load(checkpoint, own, dtype=dtype)

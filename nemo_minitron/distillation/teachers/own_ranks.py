@@ -150,6 +150,7 @@ class RemoteTeacher:
         layout: the teacher's.
         dtype: of the delivered tensors.
         timeout_minutes: of the bridge.
+        student_rows: the student's vocabulary, where it is not as large as the teacher's.
     """
 
     states: TeacherStates | None = None
@@ -162,9 +163,10 @@ class RemoteTeacher:
         dtype: torch.dtype,
         *,
         timeout_minutes: float,
+        student_rows: int | None = None,
     ) -> None:
         self.groups, self.layout = groups, layout
-        self.transfer = Transfer(checkpoint.shape, groups.layout, layout)
+        self.transfer = Transfer(checkpoint.shape, groups.layout, layout, student_rows)
         self.bridge = Bridge(groups.layout, layout, rank=dist.get_rank(), timeout_minutes=timeout_minutes)
         self._output = OutputLayer(checkpoint, self.transfer, groups, dtype)
         self._like = torch.empty(0, dtype=dtype, device=groups.device.torch)
@@ -238,6 +240,7 @@ def serve_teacher(
     timeout_minutes: float,
     seed: int = 1234,
     device: Device | None = None,
+    student_rows: int | None = None,
 ) -> int:
     """Run the micro-batches that the student's ranks send, until they are done. Every teacher rank calls it.
 
@@ -248,6 +251,7 @@ def serve_teacher(
         timeout_minutes: longest wait for a message; after it an error is raised.
         seed: of Megatron's random-state tracker.
         device: of this process; None for the device chosen at its start.
+        student_rows: the student's vocabulary; None where it is as large as the teacher's.
 
     Returns:
         Steps served.
@@ -267,7 +271,7 @@ def serve_teacher(
         timeout=timeout,
     )
     groups = initialize(layout, device=device, seed=seed, timeout_minutes=timeout_minutes)
-    transfer = Transfer(checkpoint.shape, student, layout)
+    transfer = Transfer(checkpoint.shape, student, layout, student_rows)
     teacher = Teacher.load(checkpoint, groups, dtype=dtype)
     if transfer.hidden:
         teacher.drop_output_layer()

@@ -8,7 +8,8 @@ For each token, either the hidden state before the output layer or the logits ar
 the student's tensor-parallel ranks needs the whole hidden state (under sequence parallelism only that of its own
 tokens; it gathers the others itself), but only its own columns of the logits. So hidden states cost ``H tp`` (or ``H``)
 numbers per token, logits ``V``, and hidden states are sent if ``H tp <= V``. The student's last-stage ranks then hold
-the teacher's output layer, split in the student's layout.
+the teacher's output layer, split in the student's layout. Either way a rank gets the teacher's logits of the
+columns that it holds of the student's, whatever the sizes of both vocabularies.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ class Transfer:
     Attributes:
         shape: of the teacher.
         student, teacher: layouts.
+        student_rows: the student's vocabulary; None where it is as large as the teacher's.
     """
 
     shape: ModelShape
     student: ParallelLayout
     teacher: ParallelLayout
+    student_rows: int | None = None
 
     @property
     def hidden(self) -> bool:
@@ -78,27 +81,43 @@ class Transfer:
         """The dimension of ``[s, b, H]`` or ``[s, b, V/tp]`` along which it is split."""
         return 0 if self.hidden else 2
 
-    def extent(self, layout: ParallelLayout, tensor_rank: int, sequence: int) -> tuple[int, int]:
-        """Range ``(first, end)`` of the tokens, or columns without padding, that a rank has or needs."""
-        if self.hidden:
-            if not layout.sequence_parallel:
-                return 0, sequence
-            run = sequence // layout.tensor
-            return tensor_rank * run, (tensor_rank + 1) * run
-        run = padded_vocab(self.shape.vocab_size, tensor=layout.tensor) // layout.tensor
-        size = self.shape.vocab_size
-        return min(tensor_rank * run, size), min((tensor_rank + 1) * run, size)
+    @property
+    def columns(self) -> int:
+        """Columns of the student's logits on a rank, padding included."""
+        rows = self.shape.vocab_size if self.student_rows is None else self.student_rows
+        return padded_vocab(rows, tensor=self.student.tensor) // self.student.tensor
+
+    def held(self, tensor_rank: int, sequence: int) -> tuple[int, int]:
+        """Range ``(first, end)`` of the tokens, or columns without padding, that a rank of the teacher has."""
+        columns = padded_vocab(self.shape.vocab_size, tensor=self.teacher.tensor) // self.teacher.tensor
+        return self._range(self.teacher, tensor_rank, sequence, columns, self.shape.vocab_size)
+
+    def needed(self, tensor_rank: int, sequence: int) -> tuple[int, int]:
+        """Range ``(first, end)`` of the tokens, or columns that both models have, that a rank of the student needs."""
+        rows = self.shape.vocab_size
+        size = rows if self.student_rows is None else min(rows, self.student_rows)
+        return self._range(self.student, tensor_rank, sequence, self.columns, size)
+
+    def _range(
+        self, layout: ParallelLayout, tensor_rank: int, sequence: int, columns: int, size: int
+    ) -> tuple[int, int]:
+        if not self.hidden:
+            return min(tensor_rank * columns, size), min((tensor_rank + 1) * columns, size)
+        if not layout.sequence_parallel:
+            return 0, sequence
+        run = sequence // layout.tensor
+        return tensor_rank * run, (tensor_rank + 1) * run
 
     def pieces(self, sequence: int) -> list[Piece]:
         """The parts of one micro-batch; each receiver gets everything that it needs exactly once."""
         pieces = []
         for receiver in range(self.student.tensor):
-            first, last = self.extent(self.student, receiver, sequence)
+            first, last = self.needed(receiver, sequence)
             whole = self.hidden and not self.teacher.sequence_parallel
             # Every sender has all of it: they take turns.
             senders = [receiver % self.teacher.tensor] if whole else range(self.teacher.tensor)
             for sender in senders:
-                begin, end = self.extent(self.teacher, sender, sequence)
+                begin, end = self.held(sender, sequence)
                 start, stop = max(first, begin), min(last, end)
                 if start < stop:
                     pieces.append(Piece(sender, receiver, start, stop))
@@ -173,10 +192,10 @@ def deliver(
         length = piece.stop - piece.start
         part = None
         if source == teacher_rank:
-            own, _ = transfer.extent(transfer.teacher, piece.sender, sequence)
+            own, _ = transfer.held(piece.sender, sequence)
             part = results[number].narrow(transfer.axis, piece.start - own, length)
         if target == student_rank:
-            first, _ = transfer.extent(transfer.student, piece.receiver, sequence)
+            first, _ = transfer.needed(piece.receiver, sequence)
             place = received[number].narrow(transfer.axis, piece.start - first, length)
             if part is not None:
                 place.copy_(part)
@@ -201,10 +220,10 @@ def _buffers(
     if student_rank is None or student_rank < layout.rank(tensor=0, data=0, pipeline=layout.pipeline - 1):
         return {}
     if transfer.hidden:
-        first, last = transfer.extent(layout, student_rank % layout.tensor, sequence)
+        first, last = transfer.needed(student_rank % layout.tensor, sequence)
         sizes = last - first, rows, transfer.shape.hidden_size
     else:
-        sizes = sequence, rows, padded_vocab(transfer.shape.vocab_size, tensor=layout.tensor) // layout.tensor
+        sizes = sequence, rows, transfer.columns
     replica = student_rank // layout.tensor % layout.data
     return {replica * micro_batches + index: like.new_zeros(sizes) for index in range(micro_batches)}
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
+from nemo_minitron.checkpoints.training_state import clear_previous, keep_previous
 from nemo_minitron.distillation.training.outputs import directories, value_of
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
@@ -18,8 +19,10 @@ __all__ = ["BestCheckpoint", "LastCheckpoint"]
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the latest training state: saved at each validation, and every ``every`` steps.
 
+    The state before it is kept too, in ``previous``, until the training has ended.
+
     Args:
-        directory: of the single checkpoint that is kept.
+        directory: of the checkpoints.
         every: number of steps.
     """
 
@@ -42,6 +45,18 @@ class LastCheckpoint(ModelCheckpoint):
         """The last step is saved after its validation: a training that finds this checkpoint is complete."""
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, *arguments)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
+        """Called for the checkpoint that a newer one has replaced."""
+        if trainer.is_global_zero:
+            keep_previous(Path(filepath.removesuffix(".ckpt")))
+        trainer.strategy.barrier()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A training that ended is not resumed."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero and trainer.global_step >= trainer.max_steps and self.dirpath is not None:
+            clear_previous(Path(self.dirpath))
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save now, unless this step is saved."""

@@ -20,6 +20,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo2.config import nemo_config
+from nemo_minitron.checkpoints.training_state import check_state, use_previous
 from nemo_minitron.config import Schedule
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.distillation.compatibility import check_context
@@ -28,7 +29,7 @@ from nemo_minitron.distillation.training.checkpoints import BestCheckpoint, Last
 from nemo_minitron.distillation.training.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.training.language_model import TrainedModel
 from nemo_minitron.distillation.training.metrics import VALIDATION, ExactPosition, ProgressBar, StepMetrics
-from nemo_minitron.distillation.training.outputs import Trained, remove_unfinished
+from nemo_minitron.distillation.training.outputs import Trained, directories, remove_unfinished, step_of
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime import versions
@@ -89,6 +90,7 @@ def trainer_of(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         **versions.layer_layout(pipeline_layer_layout(shape, layout)),
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
@@ -141,6 +143,7 @@ def trained_config(
         multiple=128,
         rows=padded_vocab(initial.shape.vocab_size, tensor=layout.tensor),
     )
+    config.expert_model_parallel_size = layout.expert
     if schedule.recompute != "none":
         config.recompute_granularity = schedule.recompute
     if schedule.recompute == "full":
@@ -189,6 +192,7 @@ def train(
         title: of the progress bar.
 
     Raises:
+        CheckpointError: if the checkpoint that the training would go on from is damaged.
         ConfigError: for blocks of several documents under context parallelism.
         NonFiniteError: if the loss or a gradient is not finite; before the weights change.
         PreemptedError: after SIGTERM or SIGUSR1, once the step has ended and the training state is saved.
@@ -239,6 +243,10 @@ def train(
     checkpoints = directory / "checkpoints"
     remove_unfinished(checkpoints)
     remove_unfinished(directory / "best")
+    if resume:
+        use_previous(checkpoints)
+        if saved := directories(checkpoints):
+            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again")
     with request, bounded_groups():
         llm.train(
             model,

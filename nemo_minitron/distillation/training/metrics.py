@@ -17,7 +17,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo_minitron.distillation.losses.balance import LOGITS
 from nemo_minitron.distillation.training.guards import largest
 from nemo_minitron.runtime.device import Device
-from nemo_minitron.runtime.files import read_json_lines, replace_file
+from nemo_minitron.runtime.files import resumed_lines
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.memory import peak_rss_bytes
 from nemo_minitron.runtime.progress import Advance, progress_bar
@@ -67,8 +67,8 @@ class StepMetrics(pl.Callback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A validation that is due now is made again.
-        kept = [line for line in read_json_lines(self.path) if line["step"] + ("split" in line) <= trainer.global_step]
-        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        done = trainer.global_step
+        resumed_lines(self.path, lambda line: line["step"] + ("split" in line) <= done, done=done, every=self.every)
         self._file = self.path.open("a", buffering=1)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:

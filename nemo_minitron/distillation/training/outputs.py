@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Trained", "directories", "finished", "remove_unfinished"]
+__all__ = ["Trained", "directories", "finished", "remove_unfinished", "step_of"]
 
 UNFINISHED = "-unfinished"
 """NeMo's marker beside a checkpoint that is being written or removed."""
@@ -41,6 +42,12 @@ def finished(directory: Path, steps: int) -> Trained | None:
         return None
     kept = directories(directory / "best")
     return Trained(last, min(kept, key=value_of) if kept else None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a training checkpoint."""
+    match = re.match(r"step=(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1
 
 
 def value_of(checkpoint: Path) -> float:

@@ -158,6 +158,13 @@ def _no_gemm(original: Any) -> None:
     """The router asks whether there is one before it calls it."""
 
 
+def _as_numpy(original: Any) -> Callable[..., Any]:
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, **options: Any) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, **options)
+
+    return maybe_move_tensor_to_cpu
+
+
 def _no_fp8_parameters(original: Any) -> Callable[..., None]:
     def _quantize_param_shard_impl(model_params: Any, *args: Any, **kwargs: Any) -> None:
         if model_params:
@@ -184,6 +191,14 @@ PATCHES: tuple[Patch, ...] = (
         "in router_gating_linear) and otherwise multiplies with torch",
         optional=True,
         lacking="transformer_engine",
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _as_numpy,
+        "makes plain numbers of the sizes of messages to expert-parallel ranks only on the way from CUDA; as tensors, "
+        "all_to_all_single does not take them",
+        optional=True,
     ),
     Patch(
         "megatron.core.models.gpt.gpt_layer_specs",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families
 from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.config import AlignConfig, ChatDataConfig
+from nemo_minitron.data.bad_records import each
 from nemo_minitron.data.chat.conversations import CHAT_PACKAGES, Chat, read_chats, read_package_chats, split_held_out
 from nemo_minitron.data.chat.preferences import (
     PREFERENCE_PACKAGES,
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data.chat.templates import Template
 
-__all__ = ["align_plan", "load_chats", "load_preferences", "shorter", "tokens_of"]
+__all__ = ["align_plan", "each_record", "load_chats", "load_preferences", "shorter", "tokens_of"]
 
 _NAMED = 10  # long conversations named in one error
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -94,7 +97,7 @@ def load_chats(data: ChatDataConfig) -> tuple[list[Chat], list[Chat]]:
     Raises:
         DataError: for data that cannot be read, with all bad lines.
     """
-    return _split(data, data.path, CHAT_PACKAGES, read_chats, read_package_chats)
+    return _split(data, data.path, CHAT_PACKAGES, partial(read_chats, skip=data.skip), read_package_chats)
 
 
 def load_preferences(data: ChatDataConfig, path: str | None = None) -> tuple[list[Preference], list[Preference]]:
@@ -103,7 +106,8 @@ def load_preferences(data: ChatDataConfig, path: str | None = None) -> tuple[lis
     Raises:
         DataError: for data that cannot be read, with all bad lines.
     """
-    return _split(data, path or data.path, PREFERENCE_PACKAGES, read_preferences, read_package_preferences)
+    read = partial(read_preferences, skip=data.skip)
+    return _split(data, path or data.path, PREFERENCE_PACKAGES, read, read_package_preferences)
 
 
 def _split(
@@ -135,12 +139,28 @@ def _split(
 
 
 def tokens_of(
-    chats: Sequence[Chat], checkpoint: Checkpoint, data: ChatDataConfig, *, last_answer_only: bool = False
-) -> tuple[list[Sample], Template]:
+    items: Sequence[T],
+    checkpoint: Checkpoint,
+    data: ChatDataConfig,
+    *,
+    chats: Callable[[T], Sequence[Chat]] = lambda item: (item,),  # type: ignore[assignment,return-value]
+    last_answer_only: bool = False,
+) -> tuple[list[tuple[T, list[Sample]]], Template]:
     """Conversations as tokens of the model's tokenizer, and the template that made them.
 
+    Args:
+        items: conversations, or what has some.
+        checkpoint: of the model.
+        data: its template; whether conversations that it refuses are left out.
+        chats: the conversations of an item; if the template refuses one of them, it is the item that is left out.
+        last_answer_only: only the last answers are trained on.
+
+    Returns:
+        ``(each item with the samples of its conversations, template)``.
+
     Raises:
-        DataError: for a template that the tokenizer cannot run, or a token that the model has no embedding for.
+        DataError: for a template that the tokenizer cannot run, with all conversations that it refuses (unless they are
+            left out), or a token that the model has no embedding for.
     """
     from nemo_minitron.alignment.batches import Sample
     from nemo_minitron.data.chat.templates import choose_template, render
@@ -148,18 +168,45 @@ def tokens_of(
 
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     template = choose_template(tokenizer, data.template)
-    samples, highest = [], 0
-    for chat in chats:
-        ids, answers = render(chat, tokenizer, template, last_answer_only=last_answer_only, labelled=data.labelled)
-        highest = max(highest, *ids)
-        samples.append(Sample(ids, answers, (len(ids),)))
+
+    def encode(item: T) -> list[Sample]:
+        samples = []
+        for chat in chats(item):
+            ids, answers = render(chat, tokenizer, template, last_answer_only=last_answer_only, labelled=data.labelled)
+            samples.append(Sample(ids, answers, (len(ids),)))
+        return samples
+
+    done = each_record(items, encode, chats=chats, data=data)
+    highest = max((token for _, samples in done for sample in samples for token in sample.ids), default=0)
     if highest >= checkpoint.shape.vocab_size:
         raise DataError(
             f"{tokenizer.name_or_path}: {tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest}, the model's "
             f"vocabulary only {checkpoint.shape.vocab_size} entries; use another data.template, or the tokenizer that "
             "belongs to the model"
         )
-    return samples, template
+    return done, template
+
+
+def each_record(
+    items: Sequence[T],
+    convert: Callable[[T], R],
+    *,
+    data: ChatDataConfig,
+    chats: Callable[[T], Sequence[Chat]] = lambda item: (item,),  # type: ignore[assignment,return-value]
+) -> list[tuple[T, R]]:
+    """``(item, converted)`` of each item that ``convert`` takes; the others are refused, or left out.
+
+    Raises:
+        DataError: as :func:`~nemo_minitron.data.bad_records.each`.
+    """
+    return each(
+        items,
+        convert,
+        where=lambda item: chats(item)[0].where,
+        record=lambda item: [chat.record() for chat in chats(item)],
+        title=str(data.path or data.package),
+        skip=data.skip,
+    )
 
 
 def shorter(items: Sequence[Any], lengths: Sequence[int], where: Sequence[str], data: ChatDataConfig) -> list[Any]:

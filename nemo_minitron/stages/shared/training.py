@@ -69,7 +69,7 @@ def plan_training(
             continue
         own = (layouts or {}).get(role, layout)
         faults = uniform_faults(shape, "training")
-        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.pipeline_stages)
+        faults += shape.layout_faults(tensor=own.tensor, pipeline=own.pipeline_stages, expert=own.expert)
         plan.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
     if len(counts) == len(models):

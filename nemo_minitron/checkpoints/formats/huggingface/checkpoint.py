@@ -20,6 +20,7 @@ from nemo_minitron.checkpoints.formats.huggingface import generation, known
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
 from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
+from nemo_minitron.checkpoints.formats.huggingface.families import hf_family
 from nemo_minitron.checkpoints.formats.huggingface.shards import ShardWriter
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
@@ -30,7 +31,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HFWeights", "is_hf", "open_hf", "write_hf"]
+__all__ = ["HFWeights", "is_hf", "open_hf", "peek_hf", "write_hf"]
 
 #: Where weights are looked for, in transformers' order (``modeling_utils._get_resolved_checkpoint_files``).
 WEIGHTS = (
@@ -79,6 +80,16 @@ def open_hf(path: Path) -> Checkpoint:
     return Checkpoint(shape, architecture, weights, tokenizer, path, "hf", lineage)
 
 
+def peek_hf(path: Path) -> tuple[int | None, Path | None]:
+    """Rows of the vocabulary, and the directory of the tokenizer, as the small files of a HF directory say.
+
+    Raises:
+        CheckpointError: for a ``config.json`` that cannot be used.
+    """
+    shape, _ = from_hf(read_json(path / "config.json"), path / "config.json")
+    return shape.vocab_size, find_tokenizer(path)
+
+
 @dataclasses.dataclass(frozen=True)
 class HFWeights:
     """Lazily read tensors of a HF directory under canonical names. Implements ``Weights``.
@@ -108,13 +119,16 @@ class HFWeights:
             CheckpointError: if one of its parts is missing, truncated, or of the wrong shape.
         """
         entry = axes.entry(axes.family(self.family), self.shape, name)
+        of_expert = entry.row.expert if self._fused else None
         parts = []
-        for part, expected in naming.hf_parts(self.family, entry).items():
-            part_tensor = self._read(part)
+        for part, expected in self._parts(entry).items():
+            part_tensor = self._read(part, of_expert)
+            if of_expert is not None:
+                expected = expected[1:]
             if tuple(part_tensor.shape) != expected:
                 raise _wrong_shape(self.files[part], part, tuple(part_tensor.shape), expected)
             parts.append(part_tensor)
-        return naming.merge(entry.row.axes, parts, entry.sizes)
+        return parts[0] if of_expert is not None else naming.merge(entry.row.axes, parts, entry.sizes)
 
     def check(self) -> None:
         """Compare the stored names and shapes with the configuration, from the headers alone.
@@ -125,7 +139,7 @@ class HFWeights:
         table = axes.family(self.family)
         expected: dict[str, tuple[int, ...]] = {}
         for entry in axes.parameters(table, self.shape):
-            expected |= naming.hf_parts(self.family, entry)
+            expected |= self._parts(entry)
         if missing := [name for name in expected if name not in self.files]:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} tensors that config.json asks for are missing, "
@@ -158,6 +172,16 @@ class HFWeights:
                 raise _wrong_shape(self.files[name], name, shape, expected[name])
         if tied and tied[0] in self.files:
             self._check_tied(tied[0])
+
+    @cached_property
+    def _fused(self) -> bool:
+        """Whether all experts of a layer are one tensor."""
+        table = axes.family(self.family)
+        known = hf_family(self.family).fused
+        return any(f"model.layers.0.{known[name]}" in self.files for name in table.expert if name in known)
+
+    def _parts(self, entry: axes.Entry) -> dict[str, tuple[int, ...]]:
+        return (naming.fused_parts if self._fused else naming.hf_parts)(self.family, entry)
 
     def _check_tied(self, output: str) -> None:
         """Hold an output layer that is stored beside tied embeddings against them, by some rows."""
@@ -216,14 +240,18 @@ class HFWeights:
                 out |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _torch_load(file).items()}
         return out
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor, or one element of its first dimension."""
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete")
         file = self.files[name]
         if file.suffix != ".safetensors":
-            return _torch_load(file)[name]
+            tensor = _torch_load(file)[name]
+            return tensor if index is None else tensor[index]
         with _safe_open(file) as handle:
-            return handle.get_tensor(name)
+            if index is None:
+                return handle.get_tensor(name)
+            return handle.get_slice(name)[index : index + 1].squeeze(0)
 
 
 def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:

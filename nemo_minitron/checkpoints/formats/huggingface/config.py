@@ -80,6 +80,10 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
     key, family = readers[name]
     spelled = older_spelling_by_type if axes.family(key).layer_types else older_spelling
     older, faults = spelled(config)
+    for other, known_key in family.other_names.items():
+        value = older.pop(other, None)
+        if value is not None and older.setdefault(known_key, value) != value:
+            faults.append(f"{other}={value!r} and {known_key}={older[known_key]!r} differ; remove the wrong one")
     given = Noted(older, family.reads[name])
     try:
         faults += _unsupported(given, axes.family(key), family)
@@ -109,7 +113,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
     """Sizes and constants of a model of the family ``key`` and transformers' class ``name``."""
     family = hf_family(key)
     try:
-        heads, width = config["num_attention_heads"], config["intermediate_size"]
+        heads, width = config["num_attention_heads"], config[family.width]
         groups, layers = config["num_key_value_heads"] or heads, None
         if family.by_layer is not None and name == family.by_layer[0]:
             layers = read_blocks(config)
@@ -124,7 +128,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
             head_dim=config["head_dim"] or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config["tie_word_embeddings"]),
-            num_moe_experts=config["num_local_experts"] if family.expert else None,
+            num_moe_experts=config[family.experts] if family.expert else None,
             layers=layers,
         )
     except KeyError as error:
@@ -146,6 +150,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
         pad_token_id=config["pad_token_id"],
         moe_router_topk=config["num_experts_per_tok"] if family.expert else None,
         moe_aux_loss_coeff=config["router_aux_loss_coef"] if family.expert else 0.0,
+        moe_router_pre_softmax=family.normalized is not None and not config[family.normalized],
         **(_layer_types(config, shape) if axes.family(key).layer_types else {}),
     )
     if faults := architecture.faults(shape):
@@ -193,7 +198,7 @@ def _unknown(
             f"if it is a plain {name}, remove auto_map"
         )
     config.get("architectures")
-    active, idle = unread(config.left(), harmless=known.KEYS, neutral=known.NEUTRAL_KEYS)
+    active, idle = unread(config.left(), harmless={**known.KEYS, **family.unused}, neutral=known.NEUTRAL_KEYS)
     faults += [
         f"{key}={_short(value)} is not known, and may change what the model computes; if it does not, remove the key"
         for key, value in active.items()
@@ -223,7 +228,7 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
     faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
         for key, value in family.needs.items()
-        if config[key] != value
+        if config[key] != value and not (config[key] is None and value == [])
     ]
     if scaled := scaling_faults(rope, positions=positions, partial=partial):
         faults += scaled
@@ -260,6 +265,8 @@ def hf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
             f"family {architecture.family!r}: Hugging Face has no form of its models whose layers differ in size (of "
             f"these it has: {able})"
         )
+    if architecture.moe_router_pre_softmax and family.normalized is None:
+        faults.append(f"family {architecture.family!r}: transformers always normalises the weights of its experts")
     if architecture.rotary_scaling is not None and not axes.family(architecture.family).scales_rotary:
         faults.append(f"family {architecture.family!r}: transformers has no scaled RoPE for its models")
     return faults
@@ -317,10 +324,13 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
     }
     if family.expert:
         config |= {
-            "num_local_experts": shape.num_moe_experts,
+            family.experts: shape.num_moe_experts,
+            family.width: shape.ffn_hidden_size,
             "num_experts_per_tok": architecture.moe_router_topk,
             "router_aux_loss_coef": architecture.moe_aux_loss_coeff,
         }
+        if family.normalized is not None:
+            config[family.normalized] = not architecture.moe_router_pre_softmax
     return config
 
 

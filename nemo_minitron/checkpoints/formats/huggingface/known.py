@@ -153,6 +153,7 @@ FILES: dict[str, str] = {
     "logs": "of a stage of this suite",
     "metrics.jsonl": "of a stage of this suite",
     "record.json": "of a stage of this suite",
+    "skipped.jsonl": "of a stage of this suite",
     "*.gguf": "a model of its own",
     "onnx": "a model of its own",
 }

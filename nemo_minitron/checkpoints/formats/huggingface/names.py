@@ -27,7 +27,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hf_names", "hf_parts", "hf_shapes", "merge", "split"]
+__all__ = ["fused_parts", "hf_names", "hf_parts", "hf_shapes", "merge", "split"]
 
 
 def hf_names(family: str, name: str) -> tuple[str, ...]:
@@ -51,6 +51,15 @@ def hf_shapes(axes: Sequence[Axis], shape: ModelShape) -> list[tuple[int, ...]]:
 def hf_parts(family: str, entry: Entry) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the HF tensors that a canonical tensor is made of, in the order of :func:`hf_names`."""
     return dict(zip(hf_names(family, entry.name), hf_shapes(entry.row.axes, entry.sizes), strict=True))
+
+
+def fused_parts(family: str, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """:func:`hf_parts` in files where all experts of a layer are one tensor, whose first dimension is the expert."""
+    known, (layer, expert, below) = hf_family(family), name_parts(entry.name)
+    if layer is None or below not in known.fused:
+        return hf_parts(family, entry)
+    count = () if expert is None else (entry.sizes.num_moe_experts or 0,)
+    return {f"model.layers.{layer}.{known.fused[below]}": (*count, *entry.shape)}
 
 
 def merge(axes: Sequence[Axis], parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:

@@ -23,7 +23,7 @@ from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import require_uniform
 
-__all__ = ["is_nemo2", "open_nemo2", "write_nemo2"]
+__all__ = ["is_nemo2", "open_nemo2", "peek_nemo2", "write_nemo2"]
 
 
 def is_nemo2(path: Path) -> bool:
@@ -61,6 +61,17 @@ def open_nemo2(path: Path) -> Checkpoint:
         path=path,
         form="nemo2",
     )
+
+
+def peek_nemo2(path: Path) -> tuple[int | None, Path | None]:
+    """Rows of the vocabulary, if ``minitron.json`` says them, and the directory of the tokenizer.
+
+    Raises:
+        CheckpointError: for a context that cannot be read.
+    """
+    source, record = path / "context" / "model.yaml", read_model_record(path)
+    content = parse_yaml(source.read_bytes(), source) if source.is_file() else {}
+    return None if record is None else record.shape.vocab_size, _find_tokenizer(path / "context", content)
 
 
 def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:

@@ -42,7 +42,6 @@ ACTIVATIONS = {"silu": "silu", "gelu_tanh": "openai_gelu", "squared_relu": "squa
 """Name in the axes table -> end of the function's name in a ``model.yaml``."""
 
 PLAIN_ROUTING: dict[str, Any] = {
-    "moe_router_pre_softmax": False,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
@@ -52,7 +51,7 @@ PLAIN_ROUTING: dict[str, Any] = {
     "moe_apply_probs_on_input": False,
     "moe_layer_freq": 1,
 }
-"""Mixtral's router: a softmax over the logits of the chosen experts, in every layer."""
+"""A router of a softmax, with nothing added, in every layer."""
 
 NO_FUSIONS = dict.fromkeys(
     (
@@ -88,6 +87,8 @@ def required(table: axes.Family) -> dict[str, Any]:
         del needs["qk_layernorm"]  # NeMo's layers of these families have the norms whatever it says
     if table.layer_types or not table.scales_rotary:
         needs["seq_len_interpolation_factor"] = None
+    if table.normalizes_topk:
+        needs["moe_router_pre_softmax"] = False
     return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
 
 
@@ -192,7 +193,12 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         values |= {
             "num_moe_experts": shape.num_moe_experts,
             "moe_router_topk": architecture.moe_router_topk,
+            "moe_ffn_hidden_size": shape.ffn_hidden_size,
+            "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
             "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff,
+            # experts computed one by one, which needs no library of CUDA's, and can be scored and pruned
+            "moe_grouped_gemm": False,
+            "moe_permute_fusion": False,
         }
     if table.layer_types:
         values |= written_types(architecture, rows or padded(shape.vocab_size, multiple))
@@ -276,6 +282,7 @@ def from_nemo2(
             pad_token_id=special.get("pad_token_id"),
             moe_router_topk=config["moe_router_topk"] if experts else None,
             moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
+            moe_router_pre_softmax=experts and bool(config.get("moe_router_pre_softmax")),
             **(read_types(config, shape) if typed else {}),
         )
         if invalid := architecture.faults(shape):

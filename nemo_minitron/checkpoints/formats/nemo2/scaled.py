@@ -13,7 +13,7 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.collections.llm.gpt.model.llama import LlamaConfig
 from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
-from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config, Qwen3MoEConfig
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.runtime.rotary import scale_rotary
@@ -21,7 +21,14 @@ from nemo_minitron.runtime.rotary import scale_rotary
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["ScaledGPTConfig", "ScaledLlamaConfig", "ScaledMixtralConfig", "ScaledQwen2Config", "ScaledQwen3Config"]
+__all__ = [
+    "ScaledGPTConfig",
+    "ScaledLlamaConfig",
+    "ScaledMixtralConfig",
+    "ScaledQwen2Config",
+    "ScaledQwen3Config",
+    "ScaledQwen3MoEConfig",
+]
 
 
 @dataclass
@@ -65,3 +72,8 @@ class ScaledQwen2Config(_Scaled, Qwen2Config):
 @dataclass
 class ScaledQwen3Config(_Scaled, Qwen3Config):
     """A ``Qwen3Config`` with scaled RoPE."""
+
+
+@dataclass
+class ScaledQwen3MoEConfig(_Scaled, Qwen3MoEConfig):
+    """A ``Qwen3MoEConfig`` with scaled RoPE."""

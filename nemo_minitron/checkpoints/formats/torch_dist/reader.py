@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,6 +22,7 @@ from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
+from nemo_minitron.checkpoints.formats.torch_dist.checksums import damage
 from nemo_minitron.checkpoints.formats.torch_dist.metadata import read_metadata
 from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["PREFIXES", "TorchDist", "TorchDistWeights"]
 
 PREFIXES = ("module.", "model.", "")
+_SMALL = 1 << 20  # bytes of a chunk whose checksums take no time
 _EXPERTS = "mlp.experts.experts."
 _NORMS = (
     # a model built from Megatron's local layer spec may keep its norms outside the linears, and in a mixture it names
@@ -65,31 +69,53 @@ class TorchDist:
     """
 
     def __init__(self, directory: Path, open_file: Callable[[str], BinaryIO] | None = None) -> None:
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
         self.directory = directory
         self._open = open_file or (lambda name: open(directory / name, "rb"))  # noqa: SIM115 (closed by the caller)
         metadata = read_metadata(directory, self._open)
-        places: dict[str, dict[tuple[int, ...], Any]] = {}
-        for index, info in metadata.storage_data.items():
-            places.setdefault(index.fqn, {})[tuple(index.offset or ())] = info
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                continue
-            self.sizes[key] = tuple(entry.size)
-            self.dtypes[key] = entry.properties.dtype
-            stored = places.get(key, {})
-            self._chunks[key] = [
-                _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
-                for chunk in entry.chunks
-                if (info := stored.get(tuple(chunk.offsets))) is not None
-            ]
+        self._incomplete: set[str] = set()  # keys of which a chunk has no place in any file
+        self._sound: set[_Chunk] = set()  # whose checksums are right; a chunk may be read many times, in parts
+        try:
+            self._fill(metadata)
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{directory / '.metadata'} is damaged ({reason}); restore the file") from error
         for name in {chunk.file for chunks in self._chunks.values() for chunk in chunks}:
             if Path(name).name != name:
                 raise CheckpointError(f"{directory}: .metadata names {name!r}, which lies outside the checkpoint")
+
+    def _fill(self, metadata: Any) -> None:
+        """The tables of tensors and chunks. A flipped bit may leave any value in any field of the pickle."""
+        import torch
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        stored_at: dict[str, dict[tuple[int, ...], Any]] = {}
+        for index, info in metadata.storage_data.items():
+            if stored_at.setdefault(index.fqn, {}).setdefault(tuple(index.offset or ()), info) is not info:
+                raise ValueError(f"{index} is stored in two places")
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            size, dtype = _counts(entry.size), entry.properties.dtype
+            if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{key!r} has the dtype {dtype!r}")
+            stored = stored_at.get(key, {})
+            chunks = []
+            for chunk in entry.chunks:
+                offsets, sizes = _counts(chunk.offsets), _counts(chunk.sizes)
+                ends = [offset + length for offset, length in zip(offsets, sizes, strict=True)]
+                if any(end > length for end, length in zip(ends, size, strict=True)):
+                    raise ValueError(f"a chunk of {key} lies outside its tensor")
+                if (info := stored.get(offsets)) is None:
+                    self._incomplete.add(key)
+                else:
+                    chunks.append(_Chunk(offsets, sizes, str(info.relative_path), *_counts((info.offset, info.length))))
+            self.sizes[key], self.dtypes[key], self._chunks[key] = size, dtype, chunks
+        places = [(chunk.file, chunk.start) for chunks in self._chunks.values() for chunk in chunks]
+        if twice := [place for place, count in Counter(places).items() if count > 1]:
+            raise ValueError(f"several chunks have one place, {twice[0]}")
 
     def prefix(self, name: str) -> str:
         """The prefix under which this checkpoint stores the model, found from a tensor that every model has.
@@ -121,6 +147,8 @@ class TorchDist:
 
         if key not in self.sizes:
             raise CheckpointError(f"{self.directory} has no tensor {key}; the checkpoint is incomplete")
+        if key in self._incomplete:
+            raise CheckpointError(f"{self.directory}: a chunk of {key} is in no file; the checkpoint is incomplete")
         lengths = [part.stop - part.start for part in region]
         out: torch.Tensor | None = None
         covered = 0
@@ -154,6 +182,31 @@ class TorchDist:
             )
         return out
 
+    @property
+    def count(self) -> int:
+        """Number of stored chunks."""
+        return sum(len(chunks) for chunks in self._chunks.values())
+
+    def damage(self, share: int = 0, shares: int = 1) -> Iterator[str]:
+        """Read every chunk, of the optimizer's state too, and name those that differ from their checksums.
+
+        Args:
+            share: which part of the chunks to read, of
+            shares: as many.
+        """
+        every = [(key, chunk) for key, chunks in self._chunks.items() for chunk in chunks]
+        for key in sorted(self._incomplete):
+            yield f"{self.directory}: a chunk of {key} is in no file"
+        for key, chunk in every[share::shares]:
+            where = f"{self.directory / chunk.file}, tensor {key}"
+            try:
+                with self._open(chunk.file) as file:
+                    fault = damage(Window(file, chunk.start, chunk.length))
+            except (OSError, KeyError) as error:
+                fault = f"the file cannot be read: {error}"
+            if fault is not None:
+                yield f"{where}: the stored chunk is damaged ({fault})"
+
     def _load(self, key: str, chunk: _Chunk) -> torch.Tensor:
         import torch
 
@@ -166,14 +219,28 @@ class TorchDist:
                 raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
             if length < chunk.start + chunk.length:
                 raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
+            checked = None
+            known = chunk in self._sound
+            if not known and chunk.length > _SMALL:
+                # beside the reading, from a file of its own; what either reads the other has in the page cache
+                checked = stack.enter_context(ThreadPoolExecutor(1)).submit(
+                    damage, Window(stack.enter_context(self._open(chunk.file)), chunk.start, chunk.length)
+                )
             try:
                 tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
             except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
+            if not known:
+                fault = checked.result() if checked else damage(Window(file, chunk.start, chunk.length))
+                if fault is not None:
+                    raise CheckpointError(f"{where}: the stored chunk is damaged ({fault}); restore the file")
+                self._sound.add(chunk)
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
             actual = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CheckpointError(f"{where}: the chunk holds {actual}, .metadata says {list(chunk.sizes)}")
+        if tensor.dtype != self.dtypes[key]:
+            raise CheckpointError(f"{where}: the chunk is {tensor.dtype}, .metadata says {self.dtypes[key]}")
         return tensor
 
 
@@ -278,6 +345,13 @@ def _spellings(rest: str) -> Iterator[str]:
         for present, other in ((fused, alone), (alone, fused)):
             if rest.startswith(present):
                 yield other + rest.removeprefix(present)
+
+
+def _counts(values: Sequence[Any]) -> tuple[int, ...]:
+    """Sizes or offsets, checked."""
+    if any(not isinstance(value, int) or value < 0 for value in values):
+        raise ValueError(f"{list(values)} are no sizes")
+    return tuple(values)
 
 
 def _product(lengths: Sequence[int]) -> int:

@@ -24,6 +24,8 @@ def run_child(stage: StageConfig) -> dict[str, Any]:
     """
     keep_pool(stage.runtime.device)
     output = Output(stage)
+    if (record := output.done_record()) is not None:
+        return record
     with output.leased():
         todo = output.prepare()
         if todo is None:

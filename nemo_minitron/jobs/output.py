@@ -249,6 +249,10 @@ class Output:
 
     # A run of the stage
 
+    def done_record(self) -> dict[str, Any] | None:
+        """The record of an output that is done, which needs no lease, and may lie where nothing can be written; else None."""
+        return self.record() if self.state()[0] == "done" else None
+
     @contextmanager
     def leased(self) -> Iterator[None]:
         """Keep other processes, on any host, from writing the output while the block runs. One rank of a stage does.

@@ -88,6 +88,11 @@ def run_pipeline(
         for number, config in enumerate(stages, 1):
             line = display.stage(number, len(stages), config.name)
             output = Output(config)
+            if (record := output.done_record()) is not None:
+                skipped.add(config.name)
+                line.kept()
+                records.append(record)
+                continue
             with output.leased():
                 state, reasons = output.state()
                 todo = output.prepare(overwrite=overwrite)

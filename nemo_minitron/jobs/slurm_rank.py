@@ -67,6 +67,8 @@ def main(folder: Path) -> int:
 
 def _prepare(output: Output, folder: Path, overwrite: bool, held: contextlib.ExitStack) -> str:
     """Called by rank 0 before the others start. Returns "run", "done before", or "refused: ..."."""
+    if output.done_record() is not None:
+        return "done before"
     try:
         held.enter_context(output.leased())
         if output.is_requeued_job():

@@ -18,6 +18,7 @@ from nemo_minitron.config import DistillConfig, PruneConfig, load
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs import lease as module
 from nemo_minitron.jobs.lease import Holder, Lease, leased
+from nemo_minitron.jobs.nested import run_child
 from nemo_minitron.jobs.output import Output
 
 
@@ -183,6 +184,21 @@ def test_never_two_at_once(tmp_path):
     for entered, left in zip(lines[::2], lines[1::2], strict=True):
         number = entered.removesuffix(" in")
         assert (entered, left) == (f"{number} in", f"{number} out")
+
+
+def test_a_done_stage_is_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
+    config = PruneConfig(name="p", output=str(tmp_path / "shared" / "out"), model="teacher")
+    Path(config.output).mkdir(parents=True)
+    Output(config).finish({}, 1.0)
+
+    def refuse(self: Lease) -> None:
+        raise AssertionError("a lease was taken")
+
+    monkeypatch.setattr(Lease, "take", refuse)
+    record = run_child(config)
+    assert record["stage"] == "prune"
+    with pytest.raises(AssertionError, match="a lease was taken"):
+        run_child(dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, seed=7)))
 
 
 def test_an_old_output_that_a_kill_left_aside_comes_back(tmp_path):

@@ -146,17 +146,17 @@ def kept_types(config: Any, layers: Sequence[int]) -> tuple[str, ...] | None:
     """The types of the layers that stay.
 
     Raises:
-        ShapeError: if the model is one of NeMo's, whose layers take their types from their numbers, and the types would
-            not be those of the layers.
+        ShapeError: if the configuration is one of NeMo's, whose layers take their types from their numbers, and the
+            types would not be those of the layers.
     """
     if (types := layer_types_of(config)) is None:
         return None
-    kept = tuple(types[layer] for layer in layers)
-    if getattr(config, "layer_types", None) is None and kept != types[: len(kept)]:
+    kept, pattern = tuple(types[layer] for layer in layers), getattr(config, "interleaved_attn_pattern", None)
+    if pattern is not None and kept != (given := types_of(sum(pattern), len(kept))):
         raise ShapeError(
             f"kept layers {list(layers)}: each layer keeps its type, {', '.join(kept)}, but NeMo's "
-            f"interleaved_attn_pattern={config.interleaved_attn_pattern} gives {', '.join(types[: len(kept)])}; keep "
-            "layers whose types follow the pattern, or prune the checkpoint (`minitron prune`)"
+            f"interleaved_attn_pattern={pattern} gives {', '.join(given)}; keep layers whose types follow the pattern, "
+            "or prune the checkpoint (`minitron prune`)"
         )
     return kept
 

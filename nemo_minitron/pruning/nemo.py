@@ -18,7 +18,7 @@ from torch import nn
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.pruning.kept import read_live_kept
-from nemo_minitron.pruning.live import gpt_chunks, set_pipeline_stages
+from nemo_minitron.pruning.live import gpt_chunks, kept_types, set_pipeline_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
 from nemo_minitron.pruning.wrapping import update_io
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -111,7 +111,10 @@ class PruneTransform(ModelTransform):
                 f"{checkpoint}: is of {stored}, not of the pruned shape {target}; to start from unpruned weights give "
                 "them as AutoResume(restore_config=RestoreConfig(path=...)), to go on give this training's checkpoint"
             )
+        types = kept_types(pl_module.config, self.kept.layers)
         _resize_config(pl_module.config, target)
+        if getattr(pl_module.config, "layer_types", None) is not None:
+            pl_module.config.layer_types = types
         if target.num_layers != unpruned.num_layers:
             strategy = trainer.strategy
             layout = ParallelLayout(

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.checkpoints import tiny_tokenizer
 from support.families import CLASSES, OWN, SIZES, family_model, some_units
 
 from nemo_minitron import axes
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import FULL, SLIDING, Architecture, period_of, types_of
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
@@ -51,6 +53,35 @@ def test_configurations_come_back(family, tmp_path):
         ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported; a qwen3 model needs False"),
         ("nemotron", {"hidden_act": "gelu", "mlp_bias": True}, "hidden_act='gelu'.*mlp_bias=True"),
         ("nemotron", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling=.* is not supported"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        (
+            "gemma3",
+            {"attn_logit_softcapping": 50.0, "hidden_activation": "gelu", "use_bidirectional_attention": True},
+            "hidden_activation='gelu'.*attn_logit_softcapping=50.0.*use_bidirectional_attention=True",
+        ),
+        ("gemma3", {"layer_types": [FULL] * 3}, "sliding_window_pattern=2 and layer_types=.* differ"),
+        ("gemma3", {"layer_types": [FULL]}, "layer_types=.*must name the types of 3 layers"),
+        (
+            "gemma3",
+            {"layer_types": [FULL, SLIDING, "chunked_attention"], "sliding_window_pattern": None},
+            "layer_types: chunked_attention is not supported; supported: full_attention, sliding_attention",
+        ),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0: must be a whole number of at least 1"),
+        ("gemma3", {"_sliding_window_pattern": 3}, "_sliding_window_pattern=3 and sliding_window_pattern=2 differ"),
+        ("gemma3", {"sliding_window": None}, "sliding_window=None"),
+        (
+            "gemma3",
+            {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2.0}}},
+            "RoPE of sliding layers is not scaled",
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {SLIDING: {"rope_theta": 7.0}}},
+            "rope_local_base_freq=500.0 and rope_parameters.sliding_attention.rope_theta=7.0 differ",
+        ),
+        ("gemma3", {"rope_parameters": {FULL: {"rope_theta": 7.0}}}, "rope_theta=20000.0 and .*=7.0 differ"),
+        ("gemma3", {"rope_parameters": {FULL: {}, "other": {}}}, "rope_parameters.other={}: must be an object, for"),
+        ("llama", {"rope_parameters": {FULL: {"rope_theta": 7.0}}}, "rope_parameters by kind of layer"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("mixtral", {"num_experts_per_tok": 5}, "num_moe_experts=4: each token goes to 5 experts"),
         ("mixtral", {"num_local_experts": 0}, "num_moe_experts=0: must be a whole number"),
@@ -133,7 +164,7 @@ def test_biases_that_the_family_does_not_have(tmp_path):
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen3_moe", "gemma3"])
 def test_a_nemo_file_cannot_hold_them(family, tmp_path):
     source = open_checkpoint(tiny_tokenizer(family_model(family, tmp_path / "hf")))
     with pytest.raises(CheckpointError, match=f"cannot hold a {family} model .*; write the nemo2 or the hf format"):
@@ -194,3 +225,43 @@ def test_experts_that_live_pruning_cannot_reach():
     grouped = SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace()))
     with pytest.raises(ShapeError, match="a SimpleNamespace; live pruning needs moe_grouped_gemm=False"):
         keep_experts(grouped, (0,), None)
+
+
+@given(period=st.integers(1, 9), layers=st.integers(1, 12))
+def test_types_by_period(period, layers):
+    """The smallest period of types gives them back; the record of a model keeps the list."""
+    types = types_of(period, layers)
+    smallest = period_of(types)
+    assert smallest is not None and smallest <= period and types_of(smallest, layers) == types
+    content = json.loads(json.dumps(Architecture(family="gemma3", layer_types=types, sliding_window=4).to_dict()))
+    assert Architecture(**content).layer_types == types
+
+
+@given(st.lists(st.sampled_from([FULL, SLIDING]), min_size=1, max_size=8), st.data())
+def test_layers_keep_their_types(types, data):
+    architecture = Architecture(layer_types=types, sliding_window=4)
+    layers = data.draw(st.lists(st.integers(0, len(types) - 1), unique=True, min_size=1).map(sorted))
+    assert architecture.of_layers(layers).layer_types == tuple(types[layer] for layer in layers)
+    period = period_of(types)
+    assert (period is None) is all(types_of(n, len(types)) != tuple(types) for n in range(1, 2 * len(types) + 2))
+
+
+def test_records_of_other_families_are_as_before():
+    """Constants that only some families have are left out where they are not set: outputs keep their identity."""
+    content = Architecture().to_dict()
+    assert content.keys().isdisjoint({"layer_types", "sliding_window", "rotary_base_local", "query_pre_attn_scalar"})
+    assert Architecture(**content) == Architecture()
+    assert "3 entries for num_layers=2" in Architecture(layer_types=(FULL,) * 3).faults(DENSE.replace(num_layers=2))[0]
+
+
+def test_layers_whose_type_comes_from_their_number():
+    """A model of NeMo's own class: layers may go where the others' types still follow the pattern."""
+    from nemo_minitron.pruning.live import kept_types
+
+    config = SimpleNamespace(interleaved_attn_pattern=(2, 1), num_layers=6)
+    assert kept_types(config, (0, 1, 2)) == (SLIDING, SLIDING, FULL)
+    assert kept_types(config, (0, 4, 5)) == (SLIDING, SLIDING, FULL)
+    with pytest.raises(ShapeError, match=r"kept layers \[1, 2, 3\]: each layer keeps its type, .*pattern=\(2, 1\)"):
+        kept_types(config, (1, 2, 3))
+    assert kept_types(SimpleNamespace(num_layers=6), (1, 2)) is None
+    assert kept_types(SimpleNamespace(num_layers=3, layer_types=(FULL, SLIDING, FULL)), (0, 2)) == (FULL, FULL)

@@ -209,11 +209,11 @@ def _add_tokens(content: GGUFContent, tokenizer: Tokenizer, words: list[str]) ->
     kinds = content.fields.get("tokenizer.ggml.token_type") or [1] * len(words)
     if len(kinds) != len(words):
         raise CheckpointError(f"{content.path}: tokenizer.ggml.token_type has not one entry for each token")
-    for word, kind in zip(words, kinds, strict=True):
-        if kind == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(word, normalized=False, special=False)])
+    # all at once: each call builds the search for added tokens anew, and Gemma has 6,249
+    for wanted, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
+        special = wanted == _CONTROL
+        marked = [word for word, kind in zip(words, kinds, strict=True) if kind == wanted]
+        add([AddedToken(word, normalized=False, special=special) for word in marked])
 
 
 def _templates(content: GGUFContent) -> dict[str, str]:

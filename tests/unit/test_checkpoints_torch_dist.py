@@ -113,6 +113,7 @@ def test_any_region_is_assembled_from_any_chunks(tmp_path: Path, seed: int) -> N
             low, high = sorted(torch.randperm(size + 1, generator=generator)[:2].tolist())
             region.append(slice(low, high))
         assert torch.equal(store.read("t", region), whole[tuple(region)])
+    store = TorchDist(tmp_path)
     with pytest.raises(CheckpointError, match="cover 7 of the 14 elements"):
         store._chunks["t"] = [chunk for chunk in store._chunks["t"] if chunk.offsets[1] == 0]
         store.read("t", [slice(0, 7), slice(4, 6)])
@@ -414,3 +415,30 @@ def test_spellings_of_experts(tmp_path: Path, stacked: bool, grouped: bool) -> N
         assert torch.equal(read.tensor(name), source.weights.tensor(name)), name
     with pytest.raises(CheckpointError, match="belongs to another model|has no tensor|has no place"):
         TorchDistWeights(TorchDist(tmp_path), source.shape.replace(num_moe_experts=3), "mixtral", "module.").check()
+
+
+def test_the_cost_of_a_tensor_does_not_grow_with_the_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the chunks of all layers and experts only the one that is asked for is looked at; a file is opened once."""
+    from nemo_minitron.checkpoints.formats.huggingface import checkpoint as huggingface
+
+    source = random_mixture()
+    write_torch_dist(source, tmp_path / "w", prefix="", dtype="float32", vocab_rows=67, common={})
+    store = TorchDist(tmp_path / "w")
+    key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+    assert store.sizes[key] == (2, 4, 24, 20)
+    assert len(store._chunks[key]) == 8
+    every = [slice(0, size) for size in store.sizes[key]]
+    assert len(store._near(key, every)) == 8
+    for layer, expert in ((0, 0), (1, 3)):
+        one = [slice(layer, layer + 1), slice(expert, expert + 1), *every[2:]]
+        assert [chunk.offsets for chunk in store._near(key, one)] == [(layer, expert, 0, 0)]
+
+    opened, original = [], huggingface._safe_open
+    monkeypatch.setattr(huggingface, "_safe_open", lambda file: (opened.append(file), original(file))[1])
+    read = write_checkpoint(source, tmp_path / "hf", "hf").weights
+    for limit, times in ((1 << 30, 1), (10_000, len(read.names()) // 4)):
+        monkeypatch.setattr(huggingface, "_MAPPED", limit)
+        opened.clear()
+        for name in read.names():
+            assert torch.equal(read.tensor(name), source.weights.tensor(name))
+        assert 1 <= len(opened) <= times

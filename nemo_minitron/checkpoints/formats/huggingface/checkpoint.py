@@ -42,6 +42,10 @@ WEIGHTS = (
 )
 
 
+#: Bytes that are read of a file before it is opened anew.
+_MAPPED = 32 * 2**20
+
+
 def is_hf(path: Path) -> bool:
     """Whether a path is a HF directory."""
     return (path / "config.json").is_file()
@@ -174,6 +178,11 @@ class HFWeights:
             self._check_tied(tied[0])
 
     @cached_property
+    def _opened(self) -> dict[Path, tuple[Any, int]]:
+        """The file that was read last, and how many bytes were read of it."""
+        return {}
+
+    @cached_property
     def _fused(self) -> bool:
         """Whether all experts of a layer are one tensor."""
         table = axes.family(self.family)
@@ -248,10 +257,16 @@ class HFWeights:
         if file.suffix != ".safetensors":
             tensor = _torch_load(file)[name]
             return tensor if index is None else tensor[index]
-        with _safe_open(file) as handle:
-            if index is None:
-                return handle.get_tensor(name)
-            return handle.get_slice(name)[index : index + 1].squeeze(0)
+        handle, read = self._opened.pop(file, (None, 0))
+        if handle is None or read > _MAPPED:
+            # An opening reads the whole header, and a mixture has thousands of tensors in it. An open file keeps the
+            # pages that were read.
+            self._opened.clear()
+            handle, read = _safe_open(file), 0
+        one = None if index is None else slice(index, index + 1)
+        tensor = handle.get_tensor(name) if one is None else handle.get_slice(name)[one].squeeze(0)
+        self._opened[file] = handle, read + tensor.nbytes
+        return tensor
 
 
 def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> None:

@@ -75,6 +75,7 @@ class TorchDist:
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
+        self._stacks: dict[str, tuple[int, dict[tuple[int, ...], list[_Chunk]]]] = {}
         self._incomplete: set[str] = set()  # keys of which a chunk has no place in any file
         self._sound: set[_Chunk] = set()  # whose checksums are right; a chunk may be read many times, in parts
         try:
@@ -152,7 +153,7 @@ class TorchDist:
         lengths = [part.stop - part.start for part in region]
         out: torch.Tensor | None = None
         covered = 0
-        for chunk in self._chunks[key]:
+        for chunk in self._near(key, region):
             overlap = [
                 (max(part.start, offset), min(part.stop, offset + size))
                 for part, offset, size in zip(region, chunk.offsets, chunk.sizes, strict=True)
@@ -206,6 +207,25 @@ class TorchDist:
                 fault = f"the file cannot be read: {error}"
             if fault is not None:
                 yield f"{where}: the stored chunk is damaged ({fault})"
+
+    def _near(self, key: str, region: Sequence[slice]) -> Sequence[_Chunk]:
+        """The chunks of a key that may overlap a region; of stacked layers and experts, those of one of them alone.
+
+        Where all chunks have one element of the first dimensions they are looked up by these, so that reading a mixture
+        expert by expert does not go through all chunks for each.
+        """
+        if key not in self._stacks:
+            chunks, depth = self._chunks[key], 0
+            while chunks and depth < len(region) and all(chunk.sizes[depth] == 1 for chunk in chunks):
+                depth += 1
+            places: dict[tuple[int, ...], list[_Chunk]] = {}
+            for chunk in chunks:
+                places.setdefault(chunk.offsets[:depth], []).append(chunk)
+            self._stacks[key] = depth, places
+        depth, places = self._stacks[key]
+        if any(part.stop - part.start != 1 for part in region[:depth]):
+            return self._chunks[key]
+        return places.get(tuple(part.start for part in region[:depth]), [])
 
     def _load(self, key: str, chunk: _Chunk) -> torch.Tensor:
         import torch

@@ -250,7 +250,7 @@ class Output:
     # A run of the stage
 
     def done_record(self) -> dict[str, Any] | None:
-        """The record of an output that is done, which needs no lease, and may lie where nothing can be written; else None."""
+        """The record of an output that is done, which needs no lease: it may lie where nothing can be written."""
         return self.record() if self.state()[0] == "done" else None
 
     @contextmanager

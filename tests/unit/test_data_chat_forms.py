@@ -265,8 +265,6 @@ def test_forms_of_pairs(name: str, tmp_path: Path) -> None:
         ({"chosen": "b", "rejected": "c"}, "has no prompt, and chosen is no dialogue"),
         ({"prompt": "a", "chosen": say("a"), "rejected": "c"}, "chosen is a message of the user"),
         ({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 0}, "prefers neither"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": 7.5},
-         "score_chosen and score_rejected are both 7.5, so neither answer is preferred"),
         (rated(6, 6), "all 2 completions have the overall_score 6, so none is preferred"),
         (rated(6), "has 1 completions; a pair needs two"),
         (rated(6, None), "completion 2 has no overall_score"),
@@ -353,3 +351,10 @@ def test_calls_of_tables(tmp_path: Path) -> None:
     chats = read_chats(tmp_path / "a.parquet")
     assert [chat.messages[1].fields["tool_calls"][0]["function"] for chat in chats] == calls
     assert [chat.messages[0].fields for chat in chats] == [{}, {}]
+
+
+def test_equal_rewards_are_no_tie() -> None:
+    """Binarised UltraFeedback has such pairs; which answer is preferred, the fields say."""
+    record = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": 7.5}
+    pair = parse_preference(record)
+    assert (pair.chosen, pair.rejected, pair.chosen_reward, pair.rejected_reward) == ("b", "c", 7.5, 7.5)

@@ -212,9 +212,8 @@ def _rated(
 
 def _rewards(record: Mapping[str, Any], given: Noted) -> tuple[float | None, float | None]:
     names = next((names for names in _REWARDS if any(record.get(name) is not None for name in names)), _REWARDS[0])
+    # equal ones are no tie: the fields of the answers say which is preferred, as in binarised UltraFeedback
     first, second = (_reward(given.get(name), name) for name in names)
-    if first is not None and first == second:
-        raise DataError(f"{names[0]} and {names[1]} are both {first:g}, so neither answer is preferred")
     return first, second
 
 

@@ -7,11 +7,12 @@ or is trained on, so the reader refuses it; something that is switched off canno
 
 from __future__ import annotations
 
+import fnmatch
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["Noted", "off", "unread", "warn_once"]
+__all__ = ["Noted", "by_pattern", "off", "unread", "warn_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ class Noted(Mapping[str, Any]):
 def off(value: Any) -> bool:
     """Whether a value switches nothing on: null, false, zero, or empty."""
     return not value
+
+
+def by_pattern(keys: Iterable[str], patterns: Mapping[str, str]) -> dict[str, str]:
+    """Of these keys those that a shell pattern matches, each with the reason of the pattern."""
+    return {key: why for key in keys for pattern, why in patterns.items() if fnmatch.fnmatchcase(key, pattern)}
 
 
 def unread(

@@ -85,8 +85,11 @@ class BadRecords:
                 self._again[self._kinds[kind]] += 1
                 continue
             if kind:
-                self._kinds[kind] = len(self._faults)
-            self._faults.append(f"{place}: {fault}")
+                self._kinds[kind] = len(self._faults) + self._more
+            if len(self._faults) < _REPORTED:
+                self._faults.append(f"{place}: {fault}")
+            else:  # not shown, so not kept: there may be millions
+                self._more += 1
 
     def close(self, good: int) -> None:
         """After the last record.
@@ -97,8 +100,11 @@ class BadRecords:
         """
         if self._count and (not self._skip or not good):
             for number, count in self._again.items():
-                self._faults[number] += f" (and {count} more like it)"
-            raise bad_lines(self._title, self._faults, lines=self._count, all_of_them=not good and self._skip)
+                if number < len(self._faults):
+                    self._faults[number] += f" (and {count} more like it)"
+            raise bad_lines(
+                self._title, self._faults, lines=self._count, more=self._more, all_of_them=not good and self._skip
+            )
         if not good:
             raise DataError(f"{self._title}: is empty; give a file with at least one record")
         self.tell(good)
@@ -107,28 +113,28 @@ class BadRecords:
         """Log what was left out."""
         if self._count and self._skip:
             logger.warning(
-                "%s: %d of %d records are left out (on_bad_record=skip); the first is %s",
+                "%s: left out %d of %d records (on_bad_record=skip); the first is %s",
                 self._title, self._count, self._count + good, self._faults[0],
             )  # fmt: skip
 
 
-def bad_lines(title: str, faults: Sequence[str], *, lines: int | None = None, all_of_them: bool = False) -> DataError:
+def bad_lines(title: str, faults: Sequence[str], *, lines: int, more: int = 0, all_of_them: bool = False) -> DataError:
     """One error for all bad records of a file.
 
     Args:
         title: the file.
         faults: what is wrong, each with its place, whose first word says what the records are ("line 7: ...").
-        lines: how many records are bad; by default as many as there are faults.
+        lines: how many records are bad.
+        more: how many faults there are besides.
         all_of_them: no record is good, so that none can be left out.
     """
-    more = f"\n  and {len(faults) - _REPORTED} more" if len(faults) > _REPORTED else ""
-    shown = "".join(f"\n  {fault}" for fault in faults[:_REPORTED])
-    lines = len(faults) if lines is None else lines
+    rest = f"\n  and {more} more" if more else ""
+    told = "".join(f"\n  {fault}" for fault in faults)
     noun = next((word for word in ("row", "item") if faults[0].startswith(f"{word} ")), "line")
     plural = f"1 bad {noun}" if lines == 1 else f"{lines} bad {noun}s"
     pronoun = "it" if lines == 1 else "them"
     remedy = "no record is left; correct the file" if all_of_them else _REMEDY.format(pronoun, pronoun)
-    return DataError(f"{title}: {plural}; {remedy}:{shown}{more}")
+    return DataError(f"{title}: {plural}; {remedy}:{told}{rest}")
 
 
 def each(

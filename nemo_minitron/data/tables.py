@@ -69,11 +69,16 @@ def arrow_rows(path: Path, columns: Sequence[str] | None = None, *, stream: bool
     """
     with _arrow(path, stream=stream) as reader:
         batches = reader if stream else (reader.get_batch(number) for number in range(reader.num_record_batches))
+        chosen = (batch if columns is None else batch.select(list(columns)) for batch in batches)
         yield from _records(
-            part if columns is None else part.select(list(columns))
-            for batch in batches
-            for part in (batch.slice(start, ROWS) for start in range(0, batch.num_rows, ROWS))
+            batch.slice(start, ROWS) for batch in map(_whole, chosen) for start in range(0, batch.num_rows, ROWS)
         )
+
+
+def _whole(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """A batch whose offsets lie within it: pyarrow believes those of a file, and ends the process at wrong ones."""
+    batch.validate(full=True)
+    return batch
 
 
 @contextmanager
@@ -96,8 +101,8 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        # what is wrong with a page that is cut off comes as an error without a number
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        # a damaged name of a column is a ValueError; a page that is cut off gives an error without a number
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
         raise DataError(f"{path}: not a readable {what} ({str(error).splitlines()[0]}); write it anew") from None

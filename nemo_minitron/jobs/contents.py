@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.jobs import skipped
 from nemo_minitron.runtime.files import is_earlier
 
 __all__ = ["SMALL", "contents_of", "damaged", "missing"]
 
 #: Directories of training state and logs: deleting them to free space loses no result.
 _PASSING = ("checkpoints", "log", "logs", "previous", "tensorboard")
-#: Files that users may edit, and those that this suite writes into a finished output.
-_FREE = ("README.md", "record.json")
+#: Files that users may edit or remove, and those that this suite writes into a finished output.
+_FREE = ("README.md", "record.json", skipped.FILE_NAME)
 _BLOCK = 1 << 20
 #: Bytes up to which the content of an input's file is checked before a stage starts: tables, scores, tokenizers. The
 #: chunks of weights have checksums of their own, which are checked as they are read.

@@ -6,6 +6,7 @@ folder, which the launcher empties first::
 
     rank-0.log, rank-1.log, ...    what each rank printed
     rank-0.json, rank-1.json, ...  the result of each rank: a :class:`~nemo_minitron.jobs.results.RankResult`
+    rank-0.pid, rank-1.pid, ...    its process; SIGUSR2 to it writes the stack of each of its threads to its log
     launcher.log                   what torchrun and nemo_run printed
     nemo_run/                      nemo_run's own records (NEMORUN_HOME)
 
@@ -17,8 +18,10 @@ codes carry no message, and torchrun and nemo_run replace them by their own; so 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +34,7 @@ import psutil
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.results import ATTEMPT_VARIABLE, RankResult, read_results, verdict
+from nemo_minitron.jobs.stalls import StallWatch
 from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
@@ -66,6 +70,8 @@ def attach(folder: Path) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    (folder / f"rank-{rank}.pid").write_text(str(os.getpid()))
     return rank
 
 
@@ -196,12 +202,12 @@ def launch(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # an interrupt reaches us alone, and we end the rest in order
             )
-        tail = _Tail(folder / "rank-0.log", on_output)
+        tail, stall = _Tail(folder / "rank-0.log", on_output), StallWatch(folder)
         limit = None if timeout_minutes is None else started + 60 * timeout_minutes
         timed_out = False
         try:
             with Relay(folder) as relay:
-                timed_out = _wait(process, folder, limit, world_size, tail, relay)
+                timed_out = _wait(process, folder, limit, world_size, tail, relay, stall)
         finally:
             if process.poll() is None:
                 _end(process)
@@ -222,7 +228,7 @@ def job_folder() -> Path:
 def clear_folder(folder: Path) -> None:
     """Remove the files of an earlier job; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("rank-*.log", "rank-*.json", ".rank-*.partial.*", "rank-*.stoppable", "launcher.log"):
+    for pattern in ("rank-*.log", "rank-*.json", "rank-*.pid", ".rank-*.partial.*", "rank-*.stoppable", "launcher.log"):
         for stale in folder.glob(pattern):
             stale.unlink()
     shutil.rmtree(folder / "nemo_run", ignore_errors=True)
@@ -270,7 +276,15 @@ class _Tail:
             self.on_output(data)
 
 
-def _wait(process: Processes, folder: Path, limit: float | None, world_size: int, tail: _Tail, relay: Relay) -> bool:
+def _wait(
+    process: Processes,
+    folder: Path,
+    limit: float | None,
+    world_size: int,
+    tail: _Tail,
+    relay: Relay,
+    stall: StallWatch,
+) -> bool:
     """Wait until the processes end or must be ended: by the time limit (True), a failed rank, or a job that lingers."""
     deadline = None
     while process.poll() is None:
@@ -278,6 +292,8 @@ def _wait(process: Processes, folder: Path, limit: float | None, world_size: int
         tail.step()
         relay.step()
         now = time.monotonic()
+        if (report := stall.step(now)) is not None and tail.on_output is not None:
+            tail.on_output(f"{report}\n".encode())
         if limit is not None and now > limit:
             return True
         if deadline is not None:

@@ -6,6 +6,7 @@ Scores under this and larger layouts are in ``test_scoring_parallel.py``, beside
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = ("mixtral", "qwen3_moe")
 LAYOUT = {"data": 2, "expert": 2}
+BESIDE_TENSOR = {"data": 2, "expert": 2, "tensor": 2, "sequence_parallel": True}
 IDS = tokens(4, 12, vocab=SIZES["vocab_size"]).clamp(min=3)
 SHORT: dict[str, Any] = {"count": 12, "steps": 3, "validate_every": 3}
 
@@ -149,6 +151,8 @@ def training_case(folder: str, out: str, layout: dict[str, Any]) -> None:
         models = f"{folder}/{family}"
         assert train(models, f"{out}/{family}-labels", alone=True, layout=layout, **SHORT) == ""
         assert train(models, f"{out}/{family}-distilled", layout=layout, **SHORT) == ""
+    if layout != LAYOUT:
+        return
     stopped = train(models, f"{out}/resumed", alone=True, layout=layout, at=(2, signal.SIGTERM), **SHORT)
     assert "stopped by a signal after step 2 of 3" in stopped
     assert train(models, f"{out}/resumed", alone=True, layout=layout, **SHORT) == ""
@@ -162,13 +166,13 @@ def test_trainings_equal_one_process(tmp_path: Path) -> None:
         own = {"router_aux_loss_coef": 0.01, "num_hidden_layers": 2}
         family_model(family, tmp_path / family / "teacher", seed=1, **own)
         family_model(family, tmp_path / family / "student", seed=2, hidden_size=36, **own)
-    for name, layout in (("one", {}), ("two", LAYOUT)):
+    for name, world, layout in (("one", 1, {}), ("two", 2, LAYOUT), ("four", 4, BESIDE_TENSOR)):
         (tmp_path / name).mkdir()
         case = {"folder": str(tmp_path), "out": str(tmp_path / name), "layout": layout}
-        run_distributed(training_case, 2 if layout else 1, tmp_path / name, timeout=290, **case)
-    for family in FAMILIES:
+        run_distributed(training_case, world, tmp_path / name, timeout=290, **case)
+    for name, family in itertools.product(("two", "four"), FAMILIES):
         for kind in ("labels", "distilled"):
-            one, two = (tmp_path / name / f"{family}-{kind}" for name in ("one", "two"))
+            one, two = (tmp_path / place / f"{family}-{kind}" for place in ("one", name))
             lines = list(zip(measured(one), measured(two), strict=True))
             assert len(lines) == 4
             for expected, found in lines:
@@ -177,13 +181,14 @@ def test_trainings_equal_one_process(tmp_path: Path) -> None:
             last = "checkpoints/step=2-last"
             weights, trained = (open_checkpoint(place / last).weights for place in (one, two))
             start = open_checkpoint(tmp_path / family / ("teacher" if kind == "labels" else "student")).weights
-            for name in weights.names():
-                before = start.tensor(name)
-                moved = (weights.tensor(name)[: len(before)] - before).abs().max()
+            for tensor in weights.names():
+                before, after = start.tensor(tensor), weights.tensor(tensor)
+                moved = (after[: len(before)] - before).abs().max()
                 assert moved > 1e-4
-                difference = (trained.tensor(name) - weights.tensor(name)).abs().max()
+                # the rows of the vocabulary's padding are as many as the layout asks for
+                difference = (trained.tensor(tensor)[: len(before)] - after[: len(before)]).abs().max()
                 # Adam's first steps divide small gradients by themselves
-                assert difference <= 0.05 * moved, (family, kind, name)
+                assert difference <= 0.05 * moved, (name, family, kind, tensor)
     # the optimizer's state of experts goes through a checkpoint as well
     straight, resumed = (tmp_path / "two" / name for name in ("qwen3_moe-labels", "resumed"))
     assert measured(resumed) == measured(straight)

@@ -36,6 +36,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2-dp2": {"tensor": 2, "data": 2},
         "tp2-dp2-ep2-sp": {"tensor": 2, "data": 2, "expert": 2, "sequence_parallel": True},
         "dp4-ep2": {"data": 4, "expert": 2},
+        "pp2-dp2-ep2": {"pipeline": 2, "data": 2, "expert": 2},
         "pp2-dp2-vp2": {"pipeline": 2, "data": 2, "virtual_pipeline": 2},
     },
 }

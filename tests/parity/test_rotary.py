@@ -16,7 +16,7 @@ from support.pruning import live, logits, one_process, tokens
 
 from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits as own_hf_logits
-from nemo_minitron.pruning import prune_weights
+from nemo_minitron.pruning import DepthPrune, WidthPrune, prune_weights
 
 CONTEXT = 256
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
@@ -78,9 +78,13 @@ def test_logits_beyond_the_original_context(name, models, groups, tmp_path):
     assert close(logits(live(source, groups), IDS), expected)
     write_checkpoint(source, tmp_path / "again", "hf")
     assert torch.equal(hf_logits(tmp_path / "again", IDS), expected)
-    pruned = prune_weights(source, some_units(source.shape))
+    kept = some_units(source.shape)
+    pruned = prune_weights(source, kept)
     write_checkpoint(pruned, tmp_path / "pruned", "hf")
-    assert close(logits(live(pruned, groups), IDS), hf_logits(tmp_path / "pruned", IDS))
+    assert close(found := logits(live(pruned, groups), IDS), hf_logits(tmp_path / "pruned", IDS))
+    chunks = live(source, groups)
+    WidthPrune(kept)(DepthPrune(kept)(chunks[0]))
+    assert torch.equal(logits(chunks, IDS), found)
     plain = dataclasses.replace(source, architecture=dataclasses.replace(source.architecture, rotary_scaling=None))
     assert not close(logits(live(plain, groups), IDS), expected, 1e-2)
 

@@ -35,6 +35,8 @@ def write_stage(run: Path, name: str, stage: str, *, seconds: float, minute: int
         "name": name,
         "stage": stage,
         "hash": name,
+        "settings": {},
+        "parents": {},
         "config": {"output": str(path), "name": name, **config},
         "metrics": {},
         "started": f"2025-01-01T12:{minute:02d}:00+00:00",

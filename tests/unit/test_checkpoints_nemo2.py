@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint, tiny_tokenizer
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.formats.nemo1.config import from_nemo1, to_nemo1
+from nemo_minitron.checkpoints.formats.nemo_known import (
+    NEMO1,
+    NEMO1_NEUTRAL,
+    NEMO2,
+    NEMO2_NEUTRAL,
+    unknown_settings,
+)
 from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError
 
@@ -109,6 +123,77 @@ def test_what_does_not_fit_is_named(native: Path, changes: dict[str, Any], messa
     edit(native, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(native)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"softmax_scale": 0.5}, r"softmax_scale=0\.5 is not supported"),
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True is not"),
+        ({"mtp_num_layers": 1, "no_rope_freq": 4}, "mtp_num_layers=1 is not supported.*no_rope_freq=4 is not"),
+        ({"qk_l2_norm": True}, "qk_l2_norm=True is not supported"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size=8192 is not known, and may change"),
+        (
+            {"transformer_layer_spec": {"_target_": "my.layers.spec"}},
+            r"transformer_layer_spec=my\.layers\.spec: layers",
+        ),
+    ],
+)
+def test_settings_that_nobody_reads_are_refused(native: Path, changes: dict[str, Any], message: str) -> None:
+    edit(native, **changes)
+    with pytest.raises(CheckpointError, match=rf"model\.yaml: .*{message}"):
+        open_checkpoint(native)
+
+
+def test_a_transformed_model_is_refused(native: Path) -> None:
+    content = yaml.safe_load((native / "context" / "model.yaml").read_text())
+    write_yaml(native, content | {"model_transform": {"_target_": "nemo.collections.llm.peft.lora.LoRA"}})
+    with pytest.raises(CheckpointError, match="model_transform=.*LoRA.* changes the model"):
+        open_checkpoint(native)
+
+
+INVENTED = st.sampled_from([None, False, 0, 0.0, "", [], {}, True, 3, 0.5, "x", [1], {"a": 1}])
+
+
+@settings(max_examples=40, deadline=None)
+@given(key=st.text("abcdefgh", min_size=1, max_size=6), value=INVENTED)
+def test_invented_settings_are_refused_or_named(key: str, value: Any) -> None:
+    """Of NeMo 2 and of NeMo 1."""
+    name = f"invented_{key}_setting"
+    for known, neutral in ((NEMO2, NEMO2_NEUTRAL), (NEMO1, NEMO1_NEUTRAL)):
+        source = Path(str(uuid.uuid4()))
+        with TestCase().assertLogs("nemo_minitron", logging.WARNING) if not value else nullcontext() as logs:
+            faults = unknown_settings({name: value, "fp8": "hybrid"}, source, harmless=known, neutral=neutral)
+        if value:
+            assert [fault.split(" is ")[0] for fault in faults] == [f"{name}={value}"]
+        else:
+            assert not faults
+            assert f"left behind: {name}={value!r}" in logs.output[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"transformer_block_type": "post_ln"},
+            r"transformer_block_type='post_ln' is not supported \(needed: 'pre_ln'\)",
+        ),
+        ({"drop_layers": [1, 2]}, r"drop_layers=\[1, 2\] is not supported"),
+        ({"peft": {"peft_scheme": "lora"}}, "peft=.*lora.* is not supported"),
+        ({"softmax_scale": 0.5, "clever_attention": True}, "softmax_scale=0.5.*clever_attention=True is not known"),
+    ],
+)
+def test_settings_of_nemo_1_that_nobody_reads(
+    source: Checkpoint, changes: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = to_nemo1(source.shape, source.architecture, dtype="float32", multiple=128, rows=None)
+    content, path = yaml.safe_load(written), Path("model_config.yaml")
+    harmless = {"peft": {"peft_scheme": "none"}, "dpo": {"ref_policy_kl_penalty": 0.2}, "activation": "swiglu"}
+    caplog.set_level(logging.WARNING, "nemo_minitron")
+    assert from_nemo1(content | harmless, path, 131, source.tokenizer)[0] == source.shape
+    assert not caplog.records
+    with pytest.raises(CheckpointError, match=rf"model_config\.yaml: .*{message}"):
+        from_nemo1(content | changes, path, 131, source.tokenizer)
 
 
 def test_a_tokenizer_outside_the_checkpoint_is_not_followed(native: Path, tmp_path: Path) -> None:

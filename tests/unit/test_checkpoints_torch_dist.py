@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import tiny_checkpoint
+from support.mixture import random_mixture
+from support.pruning import DictWeights
 from torch.distributed import checkpoint as dcp
 
+from nemo_minitron import axes
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.torch_dist import reader
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, TorchDistWeights
@@ -380,3 +383,34 @@ def test_a_foreign_nemo_configuration_is_named(tmp_path: Path) -> None:
     config.write_text("!!python/object/apply:os.mkdir ['executed']")
     with pytest.raises(CheckpointError, match="cannot be read as plain YAML"):
         open_checkpoint(tmp_path / "u")
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["a key a layer", "layers stacked"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["a key an expert", "experts stacked"])
+def test_spellings_of_experts(tmp_path: Path, stacked: bool, grouped: bool) -> None:
+    """However layers and experts are gathered under keys: by Megatron's grouped experts and by modules of their own."""
+    source = random_mixture()
+    assert isinstance(source.weights, DictWeights)
+    held: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    for name, tensor in source.weights.tensors.items():
+        layer, expert, below = axes.name_parts(name)
+        key, place = f"module.{name}", ()
+        if layer is not None:
+            key, place = ("module.decoder.layers.", (layer,)) if stacked else (f"module.decoder.layers.{layer}.", ())
+            if expert is not None and grouped:
+                key, place = f"{key}mlp.experts.experts.", (*place, expert)
+            elif expert is not None:
+                key = f"{key}{axes.EXPERTS}{expert}."
+            key += below
+        held.setdefault(key, {})[place] = tensor
+    state = {}
+    for key, parts in held.items():
+        counts = tuple(max(numbers) + 1 for numbers in zip(*parts, strict=True))
+        state[key] = torch.stack(list(parts.values())).reshape(*counts, *next(iter(parts.values())).shape)
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    read = TorchDistWeights(TorchDist(tmp_path), source.shape, "mixtral", "module.")
+    read.check()
+    for name in source.weights.names():
+        assert torch.equal(read.tensor(name), source.weights.tensor(name)), name
+    with pytest.raises(CheckpointError, match="belongs to another model|has no tensor|has no place"):
+        TorchDistWeights(TorchDist(tmp_path), source.shape.replace(num_moe_experts=3), "mixtral", "module.").check()

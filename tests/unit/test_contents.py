@@ -27,6 +27,7 @@ def config(tmp_path: Path) -> PruneConfig:
     (tmp_path / "out" / "weights" / ".metadata").write_text("meta")
     (tmp_path / "out" / "weights" / "__0_0.distcp").write_text("0123456789")
     (tmp_path / "out" / "README.md").write_text("a card")
+    (tmp_path / "out" / "skipped.jsonl").write_text("{}\n")
     (tmp_path / "out" / "checkpoints").mkdir()
     (tmp_path / "out" / "checkpoints" / "state").write_text("state")
     Output(config).finish({}, 1.0)
@@ -47,6 +48,7 @@ def test_what_a_record_names(config):
 def test_what_users_may_change(config):
     out = Path(config.output)
     (out / "README.md").write_text("a better card")
+    (out / "skipped.jsonl").unlink()
     (out / "checkpoints" / "state").unlink()
     (out / "notes.txt").write_text("mine")
     assert Output(config).state() == ("done", [])

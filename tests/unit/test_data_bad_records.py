@@ -60,7 +60,7 @@ def test_bad_records_are_left_out_and_kept(tmp_path: Path, caplog: pytest.LogCap
     chats = read_chats(path, skip=True)
     assert [chat.where for chat in chats] == [f"{path}, line 1", f"{path}, line 7"]
     assert caplog.messages[-1].startswith(
-        f"{path}: 5 of 7 records are left out (on_bad_record=skip); the first is line 2: not JSON"
+        f"{path}: left out 5 of 7 records (on_bad_record=skip); the first is line 2: not JSON"
     )
     kept = skipped.entries()
     assert [(entry["file"], entry["place"]) for entry in kept] == [(str(path), f"line {n}") for n in range(2, 7)]
@@ -85,6 +85,22 @@ def test_what_no_record_survives_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('[{"prompt": "a", "response": "b"}, {oops]')
     with pytest.raises(DataError, match="not JSON"):  # where the next one begins is not known
         read_chats(tmp_path / "d.json", skip=True)
+
+
+def test_many_bad_records(tmp_path: Path) -> None:
+    """The first twenty faults are shown; of a kind only the first, with the number of the others."""
+    records = [{**GOOD, f"zz{n % 40}": 1} for n in range(100)]
+    with pytest.raises(DataError) as caught:
+        read_chats(lines(tmp_path / "a.jsonl", *records))
+    first, *faults, last = str(caught.value).splitlines()
+    assert first.endswith(
+        "a.jsonl: 100 bad lines; correct or remove them, or set on_bad_record=skip to leave them out:"
+    )
+    assert len(faults) == 20 and all(
+        fault.startswith(f"  line {n}: unknown field zz{n - 1}=1") for n, fault in enumerate(faults, 1)
+    )
+    assert faults[0].endswith("(and 2 more like it)")
+    assert last == "  and 20 more"
 
 
 def test_pairs_prompts_and_tasks(tmp_path: Path) -> None:
@@ -154,7 +170,7 @@ def test_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match=r"source 'mine': .*a.jsonl, line 2: text_key='text' is no string; it has text"):
         read_source(source, tmp_path)
     assert [document.text for document in read_source(source, tmp_path, skip=True)] == ["one", "two"]
-    assert "3 of 5 records are left out" in caplog.messages[-1]
+    assert "left out 3 of 5 records" in caplog.messages[-1]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None], "n": [1, 2]}), tmp_path / "b.parquet")
     table = SourceConfig(name="mine", path=str(tmp_path / "b.parquet"))
     assert [document.text for document in read_source(table, tmp_path, skip=True)] == ["one"]

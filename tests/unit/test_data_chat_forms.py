@@ -81,6 +81,11 @@ CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "Dolly": ({"instruction": "a", "context": "x", "response": "b", "category": "open_qa"}, say("a\nx", "b")),
     "NeMo": ({"input": "a", "output": "b"}, say("a", "b")),
+    "Nemotron's post-training data": (
+        {"input": say("a", "b", "c"), "output": "<think>t</think>d", "reasoning": "on", "system_prompt": "s",
+         "category": "math", "license": "cc", "generator": "m", "used_in_training": ["Ultra"], "version": "v1"},
+        [*say("a", system="s"), {"role": "assistant", "content": "b", "weight": 0}, *say("c", "<think>t</think>d")],
+    ),
     "OpenOrca": ({"id": "1", "system_prompt": "s", "question": "a", "response": "b"}, say("a", "b", system="s")),
     "question, answer": ({"question": "a", "answer": "b"}, say("a", "b")),
     "HelpSteer 2 of several turns": (
@@ -145,6 +150,7 @@ def test_labels_of_the_last_answer_are_its_attributes() -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is a preference pair"),
         ({"prompt": "a", "completion": "b", "label": True}, "is an answer with a label (KTO)"),
         ({"prompt": "a", "response": "b", "completion": "c"}, "unknown field completion='c'"),
+        ({"prompt": "a", "response": "b", "reasoning": "because"}, "unknown field reasoning='because'"),
         ({"instruction": "a", "output": "b", "text": "c"}, "text='c' does not hold instruction and output"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "no list of [question, answer]"),
         ({"prompt": "<extra_id_0>System\ns\n<extra_id_1>User\na", "response": "b", "system": "t"}, "of its own"),
@@ -167,6 +173,7 @@ def test_prompts_of_pairs_are_prompts() -> None:
         rated(6, 7),
         {"prompt": "a", "completion": "b", "label": True},
         {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 1},
+        {"context": say("a"), "response1": "b", "response2": "c", "overall_preference": 1, "individual_preference": []},
         {"prompt": "a", "chosen": "b", "rejected": "c", "chosen-rating": 5, "rejected-rating": 1, "chosen_model": "m"},
     ):
         assert parse_chat(record, answered=False).record()["messages"][:1] == say("a")
@@ -219,6 +226,10 @@ PAIRS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], tuple[Any, ...]]] =
         say("a"), ("b", "c")),
     "the first of two": (
         {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": -1}, say("a"), ("b", "c")),
+    "HelpSteer 3's preferences": (
+        {"domain": "code", "language": "python", "context": LONG, "response1": "d", "response2": "e",
+         "overall_preference": -2, "individual_preference": [{"score": -2, "reasoning": "x"}]},
+        LONG, ("d", "e")),
     "HH-RLHF": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
          "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"},
@@ -267,7 +278,9 @@ def test_forms_of_pairs(name: str, tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": {"role": "assistant", "content": "b", "label": "quality:1"}, "rejected": "c"},
          "chosen has attribute values (label), and answers of pairs have rewards"),
         ({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": "x"}, "is no number"),
+        ({"context": say("a"), "response1": "b", "response2": "c", "overall_preference": 0}, "preference=0 prefers"),
         ({"prompt": "a", "response_1": "b", "response_2": "c"}, "has no chosen and no rejected; it has prompt, resp"),
+        ({"prompt": "a"}, "rejected_response, response_1 with response_2, response1 with response2, completions with"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, "unknown field margin=2"),
         ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: e"}, "chosen is empty"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -295,6 +296,23 @@ def test_foreign_files_are_named(tmp_path: Path, content: bytes, what: str) -> N
         path.write_bytes(gzip.compress(content))
         with pytest.raises(DataError, match=what.removeprefix("is ")):
             read(path)
+
+
+BEGINNINGS = (
+    b"", b"[", b"{", b"\xef\xbb\xbf", b"\x1f\x8b", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1\0\0",
+    b"\xff\xff\xff\xff",
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.builds(lambda start, rest, end: start + rest + end, st.sampled_from(BEGINNINGS), st.binary(),
+                         st.sampled_from((b"", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"))),
+       name=st.sampled_from(NAMES))  # fmt: skip
+def test_any_bytes_are_read_or_refused(content: bytes, name: str, tmp_path: Path, quiet: None) -> None:
+    path = tmp_path / f"a{name}"
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        assert all(record.fault or record.place for record in read(path))
 
 
 def test_directories_and_missing_files(tmp_path: Path) -> None:

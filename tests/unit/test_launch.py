@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from nemo_minitron.config import ExportConfig, ParallelLayout, RuntimeConfig, ScoreConfig, StageConfig
 from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError, ShapeError
 from nemo_minitron.jobs import launch as launching
-from nemo_minitron.jobs import local, warm
+from nemo_minitron.jobs import local, stalls, warm
 from nemo_minitron.jobs.launch import launch
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.records import read_record
@@ -182,11 +183,32 @@ def test_one_failing_rank_ends_all_and_shows_once(tmp_path, name, kind, message)
 
 
 @pytest.mark.slow
-def test_a_hang_of_several_is_bounded(tmp_path):
-    config = job(tmp_path, "hang", tensor=2, timeout_minutes=8 / 60)
+def test_a_hang_of_several_is_said_and_bounded(tmp_path, monkeypatch):
+    """One rank waits, the other is stopped."""
+    monkeypatch.setattr(stalls, "QUIET", 2.0)
+    monkeypatch.setattr(stalls, "BUSY", 0.3)
+    monkeypatch.setattr(stalls, "_LOOK", 0.2)
+    config = job(tmp_path, "hang", tensor=2, timeout_minutes=14 / 60)
+    folder, shown = Output(config).folder, []
+
+    def stop() -> None:
+        path = folder / "rank-1.pid"
+        while not (path.exists() and path.read_text()):
+            time.sleep(0.05)
+        os.kill(int(path.read_text()), signal.SIGSTOP)
+
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
     with pytest.raises(MinitronError, match="stopped after"):
-        local.run_stage(config)
-    assert not left_over(Output(config).folder)
+        local.run_stage(config, shown.append)
+    stopper.join()
+    reports = [data.decode() for data in shown if b"no rank has made progress" in data]
+    assert len(reports) == 1, reports
+    report = reports[0]
+    assert re.search(r"rank 0 \(process \d+\) is in \w+ \(.*fake_worker\.py:\d+\)", report), report
+    assert re.search(r"rank 1 is stopped \(process \d+\): continue it with kill -CONT", report), report
+    assert "fake_worker.py" in (folder / "rank-0.log").read_text()
+    assert not left_over(folder)
 
 
 @pytest.mark.slow

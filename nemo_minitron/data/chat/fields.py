@@ -36,7 +36,7 @@ RECORD_FIELDS: dict[str, str] = {
         _ORIGIN,
     ),
     **dict.fromkeys(("timestamp", "created", "created_at", "create_time", "updated_at", "date"), _TIME),
-    **dict.fromkeys(("metadata", "meta", "comment", "comments"), _NOTES),
+    **dict.fromkeys(("metadata", "meta", "comment", "comments", "version", "used_in_training"), _NOTES),
     **dict.fromkeys(("language", "lang", "category", "topic", "tags", "domain", "subject", "title"), _SORTS),
     **dict.fromkeys(("model", "model_name", "generator", "annotator", "author", "user_id"), _AUTHOR),
     **dict.fromkeys(("n_turns", "num_turns", "num_tokens", "token_count"), _COUNTS),
@@ -52,7 +52,8 @@ ANSWER_FIELDS: dict[str, str] = dict.fromkeys(
         "chosen-rating", "rejected-rating", "chosen_model", "rejected_model", "chosen-model", "rejected-model",
         "response_1", "response_2", "preference_strength", "preference_statement", "preference_elaboration",
         "three_most_similar_preferences", "all_preferences_unprocessed", "completions", "models", "correct_answers",
-        "incorrect_answers", "label",
+        "incorrect_answers", "label", "response1", "response2",
+        "overall_preference", "individual_preference",
     ),
     "says how the prompt was answered, and the prompt alone is read",
 )  # fmt: skip

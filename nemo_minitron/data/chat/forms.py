@@ -67,9 +67,13 @@ def chat_turns(record: Mapping[str, Any], given: Noted, unknown: Unknown, *, ans
         return messages
     asked = next((key for key in _PAIRS if record.get(key) is not None), None)
     have = ", ".join(sorted(record)) or "nothing"
+    if asked is None and not answered and isinstance(record.get("context"), list):  # HelpSteer 3's pairs
+        return question_turns(record, given, "context", unknown)
     if asked is None:
         raise UnknownKinds({"form": f"is of no form that is known; it has {have}; known: {_KNOWN}"})
     answers = _PAIRS[asked]
+    if record.get("reasoning") in ("on", "off"):  # of Nemotron's data: whether the answer thinks, as its text shows
+        given.get("reasoning")
     if answered:
         check_paired(record)
     if answered and record.get("chosen") is not None:

@@ -33,8 +33,11 @@ PREFERENCE_PACKAGES = ("llamafactory-dpo",)
 _ASKED = ("prompt", "question", "instruction", "conversations", "messages")
 #: Fields of the chosen and of the rejected answer: of most data, and of NeMo-Aligner.
 _ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
-#: Two answers that a number compares, below 0 for the first (HelpSteer 2's preferences).
-_COMPARED = ("response_1", "response_2")
+#: Two answers that a number compares, below 0 for the first (preferences of HelpSteer 2 and 3) -> the number.
+_COMPARED = {
+    ("response_1", "response_2"): "preference_strength",
+    ("response1", "response2"): "overall_preference",
+}
 #: Fields of the rewards: NeMo-Aligner's, UltraFeedback's and their like.
 _REWARDS = (
     ("chosen_reward", "rejected_reward"),
@@ -47,8 +50,8 @@ _REWARDS = (
 _PAIR_FIELDS = {
     **dict.fromkeys(
         ("preference_statement", "preference_elaboration", "three_most_similar_preferences",
-         "all_preferences_unprocessed"),
-        "what the annotators of HelpSteer 2 said; preference_strength is its sum",
+         "all_preferences_unprocessed", "individual_preference"),
+        "what the annotators of HelpSteer 2 and 3 said; preference_strength and overall_preference are its sum",
     ),
     **dict.fromkeys(
         ("chosen_model", "rejected_model", "chosen-model", "rejected-model"), "says who wrote the answer"
@@ -222,17 +225,19 @@ def _answer_fields(record: Mapping[str, Any], given: Noted) -> tuple[str, str]:
             return better, worse
     check_paired(record)
     have = ", ".join(sorted(record)) or "nothing"
-    if "preference_strength" in record and all(isinstance(record.get(name), str) for name in _COMPARED):
-        strength = given["preference_strength"]
+    for (first, second), number in _COMPARED.items():
+        if number not in record or not all(isinstance(record.get(name), str) for name in (first, second)):
+            continue
+        strength = given[number]
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-            raise DataError(f"preference_strength={shown(strength)} is no number")
+            raise DataError(f"{number}={shown(strength)} is no number")
         if strength == 0:
-            raise DataError("preference_strength=0 prefers neither answer")
-        return _COMPARED if strength < 0 else (_COMPARED[1], _COMPARED[0])
+            raise DataError(f"{number}=0 prefers neither answer")
+        return (first, second) if strength < 0 else (second, first)
     missing = [name for name in ("chosen", "rejected") if record.get(name) is None]
     if not any(record.get(key) is not None for key in _ASKED):
         missing.insert(0, "prompt")
-    known = ", ".join(f"{better} with {worse}" for better, worse in (*_ANSWERS, _COMPARED))
+    known = ", ".join(f"{better} with {worse}" for better, worse in (*_ANSWERS, *_COMPARED))
     known += ", completions with response and overall_score"
     raise UnknownKinds({f"form {missing}": f"has no {' and no '.join(missing)}; it has {have}; known: {known}"})
 
@@ -268,6 +273,8 @@ def _prompt(
         DataError: unless whole dialogues begin with the prompt of the record, and with the same turns.
     """
     asked = next((key for key in _ASKED if record.get(key) is not None), None)
+    if asked is None and isinstance(record.get("context"), list):  # HelpSteer 3's
+        asked = "context"
     own = () if asked is None else question_turns(record, given, asked, unknown)
     prompts = {}
     for name, side in sides.items():

@@ -144,6 +144,13 @@ def trained_config(
         rows=padded_vocab(initial.shape.vocab_size, tensor=layout.tensor),
     )
     config.expert_model_parallel_size = layout.expert
+    if initial.shape.num_moe_experts is not None and layout.tensor > 1:
+        # Megatron scales the loss that balances experts by the tokens of a rank, and the gradients by those of all:
+        # under sequence parallelism it would weigh less, the more ranks share a sequence.
+        config.moe_aux_loss_coeff *= layout.tensor
+        if not device.is_cuda:
+            # NeMo's "alltoall" gathers different numbers of tokens over the tensor-parallel ranks, which gloo does not
+            config.moe_token_dispatcher_type = "allgather"  # noqa: S105 (no password)
     if schedule.recompute != "none":
         config.recompute_granularity = schedule.recompute
     if schedule.recompute == "full":

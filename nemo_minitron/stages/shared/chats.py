@@ -199,11 +199,16 @@ def each_record(
     Raises:
         DataError: as :func:`~nemo_minitron.data.bad_records.each`.
     """
+
+    def record(item: T) -> Any:
+        kept = [chat.record() for chat in chats(item)]
+        return kept[0] if len(kept) == 1 else kept
+
     return each(
         items,
         convert,
         where=lambda item: chats(item)[0].where,
-        record=lambda item: [chat.record() for chat in chats(item)],
+        record=record,
         title=str(data.path or data.package),
         skip=data.skip,
     )

@@ -6,7 +6,6 @@ The numbers are those that llama.cpp's own ``gguf`` package dequantizes, one ten
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.accounting import unread, warn_once
+from nemo_minitron.accounting import by_pattern, unread, warn_once
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import known
@@ -146,11 +145,7 @@ class GGUFWeights:
                     f"{list(shapes[name])}"
                 )
         used = {*self.names_there.values(), DIVISORS}
-        unknown = [
-            name
-            for name in stored
-            if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in known.TENSORS)
-        ]
+        unknown = [name for name in stored if name not in used and not by_pattern([name], known.TENSORS)]
         if unknown:
             raise CheckpointError(
                 f"{path}: {len(unknown)} tensors have no place in a {self.family} model, such as "
@@ -223,7 +218,7 @@ def _check_fields(content: GGUFContent, name: str, entry: GGUFArchitecture) -> N
         CheckpointError: for keys that may change what the model computes.
     """
     left = content.fields.left()
-    harmless = {key: why for key in left for pattern, why in known.KEYS.items() if fnmatch.fnmatchcase(key, pattern)}
+    harmless = by_pattern(left, known.KEYS)
     harmless |= {key: "its neutral value" for key, values in known.NEUTRAL.items() if left.get(key) in values}
     neutral = {f"{name}.{key}": value for key, value in entry.neutral.items()}
     active, idle = unread(left, harmless=harmless, neutral=neutral)

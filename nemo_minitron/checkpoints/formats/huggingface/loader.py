@@ -56,6 +56,7 @@ def _config(path: Path) -> PretrainedConfig:
     scaling = getattr(config, "rope_scaling", None) or older_spelling(read_json(path / "config.json"))[0].get(
         "rope_scaling"
     )
-    if scaling_type(scaling) == "yarn":
+    # transformers 5 goes by the factor
+    if scaling_type(scaling) == "yarn" and not hasattr(config, "rope_parameters"):
         config.rope_scaling, config.max_position_embeddings = read_scaling(scaling, config.max_position_embeddings)
     return config

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.accounting import Noted
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.formats.nemo_known import NEMO1, NEMO1_NEUTRAL, unknown_settings
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import ModelShape, uniform_faults
@@ -81,13 +83,14 @@ def from_nemo1(
     Raises:
         CheckpointError: for a foreign architecture, all reasons in one message, or an incomplete configuration.
     """
-    config = DEFAULTS | content
+    config = Noted(content, DEFAULTS)
     faults = [
         f"{key}={config[key]!r} is not supported (needed: {value!r})"
         for key, value in REQUIRED.items()
         if config[key] != value
     ]
-    config["activation"] = SAME.get(config["activation"], config["activation"])
+    if (name := config["activation"]) in SAME:
+        config = Noted({**content, "activation": SAME[name]}, DEFAULTS)
     unlike = {
         family: [
             f"{key}={config[key]!r} is not supported (needed: {value!r})"
@@ -143,6 +146,10 @@ def from_nemo1(
         raise CheckpointError(f"{source} lacks {error}; it is not a complete GPT configuration") from None
     except (ShapeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    used = (*REQUIRED, *nemo1_families()[family])
+    left = {key: value for key, value in config.left().items() if key not in used}
+    if faults := unknown_settings(left, source, harmless=NEMO1, neutral=NEMO1_NEUTRAL):
+        raise CheckpointError(f"{source}: " + "; ".join(faults))
     return shape, architecture
 
 

@@ -8,11 +8,13 @@ What a family needs of a configuration follows from its axes table; NeMo's class
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
+from nemo_minitron.accounting import Noted
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats.nemo2.layer_types import (
     list_faults,
@@ -22,6 +24,7 @@ from nemo_minitron.checkpoints.formats.nemo2.layer_types import (
     written_types,
 )
 from nemo_minitron.checkpoints.formats.nemo_common import padded
+from nemo_minitron.checkpoints.formats.nemo_known import LAYER_SPECS, NEMO2, NEMO2_NEUTRAL, unknown_settings
 from nemo_minitron.checkpoints.tokenizer.files import special_ids, token_count
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError, ShapeError
@@ -232,9 +235,10 @@ def from_nemo2(
     Raises:
         CheckpointError: for a foreign architecture, all reasons in one message, or an incomplete configuration.
     """
-    config = content.get("config")
-    if not isinstance(config, dict):
+    given = content.get("config")
+    if not isinstance(given, dict):
         raise CheckpointError(f"{source} has no model configuration; it is not a NeMo 2 language model's")
+    config: Mapping[str, Any] = given
     module, _, name = str(config.get("_target_", "unknown")).rpartition(".")
     if module in (SCALED_MODULE, LISTED_MODULE):
         name = name.removeprefix(OWN_CLASS).removeprefix(LISTED_CLASS)
@@ -249,6 +253,8 @@ def from_nemo2(
     if faults[family]:
         raise CheckpointError(f"{source}: {name} is no {family} model: " + "; ".join(faults[family]))
     special = special_ids(tokenizer) if tokenizer is not None else {}
+    config = noted = Noted(given)
+    _unlike(config, axes.family(family))  # notes what it asks for
     typed = axes.family(family).layer_types
     try:
         heads, hidden, experts = config["num_attention_heads"], config["hidden_size"], bool(axes.family(family).expert)
@@ -291,7 +297,24 @@ def from_nemo2(
         raise CheckpointError(f"{source} lacks {error}; it is not a complete {family} configuration") from None
     except (ShapeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    if unknown := _unknown(content, noted, source, experts=experts):
+        raise CheckpointError(f"{source}: " + "; ".join(unknown))
     return shape, architecture
+
+
+def _unknown(content: Mapping[str, Any], config: Noted, source: Path, *, experts: bool) -> list[str]:
+    """Refusals of what nobody asked for, in the configuration and beside it."""
+    faults = []
+    if content.get("model_transform") is not None:
+        faults.append(
+            f"model_transform={content['model_transform']!r} changes the model, as adapters do; merge it into the "
+            "weights first (nemo.collections.llm.peft.merge_lora)"
+        )
+    spec = config.get("transformer_layer_spec")
+    spec = spec.get("_target_") if isinstance(spec, dict) else spec
+    if spec is not None and not str(spec).startswith(LAYER_SPECS):
+        faults.append(f"transformer_layer_spec={spec}: layers of another package may compute something else")
+    return faults + unknown_settings(config.left(), source, harmless=NEMO2, neutral=NEMO2_NEUTRAL, experts=experts)
 
 
 def _nemo2_families() -> dict[str, NeMo2Family]:
@@ -313,7 +336,7 @@ def _no_form(name: str) -> str:
     )
 
 
-def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
+def _unlike(config: Mapping[str, Any], table: axes.Family) -> list[str]:
     """All settings of a configuration that the family's table does not support."""
     faults = [
         f"{key}={config[key]!r} is not supported (needed: {value!r})"
@@ -337,7 +360,7 @@ def _unlike(config: dict[str, Any], table: axes.Family) -> list[str]:
     return faults
 
 
-def _rotary_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+def _rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """HF's ``rope_scaling`` for a ``Llama31Config``, a linear interpolation, or a class of ours.
 
     The first's classes are the only ones of NeMo's with a ``scale_factor``.

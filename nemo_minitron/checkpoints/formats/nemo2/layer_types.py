@@ -6,6 +6,7 @@ n + 1 tokens, where transformers' ``sliding_window`` counts the query's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.architecture import FULL, Architecture, period_of, types_of
@@ -74,7 +75,7 @@ def written_types(architecture: Architecture, rows: int) -> dict[str, Any]:
     }
 
 
-def read_types(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+def read_types(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
     """The constants of a family with layer types, out of a ``model.yaml``.
 
     Raises:
@@ -93,7 +94,7 @@ def read_types(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def read_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+def read_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """HF's ``rope_scaling`` of the layers with full attention."""
     factor = float(config.get("rope_scaling_factor", 1.0))
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}

@@ -283,8 +283,9 @@ class TorchDistWeights:
             known.add(key)
             row, expected = entry.row, entry.shape
             stacked, size = self.store.sizes[key][: len(place)], self.store.sizes[key][len(place) :]
-            counts = [("layers", self.shape.num_layers), ("experts", self.shape.num_moe_experts)]
-            counts = counts[len(counts) - len(place) :] if row.expert is not None else counts[: len(place)]
+            layers, experts = ("layers", self.shape.num_layers), ("experts", self.shape.num_moe_experts)
+            together = row.expert is not None and axes.EXPERTS not in key
+            counts = [layers, experts][2 - len(place) :] if together else [layers][: len(place)]
             for (what, count), stored in zip(counts, stacked, strict=True):
                 if stored != count:
                     raise self._mismatch(key, f"{stored} {what}", f"{count}")
@@ -327,6 +328,13 @@ class TorchDistWeights:
                     return key, (layer, *place)
                 if (key := f"{self.prefix}decoder.layers.{layer}.{spelling}") in self.store.sizes:
                     return key, place
+            # by the names that experts have as modules, a key each
+            for key, alone in (
+                (f"{self.prefix}{name}", ()),
+                (f"{self.prefix}decoder.layers.{axes.EXPERTS}{expert}.{below}", (layer,)),
+            ):
+                if expert is not None and key in self.store.sizes:
+                    return key, alone
         raise CheckpointError(
             f"{self.store.directory} has no tensor {self.prefix}{name}; the checkpoint is incomplete "
             f"or has fewer layers than its configuration says"

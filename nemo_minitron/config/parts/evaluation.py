@@ -17,7 +17,8 @@ class HarnessConfig:
     Attributes:
         tasks: names of its tasks and groups of tasks ("hellaswag", "mmlu"), and of those whose data packages carry
             ("ifeval_offline"; docs/evaluation.md lists them).
-        include_path: directory with tasks of your own, in the harness's YAML form; Python files that they name run.
+        include_path: directory with tasks of your own, in the harness's YAML form.
+        trust_task_code: let these tasks run: their templates and the Python files that they name may do anything.
         num_fewshot: examples in the context; null takes each task's own number.
         limit: documents of each task; null takes all.
         batch_size: texts of one forward pass.
@@ -25,9 +26,12 @@ class HarnessConfig:
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("include_path",)
+    #: Settings that a later release added; see ``StageConfig.ADDED``.
+    ADDED: ClassVar[tuple[str, ...]] = ("trust_task_code",)
 
     tasks: list[str] = field(default_factory=list)
     include_path: str | None = None
+    trust_task_code: bool = False
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 8
@@ -40,4 +44,9 @@ class HarnessConfig:
             faults.append(f"tasks: {', '.join(twice)} is given twice")
         if self.include_path is not None and not self.tasks:
             faults.append(f"include_path={self.include_path}: no tasks are named; list those to run")
+        if self.include_path is not None and not self.trust_task_code:
+            faults.append(
+                f"include_path={self.include_path}: tasks may run code, in their templates too; read them, and set "
+                "trust_task_code=true if you trust them"
+            )
         return faults

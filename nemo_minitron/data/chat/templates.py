@@ -18,6 +18,7 @@ from nemo_minitron.data.bad_records import BadRecord
 from nemo_minitron.data.chat.attributes import attribute_string, parse_attribute_string
 from nemo_minitron.data.chat.conversations import Chat, Message
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.limits import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +95,13 @@ TEMPLATES: dict[str, Template] = {
         ),
     )
 }
+
+SECONDS = 20.0
+"""A template that takes longer for a conversation is refused: the loop of a file from elsewhere may have no end."""
+
+
+class _EndlessTemplateError(DataError):
+    """It is not tried again with less."""
 
 
 class Rendered(NamedTuple):
@@ -290,6 +298,8 @@ def _check_taken(
     try:
         _text(messages, tokenizer, template, tools=tools, prompt=prompt)
         return
+    except _EndlessTemplateError:
+        raise
     except DataError as error:
         reason = error
     taken = 0
@@ -353,9 +363,12 @@ def _text(
     turns = [message.turn() for message in messages]
     more = {"tools": json.loads(tools)} if tools else {}
     try:
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt, **more
-        )
+        with time_limit(SECONDS):
+            text = tokenizer.apply_chat_template(
+                turns, chat_template=template.jinja, tokenize=False, add_generation_prompt=prompt, **more
+            )
+    except TimeoutError as error:
+        raise _EndlessTemplateError(f"template {template.name}: {error}; choose another template") from None
     except Exception as error:  # a tokenizer's own template raises what it pleases
         raise DataError(f"the template {template.name} refuses it ({type(error).__name__}: {error})") from None
     return str(text)

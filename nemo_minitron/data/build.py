@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from filelock import FileLock
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.config.parts.text import ORIGINS
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.data.packing import Packing, best_fit, stream
+from nemo_minitron.data.packing import Packing, best_fit, best_fit_begun, stream, stream_begun
 from nemo_minitron.data.splits import SPLITS, deal, seen_in
 from nemo_minitron.data.streams import TokenStream, source_state, titles_of, token_stream
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
@@ -146,7 +146,13 @@ def _cached_blocks(
         cached = _read(folder)
         if cached is None:
             packed = [_Packed(source, token_stream(source, config, tokenizer)) for source in config.all_sources()]
-            _make(config, packed, split, blocks, tokenizer.eos_token_id, folder)
+            begin = tokenizer.bos_token_id
+            if config.begin_pieces and begin is None:
+                raise DataError(
+                    f"data.begin_pieces=true: the tokenizer {tokenizer_dir} names no first token (bos_token); set "
+                    "it to false"
+                )
+            _make(config, packed, split, blocks, (begin, tokenizer.eos_token_id), folder)
             cached = _read(folder)
     if cached is None:
         raise DataError(f"{folder}: what was just written cannot be read back; look at the disk")
@@ -197,8 +203,11 @@ class _Packed:
         self.tokens = int(lengths.sum())
         # Scores average over all positions of a block, where filling would count.
         fits = config.packing == "best_fit" and split != "calibration"
-        packing = best_fit(lengths, size) if fits else stream(lengths, size)
-        packing = Packing(documents[packing.document], packing.start, packing.length, packing.first, size)
+        if config.begin_pieces:
+            packing = best_fit_begun(lengths, size) if fits else stream_begun(lengths, size)
+        else:
+            packing = best_fit(lengths, size) if fits else stream(lengths, size)
+        packing = replace(packing, document=documents[packing.document])
         counts = packing.labels() > 0 if config.documents == "mask" else np.ones(len(packing), dtype=bool)
         if self.stream.answers is not None:
             counts &= self._learned(packing, masked=config.documents == "mask")
@@ -220,17 +229,25 @@ class _Packed:
                 start, length = packing.start[piece], packing.length[piece]
                 learned = self.stream.answers(packing.document[piece], start, start + length)
                 # the first token of a document, or of the block, is no label
-                skip = masked or piece == packing.first[block]
+                begun = packing.begun is not None and bool(packing.begun[piece])
+                skip = not begun and (masked or piece == packing.first[block])
                 mask[block] |= bool(learned[int(skip) :].any())
         return mask
 
-    def fill(self, block: int, row: dict[str, np.ndarray], end: int) -> None:
-        """Write a block into its row of each array."""
+    def fill(self, block: int, row: dict[str, np.ndarray], begin: int | None, end: int) -> None:
+        """Write a block into its row of each array; ``begin`` and ``end`` are the ids of first and last token."""
         packing = self.packing
         assert packing is not None
         at = 0
         for number, piece in enumerate(range(packing.first[block], packing.first[block + 1])):
             document, start, length = (int(x[piece]) for x in (packing.document, packing.start, packing.length))
+            if packing.begun is not None and packing.begun[piece]:
+                row["tokens"][at] = begin
+                if "segments" in row:
+                    row["segments"][at] = number
+                if "loss_mask" in row and at:
+                    row["loss_mask"][at - 1] = False  # nobody learns that a piece is cut here
+                at += 1
             row["tokens"][at : at + length] = self.stream.tokens(document, start, start + length)
             if "segments" in row:
                 row["segments"][at : at + length] = number
@@ -247,9 +264,17 @@ class _Packed:
             row["loss_mask"][max(at - 1, 0) :] = False
 
 
-def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | None, end: int, folder: Path) -> None:
+def _make(
+    config: DataConfig,
+    packed: list[_Packed],
+    split: str,
+    blocks: int | None,
+    ends: tuple[int | None, int],
+    folder: Path,
+) -> None:
     import torch
 
+    begin, end = ends
     taken: list[np.ndarray] = []
     for part in packed:
         table = part.stream.table
@@ -285,7 +310,7 @@ def _make(config: DataConfig, packed: list[_Packed], split: str, blocks: int | N
         with progress_bar(f"cutting {split} blocks", len(order)) as advance:
             for row, block in enumerate(order):
                 rows = {name: array[row] for name, array in arrays.items() if array.ndim == 2}
-                packed[domain[block]].fill(int(place[block]), rows, end)
+                packed[domain[block]].fill(int(place[block]), rows, begin, end)
                 lowest, highest = min(lowest, int(rows["tokens"].min())), max(highest, int(rows["tokens"].max()))
                 advance(1)
         for array in arrays.values():
@@ -353,7 +378,8 @@ def _quotas(weights: list[float], available: list[int], blocks: int | None) -> l
 
 def _folder(config: DataConfig, tokenizer_dir: Path, split: str, blocks: int | None) -> Path:
     """A name that changes with everything that the blocks depend on."""
-    apart = ("sources", "blend", "cache_dir", "workers", *([] if config.skip else ["on_bad_record"]))
+    apart = ["sources", "blend", "cache_dir", "workers", *([] if config.skip else ["on_bad_record"])]
+    apart += [] if config.begin_pieces else ["begin_pieces"]
     settings = {field: value for field, value in asdict(config).items() if field not in apart}
     origins = [
         [

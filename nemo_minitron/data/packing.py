@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Packing", "best_fit", "stream"]
+__all__ = ["Packing", "best_fit", "best_fit_begun", "stream", "stream_begun"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Packing:
             document ``document[i]``; at least one token.
         first: ``[n + 1]`` int64: the pieces of block ``i`` are ``first[i]`` to ``first[i + 1]``.
         size: tokens of a block.
+        begun: ``[p]`` bool: a first token comes before the piece, and takes a place; None for none.
     """
 
     document: np.ndarray
@@ -28,6 +29,7 @@ class Packing:
     length: np.ndarray
     first: np.ndarray
     size: int
+    begun: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -35,11 +37,15 @@ class Packing:
     @property
     def tokens(self) -> int:
         """Number of tokens in all blocks, without padding."""
-        return int(self.length.sum())
+        return int(self.places().sum())
+
+    def places(self) -> np.ndarray:
+        """``[p]`` int64: places of each piece in its block."""
+        return self.length if self.begun is None else self.length + self.begun
 
     def labels(self) -> np.ndarray:
-        """``[n]`` int64: labels of each block that belong to their input's document (tokens of a piece - 1)."""
-        total = np.concatenate([[0], np.cumsum(self.length - 1)])
+        """``[n]`` int64: labels of each block that belong to their input's document (places of a piece - 1)."""
+        total = np.concatenate([[0], np.cumsum(self.places() - 1)])
         return total[self.first[1:]] - total[self.first[:-1]]
 
     def take(self, blocks: np.ndarray) -> Packing:
@@ -47,7 +53,8 @@ class Packing:
         counts = self.first[blocks + 1] - self.first[blocks]
         first = np.concatenate([[0], np.cumsum(counts)])
         pieces = np.repeat(self.first[blocks] - first[:-1], counts) + np.arange(first[-1])
-        return Packing(self.document[pieces], self.start[pieces], self.length[pieces], first, self.size)
+        begun = None if self.begun is None else self.begun[pieces]
+        return Packing(self.document[pieces], self.start[pieces], self.length[pieces], first, self.size, begun)
 
 
 def stream(lengths: np.ndarray, size: int) -> Packing:
@@ -117,3 +124,36 @@ def best_fit(lengths: np.ndarray, size: int) -> Packing:
     order = np.argsort(block, kind="stable")
     first = np.searchsorted(block[order], np.arange(blocks + 1))
     return Packing(document[order], start[order], length[order], first, size)
+
+
+def stream_begun(lengths: np.ndarray, size: int) -> Packing:
+    """:func:`stream` with a first token before each piece that does not begin its document; ``size`` is above 1."""
+    rows: list[tuple[int, int, int]] = []
+    first, room, whole = [0], size, 0
+    for document, length in enumerate(np.asarray(lengths).tolist()):
+        start = 0
+        while start < length:
+            count = min(length - start, room - (start > 0))
+            rows.append((document, start, count))
+            room -= count + (start > 0)
+            start += count
+            if room == 0:
+                first.append(len(rows))
+                room, whole = size, len(rows)
+    table = np.array(rows[:whole], dtype=np.int64).reshape(whole, 3)
+    document, start, count = table.T
+    return Packing(document, start, count, np.array(first, dtype=np.int64), size, start > 0)
+
+
+def best_fit_begun(lengths: np.ndarray, size: int) -> Packing:
+    """:func:`best_fit` with a first token before each piece that does not begin its document; ``size`` is above 1."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    further = -(-np.maximum(lengths - size, 0) // (size - 1))
+    document = np.repeat(np.arange(len(lengths)), 1 + further)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(1 + further) - (1 + further), 1 + further)
+    begun = nth > 0
+    start = np.where(begun, size + (nth - 1) * (size - 1), 0)
+    length = np.minimum(lengths[document] - start, np.where(begun, size - 1, size))
+    packed = best_fit(length + begun, size)
+    parts = packed.document  # of each piece, which best_fit has no need to cut
+    return Packing(document[parts], start[parts], length[parts], packed.first, size, begun[parts])

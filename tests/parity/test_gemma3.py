@@ -221,3 +221,15 @@ def test_half_precision_rounds_as_transformers(model, groups):
     assert torch.equal(layer.input_layernorm(embedded), norm.input_layernorm(embedded))
     with torch.no_grad():
         assert relative(logits([chunk], IDS).float(), theirs(IDS, use_cache=False).logits.float()) < 0.05
+
+
+def test_a_list_of_types_without_any_pattern(tmp_path):
+    """Current transformers write one for Qwen too, whose older configuration has no pattern."""
+    from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits as loader
+
+    path = family_model("qwen3", tmp_path / "model")
+    content = json.loads((path / "config.json").read_text())
+    expected = hf_logits(path, IDS)
+    (path / "config.json").write_text(json.dumps(content | {"layer_types": [FULL] * 3}))
+    with torch.no_grad():
+        assert torch.equal(loader(path, IDS, torch.float32), expected)

@@ -72,6 +72,37 @@ def test_best_fit_keeps_documents_whole(tmp_path: Path, tokenizer: Path) -> None
     assert config(tmp_path, source, packing="best_fit").faults()
 
 
+@pytest.mark.parametrize("settings", [{}, {"documents": "mask"}, {"documents": "mask", "packing": "best_fit"}])
+def test_pieces_begin_with_the_first_token(settings: dict[str, str], tmp_path: Path, tokenizer: Path) -> None:
+    """Every block begins with it, and every part of a document that is cut; the text is the same."""
+    path = tokenizer / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    source = lengths_of_documents(tmp_path)
+    with pytest.raises(DataError, match="begin_pieces=true: the tokenizer .* names no first token"):
+        build_blocks(config(tmp_path, source, begin_pieces=True, **settings), tokenizer, "train")
+    path.write_text(
+        json.dumps({**content, "bos_token": "w9"})
+    )  # its documents do not begin so: it shows where it comes
+    begin = 3 + 9
+    for split in ("train", "calibration"):
+        begun = build_blocks(config(tmp_path, source, begin_pieces=True, **settings), tokenizer, split)
+        plain = build_blocks(config(tmp_path, source, **settings), tokenizer, split)
+        assert begun.tokens.shape[1] == plain.tokens.shape[1] == 17
+        if begun.segments is None:
+            starts = torch.zeros_like(begun.tokens, dtype=torch.bool)
+            starts[:, 0] = True
+        else:
+            starts = torch.cat([torch.ones_like(begun.segments[:, :1]), begun.segments.diff(dim=1)], dim=1) != 0
+            starts &= begun.segments >= 0
+            assert ((begun.segments >= 0).sum(dim=1) > 1).all()
+        inserted = starts & (begun.tokens == begin)
+        assert inserted.any() and (starts & ~inserted).any()
+        # without it, the same documents, in pieces
+        words = [int(token) for token in begun.tokens[~inserted] if token != END]
+        assert len(words) <= int((plain.tokens != END).sum()) + 16
+        assert set(words) <= {int(token) for token in plain.tokens.unique()}
+
+
 # ---------------------------------------------------------------------------------------------------------------- chats
 
 

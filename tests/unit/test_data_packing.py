@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.data.packing import Packing, best_fit, stream
+from nemo_minitron.data.packing import Packing, best_fit, best_fit_begun, stream, stream_begun
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60).map(lambda x: np.array(x, dtype=np.int64))
 SIZES = st.integers(1, 24)
@@ -68,3 +68,33 @@ def test_best_fit_leaves_the_least_room() -> None:
 @pytest.mark.parametrize("pack", [stream, best_fit])
 def test_no_documents(pack) -> None:
     assert len(pack(np.array([], dtype=np.int64), 4)) == 0
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(2, 24))
+def test_pieces_that_begin_with_the_first_token(lengths: np.ndarray, size: int) -> None:
+    """Those that do not begin their document, and only those; nothing is lost but the tail of a stream."""
+    everything = [(d, place) for d, n in enumerate(lengths) for place in range(n)]
+    for packing in (stream_begun(lengths, size), best_fit_begun(lengths, size)):
+        assert packing.begun is not None
+        assert (packing.begun == (packing.start > 0)).all()
+        filled = [
+            sum(packing.places()[first:past]) for first, past in zip(packing.first, packing.first[1:], strict=False)
+        ]
+        assert all(0 < places <= size for places in filled)
+        assert packing.tokens == sum(filled)
+        counts = np.add.reduceat(packing.places() - 1, packing.first[:-1]) if len(packing) else []
+        assert packing.labels().tolist() == list(counts)
+        half = np.arange(len(packing))[::2]
+        chosen = packing.take(half)
+        assert pieces(chosen) == [pieces(packing)[block] for block in half]
+        assert chosen.begun is not None
+        assert (chosen.begun == (chosen.start > 0)).all()
+    flow, fitted = stream_begun(lengths, size), best_fit_begun(lengths, size)
+    assert tokens(flow) == everything[: len(tokens(flow))]
+    left = len(everything) - len(tokens(flow))
+    assert left < size
+    assert all(sum(flow.places()[a:b]) == size for a, b in zip(flow.first, flow.first[1:], strict=False))
+    assert sorted(tokens(fitted)) == everything
+    whole = lengths <= size
+    assert (np.bincount(fitted.document, minlength=len(lengths))[whole] == 1).all()

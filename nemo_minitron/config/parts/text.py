@@ -88,6 +88,8 @@ class DataConfig:
             the labels.
         packing: "stream": documents one after the other, cut where a block ends; "best_fit": documents stay whole as
             far as they fit into a block, and blocks are filled up (for documents=mask).
+        begin_pieces: the parts of a document that is cut begin with the tokenizer's first token, for models that are
+            lost without it (Gemma).
         calibration_fraction: share of the documents set aside for scoring.
         held_out_fraction: share of the documents set aside for evaluation and validation.
         seed: seed of the split and of the order of the documents.
@@ -99,13 +101,14 @@ class DataConfig:
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("blend", "cache_dir")
-    ADDED: ClassVar[tuple[str, ...]] = ("on_bad_record",)
+    ADDED: ClassVar[tuple[str, ...]] = ("on_bad_record", "begin_pieces")
 
     sources: list[SourceConfig] = field(default_factory=list)
     blend: list[str] = field(default_factory=list)
     sequence_length: int = 512
     documents: str = "join"
     packing: str = "stream"
+    begin_pieces: bool = False
     calibration_fraction: float = 0.05
     held_out_fraction: float = 0.05
     seed: int = 1234

@@ -32,7 +32,8 @@ def load_transformers(path: Path, dtype: torch.dtype) -> Any:
 
     config: Any = _config(path)
     types: list[str] = getattr(config, "layer_types", None) or []
-    by_hand = bool(types) and matches("transformers<4.53") and config.sliding_window_pattern is None
+    unknown = getattr(config, "sliding_window_pattern", types) is None  # Qwen's have a list too, and no pattern
+    by_hand = bool(types) and unknown and matches("transformers<4.53")
     if by_hand:
         config.sliding_window_pattern, config.use_cache = 1, False
     model = AutoModelForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype, local_files_only=True)

@@ -232,6 +232,15 @@ def test_the_tokenizers_own_template(tmp_path: Path) -> None:
         render(CHAT, tokenizer, choose_template(tokenizer))
 
 
+def test_a_template_that_does_not_write_answers_is_refused(tmp_path: Path) -> None:
+    from nemo_minitron.data.chat.templates import choose_template, render
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(byte_tokenizer(tmp_path, chat_template="{{ messages[0]['content'] }}"))
+    with pytest.raises(DataError, match="message 3: the template own does not write this answer"):
+        render(CHAT, tokenizer, choose_template(tokenizer))
+
+
 #: Gemma's: no system message, user and assistant in turn.
 STRICT = (
     "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}"

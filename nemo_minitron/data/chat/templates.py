@@ -261,6 +261,11 @@ def _spans(
                 f"the template {template.name} changes earlier turns when one is added, so the answers cannot be told "
                 f"from the rest; choose one of {', '.join(TEMPLATES)}"
             )
+        if len(after.rstrip()) <= len(before):
+            raise DataError(
+                f"message {number + 1}: the template {template.name} does not write this answer, so nothing would be "
+                "trained on; choose another template"
+            )
         spans.append((len(before), len(after.rstrip())))
     return text, spans
 

@@ -198,7 +198,6 @@ PATCHES: tuple[Patch, ...] = (
         _as_numpy,
         "makes plain numbers of the sizes of messages to expert-parallel ranks only on the way from CUDA; as tensors, "
         "all_to_all_single does not take them",
-        optional=True,
     ),
     Patch(
         "megatron.core.models.gpt.gpt_layer_specs",

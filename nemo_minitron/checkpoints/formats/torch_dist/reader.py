@@ -14,7 +14,6 @@ import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["PREFIXES", "TorchDist", "TorchDistWeights"]
 
 PREFIXES = ("module.", "model.", "")
-_SMALL = 1 << 20  # bytes of a chunk whose checksums take no time
 _EXPERTS = "mlp.experts.experts."
 _NORMS = (
     # a model built from Megatron's local layer spec may keep its norms outside the linears, and in a mixture it names
@@ -239,26 +237,22 @@ class TorchDist:
                 raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
             if length < chunk.start + chunk.length:
                 raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
-            checked = None
-            known = chunk in self._sound
-            if not known and chunk.length > _SMALL:
-                # beside the reading, from a file of its own; what either reads the other has in the page cache
-                checked = stack.enter_context(ThreadPoolExecutor(1)).submit(
-                    damage, Window(stack.enter_context(self._open(chunk.file)), chunk.start, chunk.length)
-                )
             try:
                 tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
             except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
-            if not known:
-                fault = checked.result() if checked else damage(Window(file, chunk.start, chunk.length))
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"{where}: the chunk holds {type(tensor).__name__}, not a tensor; restore the file"
+                )
+            if chunk not in self._sound:
+                fault = damage(Window(file, chunk.start, chunk.length), tensor)
                 if fault is not None:
                     raise CheckpointError(f"{where}: the stored chunk is damaged ({fault}); restore the file")
                 self._sound.add(chunk)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            actual = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{where}: the chunk holds {actual}, .metadata says {list(chunk.sizes)}")
+        if tuple(tensor.shape) != chunk.sizes:
+            raise CheckpointError(f"{where}: the chunk holds {list(tensor.shape)}, .metadata says {list(chunk.sizes)}")
         if tensor.dtype != self.dtypes[key]:
             raise CheckpointError(f"{where}: the chunk is {tensor.dtype}, .metadata says {self.dtypes[key]}")
         return tensor

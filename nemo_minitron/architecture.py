@@ -44,9 +44,11 @@ class Architecture:
         moe_router_pre_softmax: the weights of a token's experts are their shares in the softmax over all experts; else,
             over the chosen ones, so that they sum to 1 (HF's ``norm_topk_prob``).
         moe_aux_loss_coeff: weight of the load-balancing loss in training.
-        layer_types: :data:`FULL` or :data:`SLIDING` for each layer, in a family that has both; elsewhere None.
+        layer_types: :data:`FULL` or :data:`SLIDING` for each layer; None where all layers have full attention, but in a
+            family that has both types (:attr:`~nemo_minitron.families.entry.Family.layer_types`).
         sliding_window: tokens that a query of a sliding layer sees, its own included; None without such layers.
-        rotary_base_local: RoPE theta of sliding layers, whose frequencies are never scaled.
+        rotary_base_local: RoPE theta of sliding layers, whose frequencies are never scaled; None: ``rotary_base`` and
+            ``rotary_scaling`` are of all layers.
         query_pre_attn_scalar: attention scores are divided by its root; None for ``head_dim``.
         generation: settings of HF's ``generation_config.json`` beyond the token ids above (temperature, top_p, further
             end tokens ...); empty where there are none.
@@ -79,6 +81,11 @@ class Architecture:
     def softmax_scale(self) -> float | None:
         """Factor of the attention scores; None for ``head_dim ** -0.5``."""
         return None if self.query_pre_attn_scalar is None else float(self.query_pre_attn_scalar) ** -0.5
+
+    @property
+    def windowed(self) -> bool:
+        """Whether layers slide with the rotary embeddings that layers with full attention have, as Mistral's do."""
+        return self.layer_types is not None and self.rotary_base_local is None
 
     def of_layers(self, layers: Sequence[int]) -> Architecture:
         """The constants of the model with only these layers: each keeps its type."""
@@ -118,8 +125,8 @@ class Architecture:
         if context == 1 or self.layer_types is None:
             return []
         return [
-            f"parallel.context={context}: is not offered for the family {self.family!r}, whose layers attend within "
-            "sliding windows; set it to 1"
+            f"parallel.context={context}: is not offered for this model of the family {self.family!r}, whose layers "
+            "attend within sliding windows; set it to 1"
         ]
 
     def to_dict(self) -> dict[str, Any]:

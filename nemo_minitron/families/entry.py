@@ -58,6 +58,8 @@ class HFFamily:
         outer: canonical name -> name, outside the layers.
         by_layer: class and type of models whose layers have sizes of their own (``block_configs``), one of ``reads``;
             None where transformers' users know none.
+        windowed: class and type of models all of whose layers attend within a sliding window, the class one of
+            ``reads``; None where such models are refused.
         epsilon: key of the norms' epsilon.
         width: key of the MLP's width; with experts, of each expert's.
         experts: key of the number of experts.
@@ -78,6 +80,7 @@ class HFFamily:
     outer: Mapping[str, str]
     expert: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_layer: tuple[str, str] | None = None
+    windowed: tuple[str, str] | None = None
     epsilon: str = "rms_norm_eps"
     width: str = "intermediate_size"
     experts: str = "num_local_experts"
@@ -97,6 +100,7 @@ class NeMo2Family:
         reads: beginnings of the names of configuration classes that may be of this family.
         rotary_percent: what the configuration takes where a file is silent.
         scaled: class that is written where RoPE is scaled as Llama 3's is; None where NeMo has none.
+        windowed: classes that are written where all layers attend within a sliding window; None where NeMo has none.
     """
 
     module: str = "base"
@@ -105,6 +109,7 @@ class NeMo2Family:
     reads: tuple[str, ...] = ("GPTConfig",)
     rotary_percent: float = 1.0
     scaled: str | None = None
+    windowed: NeMo2Family | None = None
 
 
 @dataclass(frozen=True)

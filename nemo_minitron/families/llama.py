@@ -1,4 +1,4 @@
-"""Llama, and Mistral without sliding windows, which is the same model."""
+"""Llama, and Mistral, which is the same model but that its layers may attend within a sliding window."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ LLAMA = Family(
         layer=HF_ATTENTION | HF_GATED_MLP,
         outer=HF_OUTER,
         by_layer=("DeciLMForCausalLM", "nemotron-nas"),
+        windowed=("MistralForCausalLM", "mistral"),
     ),
     nemo2=NeMo2Family(
         "llama",
@@ -50,7 +51,8 @@ LLAMA = Family(
         "LlamaModel",
         ("LlamaConfig", "Llama2Config", "Llama3", "CodeLlamaConfig", "MistralConfig", "GPTConfig"),
         scaled="Llama31Config",
+        windowed=NeMo2Family("mistral", "MistralConfig7B", "MistralModel"),
     ),
     nemo1={"normalization": "rmsnorm", "qkv_bias": False, "activation": "fast-swiglu", "rotary_percentage": 1.0},
-    note="(Mistral without a sliding window is one)",
+    note="(Mistral is one; it may have a sliding window in every layer)",
 )

@@ -1,9 +1,10 @@
-"""Live layers of the families that Megatron-core's own specifications do not cover.
+"""Live layers of the models that Megatron-core's own specifications do not cover.
 
 Gemma 3 has layers of two types: full attention, and attention within a sliding window, each type with rotary embeddings
 of its own. It also normalises the outputs of attention and MLP, and scales the embeddings. Megatron-core has all the
 parts, and NeMo puts them together for Transformer Engine, with types by a fixed pattern. Here the types are a list,
-which depth pruning shortens, and the attention of Megatron's own layers obeys the window too.
+which depth pruning shortens, and the attention of Megatron's own layers obeys the window too. Mistral has the windows
+alone, in every layer.
 
 A module asks the configuration for the type of its layer, by its number in the whole model, whenever it runs. So
 pipeline stages, and layers that move and are numbered anew, need no further care. The list is an attribute that
@@ -56,17 +57,19 @@ def with_family_parts(spec: ModuleSpec, architecture: Architecture, *, transform
     """A layer specification of Megatron's with what the family has beside: norms of the outputs, types of layers.
 
     Args:
-        spec: of a dense layer, made for this call: it is changed.
+        spec: made for this call: it is changed.
         architecture: constants of the model.
         transformer_engine: the specification is of Transformer Engine's layers.
     """
-    table, attention, mlp = family(architecture.family), spec.submodules.self_attention, spec.submodules.mlp
+    table, attention = family(architecture.family), spec.submodules.self_attention
     if table.post_norms:
         norm = _te_norm() if transformer_engine else spec.submodules.input_layernorm
-        for part, name in ((attention.submodules, "linear_proj"), (mlp.submodules, "linear_fc2")):
+        mlp = spec.submodules.mlp.submodules
+        for part, name in ((attention.submodules, "linear_proj"), (mlp, "linear_fc2")):
             setattr(part, name, _with_post_norm(getattr(part, name), norm))
-    if table.layer_types:
-        attention.module = TypedSelfAttention
+    if architecture.layer_types is not None:
+        if not architecture.windowed:
+            attention.module = TypedSelfAttention
         attention.submodules.core_attention = _te_window_attention() if transformer_engine else WindowAttention
     return spec
 
@@ -77,7 +80,7 @@ def complete(chunk: GPTModel, architecture: Architecture) -> None:
     if table.scaled_embedding and hasattr(chunk, "embedding"):
         # Another object would hold a second table of the vocabulary for a moment, a fifth of a small model.
         chunk.embedding.__class__ = ScaledEmbedding
-    if table.layer_types:
+    if architecture.layer_types is not None and not architecture.windowed:
         config = chunk.config
         sliding = RotaryEmbedding(
             kv_channels=config.kv_channels,

@@ -1,19 +1,20 @@
-"""NeMo 2's models of families with layer types, built from this suite's layers.
+"""NeMo 2's models with layer types, built from this suite's layers.
 
 NeMo's own (``Gemma3Config``) exist for Transformer Engine only, take a layer's type from its number, and allow no
-virtual pipeline.
+virtual pipeline. ``MistralConfig7B`` gives its window to Transformer Engine's layers, and Megatron's own refuse it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.architecture import Architecture, types_of
+from nemo_minitron.architecture import SLIDING, Architecture, types_of
+from nemo_minitron.axes import family
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["architecture_of", "configure_model"]
+__all__ = ["architecture_of", "configure_model", "windowed_architecture"]
 
 
 def configure_model(
@@ -42,10 +43,11 @@ def configure_model(
     from nemo_minitron.runtime.layer_types import complete, note_layer_types, with_family_parts
     from nemo_minitron.runtime.rotary import interpolation_factor, scale_rotary
 
+    qk_layernorm = family(architecture.family).qk_layernorm
     spec: Any = (
-        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         if transformer_engine
-        else get_gpt_layer_local_spec(qk_layernorm=True, normalization=config.normalization)
+        else get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization=config.normalization)
     )
     note_layer_types(config, architecture)
     changed = {
@@ -66,16 +68,28 @@ def configure_model(
     return chunk
 
 
-def architecture_of(config: Any, family: str) -> Architecture:
+def architecture_of(config: Any, name: str) -> Architecture:
     """The constants that a live model needs of a ``Gemma3Config``."""
     local, base = config.rotary_base
     factor = getattr(config, "rope_scaling_factor", 1.0)
     return Architecture(
-        family=family,
+        family=name,
         rotary_base=base,
         rotary_scaling=None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
         layer_types=getattr(config, "layer_types", None)
         or types_of(sum(config.interleaved_attn_pattern), config.num_layers),
         sliding_window=config.window_size + 1,
         rotary_base_local=local,
+    )
+
+
+def windowed_architecture(config: Any, name: str) -> Architecture:
+    """The constants that a live model needs of a configuration with the same window in every layer."""
+    factor = config.seq_len_interpolation_factor
+    return Architecture(
+        family=name,
+        rotary_base=config.rotary_base,
+        rotary_scaling=None if factor is None else {"rope_type": "linear", "factor": factor},
+        layer_types=(SLIDING,) * config.num_layers,
+        sliding_window=config.window_size[0] + 1,
     )

@@ -1,4 +1,4 @@
-"""Trainings of models with layers of two types against plain torch computations of transformers' models."""
+"""Trainings of models with sliding windows against plain torch computations of transformers' models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import run_distributed
-from support.families import SIZES, family_model, some_units
+from support.families import SIZES, family_model, some_units, windowed_model
 from support.training import blocks, measured, train
 
 pytestmark = pytest.mark.slow
@@ -20,6 +20,8 @@ SHORT: dict[str, Any] = {"count": 12, "steps": 3, "validate_every": 3}
 
 def tensor_parallel(models: str, out: str) -> None:
     assert train(models, f"{out}/tp2", layout={"tensor": 2, "sequence_parallel": True}, **SHORT) == ""
+    layout = {"tensor": 2, "sequence_parallel": True}
+    assert train(f"{models}/mistral", f"{out}/mistral-tp2", layout=layout, **SHORT) == ""
 
 
 def pipeline_parallel(models: str, out: str) -> None:
@@ -39,6 +41,10 @@ def test_trainings_equal_plain_torch(tmp_path: Path) -> None:
     student = prune_weights(teacher, dataclasses.replace(some_units(teacher.shape), layers=(1, 2)))
     write_checkpoint(student, tmp_path / "student", "nemo2")
     written = write_checkpoint(student, tmp_path / "hf-student", "hf")
+    windowed = open_checkpoint(windowed_model(tmp_path / "mistral/teacher"))
+    fewer = prune_weights(windowed, some_units(windowed.shape))
+    write_checkpoint(fewer, tmp_path / "mistral/student", "nemo2")
+    write_checkpoint(fewer, tmp_path / "mistral/hf-student", "hf")
     for trainings in (tensor_parallel, pipeline_parallel):  # NeMo's layout is one for the life of a process
         run_distributed(trainings, 2, tmp_path, timeout=280, models=str(tmp_path), out=str(tmp_path))
 
@@ -73,3 +79,21 @@ def test_trainings_equal_plain_torch(tmp_path: Path) -> None:
     plain = (tmp_path / "labels/checkpoints/step=2-last/context/model.yaml").read_text()
     assert "gemma3.Gemma3Config1B" in plain
     assert "listed" not in plain
+
+    # Mistral: every layer slides, in NeMo's own class
+    with torch.no_grad():
+        target, ours = (
+            hf_logits(tmp_path / "mistral" / name, data[:4, :-1], torch.float32) for name in ("teacher", "hf-student")
+        )
+    kl = forward_kl(ours, target).mean()
+    assert measured(tmp_path / "mistral-tp2")[0]["kl"] == pytest.approx(kl.item(), rel=2e-5)
+    saved = tmp_path / "mistral-tp2/checkpoints/step=2-last"
+    assert "mistral.MistralConfig7B" in (saved / "context/model.yaml").read_text()
+    trained = open_checkpoint(saved)
+    assert (trained.architecture.layer_types, trained.architecture.sliding_window) == (("sliding_attention",) * 2, 5)
+    write_checkpoint(trained, tmp_path / "mistral/exported", "hf")
+    with torch.no_grad():
+        after = hf_logits(tmp_path / "mistral/exported", data[:4, :-1], torch.float32)[..., : SIZES["vocab_size"]]
+    divergence = forward_kl(after, target).mean()
+    validated = [json.loads(line) for line in (tmp_path / "mistral-tp2/metrics.jsonl").read_text().splitlines()][-1]
+    assert validated["kl"] == pytest.approx(divergence.item(), rel=2e-5)

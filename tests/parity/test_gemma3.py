@@ -201,7 +201,7 @@ def test_context_parallelism_is_refused(model):
     checkpoint = open_checkpoint(model)
     with pytest.raises(ShapeError, match="parallel.context=2: is not offered"):
         check_model(checkpoint, ParallelLayout(context=2), 8)
-    with pytest.raises(ShapeError, match="parallel.context=2: is not offered for the family 'gemma3'"):
+    with pytest.raises(ShapeError, match="parallel.context=2: is not offered for this model of the family 'gemma3'"):
         transformer_config(
             checkpoint.shape, checkpoint.architecture, ParallelLayout(context=2), Device("cpu", 0, False)
         )

@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 5}),
     "llama-scaled": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 30000.0}}),
     "qwen2-linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 30000.0}}),
     "llama-yarn": ("Llama", {"rope_parameters": {**YARN, "rope_theta": 30000.0}}),

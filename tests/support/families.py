@@ -53,17 +53,17 @@ OWN = {name: _own(table) for name, table in axes.FAMILIES.items()}
 CLASSES = {name: table.hf.architecture.removesuffix("ForCausalLM") for name, table in axes.FAMILIES.items() if table.hf}
 
 
-def family_model(family: str, path: Path, *, seed: int = 0, **changes: Any) -> Path:
+def family_model(family: str, path: Path, *, seed: int = 0, name: str | None = None, **changes: Any) -> Path:
     """A random model of a family, saved by transformers at ``path``; norms and biases are random too.
 
-    ``changes`` are other values, or further keys, of its configuration.
+    ``changes`` are other values, or further keys, of its configuration; ``name`` begins the name of another class.
     """
     import transformers
 
     torch.manual_seed(seed)
-    kind = axes.family(family).hf.model_type
+    kind = name.lower() if name else axes.family(family).hf.model_type
     config = transformers.AutoConfig.for_model(kind, **SIZES | OWN[family] | changes)
-    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
+    model = getattr(transformers, f"{name or CLASSES[family]}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.2)
@@ -71,6 +71,12 @@ def family_model(family: str, path: Path, *, seed: int = 0, **changes: Any) -> P
                 parameter.add_(1.0)
     model.save_pretrained(path)
     return path
+
+
+def windowed_model(path: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """:func:`family_model` of Mistral, which reads as the family ``llama``, with a window shorter than the tests'
+    texts."""
+    return family_model("llama", path, seed=seed, name="Mistral", **{"sliding_window": 5, **changes})
 
 
 def some_units(shape: ModelShape, *, seed: int = 3) -> KeptUnits:

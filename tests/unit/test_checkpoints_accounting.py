@@ -350,8 +350,7 @@ def test_without_a_class_the_type_says_the_model(config: dict[str, Any], archite
     where = Path("config.json")
     assert from_hf(config | {"architectures": architectures}, where) == from_hf(config, where)
     mistral = config | {"architectures": architectures, "model_type": "mistral", "sliding_window": 16}
-    with pytest.raises(CheckpointError, match="sliding_window=16 is not supported"):
-        from_hf(mistral, where)
+    assert from_hf(mistral, where)[1].sliding_window == 16
     with pytest.raises(CheckpointError, match="architecture gpt2 is not supported"):
         from_hf(config | {"architectures": architectures, "model_type": "gpt2"}, where)
 

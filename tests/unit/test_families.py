@@ -19,7 +19,7 @@ from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, to_hf
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.shape import LayerShape, ModelShape
 
 MIXTURE = ModelShape(
     num_layers=3,
@@ -49,6 +49,20 @@ def test_configurations_come_back(family, tmp_path):
     ("family", "changes", "message"),
     [
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window=16"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 16, "layer_types": [SLIDING] * 3},
+            "sliding_window=16",
+        ),
+        ("llama", {"sliding_window": 16}, "sliding_window=16 is not supported"),
+        ("mixtral", {"sliding_window": 16}, "sliding_window=16 is not supported"),
+        (
+            "llama",
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 16, "layer_types": [FULL, SLIDING, SLIDING]},
+            "layer_types: full_attention is not supported; supported: sliding_attention",
+        ),
+        ("llama", {"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window=0"),
+        ("llama", {"architectures": ["MistralForCausalLM"], "sliding_window": 7.5}, "sliding_window=7.5"),
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported in this family"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported; a qwen3 model needs False"),
         ("nemotron", {"hidden_act": "gelu", "mlp_bias": True}, "hidden_act='gelu'.*mlp_bias=True"),
@@ -149,6 +163,80 @@ def test_spellings_of_a_mixture(tmp_path):
     shape, architecture = from_hf(public, tmp_path)
     assert axes.parameter_count(axes.family("qwen3_moe"), shape) == 30532122624
     assert (architecture.moe_router_topk, architecture.moe_router_pre_softmax) == (8, False)
+
+
+#: config.json of mistralai/Mistral-7B-v0.1
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def test_windows_of_mistral(tmp_path):
+    """Every layer has the window; it is written under Mistral's name, and Llama's is left to models without one."""
+    shape, architecture = from_hf(MISTRAL_7B, tmp_path)
+    assert axes.parameter_count(axes.family("llama"), shape) == 7241732096
+    assert architecture == Architecture(
+        bos_token_id=1, eos_token_id=2, max_position_embeddings=32768, layer_types=(SLIDING,) * 32, sliding_window=4096
+    )
+    assert Architecture(**json.loads(json.dumps(architecture.to_dict()))) == architecture
+    written = to_hf(shape, architecture, dtype="bfloat16")
+    assert {key: written[key] for key in MISTRAL_7B.keys() - {"transformers_version"}} == {
+        key: value for key, value in MISTRAL_7B.items() if key != "transformers_version"
+    }
+    assert "layer_types" not in written
+    assert from_hf(written, tmp_path) == (shape, architecture)
+    fewer = architecture.of_layers(range(8, 32))
+    assert fewer.layer_types == (SLIDING,) * 24
+    assert to_hf(shape.replace(num_layers=24), fewer, dtype="bfloat16")["sliding_window"] == 4096
+    # null, or as long as the longest sequence: no window
+    for window in (None, 32768):
+        plain = from_hf(MISTRAL_7B | {"sliding_window": window}, tmp_path)[1]
+        assert (plain.layer_types, plain.sliding_window) == (None, None)
+        assert to_hf(shape, plain, dtype="bfloat16")["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_windows_that_a_format_cannot_hold(tmp_path):
+    """By name, before any work."""
+    from nemo_minitron.checkpoints.formats import FORMATS
+
+    shape, mistral = from_hf(MISTRAL_7B, tmp_path)
+    assert FORMATS["nemo2"].refuses(shape, mistral, export=True) == FORMATS["hf"].refuses(shape, mistral) == []
+    assert FORMATS["nemo"].refuses(shape, mistral) == [
+        "a .nemo cannot hold sliding windows (4096 tokens): NeMo 1 has none; write the nemo2 or the hf format"
+    ]
+    some = dataclasses.replace(mistral, layer_types=(FULL, *mistral.layer_types[1:]))
+    for other, model in (
+        ("hf", some),
+        ("nemo2", some),
+        ("hf", dataclasses.replace(mistral, family="qwen2")),
+        ("nemo2", dataclasses.replace(mistral, family="qwen2")),
+    ):
+        (refusal,) = FORMATS[other].refuses(shape, model, export=True)
+        assert "these sliding windows" in refusal, (other, model.family)
+    scaled = dataclasses.replace(mistral, rotary_scaling={"rope_type": "yarn", "factor": 2.0})
+    (refusal,) = FORMATS["nemo2"].refuses(shape, scaled, export=True)
+    assert "NeMo scales RoPE of llama models with sliding windows linearly alone, not by the type 'yarn'" in refusal
+    uneven = shape.replace(layers=tuple(LayerShape(64 * number) for number in range(1, 33)))
+    assert "layers of one size" in FORMATS["hf"].refuses(uneven, mistral)[0]
 
 
 def test_biases_that_the_family_does_not_have(tmp_path):

@@ -146,11 +146,12 @@ def test_the_context_follows_the_factor(caplog: pytest.LogCaptureFixture, monkey
     assert warning.endswith("read as max_position_embeddings=128")
 
 
-def test_a_window_within_the_longer_context_is_refused() -> None:
+def test_a_window_within_the_longer_context() -> None:
     own = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "max_position_embeddings": 32}
-    assert described(None, **own, sliding_window=32)
+    assert described(None, **own, sliding_window=32).sliding_window is None
+    assert described(YARN, **own, sliding_window=32).sliding_window == 32
     with pytest.raises(CheckpointError, match="sliding_window=32 is not supported"):
-        described(YARN, **own, sliding_window=32)
+        described(YARN, max_position_embeddings=32, sliding_window=32)
 
 
 def test_formats_refuse_what_they_cannot_hold() -> None:

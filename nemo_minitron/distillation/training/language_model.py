@@ -35,9 +35,17 @@ _TOKENS = "tokens"
 
 
 def plain_context(initial: Checkpoint, arguments: dict[str, Any]) -> fdl.Config[GPTModel]:
-    """The model's entry in the context of a NeMo checkpoint: a plain model of its family."""
+    """The model's entry in the context of a NeMo checkpoint: a plain model of its family.
+
+    Args:
+        initial: the model that is trained, or NeMo's description of it, which has the fields alone.
+        arguments: of the model that trains it.
+    """
+    architecture: Any = initial.architecture
+    if isinstance(architecture, fdl.Buildable):
+        architecture = fdl.build(architecture)
     plain = {name: value for name, value in arguments.items() if name in ("config", "optim", "tokenizer")}
-    return fdl.Config(model_class(initial.architecture.family), **plain)
+    return fdl.Config(model_class(architecture), **plain)
 
 
 class TrainedModel(GPTModel):

@@ -112,6 +112,21 @@ def _gemma3(original: Any) -> Callable[..., Any]:
     return configure_model
 
 
+def _mistral(original: Any) -> Callable[..., Any]:
+    def configure_model(
+        self: Any, tokenizer: Any, pre_process: Any = None, post_process: Any = None, vp_stage: int | None = None
+    ) -> Any:
+        from nemo_minitron.runtime.nemo_layer_types import configure_model as build
+        from nemo_minitron.runtime.nemo_layer_types import windowed_architecture
+
+        options = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+        if self.window_size is None:
+            return original(self, tokenizer, **options)
+        return build(self, windowed_architecture(self, "llama"), tokenizer, transformer_engine=False, **options)
+
+    return configure_model
+
+
 def _uncompiled(original: Any) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(original, "_torchdynamo_orig_callable", original)
     return function
@@ -265,6 +280,13 @@ PATCHES: tuple[Patch, ...] = (
         _gemma3,
         "builds Transformer Engine's layers, whose classes are missing; here the suite's own, with the parts of "
         "Megatron-core's local ones",
+        lacking="transformer_engine",
+    ),
+    Patch(
+        "nemo.collections.llm.gpt.model.mistral",
+        "MistralConfig7B.configure_model",
+        _mistral,
+        "hands its window to Megatron-core's own attention, which refuses one; here the suite's, which obeys it",
         lacking="transformer_engine",
     ),
     Patch(

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.accounting import Noted, unread, warn_once
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import FULL, SLIDING, Architecture
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_families, hf_family
@@ -86,7 +86,7 @@ def from_hf(config: dict[str, Any], source: Path) -> tuple[ModelShape, Architect
             faults.append(f"{other}={value!r} and {known_key}={older[known_key]!r} differ; remove the wrong one")
     given = Noted(older, family.reads[name])
     try:
-        faults += _unsupported(given, axes.family(key), family)
+        faults += _unsupported(given, axes.family(key), family, name)
         described = _describe(given, source, key, name)
         faults += _unknown(given, described, source, name, family)
     except (TypeError, ValueError) as error:
@@ -151,7 +151,7 @@ def _describe(config: Noted, source: Path, key: str, name: str) -> tuple[ModelSh
         moe_router_topk=config["num_experts_per_tok"] if family.expert else None,
         moe_aux_loss_coeff=config["router_aux_loss_coef"] if family.expert else 0.0,
         moe_router_pre_softmax=family.normalized is not None and not config[family.normalized],
-        **(_layer_types(config, shape) if axes.family(key).layer_types else {}),
+        **(_layer_types(config, shape) if axes.family(key).layer_types else _windows(config, shape, positions)),
     )
     if faults := architecture.faults(shape):
         raise CheckpointError(f"{source}: {faults[0]}")
@@ -169,6 +169,23 @@ def _layer_types(config: Noted, shape: ModelShape) -> dict[str, Any]:
         "rotary_base_local": float(config["rope_local_base_freq"]),
         "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
     }
+
+
+def _windows(config: Noted, shape: ModelShape, positions: int) -> dict[str, Any]:
+    """The constants of a model whose layers all have the same window; empty where it hides nothing."""
+    if (window := _window(config, positions)) is None:
+        return {}
+    return {"layer_types": (SLIDING,) * shape.num_layers, "sliding_window": window}
+
+
+def _window(config: Noted, positions: int) -> int | None:
+    """The window of a model without types of layers, if it is shorter than the longest sequence."""
+    window = config["sliding_window"]
+    if not config["use_sliding_window"] or window is None or window >= positions:
+        return None
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"sliding_window={window!r}")
+    return window
 
 
 def _unknown(
@@ -221,9 +238,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[str]:
-    """Everything in a configuration that the family's table does not stand for."""
-    rope, positions, window = config["rope_scaling"], config["max_position_embeddings"], config["sliding_window"]
+def _unsupported(config: Noted, table: axes.Family, family: HFFamily, name: str) -> list[str]:
+    """Everything in a configuration of transformers' class ``name`` that the family's table does not stand for."""
+    rope, positions = config["rope_scaling"], config["max_position_embeddings"]
     partial = config["partial_rotary_factor"]
     faults = [
         f"{key}={config[key]!r} is not supported; a {family.model_type} model needs {value!r}"
@@ -239,15 +256,19 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily) -> list[st
     if table.layer_types:
         faults += read_layer_types(config, config["num_hidden_layers"])[1]
         return faults + _quantized(config)
-    slides = config["use_sliding_window"] and window is not None
-    if slides and window < positions:
+    window = _window(config, positions)
+    windowed = family.windowed is not None and family.windowed[0] == name
+    if window is not None and not windowed:
         faults.append(
             f"sliding_window={window} is not supported; if no sequence will be longer than {window} tokens, set "
             f"sliding_window to null and max_position_embeddings to {window}"
         )
-    kinds = set(config.get("layer_types") or ()) - {"full_attention", *(["sliding_attention"] if slides else [])}
-    if kinds:
-        faults.append(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported; supported: full_attention")
+    slides = config["use_sliding_window"] and config["sliding_window"] is not None
+    able = ([SLIDING] if window is not None and windowed else [FULL, SLIDING]) if slides else [FULL]
+    if kinds := set(config.get("layer_types") or ()) - set(able):
+        faults.append(
+            f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported; supported: {', '.join(able)}"
+        )
     return faults + _quantized(config)
 
 
@@ -267,6 +288,12 @@ def hf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
         )
     if architecture.moe_router_pre_softmax and family.normalized is None:
         faults.append(f"family {architecture.family!r}: transformers always normalises the weights of its experts")
+    types = architecture.layer_types or ()
+    if architecture.windowed and (family.windowed is None or not shape.uniform or FULL in types):
+        faults.append(
+            f"family {architecture.family!r}: Hugging Face has no form of its models with these sliding windows (of "
+            "Mistral's it has, with one in every layer and layers of one size)"
+        )
     if architecture.rotary_scaling is not None and not axes.family(architecture.family).scales_rotary:
         faults.append(f"family {architecture.family!r}: transformers has no scaled RoPE for its models")
     return faults
@@ -286,6 +313,9 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         raise CheckpointError("; ".join(faults))
     family, table = hf_family(architecture.family), axes.family(architecture.family)
     kind, blocks = (family.architecture, family.model_type), {}
+    if architecture.windowed:
+        assert family.windowed is not None
+        kind = family.windowed
     if not shape.uniform:
         assert family.by_layer is not None
         kind, blocks = family.by_layer, {"block_configs": write_blocks(shape)}
@@ -311,7 +341,7 @@ def to_hf(shape: ModelShape, architecture: Architecture, *, dtype: str) -> dict[
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": None if blocks else shape.num_query_groups,
         family.epsilon: architecture.norm_epsilon,
-        "sliding_window": None,
+        "sliding_window": architecture.sliding_window,
         **(type_spellings(architecture, rotary) if table.layer_types else rotary),
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,

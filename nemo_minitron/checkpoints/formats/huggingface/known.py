@@ -37,7 +37,7 @@ KEYS: dict[str, str] = {
     "keys_to_ignore_at_inference": _OUTPUTS,
     "label2id": _CLASSES,
     "max_sequence_length": "a note of FastChat's; transformers goes by max_position_embeddings",
-    "max_window_layers": "of sliding windows, which are refused",
+    "max_window_layers": "of Qwen's sliding windows, which are refused",
     "num_labels": _CLASSES,
     "output_attentions": _OUTPUTS,
     "output_hidden_states": _OUTPUTS,

@@ -175,6 +175,11 @@ def nemo1_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
             f"a .nemo cannot hold a {architecture.family} model (NeMo 1 holds {', '.join(known)}); write the nemo2 "
             "or the hf format"
         )
+    if architecture.windowed:
+        faults.append(
+            f"a .nemo cannot hold sliding windows ({architecture.sliding_window} tokens): NeMo 1 has none; write the "
+            "nemo2 or the hf format"
+        )
     if (kind := architecture.rotary_type) not in ("default", "linear", "llama3"):
         faults.append(f"a .nemo cannot hold RoPE scaling of type {kind!r}: NeMo 1 has none; write the hf format")
     return faults

@@ -130,7 +130,7 @@ def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows:
                 fixed = None
         config = nemo_config(shape, checkpoint.architecture, dtype=dtype, multiple=multiple, rows=fixed)
         context = TrainerContext(
-            model=model_class(checkpoint.architecture.family)(config, tokenizer=tokenizer),
+            model=model_class(checkpoint.architecture)(config, tokenizer=tokenizer),
             trainer=nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy(ckpt_save_optimizer=False)),
             extra={},
         )

@@ -20,8 +20,11 @@ from nemo_minitron.checkpoints.formats.nemo2.layer_types import (
     list_faults,
     read_scaling,
     read_types,
+    read_window,
     rotary_faults,
+    window_faults,
     written_types,
+    written_window,
 )
 from nemo_minitron.checkpoints.formats.nemo_common import padded
 from nemo_minitron.checkpoints.formats.nemo_known import LAYER_SPECS, NEMO2, NEMO2_NEUTRAL, unknown_settings
@@ -95,13 +98,13 @@ def required(table: axes.Family) -> dict[str, Any]:
     return needs | (PLAIN_ROUTING if table.expert else {"num_moe_experts": None})
 
 
-def model_class(name: str) -> Any:
-    """NeMo's class of the models of a family, a ``nemo.collections.llm.GPTModel``.
+def model_class(architecture: Architecture) -> Any:
+    """NeMo's class of models with these constants, a ``nemo.collections.llm.GPTModel``.
 
     Raises:
-        CheckpointError: if NeMo does not know the family.
+        CheckpointError: if NeMo does not know the family, or has none of its models with sliding windows.
     """
-    known = _known(name)
+    known = _form(architecture)
     return getattr(import_module(f"nemo.collections.llm.gpt.model.{known.module}"), known.model)
 
 
@@ -111,7 +114,7 @@ def config_class(architecture: Architecture) -> Any:
     Raises:
         CheckpointError: if NeMo does not know the family, or neither has a class.
     """
-    known = _known(architecture.family)
+    known = _form(architecture)
     name, module = known.config, import_module(f"nemo.collections.llm.gpt.model.{known.module}")
     if list_faults(architecture):
         return getattr(import_module(LISTED_MODULE), LISTED_CLASS + name)
@@ -132,6 +135,8 @@ def own_class_faults(architecture: Architecture) -> list[str]:
     """Why NeMo alone, without this package, cannot open a model: none of its classes can describe it. Or empty."""
     if unlisted := list_faults(architecture):
         return unlisted
+    if architecture.windowed:  # of NeMo's own classes, or of none
+        return []
     kind, known = architecture.rotary_type, _nemo2_families().get(architecture.family)
     if known is None or kind in ("default", "linear") or (kind == "llama3" and known.scaled is not None):
         return []
@@ -146,7 +151,10 @@ def nemo2_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
     """Why the format cannot hold a model; empty if it can."""
     faults = uniform_faults(shape, "format=nemo2")
     faults += rotary_faults(architecture)
-    return faults if architecture.family in _nemo2_families() else [*faults, _no_form(architecture.family)]
+    known = _nemo2_families().get(architecture.family)
+    if known is None:
+        return [*faults, _no_form(architecture.family)]
+    return faults + window_faults(architecture, offered=known.windowed is not None)
 
 
 def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, multiple: int, rows: int | None) -> Any:
@@ -163,7 +171,7 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
     """
     from nemo_minitron.runtime import rotary
 
-    known, table, base = _known(architecture.family), axes.family(architecture.family), architecture.rotary_base
+    known, table, base = _form(architecture), axes.family(architecture.family), architecture.rotary_base
     values: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -205,6 +213,7 @@ def nemo_config(shape: ModelShape, architecture: Architecture, *, dtype: str, mu
         }
     if table.layer_types:
         values |= written_types(architecture, rows or padded(shape.vocab_size, multiple))
+    values |= written_window(architecture)
     config = config_class(architecture)
     scaling = architecture.rotary_scaling
     if config.__name__.startswith(OWN_CLASS):
@@ -289,7 +298,7 @@ def from_nemo2(
             moe_router_topk=config["moe_router_topk"] if experts else None,
             moe_aux_loss_coeff=config["moe_aux_loss_coeff"] if experts else 0.0,
             moe_router_pre_softmax=experts and bool(config.get("moe_router_pre_softmax")),
-            **(read_types(config, shape) if typed else {}),
+            **(read_types(config, shape) if typed else read_window(config)),
         )
         if invalid := architecture.faults(shape):
             raise CheckpointError(f"{source}: {invalid[0]}")
@@ -329,6 +338,17 @@ def _known(name: str) -> NeMo2Family:
     return known[name]
 
 
+def _form(architecture: Architecture) -> NeMo2Family:
+    """NeMo's classes of models with these constants."""
+    known = _known(architecture.family)
+    faults = window_faults(architecture, offered=known.windowed is not None)
+    if architecture.windowed:
+        faults += rotary_faults(architecture)
+    if faults:
+        raise CheckpointError("; ".join(faults))
+    return known.windowed if architecture.windowed and known.windowed is not None else known
+
+
 def _no_form(name: str) -> str:
     return (
         f"family {name!r} has no NeMo 2 form; write another format, or add the form to "
@@ -355,7 +375,8 @@ def _unlike(config: Mapping[str, Any], table: axes.Family) -> list[str]:
     if scale is not None and (scaling or {}).get("rope_type") != "yarn":
         faults.append(f"softmax_scale={scale} is not supported: the attention of the family has the scale of its heads")
     window = config.get("window_size")
-    if window is not None and window[0] + 1 < config["seq_length"]:
+    offered = table.nemo2 is not None and table.nemo2.windowed is not None
+    if window is not None and window[0] + 1 < config["seq_length"] and not offered:
         faults.append(f"window_size={window} is not supported: the family has no sliding-window attention")
     return faults
 

@@ -1,4 +1,7 @@
-"""Layers of two types in NeMo 2's configurations (``Gemma3Config``), which have a pattern and no list.
+"""Sliding windows in NeMo 2's configurations.
+
+Every layer has the same (``MistralConfig7B``), or layers are of two types (``Gemma3Config``, which has a pattern and no
+list).
 
 NeMo gives Transformer Engine the window as tokens before a query's own, so a ``window_size`` of n lets a query see
 n + 1 tokens, where transformers' ``sliding_window`` counts the query's own.
@@ -9,27 +12,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.architecture import FULL, Architecture, period_of, types_of
+from nemo_minitron.architecture import FULL, SLIDING, Architecture, period_of, types_of
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["list_faults", "read_scaling", "read_types", "rotary_faults", "written_types"]
+__all__ = [
+    "list_faults",
+    "read_scaling",
+    "read_types",
+    "read_window",
+    "rotary_faults",
+    "window_faults",
+    "written_types",
+    "written_window",
+]
 
 
 def rotary_faults(architecture: Architecture) -> list[str]:
-    """Why a ``Gemma3Config`` cannot describe the RoPE of a model; empty if it can."""
+    """Why NeMo's configuration of a model with sliding windows cannot describe its RoPE; empty if it can."""
     if architecture.layer_types is None or architecture.rotary_type in ("default", "linear"):
         return []
     return [
-        f"format=nemo2: NeMo scales RoPE of the family {architecture.family!r} linearly alone, not by the type "
-        f"{architecture.rotary_type!r}; write the hf format"
+        f"format=nemo2: NeMo scales RoPE of {architecture.family} models with sliding windows linearly alone, not by "
+        f"the type {architecture.rotary_type!r}; write the hf format"
     ]
 
 
 def list_faults(architecture: Architecture) -> list[str]:
     """Why NeMo alone, without this package, cannot open a model: its layers' types follow no pattern. Or empty."""
     types = architecture.layer_types
-    if types is None or period_of(types) is not None:
+    if types is None or architecture.windowed or period_of(types) is not None:
         return []
     shown = "".join("F" if kind == FULL else "s" for kind in types)
     return [
@@ -73,6 +85,44 @@ def written_types(architecture: Architecture, rows: int) -> dict[str, Any]:
         "qk_layernorm": True,
         "vocab_size": rows,
     }
+
+
+def window_faults(architecture: Architecture, *, offered: bool) -> list[str]:
+    """Why NeMo has no configuration of a model with the windows that it has; empty if it has one.
+
+    Args:
+        architecture: the model's.
+        offered: NeMo has a class for the family's models whose layers all slide.
+    """
+    if not architecture.windowed or (offered and FULL not in (architecture.layer_types or ())):
+        return []
+    return [
+        f"format=nemo2: NeMo has no configuration of {architecture.family} models with these sliding windows; write "
+        "the hf format"
+    ]
+
+
+def written_window(architecture: Architecture) -> dict[str, Any]:
+    """Values of a configuration whose layers all have the window; none without one."""
+    if not architecture.windowed:
+        return {}
+    assert architecture.sliding_window is not None, "of a model with windows"
+    return {"window_size": [architecture.sliding_window - 1, 0]}
+
+
+def read_window(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants of a window that every layer has, out of a ``model.yaml``; empty where it hides nothing.
+
+    Raises:
+        KeyError, TypeError, ValueError: where a value is missing or of the wrong kind.
+    """
+    window = config.get("window_size")
+    if window is None or window[0] + 1 >= config["seq_length"]:
+        return {}
+    before, after = window
+    if before < 0 or after != 0:
+        raise ValueError(f"window_size={window}: must be the number of tokens before a query's own, and 0")
+    return {"layer_types": (SLIDING,) * config["num_layers"], "sliding_window": int(before) + 1}
 
 
 def read_types(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:

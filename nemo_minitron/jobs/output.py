@@ -313,8 +313,8 @@ class Output:
 
         The old output is moved to ``.<name>.replaced``, and removed when the block ends well. If the stage refuses its
         settings or inputs, the old output is restored; on a full disk too, unless the stage has saved a state. A stage
-        that fails otherwise, or is killed, can be resumed; the old output stays beside it until then. Stages that cannot resume replace their output by
-        :func:`~nemo_minitron.jobs.atomic.stage_output`.
+        that fails otherwise, or is killed, can be resumed; the old output stays beside it until then. Stages that
+        cannot resume replace their output by :func:`~nemo_minitron.jobs.atomic.stage_output`.
 
         Raises:
             ConfigError: if the old output was not written by this suite.

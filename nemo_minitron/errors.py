@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DiskError",
     "FailedChecksError",
     "MinitronError",
     "MissingDependency",
@@ -29,6 +30,10 @@ class MinitronError(Exception):
 
     #: Of a process that ends by it.
     exit_code: ClassVar[int] = 2
+
+
+class DiskError(MinitronError):
+    """The disk is full, cannot be written, or refuses a name."""
 
 
 class ConfigError(MinitronError):

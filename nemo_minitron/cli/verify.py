@@ -85,7 +85,9 @@ def show_verified(path: Path, console: Console) -> None:
 
 def _checkpoint(directory: Path) -> Verified:
     from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
+    from nemo_minitron.runtime.cpu.quiet import quiet
 
+    quiet()
     try:
         store = TorchDist(directory)
     except CheckpointError as error:

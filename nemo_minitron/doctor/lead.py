@@ -21,7 +21,7 @@ from nemo_minitron.config import DoctorConfig
 from nemo_minitron.doctor.checks import CHECKS
 from nemo_minitron.doctor.process import Job
 from nemo_minitron.doctor.ranks import Ranks
-from nemo_minitron.jobs.launch import GRACE, LAUNCHER_VARIABLE
+from nemo_minitron.jobs.launch import GRACE, launched_here
 from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.runtime.files import read_json_lines
 
@@ -134,7 +134,7 @@ class Leader:
     def _environment(self, port: int) -> dict[str, str]:
         """Environment of a child: its leader's rank in a group with another port, or a world of one process."""
         env = dict(os.environ)
-        env[LAUNCHER_VARIABLE] = f"{os.getpid()}:{psutil.Process().create_time()}"
+        env |= launched_here()
         # Transformer Engine multiplies float32 matrices in TF32 (common/gemm/cublaslt_gemm.cu), which keeps ten bits.
         env.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         # The leaders' own store has other things in it.

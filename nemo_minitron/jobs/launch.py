@@ -43,6 +43,8 @@ __all__ = [
     "Starter",
     "attach",
     "clear_folder",
+    "end_with_launcher",
+    "launched_here",
     "launch",
 ]
 
@@ -75,17 +77,27 @@ def attach(folder: Path) -> int:
     return rank
 
 
-def end_with_launcher() -> None:
+def launched_here() -> dict[str, str]:
+    """The variable by which a process that this one starts knows its launcher (:func:`end_with_launcher`)."""
+    return {LAUNCHER_VARIABLE: f"{os.getpid()}:{psutil.Process().create_time()}"}
+
+
+def end_with_launcher(clear: Path | None = None) -> None:
     """End this process when the launcher is gone, so that killing ``minitron`` leaves no processes behind.
 
     A thread checks twice a second. Linux's parent-death signal would reach only the launcher's own child, not the
     ranks below torchrun, and torchx's handler of it leaves torchrun running.
+
+    Args:
+        clear: a directory of the launcher's that is removed then, as nobody else will.
     """
     pid, born = os.environ[LAUNCHER_VARIABLE].split(":")
 
     def watch() -> None:
         while _is_alive(int(pid), float(born)):
             time.sleep(0.5)
+        if clear is not None:
+            shutil.rmtree(clear, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
@@ -244,7 +256,7 @@ def _environment(folder: Path, threads: int) -> dict[str, str]:
     )  # torchrun is found there even where the environment is not activated
     keep |= {
         FOLDER_VARIABLE: str(folder),
-        LAUNCHER_VARIABLE: f"{os.getpid()}:{psutil.Process().create_time()}",
+        **launched_here(),
         "NEMORUN_HOME": str(folder / "nemo_run"),
         "OMP_NUM_THREADS": str(threads),
         "PATH": os.pathsep.join([interpreter, os.environ.get("PATH", os.defpath)]),

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
+from nemo_minitron.errors import ConfigError, DiskError, MinitronError, PreemptedError
 from nemo_minitron.jobs import slurm_environment
 from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.contents import SMALL, damaged, missing
@@ -312,9 +312,9 @@ class Output:
         """Implements ``overwrite`` for stages that can resume, around their ``run``, which never sees the old output.
 
         The old output is moved to ``.<name>.replaced``, and removed when the block ends well. If the stage refuses its
-        settings or inputs, the old output is restored. A stage that fails otherwise, or is killed, can be resumed; the
-        old output stays beside it until then. Stages that cannot resume replace their output by
-        :func:`~nemo_minitron.jobs.atomic.stage_output`.
+        settings or inputs, the old output is restored; on a full disk too, unless the stage has saved a state. A stage
+        that fails otherwise, or is killed, can be resumed; the old output stays beside it until then. Stages that
+        cannot resume replace their output by :func:`~nemo_minitron.jobs.atomic.stage_output`.
 
         Raises:
             ConfigError: if the old output was not written by this suite.
@@ -332,8 +332,9 @@ class Output:
             yield
         except PreemptedError:
             raise
-        except MinitronError:
-            if moved:
+        except MinitronError as error:
+            keeps = isinstance(error, DiskError) and any(path.glob("**/checkpoints/*-last"))
+            if moved and not keeps:
                 shutil.rmtree(path, ignore_errors=True)
                 old.rename(path)
             raise

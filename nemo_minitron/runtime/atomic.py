@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import DiskError, MinitronError
 
 __all__ = ["clear_leftovers", "staging", "write_aside"]
 
@@ -68,7 +68,7 @@ def write_aside(
         if replaced.exists() and not path.exists():
             replaced.rename(path)
         if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise error(
+            raise (DiskError if error is MinitronError else error)(
                 f"no space left while writing {path}; what stood there before is untouched. "
                 f"Free some space or choose a path on another disk"
             ) from failure

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import DiskError
 
 __all__ = ["disk_fault", "full_disk"]
 
@@ -28,7 +28,7 @@ _REMEDIES = {
 }
 
 
-def disk_fault(error: BaseException, folder: Path) -> MinitronError | None:
+def disk_fault(error: BaseException, folder: Path) -> DiskError | None:
     """The fault of the disk behind an error, anywhere among its causes; None if there is none.
 
     Args:
@@ -40,22 +40,22 @@ def disk_fault(error: BaseException, folder: Path) -> MinitronError | None:
             place = Path(os.fsdecode(cause.filename)) if isinstance(cause.filename, str | bytes) else folder
             reason = os.strerror(cause.errno)
             state = f" ({_state(place)})" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            return MinitronError(f"{place}: {reason}{state}; {_REMEDIES[cause.errno]}")
+            return DiskError(f"{place}: {reason}{state}; {_REMEDIES[cause.errno]}")
     for cause in _chain(error):
         # safetensors' own class, and torch's RuntimeError
         if any(text in str(cause) for text in (*_CUT_SHORT, os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
-            return MinitronError(
+            return DiskError(
                 f"{folder}: a write was cut short, as on a full disk or a used-up quota ({_state(folder)}); "
                 f"{_REMEDIES[errno.ENOSPC]}"
             )
     return None
 
 
-def full_disk(folder: Path) -> MinitronError | None:
+def full_disk(folder: Path) -> DiskError | None:
     """The fault if the file system of ``folder`` is full: the likely reason why a process left no result."""
     if shutil.disk_usage(_existing(folder)).free >= _ROOM:
         return None
-    return MinitronError(f"{folder}: the disk is full ({_state(folder)}); {_REMEDIES[errno.ENOSPC]}")
+    return DiskError(f"{folder}: the disk is full ({_state(folder)}); {_REMEDIES[errno.ENOSPC]}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

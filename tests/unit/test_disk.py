@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import DiskError
 from nemo_minitron.jobs.results import RankResult, StageCrashError, failure, save_result, verdict
 from nemo_minitron.runtime import disk
 from nemo_minitron.runtime.disk import disk_fault
@@ -39,7 +39,7 @@ def test_what_libraries_make_of_a_full_disk(tmp_path, write, count):
     with pytest.raises((OSError, RuntimeError)) as caught:
         write(count)
     result = failure(0, caught.value, tmp_path)
-    assert (result.status, result.error) == ("refused", "MinitronError")
+    assert (result.status, result.error) == ("refused", "DiskError")
     assert "\n" not in result.message
     assert "MiB are free on /" in result.message
     assert "free some space, or choose an output on another disk" in result.message
@@ -97,5 +97,5 @@ def test_a_rank_without_a_result_on_a_full_disk(tmp_path, monkeypatch):
         verdict(tmp_path, 2, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(10 << 20, 10 << 20, 100))
-    with pytest.raises(MinitronError, match=r"the disk is full \(0 of 10 MiB are free on /"):
+    with pytest.raises(DiskError, match=r"the disk is full \(0 of 10 MiB are free on /"):
         verdict(tmp_path, 2, 1)

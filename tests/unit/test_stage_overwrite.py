@@ -13,7 +13,7 @@ import pytest
 from support.distributed import run_distributed
 
 from nemo_minitron.config import ChatDataConfig, DistillConfig, LabelConfig, ParallelLayout
-from nemo_minitron.errors import ConfigError, DataError, PreemptedError
+from nemo_minitron.errors import ConfigError, DataError, DiskError, PreemptedError
 from nemo_minitron.jobs.atomic import MARKER
 from nemo_minitron.jobs.output import Output, claim_output
 
@@ -67,6 +67,19 @@ def test_what_can_be_gone_on_with_stays_and_so_does_the_old(output: Path, error:
     with Output(config(output)).replacing():  # the same stage again, to its end
         assert (output / "checkpoints").is_dir()
     assert names(output) == ["distilled"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_full_disk(output: Path, saved: bool) -> None:
+    """The old output comes back, unless the new training has saved a state, which can be gone on with."""
+    with pytest.raises(DiskError), Output(config(output, overwrite=True)).replacing():
+        output.mkdir()
+        (output / "metrics.jsonl").write_text("new\n")
+        if saved:
+            (output / "checkpoints" / "step=4-last").mkdir(parents=True)
+        raise DiskError("no space")
+    assert (output / "metrics.jsonl").read_text() == ("new\n" if saved else "old\n")
+    assert names(output) == ([".distilled.replaced"] if saved else []) + ["distilled"]
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.jobs.launch import launched_here
 from nemo_minitron.jobs.warm import reachable_pool
 from nemo_minitron.jobs.warm_client import end_process
 from nemo_minitron.runtime.environment import local_environment
@@ -119,7 +120,7 @@ def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, ti
     from safetensors.torch import load_file, save_file
 
     path = checkpoint.path
-    environment = local_environment(os.environ) | {"HF_HUB_OFFLINE": "1"}
+    environment = local_environment(os.environ) | {"HF_HUB_OFFLINE": "1"} | launched_here()
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out, log = Path(scratch, "tokens.safetensors"), Path(scratch, "out.safetensors"), Path(scratch, "log")
         save_file({"ids": ids}, tokens)

@@ -22,6 +22,7 @@ import torch
 
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.io import open_checkpoint
+from nemo_minitron.jobs.launch import end_with_launcher
 
 __all__ = ["main"]
 
@@ -46,9 +47,10 @@ def _megatron(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def main(kind: str, path: str, tokens: str, out: str, dtype: str) -> None:
-    """Compute the logits and save them to ``out`` (safetensors)."""
+    """Compute the logits and save them to ``out`` (safetensors), beside ``tokens``; ends when its launcher does."""
     from safetensors.torch import load_file, save_file
 
+    end_with_launcher(clear=Path(tokens).parent)
     loader = _megatron if kind == "megatron" else FORMATS[kind].loader
     assert loader is not None, f"the format {kind} has no loader"
     with torch.no_grad():

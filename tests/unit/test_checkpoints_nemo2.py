@@ -106,6 +106,16 @@ def test_rope_scaling_of_llama_31(native: Path) -> None:
     }
 
 
+def test_windows_count_the_tokens_before(native: Path) -> None:
+    """Of NeMo's Mistral; a window as long as the sequences hides nothing."""
+    name = "nemo.collections.llm.gpt.model.mistral.MistralConfig7B"
+    edit(native, _target_=name, window_size=[31, 0], cp_comm_type="a2a")
+    architecture = open_checkpoint(native).architecture
+    assert (architecture.sliding_window, set(architecture.layer_types or ())) == (32, {"sliding_attention"})
+    edit(native, window_size=[architecture.max_position_embeddings - 1, 0])
+    assert open_checkpoint(native).architecture.layer_types is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -115,6 +125,14 @@ def test_rope_scaling_of_llama_31(native: Path) -> None:
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "gelu is not supported"),
         ({"window_size": [31, 5]}, r"window_size=\[31, 5\]: must be the number of tokens before a query's own, and 0"),
         ({"window_size": [-1, 0]}, r"window_size=\[-1, 0\]: must be"),
+        (
+            {
+                "_target_": "nemo.collections.llm.gpt.model.base.GPTConfig",
+                "add_qkv_bias": True,
+                "window_size": [31, 0],
+            },
+            r"GPTConfig is no qwen2 model: window_size=\[31, 0\] is not supported",
+        ),
         ({"hidden_size": 64}, "has shape"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"vocab_size": 100}, "has 131 tokens but the embedding has only 100 rows"),

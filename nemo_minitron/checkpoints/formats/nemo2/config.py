@@ -258,7 +258,8 @@ def from_nemo2(
         raise CheckpointError(
             f"{source}: architecture {name} is not supported; supported: {', '.join(supported)} and their sizes"
         )
-    family = min(faults, key=lambda key: len(faults[key]))
+    # a window says nothing of which family it is
+    family = min(faults, key=lambda key: sum(not fault.startswith("window_size=") for fault in faults[key]))
     if faults[family]:
         raise CheckpointError(f"{source}: {name} is no {family} model: " + "; ".join(faults[family]))
     special = special_ids(tokenizer) if tokenizer is not None else {}

@@ -99,6 +99,7 @@ def test_pruned_models_keep_the_window(model, groups, tmp_path):
     assert open_checkpoint(tmp_path / "pruned").architecture == offline.architecture
 
 
+@pytest.mark.slow
 def test_transformers_verifies_an_export(model, tmp_path):
     """With the loader of `minitron export`, on texts longer than the window."""
     source = open_checkpoint(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -29,6 +30,18 @@ def _warm() -> Iterator[None]:
     """Processes are forked from parents that live for the session; none is started before it is needed."""
     with warm_pool():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> None:
+    """Our loggers as they are in a fresh process: libraries that set up logging anew disable those of others."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger("nemo_minitron")  # or else a placeholder, and the level is the root's
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "nemo_minitron":
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.INFO if name == "nemo_minitron" else logging.NOTSET)
+            logger._cache.clear()  # type: ignore[attr-defined]
 
 
 #: Tests of how processes start, each as a user starts it.

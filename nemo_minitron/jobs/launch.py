@@ -334,4 +334,5 @@ def _end(process: Processes) -> None:
     for member in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
+    psutil.wait_procs(alive, timeout=5)
     process.wait()

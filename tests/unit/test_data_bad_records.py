@@ -105,9 +105,9 @@ def test_many_bad_records(tmp_path: Path) -> None:
 
 def test_pairs_prompts_and_tasks(tmp_path: Path) -> None:
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
-    tie = {**pair, "chosen_reward": 2, "rejected_reward": 2.0}
+    tie = {"prompt": "Hi", "response_1": "a", "response_2": "b", "preference_strength": 0}
     path = lines(tmp_path / "a.jsonl", pair, tie, {**pair, "rejected": "a"})
-    with pytest.raises(DataError, match=r"(?s)2 bad lines.*line 2: chosen_reward and rejected_reward are both 2, so"):
+    with pytest.raises(DataError, match=r"(?s)2 bad lines.*line 2: preference_strength=0 prefers neither"):
         read_preferences(path)
     assert len(read_preferences(path, skip=True)) == 1
     config = ChatDataConfig(path=str(lines(tmp_path / "b.jsonl", *preferences(8), tie)), on_bad_record="skip")

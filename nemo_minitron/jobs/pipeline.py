@@ -85,17 +85,20 @@ def run_pipeline(
     with leased(folder / ".lease", str(folder), "minitron run"), warm_pool(device):
         write_manifest(folder, pipeline, stages)
         records, skipped = [], set()
+        remade: list[Path] = []  # outputs whose content is no longer what later stages were made from
         for number, config in enumerate(stages, 1):
             line = display.stage(number, len(stages), config.name)
             output = Output(config)
-            if (record := output.done_record()) is not None:
+            stale = _reads(config, remade)
+            if not stale and (record := output.done_record()) is not None:
                 skipped.add(config.name)
                 line.kept()
                 records.append(record)
                 continue
             with output.leased():
                 state, reasons = output.state()
-                todo = output.prepare(overwrite=overwrite)
+                damaged = output.record() if state == "damaged" else None
+                todo = output.replaced_by(overwrite=True) if stale else output.prepare(overwrite=overwrite)
                 if state in ("changed", "begun"):
                     what = "comes back from" if todo is None else "made again for"
                     display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
@@ -107,9 +110,17 @@ def run_pipeline(
                     line.kept()
                 else:
                     record = _run(todo, line)
+                    if stale or (damaged is not None and record["files"] != damaged["files"]):
+                        remade.append(output.path.absolute())
             records.append(record or {})
         display.summary(stages, records, skipped)
     return records
+
+
+def _reads(config: StageConfig, outputs: Sequence[Path]) -> bool:
+    """Whether a stage reads one of these outputs, a part of it, or a directory that holds it."""
+    inputs = [Path(path).absolute() for path in config.inputs().values()]
+    return any(path.is_relative_to(output) or output.is_relative_to(path) for path in inputs for output in outputs)
 
 
 def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageConfig]) -> None:

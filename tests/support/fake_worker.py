@@ -45,7 +45,7 @@ def run(config: StageConfig) -> dict[str, Any]:
                 (aside / "half").write_text("half")
                 (Path(config.output).parent / "started").touch()
                 time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-            (aside / "result.txt").write_text(str(config.runtime.seed))
+            (aside / "result.txt").write_text(str(config.runtime.seed) + os.environ.get("FAKE_CONTENT", ""))
     metrics = {"loss": 1.5, "world": world, "rank": rank}
     if "torch" in sys.modules:
         import torch

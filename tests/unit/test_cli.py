@@ -203,6 +203,24 @@ def test_overwrite_keeps_nothing(tmp_path, pipeline):
     assert not list((tmp_path / "run").glob("*@*"))
 
 
+@pytest.mark.parametrize("content", ["", "other"])
+def test_a_lost_file_is_made_again_and_what_read_it_if_it_differs(tmp_path, pipeline, content):
+    """A training under a time limit, for one, does not come to the same weights again."""
+    assert minitron("run", "pipe.yaml", cwd=tmp_path).returncode == 0
+    before = made(tmp_path / "run")
+    (tmp_path / "run" / "small" / "result.txt").unlink()
+    assert "damaged" in minitron("status", "run", cwd=tmp_path).stdout
+    again = minitron("run", "pipe.yaml", cwd=tmp_path, FAKE_CONTENT=content)
+    assert again.returncode == 0, again.stderr
+    assert "small: made again, as " in again.stdout
+    after = made(tmp_path / "run")
+    assert after["teacher"] == before["teacher"] and after["small"] != before["small"]
+    assert (after["last"] == before["last"]) is (content == "")
+    assert (after["report"] == before["report"]) is (content == "")
+    assert "0 made" not in again.stdout
+    assert "4 kept" in minitron("run", "pipe.yaml", cwd=tmp_path).stdout
+
+
 def test_limits_and_names_make_nothing_again(tmp_path, pipeline):
     minitron("run", "pipe.yaml", cwd=tmp_path)
     again = minitron(

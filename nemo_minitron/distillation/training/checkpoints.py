@@ -53,7 +53,7 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A training that came to its end, by steps or by time, needs one state; one that was stopped raises instead."""
+        """A training that came to its end, by steps or time, needs one state; one that was stopped raises instead."""
         super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero and self.dirpath is not None:
             clear_previous(Path(self.dirpath))

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["Noted", "by_pattern", "off", "unread", "warn_once"]
+__all__ = ["Noted", "by_pattern", "off", "refusable", "unread", "warn_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,3 +89,25 @@ def warn_once(where: Any, text: str) -> None:
     if (str(where), text) not in _warned:
         _warned.add((str(where), text))
         logger.warning("%s: %s", where, text)
+
+
+def refusable(
+    left: Mapping[str, Any],
+    *,
+    source: Any,
+    what: str = "keys",
+    harmless: Mapping[str, str],
+    neutral: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What of a file is neither used nor known and may change something; of what is switched off, one warning.
+
+    Args:
+        left, harmless, neutral: as of :func:`unread`.
+        source: the file, for the warning.
+        what: what the file calls them: "keys", "settings".
+    """
+    active, resting = unread(left, harmless=harmless, neutral=neutral)
+    if resting:
+        named = ", ".join(f"{key}={value!r}" for key, value in resting.items())
+        warn_once(source, f"{what} that are not known, and switched off, are left behind: {named}")
+    return active

@@ -44,6 +44,7 @@ __all__ = [
     "attach",
     "clear_folder",
     "end_with_launcher",
+    "is_alive",
     "launched_here",
     "launch",
 ]
@@ -94,7 +95,7 @@ def end_with_launcher(clear: Path | None = None) -> None:
     pid, born = os.environ[LAUNCHER_VARIABLE].split(":")
 
     def watch() -> None:
-        while _is_alive(int(pid), float(born)):
+        while is_alive(int(pid), float(born)):
             time.sleep(0.5)
         if clear is not None:
             shutil.rmtree(clear, ignore_errors=True)
@@ -103,11 +104,12 @@ def end_with_launcher(clear: Path | None = None) -> None:
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
-def _is_alive(pid: int, born: float) -> bool:
+def is_alive(pid: int, born: float) -> bool:
     """Whether the process that was started at ``born`` still runs, and its number is not another process's."""
     try:
         process = psutil.Process(pid)
-        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+        # the time of a start is derived from the host's clock, which may be set right in between
+        return abs(process.create_time() - born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

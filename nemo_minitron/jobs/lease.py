@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.jobs.launch import is_alive
 
 __all__ = ["Holder", "Lease", "check_held", "leased", "release_all"]
 
@@ -182,7 +183,7 @@ class Lease:
         """Whether a holder is gone; None is a file that says nothing, left by a crash while it was written."""
         if holder is not None:
             if holder.place == self.me.place:
-                return not _runs(holder.pid, holder.born)
+                return not is_alive(holder.pid, holder.born)
             if holder.job is not None and holder.job == self.me.job and holder.restart < self.me.restart:
                 return True  # Slurm has ended the earlier attempt before it started this one
         return _now(self.path) - changed > EXPIRES
@@ -311,11 +312,3 @@ def _place() -> str:
     with contextlib.suppress(OSError):
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return " ".join(parts)
-
-
-def _runs(pid: int, born: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -12,7 +12,7 @@ from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.config import ExportConfig
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.jobs.records import read_record
+from nemo_minitron.jobs.records import owner_of
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 
 __all__ = ["plan", "run"]
@@ -73,6 +73,5 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 def _run_dir(model: str) -> Path | None:
     """The directory that holds the output of the stage that made a model; None if no record says so."""
-    path = Path(model).absolute()
-    output = next((place for place in (path, *path.parents) if read_record(place) is not None), None)
+    output = owner_of(Path(model))
     return None if output is None else output.parent

@@ -11,7 +11,7 @@ import torch
 import yaml
 from support.checkpoints import tiny_tokenizer
 from support.families import SIZES, some_units, windowed_model
-from support.pruning import live, logits, one_process, tokens
+from support.pruning import assert_greedy, live, logits, one_process, tokens
 
 from nemo_minitron.architecture import SLIDING
 from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
@@ -108,27 +108,9 @@ def test_transformers_verifies_an_export(model, tmp_path):
 
 def test_generation_beyond_the_window(model, groups):
     """Each token is the one that transformers chooses from the whole text."""
-    from nemo_minitron.config import Sampling
-    from nemo_minitron.generation import generate_tokens
-
     theirs = eager(model)
     prompts = [IDS[0, :3].tolist(), IDS[1, :9].tolist()]
-    answers = generate_tokens(
-        live(open_checkpoint(model), groups),
-        groups,
-        prompts,
-        sampling=Sampling(max_new_tokens=10, greedy=True),
-        ends=(),
-        vocab_size=SIZES["vocab_size"],
-    )
-    for prompt, answer in zip(prompts, answers, strict=True):
-        text = list(prompt)
-        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
-            with torch.no_grad():
-                row = theirs(torch.tensor([text]), use_cache=False).logits[0, -1].log_softmax(-1)
-            assert token == int(row.argmax())
-            assert logprob == pytest.approx(float(row.max()), abs=1e-4)
-            text.append(token)
+    assert_greedy(live(open_checkpoint(model), groups), groups, theirs, prompts, vocab=SIZES["vocab_size"])
 
 
 def test_context_parallelism_is_refused(model):

@@ -99,3 +99,22 @@ def one_process() -> Iterator[Any]:
     finally:
         destroy()
         cpu.deactivate()
+
+
+def assert_greedy(chunks, groups, theirs, prompts, *, vocab: int) -> None:
+    """Each token generated is the one that transformers' model chooses from the whole text, without a cache."""
+    import pytest
+
+    from nemo_minitron.config import Sampling
+    from nemo_minitron.generation import generate_tokens
+
+    sampling = Sampling(max_new_tokens=10, greedy=True)
+    answers = generate_tokens(chunks, groups, prompts, sampling=sampling, ends=(), vocab_size=vocab)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = list(prompt)
+        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
+            with torch.no_grad():
+                row = theirs(torch.tensor([text]), use_cache=False).logits[0, -1].log_softmax(-1)
+            assert token == int(row.argmax())
+            assert logprob == pytest.approx(float(row.max()), abs=1e-4)
+            text.append(token)

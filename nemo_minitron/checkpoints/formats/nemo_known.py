@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.accounting import by_pattern, unread, warn_once
+from nemo_minitron.accounting import by_pattern, refusable
 
 __all__ = [
     "DENSE",
@@ -314,12 +314,8 @@ def unknown_settings(
         if value not in values[key]
     ]
     others = {key: value for key, value in left.items() if key not in pinned}
-    active, idle = unread(others, harmless=by_pattern(others, patterns))
-    faults += [
+    active = refusable(others, source=source, what="settings", harmless=by_pattern(others, patterns))
+    return faults + [
         f"{key}={str(value)[:80]} is not known, and may change what the model computes; if it does not, remove the key"
         for key, value in active.items()
     ]
-    if idle:
-        named = ", ".join(f"{key}={value!r}" for key, value in idle.items())
-        warn_once(source, f"settings that are not known, and switched off, are left behind: {named}")
-    return faults

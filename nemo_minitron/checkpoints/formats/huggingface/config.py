@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import axes
-from nemo_minitron.accounting import Noted, unread, warn_once
+from nemo_minitron.accounting import Noted, refusable, warn_once
 from nemo_minitron.architecture import FULL, SLIDING, Architecture
 from nemo_minitron.checkpoints.formats.huggingface import known
 from nemo_minitron.checkpoints.formats.huggingface.blocks import read_blocks, write_blocks
@@ -215,15 +215,12 @@ def _unknown(
             f"if it is a plain {name}, remove auto_map"
         )
     config.get("architectures")
-    active, idle = unread(config.left(), harmless={**known.KEYS, **family.unused}, neutral=known.NEUTRAL_KEYS)
-    faults += [
+    harmless = {**known.KEYS, **family.unused}
+    active = refusable(config.left(), source=source, harmless=harmless, neutral=known.NEUTRAL_KEYS)
+    return faults + [
         f"{key}={_short(value)} is not known, and may change what the model computes; if it does not, remove the key"
         for key, value in active.items()
     ]
-    if idle:
-        keys = ", ".join(f"{key}={_short(value)}" for key, value in idle.items())
-        warn_once(source, f"keys that are not known, and switched off, are left behind: {keys}")
-    return faults
 
 
 def _model_type(name: str, family: HFFamily) -> str:

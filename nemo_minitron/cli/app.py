@@ -143,6 +143,8 @@ def report(
             words = [word for word in words if "=" in word]
             words = [f"run={json.dumps(config)}", f"others=[{', '.join(others)}]", place, *words]
             config = "report"
+        elif _is_missing_run(config):
+            raise ConfigError(f"{config}: no such directory; give the output of `minitron run`, or a YAML file")
         _run_stage("report", config, words, dry_run, overwrite)
 
 
@@ -361,6 +363,14 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _is_missing_run(path: str) -> bool:
+    """Whether a word in the place of a run or configuration is neither, nor meant as a configuration."""
+    from nemo_minitron.config import shipped_configs
+
+    is_config = "=" in path or path.endswith((".yaml", ".yml")) or path.removeprefix("configs/") in shipped_configs()
+    return not is_config and not Path(path).exists()
 
 
 def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ target. Nothing is read but small JSON files, and torch is not imported.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ from nemo_minitron.config import (
     load,
     load_part,
     load_pipeline,
+    shipped_configs,
 )
+from nemo_minitron.config.spelling import nearest
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.planning import Model, Training, load_recipe, recipe_names
 from nemo_minitron.planning.plot import plot_layouts
@@ -118,6 +121,7 @@ def read_subject(name: str, overrides: Sequence[str]) -> Subject:
         ConfigError: if there is no such recipe or file, or with every fault of its settings.
     """
     overrides = [override for override in overrides if not override.startswith(_PREFIX)]
+    _refuse_unprefixed(overrides)
     if name in recipe_names():
         recipe = load_recipe(name)
         if not overrides:
@@ -127,9 +131,12 @@ def read_subject(name: str, overrides: Sequence[str]) -> Subject:
             return Subject(recipe.title, load_pipeline(path, overrides)[1], recipe.models)
     try:
         path = find_config(name)
-    except ConfigError as error:
-        known = f"shipped recipes: {', '.join(recipe_names())}"
-        raise ConfigError([*error.faults, known], source=error.source) from None
+    except ConfigError:
+        recipes = recipe_names()
+        raise ConfigError(
+            f"{name}: is neither a recipe nor a file{nearest(name, [*recipes, *shipped_configs()])}; give the YAML of "
+            f"a pipeline or training, or one of the shipped recipes: {', '.join(recipes)}"
+        ) from None
     if "stages" in (keys := _keys(path)):
         pipeline, stages = load_pipeline(path, overrides)
         return Subject(pipeline.name, stages)
@@ -141,6 +148,18 @@ def read_subject(name: str, overrides: Sequence[str]) -> Subject:
             f"`stages`, or a configuration of {', '.join(trainings)}"
         )
     return Subject(path.stem, [load(fitting[0], path, overrides)])
+
+
+def _refuse_unprefixed(overrides: Sequence[str]) -> None:
+    """Settings of the cluster that lack ``cluster.``."""
+    names = {field.name for field in dataclasses.fields(ClusterConfig)}
+    faults = [
+        f"override {override!r}: is a setting of the cluster; did you mean {_PREFIX}{override}?"
+        for override in overrides
+        if override.partition("=")[0] in names
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def write_pipeline(name: str, path: Path) -> Path:

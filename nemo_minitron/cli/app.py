@@ -297,7 +297,8 @@ def plan(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layouts too.")] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the recipe as a pipeline for `minitron run`.")
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Write what is planned, for `minitron run`."),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Layouts to show of each training.")] = 10,
 ) -> None:

@@ -170,8 +170,8 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     # Where a stage is not known, a default may be meant for it.
     further = [] if len(entries) == len(pipeline.stages) else list(STAGES.values())
     shares, unused = share_out(pipeline.defaults, [*classes, *further])
-    for path, message in unused.items() if entries or further else ():
-        file.fault(("defaults", *path), f"defaults.{'.'.join(path)}{message}")
+    for place, message in unused.items() if entries or further else ():
+        file.fault(("defaults", *place), f"defaults.{'.'.join(place)}{message}")
 
     stages: list[StageConfig] = []
     for (index, cls, entry), (defaults, left_out) in zip(entries, shares, strict=False):

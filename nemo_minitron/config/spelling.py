@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 import typing
 from collections.abc import Iterable, Sequence
@@ -80,7 +79,8 @@ def _meant(root: type[Any], groups: Sequence[str], key: str) -> str | None:
         if not matches and groups and parts[:-1] == tuple(groups[-len(parts) + 1 :]):
             matches = [place for place in places if place == (*groups, parts[-1])]
         if matches:
-            place = ".".join(min(matches, key=len))
+            shortest: tuple[str, ...] = min(matches, key=lambda match: len(match))
+            place = ".".join(shortest)
             note = NOTES.get((first, end)) or NOTES.get((key, end))
             return f"; did you mean {place}?" + (f" ({note})" if note else "")
     return None
@@ -94,7 +94,7 @@ def _stages_meant(key: str) -> str:
         held = {
             kind: [place for place in _places(cls) if place[-len(parts) :] == parts] for kind, cls in STAGES.items()
         }
-        place = min((place for places in held.values() for place in places), key=len, default=None)
+        place = min((place for places in held.values() for place in places), key=lambda place: len(place), default=None)
         if place is not None:
             kinds = [kind for kind, places in held.items() if place in places]
             called = "" if place == (key,) else f" as {'.'.join(place)}"
@@ -107,9 +107,8 @@ def _plain(key: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).replace("-", "_").lower()
 
 
-@functools.cache
-def _places(root: type[Any]) -> list[tuple[str, ...]]:
-    """The path of every setting and group of a configuration, nearer ones first; entries of lists as of their list."""
+def _places(root: Any) -> list[tuple[str, ...]]:
+    """The path of every setting and group of a configuration, nearer ones first, without the entries of lists."""
     places: list[tuple[str, ...]] = []
     level: list[tuple[tuple[str, ...], type[Any]]] = [((), root)]
     while level:

@@ -205,6 +205,8 @@ class Reader:
                 continue
             hint = hints[key]
             item = item_class(hint)
+            if isinstance(value, str) and hasattr(hint, "TEXT"):
+                value = {hint.TEXT: value}  # a plain text stands for one of the group's settings
             if dataclasses.is_dataclass(hint) and isinstance(value, dict):
                 self._fill(node[key], hint, value, here)  # type: ignore[arg-type]
             elif item is not None and isinstance(value, list):

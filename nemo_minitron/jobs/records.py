@@ -74,7 +74,7 @@ def write_record(
         "version": RECORD_VERSION,
         **identity,
         "name": config.name or config.STAGE,
-        "config": dataclasses.asdict(config),
+        "config": _stated(config),
         "metrics": metrics,
         "files": {} if config.REPEATS else contents_of(Path(config.output)),
         "started": started,
@@ -127,11 +127,15 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
 
 
 def _settings(value: Any) -> Any:
-    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults."""
+    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults.
+
+    A setting that is left to the suite has the value that the suite takes (``settled()``).
+    """
     if dataclasses.is_dataclass(value):
         added = getattr(value, "ADDED", ())
+        settled = value.settled() if hasattr(value, "settled") else {}
         return {
-            field.name: _settings(getattr(value, field.name))
+            field.name: _settings(settled.get(field.name, getattr(value, field.name)))
             for field in dataclasses.fields(value)
             if not (field.name in added and getattr(value, field.name) == field.default)
         }
@@ -140,6 +144,17 @@ def _settings(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _settings(entry) for key, entry in value.items()}
     return value
+
+
+def _stated(value: Any) -> Any:
+    """As ``dataclasses.asdict``, with the values that the suite takes for settings that are left to it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        settled = value.settled() if hasattr(value, "settled") else {}
+        fields = (field.name for field in dataclasses.fields(value))
+        return {name: _stated(settled.get(name, getattr(value, name))) for name in fields}
+    if isinstance(value, list | tuple):
+        return type(value)(_stated(entry) for entry in value)
+    return dict(value) if isinstance(value, dict) else value
 
 
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:

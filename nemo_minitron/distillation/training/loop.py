@@ -67,7 +67,7 @@ def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
     return nl.MegatronOptimizerModule(
         config=optimizer_config(schedule),
         lr_scheduler=CosineAnnealingScheduler(
-            max_steps=schedule.steps, warmup_steps=schedule.warmup_steps, constant_steps=0, min_lr=schedule.min_lr
+            max_steps=schedule.steps, warmup_steps=schedule.warmup(), constant_steps=0, min_lr=schedule.min_lr
         ),
     )
 

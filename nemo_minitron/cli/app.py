@@ -322,13 +322,19 @@ def config_template(
         typer.echo(template(name), nl=False)
 
 
-@app.command("status", help="Show how far the pipeline in a directory is.")
-def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
-    """Show a pipeline's state."""
+@app.command("status", help="Show how far the stages of a run are, or the stage of an output.")
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`, or of a stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+) -> None:
+    """Show the state of a run."""
     with _exit_codes():
-        from rich.console import Console
+        from nemo_minitron.cli.status import show_status, status_json
 
-        from nemo_minitron.cli.progress import show_status
+        if as_json:
+            typer.echo(status_json(directory))
+            return
+        from rich.console import Console
 
         show_status(directory, Console())
 

@@ -348,6 +348,7 @@ class Output:
         *,
         peak_rss_bytes: int | None = None,
         started: str | None = None,
+        work: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`.
 
@@ -356,7 +357,7 @@ class Output:
         """
         check_held(self._lease)
         return write_record(
-            self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started
+            self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started, work=work
         )
 
 

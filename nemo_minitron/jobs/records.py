@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def write_record(
     *,
     peak_rss_bytes: int | None = None,
     started: str | None = None,
+    work: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write the record of an output, which marks the output as complete.
 
@@ -62,10 +64,11 @@ def write_record(
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
         started: ISO time.
+        work: operations and bytes that it took, for estimates.
 
     Returns:
         The record: ``version, stage, name, hash, config, settings, parents, metrics, files, started, seconds,
-        peak_rss_bytes, versions``. Records of earlier releases have no ``files``.
+        peak_rss_bytes, host, work, versions``. Records of earlier releases have no ``files``, ``host`` and ``work``.
     """
     record = {
         "version": RECORD_VERSION,
@@ -77,6 +80,8 @@ def write_record(
         "started": started,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
+        "host": socket.gethostname(),
+        "work": work or {},
         "versions": _versions(),
     }
     path = record_path(config.output)

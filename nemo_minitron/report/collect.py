@@ -18,6 +18,7 @@ from nemo_minitron.checkpoints.formats import detect
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.jobs import skipped
+from nemo_minitron.jobs.manifest import MANIFEST, is_manifest
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import ModelShape
 
@@ -164,9 +165,11 @@ def collect(directory: str | Path) -> Run:
     if not path.is_dir():
         raise DataError(f"{path}: no such run directory; give the output of `minitron run`")
     run = Run(path, path.resolve().name)
-    manifest = _json(path / "pipeline.json", run)
-    if isinstance(manifest, dict) and isinstance(manifest.get("name"), str):
+    manifest = _json(path / MANIFEST, run)
+    if is_manifest(manifest):
         run.name = manifest["name"]
+    elif manifest is not None:
+        run.remarks.append(f"{MANIFEST} is not that of a run of this suite; left out")
     run.stages = _stages(path, run)
     if not run.stages:
         raise DataError(f"{path}: holds no finished stage (no record.json); run the stages first")

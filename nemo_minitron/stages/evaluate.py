@@ -119,18 +119,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, Blocks]:
     """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer; every model must know their tokens.
 
-    Models may differ in rows, in added tokens, and in what ends a text; a warning names it.
+    Models may differ in rows, in added tokens, in what ends a text and in chat templates; a warning names it.
     """
     from nemo_minitron.accounting import warn_once
-    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare, warnings_of
     from nemo_minitron.data import build_domain_blocks
 
     vocabularies = {name: Vocabulary.of(_called(name), checkpoint) for name, checkpoint in checkpoints.items()}
     reference = vocabularies.pop(baseline)
     shared = {name: compare(reference, vocabulary) for name, vocabulary in vocabularies.items()}
-    for common in shared.values():
-        if common.warning is not None:
-            warn_once("evaluation", common.warning)
+    for warning in warnings_of(shared.values()):
+        warn_once("evaluation", warning)
     blocks = build_domain_blocks(
         config.data,
         reference.tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def write_record(
     seconds: float,
     *,
     peak_rss_bytes: int | None = None,
+    peak_gpu_bytes: Sequence[int] | None = None,
     started: str | None = None,
 ) -> dict[str, Any]:
     """Write the record of an output, which marks the output as complete.
@@ -61,11 +63,14 @@ def write_record(
         metrics: JSON values that the stage's ``run`` returned.
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
+        peak_gpu_bytes: of each process, the most that its tensors took of its GPU, 0 if it used none; None if that is
+            not known, as of a stage whose work other processes do.
         started: ISO time.
 
     Returns:
         The record: ``version, stage, name, hash, config, settings, parents, metrics, files, started, seconds,
-        peak_rss_bytes, versions``. Records of earlier releases have no ``files``.
+        peak_rss_bytes, ranks, gpus, peak_gpu_bytes, versions``. Records of earlier releases have no ``files, ranks,
+        gpus, peak_gpu_bytes``.
     """
     record = {
         "version": RECORD_VERSION,
@@ -77,6 +82,7 @@ def write_record(
         "started": started,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
+        **_devices(config, peak_gpu_bytes),
         "versions": _versions(),
     }
     path = record_path(config.output)
@@ -167,6 +173,15 @@ def _identity(path: Path, excluding: Path) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _devices(config: StageConfig, peak_gpu_bytes: Sequence[int] | None) -> dict[str, Any]:
+    """Processes that ran at once, how many of them used a GPU, and the most that one took of its memory."""
+    leads = config.RUNS_CHILD_STAGES or type(config).started is not StageConfig.started
+    if peak_gpu_bytes is None or leads:
+        return {"ranks": config.started, "gpus": None, "peak_gpu_bytes": None}
+    gpus = sum(size > 0 for size in peak_gpu_bytes)
+    return {"ranks": len(peak_gpu_bytes), "gpus": gpus, "peak_gpu_bytes": max(peak_gpu_bytes) if gpus else None}
 
 
 def _versions() -> dict[str, str]:

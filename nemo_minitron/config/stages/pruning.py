@@ -52,6 +52,7 @@ class PruneConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
+    DONE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -130,6 +131,7 @@ class IterateConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
+    DONE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
 

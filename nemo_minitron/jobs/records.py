@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def write_record(
     seconds: float,
     *,
     peak_rss_bytes: int | None = None,
+    peak_gpu_bytes: Sequence[int] | None = None,
     started: str | None = None,
     work: dict[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -63,12 +65,15 @@ def write_record(
         metrics: JSON values that the stage's ``run`` returned.
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
+        peak_gpu_bytes: of each process, the most that its tensors took of its GPU, 0 if it used none; None if that is
+            not known, as of a stage whose work other processes do.
         started: ISO time.
         work: operations and bytes that it took, for estimates.
 
     Returns:
         The record: ``version, stage, name, hash, config, settings, parents, metrics, files, started, seconds,
-        peak_rss_bytes, host, work, versions``. Records of earlier releases have no ``files``, ``host`` and ``work``.
+        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions``. Records of earlier releases have no
+        ``files, host, work, ranks, gpus, peak_gpu_bytes``.
     """
     record = {
         "version": RECORD_VERSION,
@@ -82,6 +87,7 @@ def write_record(
         "peak_rss_bytes": peak_rss_bytes,
         "host": socket.gethostname(),
         "work": work or {},
+        **_devices(config, peak_gpu_bytes),
         "versions": _versions(),
     }
     path = record_path(config.output)
@@ -187,6 +193,15 @@ def _identity(path: Path, excluding: Path) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _devices(config: StageConfig, peak_gpu_bytes: Sequence[int] | None) -> dict[str, Any]:
+    """Processes that ran at once, how many of them used a GPU, and the most that one took of its memory."""
+    leads = config.RUNS_CHILD_STAGES or type(config).started is not StageConfig.started
+    if peak_gpu_bytes is None or leads:
+        return {"ranks": config.started, "gpus": None, "peak_gpu_bytes": None}
+    gpus = sum(size > 0 for size in peak_gpu_bytes)
+    return {"ranks": len(peak_gpu_bytes), "gpus": gpus, "peak_gpu_bytes": max(peak_gpu_bytes) if gpus else None}
 
 
 def _versions() -> dict[str, str]:

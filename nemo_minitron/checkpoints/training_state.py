@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, first_line
 
 __all__ = ["check_state", "clear_previous", "keep_previous", "use_previous"]
 
@@ -79,7 +79,7 @@ def _faults(checkpoint: Path, rank: int, world: int) -> Iterator[str]:
         if names:  # NeMo unpickles it without asking what it holds
             yield f"{common} names {', '.join(sorted(names))}, which no training of NeMo writes and might run code"
     except Exception as error:  # torch's unpickler fails in any way
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         yield f"{common} cannot be read ({reason})"
 
 

@@ -35,6 +35,7 @@ from nemo_minitron.jobs.records import (
     record_path,
     write_record,
 )
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import clear_leftovers
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
@@ -104,8 +105,8 @@ class Output:
     def started_identity(self) -> dict[str, Any] | None:
         """The identity of the run that was started last; None if unknown."""
         try:
-            started = json.loads((self.folder / _STARTED).read_text())
-        except (OSError, json.JSONDecodeError):
+            started = parse_json((self.folder / _STARTED).read_text())
+        except (OSError, ValueError):
             return None
         known = isinstance(started, dict) and {"stage", "hash", "settings", "parents"} <= started.keys()
         return started if known else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.contents import contents_of
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
 __all__ = ["hashed_settings", "identity_of", "owner_of", "parents", "read_record", "record_path", "write_record"]
@@ -31,11 +32,25 @@ def record_path(output: str | Path) -> Path:
 def read_record(output: str | Path) -> dict[str, Any] | None:
     """The record of an output; None if there is no complete record."""
     try:
-        record = json.loads(record_path(output).read_text())
+        record = parse_json(record_path(output).read_text())
     except (OSError, ValueError):
         return None
-    whole = isinstance(record, dict) and record.get("version") == RECORD_VERSION and record.keys() >= _KEYS
-    return record if whole else None
+    return record if _is_whole(record) else None
+
+
+def _is_whole(record: Any) -> bool:
+    """Whether a record has what its readers ask for."""
+    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION or not record.keys() >= _KEYS:
+        return False
+    files = record.get("files", {})
+    return (
+        all(isinstance(record[key], dict) for key in ("config", "settings", "parents", "metrics"))
+        and all(isinstance(record[key], str) for key in ("stage", "hash"))
+        and isinstance(record["seconds"], int | float)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in files.values())
+        and all(isinstance(parent, dict) and parent.keys() >= {"path", "hash"} for parent in record["parents"].values())
+    )
 
 
 def owner_of(path: Path) -> Path | None:

@@ -11,6 +11,7 @@ import yaml
 
 from nemo_minitron.config.hub import hub_name as name_on_hub
 from nemo_minitron.data.packages import PACKAGES
+from nemo_minitron.parsing import parse_yaml
 
 __all__ = ["Base", "base_of", "steps_of"]
 
@@ -70,7 +71,7 @@ def _front_matter(file: Path) -> dict[str, Any]:
     """The values at the head of a model card; none where there is no card, or none that can be read."""
     try:
         _, head, _ = file.read_text(encoding="utf-8").split("---\n", 2)
-        values = yaml.safe_load(head)
+        values = parse_yaml(head)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -6,7 +6,6 @@ If a file is missing, its part of the report is left out. A file that exists but
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from nemo_minitron.checkpoints.formats import detect
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.jobs import skipped
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import ModelShape
 
@@ -219,7 +219,7 @@ def _json(path: Path, run: Run) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         run.remarks.append(f"{path.relative_to(run.path)} cannot be read ({error}); left out")
         return None
@@ -296,7 +296,7 @@ def _curve(stage: StageRun, run: Run) -> None:
     bad = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             (validation if row.get("split") == "validation" else train).append(row)
         except (ValueError, AttributeError):
             bad += 1

@@ -29,7 +29,7 @@ from nemo_minitron.distillation.training.checkpoints import BestCheckpoint, Last
 from nemo_minitron.distillation.training.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.training.language_model import TrainedModel
 from nemo_minitron.distillation.training.metrics import VALIDATION, ExactPosition, ProgressBar, StepMetrics
-from nemo_minitron.distillation.training.outputs import Trained, directories, remove_unfinished, step_of
+from nemo_minitron.distillation.training.outputs import Trained, remove_unfinished, step_of
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime import versions
@@ -252,8 +252,8 @@ def train(
     remove_unfinished(directory / "best")
     if resume:
         use_previous(checkpoints)
-        if saved := directories(checkpoints):
-            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again")
+        if saved := [path for path in checkpoints.glob("*") if path.is_dir()]:
+            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again", model=initial)
     with request, bounded_groups():
         llm.train(
             model,

@@ -74,7 +74,7 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
     recoveries = []
     for name, model in models.items():
         origin = run.origins.get(name, {})
-        if "student" not in origin or "teacher" not in origin:
+        if not (origin.get("student") and origin.get("teacher")):  # trained from a cache of logits: no teacher
             continue
         student, teacher = (by_path.get(Path(origin[key]).absolute()) for key in ("student", "teacher"))
         if student is None or teacher is None:

@@ -15,6 +15,7 @@ __all__ = ["Bench", "Fault"]
 
 #: What messages advise where a file is damaged: what is to be removed before the same command is given again.
 _REMEDIES = (
+    re.compile(r"(?P<path>/[^\s;,]+) is in the way"),
     re.compile(r"remove (?P<path>/[^\s;,]+)"),
     re.compile(r"make (?P<path>/[^\s;,]+) again"),
     re.compile(

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from soak.bench import Bench, Fault
-from soak.kinds import KINDS, can_mount
+from soak.kinds import KINDS, WEIGHTS, can_mount
 from soak.program import programs
 from soak.workload import FULL
 
@@ -37,11 +37,11 @@ def case(bench: Bench, seed: str, number: int, kinds: list[str]) -> tuple[str, s
         Its kind, what happened, and whether it was as it must be.
     """
     rng = random.Random(f"{seed}/{number}")
-    kind = rng.choice(kinds)
+    kind = rng.choices(kinds, [WEIGHTS.get(kind, 1) for kind in kinds])[0]
     try:
         return kind, KINDS[kind](bench, rng), True
     except Fault as fault:
-        return kind, str(fault), False
+        return kind, "\n".join([str(fault), *getattr(fault, "__notes__", ())]), False
     except Exception:
         return kind, traceback.format_exc(), False
 
@@ -73,8 +73,11 @@ def soak(
             print(f"{number} {kind}: {'' if well else 'FAULT '}{said}", flush=True)
             if not well:
                 faults.append(f"--seed {seed} --first {number} --cases 1 ({kind}): {said.splitlines()[0][:300]}")
-                if bench.run.exists():
-                    shutil.copytree(bench.run, home / "faults" / str(number), symlinks=True, dirs_exist_ok=True)
+                (home / "faults").mkdir(exist_ok=True)
+                (home / "faults" / f"{number}.txt").write_text(said)
+                left = home / "machine" / "run" if kind == "machine" else bench.run
+                if left.exists():
+                    shutil.copytree(left, home / "faults" / str(number), symlinks=True, dirs_exist_ok=True)
             number += 1
     print(f"seed {seed}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(done.items())))
     print("\n".join([f"{len(faults)} faults", *faults]) if faults else "nothing lost, nothing false")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from soak.bench import Bench, Fault, check_refusal
+from soak.machine import explore
 from soak.program import Order
 
-__all__ = ["KINDS", "can_mount"]
+__all__ = ["KINDS", "WEIGHTS", "can_mount"]
 
 #: Exit codes of a command whose own process got the signal, or one of whose stages did.
 #: A forked process ends as by SIGINT where a fresh interpreter ends with 130.
@@ -23,6 +24,23 @@ def kill(bench: Bench, rng: random.Random) -> str:
     """Signals at random changes of files, up to three runs after each other."""
     bench.clear()
     return f"{_kills(bench, rng)}; removed {bench.converge()}"
+
+
+def kill_cold(bench: Bench, rng: random.Random) -> str:
+    """A signal at a random time to a command with processes of its own, as a user starts it."""
+    bench.clear()
+    after, number = rng.uniform(0.3, 30), rng.choice(tuple(_ENDS))
+    result = bench.program.run_cold("run", str(bench.pipeline), after=after, number=number)
+    # Before Python has its handlers, and after it has taken them away, a signal ends it as any program.
+    check_refusal(result, allowed=(*_ENDS[number], -number))
+    return f"{number.name} after {after:.1f} s: {result.code}; removed {bench.converge()}"
+
+
+def machine(bench: Bench, rng: random.Random) -> str:
+    """The state machine, from the beginning."""
+    home = bench.home / "machine"
+    shutil.rmtree(home, ignore_errors=True)
+    return explore(home, bench.program, rng.getrandbits(32), examples=5, steps=12)
 
 
 def flip(bench: Bench, rng: random.Random) -> str:
@@ -147,9 +165,13 @@ def _mount(options: str, folder: Path) -> None:
 
 KINDS: dict[str, Callable[[Bench, random.Random], str]] = {
     "kill": kill,
+    "kill-cold": kill_cold,
     "flip": flip,
     "flip-unfinished": flip_unfinished,
     "full": full,
     "limited": limited,
     "small-disk": small_disk,
+    "machine": machine,
 }
+#: How often they are drawn.
+WEIGHTS = {"kill": 4, "flip": 4, "flip-unfinished": 4}

@@ -7,7 +7,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +27,7 @@ __all__ = ["Order", "Program", "Result", "programs"]
 
 #: Seconds that one command may take, and the processes of one that was killed to notice it.
 LIMIT, NOTICE = 300.0, 10.0
+_MARK = "MINITRON_SOAK_MARK"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Result:
         code: its exit code, or minus the signal that ended it.
         text: what it printed.
         changes: how many changes it made to the run's directory; 0 where nobody counted.
-        left: processes of it that were there after it, and did not end in time.
+        left: its processes and temporary directories that were there after it, and did not go in time.
     """
 
     code: int
@@ -119,19 +124,34 @@ class Program:
         counter = self.home / "changes"
         return Result(code, text, counter.stat().st_size if counter.exists() else 0, left)
 
+    def run_cold(self, *words: str, after: float, number: int) -> Result:
+        """Run ``minitron words`` as a user does, in a fresh interpreter with servers of its own, and send a signal.
+
+        Args:
+            words: arguments.
+            after: seconds from the start to the signal, which only the command itself gets.
+            number: of the signal.
+        """
+        output, mark = self.home / "said-cold", uuid.uuid4().hex
+        environment = {**os.environ, "COLUMNS": "400", _MARK: mark}
+        with output.open("wb") as stream:
+            command = [sys.executable, "-m", "nemo_minitron", *words]
+            process = subprocess.Popen(
+                command, env=environment, cwd=self.home, stdout=stream, stderr=stream, start_new_session=True
+            )
+        try:
+            code = process.wait(after)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            code = process.wait(LIMIT)
+        left = _ended(lambda: _marked(mark))
+        folders = Path(os.environ["TMPDIR"])
+        left += _ended_paths(folders)
+        return Result(code, output.read_text(errors="replace"), 0, left)
+
     def _orphans(self) -> tuple[str, ...]:
         """Processes that outlive their command; they are ended."""
-        deadline = time.monotonic() + NOTICE
-        while (left := self._forked()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        named = []
-        for process in left:
-            try:
-                named.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        return tuple(named)
+        return _ended(self._forked) + _ended_paths(Path(os.environ["TMPDIR"]))
 
     def _forked(self) -> list[psutil.Process]:
         servers = {server.process.pid for server in self.pool._opened if server.process is not None}
@@ -140,6 +160,43 @@ class Program:
             for process in psutil.Process().children(recursive=True)
             if process.pid not in servers and process.status() != psutil.STATUS_ZOMBIE
         ]
+
+
+def _ended(running: Callable[[], list[psutil.Process]]) -> tuple[str, ...]:
+    """Wait for the processes to end; those that do not are named and killed."""
+    deadline = time.monotonic() + NOTICE
+    while (left := running()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    named = []
+    for process in left:
+        try:
+            named.append(f"process {process.pid} {' '.join(process.cmdline())[:200]}")
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return tuple(named)
+
+
+def _ended_paths(folder: Path) -> tuple[str, ...]:
+    """Wait for temporary directories to be removed; those that are not are named and removed."""
+    deadline = time.monotonic() + NOTICE
+    while (left := list(folder.glob("minitron-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return tuple(map(str, left))
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """Processes whose first environment, or that of what forked them, has the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
 
 
 @contextmanager
@@ -152,6 +209,7 @@ def programs(home: Path, level: str = "aligner") -> Iterator[Program]:
     """
     home.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).resolve().parents[1]
+    tempfile.gettempdir()  # where this process's own temporary files go, whatever TMPDIR is from now on
     temporary = home / "tmp"
     temporary.mkdir(exist_ok=True)
     changed = {

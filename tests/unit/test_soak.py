@@ -19,7 +19,7 @@ from soak.workload import SHORT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 #: What the suite runs of each kind; that of the small disk takes root.
-KINDS = ("kill", "kill", "flip", "flip-unfinished", "full", "limited")
+KINDS = ("kill", "flip", "flip-unfinished", "limited")
 
 
 @pytest.fixture(scope="module")

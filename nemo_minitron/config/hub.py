@@ -59,8 +59,8 @@ def download_hint(path: str | Path) -> str:
     if not _NAME.fullmatch(name) or Path(name).parent.exists():
         return ""
     return (
-        f"; if it is a model on the Hugging Face Hub, it is not (or not whole) in {hub_cache()}, and minitron downloads "
-        f"nothing by itself: huggingface-cli download {name}"
+        f"; if it is a model on the Hugging Face Hub, it is not (or not whole) in {hub_cache()}, and minitron "
+        f"downloads nothing by itself: huggingface-cli download {name}"
     )
 
 

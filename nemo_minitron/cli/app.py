@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +23,7 @@ from typer.core import TyperCommand
 
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.config.describe import summary
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
 
 __all__ = ["app", "main"]
 
@@ -322,13 +325,19 @@ def config_template(
         typer.echo(template(name), nl=False)
 
 
-@app.command("status", help="Show how far the pipeline in a directory is.")
-def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
-    """Show a pipeline's state."""
+@app.command("status", help="Show how far the stages of a run are, or the stage of an output.")
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`, or of a stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+) -> None:
+    """Show the state of a run."""
     with _exit_codes():
-        from rich.console import Console
+        from nemo_minitron.cli.status import show_status, status_json
 
-        from nemo_minitron.cli.progress import show_status
+        if as_json:
+            typer.echo(status_json(directory))
+            return
+        from rich.console import Console
 
         show_status(directory, Console())
 
@@ -400,7 +409,11 @@ def _run_config(config: StageConfig, source: str, dry_run: bool) -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turn errors into messages and exit codes."""
+    """Turn errors into messages and exit codes, and the signals of a batch system into an end in good order."""
+    from nemo_minitron.runtime.stopping import STOP_SIGNALS
+
+    main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
+    before = {number: signal.signal(number, _stop) for number in STOP_SIGNALS if main_thread}
     try:
         yield
     except MinitronError as error:
@@ -418,11 +431,24 @@ def _exit_codes() -> Iterator[None]:
         typer.echo(f"minitron: {message}", err=True)
         raise typer.Exit(message.exit_code) from None
     except Exception as error:
+        from nemo_minitron.runtime.disk import disk_fault
+
+        if isinstance(error, OSError) and (fault := disk_fault(error, Path.cwd())) is not None:
+            typer.echo(f"minitron: {fault}", err=True)
+            raise typer.Exit(fault.exit_code) from None
         # A crashed rank's own traceback is in the message; ours would only show the launcher.
         if type(error).__name__ != "StageCrashError":
             raise
         typer.echo(f"minitron: {error}", err=True)
         raise typer.Exit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Between two jobs; while one runs, its launcher handles these signals."""
+    raise PreemptedError(f"{signal.Signals(number).name} came. Give the same command again")
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from nemo_minitron.config import (
 )
 from nemo_minitron.config.spelling import nearest
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.parsing import parse_yaml
 from nemo_minitron.planning import Model, Recipe, Training, load_recipe, recipe_names
 from nemo_minitron.planning.plot import plot_layouts
 from nemo_minitron.planning.recipe import pipeline_content
@@ -342,7 +343,7 @@ def _key(path: str) -> str:
 def _keys(path: Path) -> set[str]:
     """Top-level keys of a YAML file; its faults are reported when it is loaded."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content: Any = parse_yaml(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
         return set()
     return set(content) if isinstance(content, dict) else set()

@@ -21,7 +21,8 @@ from nemo_minitron.config.hints import item_class, type_words
 from nemo_minitron.config.paths import expanded
 from nemo_minitron.config.spelling import instead_of, nearest
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import ConfigError, first_line
+from nemo_minitron.parsing import compose_yaml
 
 __all__ = ["Reader", "SettingsFile"]
 
@@ -53,7 +54,7 @@ class SettingsFile:
     def _parse(self, path: Path) -> DictConfig:
         try:
             text = path.read_text(encoding="utf-8")
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
+            tree = compose_yaml(text)
             if tree is not None and not isinstance(tree, yaml.MappingNode):
                 raise ConfigError("the file must be a mapping of settings (`key: value` lines)", source=str(path))
             if tree is not None:
@@ -64,14 +65,15 @@ class SettingsFile:
         except yaml.MarkedYAMLError as error:
             line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
             raise ConfigError(f"{line}not valid YAML: {error.problem}", source=str(path)) from error
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"not valid YAML: {reason}", source=str(path)) from error
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError(f"not valid YAML: {first_line(error)}", source=str(path)) from error
         return config  # type: ignore[return-value]
 
     def _note_lines(self, node: yaml.Node, path: tuple[str | int, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key must be a text", problem_mark=key.start_mark)
                 self.lines[(*path, key.value)] = key.start_mark.line + 1
                 self._note_lines(value, (*path, key.value))
         elif isinstance(node, yaml.SequenceNode):
@@ -99,8 +101,16 @@ class SettingsFile:
         try:
             value = OmegaConf.from_dotlist([f"value={text}"])["value"]
             OmegaConf.update(raw, ".".join(map(str, parts)), value, merge=False, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+        except (
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            ValueError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            reason = first_line(error)
             self.faults.append(f"override {override!r}: cannot be applied ({reason})")
             return
         self.overridden.add(tuple(parts))
@@ -143,7 +153,7 @@ class SettingsFile:
                         OmegaConf.to_container(resolved, resolve=True) if OmegaConf.is_config(resolved) else resolved
                     )
                 except OmegaConfBaseException as error:
-                    self.fault(here, f"{_dotted(here)}={value}: cannot be resolved ({str(error).splitlines()[0]})")
+                    self.fault(here, f"{_dotted(here)}={value}: cannot be resolved ({first_line(error)})")
                     out[key] = value
             return out if isinstance(raw, dict) else list(out.values())
 
@@ -272,7 +282,7 @@ class Reader:
                 kwargs[field.name] = "???"
                 continue
             except OmegaConfBaseException as error:
-                self._fault(here, f"={node._get_node(field.name)}: cannot be used ({str(error).splitlines()[0]})")
+                self._fault(here, f"={node._get_node(field.name)}: cannot be used ({first_line(error)})")
                 continue
             hint, item = hints[field.name], item_class(hints[field.name])
             if dataclasses.is_dataclass(hint):
@@ -289,7 +299,7 @@ class Reader:
         try:
             return OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException as error:
-            self._fault(path, f": cannot be resolved ({str(error).splitlines()[0]})")
+            self._fault(path, f": cannot be resolved ({first_line(error)})")
             return OmegaConf.to_container(value, resolve=False)
 
     def _faults(self, config: Any, path: tuple[str | int, ...]) -> None:

@@ -24,7 +24,7 @@ from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.environment import order_kernels
-from nemo_minitron.runtime.memory import peak_rss_bytes
+from nemo_minitron.runtime.memory import peak_gpu_bytes, peak_rss_bytes
 from nemo_minitron.runtime.waits import limit_waits
 
 __all__ = ["main", "set_up"]
@@ -83,7 +83,7 @@ def main(stage: str, part: str | None = None, *, launched: bool = False) -> int:
         if not launched:
             logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
-    result.peak_rss_bytes = peak_rss_bytes()
+    result.peak_rss_bytes, result.peak_gpu_bytes = peak_rss_bytes(), peak_gpu_bytes()
     try:
         save_result(folder, result)
     except MinitronError:

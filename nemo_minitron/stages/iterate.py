@@ -21,6 +21,8 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import require_uniform
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
 from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.memory import planned_model
+from nemo_minitron.stages.shared.pruned import plan_pruned
 from nemo_minitron.stages.shared.target import plan_target, target_lineage, target_sizes
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ def plan(config: IterateConfig) -> StagePlan:
     plan.faults += format_faults(config.output, config.format)
     if done := len(list(_rounds_folder(config).glob("round-*.json"))):
         plan.notes.append(f"goes on after round {done} of {config.rounds}, if model, text and settings are the same")
+    plan.makes[config.output] = None
     sizes = plan_target(plan, config.target)
+    if sizes is None:
+        plan.costs["target"] = "the shape that the search chooses"
     if shape is None or sizes is None:
         return plan
     try:
@@ -53,10 +58,13 @@ def plan(config: IterateConfig) -> StagePlan:
         return plan
     table = peek_family(config.model)
     counts = [axes.parameter_count(table, step) for step in (shape, *shapes)]
+    if (model := planned_model(config.model)) is not None:
+        plan_pruned(plan, config, model, shapes[-1])
     plan.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
     passes = ESTIMATORS[config.estimator].passes
     tokens = config.samples * config.data.sequence_length
-    plan.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
+    plan.flops = 2.0 * passes * tokens * sum(counts[:-1])
+    plan.costs["FLOPs"] = human_count(plan.flops)
     return plan
 
 

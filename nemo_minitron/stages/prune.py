@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
@@ -19,6 +18,8 @@ from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint, written_faults
 from nemo_minitron.stages.shared.choosing import kept_units, read_scores
+from nemo_minitron.stages.shared.disk import readable_model
+from nemo_minitron.stages.shared.pruned import plan_pruned
 from nemo_minitron.stages.shared.target import plan_target, target_lineage, target_sizes
 
 if TYPE_CHECKING:
@@ -48,18 +49,20 @@ def plan(config: PruneConfig) -> StagePlan:
         plan.reads.append(PlannedPath(config.vocabulary.frequencies, "token frequencies"))
     if config.depth_scores is not None:
         plan.reads.append(PlannedPath(config.depth_scores, "depth scores"))
-    shape, sizes = peek_shape(config.model), plan_target(plan, config.target)
-    if shape is not None and sizes is not None:
+    plan.makes[config.output] = None
+    model, sizes = readable_model(config.model), plan_target(plan, config.target)
+    if sizes is None:
+        plan.costs["target"] = "the shape that the search chooses"
+    if model is not None and sizes is not None:
+        shape = model.shape
         try:
             target = target_shape(shape, _sizes(config, sizes), layers_to_drop=config.layers_to_drop)
         except ShapeError as error:
             plan.faults += error.faults
         else:
             plan.faults += _layout_faults(config, target)
-            if (architecture := peek_architecture(config.model)) is not None:
-                plan.faults += written_faults(target, architecture, [config.format])
-            before, after = (axes.parameter_count(peek_family(config.model), size) for size in (shape, target))
-            plan.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
+            plan.faults += written_faults(target, model.architecture, [config.format])
+            plan_pruned(plan, config, model, target)
     plan.notes.append("reads and writes one tensor at a time; no forward pass")
     return plan
 

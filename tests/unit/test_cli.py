@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+
+from nemo_minitron.cli import app as app_module
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -136,6 +140,28 @@ def test_interrupt(tmp_path, score):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert stderr == "minitron: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_between_two_jobs_is_a_preemption(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(typer.Exit) as end, app_module._exit_codes():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert end.value.exit_code == 75
+    assert capsys.readouterr().err == f"minitron: {number.name} came. Give the same command again\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_full_disk_under_the_command_itself_is_one_line(capsys):
+    with pytest.raises(typer.Exit) as end, app_module._exit_codes():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/run/logs")
+    assert end.value.exit_code == 2
+    assert re.match(
+        r"minitron: /data/run/logs: No space left on device \(.*free some space.*\n$", capsys.readouterr().err
+    )
+    with pytest.raises(FileNotFoundError), app_module._exit_codes():
+        raise FileNotFoundError(errno.ENOENT, "gone", "x")
 
 
 def test_dry_run_shows_and_does_nothing(tmp_path, score):

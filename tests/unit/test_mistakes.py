@@ -125,6 +125,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("score score.yaml model=org/name --dry-run", ["org/name", "huggingface-cli download org/name"]),
     ("tokens tokens model=org/name --dry-run", ["org/name", "downloads nothing", "huggingface-cli download org/name"]),
     ("score score.yaml data.sources[0].path=org/text --dry-run", ["org/text", "dataset: org/text"]),
+    ("prune prune.yaml format=hf output=o.nemo --dry-run", ["output=o.nemo", "does not end in .nemo"]),
     ("prune prune.yaml target=r/search --dry-run", ["r/search/search.json does not exist"]),
 ]
 
@@ -160,6 +161,8 @@ def test_a_mistake_is_named_once_with_its_remedy(
     assert "Traceback" not in message
     faults = [line.strip().removeprefix("- ") for line in lines]
     assert len(faults) == len(set(faults))
+    shown = " ".join(done.stdout.split())
+    assert not [fault for fault in faults if fault.rpartition(": ")[2] in shown]  # the tables of a dry run
     if lines[0].startswith("minitron:"):
         assert len(lines) <= 5, message
         assert "shipped configurations: cache" not in message

@@ -53,6 +53,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("run dem", ["dem: no such file", "did you mean demo?"]),
     ("run nothing.yaml", ["nothing.yaml: no such file", "shipped configurations: demo, "]),
     ("report nodir", ["nodir: no such directory", "the output of `minitron run`"]),
+    ("report folder nodir", ["nodir: no such directory, to compare with"]),
     ("report nothing.yaml", ["nothing.yaml: no such file"]),
     ("status nodir", ["nodir"]),
     ("plan nothing", ["nothing: is neither a recipe nor a file", "shipped recipes: llama"]),

@@ -27,7 +27,7 @@ from support.pages import ROOT, Block, pages, read_blocks
 from typer.testing import CliRunner
 
 from nemo_minitron.cli.app import app
-from nemo_minitron.config import STAGES, load, load_slurm
+from nemo_minitron.config import STAGES, load, load_pipeline, load_slurm
 
 BLOCKS = [block for page in pages() for block in read_blocks(page)]
 #: A block of one of these languages is nothing to run.
@@ -279,6 +279,9 @@ def test_settings_are_those_of_their_stage(block: Block, tmp_path: Path) -> None
     if block.settings_of == "slurm":
         shipped: dict[str, Any] = yaml.safe_load((ROOT / "configs/slurm/dgx.yaml").read_text())
         read: Callable[[Path], Any] = load_slurm
+    elif block.settings_of == "pipeline":
+        text = "defaults: {data: {sources: [{name: a, path: a.txt}]}}"
+        shipped, read = {"output": "run"} | yaml.safe_load(text), lambda path: load_pipeline(path)[0]
     else:
         assert block.settings_of in STAGES, f"{block.name}: say whose settings it has, in a comment before it"
         shipped = yaml.safe_load((ROOT / f"configs/{block.settings_of}.yaml").read_text())

@@ -51,7 +51,7 @@ def readable_model(path: str) -> Model | None:
         shape, architecture = from_hf(content, place / "config.json")
     except MinitronError:
         return None  # the stage says why
-    dtype = _stored_dtype(place) or content.get("dtype") or content.get("torch_dtype")
+    dtype = str(_stored_dtype(place) or content.get("dtype") or content.get("torch_dtype"))
     return Model(shape, dataclasses.replace(architecture, dtype=dtype if dtype in _CODES.values() else "float32"))
 
 

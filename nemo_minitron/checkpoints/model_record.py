@@ -19,6 +19,7 @@ from nemo_minitron.axes import Family, family
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError, ShapeError
 from nemo_minitron.jobs.expected import expectation
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.shape import ModelShape
 
 __all__ = [
@@ -81,7 +82,7 @@ def parse_model_record(data: bytes, path: Path) -> ModelRecord:
         CheckpointError: if it cannot be understood.
     """
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -91,7 +92,7 @@ def parse_model_record(data: bytes, path: Path) -> ModelRecord:
         return ModelRecord(
             ModelShape.from_dict(content["shape"]), Architecture(**content["architecture"]), content["lineage"]
         )
-    except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ShapeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error
 
 
@@ -153,6 +154,6 @@ def _peek(checkpoint: str | Path, read: Callable[[Any], T]) -> T | None:
     if not path.is_file():
         return None
     try:
-        return read(json.loads(path.read_text()))
-    except (json.JSONDecodeError, KeyError, TypeError, MinitronError) as error:
+        return read(parse_json(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MinitronError) as error:
         raise CheckpointError(f"{path}: not a readable model record ({error}); write the checkpoint again") from error

@@ -30,6 +30,7 @@ import psutil
 
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs.launch import is_alive
+from nemo_minitron.parsing import parse_json
 
 __all__ = ["Holder", "Lease", "check_held", "holder_of", "leased", "release_all"]
 
@@ -287,7 +288,7 @@ def _read(path: Path) -> tuple[Holder | None, float] | None:
     try:
         with path.open("rb") as file:
             changed = os.fstat(file.fileno()).st_mtime
-            content: Any = json.loads(file.read())
+            content: Any = parse_json(file.read())
         return Holder(**content), changed
     except FileNotFoundError:
         return None

@@ -95,6 +95,7 @@ def record_job(output: Output, results: Sequence[RankResult], *, started: str, s
         results[0].metrics,
         seconds,
         peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        peak_gpu_bytes=[result.peak_gpu_bytes for result in results],
         started=started,
         work=work_of(output.config),
     )

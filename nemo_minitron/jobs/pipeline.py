@@ -100,10 +100,12 @@ def run_pipeline(
                 records.append(record)
                 continue
             with output.leased():
-                state, reasons = output.state()
+                (state, reasons), again = output.state(), output.is_stale()
                 damaged = output.record() if state == "damaged" else None
                 todo = output.replaced_by(overwrite=True) if stale else output.prepare(overwrite=overwrite)
-                if state in ("changed", "begun"):
+                if state in ("changed", "begun") and again:
+                    display.note(f"{config.name}: made again, as {'; '.join(reasons)}")
+                elif state in ("changed", "begun"):
                     what = "comes back from" if todo is None else "made again for"
                     display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
                 elif state == "damaged":

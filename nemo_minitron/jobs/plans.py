@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_minitron.config.hub import download_hint
+from nemo_minitron.config.hub import dataset_hint, download_hint
 from nemo_minitron.jobs.expected import ExpectedModel
 
 __all__ = ["DiskNeed", "PlannedPath", "StagePlan", "human_bytes", "human_count"]
@@ -95,7 +95,8 @@ class StagePlan:
     def missing_reads(self, produced: Collection[str]) -> list[str]:
         """Faults for inputs that do not exist and are not among the ``produced`` paths of earlier stages."""
         return [
-            f"{item.what}: {item.path} does not exist{download_hint(item.path)}"
+            f"{item.what}: {item.path} does not exist"
+            f"{dataset_hint(item.path) if item.what.startswith('text') else download_hint(item.path)}"
             for item in self.reads
             if not item.exists() and not item.comes_from(produced)
         ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.journal import Codec, Journal
 from nemo_minitron.search.space import Sizes
 
@@ -153,7 +153,7 @@ def read_search(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no readable result of a search ({error}); run `minitron search`") from None

@@ -100,6 +100,7 @@ class CorrectConfig(TrainingConfig):
 
     STAGE: ClassVar[str] = "correct"
     HELP: ClassVar[str] = "Train a model on text by the language-model loss: a teacher before it teaches."
+    DONE: ClassVar[str] = "corrected"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -126,6 +127,7 @@ class DistillConfig(TrainingConfig):
     STAGE: ClassVar[str] = "distill"
     HELP: ClassVar[str] = "Train a student on its teacher's logits."
     ROLE: ClassVar[str] = "distilled"
+    DONE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
 
     student: str = MISSING

@@ -52,6 +52,7 @@ class PruneConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
+    DONE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies", "target.search")
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -132,6 +133,7 @@ class IterateConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
+    DONE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "target.search")
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
 

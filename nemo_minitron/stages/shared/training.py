@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.disk import described, expected, readable_model, training_needs
 from nemo_minitron.stages.shared.memory import training_of_rank
@@ -156,7 +156,7 @@ def summary(metrics: Path) -> dict[str, Any]:
     """The figures of a training: ``steps, tokens, tokens_per_second`` (median), and, if measured, ``first_`` and
     ``last_`` of ``kl``, ``lm_loss``, ``validation_kl`` and ``validation_lm_loss``.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [parse_json(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if "split" not in line]
     validations = [line for line in lines if line.get("split") == "validation"]
     figures: dict[str, Any] = {

@@ -174,8 +174,9 @@ def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
 
 
 def stage_table(run: Run) -> Table:
-    """Time, memory and size of every stage."""
+    """Layout, memory and size of every stage; memory of GPUs where one was used."""
     rows = []
+    gpus = [stage.record.get("peak_gpu_bytes") for stage in run.stages]
     for stage in run.stages:
         parallel = stage.config.get("parallel") or {}
         layout = [
@@ -187,12 +188,12 @@ def stage_table(run: Run) -> Table:
                 stage.name,
                 stage.stage,
                 " ".join(layout) if parallel else "–",
-                duration(stage.seconds),
                 size(stage.peak_rss),
+                *([size(stage.record.get("peak_gpu_bytes"))] if any(gpus) else []),
                 size(stage.size),
             ]
         )
-    headings = ["stage", "kind", "layout", "time", "peak memory", "output"]
+    headings = ["stage", "kind", "layout", "peak memory", *(["peak GPU memory"] if any(gpus) else []), "output"]
     return Table("What each stage took; memory is the largest of its processes", headings, rows, ["" for _ in rows])
 
 

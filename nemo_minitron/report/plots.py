@@ -174,7 +174,7 @@ def times(run: Run) -> Figure | None:
 
 def benchmarks(run: Run, evaluation: dict[str, Any], name: str = "benchmarks") -> Figure | None:
     """The first metric of each benchmark as bars, one for each model, with standard errors; None without any."""
-    models = {model: found["harness"] for model, found in evaluation["models"].items() if found.get("harness")}
+    models = {model: values["harness"] for model, values in evaluation["models"].items() if values.get("harness")}
     metrics = {
         task: metric for results in models.values() for task in results if (metric := first_metric(results[task]))
     }

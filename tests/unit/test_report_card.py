@@ -24,7 +24,7 @@ from nemo_minitron.report import collect, draw
 from nemo_minitron.report.base import base_of, steps_of
 from nemo_minitron.report.card import title_from
 from nemo_minitron.report.export_cards import complete_cards, write_export_card
-from nemo_minitron.report.history import deeds_of, joined, title_of
+from nemo_minitron.report.history import changes_of, joined, title_of
 from nemo_minitron.report.teachers import teacher_of
 from nemo_minitron.stages import export, report
 
@@ -68,6 +68,7 @@ def card_beside(run: Path, name: str, model: str) -> str:
 def test_the_title_says_what_was_made_of_which_model(tmp_path: Path) -> None:
     run = collect(write_aligned_run(tmp_path / "aligned"))
     assert title_from(run) == ALIGNED
+    assert title_from(run, "org/Large-9B") == ALIGNED.replace("SmolLM2-135M", "Large-9B")
     assert title_from(collect(write_run(tmp_path / "plain", steps=4))) == f"{PLAIN} and distilled"
     # Without a model that was changed there is nothing to say.
     bare = tmp_path / "bare"
@@ -110,13 +111,13 @@ def test_the_hub_reads_the_results(tmp_path: Path) -> None:
     run = write_aligned_run(tmp_path / "run")
     report.run(ReportConfig(run=str(run), output=str(run / "report")))
     card = ModelCard((run / "report/model-card.md").read_text())
-    found = {(r.dataset_type, r.metric_type): r for r in card.data.eval_results}
-    assert set(found) == {("text", "cross-entropy"), ("arc_easy", "acc"), ("arc_easy", "f1")}
-    accuracy = found["arc_easy", "acc"]
+    read = {(r.dataset_type, r.metric_type): r for r in card.data.eval_results}
+    assert set(read) == {("text", "cross-entropy"), ("arc_easy", "acc"), ("arc_easy", "f1")}
+    accuracy = read["arc_easy", "acc"]
     assert (accuracy.metric_value, accuracy.dataset_name) == (0.38, "arc_easy (200 documents)")
     assert accuracy.dataset_args == {"num_few_shot": 5}
     assert accuracy.task_type == "text-generation"
-    assert found["arc_easy", "f1"].metric_name == "f1, strict"
+    assert read["arc_easy", "f1"].metric_name == "f1, strict"
     assert card.data.to_dict()["model-index"][0]["name"] == ALIGNED
 
 
@@ -214,16 +215,16 @@ def test_names_and_licenses_of_bases(tmp_path: Path) -> None:
     assert (own.license, own.license_name, own.terms) == ("other", "big", "big, https://example.org/l")
 
 
-def test_deeds_and_titles() -> None:
+def test_changes_and_titles() -> None:
     of = lineages(Path("/run"))
-    assert [deed.words for deed in deeds_of(of["export"])] == ["pruned", "distilled"]
-    assert [deed.words for deed in deeds_of(of["random"])] == ["pruned at random"]
-    assert deeds_of({}) == []
-    assert [deed.words for deed in deeds_of({"corrected": {}, "reinforce": {"rule": "short"}})] == [
+    assert [change.words for change in changes_of(of["export"])] == ["pruned", "distilled"]
+    assert [change.words for change in changes_of(of["random"])] == ["pruned at random"]
+    assert changes_of({}) == []
+    assert [change.words for change in changes_of({"corrected": {}, "reinforce": {"rule": "short"}})] == [
         "corrected", "trained on rewards (REINFORCE)",
     ]  # fmt: skip
     assert title_of("A", [], None, 1_000) == "A, 1.0 k parameters"
-    assert title_of("A", deeds_of({"sft": {}}), 10, 10) == "A, fine-tuned"
+    assert title_of("A", changes_of({"sft": {}}), 10, 10) == "A, fine-tuned"
     assert [joined(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
     assert steps_of(of["distilled"], "/run/distilled/model") == [
         ("distill", "/run/pruned"), ("prune", "/run/teacher"), ("import", "/models/SmolLM2-135M"),

@@ -85,8 +85,8 @@ def test_records_say_how_many_gpus_were_used(tmp_path: Path) -> None:
         write_record(config, identity_of(config), {}, 1.0, peak_gpu_bytes=sizes)
         for sizes in ([0, 0], [5, 9, 0, 3], None)
     ]
-    found = [[record[name] for name in ("ranks", "gpus", "peak_gpu_bytes")] for record in written]
-    assert found == [[2, 0, None], [4, 3, 9], [1, None, None]]
+    values = [[record[name] for name in ("ranks", "gpus", "peak_gpu_bytes")] for record in written]
+    assert values == [[2, 0, None], [4, 3, 9], [1, None, None]]
     # The processes of these do nothing themselves: what they start does.
     for leading in (SearchConfig(model="m", scores="s"), SteerlmConfig(model="m")):
         leading.output = str(tmp_path / leading.STAGE)

@@ -112,7 +112,9 @@ def title_from(run: Run, base_model: str | None = None) -> str:
 
 def _lead(changes: list[Change], before: int | None, after: int) -> str:
     less = (
-        "" if before is None or before <= after else f", {1 - after / before:.0%} fewer than the model it was made from"
+        ""
+        if before is None or before <= after
+        else f", {1 - after / before:.0%} fewer than the model that it was made from"
     )
     words = list(dict.fromkeys(change.words for change in changes))
     return f"A language model of {tables.count(after)} parameters{less}" + (f": {joined(words)}." if words else ".")

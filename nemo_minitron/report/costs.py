@@ -80,7 +80,8 @@ def cost_table(run: Run, *, price: float | None = None, currency: str = "") -> T
     if price is not None:
         notes.append(f"a GPU-hour at {_money(price)}{f' {currency}' if currency else ''}")
     if unknown:
-        notes.append(f"the records of {unknown} stages do not say whether they used GPUs")
+        stages = "record of 1 stage does" if unknown == 1 else f"records of {unknown} stages do"
+        notes.append(f"the {stages} not say whether GPUs were used")
     return Table(f"What it cost; {'; '.join(notes)}", headings, [*rows, total], ["" for _ in [*rows, total]])
 
 

@@ -59,7 +59,7 @@ def test_gpu_hours_are_gpus_times_wall_time(tmp_path: Path) -> None:
     }
     table = cost_table(read, price=2.5, currency="EUR")
     assert table.headings[-1] == "price, EUR"
-    assert "a GPU-hour at 2.50 EUR" in table.caption and "1 stages do not say" in table.caption
+    assert "a GPU-hour at 2.50 EUR" in table.caption and "record of 1 stage does not say" in table.caption
     assert "price" not in " ".join(cost_table(read).headings)
     report.run(ReportConfig(run=str(run), output=str(run / "report"), price_per_gpu_hour=2.5, currency="EUR"))
     page = (run / "report/index.html").read_text()
@@ -157,7 +157,8 @@ def test_units_of_costs_follow_their_size() -> None:
         ),
         (
             {"asked_tokens": 65_536},
-            "65,536 tokens were asked for and 32,768 counted: the text gave 128 blocks of 256, not 256.",
+            "65,536 tokens were asked for and 32,768 counted: the text gave 128 blocks of 256 tokens, and 256 "
+            "blocks were asked for.",
         ),
     ],
 )

@@ -12,6 +12,7 @@ import yaml
 from nemo_minitron.config import STAGES
 from nemo_minitron.config.hub import hub_name as name_on_hub
 from nemo_minitron.data.packages import PACKAGES
+from nemo_minitron.parsing import parse_yaml
 from nemo_minitron.report.history import STAGES_BY_LINEAGE
 
 __all__ = ["Base", "base_of", "steps_of"]
@@ -94,7 +95,7 @@ def _front_matter(origin: Path) -> dict[str, Any]:
     file = (origin.parent if origin.suffix in _SUFFIXES else origin) / "README.md"
     try:
         _, head, _ = file.read_text(encoding="utf-8").split("---\n", 2)
-        values = yaml.safe_load(head)
+        values = parse_yaml(head)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

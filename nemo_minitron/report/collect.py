@@ -6,7 +6,6 @@ If a file is missing, its part of the report is left out. A file that exists but
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.jobs import skipped
+from nemo_minitron.jobs.manifest import MANIFEST, is_manifest
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.report.run import Curve, Model, Run, ScoreSet, StageRun, size_of, stage_of
 from nemo_minitron.runtime.files import is_earlier
 from nemo_minitron.shape import ModelShape
@@ -36,9 +37,11 @@ def collect(directory: str | Path) -> Run:
     if not path.is_dir():
         raise DataError(f"{path}: no such run directory; give the output of `minitron run`")
     run = Run(path, path.resolve().name)
-    manifest = _json(path / "pipeline.json", run)
-    if isinstance(manifest, dict) and isinstance(manifest.get("name"), str):
+    manifest = _json(path / MANIFEST, run)
+    if is_manifest(manifest):
         run.name = manifest["name"]
+    elif manifest is not None:
+        run.remarks.append(f"{MANIFEST} is not that of a run of this suite; left out")
     run.stages = _stages(path, run)
     if not run.stages:
         raise DataError(f"{path}: holds no finished stage (no record.json); run the stages first")
@@ -85,7 +88,7 @@ def _json(path: Path, run: Run) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         run.remarks.append(f"{path.relative_to(run.path)} cannot be read ({error}); left out")
         return None
@@ -171,7 +174,7 @@ def _read_curve(name: str, path: Path, run: Run) -> Curve | None:
     bad = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("no object")
             (validation if row.get("split") == "validation" else train).append(row)

@@ -70,7 +70,9 @@ def plan(config: EvaluateConfig) -> StagePlan:
             f"{name} {human_count(count)}" for name, count in zip(shapes, counts, strict=True)
         )
         # Two operations for each weight and token; attention scores are small beside it at these lengths.
-        plan.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
+        flops = 2.0 * sum(counts) * blocks * config.data.sequence_length
+        plan.costs["FLOPs"] = human_count(flops)
+        plan.flops = flops if len(shapes) == len(config.models) else None
         plan.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
     first, *others = ((_called(name), path) for name, path in _baseline_first(config).items())
     plan_vocabularies(plan, first, *others)

@@ -126,6 +126,17 @@ def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     assert [(r.model, r.student, r.teacher) for r in recovery] == [("distilled", "pruned", "teacher")]
 
 
+def test_a_training_from_a_cache_of_logits_has_no_teacher(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    record = run / "distilled" / "record.json"
+    content = json.loads(record.read_text())
+    content["config"]["teacher"] = None
+    record.write_text(json.dumps(content))
+    found = collect(run)
+    assert tables.recoveries(found, found.evaluations[0][1]) == []
+
+
 def test_what_was_pruned_in_rounds_is_pruned(tmp_path: Path) -> None:
     iterated = write_stage(tmp_path, "iterated", "iterate", seconds=90, minute=3, rounds=4)
     write_model(iterated, STUDENT)

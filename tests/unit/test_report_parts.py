@@ -15,7 +15,7 @@ from support.run_dir import STUDENT, write_aligned_run, write_model, write_run, 
 from nemo_minitron.config import ReportConfig, ScoreConfig, SearchConfig, SteerlmConfig
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.jobs.records import identity_of, write_record
-from nemo_minitron.report import collect, draw, plots, score_plots, search
+from nemo_minitron.report import collect, draw, plots, score_plots, search, tables
 from nemo_minitron.report.costs import cost_table, gpu_hours, ranks_of
 from nemo_minitron.report.measures import measure_table, shortfall
 from nemo_minitron.runtime.memory import peak_gpu_bytes
@@ -109,6 +109,15 @@ def test_size_and_speed_are_what_was_measured(aligned: Path) -> None:
     assert shown["pruned"][2:] == ["1,001", "31.00", "4.10"]  # timed by the search: it has that shape
     assert shown["dpo"][2] == "1,004"  # of its export
     assert all(row[1].endswith("KiB") for row in shown.values())
+
+
+def test_headline_figures_are_those_of_the_exported_model(aligned: Path) -> None:
+    """It was measured by the second evaluation; the first one has the pruned models."""
+    shown = {card.label: card.value for card in tables.cards(collect(aligned))}
+    assert shown == {
+        "parameters": "93.4 M", "held-out loss": "3.600", "scored pruning": "4.66", "loss gap recovered": "57%",
+        "time": "21 min 08 s",
+    }  # fmt: skip
 
 
 def test_what_was_not_measured_has_no_column(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def test_records_say_how_many_gpus_were_used(tmp_path: Path) -> None:
     # The processes of these do nothing themselves: what they start does.
     for leading in (SearchConfig(model="m", scores="s"), SteerlmConfig(model="m")):
         leading.output = str(tmp_path / leading.STAGE)
+        Path(leading.output).mkdir()
         record = write_record(leading, identity_of(leading), {}, 1.0, peak_gpu_bytes=[0])
         assert (record["ranks"], record["gpus"]) == (1, None)
     assert peak_gpu_bytes() == 0 or torch.cuda.is_initialized()
@@ -207,10 +209,12 @@ def test_scores_show_what_was_pruned_by_them(aligned: Path) -> None:
     (scores,) = run.scores
     figure = score_plots.layers(scores, run)
     assert figure is not None and "dropped layers (12, 17)" in figure.caption
-    run.models.reverse()
-    parents = {"scores": {"path": "/elsewhere/scores", "hash": "x"}}
-    other = next(stage for stage in run.stages if stage.name == "random")
-    other.record["parents"] = parents
+    pruned = next(model for model in run.models if model.name == "pruned")
+    assert pruned.kept is not None
+    other = dataclasses.replace(pruned, name="random", kept={**pruned.kept, "layers": list(range(28))})
+    run.models = [other, *run.models]
+    stage = next(stage for stage in run.stages if stage.name == "random")
+    stage.record["parents"] = {"scores": {"path": "/elsewhere/scores", "hash": "x"}}
     again = score_plots.layers(scores, run)
     assert again is not None and again.caption == figure.caption
 

@@ -162,7 +162,7 @@ def test_an_export_without_a_run_says_what_was_done(tmp_path: Path) -> None:
     write_checkpoint(dataclasses.replace(given, lineage=lineage), tmp_path / "mine", "hf")
     export.run(ExportConfig(model=str(tmp_path / "mine"), output=str(tmp_path / "out"), verify=False))
     text = (tmp_path / "out/hf/README.md").read_text().replace("\\", "")
-    title = "# Tiny-Model, pruned at random from 121.8 k to 73.4 k parameters, distilled and fine-tuned"
+    title = "# Tiny-Model, pruned at random from 134.2 k to 73.4 k parameters, distilled and fine-tuned"
     assert title in text
     assert front_of(text)["tags"] == ["minitron", "pruned", "distilled", "sft"]
     steps = [("sft", "old"), ("distill", "pruned"), ("prune", "Tiny-Model"), ("import", "Tiny-Model")]

@@ -225,7 +225,7 @@ def write_aligned_run(run: Path, *, steps: int = 20) -> Path:
     record["metrics"] = {
         "pairs": [80],
         "held_out": [10],
-        "rounds": [dict(zip(("before", "after"), sides, strict=True))],
+        "rounds": [moved],
     }
     (run / "dpo/record.json").write_text(json.dumps(record))
     aligned = write_stage(run, "aligned", "export", seconds=5, minute=17, model=str(run / "dpo/model"))

@@ -26,7 +26,7 @@ def _reads(stage: str, scores: ScoreSet, run: Run) -> bool:
     if "scores" not in parents:
         return True
     origin = stage_of(parents["scores"], run)
-    return origin is None or origin.name == scores.name
+    return origin is not None and origin.name == scores.name
 
 
 def _kept_by(scores: ScoreSet, run: Run) -> dict[str, Any] | None:

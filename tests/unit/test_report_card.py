@@ -76,6 +76,7 @@ def test_the_title_says_what_was_made_of_which_model(tmp_path: Path) -> None:
     assert title_from(collect(bare)) == "bare"
 
 
+@pytest.mark.slow
 def test_a_title_that_is_set_is_taken(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=4)
     report.run(ReportConfig(run=str(run), output=str(tmp_path / "mine"), title="My model"))
@@ -172,6 +173,7 @@ def test_an_export_without_a_run_says_what_was_done(tmp_path: Path) -> None:
     assert "Nothing was measured." in text
 
 
+@pytest.mark.slow
 def test_the_teacher_of_a_cache_whose_record_is_gone(tmp_path: Path) -> None:
     """Its manifest has the fingerprint of the model."""
     hf = tiny_checkpoint(tmp_path / "Tiny-Model")

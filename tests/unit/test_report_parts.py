@@ -130,6 +130,7 @@ def test_what_was_not_measured_has_no_column(tmp_path: Path) -> None:
     assert measure_table(collect(bare)) is None
 
 
+@pytest.mark.slow
 def test_a_search_is_shown_with_what_it_chose(aligned: Path, tmp_path: Path) -> None:
     report.run(ReportConfig(run=str(aligned), output=str(tmp_path / "out")))
     page, text = (tmp_path / "out/index.html").read_text(), (tmp_path / "out/report.md").read_text()

@@ -92,7 +92,7 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
     directory.mkdir(parents=True)
     dtype, vocab_multiple = options.dtype, options.vocab_multiple
     rows = padded(checkpoint.shape.vocab_size, vocab_multiple)
-    write_torch_dist(
+    content = write_torch_dist(
         checkpoint,
         directory / "weights",
         prefix="module.",
@@ -102,7 +102,7 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
         progress=options.progress,
     )
     _write_context(checkpoint, directory / "context", dtype=dtype, rows=rows, multiple=vocab_multiple)
-    write_model_record(checkpoint, directory, dtype=dtype, form="nemo2")
+    write_model_record(checkpoint, directory, dtype=dtype, form="nemo2", weights=content)
 
 
 def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows: int, multiple: int) -> None:

@@ -131,7 +131,14 @@ class Session:
         """
         optimizer, scheduler = self.start(loader)
         done = self.state["step"] if self.state else 0
-        log = MetricsLog(self.directory, label=label, steps=self.steps, done=done, writes=self.groups.is_main)
+        log = MetricsLog(
+            self.directory,
+            label=label,
+            steps=self.steps,
+            done=done,
+            validate_every=int(self.config.trainer[self.kind].val_check_interval),
+            writes=self.groups.is_main,
+        )
         clock = Clock(max_minutes)
         made = trainer_class(
             cfg=self.config.trainer[self.kind],

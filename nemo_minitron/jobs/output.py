@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -358,7 +358,9 @@ class Output:
         seconds: float,
         *,
         peak_rss_bytes: int | None = None,
+        peak_gpu_bytes: Sequence[int] | None = None,
         started: str | None = None,
+        work: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`.
 
@@ -367,7 +369,14 @@ class Output:
         """
         check_held(self._lease)
         return write_record(
-            self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started
+            self.config,
+            self.identity,
+            metrics,
+            seconds,
+            peak_rss_bytes=peak_rss_bytes,
+            peak_gpu_bytes=peak_gpu_bytes,
+            started=started,
+            work=work,
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,9 @@ def write_record(
     seconds: float,
     *,
     peak_rss_bytes: int | None = None,
+    peak_gpu_bytes: Sequence[int] | None = None,
     started: str | None = None,
+    work: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write the record of an output, which marks the output as complete.
 
@@ -92,22 +96,29 @@ def write_record(
         metrics: JSON values that the stage's ``run`` returned.
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
+        peak_gpu_bytes: of each process, the most that its tensors took of its GPU, 0 if it used none; None if that is
+            not known, as of a stage whose work other processes do.
         started: ISO time.
+        work: operations and bytes that it took, for estimates.
 
     Returns:
-        The record: ``version, stage, name, hash, config, settings, parents, contents, metrics, files, started,
-        seconds, peak_rss_bytes, versions``. Records of earlier releases have no ``files`` or no ``contents``.
+        The record: ``version, stage, name, hash, config, settings, parents, contents, metrics, files, started, seconds,
+        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions``. Records of earlier releases have no
+        ``contents, files, host, work, ranks, gpus, peak_gpu_bytes``.
     """
     record = {
         "version": RECORD_VERSION,
         **identity,
         "name": config.name or config.STAGE,
-        "config": dataclasses.asdict(config),
+        "config": _stated(config),
         "metrics": metrics,
         "files": {} if config.REPEATS else contents_of(Path(config.output)),
         "started": started,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
+        "host": socket.gethostname(),
+        "work": work or {},
+        **_devices(config, peak_gpu_bytes),
         "versions": _versions(),
     }
     path = record_path(config.output)
@@ -155,11 +166,15 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
 
 
 def _settings(value: Any) -> Any:
-    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults."""
+    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults.
+
+    A setting that is left to the suite has the value that the suite takes (``settled()``).
+    """
     if dataclasses.is_dataclass(value):
         added = getattr(value, "ADDED", ())
+        settled = value.settled() if hasattr(value, "settled") else {}
         return {
-            field.name: _settings(getattr(value, field.name))
+            field.name: _settings(settled.get(field.name, getattr(value, field.name)))
             for field in dataclasses.fields(value)
             if not (field.name in added and getattr(value, field.name) == field.default)
         }
@@ -168,6 +183,17 @@ def _settings(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _settings(entry) for key, entry in value.items()}
     return value
+
+
+def _stated(value: Any) -> Any:
+    """As ``dataclasses.asdict``, with the values that the suite takes for settings that are left to it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        settled = value.settled() if hasattr(value, "settled") else {}
+        fields = (field.name for field in dataclasses.fields(value))
+        return {name: _stated(settled.get(name, getattr(value, name))) for name in fields}
+    if isinstance(value, list | tuple):
+        return type(value)(_stated(entry) for entry in value)
+    return dict(value) if isinstance(value, dict) else value
 
 
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:
@@ -218,6 +244,15 @@ def _contents(config: StageConfig) -> dict[str, str]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _devices(config: StageConfig, peak_gpu_bytes: Sequence[int] | None) -> dict[str, Any]:
+    """Processes that ran at once, how many of them used a GPU, and the most that one took of its memory."""
+    leads = config.RUNS_CHILD_STAGES or type(config).started is not StageConfig.started
+    if peak_gpu_bytes is None or leads:
+        return {"ranks": config.started, "gpus": None, "peak_gpu_bytes": None}
+    gpus = sum(size > 0 for size in peak_gpu_bytes)
+    return {"ranks": len(peak_gpu_bytes), "gpus": gpus, "peak_gpu_bytes": max(peak_gpu_bytes) if gpus else None}
 
 
 def _versions() -> dict[str, str]:

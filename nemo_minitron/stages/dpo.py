@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def plan(config: DpoConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    plan = align_plan(config, PREFERENCE_PACKAGES, copies=2, sequences=2)
+    plan = align_plan(config, PREFERENCE_PACKAGES, copies=2, sequences=2, rounds=config.rounds)
     plan.reads += [PlannedPath(path, f"pairs of round {number}") for number, path in enumerate(config.rounds_data, 1)]
     if config.reference not in ("round", "first"):
         plan.reads.append(PlannedPath(config.reference, "reference policy"))

@@ -51,6 +51,8 @@ def open_nemo2(path: Path) -> Checkpoint:
         content = parse_yaml(source.read_bytes(), source)
     except FileNotFoundError:
         raise CheckpointError(f"{source} is missing; the checkpoint's context is incomplete") from None
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read ({first_line(error)}); restore the file") from error
     tokenizer = _find_tokenizer(path / "context", content)
     store = TorchDist(path / "weights")
     return checkpoint_of(

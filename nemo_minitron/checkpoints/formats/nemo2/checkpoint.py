@@ -19,7 +19,7 @@ from nemo_minitron.checkpoints.formats.nemo2.config import config_class, from_ne
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
-from nemo_minitron.errors import CheckpointError, MissingDependency
+from nemo_minitron.errors import CheckpointError, MissingDependency, first_line
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import require_uniform
 

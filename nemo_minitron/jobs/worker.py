@@ -23,6 +23,7 @@ from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
+from nemo_minitron.runtime.disk import disk_fault
 from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.memory import peak_rss_bytes
 from nemo_minitron.runtime.waits import limit_waits
@@ -65,7 +66,13 @@ def main(stage: str, part: str | None = None) -> int:
         0 done, the error's own code if refused (2; 75 if preempted), 1 crashed. The result file has details.
     """
     folder = job_folder()
-    rank = attach(folder)
+    try:
+        rank = attach(folder)
+    except OSError as error:
+        if (fault := disk_fault(error, folder)) is None:
+            raise
+        log.configure().error("%s", fault)  # the launcher reads it there
+        return fault.exit_code
     logger = log.configure()
     started = time.monotonic()
     code = 0
@@ -80,9 +87,14 @@ def main(stage: str, part: str | None = None) -> int:
     result.peak_rss_bytes = peak_rss_bytes()
     try:
         save_result(folder, result)
-    except MinitronError:
-        if not code:
-            raise  # a failure goes on: on a full disk the launcher looks for itself
+    except (MinitronError, OSError) as error:
+        # A failure goes on: on a disk that takes nothing the launcher looks for itself.
+        fault = disk_fault(error, folder)
+        if not code and fault is None:
+            raise
+        if not code and fault is not None:
+            logger.error("%s", fault)
+            code = fault.exit_code
     if code:
         release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.

@@ -146,6 +146,8 @@ def report(
             words = [word for word in words if "=" in word]
             words = [f"run={json.dumps(config)}", f"others=[{', '.join(others)}]", place, *words]
             config = "report"
+        elif _is_missing_run(config):
+            raise ConfigError(f"{config}: no such directory; give the output of `minitron run`, or a YAML file")
         _run_stage("report", config, words, dry_run, overwrite)
 
 
@@ -298,7 +300,8 @@ def plan(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layouts too.")] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the recipe as a pipeline for `minitron run`.")
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Write what is planned, for `minitron run`."),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Layouts to show of each training.")] = 10,
 ) -> None:
@@ -322,13 +325,19 @@ def config_template(
         typer.echo(template(name), nl=False)
 
 
-@app.command("status", help="Show how far the pipeline in a directory is.")
-def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
-    """Show a pipeline's state."""
+@app.command("status", help="Show how far the stages of a run are, or the stage of an output.")
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`, or of a stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+) -> None:
+    """Show the state of a run."""
     with _exit_codes():
-        from rich.console import Console
+        from nemo_minitron.cli.status import show_status, status_json
 
-        from nemo_minitron.cli.progress import show_status
+        if as_json:
+            typer.echo(status_json(directory))
+            return
+        from rich.console import Console
 
         show_status(directory, Console())
 
@@ -364,6 +373,14 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _is_missing_run(path: str) -> bool:
+    """Whether a word in the place of a run or configuration is neither, nor meant as a configuration."""
+    from nemo_minitron.config import shipped_configs
+
+    is_config = "=" in path or path.endswith((".yaml", ".yml")) or path.removeprefix("configs/") in shipped_configs()
+    return not is_config and not Path(path).exists()
 
 
 def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overwrite: bool) -> None:

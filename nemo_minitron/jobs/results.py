@@ -50,6 +50,7 @@ class RankResult:
         status: "done", "refused" (a :class:`MinitronError`) or "crashed".
         seconds: from :func:`attach` to the end.
         peak_rss_bytes: its largest resident size.
+        peak_gpu_bytes: the most that its tensors took of its GPU; 0 if it used none.
         error: class name of the exception.
         message: of the exception; of a crash the traceback.
         metrics: what the job returned (JSON values).
@@ -60,6 +61,7 @@ class RankResult:
     status: str
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    peak_gpu_bytes: int = 0
     error: str = ""
     message: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)

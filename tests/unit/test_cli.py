@@ -112,7 +112,11 @@ def test_exit_codes_and_messages(tmp_path, score, args, code, message):
     done = minitron("score", "score.yaml", *args, cwd=tmp_path)
     assert done.returncode == code
     assert message in done.stderr
-    assert done.stderr.count("Traceback") == ("crash" in args[0])
+    shown = done.stdout + done.stderr
+    assert shown.count(message.removeprefix("minitron: ")) == 1  # and not in the log of the rank that is shown, too
+    assert shown.count("Traceback") == ("crash" in args[0])
+    if args[0] in ("name=refuse", "name=crash"):
+        assert message.removeprefix("minitron: ") in (tmp_path / "logs" / "out" / "rank-0.log").read_text()
     assert not (tmp_path / "out").exists()
 
 

@@ -94,13 +94,13 @@ def main(stage: str, part: str | None = None, *, launched: bool = False) -> int:
     try:
         save_result(folder, result)
     except (MinitronError, OSError) as error:
-        # A failure goes on: on a disk that takes nothing the launcher looks for itself.
         fault = disk_fault(error, folder)
         if not code and fault is None:
             raise
-        if not code and fault is not None:
-            logger.error("%s", fault)
-            code = fault.exit_code
+        # Only the log can say it now: the launcher reads it there.
+        if launched or not code:
+            logger.error("%s", result.message if code else fault)
+        code = code or MinitronError.exit_code
     if code:
         release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.

@@ -247,6 +247,10 @@ def _follow_import(config: ImportConfig, models: dict[str, Model]) -> None:
 def _pruned(config: PruneConfig | IterateConfig, model: Model) -> Model:
     sizes, dropped = config.target.given(), None
     if isinstance(config, PruneConfig):
+        if config.search is not None:
+            raise ConfigError(
+                f"search={config.search}: its best shape is not known before the search; plan with a target"
+            )
         dropped = config.layers_to_drop
         if config.vocabulary.size is not None:
             sizes["vocab_size"] = config.vocabulary.size

@@ -17,6 +17,7 @@ __all__ = [
     "FINDINGS",
     "JOURNAL_NAME",
     "Result",
+    "best_sizes",
     "by_candidate",
     "kendall_tau",
     "pareto_front",
@@ -161,3 +162,17 @@ def read_search(directory: str | Path) -> dict[str, Any]:
             f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; search again"
         )
     return content
+
+
+def best_sizes(directory: str | Path) -> dict[str, int]:
+    """The sizes of the best shape that a search found, as a target.
+
+    Raises:
+        CheckpointError: as :func:`read_search`.
+    """
+    content = read_search(directory)
+    try:
+        best = next(entry for entry in content["candidates"] if entry["name"] == content["best"])
+        return {name: int(size) for name, size in best["sizes"].items() if size is not None}
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        raise CheckpointError(f"{Path(directory) / FILE_NAME}: names no best shape; search again") from None

@@ -17,6 +17,7 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
+from nemo_minitron.search.results import FILE_NAME, best_sizes
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint, written_faults
 from nemo_minitron.stages.shared.choosing import kept_units, read_scores
 
@@ -47,8 +48,12 @@ def plan(config: PruneConfig) -> StagePlan:
         plan.reads.append(PlannedPath(config.vocabulary.frequencies, "token frequencies"))
     if config.depth_scores is not None:
         plan.reads.append(PlannedPath(config.depth_scores, "depth scores"))
+    if config.search is not None:
+        plan.reads.append(PlannedPath(config.search, "search"))
     shape = peek_shape(config.model)
-    if shape is not None:
+    if config.search is not None and not (Path(config.search) / FILE_NAME).is_file():
+        plan.notes.append("the target is the best shape of the search")
+    elif shape is not None:
         try:
             target = target_shape(shape, _sizes(config), layers_to_drop=config.layers_to_drop)
         except ShapeError as error:
@@ -112,7 +117,8 @@ def run(config: PruneConfig) -> dict[str, Any]:
 def _sizes(config: PruneConfig) -> dict[str, int]:
     """The sizes of the target."""
     vocabulary = {} if config.vocabulary.size is None else {"vocab_size": config.vocabulary.size}
-    return config.target.given() | vocabulary
+    searched = {} if config.search is None else best_sizes(config.search)
+    return searched | config.target.given() | vocabulary
 
 
 def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:

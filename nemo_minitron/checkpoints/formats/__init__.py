@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
-from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf, describe_gguf, is_gguf
 from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, peek_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import hf_faults
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
@@ -68,6 +68,7 @@ OWN_FORMATS = (
         looks="a .gguf file",
         detect=is_gguf,
         convert=convert_gguf,
+        describe=describe_gguf,
         read_needs=("gguf",),
         suffix=".gguf",
     ),

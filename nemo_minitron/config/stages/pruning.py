@@ -37,6 +37,7 @@ class PruneConfig(StageConfig):
             ``layers_to_drop`` or ``depth_scores`` give the layers.
         method: "random" draws the kept units (a baseline); the name of an estimator keeps its highest scores
         target: sizes of the pruned model.
+        search: instead, the output of ``search``, whose best shape is the target.
         vocabulary: a smaller vocabulary; the tokenizer is trimmed, too.
         merge_pruned_heads: add the difference of kept and pruned heads to the kept heads (arXiv 2407.14679, section
             2.3).
@@ -52,13 +53,15 @@ class PruneConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
-    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "search", "depth_scores", "vocabulary.frequencies")
+    ADDED: ClassVar[tuple[str, ...]] = ("search",)
     NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING
     scores: str | None = None
     method: str = "activation"
     target: TargetConfig = field(default_factory=TargetConfig)
+    search: str | None = None
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     merge_pruned_heads: bool = False
     student_layout: ParallelLayout = field(default_factory=ParallelLayout)
@@ -72,11 +75,14 @@ class PruneConfig(StageConfig):
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
         faults = [*choice(self, "method", ESTIMATORS, also=(RANDOM,)), *choice(self, "format", written_formats())]
-        narrower = self.target.given().keys() - {"num_layers"}
+        narrower = self.search is not None or self.target.given().keys() - {"num_layers"}
         named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
         if self.method != "random" and self.scores is None and (narrower or not named):
             faults.append(f"scores: method={self.method} needs the directory that `minitron score` wrote")
-        if not self.target.given() and not self.layers_to_drop and self.vocabulary.size is None:
+        if self.search is not None and (self.target.given() or self.layers_to_drop is not None):
+            faults.append(f"search={self.search}: its best shape is the target; leave out target and layers_to_drop")
+        pruned = self.target.given() or self.layers_to_drop or self.search is not None
+        if not pruned and self.vocabulary.size is None:
             faults.append(
                 "target: nothing is to be pruned; give at least one size of the target, layers_to_drop or "
                 "vocabulary.size"

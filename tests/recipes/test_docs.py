@@ -43,6 +43,7 @@ NOT_RUN = {
     ".ci/run": "it runs all tests",
     "python3.12 tests/gpu/": "for a machine with a GPU",
     "sh tests/gpu/": "for a machine with a GPU",
+    "vllm serve ": "vLLM is not here, and needs a GPU; transformers loads the same folder",
 }
 #: Commands whose dry run ends with this refusal, and with no other.
 REFUSED = {

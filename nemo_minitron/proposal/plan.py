@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_minitron.config import DataConfig, ParallelLayout
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.planning import Model, Training
 from nemo_minitron.proposal.chats import Answers
 from nemo_minitron.proposal.layout import Placed, place, step_seconds
@@ -92,7 +92,7 @@ class Plan:
         amount: of the distillation.
         placed: the distillation on the machine.
         minutes: of all trainings; None without a limit.
-        corrected: the teacher is corrected first.
+        correction: the teacher's correction on the machine; None without one.
         samples: of scoring.
         sft, dpo: alignment, or None.
         notes: what the user should know.
@@ -109,7 +109,7 @@ class Plan:
     amount: Amount
     placed: Placed
     minutes: float | None
-    corrected: bool
+    correction: Placed | None
     samples: int
     sft: Aligned | None = None
     dpo: Aligned | None = None
@@ -119,6 +119,11 @@ class Plan:
     def teacher(self) -> Model:
         """The unpruned model."""
         return self.subject.model
+
+    @property
+    def corrected(self) -> bool:
+        """The teacher is corrected first."""
+        return self.correction is not None
 
     def part(self, training: str) -> float | None:
         """Minutes of one of the trainings."""
@@ -155,19 +160,20 @@ def make_plan(
     data, blocks = _splits(text, teacher, machine, request)
     shape, proportions = propose_shape(teacher, budget, long=False)
     student = Model(shape, teacher.architecture)
-    corrected = False
+    correction: Placed | None = None
     for _ in range(2):
+        corrected = correction is not None
         seconds = None if minutes is None else 60 * minutes * _share("distill", corrected, chat, pairs)
         made = _amount(student, teacher, data, blocks, machine, seconds, request.steps)
         long = made.tokens >= LONG_TOKENS
-        corrected = text.own and made.tokens >= CORRECTION_TOKENS
+        correction = _correction(teacher, made, machine) if text.own and made.tokens >= CORRECTION_TOKENS else None
         shape, proportions = propose_shape(teacher, budget, long=long)
         student = Model(shape, teacher.architecture)
     placed = place(_training(student, teacher, made), machine)
     cores = 128 if machine.cluster is None else _SAMPLES
     samples = max(1, min(cores, blocks["calibration"]))
     return Plan(
-        subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, corrected, samples,
+        subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, correction, samples,
         notes=_notes(subject, student, text, made),
     )  # fmt: skip
 
@@ -248,7 +254,15 @@ def _amount(
     )
 
 
-def _training(student: Model, teacher: Model | None, made: Amount, *, cluster: bool = False) -> Training:
+def _correction(teacher: Model, made: Amount, machine: Machine) -> Placed | None:
+    """The training of the teacher on as much text; None if the machine does not hold it."""
+    try:
+        return place(_training(teacher, None, made), machine)
+    except ConfigError:
+        return None
+
+
+def _training(student: Model, teacher: Model | None, made: Amount) -> Training:
     return Training(
         name="distilled",
         student=student,

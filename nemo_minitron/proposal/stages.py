@@ -248,7 +248,7 @@ def _prune(plan: Plan, teacher: str, depth: int, *, search: bool) -> dict[str, A
     cut = {name: getattr(target, name) for name in SIZES if getattr(target, name) != getattr(own, name)}
     stage: dict[str, Any] = {"stage": "prune", "name": "pruned", "model": teacher, "scores": "${output}/scores"}
     if search:
-        stage["search"] = Choice("${output}/search", "Its best shape is the target.")
+        stage["target"] = Choice("${output}/search", "The best shape of the search.")
     else:
         parts = ", ".join(f"{_WORDS[name]} {getattr(own, name)} to {size}" for name, size in cut.items())
         why = f"{plan.budget.option} by {plan.proportions.why}: {parts}."

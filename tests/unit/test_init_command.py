@@ -73,7 +73,7 @@ def test_another_cluster_and_a_search(folder, tmp_path):
         tmp_path / "p.yaml", "--output", tmp_path / "out",
     )  # fmt: skip
     stages = {stage.STAGE: stage for stage in load_pipeline(tmp_path / "p.yaml")[1]}
-    assert stages["prune"].search == stages["search"].output == f"{tmp_path}/out/search"
+    assert stages["prune"].target.search == stages["search"].output == f"{tmp_path}/out/search"
     assert stages["distill"].parallel.world_size == 2
     assert "--slurm dgx" in said
     done = CliRunner().invoke(app, ["run", str(tmp_path / "p.yaml"), "--dry-run"])

@@ -345,7 +345,7 @@ def test_a_pipeline_always_loads(model, cluster, tokens, share, search):
     assert {"score", "prune", "distill"} <= set(kinds)
     pruned = next(stage for stage in stages if isinstance(stage, PruneConfig))
     if search:
-        assert pruned.search == next(stage for stage in stages if isinstance(stage, SearchConfig)).output
+        assert pruned.target.search == next(stage for stage in stages if isinstance(stage, SearchConfig)).output
     else:
         assert target_shape(model.shape, pruned.target.given()) == plan.student.shape
 

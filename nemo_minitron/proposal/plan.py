@@ -205,7 +205,7 @@ def _splits(text: Text, teacher: Model, machine: Machine, request: Request) -> t
     """
     length = min(4096 if machine.cluster is not None else 256, teacher.architecture.max_position_embeddings)
     begin = teacher.table.scaled_embedding  # Gemma's models are lost without their first token
-    fractions = (0.05, 0.1, 0.15, 0.2)
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
     if text.tokens >= LONG_TOKENS:
         fractions = (0.01, *fractions)
     while length >= _SHORTEST:
@@ -279,14 +279,14 @@ def _training(student: Model, teacher: Model | None, made: Amount) -> Training:
 def _aligned(plan: Plan, answers: Answers, request: Request, kind: str, *, chat: bool, pairs: bool) -> Aligned:
     """Batches of 8 on processors, up to 128 on GPUs, in steps that see the samples once or fit in the time."""
     layout = dataclasses.replace(plan.placed.layout, virtual_pipeline=None, context=1, expert=1)
-    while layout.data > 1 and layout.data * 8 > answers.trained:
+    while layout.data > 1 and (layout.data * 8 > answers.trained or layout.data > answers.held_out):
         layout = dataclasses.replace(layout, data=max(n for n in range(1, layout.data) if layout.data % n == 0))
     most = 8 if plan.machine.cluster is None else 128
     batch = layout.data
     while batch * 2 <= most and batch * 2 * 10 <= answers.trained:
         batch *= 2
     micro = 1 if kind == "dpo" or plan.machine.cluster is not None else min(4, batch)
-    while batch % micro or answers.held_out < micro * layout.data:
+    while micro > 1 and (batch % micro or answers.held_out < micro * layout.data):
         micro //= 2
     steps = max(1, answers.trained // batch)
     if request.steps is not None:

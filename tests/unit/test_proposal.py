@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -56,6 +57,12 @@ def made(model: Model, machine: Machine = LAPTOP, *, tokens: float = 1e8, search
          steps: int | None = None, minutes: float | None = None) -> tuple[Plan, Request]:  # fmt: skip
     request = Request("p", "runs/p", steps=steps, minutes=minutes, search=search)
     return make_plan(subject(model), machine, ask_budget(model, share=share), text(tokens), request), request
+
+
+@functools.cache
+def usual(cluster: str | None) -> tuple[Plan, Request]:
+    """A plan for a cluster, or for a laptop."""
+    return made(LLAMA_31_8B, parse_cluster(cluster)) if cluster else made(SMOLLM2_135M)
 
 
 def stages_of(plan: Plan, request: Request):
@@ -366,6 +373,23 @@ def test_alignment_comes_after_the_distillation(search):
     for stage in (stages["sft"], stages["dpo"]):
         assert stage.global_batch_size * stage.steps <= 5000
         assert stage.global_batch_size <= 300
+
+
+@given(st.integers(2, 5000), st.floats(0.1, 0.5), st.sampled_from([None, "h100:8", "h200:16"]))
+@settings(deadline=None, max_examples=30)
+def test_alignment_fits_its_samples(samples, fraction, cluster):
+    """As NeMo-Aligner wants it: a batch is there, and a micro-batch of held-out samples on every replica."""
+    plan, request = usual(cluster)
+    held_out = max(1, round(fraction * samples))
+    answers = Answers("c.jsonl", samples, held_out, fraction, "own", 256, 0.0, "")
+    for kind in ("chat", "pairs"):
+        both = {"chat": None, "pairs": None, kind: answers}
+        aligned = align(plan, request, **both)
+        done = aligned.sft or aligned.dpo
+        assert done.batch % (done.micro_batch * done.layout.data) == 0
+        assert done.micro_batch * done.layout.data <= held_out
+        assert done.batch <= max(answers.trained, 1)
+        assert done.steps >= 1
 
 
 def test_a_teacher_is_corrected_by_own_text_that_is_long_enough():

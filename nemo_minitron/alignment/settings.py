@@ -33,10 +33,10 @@ def total_steps(schedule: AlignmentSchedule, samples: int) -> int:
             "or lower global_batch_size"
         )
     steps = schedule.steps or per_epoch * schedule.epochs
-    if 0 < steps <= schedule.warmup_steps:
+    if 0 < steps <= schedule.warmup(steps):
         raise DataError(
             f"warmup_steps={schedule.warmup_steps} leaves nothing of the {steps} steps that {samples} samples make; "
-            "lower it or give more data"
+            "lower it, leave it out, or give more data"
         )
     return steps
 
@@ -171,7 +171,7 @@ def aligner_settings(
             "overlap_param_sync": False,
             "sched": {
                 "name": "CosineAnnealing",
-                "warmup_steps": schedule.warmup_steps,
+                "warmup_steps": schedule.warmup(steps),
                 "constant_steps": 0,
                 "min_lr": schedule.min_lr,
                 "max_steps": steps,

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.formats import detect
+from nemo_minitron.config.hub import cached_model
 from nemo_minitron.data.packages import PACKAGES, extract_member
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.planning import Model
@@ -75,14 +76,16 @@ def look_at(given: str, cache_dir: str) -> Iterator[Subject]:
 
 def _opened(path: str, scratch: Path) -> Checkpoint:
     place = Path(path)
-    entry = detect(place) if place.exists() else None
-    if entry is None or entry.convert is None:
+    if not place.exists():
+        if (snapshot := cached_model(path)) is not None:
+            return _opened(str(snapshot), scratch)
         try:
             return open_checkpoint(path)
         except CheckpointError as error:
-            if place.exists():
-                raise
             raise CheckpointError(f"{error}; packages with models: {', '.join(MODEL_PACKAGES)}") from None
-    if entry.describe is None:
-        raise CheckpointError(f"{path}: only importing a {entry.title} file tells its sizes; import it first")
-    return entry.describe(place, scratch)
+    entry = detect(place)
+    if entry is not None and entry.describe is not None:
+        return entry.describe(place, scratch)
+    if entry is None or entry.convert is None:
+        return open_checkpoint(path)
+    raise CheckpointError(f"{path}: only importing a {entry.title} file tells its sizes; import it first")

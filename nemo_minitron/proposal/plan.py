@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_minitron.config import DataConfig, ParallelLayout
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.planning import Model, Training
 from nemo_minitron.proposal.chats import Answers
 from nemo_minitron.proposal.layout import Placed, place, step_seconds
@@ -92,7 +92,7 @@ class Plan:
         amount: of the distillation.
         placed: the distillation on the machine.
         minutes: of all trainings; None without a limit.
-        corrected: the teacher is corrected first.
+        correction: the teacher's correction on the machine; None without one.
         samples: of scoring.
         sft, dpo: alignment, or None.
         notes: what the user should know.
@@ -109,7 +109,7 @@ class Plan:
     amount: Amount
     placed: Placed
     minutes: float | None
-    corrected: bool
+    correction: Placed | None
     samples: int
     sft: Aligned | None = None
     dpo: Aligned | None = None
@@ -119,6 +119,11 @@ class Plan:
     def teacher(self) -> Model:
         """The unpruned model."""
         return self.subject.model
+
+    @property
+    def corrected(self) -> bool:
+        """The teacher is corrected first."""
+        return self.correction is not None
 
     def part(self, training: str) -> float | None:
         """Minutes of one of the trainings."""
@@ -155,19 +160,20 @@ def make_plan(
     data, blocks = _splits(text, teacher, machine, request)
     shape, proportions = propose_shape(teacher, budget, long=False)
     student = Model(shape, teacher.architecture)
-    corrected = False
+    correction: Placed | None = None
     for _ in range(2):
+        corrected = correction is not None
         seconds = None if minutes is None else 60 * minutes * _share("distill", corrected, chat, pairs)
         made = _amount(student, teacher, data, blocks, machine, seconds, request.steps)
         long = made.tokens >= LONG_TOKENS
-        corrected = text.own and made.tokens >= CORRECTION_TOKENS
+        correction = _correction(teacher, made, machine) if text.own and made.tokens >= CORRECTION_TOKENS else None
         shape, proportions = propose_shape(teacher, budget, long=long)
         student = Model(shape, teacher.architecture)
     placed = place(_training(student, teacher, made), machine)
     cores = 128 if machine.cluster is None else _SAMPLES
     samples = max(1, min(cores, blocks["calibration"]))
     return Plan(
-        subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, corrected, samples,
+        subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, correction, samples,
         notes=_notes(subject, student, text, made),
     )  # fmt: skip
 
@@ -199,7 +205,7 @@ def _splits(text: Text, teacher: Model, machine: Machine, request: Request) -> t
     """
     length = min(4096 if machine.cluster is not None else 256, teacher.architecture.max_position_embeddings)
     begin = teacher.table.scaled_embedding  # Gemma's models are lost without their first token
-    fractions = (0.05, 0.1, 0.15, 0.2)
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
     if text.tokens >= LONG_TOKENS:
         fractions = (0.01, *fractions)
     while length >= _SHORTEST:
@@ -248,7 +254,15 @@ def _amount(
     )
 
 
-def _training(student: Model, teacher: Model | None, made: Amount, *, cluster: bool = False) -> Training:
+def _correction(teacher: Model, made: Amount, machine: Machine) -> Placed | None:
+    """The training of the teacher on as much text; None if the machine does not hold it."""
+    try:
+        return place(_training(teacher, None, made), machine)
+    except ConfigError:
+        return None
+
+
+def _training(student: Model, teacher: Model | None, made: Amount) -> Training:
     return Training(
         name="distilled",
         student=student,
@@ -265,14 +279,14 @@ def _training(student: Model, teacher: Model | None, made: Amount, *, cluster: b
 def _aligned(plan: Plan, answers: Answers, request: Request, kind: str, *, chat: bool, pairs: bool) -> Aligned:
     """Batches of 8 on processors, up to 128 on GPUs, in steps that see the samples once or fit in the time."""
     layout = dataclasses.replace(plan.placed.layout, virtual_pipeline=None, context=1, expert=1)
-    while layout.data > 1 and layout.data * 8 > answers.trained:
+    while layout.data > 1 and (layout.data * 8 > answers.trained or layout.data > answers.held_out):
         layout = dataclasses.replace(layout, data=max(n for n in range(1, layout.data) if layout.data % n == 0))
     most = 8 if plan.machine.cluster is None else 128
     batch = layout.data
     while batch * 2 <= most and batch * 2 * 10 <= answers.trained:
         batch *= 2
     micro = 1 if kind == "dpo" or plan.machine.cluster is not None else min(4, batch)
-    while batch % micro or answers.held_out < micro * layout.data:
+    while micro > 1 and (batch % micro or answers.held_out < micro * layout.data):
         micro //= 2
     steps = max(1, answers.trained // batch)
     if request.steps is not None:

@@ -203,7 +203,7 @@ def grid(size: int, parts: int = 16) -> int:
         size: of the unpruned model.
         parts: 16 for hidden sizes; MLP widths have finer steps, of at most a 32nd.
     """
-    return 2 ** min(8, int(math.log2(max(1, size // parts))))
+    return 2 ** min(8, max(3 if size >= 64 else 0, int(math.log2(max(1, size // parts)))))
 
 
 def _solve(proportions: Proportions, own: Sizes, per_group: int, topk: int, budget: ShapeBudget) -> Sizes | None:

@@ -8,6 +8,7 @@ from typing import Any
 from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.jobs.plans import human_bytes, human_count
+from nemo_minitron.proposal.layout import Placed
 from nemo_minitron.proposal.plan import Aligned, Plan, Request, settings
 from nemo_minitron.proposal.schedule import correction_rate, dpo_rate, peak_rate, sft_rate, warmup_of
 from nemo_minitron.proposal.shape import grid
@@ -88,7 +89,8 @@ def _data(plan: Plan, request: Request) -> dict[str, Any]:
     sources: Any = [_source(counted.source) for counted in text.sources]
     if text.own:
         how = "tokens" if text.exact else "tokens, estimated from the beginning of each source"
-        why = f"{human_count(text.tokens)} {how}; the sources are weighted by their tokens."
+        why = f"{human_count(text.tokens)} {how}"
+        why += "; the sources are weighted by their tokens." if len(text.sources) > 1 else "."
     else:
         why = (
             "The text of Python packages. Your own belongs here, of the kind that the student will meet: {name, path}."
@@ -130,7 +132,7 @@ def _import(plan: Plan, request: Request) -> dict[str, Any]:
 
 def _correct(plan: Plan) -> dict[str, Any]:
     made, rate = plan.amount, correction_rate(plan.teacher.parameters)
-    stage = _training_settings(plan, made.steps, plan.part("correct"))
+    assert plan.correction is not None
     return {
         "stage": "correct",
         "name": "corrected",
@@ -143,8 +145,8 @@ def _correct(plan: Plan) -> dict[str, Any]:
         ),
         "lr": Choice(rate, "0.6 of a distillation's at this size, as for Llama-3.1-8B."),
         "min_lr": _tenth(rate),
-        **stage,
         "warmup_steps": warmup_of(made.steps, most=120),
+        **_training_settings(plan, plan.correction, plan.part("correct")),
     }
 
 
@@ -246,7 +248,7 @@ def _prune(plan: Plan, teacher: str, depth: int, *, search: bool) -> dict[str, A
     cut = {name: getattr(target, name) for name in SIZES if getattr(target, name) != getattr(own, name)}
     stage: dict[str, Any] = {"stage": "prune", "name": "pruned", "model": teacher, "scores": "${output}/scores"}
     if search:
-        stage["search"] = Choice("${output}/search", "Its best shape is the target.")
+        stage["target"] = Choice("${output}/search", "The best shape of the search.")
     else:
         parts = ", ".join(f"{_WORDS[name]} {getattr(own, name)} to {size}" for name, size in cut.items())
         why = f"{plan.budget.option} by {plan.proportions.why}: {parts}."
@@ -277,17 +279,19 @@ def _distill(plan: Plan, teacher: str) -> dict[str, Any]:
         "lr": Choice(rate, "1e-4 at 4.5 B parameters (arXiv 2408.11796), by the fourth root of their number."),
         "min_lr": _tenth(rate),
         "warmup_steps": warmup_of(made.steps),
-        **_training_settings(plan, made.steps, plan.part("distill")),
+        **_training_settings(plan, plan.placed, plan.part("distill")),
     }
 
 
-def _training_settings(plan: Plan, steps: int, minutes: float | None) -> dict[str, Any]:
-    made, placed = plan.amount, plan.placed
+def _training_settings(plan: Plan, placed: Placed, minutes: float | None) -> dict[str, Any]:
+    made = plan.amount
+    steps = made.steps
     every = max(1, min(1000, steps // 3 if steps < 300 else steps // 10))
-    fits = f"about {human_bytes(placed.memory)} of a rank's memory"
     stage: dict[str, Any] = {
         "global_batch_size": Choice(made.batch, f"Sequences of a step, {made.batch * made.sequence_length:,} tokens."),
-        "micro_batch_size": Choice(placed.micro_batch_size, f"Of a pass; the distillation takes {fits}."),
+        "micro_batch_size": Choice(
+            placed.micro_batch_size, f"Of a pass; a rank takes about {human_bytes(placed.memory)}."
+        ),
         "validate_every": every,
         "validation_batches": max(1, min(8, int(0.9 * plan.blocks["held_out"]) // made.batch)),
         "save_every": every,
@@ -300,7 +304,10 @@ def _training_settings(plan: Plan, steps: int, minutes: float | None) -> dict[st
         stage["precision"] = "bf16-mixed"
         if placed.recompute != "none":
             stage["recompute"] = Choice(placed.recompute, "Or else the activations do not fit.")
-    return stage | _parallel(plan, why=True)
+    if layout := settings(placed.layout):
+        why = f"The fastest of {placed.considered} layouts that the planner compares on {plan.machine.title}."
+        stage["parallel"] = Choice(layout, why)
+    return stage
 
 
 def _sft(plan: Plan, aligned: Aligned, model: str) -> dict[str, Any]:
@@ -405,7 +412,7 @@ def _passes(plan: Plan, blocks: int) -> int:
     return max(1, size)
 
 
-def _parallel(plan: Plan, *, alone: bool = False, node: bool = False, why: bool = False) -> dict[str, Any]:
+def _parallel(plan: Plan, *, alone: bool = False, node: bool = False) -> dict[str, Any]:
     """The layout of a stage: of the distillation, or, if alone, of one replica; on one node at most if asked for."""
     layout = settings(plan.placed.layout)
     cluster = plan.machine.cluster
@@ -414,10 +421,7 @@ def _parallel(plan: Plan, *, alone: bool = False, node: bool = False, why: bool 
     if node and cluster is not None and layout.get("data"):
         share = max(1, cluster.gpus_per_node // (plan.placed.layout.tensor * plan.placed.layout.pipeline))
         layout["data"] = min(layout["data"], share)
-    if not layout:
-        return {}
-    reason = f"The fastest of {plan.placed.considered} layouts that the planner compares on {plan.machine.title}."
-    return {"parallel": Choice(layout, reason) if why else layout}
+    return {"parallel": layout} if layout else {}
 
 
 def _floor(size: float, multiple: int) -> int:

@@ -175,7 +175,7 @@ def _count(source: SourceConfig, encode: Encode, data: DataConfig) -> Counted:
     files = source_files(source)
     if sum(file.stat().st_size for file in files if file.is_file()) <= READ_BYTES and all(map(Path.is_file, files)):
         rest = itertools.chain([further], documents)
-        whole = characters + sum(len(document.text) for document in rest)
+        whole: float = characters + sum(len(document.text) for document in rest)
     else:
         whole = _estimate(files, source.text_key)
     return Counted(source, sum(lengths) * max(1.0, whole / characters), None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
-__all__ = ["peak_rss_bytes"]
+__all__ = ["peak_gpu_bytes", "peak_rss_bytes"]
 
 
 def peak_rss_bytes() -> int:
@@ -20,3 +21,14 @@ def peak_rss_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_gpu_bytes() -> int:
+    """The most that the tensors of this process took of its GPU, in bytes; 0 if it used none.
+
+    Torch is not imported: a process that has not imported it used no GPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max(1, *(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())))

@@ -18,7 +18,9 @@ from nemo_minitron.cli.init import parse_count
 from nemo_minitron.config import DataConfig, SourceConfig, load_pipeline
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.proposal import text as text_module
+from nemo_minitron.proposal.model import look_at
 from nemo_minitron.proposal.text import count_text, encoder_of, package_text, text_sources
+from nemo_minitron.shape import SIZES
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_another_cluster_and_a_search(folder, tmp_path):
         tmp_path / "p.yaml", "--output", tmp_path / "out",
     )  # fmt: skip
     stages = {stage.STAGE: stage for stage in load_pipeline(tmp_path / "p.yaml")[1]}
-    assert stages["prune"].search == stages["search"].output == f"{tmp_path}/out/search"
+    assert stages["prune"].target.search == stages["search"].output == f"{tmp_path}/out/search"
     assert stages["distill"].parallel.world_size == 2
     assert "--slurm dgx" in said
     done = CliRunner().invoke(app, ["run", str(tmp_path / "p.yaml"), "--dry-run"])
@@ -214,3 +216,27 @@ def test_help_and_planning_import_no_torch(folder, tmp_path):
         command = [sys.executable, "-c", script, "minitron", "init", *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.strip()) == (0, "set()"), done.stderr
+
+
+@pytest.mark.slow
+def test_every_format_is_described_as_it_is_opened(folder, tmp_path):
+    """The same sizes and tokenizer, whichever reader the format has."""
+    from support.gguf_files import write_gguf
+
+    from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+
+    hf = folder / "model"
+    opened = open_checkpoint(hf)
+    write_checkpoint(opened, tmp_path / "nemo2", "nemo2")
+    write_checkpoint(opened, tmp_path / "model.nemo", "nemo")
+    write_gguf(tmp_path / "model.gguf", hf)
+    for path in (hf, tmp_path / "nemo2", tmp_path / "model.nemo"):
+        with look_at(str(path), str(tmp_path)) as subject:
+            assert subject.model.shape == opened.shape
+            assert (subject.tokenizer / "tokenizer.json").is_file()
+    with look_at(str(tmp_path / "model.gguf"), str(tmp_path)) as subject:
+        kept = subject.tokenizer
+        sizes = {name: getattr(opened.shape, name) for name in SIZES}
+        assert {name: getattr(subject.model.shape, name) for name in SIZES} == sizes
+        assert (kept / "tokenizer.json").is_file()
+    assert not kept.exists()

@@ -29,7 +29,7 @@ from nemo_minitron.distillation.training.checkpoints import BestCheckpoint, Last
 from nemo_minitron.distillation.training.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.training.language_model import TrainedModel
 from nemo_minitron.distillation.training.metrics import VALIDATION, ExactPosition, ProgressBar, StepMetrics
-from nemo_minitron.distillation.training.outputs import Trained, directories, remove_unfinished, step_of
+from nemo_minitron.distillation.training.outputs import Trained, remove_unfinished, step_of
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
 from nemo_minitron.runtime import cpu, versions
@@ -67,7 +67,7 @@ def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
     return nl.MegatronOptimizerModule(
         config=optimizer_config(schedule),
         lr_scheduler=CosineAnnealingScheduler(
-            max_steps=schedule.steps, warmup_steps=schedule.warmup_steps, constant_steps=0, min_lr=schedule.min_lr
+            max_steps=schedule.steps, warmup_steps=schedule.warmup(), constant_steps=0, min_lr=schedule.min_lr
         ),
     )
 
@@ -252,8 +252,8 @@ def train(
     remove_unfinished(directory / "best")
     if resume:
         use_previous(checkpoints)
-        if saved := directories(checkpoints):
-            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again")
+        if saved := [path for path in checkpoints.glob("*") if path.is_dir()]:
+            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again", model=initial)
     with request, bounded_groups():
         llm.train(
             model,

@@ -135,16 +135,16 @@ def _of_output(path: Path) -> RunStatus:
     stage = (record or begun or {}).get("stage")
     held = holder_of(logs.with_name(f"{place.name}.lease"))
     if not isinstance(stage, str):
-        settings = _json(logs / "job.json") or {}
-        stage = settings.get("stage") if isinstance(settings.get("stage"), str) else None
+        submitted = (_json(logs / "job.json") or {}).get("stage")
+        stage = submitted if isinstance(submitted, str) else None
     if stage is None and held is None and not record_path(place).exists() and last_failure(logs) is None:
         raise ConfigError(
             f"{path}: holds no pipeline ({MANIFEST} is missing) and no output of a stage; give the output of "
             "`minitron run`, or of a stage"
         )
     settings = None
-    with contextlib.suppress(OSError, yaml.YAMLError, ValueError):
-        settings = parse_yaml((logs / "config.yaml").read_bytes())
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        settings = parse_yaml((logs / "config.yaml").read_text(encoding="utf-8"))
     named = settings.get("name") if isinstance(settings, dict) else None
     name = (record or {}).get("name") or named or place.name
     job = read_jobs(place.parent).get(str(name))
@@ -202,7 +202,7 @@ def _stage(
 def _recorded(base: dict[str, Any], record: dict[str, Any], output: Path, settings: Any) -> StageStatus:
     """The state of an output with a record."""
     seconds = record["seconds"] if isinstance(record["seconds"], int | float) else None
-    known = {"seconds": seconds, "finished": _end(record)}
+    known: dict[str, Any] = {"seconds": seconds, "finished": _end(record)}
     files = record.get("files", {})
     with contextlib.suppress(AttributeError, KeyError, TypeError):  # a record that somebody has edited
         if faults := missing(output, files):

@@ -68,13 +68,19 @@ def made(folder: Path) -> dict[str, str]:
 
 def test_help_lists_the_stages_and_version_is_the_packages(tmp_path):
     out = minitron("--help", cwd=tmp_path, fake=False).stdout
-    for stage in ("import", "score", "prune", "distill", "evaluate", "export", "report", "run", "status"):
+    for stage in ("import", "score", "prune", "distill", "evaluate", "export", "report", "init", "run", "status"):
         assert f" {stage} " in out
     assert minitron("--version", cwd=tmp_path, fake=False).stdout.startswith("minitron 0.")
 
 
 @pytest.mark.parametrize(
-    ("args", "code"), [(("--help",), 0), (("score", "score.yaml", "samples=none"), 2), (("run", "demo", "x=1"), 2)]
+    ("args", "code"),
+    [
+        (("--help",), 0),
+        (("init", "--help"), 0),
+        (("score", "score.yaml", "samples=none"), 2),
+        (("run", "demo", "x=1"), 2),
+    ],
 )
 def test_help_and_configuration_errors_import_nothing_heavy_and_are_quick(tmp_path, score, args, code):
     command = [sys.executable, "-X", "importtime", "-m", "nemo_minitron", *args]

@@ -33,7 +33,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HFWeights", "is_hf", "open_hf", "peek_hf", "write_hf"]
+__all__ = ["HFWeights", "describe_hf", "is_hf", "open_hf", "peek_hf", "write_hf"]
 
 #: Where weights are looked for, in transformers' order (``modeling_utils._get_resolved_checkpoint_files``).
 WEIGHTS = (
@@ -91,6 +91,22 @@ def open_hf(path: Path) -> Checkpoint:
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape.vocab_size)
     return Checkpoint(shape, architecture, weights, tokenizer, path, "hf", lineage)
+
+
+def describe_hf(path: Path, directory: Path) -> Checkpoint:
+    """A HF directory by its small files: sizes, constants and tokenizer. Files of weights must be there, and are not
+    compared with the sizes. ``directory`` is not used.
+
+    Raises:
+        CheckpointError: as :func:`open_hf`, for what the small files say.
+    """
+    shape, architecture = from_hf(read_json(path / "config.json"), path / "config.json")
+    _, tensors = _find_tensors(path)
+    tokenizer = find_tokenizer(path)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, shape.vocab_size)
+    weights = HFWeights(path, shape, architecture.family, tensors)
+    return Checkpoint(shape, architecture, weights, tokenizer, path, "hf")
 
 
 def peek_hf(path: Path) -> tuple[int | None, Path | None]:
@@ -360,7 +376,7 @@ def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
     if name is None:
         raise CheckpointError(f"{path} has a config.json but no weights; expected {', '.join(WEIGHTS)}")
     if name.endswith(".safetensors"):
-        with _safe_open(path / name) as handle:
+        with _safe_open(path / name, framework="numpy") as handle:  # names alone, which need no torch
             return path / name, dict.fromkeys(handle.keys(), path / name)
     if name.endswith(".bin"):
         return path / name, dict.fromkeys(_torch_load(path / name), path / name)
@@ -376,11 +392,11 @@ def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
     return path / name, files
 
 
-def _safe_open(file: Path) -> Any:
+def _safe_open(file: Path, framework: str = "pt") -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework=framework, device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
 

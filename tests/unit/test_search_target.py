@@ -103,11 +103,13 @@ def test_scores_are_needed_since_the_search_may_narrow_the_model(home: Path) -> 
 
 def test_a_dry_run_knows_that_the_shape_comes_later(home: Path) -> None:
     search, pruned = stages(home)
-    _, later = planned([search, pruned])
-    assert later.plan is not None
-    assert later.faults == []
-    plan = later.plan
-    assert [item.path for item in plan.reads if item.comes_from(later.produced)] == ["run/search/search.json"]
+    second = list(planned([search, pruned]))[1]
+    plan = second.plan
+    assert plan is not None
+    assert second.faults == []
+    assert plan.costs["target"] == "the shape that the search chooses"
+    assert plan.makes == {pruned.output: None}
+    assert [item.path for item in plan.reads if item.comes_from(second.produced)] == ["run/search/search.json"]
     assert any("known when the search has run" in note for note in plan.notes)
     assert "parameters" not in plan.costs
 

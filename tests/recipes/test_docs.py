@@ -43,6 +43,7 @@ NOT_RUN = {
     ".ci/run": "it runs all tests",
     "python3.12 tests/gpu/": "for a machine with a GPU",
     "sh tests/gpu/": "for a machine with a GPU",
+    "vllm serve ": "vLLM is not here, and needs a GPU; transformers loads the same folder",
 }
 #: Commands whose dry run ends with this refusal, and with no other.
 REFUSED = {
@@ -54,7 +55,7 @@ REFUSED = {
 }
 #: The guide whose blocks are the files of packages: ``tests/unit/test_extending_*.py`` install and use them.
 EXTENDING = "docs/extending.md"
-PACKAGES = ("A logit loss", "An importance estimator", "A checkpoint format", "A stage")
+PACKAGES = ("A logit loss", "An importance estimator", "A checkpoint format")
 
 
 def shell_lines() -> list[tuple[str, str]]:
@@ -76,6 +77,8 @@ def of_packages(page: str) -> bool:
 
 
 HERE = [(page, line) for page, line in shell_lines() if is_minitron(line) and not of_packages(page)]
+#: Files that a command of the pages writes, with that command.
+SAVED = {line.split(" --save ")[1].split()[0]: line for _, line in reversed(HERE) if " --save " in line}
 PYTHON = [block for block in BLOCKS if block.language == "python" and not block.code.startswith("# ")]
 FILES = [block for block in BLOCKS if block.language == "python" and block.code.startswith("# ")]
 
@@ -158,6 +161,11 @@ def test_command(world: Path, page: str, line: str) -> None:
     if words == ["doctor"]:  # its exit code is the machine's
         assert "What is here" in invoke(world, *words).output
         return
+    if words[0] == "run" and not (world / words[1]).exists() and words[1] in SAVED:
+        saving = invoke(world, *shlex.split(SAVED[words[1]])[1:])
+        assert saving.exit_code == 0, (saving.output, saving.exception)
+    if "--save" in words:
+        (world / words[words.index("--save") + 1]).unlink(missing_ok=True)
     done = invoke(world, *dry(words))
     output = done.output + done.stderr
     for mark, (message, _) in REFUSED.items():
@@ -261,7 +269,6 @@ def test_commands_with_packages(world: Path, tmp_path: Path) -> None:
         install_example(section, tmp_path / str(number))
     lines = [shlex.split(line)[1:] for page, line in shell_lines() if of_packages(page)]
     assert len(lines) > 4
-    (world / "story.txt").write_text("once upon a time")
     path = os.pathsep.join(str(tmp_path / str(number)) for number in range(len(PACKAGES)))
     done = subprocess.run(
         [sys.executable, "-c", WITH_PACKAGES, json.dumps([dry(words) for words in lines])],
@@ -308,5 +315,5 @@ def test_records_are_read(block: Block, tmp_path: Path) -> None:
 
 def test_help_shows_every_stage() -> None:
     done = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "150"})
-    for stage in [*STAGES, "run", "plan"]:
+    for stage in [*STAGES, "init", "run", "plan"]:
         assert stage in done.output

@@ -122,6 +122,7 @@ def test_the_hub_reads_the_results(tmp_path: Path) -> None:
     assert card.data.to_dict()["model-index"][0]["name"] == ALIGNED
 
 
+@pytest.mark.slow
 def test_report_completes_the_cards_beside_the_weights(tmp_path: Path) -> None:
     run = write_aligned_run(tmp_path / "run")
     before = card_beside(run, "aligned", "dpo/model")

@@ -140,6 +140,9 @@ def report(
     with _exit_codes():
         words = overrides or []
         if Path(config).is_dir():
+            runs = [word for word in words if "=" not in word]
+            if missing := [f"{run}: no such directory, to compare with" for run in runs if not Path(run).is_dir()]:
+                raise ConfigError(missing)
             # Paths go in as YAML text, whatever signs they hold.
             others = [json.dumps(word) for word in words if "=" not in word]
             place = f"output={json.dumps(str(Path(config) / ('comparison' if others else 'report')))}"

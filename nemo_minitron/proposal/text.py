@@ -29,6 +29,7 @@ SAMPLE = 4_000_000
 #: Bytes up to which the files of a source are read to their end.
 READ_BYTES = 64 * 2**20
 _HEAD = 8 * 2**20
+_PIECE = 2**14
 #: The text of installed packages, as ``configs/demo.yaml`` has it; with its tokens for SmolLM2's tokenizer, in
 #: millions. Docstrings depend on what is installed.
 PACKAGE_TEXT = {
@@ -248,11 +249,14 @@ def _expansion(container: Container) -> float:
             import pyarrow
 
             packed = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-        read = len(packed.read(_HEAD))
-        if raw.tell() == container.path.stat().st_size:  # it reads ahead
-            while more := len(packed.read(_HEAD)):
-                read += more
-        return read / max(1, raw.tell())
+        read = 0
+        while True:
+            before = raw.tell()
+            piece = len(packed.read(_PIECE))
+            # It reads ahead: what is before a position is all decompressed when it leaves that for the next.
+            if not piece or (read >= _HEAD and raw.tell() != before):
+                return read / before
+            read += piece
 
 
 def _rows(container: Container) -> int:

@@ -88,7 +88,7 @@ def test_faults_are_one_line(folder, tmp_path):
     empty.write_text(" \n\n")
     (tmp_path / "none").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"rubbish": 1}\n')
-    gemma = family_model("gemma3", tmp_path / "gemma")
+    gemma = family_model("gemma3", tmp_path / "gemma", vocab_size=320)
     chat_tokenizer(gemma)
     plain = chat_checkpoint(tmp_path / "plain")
     chat_tokenizer(plain, special=("<|endoftext|>",))

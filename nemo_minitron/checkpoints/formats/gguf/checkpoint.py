@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.accounting import by_pattern, unread, warn_once
+from nemo_minitron.accounting import by_pattern, refusable
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import known
@@ -234,13 +234,10 @@ def _check_fields(content: GGUFContent, name: str, entry: GGUFArchitecture) -> N
     harmless = by_pattern(left, known.KEYS)
     harmless |= {key: "its neutral value" for key, values in known.NEUTRAL.items() if left.get(key) in values}
     neutral = {f"{name}.{key}": value for key, value in entry.neutral.items()}
-    active, idle = unread(left, harmless=harmless, neutral=neutral)
+    active = refusable(left, source=content.path, harmless=harmless, neutral=neutral)
     if active:
         named = ", ".join(f"{key}={str(value)[:80]}" for key, value in active.items())
         raise CheckpointError(
             f"{content.path}: its header has {named}, which is not supported and may change what the model computes; "
             "import the model's Hugging Face directory"
         )
-    if idle:
-        named = ", ".join(f"{key}={value!r}" for key, value in idle.items())
-        warn_once(content.path, f"keys that are not known, and switched off, are left behind: {named}")

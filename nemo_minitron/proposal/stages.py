@@ -268,7 +268,7 @@ def _distill(plan: Plan, teacher: str) -> dict[str, Any]:
         "time": f"what fits in about {_minutes(plan.part('distill'))}",
         "steps": "as asked for",
     }[made.bound]
-    why = f"{human_count(made.tokens)} tokens: {bound}. More help: the papers' students saw 94 to 380 billion."
+    why = f"{human_count(made.tokens)} tokens: {bound}. More tokens help: the papers' students saw 94 to 380 billion."
     return {
         "stage": "distill",
         "name": "distilled",

@@ -12,6 +12,7 @@ import yaml
 __all__ = ["Choice", "plain", "yaml_text"]
 
 _WIDTH = 110
+_BREAKS = "\x85\u2028\u2029"
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def _has_reason(value: Any) -> bool:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(
-        plain(value), default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
-    )
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": float("inf")}
+    text = yaml.safe_dump(plain(value), **options, allow_unicode=True)
+    if any(sign in text for sign in _BREAKS):  # YAML's line breaks beside \n, which it folds where they stand plainly
+        text = yaml.safe_dump(plain(value), **options)
     return text.removesuffix("\n").removesuffix("\n...").strip()
 
 

@@ -155,7 +155,8 @@ def training_case(folder: str, out: str, layout: dict[str, Any]) -> None:
         return
     stopped = train(models, f"{out}/resumed", alone=True, layout=layout, at=(2, signal.SIGTERM), **SHORT)
     assert "stopped by a signal after step 2 of 3" in stopped
-    assert train(models, f"{out}/resumed", alone=True, layout=layout, **SHORT) == ""
+    error = train(models, f"{out}/resumed", alone=True, layout=layout, **SHORT)
+    assert error == "", error
 
 
 def test_trainings_equal_one_process(tmp_path: Path) -> None:

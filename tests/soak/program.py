@@ -82,6 +82,8 @@ class Program:
     def __init__(self, home: Path, pool: WarmPool) -> None:
         self.home, self.pool = home, pool
         self._number = 0
+        # Those of whoever runs the tests: no command of the program's has started them.
+        self._before = {process.pid for process in psutil.Process().children(recursive=True)}
 
     def start(self, *words: str, folder: Path | None = None, order: Order | None = None) -> tuple[WarmProcess, Path]:
         """Start ``minitron words``; returns the process and the file that it prints to."""
@@ -158,7 +160,7 @@ class Program:
         return [
             process
             for process in psutil.Process().children(recursive=True)
-            if process.pid not in servers and process.status() != psutil.STATUS_ZOMBIE
+            if process.pid not in servers | self._before and process.status() != psutil.STATUS_ZOMBIE
         ]
 
 

@@ -466,3 +466,8 @@ def _alike(read, written) -> bool:
     if isinstance(written, list):
         return len(read) == len(written) and all(map(_alike, read, written))
     return read == written or (isinstance(written, float) and math.isclose(float(read), written))
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029", "é ü", "a: b # c"])
+def test_line_breaks_of_other_kinds_read_back(text):
+    assert yaml.safe_load(yaml_text(["x"], {"key": text})) == {"key": text}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.architecture import SLIDING
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
 from nemo_minitron.checkpoints.formats.huggingface.rotary import read_scaling, scaling_type
+from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.versions import matches
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def _config(path: Path) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     content = read_json(path / "config.json")
     if "rope_parameters" in content and matches("transformers<5"):
-        spelled = to_hf(*from_hf(content, path / "config.json"), dtype="float32")
+        try:
+            spelled = to_hf(*from_hf(content, path / "config.json"), dtype="float32")
+        except CheckpointError:  # of a family that another process registered; transformers' reading stands
+            return config
         for key, value in spelled.items():
             # What the file says under another name (rope_parameters, num_local_experts), or not at all.
             if key not in content or key in _MEANT_OTHERWISE:

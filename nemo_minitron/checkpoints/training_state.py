@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import CheckpointError, first_line
 from nemo_minitron.parsing import parse_json
+from nemo_minitron.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
@@ -55,7 +56,8 @@ def seal_state(checkpoint: Path) -> None:
     """Write the hashes of a checkpoint's small files beside them. One rank calls it, when all have saved."""
     directory = _files_of(checkpoint)
     hashes = {name: _sha256(directory / name) for name in (_METADATA, _COMMON, _BACKEND)}
-    (checkpoint / _SEAL).write_text(json.dumps(hashes) + "\n", encoding="utf-8")
+    # In one step: another rank may look at it already.
+    replace_file(checkpoint / _SEAL, json.dumps(hashes) + "\n")
 
 
 def check_state(checkpoint: Path, *, begin_again: str, model: Checkpoint | None = None) -> None:

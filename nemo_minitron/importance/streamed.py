@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,6 @@ def score_streamed(
     estimator: str = "activation",
     fingerprint: str | None = None,
     budget: float = float("inf"),
-    spill: Path | None = None,
     trail: Trail | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Scores]:
@@ -39,9 +37,8 @@ def score_streamed(
         model: to be scored; its layout has data parallelism alone.
         blocks, criteria, micro_batch_size, fingerprint: as of ``score_criteria``.
         estimator: one that reads activations and no gradients.
-        budget: bytes of hidden states that a rank keeps in memory.
-        spill: file of a rank's hidden states beyond the budget.
-        trail: saves the pass between layers, and says where a stopped pass goes on.
+        budget: bytes of hidden states that a rank keeps in memory; more go to a file in the trail's directory.
+        trail: saves the pass between layers, and says where a stopped pass goes on; None keeps all in memory.
         progress: called with 1 for each layer that is done.
 
     Raises:
@@ -57,8 +54,8 @@ def score_streamed(
     recorder = make_recorder([], groups, criteria, estimator)
     recorder.span = range(shape.num_layers)
     blocks = calibration_blocks(blocks, groups)
-    run = Pass(model, blocks, micro_batch_size, budget=budget, file=spill)
     first = None if trail is None else trail.find()
+    run = Pass(model, blocks, micro_batch_size, budget=budget, file=None if trail is None else trail.spill)
     if first is None or trail is None:
         run.embed()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.measuring import live_model, start_groups
 from nemo_minitron.stages.shared.memory import weights_of_rank
+from nemo_minitron.stages.shared.streaming import plan_streaming, scratch, state_budget, streamed_model, streams
 from nemo_minitron.stages.shared.vocabulary import plan_vocabularies
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
+    from nemo_minitron.evaluation import HeldOutLoss
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["FILE_NAME", "plan", "run"]
@@ -71,6 +74,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
         # Two operations for each weight and token; attention scores are small beside it at these lengths.
         plan.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
         plan.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
+    plan_streaming(plan, config, *config.models.values())
     first, *others = ((_called(name), path) for name, path in _baseline_first(config).items())
     plan_vocabularies(plan, first, *others)
     return plan
@@ -157,12 +161,17 @@ def _evaluate(
 
     started = time.monotonic()
     shape = checkpoint.shape
-    chunks = live_model(config, checkpoint, groups)
-    total = sum(len(part) for part in blocks.values())
-    with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
-        loss = held_out_loss(
-            chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
-        )
+    whole = bool(config.prompts or config.harness.tasks)
+    chunks: list[GPTModel] = []
+    if not whole and streams(config, checkpoint, groups):
+        loss = _streamed_loss(config, groups, name, checkpoint, blocks)
+    else:
+        chunks = live_model(config, checkpoint, groups)
+        total = sum(len(part) for part in blocks.values())
+        with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
+            loss = held_out_loss(
+                chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
+            )
     measured = time.monotonic() - started
     benchmarks = {"harness": _benchmarks(config, groups, name, checkpoint, chunks)} if config.harness.tasks else {}
     by_transformers = checkpoint.format == "hf"
@@ -202,6 +211,29 @@ def _evaluate(
         "generated_by": "transformers" if by_transformers else "megatron-core",
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _streamed_loss(
+    config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, Blocks]
+) -> HeldOutLoss:
+    """The loss of a model that is in memory layer by layer."""
+    from nemo_minitron.evaluation import streamed_loss
+
+    parts = checkpoint.shape.num_layers + 1
+    directory = scratch(config)
+    try:
+        with progress_bar(f"held-out loss of {name}, layer by layer", parts, shown=groups.is_main) as advance:
+            return streamed_loss(
+                streamed_model(config, checkpoint, groups),
+                blocks,
+                config.micro_batch_size,
+                budget=state_budget(config),
+                spill=directory / f"states-{groups.dp_rank}.bin",
+                progress=advance,
+            )
+    finally:
+        if groups.is_main:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _benchmarks(

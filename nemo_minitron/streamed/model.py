@@ -32,8 +32,8 @@ def streamed_faults(shape: ModelShape | None, layout: ParallelLayout) -> list[st
     """
     faults = [] if shape is None else uniform_faults(shape, "memory=streamed")
     faults += [
-        f"parallel.{name}={getattr(layout, name)}: with memory=streamed a layer at a time is in memory, and ranks share "
-        "the samples alone (parallel.data); set it to 1, or memory=live"
+        f"parallel.{name}={getattr(layout, name)}: with memory=streamed a layer at a time is in memory, and ranks "
+        "share the samples alone (parallel.data); set it to 1, or memory=live"
         for name in ("tensor", "pipeline", "context", "expert")
         if getattr(layout, name) > 1
     ]

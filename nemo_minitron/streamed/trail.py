@@ -64,9 +64,9 @@ class Trail:
         self._last = time.monotonic()
 
     @property
-    def size(self) -> int:
-        """Bytes on the disk of this rank."""
-        return sum(file.stat().st_size for file in self.directory.glob("*") if file.is_file())
+    def spill(self) -> Path:
+        """The file for this rank's states that memory does not hold."""
+        return self.directory / "states.bin"
 
     def find(self) -> int | None:
         """The layer at which all ranks can go on; None to begin anew. Collective."""

@@ -66,7 +66,7 @@ class Pass:
     def embed(self) -> None:
         """Run the embedding: the states are those that enter the first layer."""
         chunk = self.model.embedding()
-        for start, inputs, positions, mask in self._batches():
+        for start, inputs, positions, mask in self.batches():
             self.states.write(start, chunk(inputs, positions, mask))
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class Pass:
             progress: see :data:`Progress`.
         """
         with around or nullcontext(), documents_masked([chunk], self.blocks.segments is not None):
-            for start, inputs, positions, mask in self._batches():
+            for start, inputs, positions, mask in self.batches():
                 self.states.write(start, self.run(chunk, start, inputs, positions, mask))
                 if progress is not None:
                     progress(1)
@@ -115,7 +115,7 @@ class Pass:
         total = torch.tensor([len(self.blocks)], device=device)
         dist.all_reduce(total, group=groups.dp)
         mine = torch.zeros(-(-int(total) // layout.data), dtype=torch.float64)
-        for start, inputs, positions, mask in self._batches():
+        for start, inputs, positions, mask in self.batches():
             stop = start + len(inputs)
             labels = self.blocks.tokens[start:stop, 1:].to(device)
             counts = torch.ones_like(labels, dtype=torch.bool) if counted is None else counted[start:stop].to(device)
@@ -129,7 +129,7 @@ class Pass:
         dist.all_gather(everyone, mine.to(device), group=groups.dp)
         return torch.stack(everyone, dim=1).flatten()[: int(total)].cpu()
 
-    def _batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    def batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Of each micro-batch: its first sample, ``[b, s]`` inputs, their positions and their mask, on the device."""
         segments = self.blocks.segments
         for start in range(0, len(self.blocks), self.micro_batch_size):

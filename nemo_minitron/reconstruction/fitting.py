@@ -159,7 +159,7 @@ class LayerFitting:
             self._put(bias, fit.weight[:, -1])
 
     def _writer(self, name: str, inputs: Callable[[Batch], torch.Tensor], after: States, before: States) -> None:
-        """A matrix that writes to the residual stream: it aims at the teacher's after it, less the own one before it."""
+        """A matrix that writes to the residual stream: it aims at the teacher's after it, less the own before it."""
         outputs = self.targets.outputs.get(name)
 
         def missing(batch: Batch) -> torch.Tensor:

@@ -19,10 +19,13 @@ import torch.distributed as dist
 
 __all__ = ["RIDGES", "Fit", "Sums", "solve"]
 
-#: Ridges that are tried, relative to the mean of the diagonal, from the most careful one on.
-RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+#: Ridges that are tried, relative to the mean of the diagonal, from the most careful one on. The last ones are for
+#: units that others replace exactly.
+RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-4, 1e-6, 1e-9)
 #: Ridges below are not tried where there are fewer tokens than columns: the solution would repeat the tokens.
 CAREFUL = 0.1
+#: The search ends after so many ridges in turn that were worse than the best.
+PATIENCE = 2
 _ROWS = 8192  # rows of a matrix that are solved for at once
 
 
@@ -123,19 +126,20 @@ def solve(weight: torch.Tensor, fitted: Sums, held: Sums, *, ridges: Sequence[fl
         weight: ``[m, k]``, pruned.
         fitted: of the tokens that are solved for.
         held: of the tokens that are held out.
-        ridges: relative to the mean of the diagonal; the choice is among them.
+        ridges: relative to the mean of the diagonal, descending; the choice is among them.
     """
     start = weight.double()
     short = bool(fitted.tokens < len(fitted.gram))
     power = float(held.power)
     scale = 1 / power if power > 0 else 1.0
     before = float(held.error(start)) * scale
-    best, chosen = before, None
+    best, chosen, worse = before, None, 0
     for ridge in ridges:
-        if short and ridge < CAREFUL:
-            continue
+        if (short and ridge < CAREFUL) or (chosen is not None and worse == PATIENCE):
+            break
         solution = _solution(start, fitted, ridge)
         error = float("inf") if solution is None else float(held.error(solution)) * scale
+        worse = 0 if error < best else worse + 1
         if error < best:
             best, chosen = error, ridge
     final = None if chosen is None else _solution(start, fitted + held, chosen)

@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 from support.families import CLASSES, family_model
-from support.pruning import DictWeights, one_process, tokens
+from support.pruning import DictWeights, live, logits, one_process, random_checkpoint, tokens
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.pruning import prune_weights
 from nemo_minitron.reconstruction import reconstruct
+from nemo_minitron.shape import ModelShape
 from nemo_minitron.streamed import StreamedModel
 
 DENSE = sorted(name for name in CLASSES if "mo" not in name[-3:] and name != "mixtral")
@@ -42,3 +43,90 @@ def test_keeping_everything_changes_nothing(groups, tmp_path, family):
     assert all(matrix.after <= matrix.before < 1e-10 for report in reports for matrix in report.matrices)
     for name, tensor in changed.items():
         torch.testing.assert_close(tensor, teacher.weights.tensor(name), rtol=1e-4, atol=1e-5)
+
+
+SIZES = ModelShape(
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=6,
+    vocab_size=67,
+)
+
+
+def difference(teacher, student, groups):
+    """Largest difference of the logits on tokens that the calibration did not see, relative to the largest."""
+    ids = tokens(4, 13, seed=9)[:, :-1]
+    expected, ours = (
+        logits(live(checkpoint, groups, dtype=torch.float32), ids)[..., : SIZES.vocab_size].float()
+        for checkpoint in (teacher, student)
+    )
+    expected, ours = (part - part.mean(-1, keepdim=True) for part in (expected, ours))  # a constant does not count
+    return float((expected - ours).abs().max() / expected.abs().max())
+
+
+def repeated_neurons(tensors):
+    """Neurons 20 to 39 have the gates of 0 to 19; their up-projections are sums of those of two of them."""
+    for name, tensor in tensors.items():
+        if name.endswith("linear_fc1.weight"):
+            gate, up = tensor[:40], tensor[40:]
+            gate[10:20] = gate[:10]
+            gate[20:30] = gate[30:40] = gate[:10]
+            up[20:30] = 0.5 * up[:10] - 2 * up[10:20]
+            up[30:40] = up[:10] + up[10:20]
+
+
+def repeated_heads(tensors):
+    """In each group the second query head is the first again; the projection treats them differently."""
+    for name, tensor in tensors.items():
+        if name.endswith("linear_qkv.weight"):
+            for group in tensor.view(4, 4, 6, 24):
+                group[1] = group[0]
+
+
+def repeated_channels(tensors):
+    """Channels 12 to 23 of the residual stream are 0 to 11 again; what reads them treats them differently."""
+    for name, tensor in tensors.items():
+        if name.endswith(("word_embeddings.weight", "norm.weight", "norm_weight")):
+            tensor[..., 12:] = tensor[..., :12]
+        elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            tensor[12:] = tensor[:12]
+
+
+def idle_layer(tensors):
+    """The middle layer adds nothing."""
+    for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
+        tensors[f"decoder.layers.1.{name}.weight"].zero_()
+
+
+ALL = KeptUnits.everything(SIZES)
+NEURONS = dataclasses.replace(ALL, ffn=(tuple(range(20)),) * 3)
+HEADS = dataclasses.replace(ALL, heads=(tuple((2 * group,) for group in range(4)),) * 3)
+CHANNELS = dataclasses.replace(ALL, hidden=tuple(range(12)))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ([repeated_neurons], NEURONS),
+        ([repeated_heads], HEADS),
+        ([repeated_channels], CHANNELS),
+        (
+            [repeated_neurons, repeated_heads, repeated_channels],
+            dataclasses.replace(ALL, ffn=NEURONS.ffn, heads=HEADS.heads, hidden=CHANNELS.hidden),
+        ),
+    ],
+    ids=["ffn", "heads", "hidden", "all"],
+)
+def test_units_that_others_replace_are_made_up_for(groups, change, kept, tied):
+    def edit(tensors):
+        for each in change:
+            each(tensors)
+
+    teacher = random_checkpoint(SIZES.replace(tied_embeddings=tied), change=edit)
+    pruned, refitted, _, _ = refit(teacher, kept, groups, tokens(40, 13))
+    assert difference(teacher, pruned, groups) > 0.1
+    assert difference(teacher, refitted, groups) < 1e-4

@@ -23,7 +23,7 @@ WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env matrix demo demo-quick demo-align test test-fast lint docs format clean
+.PHONY: help env matrix demo demo-quick demo-align test test-fast soak lint docs format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -58,6 +58,10 @@ test: env  ## all tests (WORKERS=2 files at a time, 1.5 GB of memory each at mos
 
 test-fast: env  ## tests that take less than five seconds each
 	$(BIN)/python -m pytest $(SHARED) -m "not slow"
+
+MINUTES ?= 30
+soak: env  ## kills, damaged files and full disks at random, for MINUTES=30 (SEED= repeats)
+	$(BIN)/python tests/soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: env  ## style, types, import boundaries
 	$(BIN)/ruff check .

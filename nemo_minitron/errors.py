@@ -22,6 +22,7 @@ __all__ = [
     "PreemptedError",
     "ShapeError",
     "faults_message",
+    "first_line",
 ]
 
 
@@ -90,3 +91,9 @@ def faults_message(faults: list[str], source: str | None) -> str:
     if len(faults) == 1:
         return where + faults[0]
     return "\n".join([f"{where}{len(faults)} faults:", *(f"  - {fault}" for fault in faults)])
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, as part of a line of ours: its first line that says anything, else its class."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line.rstrip(",") for line in lines if line), type(error).__name__)

@@ -17,6 +17,7 @@ from nemo_minitron.config import DataConfig, ParallelLayout, TargetConfig
 from nemo_minitron.planning import Recipe
 
 NAME = "minitron-8b-4b"
+TITLE = "Nemotron-4 15B -> Minitron-8B -> Minitron-4B (arXiv 2407.14679)"
 TARGET_8B = TargetConfig(hidden_size=4096, ffn_hidden_size=16384)
 TARGET_4B = TargetConfig(hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24)
 #: 256 GPUs, 32 DGX nodes.
@@ -38,7 +39,7 @@ def recipe(
     schedule = {"tokens": 94e9, "batch": 1152, "lr": 2e-4, "min_lr": 4.5e-7, "warmup_steps": 40}
     return Recipe(
         NAME,
-        "Nemotron-4 15B -> Minitron-8B -> Minitron-4B (arXiv 2407.14679)",
+        TITLE,
         [
             published.imported(source, output),
             published.scored(output, teacher, data, layout, name="scores-15b"),
@@ -53,7 +54,14 @@ def recipe(
             published.distilled(
                 output, data, layout, teacher=teacher, student="pruned-4b", name="minitron-4b", **schedule
             ),
+            published.evaluated(
+                output,
+                {"teacher": "teacher", "minitron-8b": "minitron-8b/model", "minitron-4b": "minitron-4b/model"},
+                data,
+                layout,
+            ),
             published.exported(output, "minitron-4b"),
+            published.reported(output, TITLE),
         ],
         {source: NEMOTRON_4_15B},
     )

@@ -15,10 +15,12 @@ from nemo_minitron.config import (
     CorrectConfig,
     DataConfig,
     DistillConfig,
+    EvaluateConfig,
     ExportConfig,
     ImportConfig,
     ParallelLayout,
     PruneConfig,
+    ReportConfig,
     RuntimeConfig,
     Schedule,
     ScoreConfig,
@@ -146,6 +148,23 @@ def distilled(
     )
 
 
+def evaluated(output: str, models: dict[str, str], data: DataConfig, layout: ParallelLayout) -> EvaluateConfig:
+    """Held-out losses of models below ``output``, the first being the baseline; one replica each."""
+    return EvaluateConfig(
+        name="evaluation",
+        output=f"{output}/evaluation",
+        models={name: f"{output}/{path}" for name, path in models.items()},
+        data=data,
+        parallel=dataclasses.replace(layout, data=1, context=1, expert=1, virtual_pipeline=None),
+        runtime=RUNTIME,
+    )
+
+
+def reported(output: str, title: str) -> ReportConfig:
+    """The page about all that ran."""
+    return ReportConfig(name="report", output=f"{output}/report", run=output, title=title)
+
+
 def exported(output: str, model: str = "distilled") -> ExportConfig:
     """The student for transformers and for NeMo 2."""
     return ExportConfig(
@@ -211,7 +230,14 @@ class OneShot:
                     output, data, layout, teacher=teacher, tokens=self.tokens, batch=self.batch, lr=1e-4,
                     min_lr=self.min_lr, warmup_steps=self.warmup_steps,
                 ),
+                evaluated(
+                    output,
+                    {"teacher": "corrected/model", "pruned": "pruned", "distilled": "distilled/model"},
+                    data,
+                    layout,
+                ),
                 exported(output),
+                reported(output, self.title),
             ],
             {source: self.teacher},
         )  # fmt: skip

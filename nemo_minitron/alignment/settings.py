@@ -9,7 +9,8 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_families, nemo1_faults, to_nemo1
 from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, ShapeError
-from nemo_minitron.runtime.device import Device, here
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.shape import ModelShape, uniform_faults
 
@@ -32,10 +33,10 @@ def total_steps(schedule: AlignmentSchedule, samples: int) -> int:
             "or lower global_batch_size"
         )
     steps = schedule.steps or per_epoch * schedule.epochs
-    if 0 < steps <= schedule.warmup_steps:
+    if 0 < steps <= schedule.warmup(steps):
         raise DataError(
             f"warmup_steps={schedule.warmup_steps} leaves nothing of the {steps} steps that {samples} samples make; "
-            "lower it or give more data"
+            "lower it, leave it out, or give more data"
         )
     return steps
 
@@ -131,7 +132,7 @@ def aligner_settings(
     import yaml
     from omegaconf import OmegaConf
 
-    device = device or here()
+    device = cpu.ensure(device)
     bf16 = schedule.precision.startswith("bf16")
     per_node = device.per_node(layout.world_size)
     batches = {"micro_batch_size": schedule.micro_batch_size, "global_batch_size": schedule.global_batch_size}
@@ -170,7 +171,7 @@ def aligner_settings(
             "overlap_param_sync": False,
             "sched": {
                 "name": "CosineAnnealing",
-                "warmup_steps": schedule.warmup_steps,
+                "warmup_steps": schedule.warmup(steps),
                 "constant_steps": 0,
                 "min_lr": schedule.min_lr,
                 "max_steps": steps,

@@ -18,6 +18,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import Family, family
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError, ShapeError
+from nemo_minitron.jobs.expected import expectation
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.shape import ModelShape
 
 __all__ = [
@@ -80,7 +82,7 @@ def parse_model_record(data: bytes, path: Path) -> ModelRecord:
         CheckpointError: if it cannot be understood.
     """
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -90,7 +92,7 @@ def parse_model_record(data: bytes, path: Path) -> ModelRecord:
         return ModelRecord(
             ModelShape.from_dict(content["shape"]), Architecture(**content["architecture"]), content["lineage"]
         )
-    except (OSError, ValueError, KeyError, TypeError, ShapeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ShapeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error
 
 
@@ -109,9 +111,14 @@ def _version(package: str) -> str | None:
 def peek_shape(checkpoint: str | Path) -> ModelShape | None:
     """The shape in a checkpoint's ``minitron.json``, without opening the weights; None without such a file.
 
+    Within :func:`~nemo_minitron.jobs.expected.expecting`, that of the model which an earlier stage is going to write.
+
     Raises:
         CheckpointError: if the file is there and cannot be read.
     """
+    is_expected, model = expectation(checkpoint)
+    if is_expected:
+        return None if model is None else model.shape
     return _peek(checkpoint, lambda content: ModelShape.from_dict(content["shape"]))
 
 
@@ -121,6 +128,9 @@ def peek_family(checkpoint: str | Path) -> Family:
     Raises:
         CheckpointError: if the file is missing or cannot be read.
     """
+    _, model = expectation(checkpoint)
+    if model is not None:
+        return family(model.architecture.family)
     stated = _peek(checkpoint, lambda content: family(content["architecture"]["family"]))
     if stated is None:
         raise CheckpointError(f"{checkpoint}: has no minitron.json; open the checkpoint to know its family")
@@ -128,11 +138,14 @@ def peek_family(checkpoint: str | Path) -> Family:
 
 
 def peek_architecture(checkpoint: str | Path) -> Architecture | None:
-    """The constants in a checkpoint's ``minitron.json``; None without such a file.
+    """The constants in a checkpoint's ``minitron.json``; None without such a file. Otherwise as :func:`peek_shape`.
 
     Raises:
         CheckpointError: if the file cannot be read.
     """
+    is_expected, model = expectation(checkpoint)
+    if is_expected:
+        return None if model is None else model.architecture
     return _peek(checkpoint, lambda content: Architecture(**content["architecture"]))
 
 
@@ -141,6 +154,6 @@ def _peek(checkpoint: str | Path, read: Callable[[Any], T]) -> T | None:
     if not path.is_file():
         return None
     try:
-        return read(json.loads(path.read_text()))
-    except (json.JSONDecodeError, KeyError, TypeError, MinitronError) as error:
+        return read(parse_json(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MinitronError) as error:
         raise CheckpointError(f"{path}: not a readable model record ({error}); write the checkpoint again") from error

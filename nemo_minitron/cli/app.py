@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +23,7 @@ from typer.core import TyperCommand
 
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.config.describe import summary
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.errors import ConfigError, MinitronError, PreemptedError
 
 __all__ = ["app", "main"]
 
@@ -143,6 +146,8 @@ def report(
             words = [word for word in words if "=" in word]
             words = [f"run={json.dumps(config)}", f"others=[{', '.join(others)}]", place, *words]
             config = "report"
+        elif _is_missing_run(config):
+            raise ConfigError(f"{config}: no such directory; give the output of `minitron run`, or a YAML file")
         _run_stage("report", config, words, dry_run, overwrite)
 
 
@@ -295,7 +300,8 @@ def plan(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layouts too.")] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the recipe as a pipeline for `minitron run`.")
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Write what is planned, for `minitron run`."),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Layouts to show of each training.")] = 10,
 ) -> None:
@@ -319,13 +325,19 @@ def config_template(
         typer.echo(template(name), nl=False)
 
 
-@app.command("status", help="Show how far the pipeline in a directory is.")
-def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`.")]) -> None:
-    """Show a pipeline's state."""
+@app.command("status", help="Show how far the stages of a run are, or the stage of an output.")
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`, or of a stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+) -> None:
+    """Show the state of a run."""
     with _exit_codes():
-        from rich.console import Console
+        from nemo_minitron.cli.status import show_status, status_json
 
-        from nemo_minitron.cli.progress import show_status
+        if as_json:
+            typer.echo(status_json(directory))
+            return
+        from rich.console import Console
 
         show_status(directory, Console())
 
@@ -363,6 +375,14 @@ def _root(
     pass
 
 
+def _is_missing_run(path: str) -> bool:
+    """Whether a word in the place of a run or configuration is neither, nor meant as a configuration."""
+    from nemo_minitron.config import shipped_configs
+
+    is_config = "=" in path or path.endswith((".yaml", ".yml")) or path.removeprefix("configs/") in shipped_configs()
+    return not is_config and not Path(path).exists()
+
+
 def _run_stage(stage: str, path: str, overrides: list[str], dry_run: bool, overwrite: bool) -> None:
     from nemo_minitron.config import load
 
@@ -389,7 +409,11 @@ def _run_config(config: StageConfig, source: str, dry_run: bool) -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turn errors into messages and exit codes."""
+    """Turn errors into messages and exit codes, and the signals of a batch system into an end in good order."""
+    from nemo_minitron.runtime.stopping import STOP_SIGNALS
+
+    main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
+    before = {number: signal.signal(number, _stop) for number in STOP_SIGNALS if main_thread}
     try:
         yield
     except MinitronError as error:
@@ -407,11 +431,24 @@ def _exit_codes() -> Iterator[None]:
         typer.echo(f"minitron: {message}", err=True)
         raise typer.Exit(message.exit_code) from None
     except Exception as error:
+        from nemo_minitron.runtime.disk import disk_fault
+
+        if isinstance(error, OSError) and (fault := disk_fault(error, Path.cwd())) is not None:
+            typer.echo(f"minitron: {fault}", err=True)
+            raise typer.Exit(fault.exit_code) from None
         # A crashed rank's own traceback is in the message; ours would only show the launcher.
         if type(error).__name__ != "StageCrashError":
             raise
         typer.echo(f"minitron: {error}", err=True)
         raise typer.Exit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Between two jobs; while one runs, its launcher handles these signals."""
+    raise PreemptedError(f"{signal.Signals(number).name} came. Give the same command again")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nemo_minitron.cli.plan_layouts import layout_name
 from nemo_minitron.config import ClusterConfig, ParallelLayout
 from nemo_minitron.jobs.plans import human_count
 from nemo_minitron.planning import (
@@ -90,7 +91,7 @@ def _summary(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]
         table.add_row("best layout", f"[red]none fits[/]{_nearest(training, cluster, costs)}")
         return table
     days = best.step_seconds * training.steps / 86400
-    table.add_row("best layout", f"{_name(best.layout)}, recompute {best.recompute}: fits, least time of a step")
+    table.add_row("best layout", f"{layout_name(best.layout)}, recompute {best.recompute}: fits, least time of a step")
     table.add_row(
         "estimate",
         f"{best.gpu_hours:,.0f} GPU-hours, {days:,.1f} days, {100 * best.mfu:.0f} % MFU, with no traffic hidden",
@@ -99,6 +100,9 @@ def _summary(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]
         table.add_row("price", f"{best.gpu_hours * cluster.price:,.0f}")
     for fault in layout_faults(training, training.layout):
         table.add_row("[yellow]own layout[/]", fault)
+    if training.layout.world_size != gpus:
+        sizes = f"{layout_name(training.layout)} takes {training.layout.world_size} GPUs"
+        table.add_row("[yellow]own layout[/]", f"{sizes}, the cluster has {gpus}")
     return table
 
 
@@ -112,13 +116,14 @@ def _nearest(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]
 
 
 def _memory(training: Training, cluster: ClusterConfig, costs: list[LayoutCost]) -> Table | None:
-    """The fullest rank under each recomputation, in the recipe's own layout or, if that cannot run, in the best."""
-    best = best_layout(costs)
-    layout = training.layout if not layout_faults(training, training.layout) else best.layout if best else None
+    """The fullest rank under each recomputation, in the own layout or, if the cluster cannot run that, the best."""
+    best, gpus = best_layout(costs), cluster.gpus or training.layout.world_size
+    own = training.layout.world_size == gpus and not layout_faults(training, training.layout)
+    layout = training.layout if own else best.layout if best else None
     if layout is None:
         return None
     table = _table(
-        f"{training.name}: GiB of the fullest rank, {_name(layout)}",
+        f"{training.name}: GiB of the fullest rank, {layout_name(layout)}",
         "recompute", "weights", "gradients", "optimizer", "activations", "teacher", "in all",
     )  # fmt: skip
     for recompute in RECOMPUTE:
@@ -177,9 +182,3 @@ def _sizes(layout: ParallelLayout) -> str:
     virtual = f"({layout.virtual_pipeline})" if layout.virtual_pipeline else ""
     context = f" (CP {layout.context})" if layout.context > 1 else ""
     return f"{layout.tensor} x {layout.pipeline}{virtual} x {layout.data}{context}"
-
-
-def _name(layout: ParallelLayout) -> str:
-    virtual = f" (virtual {layout.virtual_pipeline})" if layout.virtual_pipeline else ""
-    context = f" x CP {layout.context}" if layout.context > 1 else ""
-    return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data}{context}"

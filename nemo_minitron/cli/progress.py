@@ -1,8 +1,7 @@
-"""Show a pipeline: a line for each stage while it runs, a table at its end, and ``minitron status``."""
+"""Show a pipeline that runs: a line for each stage, and a table at its end."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -16,13 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.errors import ConfigError
-from nemo_minitron.jobs.contents import missing
-from nemo_minitron.jobs.output import archived_outputs
 from nemo_minitron.jobs.plans import human_bytes
-from nemo_minitron.jobs.records import read_record
 
-__all__ = ["ConsoleDisplay", "show_status"]
+__all__ = ["ConsoleDisplay", "elapsed"]
 
 _LINE_ENDS = re.compile(rb"[\r\n]+")
 _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -57,40 +52,11 @@ class ConsoleDisplay:
             peak = record.get("peak_rss_bytes")
             state = "kept" if config.name in skipped else "made"
             table.add_row(
-                config.name, state, _clock(record["seconds"]), human_bytes(peak) if peak else "", config.output
+                config.name, state, elapsed(record["seconds"]), human_bytes(peak) if peak else "", config.output
             )
         new = sum(record["seconds"] for c, record in zip(stages, records, strict=True) if c.name not in skipped)
-        table.caption = f"{len(stages) - len(skipped)} made in {_clock(new)}, {len(skipped)} kept"
+        table.caption = f"{len(stages) - len(skipped)} made in {elapsed(new)}, {len(skipped)} kept"
         self._console.print(table)
-
-
-def show_status(folder: Path, console: Console) -> None:
-    """Print how far the pipeline in ``folder`` is.
-
-    Raises:
-        ConfigError: if there is no pipeline.
-    """
-    path = folder / "pipeline.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder}: holds no pipeline (pipeline.json is missing); give the output of `minitron run`")
-    manifest = json.loads(path.read_text())
-    table = Table(title=f"{manifest['name']}: {folder}", title_justify="left")
-    for heading in ("stage", "state", "time", "output"):
-        table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
-    earlier: list[Path] = []
-    for stage in manifest["stages"]:
-        record = read_record(stage["output"])
-        output = Path(stage["output"])
-        state = "done" if record else "unfinished" if output.exists() else "-"
-        if record and missing(output, record.get("files", {})):
-            state = "damaged"
-        table.add_row(stage["name"], state, _clock(record["seconds"]) if record else "", stage["output"])
-        earlier += archived_outputs(stage["output"])
-    console.print(table)
-    if earlier:
-        console.print("Kept of other settings, and used again if they come back:", highlight=False)
-        for path in earlier:
-            console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _Line:
@@ -123,7 +89,7 @@ class _Line:
                 return
 
     def _render(self) -> Spinner:
-        text = Text.assemble((self.name, "bold"), f"  {_clock(time.monotonic() - self.started)}  ", (self.last, "dim"))
+        text = Text.assemble((self.name, "bold"), f"  {elapsed(time.monotonic() - self.started)}  ", (self.last, "dim"))
         text.truncate(max(20, self.console.width - 4), overflow="ellipsis")
         self._spinner.update(text=text)
         return self._spinner
@@ -146,7 +112,7 @@ class _Line:
 
     def _close(self, style: str, note: str) -> None:
         """Print how the stage ended."""
-        clock = _clock(time.monotonic() - self.started)
+        clock = elapsed(time.monotonic() - self.started)
         self.console.print(Text.assemble((self.name, "bold"), f"  {clock}  ", (note, style)))
 
 
@@ -159,7 +125,7 @@ def _figures(metrics: dict[str, Any]) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
+def elapsed(seconds: float) -> str:
     """``75`` -> ``1:15``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

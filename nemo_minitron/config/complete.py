@@ -12,6 +12,7 @@ from nemo_minitron.config.describe import CLUSTER, CONFIGURATIONS, plain, settin
 from nemo_minitron.config.load import find_config, shipped_configs, shipped_slurm
 from nemo_minitron.config.stages import STAGES
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.parsing import parse_yaml
 
 __all__ = ["complete_config", "complete_name", "complete_override", "complete_slurm"]
 
@@ -67,8 +68,8 @@ def complete_override(
 def _stages(config: str) -> Iterator[tuple[str, str]]:
     """Name and kind of each stage of a pipeline, as far as the file can be read."""
     try:
-        values = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
-    except (ConfigError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = parse_yaml(find_config(config).read_bytes())
+    except (ConfigError, OSError, ValueError, yaml.YAMLError):
         return
     stages = values.get("stages") if isinstance(values, dict) else None
     for entry in stages if isinstance(stages, list) else ():

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["cached_model", "download_hint", "hub_cache", "hub_name"]
+__all__ = ["cached_model", "dataset_hint", "download_hint", "hub_cache", "hub_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -59,6 +59,14 @@ def download_hint(path: str | Path) -> str:
     if not _NAME.fullmatch(name) or Path(name).parent.exists():
         return ""
     return (
-        f"; if it is a model on the Hugging Face Hub, it is not (or not whole) in {hub_cache()}: "
-        f"huggingface-cli download {name}"
+        f"; if it is a model on the Hugging Face Hub, it is not (or not whole) in {hub_cache()}, and minitron "
+        f"downloads nothing by itself: huggingface-cli download {name}"
     )
+
+
+def dataset_hint(path: str | Path) -> str:
+    """As :func:`download_hint`, of a text."""
+    name = str(path)
+    if not download_hint(name) or "*" in name:
+        return ""
+    return f"; if it is a dataset on the Hugging Face Hub, give dataset: {name} and dataset_split instead of path"

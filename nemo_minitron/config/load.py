@@ -8,8 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_minitron.config.reading import Reader, SettingsFile, nearest
+from nemo_minitron.config.defaults import share_out
+from nemo_minitron.config.kinds import no_configuration, other_kind
+from nemo_minitron.config.reading import Reader, SettingsFile
 from nemo_minitron.config.slurm import SlurmConfig
+from nemo_minitron.config.spelling import nearest
 from nemo_minitron.config.stages import STAGES, DoctorConfig, PipelineConfig, StageConfig, find_stage
 from nemo_minitron.errors import ConfigError
 
@@ -25,6 +28,9 @@ __all__ = [
 ]
 
 Part = TypeVar("Part")
+
+#: Endings of files that hold models or text.
+_NO_YAML = frozenset((".nemo", ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".jsonl", ".parquet", ".arrow", ".txt"))
 
 
 def shipped_configs() -> list[str]:
@@ -52,27 +58,30 @@ def load_slurm(path: str | Path, overrides: Sequence[str] = ()) -> SlurmConfig:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; shipped ones: {', '.join(shipped)}")
     file = SettingsFile(Path(path), overrides)
+    _refuse_other_kind(file, SlurmConfig, path)
     config: SlurmConfig = Reader(file).read(SlurmConfig, file.values, ())
     file.raise_faults()
     return config
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | Path, wanted: type[Any] | None = None) -> Path:
     """The file of ``name``, which is a path or a shipped configuration ("demo", "demo.yaml", "configs/demo.yaml").
 
+    Args:
+        name: path or shipped name.
+        wanted: class that is to be read from the file, for the remedy.
+
     Raises:
-        ConfigError: if there is no such file.
+        ConfigError: if there is no such file, or it is no YAML by its name.
     """
     path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise ConfigError(f"{name}: is a directory; give a YAML file")
     shipped = shipped_configs()
     stem = path.name.removesuffix(".yaml")
-    if stem in shipped and str(path.parent) in (".", "configs"):
+    if path.is_file() and path.suffix not in _NO_YAML:
+        return path
+    if not path.exists() and stem in shipped and str(path.parent) in (".", "configs"):
         return Path(str(resources.files("nemo_minitron.configs"))) / f"{stem}.yaml"
-    raise ConfigError(f"{name}: no such file{nearest(stem, shipped)}; shipped configurations: {', '.join(shipped)}")
+    raise ConfigError(f"{name}: {no_configuration(str(name), wanted, shipped)}")
 
 
 def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -86,11 +95,18 @@ def load(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> StageCo
     Raises:
         ConfigError: with every fault of file and overrides.
     """
-    file = SettingsFile(find_config(path), overrides)
-    reader = Reader(file)
-    config = reader.read(find_stage(stage), file.values, ())
+    cls = find_stage(stage)
+    file = SettingsFile(find_config(path, cls), overrides)
+    _refuse_other_kind(file, cls, path)
+    config: StageConfig = Reader(file).read(cls, file.values, ())
     file.raise_faults()
     return config
+
+
+def _refuse_other_kind(file: SettingsFile, wanted: type[Any], path: str | Path) -> None:
+    """Refuse a file that is one of another kind as a whole, instead of naming each of its settings."""
+    if (remedy := other_kind(file.own, wanted, str(path))) is not None:
+        raise ConfigError(remedy, source=str(path))
 
 
 def load_part(part: type[Part], overrides: Sequence[str]) -> Part:
@@ -132,37 +148,41 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     Raises:
         ConfigError: with every fault of file and overrides.
     """
-    file = SettingsFile(find_config(path), overrides, by_name=True)
+    file = SettingsFile(find_config(path, PipelineConfig), overrides, by_name=True)
+    _refuse_other_kind(file, PipelineConfig, path)
     schema = {field.name: field for field in dataclasses.fields(PipelineConfig)}
     values = {name: value for name, value in file.values.items() if name in schema}
     values.setdefault("vars", {})
     values = file.resolve(values)
     values.update({name: value for name, value in file.values.items() if name not in schema})
     pipeline = Reader(file).read(PipelineConfig, values, ())
-    known = {field.name for config in STAGES.values() for field in dataclasses.fields(config)}
-    for key in pipeline.defaults:
-        if key not in known:
-            file.fault(("defaults", key), f"defaults.{key}: no stage has this setting{nearest(key, known)}")
-
-    stages: list[StageConfig] = []
+    entries: list[tuple[int, type[StageConfig], dict[str, Any]]] = []
     for index, entry in enumerate(pipeline.stages):
-        where = ("stages", index)
         entry = dict(entry)
         kind = entry.pop("stage", None)
-        if kind not in STAGES:
-            given = f"stages[{index}].stage={kind}: is no stage" if kind else f"stages[{index}]: names no stage"
-            file.fault(where, f"{given}{nearest(str(kind), STAGES)}; stages: {', '.join(STAGES)}")
+        if kind in STAGES:
+            entries.append((index, STAGES[kind], entry))
             continue
-        cls = STAGES[kind]
-        fields = {field.name for field in dataclasses.fields(cls)}
+        given = f"stages[{index}].stage={kind}: is no stage" if kind else f"stages[{index}]: names no stage"
+        file.fault(("stages", index), f"{given}{nearest(str(kind), STAGES)}; stages: {', '.join(STAGES)}")
+
+    classes = [cls for _, cls, _ in entries]
+    # Where a stage is not known, a default may be meant for it.
+    further = [] if len(entries) == len(pipeline.stages) else list(STAGES.values())
+    shares, unused = share_out(pipeline.defaults, [*classes, *further])
+    for place, message in unused.items() if entries or further else ():
+        file.fault(("defaults", *place), f"defaults.{'.'.join(place)}{message}")
+
+    stages: list[StageConfig] = []
+    for (index, cls, entry), (defaults, left_out) in zip(entries, shares, strict=False):
+        kind, fields = cls.STAGE, {field.name for field in dataclasses.fields(cls)}
         name = str(entry.setdefault("name", kind))
         if cls.__dataclass_fields__["output"].default == "???":
             entry.setdefault("output", f"{pipeline.output}/{name}")
         if "run" in fields:
             entry.setdefault("run", pipeline.output)
-        defaults = {key: value for key, value in pipeline.defaults.items() if key in fields}
         merged = _merge(defaults, entry)
-        stages.append(Reader(file, stage=name).read(cls, merged, where))
+        stages.append(Reader(file, stage=name, left_out=left_out).read(cls, merged, ("stages", index)))
     _check_distinct(file, stages)
     file.raise_faults()
     return pipeline, stages

@@ -7,10 +7,9 @@ does not hide the next, and says where in the file each lies.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,14 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from nemo_minitron.config.hints import item_class, type_words
 from nemo_minitron.config.paths import expanded
+from nemo_minitron.config.spelling import instead_of, nearest
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import ConfigError, first_line
+from nemo_minitron.parsing import compose_yaml
 
-__all__ = ["Reader", "SettingsFile", "nearest"]
+__all__ = ["Reader", "SettingsFile"]
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean x?`` if there is a similar name, else empty."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:
@@ -45,9 +40,13 @@ class SettingsFile:
     def __init__(self, path: Path | None, overrides: Sequence[str], by_name: bool = False) -> None:
         self.path = path
         self.faults: list[str] = []
+        #: Of faults in a pipeline's defaults, the stages in which they show.
+        self.stages: dict[str, list[str]] = {}
         self.lines: dict[tuple[str | int, ...], int] = {}
         self.overridden: set[tuple[str | int, ...]] = set()
         raw = OmegaConf.create({}) if self.path is None else self._parse(self.path)
+        #: Keys of the file itself.
+        self.own = {str(key) for key in raw}
         for override in overrides:
             self._override(raw, override, by_name)
         self.values: dict[str, Any] = OmegaConf.to_container(raw)  # type: ignore[assignment]
@@ -55,7 +54,7 @@ class SettingsFile:
     def _parse(self, path: Path) -> DictConfig:
         try:
             text = path.read_text(encoding="utf-8")
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
+            tree = compose_yaml(text)
             if tree is not None and not isinstance(tree, yaml.MappingNode):
                 raise ConfigError("the file must be a mapping of settings (`key: value` lines)", source=str(path))
             if tree is not None:
@@ -66,14 +65,15 @@ class SettingsFile:
         except yaml.MarkedYAMLError as error:
             line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
             raise ConfigError(f"{line}not valid YAML: {error.problem}", source=str(path)) from error
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"not valid YAML: {reason}", source=str(path)) from error
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError(f"not valid YAML: {first_line(error)}", source=str(path)) from error
         return config  # type: ignore[return-value]
 
     def _note_lines(self, node: yaml.Node, path: tuple[str | int, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key must be a text", problem_mark=key.start_mark)
                 self.lines[(*path, key.value)] = key.start_mark.line + 1
                 self._note_lines(value, (*path, key.value))
         elif isinstance(node, yaml.SequenceNode):
@@ -101,14 +101,28 @@ class SettingsFile:
         try:
             value = OmegaConf.from_dotlist([f"value={text}"])["value"]
             OmegaConf.update(raw, ".".join(map(str, parts)), value, merge=False, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+        except (
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            ValueError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            reason = first_line(error)
             self.faults.append(f"override {override!r}: cannot be applied ({reason})")
             return
         self.overridden.add(tuple(parts))
 
-    def fault(self, path: tuple[str | int, ...], message: str) -> None:
-        """Add a fault, with the line of the key or of the nearest enclosing key."""
+    def fault(self, path: tuple[str | int, ...], message: str, stage: str | None = None) -> None:
+        """Add a fault, with the line of the key or of the nearest enclosing key.
+
+        Args:
+            path: of the setting.
+            message: what is wrong.
+            stage: of a fault in a pipeline's defaults, one of the stages in which it shows.
+        """
         for length in range(len(path), 0, -1):
             if path[:length] in self.overridden:
                 message = f"override: {message}"
@@ -116,8 +130,10 @@ class SettingsFile:
             if path[:length] in self.lines:
                 message = f"line {self.lines[path[:length]]}: {message}"
                 break
-        if message not in self.faults:  # a fault in a pipeline's defaults shows in every stage
+        if message not in self.faults:
             self.faults.append(message)
+        if stage is not None:
+            self.stages.setdefault(message, []).append(stage)
 
     def resolve(self, values: dict[str, Any]) -> dict[str, Any]:
         """``values`` with every interpolation replaced; one that cannot be replaced is a fault and left as it is."""
@@ -137,7 +153,7 @@ class SettingsFile:
                         OmegaConf.to_container(resolved, resolve=True) if OmegaConf.is_config(resolved) else resolved
                     )
                 except OmegaConfBaseException as error:
-                    self.fault(here, f"{_dotted(here)}={value}: cannot be resolved ({str(error).splitlines()[0]})")
+                    self.fault(here, f"{_dotted(here)}={value}: cannot be resolved ({first_line(error)})")
                     out[key] = value
             return out if isinstance(raw, dict) else list(out.values())
 
@@ -146,7 +162,16 @@ class SettingsFile:
     def raise_faults(self) -> None:
         """Raise a ConfigError with all faults, if there are any."""
         if self.faults:
-            raise ConfigError(self.faults, source="command line" if self.path is None else str(self.path))
+            faults = [f"{fault}{_shown_in(self.stages.get(fault, []))}" for fault in self.faults]
+            raise ConfigError(faults, source="command line" if self.path is None else str(self.path))
+
+
+def _shown_in(stages: list[str]) -> str:
+    """`` (stages a, b)``, at most three of them; empty without any."""
+    if not stages:
+        return ""
+    more = f" and {len(stages) - 3} more" if len(stages) > 3 else ""
+    return f" (stage{'s' if len(stages) > 1 else ''} {', '.join(stages[:3])}{more})"
 
 
 def _stage_names(raw: DictConfig) -> list[str]:
@@ -159,14 +184,24 @@ def _stage_names(raw: DictConfig) -> list[str]:
 class Reader:
     """Fills one dataclass from plain values."""
 
-    def __init__(self, file: SettingsFile, stage: str | None = None) -> None:
+    def __init__(
+        self, file: SettingsFile, stage: str | None = None, left_out: Collection[tuple[str, ...]] = ()
+    ) -> None:
+        """Start with nothing read.
+
+        Args:
+            file: where values and faults come from and go to.
+            stage: name of the stage in a pipeline; None outside.
+            left_out: the pipeline's defaults that do not hold in the stage, though it has their group.
+        """
         self.file = file
         self.stage = stage
+        self.left_out = left_out
         self.bad: set[tuple[str | int, ...]] = set()
 
     def read(self, cls: type[Any], values: dict[str, Any], where: tuple[str | int, ...]) -> Any:
         """An instance of ``cls``; faults are added to the file's, and faulty settings take their defaults."""
-        self.where = where
+        self.where, self.root = where, cls
         node = OmegaConf.structured(cls)
         self._fill(node, cls, values, ())
         config = expanded(self._build(node, cls, ()), self._path_fault)
@@ -181,11 +216,20 @@ class Reader:
         """Add a fault: the name of the setting followed by ``message``."""
         self.bad.add(path)
         # In a pipeline the value may come from the defaults: then they hold more of the setting's path than the stage.
-        if self.where and self._held(("defaults",), path) > self._held(self.where, path):
-            self.file.fault(("defaults", *path), f"defaults.{_dotted(path)}{message}")
+        note, below = self._not_default(path), self._held(self.where, path)
+        if self.where and not note and self._held(("defaults",), path) > below:
+            self.file.fault(("defaults", *path), f"defaults.{_dotted(path)}{message}", stage=self.stage)
         else:
             prefix = f"stage {self.stage}: " if self.stage else ""
-            self.file.fault((*self.where, *path), f"{prefix}{_dotted(path)}{message}")
+            self.file.fault((*self.where, *path), f"{prefix}{_dotted(path)}{message}{note}")
+
+    def _not_default(self, path: tuple[str | int, ...]) -> str:
+        """The defaults beside a setting that is not given, if they are of another form."""
+        group = path[:-1]
+        names = sorted({place[len(group)] for place in self.left_out if place[: len(group)] == group != place})
+        if not group or not names or len(path) in (self._held(self.where, path), self._held(("defaults",), path)):
+            return ""
+        return f"; defaults.{_dotted(group)} is of another form here ({', '.join(names)})"
 
     def _held(self, root: tuple[str | int, ...], path: tuple[str | int, ...]) -> int:
         """How many parts of ``path`` below ``root`` are written in the file or an override."""
@@ -199,12 +243,12 @@ class Reader:
         for key, value in values.items():
             here = (*path, key)
             if key not in fields:
-                self._fault(
-                    here, f": is not a setting{nearest(str(key), fields) or '; settings: ' + ', '.join(fields)}"
-                )
+                self._fault(here, f": is not a setting{instead_of(self.root, here)}")
                 continue
             hint = hints[key]
             item = item_class(hint)
+            if isinstance(value, str) and hasattr(hint, "TEXT"):
+                value = {hint.TEXT: value}  # a plain text stands for one of the group's settings
             if dataclasses.is_dataclass(hint) and isinstance(value, dict):
                 self._fill(node[key], hint, value, here)  # type: ignore[arg-type]
             elif item is not None and isinstance(value, list):
@@ -238,7 +282,7 @@ class Reader:
                 kwargs[field.name] = "???"
                 continue
             except OmegaConfBaseException as error:
-                self._fault(here, f"={node._get_node(field.name)}: cannot be used ({str(error).splitlines()[0]})")
+                self._fault(here, f"={node._get_node(field.name)}: cannot be used ({first_line(error)})")
                 continue
             hint, item = hints[field.name], item_class(hints[field.name])
             if dataclasses.is_dataclass(hint):
@@ -255,7 +299,7 @@ class Reader:
         try:
             return OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException as error:
-            self._fault(path, f": cannot be resolved ({str(error).splitlines()[0]})")
+            self._fault(path, f": cannot be resolved ({first_line(error)})")
             return OmegaConf.to_container(value, resolve=False)
 
     def _faults(self, config: Any, path: tuple[str | int, ...]) -> None:

@@ -12,7 +12,7 @@ from nemo_minitron.config.describe import (
     plain,
     summary,
 )
-from nemo_minitron.config.reading import nearest
+from nemo_minitron.config.spelling import nearest
 from nemo_minitron.config.stages import STAGES
 from nemo_minitron.errors import ConfigError
 

@@ -112,6 +112,25 @@ class Blocks:
             return len(self) * self.sequence_length
         return sum(int(counted.sum()) for _, part in self._parts() if (counted := part.counted()) is not None)
 
+    def uncounted(self) -> dict[str, int]:
+        """Why labels do not count, and how many: ``filling`` of blocks, ``beginnings`` of documents, which no token of
+        their document comes before, and labels that are ``masked``. Reasons of no label are left out.
+        """
+        from nemo_minitron.runtime.masks import FILLING, counted_labels
+
+        reasons = {"filling": 0, "beginnings": 0, "masked": 0}
+        for _, part in self._parts():
+            counted = None
+            if part.segments is not None:
+                filling = part.segments[:, 1:] == FILLING
+                counted = counted_labels(part.segments)
+                reasons["filling"] += int(filling.sum())
+                reasons["beginnings"] += int((~counted & ~filling).sum())
+            if part.loss_mask is not None:
+                masked = ~part.loss_mask if counted is None else ~part.loss_mask & counted
+                reasons["masked"] += int(masked.sum())
+        return {reason: number for reason, number in reasons.items() if number}
+
     def text(self) -> torch.Tensor:
         """``[m]`` int64: the tokens of all inputs, without padding."""
         inputs = self.tokens[:, :-1]

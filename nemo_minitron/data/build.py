@@ -32,6 +32,7 @@ from nemo_minitron.data.streams import TokenStream, source_state, titles_of, tok
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_files_digest
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs import skipped
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.files import read_json_lines
 from nemo_minitron.runtime.masks import FILLING
@@ -401,7 +402,7 @@ def _read(folder: Path) -> tuple[Blocks, tuple[int, int]] | None:
     if not folder.is_dir():
         return None
     try:
-        content = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
+        content = parse_json((folder / _CONTENT).read_text(encoding="utf-8"))
         # Copy on write: whoever changes a block changes no file.
         arrays = {
             name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))

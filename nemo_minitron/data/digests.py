@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["KEPT_BYTES", "file_digest"]
@@ -42,7 +43,7 @@ def file_digest(path: Path, cache_dir: str | Path) -> str:
 def _read(kept: Path) -> dict[str, list[object]]:
     """The cached digests; none where the file is missing or damaged."""
     try:
-        digests = json.loads(kept.read_text(encoding="utf-8"))
+        digests = parse_json(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     good = isinstance(digests, dict) and all(isinstance(entry, list) and len(entry) == 3 for entry in digests.values())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from nemo_minitron.errors import DataError
+from nemo_minitron.parsing import parse_json
 
 __all__ = ["Record", "decoded", "items", "lines", "text_lines"]
 
@@ -39,11 +40,9 @@ class Record(NamedTuple):
 def decoded(place: str, text: str) -> Record:
     """A text as JSON."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         return Record(place, text, f"not JSON ({error.msg} at column {error.colno})")
-    except RecursionError:
-        return Record(place, text, "not JSON (nested too deeply)")
     except ValueError as error:  # a number of thousands of digits
         return Record(place, text, f"not JSON ({error})")
     return Record(place, value, _half(text, value))

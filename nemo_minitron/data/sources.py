@@ -25,6 +25,7 @@ from nemo_minitron.data.readers import SECTION_CHARACTERS, Document, documents_o
 from nemo_minitron.data.records import Records, open_records
 from nemo_minitron.data.tables import open_dataset
 from nemo_minitron.errors import DataError
+from nemo_minitron.parsing import parse_json
 
 __all__ = [
     "PACKAGE_TEXTS",
@@ -177,8 +178,12 @@ def _harvest(kind: str, documents: Callable[[], Iterator[tuple[str, str]]]) -> C
                 aside.replace(cached)
             finally:
                 aside.unlink(missing_ok=True)
-        for _, line in lines_of(cached):
-            yield Document(**json.loads(line))
+        for number, line in lines_of(cached):
+            try:
+                document = Document(**parse_json(line))
+            except (ValueError, TypeError):
+                raise DataError(f"{cached}, line {number}: is damaged; remove the file, and it is made again") from None
+            yield document
 
     return read
 

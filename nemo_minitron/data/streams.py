@@ -34,6 +34,7 @@ from nemo_minitron.data.tables import open_dataset
 from nemo_minitron.data.tokenizer import tokenizer_files_digest
 from nemo_minitron.errors import DataError
 from nemo_minitron.jobs import skipped
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.files import read_json_lines
 from nemo_minitron.runtime.progress import progress_bar
@@ -145,7 +146,7 @@ class _Kept:
         from safetensors import safe_open
 
         with safe_open(folder / "documents.safetensors", framework="np") as file:
-            sums = json.loads(file.metadata()["checksums"])
+            sums = parse_json(file.metadata()["checksums"])
             table = DocumentTable(*(file.get_tensor(name) for name in DocumentTable._fields))
         arrays = {}
         for name, dtype in (("tokens.bin", np.int32), ("answers.bin", np.uint8)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.data.json_records import Record
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -105,7 +105,7 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         # a damaged name of a column is a ValueError; a page that is cut off gives an error without a number
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-        raise DataError(f"{path}: not a readable {what} ({str(error).splitlines()[0]}); write it anew") from None
+        raise DataError(f"{path}: not a readable {what} ({first_line(error)}); write it anew") from None
 
 
 def _records(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[Record]:
@@ -172,7 +172,7 @@ def open_dataset(name: str, split: str | None, files: list[Path]) -> datasets.Da
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of its own, pyarrow's, OSError and ValueError
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(
             f"dataset {name!r}: cannot be opened ({reason}); give a directory that save_to_disk wrote, .arrow files, "
             "or a name on the hub and dataset_split"
@@ -216,4 +216,4 @@ def dataset_rows(name: str, dataset: datasets.Dataset, columns: Sequence[str] | 
         # As Arrow: features that decode images and sound would open them.
         yield from _records(dataset.with_format("arrow").iter(ROWS))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"dataset {name!r}: cannot be read ({str(error).splitlines()[0]}); write it anew") from None
+        raise DataError(f"dataset {name!r}: cannot be read ({first_line(error)}); write it anew") from None

@@ -135,7 +135,7 @@ def _learning(correction: CorrectionConfig, schedule: Schedule) -> dict[str, Any
     return {
         "optimizer": optimizer_config(own),
         "min_lr": own.min_lr,
-        "warmup_steps": own.warmup_steps,
+        "warmup_steps": own.warmup(),
         "steps": own.steps,
     }
 

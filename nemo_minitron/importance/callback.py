@@ -20,6 +20,7 @@ from nemo_minitron.importance.aggregation import Criterion
 from nemo_minitron.importance.hooks import ActivationRecorder
 from nemo_minitron.importance.score import collect
 from nemo_minitron.importance.scores import Scores, save_criteria
+from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.groups import ParallelLayout, current
 from nemo_minitron.runtime.model import shape_of
@@ -62,6 +63,7 @@ class ScoreDuringValidation(pl.Callback):
             ConfigError: for no criteria.
         """
         super().__init__()
+        cpu.ensure()  # NeMo builds the model before it validates
         if not criteria:
             raise ConfigError("criteria: none is given; give at least one pair of aggregations, as ('mean', 'l2')")
         self.output = Path(output)

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, ShapeError
 from nemo_minitron.importance.candidates import Candidate
 from nemo_minitron.importance.subject import check_subject
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.journal import Codec, Journal
 from nemo_minitron.shape import ModelShape
@@ -132,7 +133,7 @@ class DepthScores:
         """
         path = Path(directory) / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise CheckpointError(

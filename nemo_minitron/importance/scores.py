@@ -15,6 +15,7 @@ from nemo_minitron.axes import parameters
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
 from nemo_minitron.importance.subject import check_subject
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.shape import ModelShape, require_uniform
 
@@ -186,7 +187,7 @@ def _sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def _read_meta(file: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = parse_json(file.read_text(encoding="utf-8"))
         version = meta.pop("format_version")
     except FileNotFoundError:
         raise CheckpointError(

@@ -12,12 +12,14 @@ from typing import Any
 from nemo_minitron.jobs import skipped
 from nemo_minitron.runtime.files import is_earlier
 
-__all__ = ["SMALL", "contents_of", "damaged", "missing"]
+__all__ = ["SMALL", "contents_of", "damaged", "is_incidental", "missing"]
 
 #: Directories of training state and logs: deleting them to free space loses no result.
 _PASSING = ("checkpoints", "log", "logs", "previous", "tensorboard")
 #: Files that users may edit or remove, and those that this suite writes into a finished output.
 _FREE = ("README.md", "record.json", skipped.FILE_NAME)
+#: Files that differ between two runs that give the same result: times, versions, paths and random numbers are in them.
+_INCIDENTAL = ("metrics.jsonl", "minitron.json", ".metadata")
 _BLOCK = 1 << 20
 #: Bytes up to which the content of an input's file is checked before a stage starts: tables, scores, tokenizers. The
 #: chunks of weights have checksums of their own, which are checked as they are read.
@@ -36,6 +38,17 @@ def contents_of(output: Path) -> dict[str, dict[str, Any]]:
         _name(output, file): {"size": file.stat().st_size, "sha256": sha}
         for file, sha in zip(files, hashes, strict=True)
     }
+
+
+def is_incidental(name: str) -> bool:
+    """Whether a file of an output says more of the run than of its result.
+
+    NeMo's descriptions name the run's directories and bear random names; a training's best state is kept beside its
+    result.
+    """
+    parts = name.split("/")
+    described = "context" in parts and "nemo_tokenizer" not in parts
+    return parts[-1] in _INCIDENTAL or described or parts[0] == "best"
 
 
 def missing(output: Path, contents: Mapping[str, Mapping[str, Any]]) -> list[str]:

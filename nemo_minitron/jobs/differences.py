@@ -22,15 +22,22 @@ def differences(
     Returns:
         A line for each setting and input that differs, by its name. Empty if ``before`` is None.
     """
-    if before is None or before["hash"] == present["hash"]:
+    if before is None:
         return {}
+    if before["hash"] == present["hash"]:
+        then, now = before.get("contents", {}), present.get("contents", {})
+        return {
+            name: f"{name}: {present['parents'][name]['path']} was made again, and differs"
+            for name in now
+            if then.get(name, now[name]) != now[name]
+        }
     if before["stage"] != present["stage"]:
         return {"stage": f"stage: {before['stage']} then, {present['stage']} now"}
-    then, now = _flat(_filled(before["settings"], defaults)), _flat(present["settings"])
+    old, new = _flat(_filled(before["settings"], defaults)), _flat(present["settings"])
     changes = {
-        key: f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted({*then, *now})
-        if not _same(then.get(key), now.get(key))
+        key: f"{key}: {old.get(key)} then, {new.get(key)} now"
+        for key in sorted({*old, *new})
+        if not _same(old.get(key), new.get(key))
     }
     for name, parent in present["parents"].items():
         known = before["parents"].get(name)

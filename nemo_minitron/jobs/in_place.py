@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import yaml
 
 from nemo_minitron.config import StageConfig, load
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs import slurm_environment
 from nemo_minitron.jobs.atomic import check_output
+from nemo_minitron.jobs.dry_run import check_stage_space
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.output import Output
@@ -99,11 +100,12 @@ def _prepared(config: StageConfig) -> Iterator[Output]:
                     check_output(output.path, output.config.overwrite)
                 output.check_resumable()
                 output.check_inputs()
+                check_stage_space(output)
                 replaced.enter_context(output.replacing())
                 output.begin()
-            except ConfigError as error:
+            except MinitronError as error:
                 if store is not None:
-                    store.set(key, json.dumps({"refused": error.faults}))
+                    store.set(key, json.dumps({"refused": getattr(error, "faults", [str(error)])}))
                 raise
             if store is not None:
                 store.set(key, json.dumps({"overwrite": output.config.overwrite}))

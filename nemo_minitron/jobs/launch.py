@@ -226,6 +226,7 @@ def launch(
             if process.poll() is None:
                 _end(process)
             tail.step()
+            _log_failures(folder)
     if timed_out:
         raise MinitronError(
             f"stopped after {timeout_minutes:g} minutes (runtime.timeout_minutes); raise the limit or set it to null. "
@@ -320,6 +321,14 @@ def _wait(
         elif len(results) == world_size:
             deadline = now + 6 * GRACE
     return False
+
+
+def _log_failures(folder: Path) -> None:
+    """Add to the log of each failed rank why it failed. Ranks do not, since the terminal shows the log of rank 0."""
+    for result in read_results(folder):
+        if result.status != "done":
+            with contextlib.suppress(OSError), (folder / f"rank-{result.rank}.log").open("a") as log:
+                log.write(f"{result.status}: {result.message}\n")
 
 
 def _end(process: Processes) -> None:

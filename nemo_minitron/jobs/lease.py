@@ -30,8 +30,9 @@ import psutil
 
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs.launch import is_alive
+from nemo_minitron.parsing import parse_json
 
-__all__ = ["Holder", "Lease", "check_held", "leased", "release_all"]
+__all__ = ["Holder", "Lease", "check_held", "holder_of", "leased", "release_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,23 @@ def check_held(path: Path) -> None:
         held.check()
 
 
+def holder_of(path: Path) -> tuple[Holder, bool] | None:
+    """Who holds the lease at ``path``, and whether it still runs; None where nobody does. Nothing is written.
+
+    Of a holder on another host only its last renewal is seen, by the clock of this host.
+    """
+    try:
+        held = _read(path)
+    except OSError:
+        return None
+    if held is None or held[0] is None:
+        return None
+    holder, changed = held
+    if holder.place == _place():
+        return holder, is_alive(holder.pid, holder.born)
+    return holder, time.time() - changed <= EXPIRES
+
+
 def release_all() -> None:
     """Release what this process holds, before it ends without leaving its blocks (``os._exit``)."""
     for lease in _held.values():
@@ -270,7 +288,7 @@ def _read(path: Path) -> tuple[Holder | None, float] | None:
     try:
         with path.open("rb") as file:
             changed = os.fstat(file.fileno()).st_mtime
-            content: Any = json.loads(file.read())
+            content: Any = parse_json(file.read())
         return Holder(**content), changed
     except FileNotFoundError:
         return None

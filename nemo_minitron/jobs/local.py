@@ -10,6 +10,8 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.atomic import check_output
+from nemo_minitron.jobs.dry_run import check_stage_space, work_of
+from nemo_minitron.jobs.failures import noting_failure
 from nemo_minitron.jobs.launch import Starter, launch
 from nemo_minitron.jobs.modules import reference_of
 from nemo_minitron.jobs.needs import check_needs
@@ -48,7 +50,7 @@ def run_output(output: Output, on_output: Callable[[bytes], None] | None = None)
         MinitronError: if the stage refused its settings or inputs.
         StageCrashError: if it crashed.
     """
-    with output.leased():
+    with output.leased(), noting_failure(output.folder):
         return _run_leased(output, on_output)
 
 
@@ -59,6 +61,7 @@ def _run_leased(output: Output, on_output: Callable[[bytes], None] | None) -> di
         check_output(config.output, config.overwrite)
     output.check_resumable()
     output.check_inputs()
+    check_stage_space(output)
     check_needs([config])
     output.write_settings()
     started, clock = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
@@ -92,5 +95,7 @@ def record_job(output: Output, results: Sequence[RankResult], *, started: str, s
         results[0].metrics,
         seconds,
         peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        peak_gpu_bytes=[result.peak_gpu_bytes for result in results],
         started=started,
+        work=work_of(output.config),
     )

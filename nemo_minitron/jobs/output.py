@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,12 @@ from nemo_minitron.jobs.lease import check_held, leased
 from nemo_minitron.jobs.records import (
     hashed_settings,
     identity_of,
-    owner_of,
     read_record,
     record_path,
+    recorded,
     write_record,
 )
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import clear_leftovers
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
@@ -104,8 +105,8 @@ class Output:
     def started_identity(self) -> dict[str, Any] | None:
         """The identity of the run that was started last; None if unknown."""
         try:
-            started = json.loads((self.folder / _STARTED).read_text())
-        except (OSError, json.JSONDecodeError):
+            started = parse_json((self.folder / _STARTED).read_text())
+        except (OSError, ValueError):
             return None
         known = isinstance(started, dict) and {"stage", "hash", "settings", "parents"} <= started.keys()
         return started if known else None
@@ -132,6 +133,14 @@ class Output:
             return ("damaged", faults) if faults else ("done", [])
         changes = self._changes_since(self.started_identity()) if self.resumable else {}
         return ("begun", list(changes.values())) if changes else ("unfinished", [])
+
+    def is_stale(self) -> bool:
+        """Whether the output was made with these settings, but from an input that was made again since and differs.
+
+        So it is where an input was lost or damaged. There is nothing to archive: the same command made it.
+        """
+        made = self.record() or self.started_identity()
+        return made is not None and self.path.exists() and made["hash"] == self.hash and bool(self._changes_since(made))
 
     def resume_faults(self) -> list[str]:
         """Why a training may not resume the output: it was started with other settings.
@@ -171,10 +180,9 @@ class Output:
         faults = []
         for setting, path in self.config.inputs().items():
             place = Path(path).absolute()
-            owner = owner_of(place)
-            record = read_record(owner) if owner else None
-            if owner is None or record is None:
+            if (owned := recorded(place)) is None:
                 continue
+            owner, record = owned
             files = {
                 name: entry for name, entry in record.get("files", {}).items() if (owner / name).is_relative_to(place)
             }
@@ -197,7 +205,8 @@ class Output:
 
     def is_archived(self) -> bool:
         """Whether the archive has an output of the same settings and inputs."""
-        return _holds(_archive(self.path, self.hash), self.hash)
+        place = _archive(self.path, self.hash)
+        return _holds(place, self.hash) and not self._changes_since(read_record(place))
 
     def archive(self) -> Path | None:
         """Move the output into the archive. One rank calls it, before the stage starts.
@@ -281,6 +290,8 @@ class Output:
             The output to make; None if it is done.
         """
         state, _ = self.state()
+        if state != "done" and self.is_stale():
+            return self.replaced_by(overwrite=True)
         if state == "done" or self.restore():
             return None
         changed = state in ("changed", "begun")
@@ -347,7 +358,9 @@ class Output:
         seconds: float,
         *,
         peak_rss_bytes: int | None = None,
+        peak_gpu_bytes: Sequence[int] | None = None,
         started: str | None = None,
+        work: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         """Write the record, which marks the output complete; see :func:`~nemo_minitron.jobs.records.write_record`.
 
@@ -356,7 +369,14 @@ class Output:
         """
         check_held(self._lease)
         return write_record(
-            self.config, self.identity, metrics, seconds, peak_rss_bytes=peak_rss_bytes, started=started
+            self.config,
+            self.identity,
+            metrics,
+            seconds,
+            peak_rss_bytes=peak_rss_bytes,
+            peak_gpu_bytes=peak_gpu_bytes,
+            started=started,
+            work=work,
         )
 
 

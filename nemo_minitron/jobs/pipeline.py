@@ -7,21 +7,20 @@ a change of settings, only the stages that depend on them run again.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_minitron.config import PipelineConfig, StageConfig
+from nemo_minitron.jobs.dry_run import check_pipeline_space
 from nemo_minitron.jobs.lease import leased
 from nemo_minitron.jobs.local import run_output
+from nemo_minitron.jobs.manifest import check_manifest, write_manifest
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.warm import warm_pool
-from nemo_minitron.runtime.files import replace_file
 
-__all__ = ["Display", "StageLine", "run_pipeline", "write_manifest"]
+__all__ = ["Display", "StageLine", "run_pipeline"]
 
 
 class StageLine(Protocol):
@@ -74,15 +73,20 @@ def run_pipeline(
         The stages' records.
 
     Raises:
-        ConfigError: if another run uses the directory.
+        ConfigError: if another run uses the directory, or another program's ``pipeline.json`` is in it.
+        DiskError: if the stages that are not done cannot fit on the disk; nothing is started.
         MissingDependency: if a stage that is not done needs a package that is not installed; nothing is started.
         MinitronError, StageCrashError: the failure of a stage, with its name; later stages are not started.
     """
     check_needs(config for config in stages if Output(config).state()[0] != "done")
     folder = Path(pipeline.output)
+    damage = check_manifest(folder)
+    check_pipeline_space(stages)
     folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if all(config.runtime.device == "cpu" for config in stages) else "auto"
     with leased(folder / ".lease", str(folder), "minitron run"), warm_pool(device):
+        if damage is not None:
+            display.note(f"{damage}; it is written anew")
         write_manifest(folder, pipeline, stages)
         records, skipped = [], set()
         remade: list[Path] = []  # outputs whose content is no longer what later stages were made from
@@ -96,10 +100,12 @@ def run_pipeline(
                 records.append(record)
                 continue
             with output.leased():
-                state, reasons = output.state()
+                (state, reasons), again = output.state(), output.is_stale()
                 damaged = output.record() if state == "damaged" else None
                 todo = output.replaced_by(overwrite=True) if stale else output.prepare(overwrite=overwrite)
-                if state in ("changed", "begun"):
+                if state in ("changed", "begun") and again:
+                    display.note(f"{config.name}: made again, as {'; '.join(reasons)}")
+                elif state in ("changed", "begun"):
                     what = "comes back from" if todo is None else "made again for"
                     display.note(f"{config.name}: {what} other settings ({'; '.join(reasons)})")
                 elif state == "damaged":
@@ -121,16 +127,6 @@ def _reads(config: StageConfig, outputs: Sequence[Path]) -> bool:
     """Whether a stage reads one of these outputs, a part of it, or a directory that holds it."""
     inputs = [Path(path).absolute() for path in config.inputs().values()]
     return any(path.is_relative_to(output) or output.is_relative_to(path) for path in inputs for output in outputs)
-
-
-def write_manifest(folder: Path, pipeline: PipelineConfig, stages: list[StageConfig]) -> None:
-    """``pipeline.json``: the stages in order and where each writes; reports and ``minitron status`` read it."""
-    manifest = {
-        "name": pipeline.name,
-        "stages": [{"name": s.name, "stage": s.STAGE, "output": s.output} for s in stages],
-        "configs": {s.name: dataclasses.asdict(s) for s in stages},
-    }
-    replace_file(folder / "pipeline.json", json.dumps(manifest, indent=2, default=str) + "\n")
 
 
 def _run(output: Output, line: StageLine) -> dict[str, Any]:

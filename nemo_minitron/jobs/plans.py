@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_minitron.config.hub import download_hint
+from nemo_minitron.config.hub import dataset_hint, download_hint
+from nemo_minitron.jobs.expected import ExpectedModel
 
-__all__ = ["PlannedPath", "StagePlan", "human_bytes", "human_count"]
+__all__ = ["DiskNeed", "PlannedPath", "StagePlan", "human_bytes", "human_count"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class PlannedPath:
         """Whether it exists now."""
         return Path(self.path).exists()
 
-    def comes_from(self, produced: set[str]) -> bool:
+    def comes_from(self, produced: Collection[str]) -> bool:
         """Whether it is, is below, or contains one of the paths that earlier stages write."""
         own = Path(self.path).absolute()
         made = [Path(path).absolute() for path in produced]
@@ -35,6 +37,35 @@ class PlannedPath:
         return path.stat().st_size if path.exists() else None
 
 
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that a stage writes.
+
+    Attributes:
+        what: they are ("training states").
+        path: that they are written to, or beside.
+        bytes: expected at most at one time.
+        stay: how many of them stay when the stage has ended; None for all.
+        least: what they are in any case, for the check before the stage starts; None for ``bytes``.
+    """
+
+    what: str
+    path: str
+    bytes: float
+    stay: float | None = None
+    least: float | None = None
+
+    @property
+    def staying(self) -> float:
+        """Bytes that are left when the stage has ended."""
+        return self.bytes if self.stay is None else self.stay
+
+    @property
+    def certain(self) -> float:
+        """Bytes that are written in any case."""
+        return self.bytes if self.least is None else self.least
+
+
 @dataclass
 class StagePlan:
     """What a stage would read, write and cost.
@@ -46,6 +77,9 @@ class StagePlan:
         costs: rows of the table, name -> formatted value ("parameters" -> "134.5 M", "tokens", "FLOPs", "memory", ...).
         notes: one-line remarks.
         faults: reasons why the stage would fail, one line each.
+        makes: the models that it writes, by path; None for sizes that are known only when the stage has run.
+        disk: what it writes; empty where that is not known. Files of a few kilobytes are left out.
+        flops: operations of its models; None where that is not known, or there are none.
     """
 
     stage: str
@@ -54,11 +88,15 @@ class StagePlan:
     costs: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    makes: dict[str, ExpectedModel | None] = field(default_factory=dict)
+    disk: list[DiskNeed] = field(default_factory=list)
+    flops: float | None = None
 
-    def missing_reads(self, produced: set[str]) -> list[str]:
+    def missing_reads(self, produced: Collection[str]) -> list[str]:
         """Faults for inputs that do not exist and are not among the ``produced`` paths of earlier stages."""
         return [
-            f"{item.what}: {item.path} does not exist{download_hint(item.path)}"
+            f"{item.what}: {item.path} does not exist"
+            f"{dataset_hint(item.path) if item.what.startswith('text') else download_hint(item.path)}"
             for item in self.reads
             if not item.exists() and not item.comes_from(produced)
         ]

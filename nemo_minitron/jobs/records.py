@@ -5,14 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.jobs.contents import contents_of
+from nemo_minitron.jobs.contents import contents_of, is_incidental
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
-__all__ = ["hashed_settings", "identity_of", "owner_of", "parents", "read_record", "record_path", "write_record"]
+__all__ = [
+    "hashed_settings",
+    "identity_of",
+    "owner_of",
+    "parents",
+    "read_record",
+    "record_path",
+    "recorded",
+    "write_record",
+]
 
 
 RECORD_VERSION = 1
@@ -31,17 +43,38 @@ def record_path(output: str | Path) -> Path:
 def read_record(output: str | Path) -> dict[str, Any] | None:
     """The record of an output; None if there is no complete record."""
     try:
-        record = json.loads(record_path(output).read_text())
+        record = parse_json(record_path(output).read_text())
     except (OSError, ValueError):
         return None
-    whole = isinstance(record, dict) and record.get("version") == RECORD_VERSION and record.keys() >= _KEYS
-    return record if whole else None
+    return record if _is_whole(record) else None
+
+
+def _is_whole(record: Any) -> bool:
+    """Whether a record has what its readers ask for."""
+    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION or not record.keys() >= _KEYS:
+        return False
+    files = record.get("files", {})
+    return (
+        all(isinstance(record[key], dict) for key in ("config", "settings", "parents", "metrics"))
+        and all(isinstance(record[key], str) for key in ("stage", "hash"))
+        and isinstance(record["seconds"], int | float)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in files.values())
+        and all(isinstance(parent, dict) and parent.keys() >= {"path", "hash"} for parent in record["parents"].values())
+    )
 
 
 def owner_of(path: Path) -> Path | None:
     """The recorded output that ``path`` is, or lies in; None if it is of no such output."""
+    owned = recorded(path)
+    return None if owned is None else owned[0]
+
+
+def recorded(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """:func:`owner_of` and its record."""
     path = path.absolute()
-    return next((place for place in (path, *path.parents) if read_record(place) is not None), None)
+    read = ((place, read_record(place)) for place in (path, *path.parents))
+    return next(((place, record) for place, record in read if record is not None), None)
 
 
 def write_record(
@@ -51,7 +84,9 @@ def write_record(
     seconds: float,
     *,
     peak_rss_bytes: int | None = None,
+    peak_gpu_bytes: Sequence[int] | None = None,
     started: str | None = None,
+    work: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write the record of an output, which marks the output as complete.
 
@@ -61,22 +96,29 @@ def write_record(
         metrics: JSON values that the stage's ``run`` returned.
         seconds: wall time.
         peak_rss_bytes: largest resident size of any of its processes.
+        peak_gpu_bytes: of each process, the most that its tensors took of its GPU, 0 if it used none; None if that is
+            not known, as of a stage whose work other processes do.
         started: ISO time.
+        work: operations and bytes that it took, for estimates.
 
     Returns:
-        The record: ``version, stage, name, hash, config, settings, parents, metrics, files, started, seconds,
-        peak_rss_bytes, versions``. Records of earlier releases have no ``files``.
+        The record: ``version, stage, name, hash, config, settings, parents, contents, metrics, files, started, seconds,
+        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions``. Records of earlier releases have no
+        ``contents, files, host, work, ranks, gpus, peak_gpu_bytes``.
     """
     record = {
         "version": RECORD_VERSION,
         **identity,
         "name": config.name or config.STAGE,
-        "config": dataclasses.asdict(config),
+        "config": _stated(config),
         "metrics": metrics,
         "files": {} if config.REPEATS else contents_of(Path(config.output)),
         "started": started,
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
+        "host": socket.gethostname(),
+        "work": work or {},
+        **_devices(config, peak_gpu_bytes),
         "versions": _versions(),
     }
     path = record_path(config.output)
@@ -91,7 +133,8 @@ def identity_of(config: StageConfig) -> dict[str, Any]:
     It does not depend on the paths of inputs and output, so that a moved run directory stays valid.
 
     Returns:
-        ``stage, hash, settings, parents``, as records keep them.
+        ``stage, hash, settings, parents, contents``, as records keep them. The hash says how each input was made; the
+        contents, which are not part of it, say what came of that, by the names of the inputs whose record knows it.
     """
     settings, inputs = hashed_settings(config), parents(config)
     hashes = {name: parent["hash"] for name, parent in inputs.items()}
@@ -100,6 +143,7 @@ def identity_of(config: StageConfig) -> dict[str, Any]:
         "hash": _digest([config.STAGE, settings, hashes]),
         "settings": settings,
         "parents": inputs,
+        "contents": _contents(config),
     }
 
 
@@ -122,11 +166,15 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
 
 
 def _settings(value: Any) -> Any:
-    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults."""
+    """As ``dataclasses.asdict``, without the settings that were added later (``ADDED``) and are at their defaults.
+
+    A setting that is left to the suite has the value that the suite takes (``settled()``).
+    """
     if dataclasses.is_dataclass(value):
         added = getattr(value, "ADDED", ())
+        settled = value.settled() if hasattr(value, "settled") else {}
         return {
-            field.name: _settings(getattr(value, field.name))
+            field.name: _settings(settled.get(field.name, getattr(value, field.name)))
             for field in dataclasses.fields(value)
             if not (field.name in added and getattr(value, field.name) == field.default)
         }
@@ -135,6 +183,17 @@ def _settings(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _settings(entry) for key, entry in value.items()}
     return value
+
+
+def _stated(value: Any) -> Any:
+    """As ``dataclasses.asdict``, with the values that the suite takes for settings that are left to it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        settled = value.settled() if hasattr(value, "settled") else {}
+        fields = (field.name for field in dataclasses.fields(value))
+        return {name: _stated(settled.get(name, getattr(value, name))) for name in fields}
+    if isinstance(value, list | tuple):
+        return type(value)(_stated(entry) for entry in value)
+    return dict(value) if isinstance(value, dict) else value
 
 
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:
@@ -165,8 +224,35 @@ def _identity(path: Path, excluding: Path) -> str:
     return _digest([path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None)
 
 
+def _contents(config: StageConfig) -> dict[str, str]:
+    """For each input whose record names its files: a hash of their hashes."""
+    hashes = {}
+    for name, given in config.inputs().items():
+        path = Path(given).absolute()
+        if (owned := recorded(path)) is None:
+            continue
+        owner, record = owned
+        files = {
+            file: entry["sha256"]
+            for file, entry in record.get("files", {}).items()
+            if (owner / file).is_relative_to(path) and not is_incidental(file)
+        }
+        if files:
+            hashes[name] = _digest(files)
+    return hashes
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _devices(config: StageConfig, peak_gpu_bytes: Sequence[int] | None) -> dict[str, Any]:
+    """Processes that ran at once, how many of them used a GPU, and the most that one took of its memory."""
+    leads = config.RUNS_CHILD_STAGES or type(config).started is not StageConfig.started
+    if peak_gpu_bytes is None or leads:
+        return {"ranks": config.started, "gpus": None, "peak_gpu_bytes": None}
+    gpus = sum(size > 0 for size in peak_gpu_bytes)
+    return {"ranks": len(peak_gpu_bytes), "gpus": gpus, "peak_gpu_bytes": max(peak_gpu_bytes) if gpus else None}
 
 
 def _versions() -> dict[str, str]:

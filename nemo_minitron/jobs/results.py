@@ -50,6 +50,7 @@ class RankResult:
         status: "done", "refused" (a :class:`MinitronError`) or "crashed".
         seconds: from :func:`attach` to the end.
         peak_rss_bytes: its largest resident size.
+        peak_gpu_bytes: the most that its tensors took of its GPU; 0 if it used none.
         error: class name of the exception.
         message: of the exception; of a crash the traceback.
         metrics: what the job returned (JSON values).
@@ -60,6 +61,7 @@ class RankResult:
     status: str
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    peak_gpu_bytes: int = 0
     error: str = ""
     message: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -138,9 +140,12 @@ def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, 
             f"{crash.message}\nRank {crash.rank} of {world_size} crashed. Log: {folder}/rank-{crash.rank}.log"
         )
     rank, code = first if first is not None and first[0] in silent else (silent[0], code)
+    log = folder / f"rank-{rank}.log"
+    if code == MinitronError.exit_code:  # as where a quota is used up: the disk has room, but not for this user
+        said = _last_refusal(log) or f"{folder}: takes no more files or bytes; look at the quota and at ulimit -f"
+        raise MinitronError(f"{said} (rank {rank} of {world_size} could not write its result. Log: {log})")
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     hint = "; a process that needs more memory than the machine has ends so" if code == -signal.SIGKILL else ""
-    log = folder / f"rank-{rank}.log"
     raise StageCrashError(
         f"{_last_lines(log, folder / 'launcher.log')}"
         f"Rank {rank} of {world_size} ended without a result ({how}{hint}). Log: {log}"
@@ -154,6 +159,13 @@ def _first_failure(folder: Path) -> tuple[int, int] | None:
         if match := pattern.search(path.read_text(errors="replace")):
             return int(match[1]), int(match[2])
     return None
+
+
+def _last_refusal(log: Path) -> str | None:
+    """What a rank logged last as the reason of its end; None if it is not in one line, or not there."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    match = re.search(r" ERROR nemo_minitron: (.+)$", lines[-1]) if lines else None
+    return match[1] if match else None
 
 
 def _last_lines(*paths: Path, count: int = 15) -> str:

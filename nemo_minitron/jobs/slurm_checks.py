@@ -6,16 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_minitron.config import SlurmConfig, StageConfig
-from nemo_minitron.config.paths import paths_of, read_paths
+from nemo_minitron.config.paths import paths_of
 from nemo_minitron.jobs.dry_run import plan_faults
-from nemo_minitron.jobs.plans import PlannedPath
 
-__all__ = ["depends_on", "input_faults", "mount_faults"]
-
-
-def depends_on(config: StageConfig, other: StageConfig) -> bool:
-    """Whether a stage reads an output of another."""
-    return any(PlannedPath(path, "").comes_from({other.output}) for path in read_paths(config).values())
+__all__ = ["input_faults", "mount_faults"]
 
 
 def mount_faults(configs: Sequence[StageConfig], slurm: SlurmConfig) -> list[str]:

@@ -19,6 +19,8 @@ from pathlib import Path
 from nemo_minitron.config import load
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import slurm_environment
+from nemo_minitron.jobs.dry_run import check_stage_space
+from nemo_minitron.jobs.failures import forget_failure
 from nemo_minitron.jobs.launch import FOLDER_VARIABLE, clear_folder
 from nemo_minitron.jobs.local import record_job
 from nemo_minitron.jobs.output import Output
@@ -77,6 +79,7 @@ def _prepare(output: Output, folder: Path, overwrite: bool, held: contextlib.Exi
         todo = output.prepare(overwrite=overwrite)
         if todo is not None:
             todo.check_inputs()
+            check_stage_space(todo)
             held.enter_context(todo.replacing())
             if not todo.resumable:  # one that resumes begins with nothing, and goes on if requeued
                 todo.write_settings(folder)
@@ -86,6 +89,7 @@ def _prepare(output: Output, folder: Path, overwrite: bool, held: contextlib.Exi
     if todo is None:
         return "done before"
     clear_folder(folder)
+    forget_failure(folder)
     todo.begin()
     return "run"
 

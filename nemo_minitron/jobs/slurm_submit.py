@@ -23,9 +23,10 @@ from rich.console import Console
 from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
 from nemo_minitron.config.paths import absolute
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.jobs.dry_run import depends_on, pipeline_space_faults
+from nemo_minitron.jobs.manifest import check_manifest, write_jobs, write_manifest
 from nemo_minitron.jobs.output import Output
-from nemo_minitron.jobs.pipeline import write_manifest
-from nemo_minitron.jobs.slurm_checks import depends_on, input_faults, mount_faults
+from nemo_minitron.jobs.slurm_checks import input_faults, mount_faults
 from nemo_minitron.runtime.cpu.quiet import quiet
 from nemo_minitron.runtime.environment import ORDERED_KERNELS, ordered_kernels
 
@@ -121,12 +122,13 @@ def submit(
         The Slurm job of each submitted stage, by name; under ``dry_run`` its script.
 
     Raises:
-        ConfigError: see :func:`jobs_of`; for inputs that are missing, and paths that the container does not show (under
-            ``dry_run`` after the scripts are printed).
+        ConfigError: see :func:`jobs_of`; for inputs that are missing, paths that the container does not show, and
+            outputs that cannot fit on the disk (under ``dry_run`` after the scripts are printed).
         MinitronError: if Slurm refuses a job.
     """
     pipeline = dataclasses.replace(pipeline, output=str(Path(pipeline.output).absolute()))
     stages, slurm = [absolute(config) for config in stages], absolute(slurm)
+    check_manifest(Path(pipeline.output))
     jobs = jobs_of(stages, slurm, overwrite=overwrite)
     if not jobs:
         console.print("every stage is done: there is nothing to submit")
@@ -134,6 +136,8 @@ def submit(
     home = Path(slurm.job_dir or Path(pipeline.output) / "jobs")
     todo = [job.config for job in jobs]
     faults = [*mount_faults(todo, slurm), *input_faults(stages, todo)]
+    if slurm.host is None:  # the file systems of another host are not seen from here
+        faults += pipeline_space_faults(stages)
     if faults and not dry_run:
         raise ConfigError(faults)
     for warning in time_warnings(stages, todo, slurm) if time_warnings is not None else []:
@@ -154,6 +158,7 @@ def submit(
     for job in jobs:
         _write(job)
     submitted = _submit(pipeline.name, jobs, slurm, home)
+    write_jobs(Path(pipeline.output), submitted)
     for job in jobs:
         waits = f", after {', '.join(job.after)}" if job.after else ""
         console.print(f"{job.config.name}: job {submitted[job.config.name]}{waits}", markup=False, highlight=False)

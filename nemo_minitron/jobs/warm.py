@@ -153,7 +153,9 @@ class WarmPool:
             server = self.server(level, environment)
             if server is None:
                 return None
-            environment = {**environment, _FOLDER_VARIABLE: str(self._open_folder())}
+            # A pool that uses another's servers has no folder of its own, which a kill would leave behind.
+            folder = os.environ.get(_FOLDER_VARIABLE) if self._folder is None else str(self._folder)
+            environment = {**environment, _FOLDER_VARIABLE: folder or str(self._open_folder())}
             return server.start(module, args, environment=environment, cwd=cwd, output=output)
         except WarmUnavailable as error:
             logger.warning("%s starts cold: %s", module, error)

@@ -24,7 +24,7 @@ from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.environment import order_kernels
-from nemo_minitron.runtime.memory import peak_rss_bytes
+from nemo_minitron.runtime.memory import peak_gpu_bytes, peak_rss_bytes
 from nemo_minitron.runtime.waits import limit_waits
 
 __all__ = ["main", "set_up"]
@@ -58,8 +58,13 @@ def execute(stage: str, folder: Path, part: str | None = None, *, rank: int = 0)
     return run_module(module, config, rank=rank)
 
 
-def main(stage: str, part: str | None = None) -> int:
+def main(stage: str, part: str | None = None, *, launched: bool = False) -> int:
     """Run one rank of a stage, or of the part of it that a module of its own runs on several ranks.
+
+    Args:
+        stage, part: as :func:`execute` takes them.
+        launched: :func:`~nemo_minitron.jobs.launch.launch` started the process, reports its failure and adds it to its
+            log: said here too, it would be on the terminal twice.
 
     Returns:
         0 done, the error's own code if refused (2; 75 if preempted), 1 crashed. The result file has details.
@@ -75,9 +80,10 @@ def main(stage: str, part: str | None = None) -> int:
     except (Exception, SystemExit) as error:
         result = failure(rank, error, folder)
         code = error.exit_code if isinstance(error, MinitronError) else 2 if result.status == "refused" else 1
-        logger.log(logging.ERROR, "%s", result.message)
+        if not launched:
+            logger.log(logging.ERROR, "%s", result.message)
     result.seconds = time.monotonic() - started
-    result.peak_rss_bytes = peak_rss_bytes()
+    result.peak_rss_bytes, result.peak_gpu_bytes = peak_rss_bytes(), peak_gpu_bytes()
     try:
         save_result(folder, result)
     except MinitronError:
@@ -95,4 +101,4 @@ def main(stage: str, part: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:], launched=True))

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.planning.model import Model
 
-__all__ = ["Recipe", "load_recipe", "recipe_names"]
+__all__ = ["Recipe", "load_recipe", "pipeline_content", "recipe_names"]
 
 _PACKAGE = "nemo_minitron.recipes"
 
@@ -48,18 +49,19 @@ class Recipe:
 
         Paths within the run are written as ``${output}/...``, so that another ``output`` moves them all.
         """
-        stages = [{"stage": stage.STAGE, **self._within(_settings(stage))} for stage in self.stages]
-        return {"name": self.name, "output": self.output, "stages": stages}
+        return pipeline_content(self.name, self.output, self.stages)
 
-    def _within(self, value: Any) -> Any:
-        """A setting with ``${output}`` in place of the run's directory."""
-        if isinstance(value, dict):
-            return {key: self._within(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._within(item) for item in value]
-        if isinstance(value, str) and (value == self.output or value.startswith(f"{self.output}/")):
-            return "${output}" + value.removeprefix(self.output)
-        return value
+
+def pipeline_content(name: str, output: str, stages: Sequence[StageConfig]) -> dict[str, Any]:
+    """Stages as the content of a file for ``minitron run``; settings at their defaults are left out.
+
+    Args:
+        name: of the pipeline.
+        output: directory of the run; paths within it are written as ``${output}/...``, so that another moves them all.
+        stages: in order.
+    """
+    written = [{"stage": stage.STAGE, **_within(_settings(stage), output)} for stage in stages]
+    return {"name": name, "output": output, "stages": written}
 
 
 def recipe_names() -> list[str]:
@@ -82,6 +84,17 @@ def load_recipe(name: str) -> Recipe:
         raise ConfigError(f"{name}: is no recipe{hint}; shipped recipes: {', '.join(names)}")
     made: Recipe = importlib.import_module(f"{_PACKAGE}.{name.replace('-', '_')}").recipe()
     return made
+
+
+def _within(value: Any, output: str) -> Any:
+    """A setting with ``${output}`` in place of the run's directory."""
+    if isinstance(value, dict):
+        return {key: _within(item, output) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_within(item, output) for item in value]
+    if isinstance(value, str) and (value == output or value.startswith(f"{output}/")):
+        return "${output}" + value.removeprefix(output)
+    return value
 
 
 def _settings(config: Any) -> dict[str, Any]:

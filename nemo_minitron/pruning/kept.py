@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.errors import CheckpointError, ShapeError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.shape import ModelShape, require_uniform
 
@@ -56,7 +57,7 @@ def load_kept(path: str | Path) -> tuple[KeptUnits, ModelShape]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version not in _READABLE:
             raise CheckpointError(

@@ -21,6 +21,7 @@ from nemo_minitron.pruning.kept import read_live_kept
 from nemo_minitron.pruning.live import gpt_chunks, kept_types, set_pipeline_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
 from nemo_minitron.pruning.wrapping import update_io
+from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import shape_of
 from nemo_minitron.shape import SIZES, ModelShape
@@ -53,6 +54,7 @@ class PruneTransform(ModelTransform):
 
     def __init__(self, kept: KeptUnits | str | Path, *, family: str | None = None) -> None:
         super().__init__()
+        cpu.ensure()  # NeMo builds the model before it calls the transform
         self.kept, self.shape = read_live_kept(kept)
         if self.kept.vocab is not None:
             raise ShapeError(

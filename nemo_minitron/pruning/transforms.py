@@ -35,6 +35,7 @@ from nemo_minitron.pruning.live import (
 )
 from nemo_minitron.pruning.row_moves import take_rows
 from nemo_minitron.pruning.wrapping import without_ddp
+from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, current_groups
 from nemo_minitron.shape import SIZES, ModelShape, padded_vocab, require_uniform
 
@@ -59,6 +60,7 @@ class DepthPrune:
     """
 
     def __init__(self, kept: KeptUnits | str | Path, *, groups: Groups | None = None) -> None:
+        cpu.ensure()
         self.kept, self.shape = read_live_kept(kept)
         self.groups = groups
 
@@ -117,6 +119,7 @@ class WidthPrune:
     def __init__(
         self, kept: KeptUnits | str | Path, *, groups: Groups | None = None, family: str | None = None
     ) -> None:
+        cpu.ensure()
         self.kept, self.shape = read_live_kept(kept)
         self.groups = groups
         self.family = None if family is None else axes.family(family)

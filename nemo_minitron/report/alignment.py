@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nemo_minitron.report.collect import Run
+from nemo_minitron.report.run import Run
 from nemo_minitron.report.tables import Table
 
 __all__ = ["alignment_tables"]

@@ -1,9 +1,11 @@
-"""A model card in the Hub's form, from the records of a run, or of a checkpoint alone."""
+"""A model card in the Hub's form, from the lineage of a checkpoint and the records of the run that made it."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,105 +13,121 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.model_record import package_versions
 from nemo_minitron.config.hub import hub_name
 from nemo_minitron.report import tables
+from nemo_minitron.report.ancestry import ancestry
 from nemo_minitron.report.base import Base, base_of, steps_of
-from nemo_minitron.report.collect import Model, Run, stage_of
+from nemo_minitron.report.benchmarks import benchmark_table, index_results
+from nemo_minitron.report.history import Deed, deeds_of, first_parameters, joined, title_of
 from nemo_minitron.report.lineage import lineage_table
+from nemo_minitron.report.run import Model, Run, StageRun
 from nemo_minitron.report.tables import Table
+from nemo_minitron.shape import ModelShape
 
-if TYPE_CHECKING:
-    from nemo_minitron.checkpoints import Checkpoint
+__all__ = ["card_content", "title_from"]
 
-__all__ = ["card_content", "export_content"]
-
-
-def card_content(run: Run, title: str, *, base_model: str | None, license_name: str | None) -> dict[str, Any] | None:
-    """The values for the template; None for a run that made no smaller model.
-
-    Args:
-        run: as :func:`~nemo_minitron.report.collect.collect` gives it.
-        title: heading.
-        base_model: the Hub's name of the teacher, for the front matter.
-        license_name: the Hub's name of the license.
-    """
-    base = Base(base_model or "", base_model, license_name)
-    return _run_content(run, title, base)
+#: Tags of a card for what was done, where they are not the name of the stage.
+_TAGS = {"prune": "pruned", "iterate": "pruned", "distill": "distilled", "correct": "corrected"}
 
 
-def export_content(
-    model: Checkpoint, run: Run | None, *, base_model: str | None, license_name: str | None
+def card_content(
+    shape: ModelShape,
+    table: axes.Family,
+    lineage: Mapping[str, Any],
+    path: str | Path,
+    *,
+    run: Run | None = None,
+    made: StageRun | None = None,
+    title: str = "",
+    base_model: str | None = None,
+    license_name: str | None = None,
 ) -> dict[str, Any]:
-    """The values for the template, for a model that is exported.
+    """The values for the template: of one model, from all that made it, with its own losses.
 
     Args:
-        model: the model.
-        run: the stages that made it, from :func:`~nemo_minitron.report.ancestry.ancestry`; None if they are not known.
+        shape, table: sizes and family of the model.
+        lineage, path: of its checkpoint.
+        run: the whole run that made it; None if it is not known.
+        made: the stage of the run that made it; None if it is not known.
+        title: heading; empty derives one from the lineage.
         base_model: the Hub's name of the model that it was made from.
         license_name: the Hub's name of that model's license; None takes what the base's own card, or its package, says.
     """
-    base = base_of(model.lineage, model.path, hub_name=base_model, license_name=license_name)
-    small = None if run is None else run.small
-    if run is not None and small is not None:
-        words = "pruned and distilled" if small.role == "distilled" else "pruned"
-        content = _run_content(run, f"{base.name}, {words}", base)
-        assert content is not None
-        return content
-    count = axes.parameter_count(model.family, model.shape)
-    alone = Run(model.path, base.name, models=[Model("this model", "other", model.shape, count)])
-    versions = [[name, version] for name, version in package_versions().items() if version]
-    steps = [
-        [step, hub_name(place) or place.rstrip("/").rpartition("/")[2]]
-        for step, place in steps_of(model.lineage, model.path)
+    base = base_of(lineage, path, hub_name=base_model, license_name=license_name)
+    deeds, after, before = deeds_of(lineage), axes.parameter_count(table, shape), first_parameters(lineage, table)
+    title = title or title_of(base.name, deeds, before, after)
+    known = Run(Path(path), base.name) if run is None or made is None else ancestry(run, made)
+    measured = [
+        (evaluation, name)
+        for _, evaluation in known.evaluations
+        for name in (run.measured(made, evaluation)[:1] if run is not None and made is not None else [])
     ]
+    if known.models:
+        shapes = tables.shape_table(known)
+    else:
+        shapes = tables.shape_table(Run(Path(path), base.name, models=[Model("this model", "other", shape, after)]))
+    results = [result for evaluation, name in measured for result in index_results(name, evaluation)]
     return {
-        "front": _front(base),
-        "title": base.name,
-        "base": base,
-        "lead": f"A language model of {tables.count(count)} parameters.",
-        "boxes": [],
-        "shapes": tables.shape_table(alone),
-        "training": [],
-        "evaluations": [],
-        "tokens": None,
-        "lineage": Table("What was done, the last step first", ["step", "to"], steps),
-        "versions": Table("Versions", ["package", "version"], versions),
-    }
-
-
-def _front(base: Base, **further: Any) -> str:
-    """The card's front matter."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"license": base.license} if base.license else {}
-    front |= {"base_model": base.hub_name} if base.hub_name else {}
-    return yaml.safe_dump(front | further, sort_keys=False, allow_unicode=True)
-
-
-def _run_content(run: Run, title: str, base: Base) -> dict[str, Any] | None:
-    """The card of the model that a run made smaller; None if it made none."""
-    small = run.small
-    if small is None:
-        return None
-    teacher = run.teacher
-    front: dict[str, Any] = {}
-    front["tags"] = ["minitron", "pruned", *(["distilled"] if small.role == "distilled" else [])]
-    if results := _results(run, small):
-        front["model-index"] = [{"name": title, "results": results}]
-    less = f", {1 - small.parameters / teacher.parameters:.0%} fewer than its teacher" if teacher else ""
-    return {
-        "front": _front(base, **front),
+        "front": _front(base, deeds, title, results),
         "title": title,
         "base": base,
-        "lead": f"A language model of {tables.count(small.parameters)} parameters{less}, made by pruning and training.",
-        "boxes": tables.step_boxes(run),
-        "shapes": tables.shape_table(run),
-        "training": [_training(stage) for stage in run.stages if "steps" in stage.config],
-        "evaluations": [{"table": tables.loss_table(run, evaluation)} for _, evaluation in run.evaluations],
-        "tokens": f"{run.trained_tokens:,}",
-        "lineage": lineage_table(run),
-        "versions": tables.versions(run),
+        "lead": _lead(deeds, before, after),
+        "pruned": any(deed.stage in ("prune", "iterate") for deed in deeds),
+        "distilled": any(deed.stage == "distill" for deed in deeds),
+        "boxes": tables.step_boxes(known),
+        "shapes": shapes,
+        "training": [_training(stage) for stage in known.stages if stage.kind.DONE and "steps" in stage.config],
+        "evaluations": [
+            {
+                "name": name,
+                "table": tables.loss_table(run or known, evaluation),
+                "benchmarks": benchmark_table(known, evaluation),
+            }
+            for evaluation, name in measured
+        ],
+        "tokens": f"{known.trained_tokens:,}" if known.trained_tokens else None,
+        "lineage": lineage_table(known) if known.stages else _steps(lineage, path),
+        "versions": tables.versions(known) if known.stages else _versions(),
     }
 
 
-def _training(stage: Any) -> str:
+def title_from(run: Run) -> str:
+    """A title for a run: the model that it was for, what it was made from and how; the run's name without one."""
+    result = run.result
+    if result is not None and result.lineage and result.path is not None:
+        deeds = deeds_of(result.lineage)
+        teacher = run.teacher.parameters if run.teacher is not None else None
+        name = _base_name(run, result)
+        if name and deeds:
+            return title_of(name, deeds, teacher, result.parameters)
+    return run.name
+
+
+def _base_name(run: Run, model: Model) -> str:
+    return base_of(model.lineage, model.path or run.path, hub_name=None, license_name=None).name
+
+
+def _lead(deeds: list[Deed], before: int | None, after: int) -> str:
+    less = (
+        "" if before is None or before <= after else f", {1 - after / before:.0%} fewer than the model it was made from"
+    )
+    words = list(dict.fromkeys(deed.words for deed in deeds))
+    return f"A language model of {tables.count(after)} parameters{less}" + (f": {joined(words)}." if words else ".")
+
+
+def _front(base: Base, deeds: list[Deed], title: str, results: list[dict[str, Any]]) -> str:
+    """The card's front matter."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {
+        key: value for key in ("license", "license_name", "license_link") if (value := getattr(base, key)) is not None
+    }
+    front |= {"base_model": base.hub_name} if base.hub_name else {}
+    if deeds:
+        front["tags"] = list(dict.fromkeys(["minitron", *(_TAGS.get(deed.stage, deed.stage) for deed in deeds)]))
+    if results:
+        front["model-index"] = [{"name": title, "results": results}]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _training(stage: StageRun) -> str:
     config = stage.config
     keys = ("steps", "global_batch_size", "lr", "min_lr", "warmup_steps", "precision")
     settings = ", ".join(f"{key} {config[key]}" for key in keys if config.get(key) is not None)
@@ -117,24 +135,11 @@ def _training(stage: Any) -> str:
     return f"{stage.name} ({stage.stage}): {settings}" + (f", loss {json.dumps(loss)}" if loss else "")
 
 
-def _results(run: Run, small: Model) -> list[dict[str, Any]]:
-    """Held-out loss in the Hub's ``model-index`` form."""
-    results = []
-    for _, evaluation in run.evaluations:
-        for model in evaluation["models"].values():
-            origin = stage_of(model["path"], run)
-            if origin is not None and origin.name == small.name:
-                metric = {
-                    "type": "cross-entropy",
-                    "value": round(model["loss"], 4),
-                    "name": "held-out loss, nats a token",
-                }
-                sources = ", ".join(sorted(model["domains"]))
-                results.append(
-                    {
-                        "task": {"type": "text-generation"},
-                        "dataset": {"type": "text", "name": f"held-out text ({sources})"},
-                        "metrics": [metric],
-                    }
-                )
-    return results
+def _steps(lineage: Mapping[str, Any], path: str | Path) -> Table:
+    steps = [[step, hub_name(place) or place.rstrip("/").rpartition("/")[2]] for step, place in steps_of(lineage, path)]
+    return Table("What was done, the last step first", ["step", "to"], steps)
+
+
+def _versions() -> Table:
+    versions = [[name, version] for name, version in package_versions().items() if version]
+    return Table("Versions", ["package", "version"], versions)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import DataError
 from nemo_minitron.report.collect import Run, collect
-from nemo_minitron.report.plots import Figure, Theme, clean, draw_figure
+from nemo_minitron.report.draw import Figure, Theme, clean, draw_figure
 from nemo_minitron.report.tables import Table, count, duration, recoveries
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _labels(paths: list[Path]) -> list[str]:
 def _overview(runs: list[Run], labels: list[str]) -> Table:
     rows = []
     for label, run in zip(labels, runs, strict=True):
-        small, teacher = run.small, run.teacher
+        small, teacher = run.result, run.teacher
         best = {name: value for _, evaluation in run.evaluations for name, value in evaluation["models"].items()}
         loss = next((best[name]["loss"] for name in best if run.roles.get(name) == "distilled"), None)
         won = [recovery.share for _, evaluation in run.evaluations for recovery in recoveries(run, evaluation)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_minitron.report.collect import Model, Run
-from nemo_minitron.report.plots import Figure, Theme, clean, draw_figure
-from nemo_minitron.report.tables import span
+from nemo_minitron.report.draw import Figure, Theme, clean, draw_figure
+from nemo_minitron.report.run import Model, Run
+from nemo_minitron.report.tables import count, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def shape_diagram(run: Run) -> Figure | None:
         return None
     models = [teacher]
     for model in run.models:
-        if all((model.shape, _layers(model)) != (other.shape, _layers(other)) for other in models):
+        if not any(_same(model, other) for other in models):
             models.append(model)
     models = models[:MOST]
     if len(models) < 2:
@@ -43,7 +43,7 @@ def shape_diagram(run: Run) -> Figure | None:
         all_axes = canvas.subplots(1, len(models), sharex=True, sharey=True)
         for axes, model in zip(all_axes, models, strict=True):
             _silhouette(axes, model, teacher, deepest, theme)
-            axes.set_title(f"{model.name}\n{model.parameters / 1e6:,.1f} M", fontsize=9.5, color=theme.ink)
+            axes.set_title(f"{model.name}\n{count(model.parameters)}", fontsize=9.5, color=theme.ink)
             axes.set_xlim(-0.54 * widest, 0.54 * widest)
             axes.set_xticks([])
         all_axes[0].set_ylabel("layer of the teacher")
@@ -69,6 +69,11 @@ def shape_diagram(run: Run) -> Figure | None:
         alt=f"Shapes side by side: {described}.",
         caption="One row a layer, as wide as its parts. Empty frames: layers that were taken out.",
     )
+
+
+def _same(model: Model, other: Model) -> bool:
+    """Whether two models look alike; what is trained after pruning has the layers of what was pruned."""
+    return model.shape == other.shape and (model.kept is None or _layers(model) == _layers(other))
 
 
 def _layers(model: Model) -> tuple[int, ...]:

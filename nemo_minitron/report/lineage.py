@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_minitron.report.collect import Run, stage_of
+from nemo_minitron.report.run import Run, stage_of
 from nemo_minitron.report.tables import Table
 
 __all__ = ["lineage_table"]

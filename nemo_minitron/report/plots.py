@@ -1,95 +1,27 @@
-"""The report's figures, each drawn twice: for a light and for a dark page.
+"""The report's figures of losses and trainings.
 
-Every function returns a :class:`Figure`, or None if the run has nothing to show. Agg only: no display is needed.
+Every function returns a :class:`~nemo_minitron.report.draw.Figure`, or None if the run has nothing to show.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_minitron.config.tables import ESTIMATORS
-from nemo_minitron.report.collect import Curve, Run, ScoreSet
+from nemo_minitron.report.benchmarks import first_metric, value_and_error
+from nemo_minitron.report.draw import MARKERS, Figure, Theme, clean, draw_figure
+from nemo_minitron.report.run import Curve, Run
+from nemo_minitron.report.tables import duration
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = [
-    "COLOURS",
-    "Figure",
-    "Theme",
-    "clean",
-    "draw_figure",
-    "heads",
-    "hidden",
-    "layers",
-    "losses",
-    "neurons",
-    "training",
-]
-
-#: By role, on a light and on a dark page; told apart by colour-blind readers too (after Okabe and Ito, 2008).
-COLOURS: dict[str, tuple[str, str]] = {
-    "teacher": ("#0b6fb8", "#5db3f0"),
-    "pruned": ("#c77700", "#f0b050"),
-    "random": ("#8a8f98", "#8f96a3"),
-    "distilled": ("#0a8f68", "#35c79b"),
-    "other": ("#8c4a94", "#cf8fd8"),
-}
-_MARKERS = {"teacher": "o", "pruned": "s", "random": "X", "distilled": "D", "other": "^"}
+__all__ = ["aligning", "benchmarks", "losses", "times", "training"]
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a page. ``index`` chooses from the pairs of :data:`COLOURS`."""
-
-    index: int
-    ink: str
-    faint: str
-    grid: str
-    colour_map: str
-
-    def colour(self, role: str) -> str:
-        """The colour of a role."""
-        return COLOURS[role][self.index]
-
-
-LIGHT = Theme(0, "#20252c", "#66707d", "#e4e8ed", "viridis")
-DARK = Theme(1, "#e8ebef", "#98a2b0", "#2c333d", "viridis")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure.
-
-    Attributes:
-        name: file name without suffix.
-        light, dark: PNG images of the two themes.
-        alt: what it shows, in words and numbers.
-        caption: how to read it.
-        width: of the image at normal size, in CSS pixels.
-    """
-
-    name: str
-    light: bytes
-    dark: bytes
-    alt: str
-    caption: str
-    width: int
-
-    def uri(self, theme: str) -> str:
-        """``data:`` URI of one theme."""
-        return "data:image/png;base64," + base64.b64encode(getattr(self, theme)).decode("ascii")
-
-
-def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
-    """Held-out loss of each model, overall with its standard error, and by domain."""
+def losses(run: Run, evaluation: dict[str, Any], name: str = "losses") -> Figure:
+    """Held-out loss of each model, overall with its standard error, and by domain; ``name`` is the figure's."""
     models = evaluation["models"]
     names = list(models)
     domains = sorted({domain for model in models.values() for domain in model["domains"]})
@@ -116,7 +48,7 @@ def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
             role = run.roles.get(name, "other")
             places = [place for place, domain in enumerate(domains) if domain in models[name]["domains"]]
             points = [models[name]["domains"][domains[place]]["loss"] for place in places]
-            axes.scatter(points, places, s=46, color=theme.colour(role), marker=_MARKERS[role], label=name, zorder=3)
+            axes.scatter(points, places, s=46, color=theme.colour(role), marker=MARKERS[role], label=name, zorder=3)
         axes.set_yticks(range(len(domains)), domains)
         axes.set_ylim(len(domains) - 0.5, -0.5)
         axes.set_xlabel("by domain")
@@ -124,7 +56,7 @@ def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
 
     listing = ", ".join(f"{name} {models[name]['loss']:.3f}" for name in names)
     return draw_figure(
-        "losses",
+        name,
         draw,
         (9.4, 1.3 + 0.46 * max(len(names), len(domains))),
         alt=f"Held-out loss in nats per token: {listing}.",
@@ -133,7 +65,7 @@ def losses(run: Run, evaluation: dict[str, Any]) -> Figure:
     )
 
 
-def training(run: Run, curve: Curve) -> Figure | None:
+def training(curve: Curve) -> Figure | None:
     """Loss, learning rate and speed of a distillation."""
     panels = [
         ("kl", "forward KL, nats per token", 1.0),
@@ -141,6 +73,24 @@ def training(run: Run, curve: Curve) -> Figure | None:
         ("lr", "learning rate × 10⁴", 1e4),
         ("tokens_per_second", "tokens per second", 1.0),
     ]
+    return _curves(curve, panels, noisy="kl")
+
+
+def aligning(curve: Curve) -> Figure | None:
+    """Loss, and what an alignment is after: preferred answers, rewards, distance from where it started."""
+    panels = [
+        ("loss", "loss", 1.0),
+        ("acc", "share of pairs with the chosen answer ahead", 1.0),
+        ("reward", "mean reward of answers", 1.0),
+        ("distance", "distance from the attribute model", 1.0),
+        ("kl", "divergence from the start", 1.0),
+        ("lr", "learning rate × 10⁵", 1e5),
+    ]
+    return _curves(curve, panels, noisy="loss")
+
+
+def _curves(curve: Curve, panels: list[tuple[str, str, float]], *, noisy: str) -> Figure | None:
+    """A panel for each metric that has two values, over the steps; ``noisy`` is drawn with a running mean."""
     rows = {"train": curve.train, "validation": curve.validation}
     shown = [panel for panel in panels if any(_series(part, panel[0])[0].size > 1 for part in rows.values())]
     if not shown:
@@ -149,223 +99,116 @@ def training(run: Run, curve: Curve) -> Figure | None:
     def draw(canvas: Canvas, theme: Theme) -> None:
         all_axes = np.atleast_1d(canvas.subplots(1, len(shown)))
         for axes, (key, title, factor) in zip(all_axes, shown, strict=True):
-            steps, values = _series(curve.train, key)
+            both, (steps, values) = False, _series(curve.train, key)
             values = values * factor
             if steps.size:
-                noisy = key == "kl"
-                axes.plot(
-                    steps, values, color=theme.colour("distilled"), lw=1.0 if noisy else 1.6, alpha=0.35 if noisy else 1
-                )
-                if noisy:
-                    axes.plot(steps, _smooth(values), color=theme.colour("distilled"), lw=1.9, label="training")
+                pale, colour = key == noisy, theme.colour("distilled")
+                axes.plot(steps, values, color=colour, lw=1.0 if pale else 1.6, alpha=0.35 if pale else 1)
+                if pale:
+                    both = True
+                    axes.plot(steps, _smooth(values), color=colour, lw=1.9, label="training")
             steps, values = _series(curve.validation, key)
             if steps.size:
-                axes.plot(steps, values, "o-", color=theme.colour("teacher"), lw=1.6, ms=5, label="validation")
-            if key in ("kl", "tokens_per_second", "lr"):
+                axes.plot(steps, values * factor, "o-", color=theme.colour("teacher"), lw=1.6, ms=5, label="validation")
+            if key in ("kl", "tokens_per_second", "lr", "acc"):
                 axes.set_ylim(bottom=0)
-            if key == "kl":
+            if both:
                 axes.legend(frameon=False, labelcolor=theme.ink)
+            axes.locator_params(axis="x", integer=True)
             axes.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
             axes.set_xlabel("step")
             clean(axes, theme, grid="y")
         canvas.set_layout_engine("constrained", wspace=0.07)
 
-    _, kl = _series(curve.train, "kl")
-    facts = f" Training KL from {_smooth(kl)[0]:.3f} to {_smooth(kl)[-1]:.3f}." if kl.size else ""
+    _, values = _series(curve.train, noisy)
+    what = {"kl": "Training KL", "loss": "Training loss"}[noisy]
+    facts = f" {what} from {_smooth(values)[0]:.3f} to {_smooth(values)[-1]:.3f}." if values.size else ""
     return draw_figure(
-        f"training-{curve.name}",
+        f"training-{curve.name}".replace("/", "-"),
         draw,
         (3.0 * len(shown) + 0.6, 2.7),
         alt=f"Curves of {curve.name} over {_steps(curve)} steps.{facts}",
-        caption="The pale line is each step, the strong one a running mean.",
+        caption=f"{curve.name}. The pale line is each step, the strong one a running mean.",
     )
 
 
-def layers(scores: ScoreSet, run: Run) -> Figure | None:
-    """Each layer's score; layers that the scored pruning dropped are pale."""
-    if "layers" not in scores.arrays:
+def times(run: Run) -> Figure | None:
+    """Wall time of each stage; None for a single stage."""
+    if len(run.stages) < 2:
         return None
-    values = scores.arrays["layers"]
-    estimator = ESTIMATORS.get(scores.info.get("estimator", "activation"))  # None: of a package that is not here
-    what, meaning = estimator.layer_score if estimator else ("Importance", "The estimator's score of a layer.")
-    dropped = set() if run.kept is None else set(range(len(values))) - set(run.kept["layers"])
+    total = sum(stage.seconds for stage in run.stages) or 1.0
 
     def draw(canvas: Canvas, theme: Theme) -> None:
         axes = canvas.subplots()
-        for layer, value in enumerate(values):
-            gone = layer in dropped
-            axes.bar(
-                layer, value, color=theme.colour("random" if gone else "teacher"), width=0.78, alpha=0.55 if gone else 1
+        # Names need not differ between stages.
+        places, seconds = range(len(run.stages)), [stage.seconds for stage in run.stages]
+        axes.barh(places, seconds, color=theme.colour("teacher"), height=0.62)
+        for place, value in zip(places, seconds, strict=True):
+            text = f"{duration(value)}, {value / total:.0%}"
+            axes.annotate(text, (value, place), (6, 0), textcoords="offset points", va="center")
+        axes.set_yticks(places, [stage.name for stage in run.stages])
+        axes.invert_yaxis()
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("seconds")
+        clean(axes, theme, grid="x")
+
+    longest = max(run.stages, key=lambda stage: stage.seconds)
+    return draw_figure(
+        "times",
+        draw,
+        (7.4, 0.8 + 0.3 * len(run.stages)),
+        alt=f"Wall time by stage; longest: {longest.name}, {duration(longest.seconds)} of {duration(total)}.",
+        caption="Wall time of each stage, with its share.",
+    )
+
+
+def benchmarks(run: Run, evaluation: dict[str, Any], name: str = "benchmarks") -> Figure | None:
+    """The first metric of each benchmark as bars, one for each model, with standard errors; None without any."""
+    models = {model: found["harness"] for model, found in evaluation["models"].items() if found.get("harness")}
+    metrics = {
+        task: metric for results in models.values() for task in results if (metric := first_metric(results[task]))
+    }
+    if not metrics:
+        return None
+    tasks = list(metrics)
+
+    def draw(canvas: Canvas, theme: Theme) -> None:
+        axes, width = canvas.subplots(), 0.8 / len(models)
+        for number, (model, results) in enumerate(models.items()):
+            known = [place for place, task in enumerate(tasks) if first_metric(results.get(task)) == metrics[task]]
+            pairs = [value_and_error(results[tasks[place]], metrics[tasks[place]]) for place in known]
+            places = [place + (number - (len(models) - 1) / 2) * width for place in known]
+            colour = theme.colour(run.roles.get(model, "other"))
+            errors = [error or 0.0 for _, error in pairs]
+            axes.bar(places, [value for value, _ in pairs], width * 0.92, color=colour, edgecolor="none", label=model)
+            axes.errorbar(
+                places, [v for v, _ in pairs], yerr=errors, fmt="none", ecolor=theme.ink, elinewidth=1, capsize=2
             )
-        axes.set_xlabel("layer")
-        axes.set_ylabel(what.lower())
-        axes.set_xlim(-0.7, len(values) - 0.3)
-        axes.locator_params(axis="x", integer=True)
-        clean(axes, theme, grid="y")
-
-    order = np.argsort(values)
-    note = f" Pale bars: dropped layers ({', '.join(map(str, sorted(dropped)))})." if dropped else ""
-    return draw_figure(
-        f"layers-{scores.name}",
-        draw,
-        (6.0, 2.5),
-        alt=f"{what} by layer; lowest: layers {', '.join(map(str, order[:3]))}.",
-        caption=f"{meaning}{note}",
-    )
-
-
-def neurons(scores: ScoreSet, run: Run) -> Figure | None:
-    """FFN scores: layers (of a mixture: experts, layer by layer) down, neurons from highest to lowest across."""
-    if "ffn" not in scores.arrays:
-        return None
-    values = scores.arrays["ffn"]
-    ordered = -np.sort(-values.reshape(-1, values.shape[-1]), axis=1)
-    rows = "layer" if values.ndim == 2 else "expert, layer by layer"
-    sizes = {layer.ffn_hidden_size for model in run.models if model.role == "pruned" for layer in model.shape.each()}
-    kept = sizes.pop() if len(sizes) == 1 else None
-
-    def draw(canvas: Canvas, theme: Theme) -> None:
-        axes = canvas.subplots()
-        image = axes.imshow(_log(ordered), aspect="auto", cmap=theme.colour_map, interpolation="nearest")
-        if kept is not None and kept < ordered.shape[1]:
-            axes.axvline(kept - 0.5, color="white", lw=1.4, ls="--")
-            axes.annotate(
-                f"{kept:,} kept", (kept, 0), (-6, -6), textcoords="offset points", ha="right", va="top", color="white"
-            )
-        axes.set_xlabel("neurons, by falling score")
-        axes.set_ylabel(rows)
-        _bar(canvas, image, axes, theme)
-        clean(axes, theme, grid=None)
-
-    return draw_figure(
-        f"neurons-{scores.name}",
-        draw,
-        (6.0, 3.2),
-        alt=f"Heat map of the scores of {ordered.shape[1]} FFN neurons in each {rows} ({ordered.shape[0]} rows).",
-        caption="FFN neurons. Colour: log₁₀ of the score. Right of the dashed line a pruned layer loses its neurons.",
-    )
-
-
-def heads(scores: ScoreSet, run: Run) -> Figure | None:
-    """Scores of attention heads: layers down, heads across, a line between query groups."""
-    if "heads" not in scores.arrays or scores.arrays["heads"].shape[1] < 2:
-        return None
-    values = scores.arrays["heads"]
-    groups = scores.arrays["groups"].shape[1] if "groups" in scores.arrays else 1
-    lost = _lost_heads(run.kept, values.shape[1]) if run.kept is not None else []
-    crosses = " A cross: pruned from a layer that stays." if lost else ""
-
-    def draw(canvas: Canvas, theme: Theme) -> None:
-        axes = canvas.subplots()
-        image = axes.imshow(_log(values), aspect="auto", cmap=theme.colour_map, interpolation="nearest")
-        if lost:
-            rows, columns = zip(*lost, strict=True)
-            axes.scatter(columns, rows, marker="x", s=16, lw=1.1, color="white")
-        for boundary in range(1, groups):
-            axes.axvline(boundary * values.shape[1] / groups - 0.5, color="white", lw=1.6)
-        axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("query head")
-        axes.set_ylabel("layer")
-        _bar(canvas, image, axes, theme)
-        clean(axes, theme, grid=None)
-
-    return draw_figure(
-        f"heads-{scores.name}",
-        draw,
-        (4.1, 3.2),
-        alt=f"Heat map of the scores of {values.shape[1]} heads in {groups} query groups, for {len(values)} layers.",
-        caption="Attention heads, white lines between query groups. Colour: log₁₀ of the score." + crosses,
-    )
-
-
-def hidden(scores: ScoreSet, run: Run) -> Figure | None:
-    """Channels of the residual stream, from the highest score to the lowest."""
-    if "hidden" not in scores.arrays:
-        return None
-    ordered = -np.sort(-scores.arrays["hidden"])
-
-    def draw(canvas: Canvas, theme: Theme) -> None:
-        axes = canvas.subplots()
-        axes.plot(
-            np.arange(1, len(ordered) + 1),
-            np.maximum(ordered, np.finfo(float).tiny),
-            color=theme.colour("teacher"),
-            lw=1.8,
-        )
-        axes.set_yscale("log")
-        axes.set_xlabel("channels, by falling score")
-        axes.set_ylabel("score")
+            for place, (value, error) in zip(places, pairs, strict=True):
+                axes.annotate(
+                    model, (place, value + (error or 0.0)), (0, 4), textcoords="offset points", ha="center",
+                    rotation=90, fontsize=7, color=theme.faint,
+                )  # fmt: skip
+        axes.set_xticks(range(len(tasks)), [f"{task}\n{metrics[task].partition(',')[0]}" for task in tasks])
+        axes.margins(y=0.3)
+        axes.set_ylim(bottom=0)
         clean(axes, theme, grid="y")
 
     return draw_figure(
-        f"hidden-{scores.name}",
+        name,
         draw,
-        (4.1, 2.5),
-        alt=f"Scores of {len(ordered)} hidden channels, from {ordered[0]:.3g} down to {ordered[-1]:.3g}.",
-        caption="Channels of the residual stream.",
+        (min(11.0, 1.6 + len(tasks) * max(1.4, 0.42 * len(models))), 3.0),
+        alt=f"Benchmarks {', '.join(tasks)} of {', '.join(models)}.",
+        caption="The first metric of each benchmark, with its standard error.",
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- parts
-
-
-def draw_figure(
-    name: str, draw: Callable[[Canvas, Theme], None], size: tuple[float, float], *, alt: str, caption: str
-) -> Figure:
-    """Draw a figure of ``size`` inches for both themes."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
-    images = []
-    for theme in (LIGHT, DARK):
-        settings = {
-            "font.family": "DejaVu Sans",
-            "font.size": 8.5,
-            "text.color": theme.ink,
-            "axes.labelcolor": theme.faint,
-            "axes.edgecolor": theme.grid,
-            "xtick.color": theme.faint,
-            "ytick.color": theme.faint,
-        }
-        with mpl.rc_context(settings):
-            canvas = Canvas(figsize=size, layout="constrained")
-            FigureCanvasAgg(canvas)
-            draw(canvas, theme)
-            out = io.BytesIO()
-            # Without a date and version in it, the same run gives the same bytes.
-            # The light one has a white ground, so that it can be read on any page.
-            transparent = theme is DARK
-            canvas.savefig(out, format="png", dpi=192, transparent=transparent, metadata={"Software": None})
-            images.append(out.getvalue())
-    return Figure(name, images[0], images[1], alt, caption, round(size[0] * 96))
-
-
-def clean(axes: Axes, theme: Theme, *, grid: Literal["x", "y", "both"] | None) -> None:
-    """Remove unneeded frame lines and ticks, and draw a grid behind the plot."""
-    for side in ("top", "right", *(("left", "bottom") if grid is None else ())):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0)
-    if grid is not None:
-        axes.grid(axis=grid, color=theme.grid, lw=0.8)
-        axes.set_axisbelow(True)
-
-
-def _bar(canvas: Canvas, image: Any, axes: Axes, theme: Theme) -> None:
-    bar = canvas.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, colors=theme.faint)
-
-
-def _log(values: np.ndarray) -> np.ndarray:
-    """log10; zeros are replaced by the smallest value above zero."""
-    positive = values[values > 0]
-    return np.log10(np.maximum(values, positive.min() if positive.size else 1.0))
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """``(steps, values)`` of the rows that have the key."""
-    pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float) and "step" in row]
+    pairs = [
+        (row["step"], row[key]) for row in rows if all(isinstance(row.get(part), int | float) for part in ("step", key))
+    ]
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
 
 
@@ -375,14 +218,5 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _lost_heads(kept: dict[str, Any], count: int) -> list[tuple[int, int]]:
-    """``(layer, head)`` of the heads that kept layers lost."""
-    lost = []
-    for layer, groups in zip(kept["layers"], kept["heads"], strict=True):
-        stay = {head for group in groups for head in group}
-        lost += [(layer, head) for head in range(count) if head not in stay]
-    return lost
-
-
 def _steps(curve: Curve) -> int:
-    return max((int(row.get("step", 0)) for row in [*curve.train, *curve.validation]), default=0)
+    return max((int(row.get("step") or 0) for row in [*curve.train, *curve.validation]), default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.report.plots import Figure, Theme, clean, draw_figure
+from nemo_minitron.report.draw import Figure, Theme, clean, draw_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -88,7 +88,7 @@ def _tau(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def pareto(search: dict[str, Any]) -> Figure | None:
+def pareto(search: dict[str, Any], name: str = "pareto") -> Figure | None:
     """Loss against each cost, untrained and distilled, with the Pareto fronts; None if no candidate is ranked."""
     ranked = [
         candidate
@@ -130,7 +130,7 @@ def pareto(search: dict[str, Any]) -> Figure | None:
     best = next(candidate for candidate in search["candidates"] if candidate["name"] == search["best"])
     after = "" if best["distilled_loss"] is None else f", {best['distilled_loss']:.3f} distilled"
     return draw_figure(
-        "pareto",
+        name,
         draw,
         (4.2 * len(costs), 3.2),
         alt=f"Loss of {len(ranked)} shapes against {', '.join(costs)}. "

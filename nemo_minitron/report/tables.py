@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.report.collect import Run, StageRun
+from nemo_minitron.report.run import Run, StageRun
+from nemo_minitron.report.teachers import teacher_of
 from nemo_minitron.shape import ModelShape
 
 __all__ = [
     "Card",
     "Recovery",
     "Table",
-    "benchmark_table",
     "cards",
     "count",
     "duration",
@@ -73,10 +73,11 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
     by_path = {Path(model["path"]).absolute(): name for name, model in models.items()}
     recoveries = []
     for name, model in models.items():
-        origin = run.origins.get(name, {})
-        if "student" not in origin or "teacher" not in origin:
+        origin = run.origins.get(name)
+        if origin is None or origin.stage != "distill":
             continue
-        student, teacher = (by_path.get(Path(origin[key]).absolute()) for key in ("student", "teacher"))
+        paths = (origin.config.get("student"), teacher_of(origin, run))
+        student, teacher = (None if path is None else by_path.get(Path(path).absolute()) for path in paths)
         if student is None or teacher is None:
             continue
         gap = models[student]["loss"] - models[teacher]["loss"]
@@ -88,15 +89,14 @@ def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
 def cards(run: Run) -> list[Card]:
     """The headline figures that the run has values for."""
     cards = []
-    teacher = run.teacher
-    small = next((m for role in ("distilled", "pruned") for m in run.models if m.role == role), None)
-    if teacher is not None and small is not None:
-        share = 1 - small.parameters / teacher.parameters
-        cards.append(Card("parameters", count(small.parameters), f"of {count(teacher.parameters)}: {share:.0%} fewer"))
+    teacher, result = run.teacher, run.result
+    if teacher is not None and result is not None:
+        share = 1 - result.parameters / teacher.parameters
+        cards.append(Card("parameters", count(result.parameters), f"of {count(teacher.parameters)}: {share:.0%} fewer"))
     for _, evaluation in run.evaluations[:1]:
         models = evaluation["models"]
         role_of = {run.roles.get(name, "other"): name for name in reversed(models)}
-        best = role_of.get("distilled") or role_of.get("pruned")
+        best = _measured(run, evaluation) or role_of.get("distilled") or role_of.get("pruned")
         if best is not None:
             base = evaluation["baseline"]
             detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
@@ -109,6 +109,14 @@ def cards(run: Run) -> list[Card]:
             cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
     cards.append(Card("time", duration(sum(stage.seconds for stage in run.stages)), f"{len(run.stages)} stages"))
     return cards
+
+
+def _measured(run: Run, evaluation: dict[str, Any]) -> str | None:
+    """The name under which an evaluation measured the run's model."""
+    result = run.result
+    stage = next((stage for stage in run.stages if result is not None and stage.name == result.name), None)
+    names = [] if stage is None else run.measured(stage, evaluation)
+    return names[0] if names else None
 
 
 def shape_table(run: Run) -> Table | None:
@@ -165,29 +173,6 @@ def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
     return Table(caption, [*headings, *domains], rows, [run.roles.get(name, "other") for name in models])
 
 
-def benchmark_table(run: Run, evaluation: dict[str, Any]) -> Table | None:
-    """Metrics of lm-evaluation-harness, one row per task and metric; None if no task was run."""
-    models = {name: model["harness"] for name, model in evaluation["models"].items() if model.get("harness")}
-    rows = []
-    for task in dict.fromkeys(task for results in models.values() for task in results):
-        metrics = [results[task]["metrics"] for results in models.values() if task in results]
-        for metric in dict.fromkeys(name for values in metrics for name in values if "_stderr" not in name):
-            cells = [_metric(results.get(task, {}).get("metrics", {}), metric) for results in models.values()]
-            rows.append([task, metric, *cells])
-    if not rows:
-        return None
-    return Table("lm-evaluation-harness, value ± standard error", ["task", "metric", *models], rows)
-
-
-def _metric(metrics: dict[str, float], name: str) -> str:
-    """``0.313 ± 0.012``; the error's name has ``_stderr`` before the filter."""
-    if name not in metrics:
-        return "–"
-    metric, comma, kind = name.partition(",")
-    error = metrics.get(f"{metric}_stderr{comma}{kind}")
-    return f"{metrics[name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
-
-
 def stage_table(run: Run) -> Table:
     """Time, memory and size of every stage."""
     rows = []
@@ -235,8 +220,11 @@ def _box_note(stage: StageRun, run: Run) -> str:
     model = next((model for model in run.models if model.name == stage.name), None)
     if model is not None:
         return f"{count(model.parameters)} parameters"
-    if stage.stage == "score" and "samples" in stage.config:
-        return f"{stage.config['samples']:,} samples"
+    if stage.stage == "score" and isinstance(samples := stage.config.get("samples"), int):
+        return f"{samples:,} samples"
+    for name, search in run.searches:
+        if name == stage.name:
+            return f"{len(search['candidates']):,} candidates"
     for name, evaluation in run.evaluations:
         if name == stage.name:
             return f"{len(evaluation['models'])} models"
@@ -247,7 +235,7 @@ def generations(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, s
     """``[(prompt, [(model, answer), …]), …]``; the turns of conversations with the number of their question."""
     answers: dict[str, list[tuple[str, str]]] = {}
     for name, model in evaluation["models"].items():
-        for answer in model.get("generations", []):
+        for answer in model.get("generations") or []:
             answers.setdefault(answer["prompt"], []).append((name, answer["text"]))
         for task, result in (model.get("harness") or {}).items():
             for chat in result.get("answers", []):  # conversations, which have no metrics

@@ -6,11 +6,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.errors import DiskError
 
-__all__ = ["disk_fault", "full_disk"]
+__all__ = ["Room", "disk_fault", "full_disk", "room"]
 
 #: Bytes below which a file system counts as full when a process has ended without a word.
 _ROOM = 1 << 20
@@ -26,6 +27,36 @@ _REMEDIES = {
     errno.EFBIG: "the limit on the size of files (ulimit -f) is too low, or the disk does not take files of this size",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
+
+
+@dataclass(frozen=True)
+class Room:
+    """The space of a file system.
+
+    Attributes:
+        device: tells file systems apart.
+        free: bytes that this user may still write; a quota may allow fewer.
+        mount: where it is mounted.
+    """
+
+    device: int
+    free: int
+    mount: Path
+
+
+def room(path: Path) -> Room | None:
+    """The space of the file system that ``path`` is on, or will be; None where the system does not say.
+
+    A file system that states no size at all (as some in user space do) says nothing of what is free.
+    """
+    try:
+        place = _existing(path)
+        stated = os.statvfs(place)
+        if stated.f_blocks == 0:
+            return None
+        return Room(place.stat().st_dev, stated.f_bavail * (stated.f_frsize or stated.f_bsize), _mount(place))
+    except OSError:
+        return None
 
 
 def disk_fault(error: BaseException, folder: Path) -> DiskError | None:
@@ -76,10 +107,14 @@ def _state(path: Path) -> str:
     """Free and total bytes of the file system of a path, and where it is mounted."""
     place = _existing(path)
     usage = shutil.disk_usage(place)
+    return f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB are free on {_mount(place)}"
+
+
+def _mount(place: Path) -> Path:
     mount = place.resolve()
     while not mount.is_mount():
         mount = mount.parent
-    return f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB are free on {mount}"
+    return mount
 
 
 def _existing(path: Path) -> Path:

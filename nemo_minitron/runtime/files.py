@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import write_aside
 
 __all__ = ["is_earlier", "read_json_lines", "replace_file", "resumed_lines", "take_umask"]
@@ -42,7 +43,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_bytes().splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:  # a UnicodeDecodeError too
                 break
             if not isinstance(record, dict):

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from nemo_minitron.config import ParallelLayout
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.device import Device, here
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.device import Device
 
 __all__ = ["Groups", "ParallelLayout", "SecondLayout", "current", "current_groups", "destroy", "initialize"]
 
@@ -109,10 +110,10 @@ def initialize(
     Raises:
         ConfigError: if the layout and the number of processes differ.
     """
+    device = cpu.ensure(device)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    device = device or here()
     if not dist.is_initialized():
         launched = "RANK" in os.environ
         device.use()
@@ -146,6 +147,7 @@ def current(layout: ParallelLayout, device: Device | None = None) -> Groups:
         layout: the layout that they were made for.
         device: of this process; None for what was decided on at its start.
     """
+    device = cpu.ensure(device)
     from megatron.core import parallel_state
 
     return Groups(
@@ -158,7 +160,7 @@ def current(layout: ParallelLayout, device: Device | None = None) -> Groups:
         model=parallel_state.get_model_parallel_group(),
         ep=parallel_state.get_expert_model_parallel_group(),
         tp_ep=parallel_state.get_expert_tensor_and_model_parallel_group(),
-        device=device or here(),
+        device=device,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["PLAIN", "Codec", "Journal"]
@@ -81,7 +82,7 @@ class Journal(Generic[Entry]):
         if lines and lines[0] == self._head:
             for line in lines[1:]:
                 try:
-                    entries.append(self._codec.from_json(json.loads(line)))
+                    entries.append(self._codec.from_json(parse_json(line)))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     break
                 whole.append(line)
@@ -116,8 +117,8 @@ def _lines(path: Path) -> list[bytes]:
 def _differences(before: bytes, now: bytes) -> str:
     """Names of the values in which two first lines differ."""
     try:
-        old = dict(json.loads(before))
+        old = dict(parse_json(before))
     except (ValueError, TypeError):
         return "not a journal"
-    new = json.loads(now)
+    new = parse_json(now)
     return ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))

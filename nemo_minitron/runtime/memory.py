@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import sys
 from pathlib import Path
 
 import psutil
 
-__all__ = ["host_memory", "peak_rss_bytes"]
+__all__ = ["host_memory", "peak_gpu_bytes", "peak_rss_bytes"]
 
 
 def peak_rss_bytes() -> int:
@@ -38,3 +39,14 @@ def host_memory() -> tuple[int, int]:
             if allowed < total:
                 total, free = allowed, min(free, allowed - int(Path(used).read_text()))
     return total, max(0, free)
+
+
+def peak_gpu_bytes() -> int:
+    """The most that the tensors of this process took of its GPU, in bytes; 0 if it used none.
+
+    Torch is not imported: a process that has not imported it used no GPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max(1, *(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())))

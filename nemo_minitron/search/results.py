@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.journal import Codec, Journal
 from nemo_minitron.search.space import Sizes
 
@@ -17,6 +17,7 @@ __all__ = [
     "FINDINGS",
     "JOURNAL_NAME",
     "Result",
+    "best_sizes",
     "by_candidate",
     "kendall_tau",
     "pareto_front",
@@ -152,7 +153,7 @@ def read_search(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no readable result of a search ({error}); run `minitron search`") from None
@@ -161,3 +162,18 @@ def read_search(directory: str | Path) -> dict[str, Any]:
             f"{path}: has format version {version}, this release reads {FORMAT_VERSION}; search again"
         )
     return content
+
+
+def best_sizes(directory: str | Path) -> dict[str, int]:
+    """The sizes of the best shape of a search, by the names of :class:`~nemo_minitron.shape.ModelShape`.
+
+    Raises:
+        CheckpointError: as :func:`read_search`, or if its best candidate is not among its results.
+    """
+    content = read_search(directory)
+    try:
+        (sizes,) = (entry["sizes"] for entry in content["candidates"] if entry["name"] == content["best"])
+        return {name: int(size) for name, size in sizes.items() if size is not None}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        path = Path(directory) / FILE_NAME
+        raise CheckpointError(f"{path}: does not name one of its candidates as the best; search again") from None

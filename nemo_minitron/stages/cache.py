@@ -17,9 +17,11 @@ from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import CacheConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.jobs.atomic import MARKER, check_output
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.planning.disk import logits_bytes
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
+from nemo_minitron.stages.shared.disk import block_needs
 from nemo_minitron.stages.shared.measuring import start_groups
 from nemo_minitron.stages.shared.training import training_blocks
 from nemo_minitron.stages.shared.vocabulary import plan_pair_vocabulary
@@ -59,12 +61,12 @@ def plan(config: CacheConfig) -> StagePlan:
     if config.k is not None and config.k >= shape.vocab_size:
         plan.faults.append(_too_many(config.k, shape.vocab_size))
     parameters = axes.parameter_count(peek_family(config.teacher), shape)
-    plan.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(2 * parameters * config.tokens)}
-    width = {"float32": 4, "int8": 1}.get(config.values, 2)
-    per_token = (
-        shape.vocab_size * width if config.k is None else config.k * (width + (3 if shape.vocab_size > 65536 else 2))
-    )
+    plan.flops = 2.0 * parameters * config.tokens
+    plan.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(plan.flops)}
+    per_token = logits_bytes(shape.vocab_size, config.k, config.values)
     plan.costs["size on disk"] = f"{human_bytes(per_token * config.tokens)}, {human_bytes(per_token)} a token"
+    plan.disk.append(DiskNeed("logits", config.output, per_token * config.tokens))
+    plan.disk += block_needs(config.data, (config.steps + config.validation_batches) * config.global_batch_size)
     return plan
 
 

@@ -53,7 +53,8 @@ def plan(config: DepthConfig) -> StagePlan:
     known, greedy = _candidates(config, shape)
     done = max(0, Journal.entries(Journal.beside(config.output)) - 1)  # without the whole model
     plan.costs["candidates"] = f"{len(known) - 1 + sum(greedy):,}" + (f", {done:,} measured already" if done else "")
-    plan.costs["FLOPs"] = human_count(_flops(config, shape, family))
+    plan.flops = _flops(config, shape, family)
+    plan.costs["FLOPs"] = human_count(plan.flops)
     plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
     if config.reuse_prefix:
         size = 2 if config.runtime.dtype == "bfloat16" else 4

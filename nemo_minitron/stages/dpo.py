@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def plan(config: DpoConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
-    plan = align_plan(config, PREFERENCE_PACKAGES, copies=2, sequences=2)
+    plan = align_plan(config, PREFERENCE_PACKAGES, copies=2, sequences=2, rounds=config.rounds)
     plan.reads += [PlannedPath(path, f"pairs of round {number}") for number, path in enumerate(config.rounds_data, 1)]
     if config.reference not in ("round", "first"):
         plan.reads.append(PlannedPath(config.reference, "reference policy"))
@@ -58,7 +57,7 @@ def run(config: DpoConfig) -> dict[str, Any]:
     data = [_pairs(config, first, path) for path in paths]
     data = data * config.rounds if len(data) == 1 else data
 
-    from nemo_minitron.alignment.dpo import STATISTICS, train_dpo
+    from nemo_minitron.alignment.dpo import STATISTICS, read_statistics, train_dpo
     from nemo_minitron.alignment.export import save_trained, trained_checkpoint
     from nemo_minitron.alignment.session import last_checkpoint
 
@@ -67,13 +66,13 @@ def run(config: DpoConfig) -> dict[str, Any]:
     if config.reference != "round":
         fixed = first if config.reference == "first" else open_checkpoint(config.reference)
     # Every rank looks before any of them trains. A round counts if those before it do.
-    finished = [(output / f"round-{number}" / STATISTICS).is_file() for number in _rounds(config)]
-    finished = [all(finished[:number]) for number in _rounds(config)]
+    known = [read_statistics(output / f"round-{number}" / STATISTICS) for number in _rounds(config)]
+    finished = [statistics if all(known[:number]) else None for number, statistics in enumerate(known, 1)]
     policy, last, rounds = first, Path(), []
     for number, done, (train, held_out, _) in zip(_rounds(config), finished, data, strict=True):
         directory = output / f"round-{number}"
         if done:
-            last, statistics = last_checkpoint(directory), json.loads((directory / STATISTICS).read_text())
+            last, statistics = last_checkpoint(directory), done
         else:
             last, statistics = train_dpo(
                 policy,

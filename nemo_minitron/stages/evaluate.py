@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,9 @@ def plan(config: EvaluateConfig) -> StagePlan:
             f"{name} {human_count(count)}" for name, count in zip(shapes, counts, strict=True)
         )
         # Two operations for each weight and token; attention scores are small beside it at these lengths.
-        plan.costs["FLOPs"] = human_count(2 * sum(counts) * blocks * config.data.sequence_length)
+        flops = 2.0 * sum(counts) * blocks * config.data.sequence_length
+        plan.costs["FLOPs"] = human_count(flops)
+        plan.flops = flops if len(shapes) == len(config.models) else None
         plan.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
     plan_streaming(plan, config, *config.models.values())
     first, *others = ((_called(name), path) for name, path in _baseline_first(config).items())
@@ -90,9 +93,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate every model; rank 0 writes ``evaluation.json``.
 
     Returns:
-        Its content: ``tokens, blocks, sequence_length, baseline, models``; each model has ``loss, perplexity,
-        standard_error, domains, parameters, shape, format, generations, generated_by, seconds``, and ``harness`` (by
-        task) where benchmarks were asked for.
+        Its content: ``tokens, asked_tokens, uncounted, blocks, sequence_length, baseline, models``; ``uncounted`` is
+        how many labels do not count, by reason. Each model has ``loss, perplexity, standard_error, domains, parameters,
+        shape, format, generations, generated_by, tokens_per_second, seconds``, and ``harness`` (by task) where
+        benchmarks were asked for.
 
     Raises:
         MinitronError: for a checkpoint or text that cannot be used.
@@ -109,6 +113,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         gc.collect()  # Megatron's modules hold cycles: without this the next model stands beside this one.
     result = {
         "tokens": sum(part.labels for part in blocks.values()),
+        "asked_tokens": config.tokens,
+        "uncounted": dict(sum((Counter(part.uncounted()) for part in blocks.values()), Counter())),
         "blocks": sum(len(part) for part in blocks.values()),
         "sequence_length": config.data.sequence_length,
         "baseline": baseline,
@@ -123,18 +129,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _held_out(config: EvaluateConfig, checkpoints: dict[str, Checkpoint], baseline: str) -> dict[str, Blocks]:
     """``[n, s + 1]`` blocks by source, cut with the baseline's tokenizer; every model must know their tokens.
 
-    Models may differ in rows, in added tokens, and in what ends a text; a warning names it.
+    Models may differ in rows, in added tokens, in what ends a text and in chat templates; a warning names it.
     """
     from nemo_minitron.accounting import warn_once
-    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare
+    from nemo_minitron.checkpoints.tokenizer.comparison import Vocabulary, compare, warnings_of
     from nemo_minitron.data import build_domain_blocks
 
     vocabularies = {name: Vocabulary.of(_called(name), checkpoint) for name, checkpoint in checkpoints.items()}
     reference = vocabularies.pop(baseline)
     shared = {name: compare(reference, vocabulary) for name, vocabulary in vocabularies.items()}
-    for common in shared.values():
-        if common.warning is not None:
-            warn_once("evaluation", common.warning)
+    for warning in warnings_of(shared.values()):
+        warn_once("evaluation", warning)
     blocks = build_domain_blocks(
         config.data,
         reference.tokenizer,
@@ -161,18 +166,23 @@ def _evaluate(
 
     started = time.monotonic()
     shape = checkpoint.shape
-    whole = bool(config.prompts or config.harness.tasks)
+    total = sum(len(part) for part in blocks.values())
     chunks: list[GPTModel] = []
-    if not whole and streams(config, checkpoint, groups):
+    streamed = not (config.prompts or config.harness.tasks) and streams(config, checkpoint, groups)
+    if streamed:
+        began = time.monotonic()
         loss = _streamed_loss(config, groups, name, checkpoint, blocks)
     else:
         chunks = live_model(config, checkpoint, groups)
-        total = sum(len(part) for part in blocks.values())
+        # The first pass of a process takes longer, and would make the first model look slow.
+        first = {source: part[:1] for source, part in list(blocks.items())[:1]}
+        held_out_loss(chunks, groups, first, config.micro_batch_size, vocab_size=shape.vocab_size)
+        began = time.monotonic()
         with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
             loss = held_out_loss(
                 chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
             )
-    measured = time.monotonic() - started
+    measured = time.monotonic() - began
     benchmarks = {"harness": _benchmarks(config, groups, name, checkpoint, chunks)} if config.harness.tasks else {}
     by_transformers = checkpoint.format == "hf"
     answers = []
@@ -209,6 +219,9 @@ def _evaluate(
         "format": checkpoint.format,
         "generations": [answer.to_dict() for answer in answers],
         "generated_by": "transformers" if by_transformers else "megatron-core",
+        # Every position of a block is computed, whether its label counts or not.
+        # Of a streamed pass it would be the disk's speed.
+        "tokens_per_second": None if streamed else round(total * config.data.sequence_length / measured, 1),
         "seconds": round(time.monotonic() - started, 2),
     }
 

@@ -11,9 +11,10 @@ from nemo_minitron import axes
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.config import ExportConfig
 from nemo_minitron.jobs.atomic import stage_output
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.jobs.records import owner_of
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
+from nemo_minitron.stages.shared.disk import checkpoint_need, expected, readable_model
 
 __all__ = ["plan", "run"]
 
@@ -30,6 +31,13 @@ def plan(config: ExportConfig) -> StagePlan:
         costs=model_costs(config.model, config.dtype or "float32"),
         faults=conversion_faults(config.model, config.formats, verify=config.verify, export=True),
     )
+    if (model := readable_model(config.model)) is not None:
+        plan.costs.setdefault("parameters", human_count(model.parameters))
+        for form in dict.fromkeys(config.formats):
+            place = str(output / FORMATS[form].output_name)
+            plan.disk.append(checkpoint_need(f"model ({form})", place, model, form, dtype=config.dtype))
+            if FORMATS[form].suffix is None:
+                plan.makes[place] = expected(model, config.model, dtype=config.dtype)
     if config.verify:
         plan.notes.append("each result is loaded by its own side's loader and its logits compared")
     return plan

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.config import ImportConfig
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
+from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_count
+from nemo_minitron.planning import Model, load_recipe, recipe_names
+from nemo_minitron.planning.disk import weights_bytes
 from nemo_minitron.stages.shared.checkpoints import (
     check_conversion,
     conversion_faults,
@@ -21,6 +23,7 @@ from nemo_minitron.stages.shared.checkpoints import (
     staged_checkpoint,
     verified,
 )
+from nemo_minitron.stages.shared.disk import checkpoint_need, described, expected, readable_model
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -39,6 +42,14 @@ def plan(config: ImportConfig) -> StagePlan:
         writes=[PlannedPath(config.output, f"model ({config.format})")],
         faults=format_faults(config.output, config.format),
     )
+    model = readable_model(config.source) if config.source is not None else _of_recipe(str(config.package))
+    plan.makes[config.output] = None if model is None else expected(model, config.source or "", dtype=config.dtype)
+    if model is not None:
+        plan.costs["shape"] = described(model)
+        plan.costs["parameters"] = human_count(model.parameters)
+        plan.disk.append(checkpoint_need("model", config.output, model, config.format, dtype=config.dtype))
+        if config.package is not None or _is_converted(str(config.source)):
+            plan.disk.append(_converted(config, model))
     if config.source is not None:
         plan.reads.append(PlannedPath(config.source, "model"))
         plan.costs.update(model_costs(config.source, config.dtype or "float32"))
@@ -52,6 +63,29 @@ def plan(config: ImportConfig) -> StagePlan:
     if config.verify:
         plan.notes.append("the result is loaded again and its logits compared with the source's")
     return plan
+
+
+def _of_recipe(package: str) -> Model | None:
+    """The model of a package, where a shipped recipe states its sizes."""
+    for recipe in map(load_recipe, recipe_names()):
+        for stage in recipe.stages:
+            if isinstance(stage, ImportConfig) and stage.package == package:
+                return recipe.models.get(stage.output) or recipe.models.get(package)
+    return None
+
+
+def _is_converted(source: str) -> bool:
+    """Whether a source becomes a Hugging Face directory before it is imported."""
+    from nemo_minitron.checkpoints.formats import detect
+
+    entry = detect(Path(source).expanduser())
+    return entry is not None and entry.convert is not None
+
+
+def _converted(config: ImportConfig, model: Model) -> DiskNeed:
+    """That directory: in float32, beside the output while the stage runs."""
+    size = weights_bytes(model, "float32", padded=False)
+    return DiskNeed("converted source", config.output, size, stay=0.0)
 
 
 def run(config: ImportConfig) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import require_uniform
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
 from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.memory import planned_model
+from nemo_minitron.stages.shared.pruned import plan_pruned
+from nemo_minitron.stages.shared.target import plan_target, target_lineage, target_sizes
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits
@@ -42,19 +45,26 @@ def plan(config: IterateConfig) -> StagePlan:
     plan.faults += format_faults(config.output, config.format)
     if done := len(list(_rounds_folder(config).glob("round-*.json"))):
         plan.notes.append(f"goes on after round {done} of {config.rounds}, if model, text and settings are the same")
-    if shape is None:
+    plan.makes[config.output] = None
+    sizes = plan_target(plan, config.target)
+    if sizes is None:
+        plan.costs["target"] = "the shape that the search chooses"
+    if shape is None or sizes is None:
         return plan
     try:
-        shapes = _shapes(config, shape)
+        shapes = _shapes(config, shape, sizes)
     except ShapeError as error:
         plan.faults += error.faults
         return plan
     table = peek_family(config.model)
     counts = [axes.parameter_count(table, step) for step in (shape, *shapes)]
+    if (model := planned_model(config.model)) is not None:
+        plan_pruned(plan, config, model, shapes[-1])
     plan.costs["parameters"] = " -> ".join(human_count(count) for count in counts)
     passes = ESTIMATORS[config.estimator].passes
     tokens = config.samples * config.data.sequence_length
-    plan.costs["FLOPs"] = human_count(2 * passes * tokens * sum(counts[:-1]))
+    plan.flops = 2.0 * passes * tokens * sum(counts[:-1])
+    plan.costs["FLOPs"] = human_count(plan.flops)
     return plan
 
 
@@ -76,7 +86,7 @@ def run(config: IterateConfig) -> dict[str, Any]:
     measured = open_measured(config)
     checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
     shape = checkpoint.shape
-    shapes = _shapes(config, shape)
+    shapes = _shapes(config, shape, target_sizes(config.target))
     journal = _Rounds(_rounds_folder(config), _subject(config, fingerprint(checkpoint), blocks, shapes), groups)
     kept, done = journal.resume(shape)
     for number, target in enumerate(shapes[done:], done + 1):
@@ -104,7 +114,7 @@ def run(config: IterateConfig) -> dict[str, Any]:
     }
 
 
-def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
+def _shapes(config: IterateConfig, shape: ModelShape, sizes: dict[str, int]) -> list[ModelShape]:
     from nemo_minitron.pruning.choose import target_shape
     from nemo_minitron.pruning.rounds import intermediate_shapes
 
@@ -112,7 +122,7 @@ def _shapes(config: IterateConfig, shape: ModelShape) -> list[ModelShape]:
     layout = config.parallel
     return intermediate_shapes(
         shape,
-        target_shape(shape, config.target.given()),
+        target_shape(shape, sizes),
         config.rounds,
         spacing=config.spacing,
         tensor=layout.tensor,
@@ -147,7 +157,7 @@ def _write(config: IterateConfig, checkpoint: Checkpoint, kept: KeptUnits, shape
         "rounds": [step.to_dict() for step in shapes],
         "samples": config.samples,
         "aggregation": {"sequence": config.aggregation.sequence, "batch": config.aggregation.batch},
-    }
+    } | target_lineage(config.target)
     pruned = prune_weights(checkpoint, kept, lineage=lineage)
     with (
         staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path,

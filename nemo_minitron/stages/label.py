@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config import LabelConfig
 from nemo_minitron.jobs.output import claim_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.stages.shared.chats import shorter, tokens_of
 from nemo_minitron.stages.shared.measuring import start_groups
@@ -117,10 +118,10 @@ def _saved(journal: Path, key: str) -> list[list[float]]:
     if not journal.is_file():
         return []
     lines = []
-    for line in journal.read_text().splitlines():
+    for line in journal.read_bytes().splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            lines.append(parse_json(line))
+        except ValueError:
             break
     return lines[1:] if lines and lines[0] == {"key": key} else []
 

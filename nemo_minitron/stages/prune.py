@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
@@ -19,6 +18,9 @@ from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint, written_faults
 from nemo_minitron.stages.shared.choosing import kept_units, read_scores
+from nemo_minitron.stages.shared.disk import readable_model
+from nemo_minitron.stages.shared.pruned import plan_pruned
+from nemo_minitron.stages.shared.target import plan_target, target_lineage, target_sizes
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import KeptUnits
@@ -47,18 +49,20 @@ def plan(config: PruneConfig) -> StagePlan:
         plan.reads.append(PlannedPath(config.vocabulary.frequencies, "token frequencies"))
     if config.depth_scores is not None:
         plan.reads.append(PlannedPath(config.depth_scores, "depth scores"))
-    shape = peek_shape(config.model)
-    if shape is not None:
+    plan.makes[config.output] = None
+    model, sizes = readable_model(config.model), plan_target(plan, config.target)
+    if sizes is None:
+        plan.costs["target"] = "the shape that the search chooses"
+    if model is not None and sizes is not None:
+        shape = model.shape
         try:
-            target = target_shape(shape, _sizes(config), layers_to_drop=config.layers_to_drop)
+            target = target_shape(shape, _sizes(config, sizes), layers_to_drop=config.layers_to_drop)
         except ShapeError as error:
             plan.faults += error.faults
         else:
             plan.faults += _layout_faults(config, target)
-            if (architecture := peek_architecture(config.model)) is not None:
-                plan.faults += written_faults(target, architecture, [config.format])
-            before, after = (axes.parameter_count(peek_family(config.model), size) for size in (shape, target))
-            plan.costs["parameters"] = f"{human_count(before)} -> {human_count(after)} ({100 * after / before:.1f} %)"
+            plan.faults += written_faults(target, model.architecture, [config.format])
+            plan_pruned(plan, config, model, target)
     plan.notes.append("reads and writes one tensor at a time; no forward pass")
     return plan
 
@@ -76,7 +80,8 @@ def run(config: PruneConfig) -> dict[str, Any]:
     from nemo_minitron.pruning import merge_pruned_heads, prune_weights, save_kept, target_shape
 
     checkpoint = open_checkpoint(config.model)
-    target = target_shape(checkpoint.shape, _sizes(config), layers_to_drop=config.layers_to_drop)
+    sizes = _sizes(config, target_sizes(config.target))
+    target = target_shape(checkpoint.shape, sizes, layers_to_drop=config.layers_to_drop)
     if faults := _layout_faults(config, target) + written_faults(target, checkpoint.architecture, [config.format]):
         raise ShapeError(faults)
     scores = read_scores(config, checkpoint)
@@ -109,10 +114,10 @@ def run(config: PruneConfig) -> dict[str, Any]:
     }
 
 
-def _sizes(config: PruneConfig) -> dict[str, int]:
-    """The sizes of the target."""
+def _sizes(config: PruneConfig, sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes of the target, with that of the vocabulary."""
     vocabulary = {} if config.vocabulary.size is None else {"vocab_size": config.vocabulary.size}
-    return config.target.given() | vocabulary
+    return sizes | vocabulary
 
 
 def _layout_faults(config: PruneConfig, target: ModelShape) -> list[str]:
@@ -139,12 +144,17 @@ def _lineage(config: PruneConfig, scores: Scores | None) -> dict[str, Any]:
     vocabulary = {} if config.vocabulary.size is None else {"vocabulary": dataclasses.asdict(config.vocabulary)}
     if config.method == "random":
         drop = {} if config.layers_to_drop is None else {"depth": {"layers_to_drop": config.layers_to_drop}}
-        return {"method": config.method, "seed": config.runtime.seed} | drop | vocabulary
+        drawn = {"method": config.method, "seed": config.runtime.seed}
+        return drawn | drop | vocabulary | target_lineage(config.target)
     depth = {"criterion": config.depth.criterion, "form": config.depth.form, "scores": config.depth_scores}
-    lineage: dict[str, Any] = {
-        "method": config.method,
-        "depth": {"layers_to_drop": config.layers_to_drop} if config.layers_to_drop is not None else depth,
-    } | vocabulary
+    lineage: dict[str, Any] = (
+        {
+            "method": config.method,
+            "depth": {"layers_to_drop": config.layers_to_drop} if config.layers_to_drop is not None else depth,
+        }
+        | vocabulary
+        | target_lineage(config.target)
+    )
     if scores is not None:
         aggregation = {"sequence": scores.sequence, "batch": scores.batch}
         lineage |= {"merge_pruned_heads": config.merge_pruned_heads}

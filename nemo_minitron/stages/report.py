@@ -41,6 +41,12 @@ def run(config: ReportConfig) -> dict[str, Any]:
             compared = write_comparison([config.run, *config.others], output, title=config.title)
             return {"runs": len(compared.runs), "remarks": [r for run in compared.runs for r in run.remarks]}
         written = write_report(
-            config.run, output, title=config.title, base_model=config.base_model, license_name=config.license
+            config.run,
+            output,
+            title=config.title,
+            base_model=config.base_model,
+            license_name=config.license,
+            price=config.price_per_gpu_hour,
+            currency=config.currency,
         )
     return {"stages": len(written.stages), "remarks": written.remarks}

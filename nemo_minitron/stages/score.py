@@ -11,16 +11,18 @@ from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
+from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
+from nemo_minitron.stages.shared.disk import block_needs
 from nemo_minitron.stages.shared.measuring import Measured, live_model, open_measured, plan_measuring
 from nemo_minitron.stages.shared.memory import weights_of_rank
 from nemo_minitron.stages.shared.streaming import plan_streaming, state_budget, streamed_model, streams, trail
 
 if TYPE_CHECKING:
     from nemo_minitron.importance import Scores
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["plan", "run"]
 
@@ -36,9 +38,11 @@ def plan(config: ScoreConfig) -> StagePlan:
         plan = StagePlan("score", reads=[PlannedPath(config.model, "model")], writes=[written], faults=faults)
         plan.notes.append("reads one tensor at a time; no text, no forward pass")
         plan.costs.update(model_costs(config.model, config.runtime.dtype))
+        plan.disk += _needs(config, shape)
         return plan
     plan = plan_measuring(config, "score", written)
     plan.faults += faults
+    plan.disk += [*_needs(config, shape), *block_needs(config.data, config.samples)]
     if shape is not None:
         plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert)
         plan.costs.update(model_costs(config.model, config.runtime.dtype))
@@ -46,10 +50,21 @@ def plan(config: ScoreConfig) -> StagePlan:
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.
         passes = ESTIMATORS[config.estimator].passes
-        plan.costs["FLOPs"] = human_count(2 * passes * count * config.samples * config.data.sequence_length)
+        plan.flops = 2.0 * passes * count * config.samples * config.data.sequence_length
+        plan.costs["FLOPs"] = human_count(plan.flops)
         plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
     plan_streaming(plan, config, config.model)
     return plan
+
+
+def _needs(config: ScoreConfig, shape: ModelShape | None) -> list[DiskNeed]:
+    """Eight bytes a unit, for each pair of aggregations."""
+    if shape is None or not shape.uniform:
+        return []
+    units = shape.ffn_hidden_size * (shape.num_moe_experts or 1) + shape.num_attention_heads + shape.num_query_groups
+    units += (shape.num_moe_experts or 0) + 1
+    each = 8.0 * (shape.num_layers * units + shape.hidden_size)
+    return [DiskNeed("scores", config.output, each * (1 + len(config.also)))]
 
 
 def run(config: ScoreConfig) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def plan(config: SearchConfig) -> StagePlan:
         f", spread over all ({left_out:,} left out)" if left_out else ""
     )
     plan.costs["parameters"] = f"{human_count(own)} -> {human_count(min(counts))} to {human_count(max(counts))}"
-    plan.costs["FLOPs of the ranking"] = human_count(2 * config.samples * length * (sum(counts) + own))
+    plan.flops = 2.0 * config.samples * length * (sum(counts) + own)
+    plan.costs["FLOPs of the ranking"] = human_count(plan.flops)
     best = min(config.best, len(chosen))
     if best:
         tokens = config.distill.steps * config.distill.global_batch_size * length
@@ -108,6 +109,7 @@ def plan(config: SearchConfig) -> StagePlan:
             f"{best} candidates, {human_count(tokens)} tokens in {config.distill.steps} steps each"
         )
         plan.costs["FLOPs of the distillation"] = human_count(best * each)
+        plan.flops += best * each
     done = _finished(Path(config.output))
     if done:
         plan.notes.append(f"{done} results of an earlier run are there and are taken up")

@@ -314,7 +314,7 @@ def test_a_signal_and_a_loss_that_is_not_finite_end_in_good_order(workspace: Pat
     assert whole["jobs"]["sft-stopped"].startswith(f"stopped by a signal after step 2 of {STEPS}: its state is saved")
     for split in ("train", "validation"):
         ours, expected = (lines(workspace / "one" / job, split) for job in ("sft-stopped", "sft"))
-        assert {step: loss for step, loss in ours.items() if step in expected} == pytest.approx(expected, abs=1e-6)
+        assert ours == pytest.approx(expected, abs=1e-6)
     assert re.match(r"the training loss is (nan|inf); the weights are those of", whole["jobs"]["sft-broken"])
     assert not list((workspace / "one" / "sft-broken" / "checkpoints").glob("*"))
 

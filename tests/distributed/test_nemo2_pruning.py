@@ -92,7 +92,7 @@ def train(
         (code,) = (
             block for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S) if "llm.train(" in block
         )
-        code = code.replace('"teacher"', repr(weights)).replace('"runs/kept.json"', repr(kept))
+        code = code.replace('"runs/demo/teacher"', repr(weights)).replace('"runs/kept.json"', repr(kept))
         exec(code, {"model": model, "data": data, "trainer": trainer, "log": log})
     else:
         (llm.finetune if finetune else llm.train)(

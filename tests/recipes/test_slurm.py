@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from nemo_minitron.config import load_pipeline, load_slurm, shipped_slurm
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs.records import read_record
 from nemo_minitron.jobs.slurm_submit import jobs_of, submit
+from nemo_minitron.jobs.status import StageStatus, status_of
 
 PIPELINE = """
 name: tiny
@@ -70,7 +71,7 @@ run_in_place(dataclasses.replace(stage, output="{home}/in_place", teacher_placem
 def home() -> Iterator[Path]:
     """A tiny model and its text. (Not pytest's own directory, whose path is too long for a socket.)"""
     folder = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))
-    tiny_checkpoint(folder / "hf")
+    tiny_checkpoint(folder / "hf", num_attention_heads=8, num_key_value_heads=8, intermediate_size=80)
     words = torch.randint(0, 125, (120, 30), generator=torch.Generator().manual_seed(0)).tolist()
     write_jsonl(folder / "text.jsonl", [" ".join(f"w{number}" for number in row) for row in words])
     (folder / "pipeline.yaml").write_text(PIPELINE.format(home=folder))
@@ -182,7 +183,7 @@ def test_faults(home: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {', '.join(missing())} missing")
-def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
+def test_a_real_slurm_runs_the_pipeline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitted by the command line, in order, to the end; nothing is left to submit then; a refusal ends at once."""
     settings = {"account": "test", "gpus_per_node": 0, "tasks_per_node": 2, "time": "00:20:00", "signal": None,
                 "python": sys.executable, "retries": 2}  # fmt: skip
@@ -199,18 +200,37 @@ def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        def wait(limit: float = 450) -> dict[str, str]:
+        def wait(limit: float = 450, each: Callable[[], object] = lambda: None) -> dict[str, str]:
             deadline = time.monotonic() + limit
             while any(state in ("PENDING", "RUNNING", "COMPLETING") for state in job_states(env).values()):
                 if time.monotonic() > deadline:
                     break
+                each()
                 time.sleep(1)
             return job_states(env)
 
         told = run()
         numbers = dict(re.findall(r"^(\w+): job (\d+)", told, re.M))
         assert list(numbers) == ["teacher", "scores", "pruned", "random", "distilled"]
-        states = wait()
+        seen: dict[str, set[str]] = {}
+
+        def look(folder: Path = home / "run") -> dict[str, StageStatus]:
+            with monkeypatch.context() as patched:
+                patched.setenv("PATH", env["PATH"])
+                patched.setenv("SLURM_CONF", env["SLURM_CONF"])
+                stages = {stage.name: stage for stage in status_of(folder).stages}
+            for stage in stages.values():
+                seen.setdefault(stage.name, set()).add(stage.state)
+            return stages
+
+        first = look()
+        assert {name: stage.job for name, stage in first.items()} == numbers
+        assert first["distilled"].state == "queued"
+        assert f"job {numbers['distilled']} is PENDING (Dependency)" in str(first["distilled"].process)
+        states = wait(each=look)
+        last = look()
+        assert {stage.state for stage in last.values()} == {"done"}
+        assert "running" in seen["distilled"] and "queued" in seen["scores"], seen
         logs = "\n".join(p.read_text()[-1500:] for p in (home / "run").rglob("log*.out"))
         assert set(states.values()) == {"COMPLETED"}, f"{states}\n{logs}"
 
@@ -254,6 +274,11 @@ def test_a_real_slurm_runs_the_pipeline(home: Path) -> None:
         # What waited for it can never start, and leaves the queue.
         assert sorted(wait(180).values()).count("CANCELLED") >= 1
         assert not queue(env)
+        ended = look()
+        assert (ended["scores"].state, ended["scores"].exit_code) == ("failed", 2), ended["scores"]
+        assert "is FAILED" in str(ended["scores"].error) and "9999" in str(ended["scores"].error)
+        assert ended["pruned"].state == "cancelled"
+        assert (ended["teacher"].state, look(home / "run" / "more")["scores"].state) == ("done", "failed")
         restarts = subprocess.run(
             ["scontrol", "show", "jobs", "-o"], env=env, capture_output=True, text=True, check=True
         ).stdout

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.chats import SPECIAL, chat_checkpoint, chat_tokenizer, chats, preferences, write_jsonl
+from support.chats import chat_checkpoint, chats, preferences, write_jsonl
+
+from nemo_minitron.config import load
+from nemo_minitron.stages import evaluate
 
 pytestmark = [pytest.mark.smoke, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -60,7 +64,7 @@ stages:
       data: {{<<: *chats, path: {home}/pairs.jsonl}}}}
   - stage: evaluate
     name: evaluation
-    models: {{teacher: "${{output}}/teacher", distilled: "${{output}}/distilled/model"}}
+    models: {{teacher: "${{output}}/teacher", distilled: "${{output}}/distilled/model", sft: "${{output}}/sft/model"}}
     baseline: teacher
     tokens: 512
     data: *text
@@ -77,9 +81,6 @@ def losses(path: Path) -> list[dict[str, Any]]:
 
 def test_the_main_job(tmp_path: Path) -> None:
     chat_checkpoint(tmp_path / "hf")
-    # It ends a text as the template ends an answer: alignment then changes no special token, and the teacher and the
-    # aligned model can be compared.
-    chat_tokenizer(tmp_path / "hf", special=tuple(sorted(SPECIAL, key=lambda token: token != "<|im_end|>")))
     texts = [f"how many apples are {n} and {n + 1}? there are {2 * n + 1} apples, and {n} more." for n in range(400)]
     write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     write_jsonl(tmp_path / "chats.jsonl", chats(24))
@@ -100,8 +101,15 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert all(0 < row["kl"] < 10 for row in plain)
 
     models = json.loads((run / "evaluation/evaluation.json").read_text())["models"]
-    assert set(models) == {"teacher", "distilled"}
+    assert set(models) == {"teacher", "distilled", "sft"}
     assert all(math.isfinite(model["loss"]) for model in models.values())
+
+    # Alignment gives its model another end token and a chat template; losses stay comparable, in one line of warning.
+    (warning,) = re.findall(r"have one tokenizer but for .*", (run / "logs/evaluation/rank-0.log").read_text())
+    assert re.fullmatch(r".* chat templates \(none of model 'teacher'\); eos_token_id is 0 .* and 2 .*", warning)
+    plan = evaluate.plan(load("evaluate", run / "logs/evaluation/config.yaml"))
+    assert [note.partition(" have ")[2] for note in plan.notes if "one tokenizer" in note] == [warning[5:]]
+    assert plan.faults == []
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -73,4 +73,4 @@ if __name__ == "__main__":
     install()
     if "REAL_SET_UP" not in os.environ:  # torch and Megatron take seconds to import
         worker.set_up = lambda config: None  # type: ignore[assignment]
-    sys.exit(worker.main(sys.argv[1]))
+    sys.exit(worker.main(sys.argv[1], launched=True))

@@ -7,10 +7,13 @@ import os
 import pickle
 import random
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint
 from support.mixture import random_mixture
 from support.pruning import DictWeights
@@ -18,6 +21,7 @@ from torch.distributed import checkpoint as dcp
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.formats.torch_dist import checksums
 from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist, TorchDistWeights
 from nemo_minitron.checkpoints.formats.torch_dist.writer import write_torch_dist
 from nemo_minitron.errors import CheckpointError
@@ -239,6 +243,25 @@ def test_all_damaged_chunks_are_named(directory: Path) -> None:
     faults = list(TorchDist(directory).damage())
     assert len(faults) == 2
     assert all("the stored chunk is damaged (the checksum of" in fault for fault in faults)
+
+
+@given(st.integers(1, 3 * checksums._BLOCK // 4), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_what_is_summed_while_it_is_read(length: int, seed: int, flip: bool) -> None:
+    """The sums are those of the bytes, of chunks below and above a block; a flipped bit of a weight is seen."""
+    tensor = torch.randint(0, 2**15, (length,), generator=torch.Generator().manual_seed(seed), dtype=torch.int16)
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    content = bytearray(b"before" + file.getvalue() + b"after")
+    at = content.index(tensor.numpy().tobytes())
+    if flip:
+        content[at + seed % (2 * length)] ^= 1 << seed % 8
+    window = checksums.SummedWindow(io.BytesIO(content), 6, len(file.getvalue()))
+    read = torch.load(window, weights_only=True)
+    assert torch.equal(read, tensor) != flip
+    whole = content[at : at + 2 * length]
+    assert window.sums == ({(at - 6, 2 * length): zlib.crc32(whole)} if 2 * length >= checksums._BLOCK else {})
+    assert (checksums.damage(window) is not None) == flip
 
 
 def test_a_hostile_metadata_runs_nothing(directory: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+
+from nemo_minitron.cli import app as app_module
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -108,7 +112,11 @@ def test_exit_codes_and_messages(tmp_path, score, args, code, message):
     done = minitron("score", "score.yaml", *args, cwd=tmp_path)
     assert done.returncode == code
     assert message in done.stderr
-    assert done.stderr.count("Traceback") == ("crash" in args[0])
+    shown = done.stdout + done.stderr
+    assert shown.count(message.removeprefix("minitron: ")) == 1  # and not in the log of the rank that is shown, too
+    assert shown.count("Traceback") == ("crash" in args[0])
+    if args[0] in ("name=refuse", "name=crash"):
+        assert message.removeprefix("minitron: ") in (tmp_path / "logs" / "out" / "rank-0.log").read_text()
     assert not (tmp_path / "out").exists()
 
 
@@ -132,6 +140,28 @@ def test_interrupt(tmp_path, score):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert stderr == "minitron: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_between_two_jobs_is_a_preemption(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(typer.Exit) as end, app_module._exit_codes():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert end.value.exit_code == 75
+    assert capsys.readouterr().err == f"minitron: {number.name} came. Give the same command again\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_full_disk_under_the_command_itself_is_one_line(capsys):
+    with pytest.raises(typer.Exit) as end, app_module._exit_codes():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/run/logs")
+    assert end.value.exit_code == 2
+    assert re.match(
+        r"minitron: /data/run/logs: No space left on device \(.*free some space.*\n$", capsys.readouterr().err
+    )
+    with pytest.raises(FileNotFoundError), app_module._exit_codes():
+        raise FileNotFoundError(errno.ENOENT, "gone", "x")
 
 
 def test_dry_run_shows_and_does_nothing(tmp_path, score):

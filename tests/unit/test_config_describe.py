@@ -45,7 +45,7 @@ FILLED: dict[str, list[str]] = {
     "correct": SOURCE,
     "cache": SOURCE,
     "generate": ["prompts.path=a.txt"],
-    "distill": SOURCE,
+    "distill": ["teacher=given", *SOURCE],
     "sft": ["data.path=a.jsonl"],
     "dpo": ["data.path=a.jsonl"],
     "reward": ["data.path=a.jsonl"],

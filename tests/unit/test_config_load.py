@@ -264,7 +264,7 @@ def test_pipeline_faults_are_collected(write):
     message = str(error.value)
     for fault in (
         "no stage is called scor; did you mean score?",
-        "defaults.runtme: no stage has this setting; did you mean runtime?",
+        "defaults.runtme: no stage of the pipeline has this setting; did you mean runtime?",
         "stages[0].stage=imprt: is no stage; did you mean import?",
         "stage score: samples=none: must be a whole number",
         "scores=${outptu}/score: cannot be resolved",
@@ -276,7 +276,78 @@ def test_pipeline_faults_are_collected(write):
 def test_a_fault_in_the_defaults_is_told_once(write):
     with pytest.raises(ConfigError) as error:
         load_pipeline(write(PIPELINE.replace("threads: 1", "threads: 0")))
-    assert error.value.faults == ["line 6: defaults.runtime.threads=0: must be above 0"]
+    (fault,) = error.value.faults
+    assert fault == "line 6: defaults.runtime.threads=0: must be above 0 (stages teacher, score, small and 1 more)"
+
+
+MIXED = """
+output: base
+defaults:
+  data: {sources: [{name: a, path: a.txt}], sequence_length: 64, seed: 5}
+stages:
+  - {stage: score, model: m}
+  - {stage: sft, model: m, data: {path: chats.jsonl, max_length: 32}}
+  - {stage: dpo, model: m, data: {path: pairs.jsonl}}
+"""
+
+
+NONE = "no stage of the pipeline has this setting"
+
+
+def test_a_default_holds_where_the_stage_has_the_setting_in_that_form(write):
+    """Text for the one, conversations for the others; what both have holds in both."""
+    _, (score, sft, dpo) = load_pipeline(write(MIXED))
+    assert (score.data.sequence_length, score.data.sources[0].path, score.data.seed) == (64, "a.txt", 5)
+    assert (sft.data.path, sft.data.max_length, sft.data.seed) == ("chats.jsonl", 32, 5)
+    assert (dpo.data.path, dpo.data.seed) == ("pairs.jsonl", 5)
+    swapped = MIXED.replace("{sources: [{name: a, path: a.txt}], sequence_length: 64, seed: 5}", "{path: c.jsonl}")
+    swapped = swapped.replace("model: m}", "model: m, data: {sources: [{name: a, path: a.txt}]}}")
+    swapped = swapped.replace(", data: {path: chats.jsonl, max_length: 32}", "")
+    _, (score, sft, dpo) = load_pipeline(write(swapped))
+    assert (score.data.sources[0].path, sft.data.path, dpo.data.path) == ("a.txt", "c.jsonl", "pairs.jsonl")
+
+
+def test_forms_of_one_name(write):
+    """A text for `format` and a list for `formats`; a method of scores and a loss of two kinds."""
+    text = """
+output: base
+defaults: {loss: {kind: reverse_kl}, dtype: bfloat16, verify: false, attributes: {schema: own, names: [quality]}}
+stages:
+  - {stage: import, source: m}
+  - {stage: distill, student: a, teacher: b, data: {sources: [{name: a, path: a.txt}]}}
+  - {stage: dpo, model: m, data: {path: pairs.jsonl}}
+  - {stage: generate, model: m, prompts: {texts: [hello]}}
+  - {stage: reward, model: m, data: {path: labelled.jsonl}}
+"""
+    _, (taken, distill, dpo, generate, reward) = load_pipeline(write(text))
+    assert (taken.dtype, taken.verify, dpo.verify) == ("bfloat16", False, False)
+    assert (distill.loss.kind, dpo.loss) == ("reverse_kl", "dpo")
+    assert (generate.attributes, reward.attributes.names) == ({}, ["quality"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("seed: 5", "sede: 5", f"defaults.data.sede: {NONE}; did you mean seed?"),
+        ("seed: 5", "seed: x", "defaults.data.seed=x: must be a whole number (stages score, sft, dpo)"),
+        ("path: a.txt", "pth: a.txt",
+         "defaults.data.sources[0].pth: is not a setting; did you mean path? (stage score)"),
+        ("sequence_length: 64", "sequence_length: 0",
+         "defaults.data.sequence_length=0: must be above 0 (stage score)"),
+        ("defaults:", "defaults:\n  student: s", f"defaults.student: {NONE} (it is one of"),
+        (", data: {path: pairs.jsonl}", "",
+         "stage dpo: data.path: give exactly one of path, package (none is given); "
+         "defaults.data is of another form here (sequence_length, sources)"),
+        ("  - {stage: score, model: m}\n", "", f"defaults.data.sources: {NONE}; did you mean data.path?"),
+    ],
+)  # fmt: skip
+def test_defaults_that_hold_nowhere_or_are_wrong_name_the_stage(write, old, new, fault):
+    assert old in MIXED
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(write(MIXED.replace(old, new)))
+    assert any(given.split(": ", 1)[1].startswith(fault) for given in error.value.faults), error.value.faults
+    assert all(given.startswith("line ") for given in error.value.faults)
+    assert len(error.value.faults) == len({given.split(": ", 1)[1] for given in error.value.faults})
 
 
 def test_pipeline_without_stages_and_with_doubles(write):

@@ -106,6 +106,63 @@ def test_an_archived_output_that_is_damaged_does_not_come_back(config):
     assert Output(other).prepare() is not None
 
 
+def test_what_read_an_output_that_was_made_again_and_differs(config, tmp_path):
+    """Also where the run was killed in between: it is seen from the records alone."""
+    out = Path(config.output)
+    (out / "context").mkdir()
+    (out / "metrics.jsonl").write_text("{}")
+    Output(config).finish({}, 1.0)
+    reads = {
+        "all": ExportConfig(name="e", output=str(tmp_path / "e"), model=config.output),
+        "a part": ExportConfig(name="w", output=str(tmp_path / "w"), model=str(out / "weights")),
+        "another": ExportConfig(name="o", output=str(tmp_path / "o"), model=str(out / "other")),
+    }
+    for reader in reads.values():
+        Path(reader.output).mkdir()
+        Output(reader).finish({}, 1.0)
+
+    def states() -> list[str]:
+        return [Output(reader).state()[0] for reader in reads.values()]
+
+    (out / "metrics.jsonl").write_text("other times")
+    (out / "context" / "io.json").write_text("other names")
+    (out / "weights" / ".metadata").write_text("another id")
+    Output(config).finish({}, 1.0)
+    assert states() == ["done"] * 3
+    (out / "weights" / "__0_0.distcp").write_text("9876543210")
+    assert Output(config).state() == ("done", [])  # nobody has looked
+    Output(config).finish({}, 1.0)
+    assert states() == ["changed", "changed", "done"]
+    stale = Output(reads["all"])
+    assert stale.state()[1] == [f"model: {out} was made again, and differs"]
+    todo = stale.prepare()
+    assert todo is not None and todo.config.overwrite
+    assert Path(stale.path).is_dir()  # the stage replaces it; it is not kept as of other settings
+    assert not list(tmp_path.glob("e@*"))
+    Output(reads["all"]).finish({}, 1.0)
+    assert states() == ["done", "changed", "done"]
+    record = json.loads(record_path(tmp_path / "w").read_text())
+    del record["contents"]  # of an earlier release
+    record_path(tmp_path / "w").write_text(json.dumps(record))
+    assert states() == ["done"] * 3
+
+
+def test_a_training_does_not_go_on_from_another_model(config, tmp_path):
+    training = DistillConfig(name="d", output=str(tmp_path / "d"), student=config.output, teacher="t")
+    (tmp_path / "d" / "checkpoints").mkdir(parents=True)
+    Output(training).begin()
+    assert Output(training).state() == ("unfinished", [])
+    (Path(config.output) / "weights" / "__0_0.distcp").write_text("9876543210")
+    Output(config).finish({}, 1.0)
+    fault = f"student: {config.output} was made again, and differs"
+    assert Output(training).state() == ("begun", [fault])
+    assert Output(training).resume_faults()[0].startswith(f"{training.output} was begun with other settings: {fault}")
+    todo = Output(training).prepare()
+    assert todo is not None and todo.config.overwrite
+    record_path(config.output).unlink()
+    assert not Output(training).is_stale()
+
+
 def test_records_of_earlier_releases(config):
     record = json.loads(record_path(config.output).read_text())
     del record["files"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_minitron.errors import DiskError
+from nemo_minitron.errors import DiskError, MinitronError
 from nemo_minitron.jobs.results import RankResult, StageCrashError, failure, save_result, verdict
 from nemo_minitron.runtime import disk
 from nemo_minitron.runtime.disk import disk_fault
@@ -99,3 +99,16 @@ def test_a_rank_without_a_result_on_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(10 << 20, 10 << 20, 100))
     with pytest.raises(DiskError, match=r"the disk is full \(0 of 10 MiB are free on /"):
         verdict(tmp_path, 2, 1)
+
+
+def test_a_refusal_that_no_result_says_is_read_from_the_log(tmp_path):
+    """Where a quota is used up the disk itself has room, and the rank could write no result."""
+    log = tmp_path / "rank-0.log"
+    log.write_text("step 1\n12:00:00 ERROR nemo_minitron: /data/x: Disk quota exceeded; remove something\n")
+    with pytest.raises(MinitronError, match=r"^/data/x: Disk quota exceeded; remove something \(rank 0 of 1 could"):
+        verdict(tmp_path, 1, 2)
+    with pytest.raises(StageCrashError, match="exit code 1"):
+        verdict(tmp_path, 1, 1)
+    log.write_text("12:00:00 ERROR nemo_mi")  # nor the log
+    with pytest.raises(MinitronError, match=rf"^{tmp_path}: takes no more files or bytes; look at the quota"):
+        verdict(tmp_path, 1, 2)

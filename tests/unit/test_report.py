@@ -15,6 +15,7 @@ from support.run_dir import LOSSES, STUDENT, write_kept, write_model, write_run,
 from nemo_minitron.config import ReportConfig
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.report import collect, tables
+from nemo_minitron.report.benchmarks import benchmark_table
 from nemo_minitron.stages import report
 
 VOID = {"meta", "source", "img", "link", "br", "hr", "input"}
@@ -65,8 +66,8 @@ def test_page_is_self_contained_and_well_formed(whole: Path) -> None:
     text = (whole / "report" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert len(page.images) == 7
-    assert len(page.sources) == 14
+    assert len(page.images) == 8
+    assert len(page.sources) == 16
     for source in page.sources:
         assert source.startswith("data:image/png;base64,")
         assert base64.b64decode(source.partition(",")[2], validate=True).startswith(b"\x89PNG")
@@ -102,7 +103,7 @@ def test_markdown_tables_and_figures(whole: Path) -> None:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(columns) == 1, block
     figures = re.findall(r"\]\((plots/[^)]+)\)", markdown)
-    assert len(figures) == 7
+    assert len(figures) == 8
     assert all((whole / "report" / figure).is_file() for figure in figures)
 
 
@@ -123,6 +124,17 @@ def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     assert run.remarks == []
     recovery = tables.recoveries(run, run.evaluations[0][1])
     assert [(r.model, r.student, r.teacher) for r in recovery] == [("distilled", "pruned", "teacher")]
+
+
+def test_a_training_from_a_cache_of_logits_has_no_teacher(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    record = run / "distilled" / "record.json"
+    content = json.loads(record.read_text())
+    content["config"]["teacher"] = None
+    record.write_text(json.dumps(content))
+    found = collect(run)
+    assert tables.recoveries(found, found.evaluations[0][1]) == []
 
 
 def test_what_was_pruned_in_rounds_is_pruned(tmp_path: Path) -> None:
@@ -205,7 +217,7 @@ def test_benchmarks_are_shown_with_their_errors(tmp_path: Path) -> None:
     content["models"]["teacher"]["harness"] = {"arc_easy": {"metrics": metrics, "samples": 9}}
     content["models"]["distilled"]["harness"] = {"arc_easy": {"metrics": {"acc": 0.25}, "samples": 9}}
     path.write_text(json.dumps(content))
-    table = tables.benchmark_table(collect(run), content)
+    table = benchmark_table(collect(run), content)
     assert table is not None
     assert table.headings == ["task", "metric", "teacher", "distilled"]
     assert table.rows == [
@@ -270,12 +282,12 @@ def test_scores_of_a_mixture_and_of_other_estimators_are_drawn(tmp_path: Path) -
     """Neurons of experts have a dimension more, and layers are not always scored by block influence."""
     import numpy as np
 
-    from nemo_minitron.report import plots
-    from nemo_minitron.report.collect import ScoreSet
+    from nemo_minitron.report import score_plots
+    from nemo_minitron.report.run import ScoreSet
 
     run = collect(write_run(tmp_path / "run"))
     arrays = {"ffn": np.random.default_rng(0).random((3, 4, 10)), "layers": np.array([0.1, 0.3, 0.2])}
     scores = ScoreSet("mixture", arrays, {"estimator": "taylor"})
-    neurons, layers = plots.neurons(scores, run), plots.layers(scores, run)
+    neurons, layers = score_plots.neurons(scores, run), score_plots.layers(scores, run)
     assert neurons is not None and "(12 rows)" in neurons.alt
     assert layers is not None and layers.alt.startswith("First-order Taylor")

@@ -118,6 +118,23 @@ def test_a_cuda_device_without_apex_and_transformer_engine_is_made_complete(monk
     assert {patch.lacking for patch in cpu.layer._state["patches"].patches} == {"apex"}
 
 
+def test_what_a_script_calls_first_switches_the_layer_on_but_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.ensure() == device.CPU
+    assert cpu.is_active()
+    state = dict(cpu.layer._state)
+    assert cpu.ensure() == cpu.ensure(device.CPU) == device.CPU
+    assert cpu.layer._state == state
+    cpu.deactivate()
+    cuda(monkeypatch, engine=False)
+    here = cpu.ensure()
+    assert here.is_cuda
+    assert not cpu.layer._state
+    assert cpu.ensure(here) == here
+    assert not cpu.layer._state
+    with pytest.raises(ConfigError, match=r"runtime\.device=cpu: this process has begun on cuda"):
+        cpu.ensure(device.CPU)
+
+
 # torch's own checks, with CUDA compiled in and no device to be seen: what the ordinary wheel is on a laptop.
 COMPILED_IN = """
 import torch

@@ -263,7 +263,7 @@ def test_jobs_as_they_are_submitted(here: Path) -> None:
     assert f"{here}/hf does not exist" in error
     assert not list(scripts.iterdir())
     assert not (here / "runs").exists()
-    tiny_checkpoint(here / "hf")
+    tiny_checkpoint(here / "hf", num_attention_heads=8, num_key_value_heads=8, intermediate_size=80)
     (here / "text.jsonl").write_text('{"text": "a"}\n')
     kept = yaml.safe_load(PIPELINE)
     kept["stages"] = [one for one in kept["stages"] if one["stage"] != "search"]

@@ -138,7 +138,8 @@ def test_a_turn_stands_after_the_answers_to_those_before_it() -> None:
 
 
 def test_conversations_are_in_the_report() -> None:
-    from nemo_minitron.report.tables import benchmark_table, generations
+    from nemo_minitron.report.benchmarks import benchmark_table
+    from nemo_minitron.report.tables import generations
 
     talk = {"question": 91, "turns": ["Be Ann.", "And now?"], "answers": ["hm", "later"]}
     model = {"harness": {"mtbench_roleplay": {"metrics": {}, "samples": 1, "answers": [talk]}}}

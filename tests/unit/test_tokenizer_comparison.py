@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_minitron.checkpoints.peek import peek_vocabulary
-from nemo_minitron.checkpoints.tokenizer.comparison import PROBES, CommonVocabulary, Vocabulary, compare
+from nemo_minitron.checkpoints.tokenizer.comparison import PROBES, CommonVocabulary, Vocabulary, compare, warnings_of
 from nemo_minitron.checkpoints.tokenizer.opening import find_tokenizer
 from nemo_minitron.errors import CheckpointError
 
@@ -76,6 +76,30 @@ def test_rows_ends_and_padding_are_named_in_one_warning(written: Callable[..., V
     assert padded.whole and padded.cuts_alike and "pad_token_id" in str(padded.warning)
     silent = compare(written("unnamed", eos_token=None, pad_token=None), student)
     assert silent.cuts_alike and silent.remarks == ("303 and 304 rows",)
+
+
+def test_a_chat_template_is_named_and_changes_nothing(written: Callable[..., Vocabulary]) -> None:
+    base, chat = written("base"), written("chat", chat_template="{{ messages }}")
+    other = written("other", lambda x: x.update(truncation=None), chat_template="{{ messages[0] }}")
+    for pair, remark in (
+        ((base, chat), "chat templates (none of base)"),
+        ((chat, base), "chat templates (none of base)"),
+        ((chat, other), "chat templates (of other texts)"),
+    ):
+        common = compare(*pair)
+        assert common.whole and common.cuts_alike and common.remarks == (remark,)
+    assert compare(chat, written("same", chat_template="{{ messages }}")).warning is None
+
+
+def test_models_that_differ_alike_are_named_in_one_line(written: Callable[..., Vocabulary]) -> None:
+    teacher = written("teacher")
+    chat = {"eos_token": "<|turn|>", "chat_template": "{{ messages }}"}
+    others = [written("pruned"), written("sft", **chat), written("dpo", **chat), written("wide", rows=304, **chat)]
+    end = "eos_token_id is 300 '<|end|>' and 301 '<|turn|>'"
+    assert warnings_of(compare(teacher, other) for other in others) == [
+        f"teacher and each of sft, dpo have one tokenizer but for chat templates (none of teacher); {end}",
+        f"teacher and wide have one tokenizer but for 303 and 304 rows; chat templates (none of teacher); {end}",
+    ]
 
 
 def test_added_tokens_of_one_model_are_left_out(written: Callable[..., Vocabulary]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron import parsing
+from nemo_minitron.errors import CheckpointError, first_line
 
 __all__ = ["COMMON", "padded", "parse_yaml"]
 
@@ -27,10 +28,9 @@ def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(data)
+        content = parsing.parse_yaml(data)
     except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as plain YAML ({reason}); restore the file") from error
+        raise CheckpointError(f"{path} cannot be read as plain YAML ({first_line(error)}); restore the file") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a model description; restore the file")
     return content

@@ -1,11 +1,12 @@
 """Whether two models read token ids alike, and which ids they have in common.
 
-Models of one tokenizer may differ in rows of the embedding (padding), in added tokens, in the text of reserved tokens
-and in the tokens that begin, end and fill a text. Such differences are named in one warning, and
+Models of one tokenizer may differ in rows of the embedding (padding), in added tokens, in the text of reserved tokens,
+in the tokens that begin, end and fill a text, and in chat templates. Such differences are named in one warning, and
 :class:`CommonVocabulary` holds them. Differences in what ordinary text becomes are refused: other tokens or ids, other
 merges or scores, other ids of the :data:`PROBES`.
 
-Tokenizers are compared as data; only probes need the ``tokenizers`` library. Torch and transformers are not imported.
+Tokenizers are compared as data, by the paths of their files; only probes need the ``tokenizers`` library. Torch and
+transformers are not imported.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.tokenizer.description import TokenizerContent, named_specials, read_content, same_files
+from nemo_minitron.checkpoints.tokenizer.description import (
+    TokenizerContent,
+    carried_templates,
+    named_specials,
+    read_content,
+    same_files,
+)
 from nemo_minitron.checkpoints.tokenizer.opening import origin
 from nemo_minitron.errors import CheckpointError
 
-__all__ = ["PROBES", "CommonVocabulary", "Vocabulary", "compare"]
+__all__ = ["PROBES", "CommonVocabulary", "Vocabulary", "compare", "warnings_of"]
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog; it's what they'd said we'll do, isn't it?",
@@ -140,7 +147,8 @@ def compare(first: Vocabulary, second: Vocabulary) -> CommonVocabulary:
     ours = read_content(first.tokenizer, PROBES)
     if same_files(first.tokenizer, second.tokenizer):
         special = named_specials(second.tokenizer, ours.ids)
-        theirs = dataclasses.replace(ours, directory=second.tokenizer, special=special)
+        templates = carried_templates(second.tokenizer)
+        theirs = dataclasses.replace(ours, directory=second.tokenizer, special=special, templates=templates)
     else:
         theirs = read_content(second.tokenizer, PROBES)
     if faults := _faults(ours, theirs):
@@ -165,7 +173,35 @@ def compare(first: Vocabulary, second: Vocabulary) -> CommonVocabulary:
             examples = ", ".join(f"{number} is {unlike[number]}" for number in count[:_NAMED])
             more = ", ..." if len(count) > _NAMED else ""
             remarks.append(f"{len(count)} added token{'s' if len(count) > 1 else ''} {text} ({examples}{more})")
+    if ours.templates != theirs.templates:
+        remarks.append(_templates(names, ours, theirs))
     return CommonVocabulary(names, rows, unlike, bool(ends), tuple(remarks + ends + fillers))
+
+
+def warnings_of(commons: Iterable[CommonVocabulary]) -> list[str]:
+    """The warnings of comparisons with one model, those that say the same of several models as one."""
+    groups: dict[tuple[str, tuple[str, ...]], list[CommonVocabulary]] = {}
+    for common in commons:
+        if common.remarks:
+            first, second = common.names
+            key = tuple(remark.replace(second, "\0") for remark in common.remarks)
+            groups.setdefault((first, key), []).append(common)
+    texts = []
+    for alike in groups.values():
+        others = [common.names[1] for common in alike]
+        text = str(alike[0].warning)
+        if len(others) > 1:
+            text = text.replace(others[0], f"each of {', '.join(others)}")
+        texts.append(text)
+    return texts
+
+
+def _templates(names: tuple[str, str], ours: TokenizerContent, theirs: TokenizerContent) -> str:
+    """How the chat templates differ."""
+    for name, side in zip(names, (ours, theirs), strict=True):
+        if not side.templates:
+            return f"chat templates (none of {name})"
+    return "chat templates (of other texts)"
 
 
 def _faults(ours: TokenizerContent, theirs: TokenizerContent) -> list[str]:

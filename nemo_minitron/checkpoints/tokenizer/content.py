@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.parsing import parse_json
 
 __all__ = [
     "known_class",
@@ -35,8 +36,8 @@ def read_object(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file") from error
     if not isinstance(content, dict):
         raise CheckpointError(

@@ -25,7 +25,7 @@ from nemo_minitron.checkpoints.tokenizer.content import (
     write_object,
 )
 from nemo_minitron.checkpoints.tokenizer.spelling import chat_templates, plain_spelling
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -183,7 +183,7 @@ def _load(directory: Path, scratch: Path, name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # transformers, sentencepiece and tokenizers raise what they please on damaged files
         raise CheckpointError(
             f"{directory}: transformers cannot read the tokenizer as {name} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); restore the files, or {_REMEDY}"
+            f"{first_line(error)}); restore the files, or {_REMEDY}"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

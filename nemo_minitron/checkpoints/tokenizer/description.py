@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.tokenizer import names
 from nemo_minitron.checkpoints.tokenizer.content import read_object, special_tokens
 from nemo_minitron.checkpoints.tokenizer.opening import origin
+from nemo_minitron.checkpoints.tokenizer.spelling import chat_templates
 from nemo_minitron.errors import CheckpointError
 
-__all__ = ["TokenizerContent", "named_specials", "read_content", "same_files"]
+__all__ = ["TokenizerContent", "carried_templates", "named_specials", "read_content", "same_files"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TokenizerContent:
         way: whatever else decides how a text becomes ids, as it is written.
         around: tokens that the tokenizer puts around a text, with "..." for the text.
         special: ``{"eos_token_id": 2, ...}``.
+        templates: chat templates by name.
     """
 
     directory: Path
@@ -39,6 +41,7 @@ class TokenizerContent:
     way: Any
     around: tuple[str, ...]
     special: Mapping[str, int]
+    templates: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, number: int) -> str | None:
         """Of an id; None if it has none."""
@@ -69,6 +72,17 @@ def named_specials(directory: Path, ids: Mapping[int, str]) -> dict[str, int]:
     texts = {name: text for name, text in texts.items() if isinstance(text, str)}
     numbers = {text: number for number, text in ids.items() if text in texts.values()}
     return {name: numbers[text] for name, text in texts.items() if text in numbers}
+
+
+def carried_templates(directory: Path) -> dict[str, str]:
+    """The chat templates of a tokenizer by name.
+
+    Raises:
+        CheckpointError: if the configuration cannot be read.
+    """
+    path = directory / names.CONFIG
+    config = read_object(path) if path.is_file() else {}
+    return chat_templates(directory, config, names.tokenizer_files(directory))
 
 
 def read_content(directory: Path, probes: Iterable[str] = ()) -> TokenizerContent:
@@ -111,6 +125,7 @@ def read_content(directory: Path, probes: Iterable[str] = ()) -> TokenizerConten
             way,
             tuple(_around(content.get("post_processor"))),
             named_specials(directory, ids),
+            carried_templates(directory),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); restore the file") from error

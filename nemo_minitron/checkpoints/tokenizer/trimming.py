@@ -23,6 +23,7 @@ from nemo_minitron.checkpoints.tokenizer.files import copy_tokenizer
 from nemo_minitron.checkpoints.tokenizer.names import CONFIG, CONTENT, TEMPLATE, TEMPLATES, named_files, tokenizer_files
 from nemo_minitron.checkpoints.tokenizer.spelling import PLAIN_CLASS
 from nemo_minitron.errors import CheckpointError, DataError, ShapeError
+from nemo_minitron.parsing import parse_json
 
 __all__ = [
     "FREQUENCIES",
@@ -254,7 +255,7 @@ def _read(directory: Path) -> dict[str, Any]:
             "convert the tokenizer once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         kind = content["model"]["type"]
         content["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError) as error:

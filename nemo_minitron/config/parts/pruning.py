@@ -31,7 +31,7 @@ class AggregationConfig:
 
 @dataclass
 class TargetConfig:
-    """Sizes of the pruned model; null keeps the model's own.
+    """Sizes of the pruned model; null keeps the model's own. A path in place of the sizes is ``search``.
 
     Attributes:
         num_layers: transformer layers.
@@ -40,7 +40,14 @@ class TargetConfig:
         num_attention_heads: query heads of a layer.
         num_query_groups: key/value heads of a layer.
         num_moe_experts: experts of a layer.
+        search: instead of sizes, the output of ``minitron search``, whose best shape is taken.
     """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("search",)
+    #: Settings that a later release added; see ``StageConfig.ADDED``.
+    ADDED: ClassVar[tuple[str, ...]] = ("search",)
+    #: The setting that a plain text stands for, where a mapping may be.
+    TEXT: ClassVar[str] = "search"
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -48,14 +55,24 @@ class TargetConfig:
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
     num_moe_experts: int | None = None
+    search: str | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether any size is asked for, here or by a search."""
+        return self.search is not None or bool(self.given())
 
     def given(self) -> dict[str, int]:
-        """The sizes that are asked for."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """The sizes that are asked for here."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None and name != "search"}
 
     def faults(self) -> list[str]:
-        """Sizes below 1 and heads that do not fill their groups."""
-        faults = positive(self, *(f.name for f in dataclasses.fields(self)))
+        """Sizes below 1, heads that do not fill their groups, and sizes beside those of a search."""
+        faults = positive(self, *(f.name for f in dataclasses.fields(self) if f.name != "search"))
+        if self.search is not None and self.given():
+            sizes = ", ".join(self.given())
+            faults.append(f"search={self.search}: gives all sizes; leave out {sizes}, or leave the search out")
         heads, groups = self.num_attention_heads, self.num_query_groups
         if not faults and heads is not None and groups is not None and heads % groups:
             faults.append(f"num_attention_heads={heads}: is not a multiple of num_query_groups={groups}")

@@ -6,12 +6,15 @@ A stage's configuration is derived from one of these classes, and the training t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_minitron.config.parts.checks import RECOMPUTE, choice, not_negative, positive
 
 __all__ = ["AlignmentSchedule", "PRECISIONS", "Schedule", "ShortAlignmentSchedule", "ShortSchedule", "batch_faults"]
 
 PRECISIONS = ("32", "bf16-mixed")
+#: Steps of the warm-up where none are given and the training has more.
+WARMUP = 10
 
 
 @dataclass
@@ -24,7 +27,7 @@ class ShortSchedule:
         global_batch_size: blocks of one optimizer step.
         lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
         min_lr: learning rate at the last step.
-        warmup_steps: steps of the linear warm-up.
+        warmup_steps: steps of the linear warm-up; null takes 10, and half of the steps of a training of 10 or fewer.
         precision: "32" or "bf16-mixed".
     """
 
@@ -33,8 +36,16 @@ class ShortSchedule:
     global_batch_size: int = 8
     lr: float = 1e-4
     min_lr: float = 1e-5
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     precision: str = "32"
+
+    def warmup(self) -> int:
+        """Steps of the linear warm-up."""
+        return _warmup_steps(self.warmup_steps, self.steps)
+
+    def settled(self) -> dict[str, Any]:
+        """The values of settings that are left to the suite, as an output's identity has them."""
+        return {"warmup_steps": self.warmup()}
 
     def faults(self) -> list[str]:
         """Ranges, and a warm-up that leaves nothing."""
@@ -93,7 +104,7 @@ class ShortAlignmentSchedule:
         global_batch_size: samples of one optimizer step.
         lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
         min_lr: learning rate at the last step.
-        warmup_steps: steps of the linear warm-up.
+        warmup_steps: steps of the linear warm-up; null takes 10, and half of the steps of a training of 10 or fewer.
         validate_every: steps between validations.
         save_every: steps between checkpoints, a multiple of ``validate_every``.
     """
@@ -104,9 +115,21 @@ class ShortAlignmentSchedule:
     global_batch_size: int = 8
     lr: float = 1e-5
     min_lr: float = 1e-6
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     validate_every: int = 50
     save_every: int = 50
+
+    def warmup(self, steps: int | None = None) -> int:
+        """Steps of the linear warm-up.
+
+        Args:
+            steps: optimizer steps of the training, where only the data say them; null takes the schedule's own.
+        """
+        return _warmup_steps(self.warmup_steps, self.steps if steps is None else steps)
+
+    def settled(self) -> dict[str, Any]:
+        """The values of settings that are left to the suite, as an output's identity has them."""
+        return {"warmup_steps": self.warmup()}
 
     def faults(self) -> list[str]:
         """Ranges, a warm-up that leaves nothing, intervals that NeMo-Aligner cannot keep."""
@@ -161,6 +184,13 @@ def batch_faults(schedule: ShortSchedule | ShortAlignmentSchedule, data: int) ->
     ]
 
 
+def _warmup_steps(given: int | None, steps: int | None) -> int:
+    """The given warm-up, else that of a training of so many steps (None: not known yet, and then not few)."""
+    if given is not None:
+        return given
+    return WARMUP if steps is None or steps > WARMUP else max(steps, 0) // 2
+
+
 def _rate_faults(schedule: ShortSchedule | ShortAlignmentSchedule) -> list[str]:
     faults = [
         *positive(schedule, "micro_batch_size", "global_batch_size", "lr"),
@@ -168,8 +198,10 @@ def _rate_faults(schedule: ShortSchedule | ShortAlignmentSchedule) -> list[str]:
     ]
     if schedule.min_lr > schedule.lr:
         faults.append(f"min_lr={schedule.min_lr}: lies above lr={schedule.lr}")
-    if schedule.steps is not None and 0 < schedule.steps <= schedule.warmup_steps:
-        faults.append(f"warmup_steps={schedule.warmup_steps}: leaves nothing of steps={schedule.steps}")
+    if schedule.steps is not None and 0 < schedule.steps <= schedule.warmup():
+        faults.append(
+            f"warmup_steps={schedule.warmup_steps}: leaves nothing of steps={schedule.steps}; lower it, or leave it out"
+        )
     return faults
 
 

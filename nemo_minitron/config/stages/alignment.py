@@ -78,6 +78,8 @@ class SftConfig(AlignConfig):
     STAGE: ClassVar[str] = "sft"
     HELP: ClassVar[str] = "Train a model on the answers of conversations."
     MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "aligned"
+    DONE: ClassVar[str] = "fine-tuned"
 
     pack: bool = False
 
@@ -97,6 +99,8 @@ class DpoConfig(Preferences, AlignConfig):
     STAGE: ClassVar[str] = "dpo"
     HELP: ClassVar[str] = "Train a model to prefer chosen over rejected answers: DPO, IPO, RPO."
     MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "aligned"
+    DONE: ClassVar[str] = "trained on preferences ({loss})"
     PATHS: ClassVar[tuple[str, ...]] = ("output", "reference", "rounds_data")
 
     lr: float = 1e-6

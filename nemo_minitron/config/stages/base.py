@@ -62,6 +62,9 @@ class StageConfig:
     MAKES_MODEL: ClassVar[bool] = False
     #: What that model is to a run, one of :data:`~nemo_minitron.report.collect.ROLES`.
     ROLE: ClassVar[str] = "other"
+    #: What the stage does to the model that it starts from, as reports and model cards say it of the result ("pruned");
+    #: empty where it makes no other model. ``{name}`` stands for a setting.
+    DONE: ClassVar[str] = ""
     #: Fields that name something another stage may have written.
     INPUTS: ClassVar[tuple[str, ...]] = ()
     #: Further fields that are paths.

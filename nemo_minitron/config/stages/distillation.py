@@ -100,6 +100,7 @@ class CorrectConfig(TrainingConfig):
 
     STAGE: ClassVar[str] = "correct"
     HELP: ClassVar[str] = "Train a model on text by the language-model loss: a teacher before it teaches."
+    DONE: ClassVar[str] = "corrected"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = MISSING
@@ -111,8 +112,8 @@ class DistillConfig(TrainingConfig):
 
     Attributes:
         student: checkpoint to train.
-        teacher: checkpoint to learn from. It is not read with a cache, or if nothing is learnt from it
-            (``loss.label_weight=1`` and no intermediate losses), and may then be null.
+        teacher: checkpoint to learn from. It may be left out with a ``teacher_cache``, or if nothing is learnt from it
+            (``loss.label_weight=1`` and no intermediate losses).
         teacher_cache: output of ``minitron cache``, to read the logits from; if ``teacher`` is given too, it is only
             compared with the model that was cached.
         teacher_placement: "shared" (the student's ranks and layout), "own_layout" (the same ranks, laid out by
@@ -126,10 +127,11 @@ class DistillConfig(TrainingConfig):
     STAGE: ClassVar[str] = "distill"
     HELP: ClassVar[str] = "Train a student on its teacher's logits."
     ROLE: ClassVar[str] = "distilled"
+    DONE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
 
     student: str = MISSING
-    teacher: str | None = MISSING
+    teacher: str | None = None
     teacher_cache: str | None = None
     teacher_placement: str = "shared"
     teacher_parallel: ParallelLayout = field(default_factory=ParallelLayout)
@@ -165,8 +167,8 @@ class DistillConfig(TrainingConfig):
         faults = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
         if self.teacher is None and self.teacher_cache is None and self.taught:
             faults.append(
-                "teacher=null: there is something to learn from it; name a checkpoint or a teacher_cache, or train on "
-                "the labels alone with loss.label_weight=1 and no intermediate losses"
+                "teacher: none is given; name a checkpoint or a teacher_cache, or train on the labels alone with "
+                "loss.label_weight=1 and no intermediate losses"
             )
         faults += self._context_faults() + self._expert_faults()
         if self.recompute == "full" and self.intermediate.weights():

@@ -79,9 +79,13 @@ class ReportConfig(StageConfig):
         others: further runs, which are compared side by side.
         output: where to write; ``run`` + "/report" unless given.
         overwrite: on, since a report can always be made again from the records.
-        title: heading of the report; empty takes the directory's name.
-        base_model: name of the teacher on the Hugging Face Hub, for the model card; null leaves it out.
-        license: the Hub's name of the model's license, such as "apache-2.0", for the model card; null leaves it out.
+        title: heading of the report and the model card; empty says what was made of which model.
+        base_model: name of the teacher on the Hugging Face Hub, for the model card; null takes what is known of its
+            source.
+        license: the Hub's name of the model's license, such as "apache-2.0", for the model card; null takes what the
+            teacher's own card, or its package, says.
+        price_per_gpu_hour: price of one GPU for an hour, in ``currency``; null leaves prices out.
+        currency: what prices are in, such as "USD".
     """
 
     STAGE: ClassVar[str] = "report"
@@ -90,6 +94,7 @@ class ReportConfig(StageConfig):
     LEVEL: ClassVar[str] = "torch"
     INPUTS: ClassVar[tuple[str, ...]] = ("run",)
     PATHS: ClassVar[tuple[str, ...]] = ("output", "others")
+    ADDED: ClassVar[tuple[str, ...]] = ("price_per_gpu_hour", "currency")
     NEEDS_GPU: ClassVar[bool] = False
 
     run: str = MISSING
@@ -99,3 +104,9 @@ class ReportConfig(StageConfig):
     title: str = ""
     base_model: str | None = None
     license: str | None = None
+    price_per_gpu_hour: float | None = None
+    currency: str = ""
+
+    def faults(self) -> list[str]:
+        """A price that is none."""
+        return positive(self, "price_per_gpu_hour")

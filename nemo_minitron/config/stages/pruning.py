@@ -36,7 +36,7 @@ class PruneConfig(StageConfig):
         scores: output of ``score``. Not needed by the method "random", nor if only layers and tokens are removed and
             ``layers_to_drop`` or ``depth_scores`` give the layers.
         method: "random" draws the kept units (a baseline); the name of an estimator keeps its highest scores
-        target: sizes of the pruned model.
+        target: sizes of the pruned model, or the output of ``search``, whose best shape it gets.
         vocabulary: a smaller vocabulary; the tokenizer is trimmed, too.
         merge_pruned_heads: add the difference of kept and pruned heads to the kept heads (arXiv 2407.14679, section
             2.3).
@@ -52,7 +52,8 @@ class PruneConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
-    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies")
+    DONE: ClassVar[str] = "pruned"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores", "vocabulary.frequencies", "target.search")
     NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING
@@ -72,14 +73,14 @@ class PruneConfig(StageConfig):
     def faults(self) -> list[str]:
         """Missing scores, nothing to prune, contradictory depths."""
         faults = [*choice(self, "method", ESTIMATORS, also=(RANDOM,)), *choice(self, "format", written_formats())]
-        narrower = self.target.given().keys() - {"num_layers"}
-        named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.given()
+        narrower = self.target.search is not None or self.target.given().keys() - {"num_layers"}
+        named = self.layers_to_drop is not None or self.depth_scores is not None or not self.target.asked
         if self.method != "random" and self.scores is None and (narrower or not named):
             faults.append(f"scores: method={self.method} needs the directory that `minitron score` wrote")
-        if not self.target.given() and not self.layers_to_drop and self.vocabulary.size is None:
+        if not self.target.asked and not self.layers_to_drop and self.vocabulary.size is None:
             faults.append(
-                "target: nothing is to be pruned; give at least one size of the target, layers_to_drop or "
-                "vocabulary.size"
+                "target: nothing is to be pruned; give at least one size of the target, the output of a search, "
+                "layers_to_drop or vocabulary.size"
             )
         if self.merge_pruned_heads and (self.scores is None or self.method == "random"):
             faults.append(
@@ -106,6 +107,8 @@ class PruneConfig(StageConfig):
                 faults.append(f"layers_to_drop={self.layers_to_drop}: a layer is named twice")
             if self.layers_to_drop and self.target.num_layers is not None:
                 faults.append("layers_to_drop: already fixes the depth; leave target.num_layers null")
+            if self.layers_to_drop and self.target.search is not None:
+                faults.append("layers_to_drop: the search gives the number of layers; leave it null, or give sizes")
         return faults
 
 
@@ -117,7 +120,7 @@ class IterateConfig(StageConfig):
 
     Attributes:
         model: checkpoint to prune.
-        target: sizes of the pruned model.
+        target: sizes of the pruned model, or the output of ``search``, whose best shape it gets.
         rounds: number of rounds.
         spacing: how sizes change from round to round, "geometric" (equal ratios) or "linear" (equal steps).
         estimator: as in ``score``; one that runs the model.
@@ -130,7 +133,8 @@ class IterateConfig(StageConfig):
     LEVEL: ClassVar[str] = "nemo"
     MAKES_MODEL: ClassVar[bool] = True
     ROLE: ClassVar[str] = "pruned"
-    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    DONE: ClassVar[str] = "pruned"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "target.search")
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
 
     model: str = MISSING
@@ -153,8 +157,10 @@ class IterateConfig(StageConfig):
             *choice(self, "estimator", ESTIMATORS),
             *choice(self, "format", written_formats()),
         ]
-        if not self.target.given():
-            faults.append("target: nothing is to be pruned; give at least one size of the target")
+        if not self.target.asked:
+            faults.append(
+                "target: nothing is to be pruned; give at least one size of the target, or the output of a search"
+            )
         if self.estimator in ESTIMATORS:
             estimator = ESTIMATORS[self.estimator]
             if not estimator.runs_model:

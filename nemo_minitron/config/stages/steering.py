@@ -143,6 +143,9 @@ class SteerlmConfig(AlignConfig):
     HELP: ClassVar[str] = "SteerLM: attribute model, labels, fine-tuning on answers given their attributes."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_TORCH  # the stages that it starts say theirs
     LEVEL: ClassVar[str] = "torch"
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "aligned"
+    DONE: ClassVar[str] = "steered (SteerLM)"
     RUNS_CHILD_STAGES: ClassVar[bool] = True
     RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = None
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -220,6 +223,9 @@ class Steerlm2Config(AlignConfig):
 
     STAGE: ClassVar[str] = "steerlm2"
     HELP: ClassVar[str] = "SteerLM 2: draw such a model towards what the attribute model says of its answers."
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "aligned"
+    DONE: ClassVar[str] = "steered (SteerLM 2)"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "base", "attribute_model", "data.path", "data.validation")
 
     base: str = MISSING
@@ -261,6 +267,8 @@ class ReinforceConfig(AlignConfig):
     STAGE: ClassVar[str] = "reinforce"
     HELP: ClassVar[str] = "REINFORCE: train a model on answers of its own, by their rewards."
     MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "aligned"
+    DONE: ClassVar[str] = "trained on rewards (REINFORCE)"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "data.path", "data.validation", "reward")
 
     lr: float = 1e-6

@@ -8,6 +8,7 @@ from typing import Any
 from nemo_minitron.accounting import Noted
 from nemo_minitron.data.chat.fields import Unknown, blank, shown
 from nemo_minitron.errors import DataError
+from nemo_minitron.parsing import parse_json
 
 __all__ = ["parse_calls", "parse_tools"]
 
@@ -27,7 +28,7 @@ def parse_tools(value: Any) -> str:
     """
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise DataError(f"tools={shown(value)} is no JSON; write the list of tools") from None
     if blank(value) or (isinstance(value, str) and not value.strip()):
@@ -87,7 +88,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise DataError(f"{place}: arguments={shown(value)} is no JSON; correct it") from None
     if not isinstance(value, dict):

@@ -11,6 +11,7 @@ from nemo_minitron.data.chat.fields import MESSAGE_FIELDS, Unknown, UnknownKinds
 from nemo_minitron.data.chat.labels import parse_attribute_string
 from nemo_minitron.data.chat.tools import parse_calls
 from nemo_minitron.errors import DataError
+from nemo_minitron.parsing import parse_json
 
 __all__ = ["ROLES", "Message", "by_message", "check_order", "parse_message", "parse_messages", "system_turn", "text_of"]
 
@@ -58,7 +59,7 @@ class Message(NamedTuple):
     @property
     def fields(self) -> dict[str, Any]:
         """``more`` as an object."""
-        return json.loads(self.more) if self.more else {}
+        return parse_json(self.more) if self.more else {}
 
     def turn(self) -> dict[str, Any]:
         """What the chat template gets."""
@@ -161,7 +162,7 @@ def parse_message(turn: Any, name: str, unknown: Unknown) -> Message:
 
 def _call(given: Noted, content: str, name: str, unknown: Unknown) -> Message:
     try:
-        calls = json.loads(text_of(given.get(content), f"{name}: its call"))
+        calls = parse_json(text_of(given.get(content), f"{name}: its call"))
     except ValueError:
         raise DataError(f"{name}: its call {shown(given[content])} is no JSON; correct it") from None
     calls = parse_calls(calls if isinstance(calls, list) else [calls], name, unknown)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.tokenizer.files import find_tokenizer
 from nemo_minitron.errors import DataError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["MANIFEST", "TOKENIZER", "Manifest", "cached_tokenizer"]
@@ -93,7 +94,7 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             version = content.pop("version")
             if version != FORMAT_VERSION:
                 raise DataError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")

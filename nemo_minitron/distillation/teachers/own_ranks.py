@@ -28,7 +28,8 @@ from nemo_minitron.distillation.teachers.frozen import Teacher
 from nemo_minitron.distillation.teachers.own_layout import OutputLayer, run_replica
 from nemo_minitron.distillation.teachers.placement import Transfer, deliver, packed_requests
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.device import Device, here
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def serve_teacher(
         CheckpointError: if the checkpoint cannot be read.
     """
     place = int(os.environ["RANK"])
-    device, timeout = device or here(), datetime.timedelta(minutes=timeout_minutes)
+    device, timeout = cpu.ensure(device), datetime.timedelta(minutes=timeout_minutes)
     device.use()
     dist.init_process_group(
         device.backend,

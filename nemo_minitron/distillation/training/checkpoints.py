@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
-from nemo_minitron.checkpoints.training_state import clear_previous, keep_previous
+from nemo_minitron.checkpoints.training_state import clear_previous, keep_previous, seal_state
 from nemo_minitron.distillation.training.outputs import directories, value_of
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
@@ -45,6 +45,12 @@ class LastCheckpoint(ModelCheckpoint):
         """The last step is saved after its validation: a training that finds this checkpoint is complete."""
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, *arguments)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Saved by all ranks when this returns."""
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            seal_state(Path(filepath.removesuffix(".ckpt")))
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
         """Called for the checkpoint that a newer one has replaced."""

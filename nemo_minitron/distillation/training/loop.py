@@ -29,12 +29,12 @@ from nemo_minitron.distillation.training.checkpoints import BestCheckpoint, Last
 from nemo_minitron.distillation.training.guards import FiniteGradients, Preemption
 from nemo_minitron.distillation.training.language_model import TrainedModel
 from nemo_minitron.distillation.training.metrics import VALIDATION, ExactPosition, ProgressBar, StepMetrics
-from nemo_minitron.distillation.training.outputs import Trained, directories, remove_unfinished, step_of
+from nemo_minitron.distillation.training.outputs import Trained, remove_unfinished, step_of
 from nemo_minitron.planning.model import Model
 from nemo_minitron.planning.training import ForwardFlops
-from nemo_minitron.runtime import versions
+from nemo_minitron.runtime import cpu, versions
 from nemo_minitron.runtime.context_attention import context_layer_spec
-from nemo_minitron.runtime.device import Device, here
+from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import ParallelLayout
 from nemo_minitron.runtime.model import pipeline_layer_layout
 from nemo_minitron.runtime.stopping import StopRequest
@@ -67,7 +67,7 @@ def optimizer_of(schedule: Schedule) -> nl.MegatronOptimizerModule:
     return nl.MegatronOptimizerModule(
         config=optimizer_config(schedule),
         lr_scheduler=CosineAnnealingScheduler(
-            max_steps=schedule.steps, warmup_steps=schedule.warmup_steps, constant_steps=0, min_lr=schedule.min_lr
+            max_steps=schedule.steps, warmup_steps=schedule.warmup(), constant_steps=0, min_lr=schedule.min_lr
         ),
     )
 
@@ -83,7 +83,7 @@ def trainer_of(
         schedule: hyper-parameters.
         device: of this process; None for what was decided on at its start.
     """
-    device = device or here()
+    device = cpu.ensure(device)
     dtype = torch.bfloat16 if schedule.precision.startswith("bf16") else torch.float32
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tensor,
@@ -135,7 +135,7 @@ def trained_config(
         schedule: hyper-parameters.
         device: of this process; None for what was decided on at its start.
     """
-    device = device or here()
+    device = cpu.ensure(device)
     config: GPTConfig = nemo_config(
         initial.shape,
         initial.architecture,
@@ -252,8 +252,8 @@ def train(
     remove_unfinished(directory / "best")
     if resume:
         use_previous(checkpoints)
-        if saved := directories(checkpoints):
-            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again")
+        if saved := [path for path in checkpoints.glob("*") if path.is_dir()]:
+            check_state(max(saved, key=step_of), begin_again="give overwrite=true to begin again", model=initial)
     with request, bounded_groups():
         llm.train(
             model,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_minitron.errors import DataError
+from nemo_minitron.parsing import parse_json
 
 __all__ = ["json_lines", "json_value", "task_config"]
 
@@ -20,8 +20,8 @@ def json_value(content: bytes, where: str) -> Any:
         DataError: if it is not valid JSON.
     """
     try:
-        return json.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return parse_json(content.decode("utf-8"))
+    except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); the package is not the pinned one") from None
 
 
@@ -41,8 +41,8 @@ def json_lines(content: bytes, where: str, fields: dict[str, type]) -> list[dict
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             bad.append(f"line {number}: not JSON ({error})")
             continue
         bad += [f"line {number}: {fault}" for fault in field_faults(record, fields)]

@@ -4,6 +4,7 @@ from nemo_minitron.runtime.cpu.layer import (
     activate,
     complete,
     deactivate,
+    ensure,
     is_active,
     markdown,
     needed,
@@ -11,4 +12,4 @@ from nemo_minitron.runtime.cpu.layer import (
     prepare,
 )
 
-__all__ = ["activate", "complete", "deactivate", "is_active", "markdown", "needed", "patches", "prepare"]
+__all__ = ["activate", "complete", "deactivate", "ensure", "is_active", "markdown", "needed", "patches", "prepare"]

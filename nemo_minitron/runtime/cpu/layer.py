@@ -1,8 +1,9 @@
 """The CPU layer: Megatron-core, NeMo 2 and NeMo-Aligner without CUDA, Apex or Transformer Engine.
 
-:func:`activate` is called once, at the start of a process, before the stack is imported, and only where there is no
-CUDA or the user asked for the CPU. It changes nothing on disk. Each patch says in its ``why`` what upstream does there;
-``python -m nemo_minitron.runtime.cpu`` prints them all, as the table in ``docs/runtime.md``.
+:func:`activate` is called once in a process, and only where there is no CUDA or the user asked for the CPU: by a stage
+at its start, otherwise by the first function that needs a device (:func:`ensure`). It changes nothing on disk. Each
+patch says in its ``why`` what upstream does there; ``python -m nemo_minitron.runtime.cpu`` prints them all, as the
+table in ``docs/runtime.md``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nemo_minitron.runtime import device as devices
 if TYPE_CHECKING:
     from nemo_minitron.runtime.cpu.patching import Patch, PatchSet
 
-__all__ = ["activate", "complete", "deactivate", "is_active", "markdown", "needed", "patches", "prepare"]
+__all__ = ["activate", "complete", "deactivate", "ensure", "is_active", "markdown", "needed", "patches", "prepare"]
 
 #: CUDA-only packages of NVIDIA's containers. Megatron and NeMo do without them where they cannot be imported, and on a
 #: node without a driver (a login node) importing them may end the process.
@@ -52,6 +53,24 @@ def prepare(device: str = "auto") -> devices.Device:
     else:
         complete()
     return devices.here()
+
+
+def ensure(device: devices.Device | None = None) -> devices.Device:
+    """The device of this process; on the CPU the layer is on afterwards. On CUDA nothing is changed. Idempotent.
+
+    The functions with which a script of the user's begins call it (groups, trainers, transforms), so that such a script
+    need not call :func:`prepare`.
+
+    Args:
+        device: of this process; None for the one decided on, or else decided on now, as for "auto".
+
+    Raises:
+        ConfigError: for the CPU, in a process that has begun on CUDA.
+    """
+    device = device or devices.here()
+    if not device.is_cuda and not is_active():
+        activate()
+    return device
 
 
 def patches() -> tuple[Patch, ...]:

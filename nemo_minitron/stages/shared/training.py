@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,10 @@ from nemo_minitron.config import CacheConfig, ParallelLayout
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.shape import uniform_faults
-from nemo_minitron.stages.shared.memory import planned_model, training_of_rank
+from nemo_minitron.stages.shared.disk import described, expected, readable_model, training_needs
+from nemo_minitron.stages.shared.memory import training_of_rank
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -72,16 +73,32 @@ def plan_training(
         faults += shape.layout_faults(tensor=own.tensor, pipeline=own.pipeline_stages, expert=own.expert)
         plan.faults += [f"{role}: {fault}" for fault in faults]
         counts[role] = axes.parameter_count(peek_family(path), shape)
+    known = {role: model for role, path in models.items() if (model := readable_model(path)) is not None}
+    (role,) = trained - {"teacher"} or trained
+    plan.makes[str(output / "model")] = None if role not in known else expected(known[role], models[role])
+    if role in known:
+        others_trained = [known[other] for other in sorted(trained - {role}) if other in known]
+        plan.costs["shape"] = described(known[role])
+        plan.disk += training_needs(config, known[role], others_trained)
     if len(counts) == len(models):
         trained_count = sum(count for role, count in counts.items() if role in trained)
         others = sum(counts.values()) - trained_count
-        plan.costs["parameters"] = ", ".join(f"{role} {human_count(count)}" for role, count in counts.items())
+        plan.costs["parameters"] = ", ".join(
+            f"{role} {human_count(count)}{_share(role, counts)}" for role, count in counts.items()
+        )
         # Six operations a weight and token to train, two to run.
-        plan.costs["FLOPs"] = human_count((6 * trained_count + 2 * others) * config.tokens)
-        known = {role: model for role, path in models.items() if (model := planned_model(path)) is not None}
+        plan.flops = float((6 * trained_count + 2 * others) * config.tokens)
+        plan.costs["FLOPs"] = human_count(plan.flops)
         length = config.data.sequence_length
         plan.costs["memory of a rank"] = training_of_rank(config, known, trained, length, layouts or {}, apart=apart)
     return plan
+
+
+def _share(role: str, counts: dict[str, int]) -> str:
+    """A student's part of its teacher's parameters."""
+    if role != "student" or "teacher" not in counts:
+        return ""
+    return f" ({100 * counts[role] / counts['teacher']:.1f} % of the teacher)"
 
 
 def training_blocks(config: TrainingConfig | CacheConfig, reader: Checkpoint) -> tuple[Blocks, Blocks]:
@@ -139,7 +156,7 @@ def summary(metrics: Path) -> dict[str, Any]:
     """The figures of a training: ``steps, tokens, tokens_per_second`` (median), and, if measured, ``first_`` and
     ``last_`` of ``kl``, ``lm_loss``, ``validation_kl`` and ``validation_lm_loss``.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [parse_json(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if "split" not in line]
     validations = [line for line in lines if line.get("split") == "validation"]
     figures: dict[str, Any] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_minitron.checkpoints.peek import peek_vocabulary
-from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary, compare
+from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary, compare, warnings_of
 from nemo_minitron.distillation.compatibility import common_with_cache, consequences
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.plans import StagePlan
@@ -31,8 +31,13 @@ def plan_cached_vocabulary(plan: StagePlan, student: str, cache: str) -> None:
 
 def plan_vocabularies(plan: StagePlan, first: tuple[str, str], *others: tuple[str, str]) -> None:
     """The same of models that read the same tokens: name and path of each, first the model whose tokenizer is used."""
+    commons = []
     for other in others:
-        _add(plan, lambda other=other: _compared(first, other), lambda common: common.warning)  # type: ignore[misc]
+        try:
+            commons.append(_compared(first, other))
+        except MinitronError as error:
+            plan.faults.append(str(error))
+    plan.notes += warnings_of(common for common in commons if common is not None)
 
 
 def _compared(first: tuple[str, str], second: tuple[str, str]) -> CommonVocabulary | None:

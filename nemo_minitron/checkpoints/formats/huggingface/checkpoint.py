@@ -25,7 +25,7 @@ from nemo_minitron.checkpoints.formats.huggingface.shards import ShardWriter
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.checkpoints.weights import CastWeights, dtype_name, writing_order
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, first_line
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def _torch_load(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"{file} is truncated or holds more than tensors ({reason}); "
             f"fetch it again, or convert it to safetensors where it was made"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from nemo_minitron.checkpoints.formats.huggingface.rotary import (
 )
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.families.entry import HFFamily
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["from_hf", "hf_faults", "read_json", "to_hf"]
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
     except (OSError, ValueError) as error:

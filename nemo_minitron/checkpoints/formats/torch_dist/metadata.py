@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, first_line
 
 __all__ = ["read_metadata"]
 
@@ -98,14 +98,9 @@ def read_metadata(directory: Path, open_file: Callable[[str], BinaryIO]) -> Any:
             f"{path} is missing: this is no finished distributed checkpoint (a save writes that file last)"
         ) from None
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} was refused: {_reason(error)}; restore the file") from error
+        raise CheckpointError(f"{path} was refused: {first_line(error)}; restore the file") from error
     except (IndexError, KeyError, UnicodeDecodeError, OverflowError, MemoryError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged ({_reason(error)}); restore the file") from error
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}); restore the file") from error
     if not hasattr(metadata, "state_dict_metadata") or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{path} is not the metadata of a distributed checkpoint; restore the file")
     return metadata
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error."""
-    return next(iter(str(error).splitlines()), "it is truncated").rstrip(",")

@@ -21,12 +21,12 @@ from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
-from nemo_minitron.checkpoints.formats.torch_dist.checksums import damage
+from nemo_minitron.checkpoints.formats.torch_dist.checksums import SummedWindow, damage
 from nemo_minitron.checkpoints.formats.torch_dist.metadata import read_metadata
 from nemo_minitron.checkpoints.model_record import ModelRecord
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer
 from nemo_minitron.checkpoints.weights import dtype_name
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, first_line
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class TorchDist:
         try:
             self._fill(metadata)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise CheckpointError(f"{directory / '.metadata'} is damaged ({reason}); restore the file") from error
         for name in {chunk.file for chunks in self._chunks.values() for chunk in chunks}:
             if Path(name).name != name:
@@ -237,17 +237,19 @@ class TorchDist:
                 raise CheckpointError(f"{where}: the file cannot be read ({error}); restore it") from error
             if length < chunk.start + chunk.length:
                 raise CheckpointError(f"{where}: the file ends early; it is truncated, restore it")
+            sound = chunk in self._sound
+            window = (Window if sound else SummedWindow)(file, chunk.start, chunk.length)
             try:
-                tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
+                tensor = torch.load(window, map_location="cpu", weights_only=True)
             except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 raise CheckpointError(f"{where}: the stored chunk is damaged ({reason}); restore the file") from error
             if not isinstance(tensor, torch.Tensor):
                 raise CheckpointError(
                     f"{where}: the chunk holds {type(tensor).__name__}, not a tensor; restore the file"
                 )
-            if chunk not in self._sound:
-                fault = damage(Window(file, chunk.start, chunk.length), tensor)
+            if not sound:
+                fault = damage(window)
                 if fault is not None:
                     raise CheckpointError(f"{where}: the stored chunk is damaged ({fault}); restore the file")
                 self._sound.add(chunk)

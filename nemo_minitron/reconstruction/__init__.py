@@ -6,13 +6,14 @@ model's hidden states come close to the teacher's on calibration text. See ``doc
 
 from nemo_minitron._lazy import lazy
 
-__all__ = ["Fit", "LayerReport", "ReplacedWeights", "Sums", "check_cut", "reconstruct", "solve"]
+__all__ = ["Fit", "LayerReport", "RefittedLayers", "ReplacedWeights", "Sums", "check_cut", "reconstruct", "solve"]
 
 __getattr__ = lazy(
     __name__,
     {
         "Fit": "least_squares",
         "LayerReport": "streams",
+        "RefittedLayers": "progress",
         "ReplacedWeights": "weights",
         "Sums": "least_squares",
         "check_cut": "weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,15 +15,13 @@ from nemo_minitron.reconstruction.ends import fit_output
 from nemo_minitron.reconstruction.fitting import HELD_OUT, LayerFitting, MatrixReport, Targets
 from nemo_minitron.reconstruction.least_squares import RIDGES
 from nemo_minitron.reconstruction.parts import Layer, watched
-from nemo_minitron.streamed import Pass, States, StreamedModel
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from nemo_minitron.streamed import Pass, States, StreamedModel, Trail
 
 __all__ = ["LayerReport", "Sink", "reconstruct"]
 
-#: Called with the tensors that were replaced in a layer, by canonical name; and by name outside the layers.
-Sink = Callable[[Mapping[str, torch.Tensor]], None]
+#: Called for each layer with its number (the number of layers for what lies after them), the tensors that were
+#: replaced, by canonical name, and the report as JSON values.
+Sink = Callable[[int, Mapping[str, torch.Tensor], dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def reconstruct(
     micro_batch_size: int = 1,
     ridges: Sequence[float] = RIDGES,
     budget: float = float("inf"),
-    spill: Path | None = None,
+    trail: Trail | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[LayerReport]:
     """Refit a pruned model to its teacher. Collective.
@@ -76,12 +74,14 @@ def reconstruct(
         sink: gets the new tensors of each layer, as soon as it is done.
         micro_batch_size: blocks that a layer takes at once.
         ridges: that are tried.
-        budget: bytes of a model's hidden states that a rank keeps in memory.
-        spill: file for those of the teacher beyond it.
-        progress: called with 1 for each layer of the pruned model.
+        budget: bytes of a model's hidden states that a rank keeps in memory; more of the teacher's go to a file in the
+            trail's directory.
+        trail: saves both models' states between layers, and says where a stopped reconstruction goes on; the layers
+            before have gone to the sink. None keeps all in memory.
+        progress: called with 1 for each layer of the pruned model, and for what lies after them.
 
     Returns:
-        A report for each layer, and one for what lies after them.
+        A report for each layer that was refitted now, and one for what lies after them.
 
     Raises:
         DataError: for fewer blocks than are needed to hold one out on each rank.
@@ -97,15 +97,24 @@ def reconstruct(
         )
     if teacher.shape.num_moe_experts is not None:
         raise ShapeError("experts are not refitted yet")
-    theirs = Pass(teacher, blocks, micro_batch_size, budget=budget, file=spill)
+    first = None if trail is None else trail.find()
+    theirs = Pass(teacher, blocks, micro_batch_size, budget=budget, file=None if trail is None else trail.spill)
     ours = Pass(student, blocks, micro_batch_size)
     channels = torch.tensor(kept.hidden)
-    theirs.embed()
-    factor = (student.shape.hidden_size / teacher.shape.hidden_size) ** 0.5 if _scaled(teacher) else 1.0
-    ours.states.tensor.copy_(theirs.states.tensor[..., channels] * factor)
+    if first is None or trail is None:
+        theirs.embed()
+        # What pruning left of the embedding gives the kept channels; a scaled one goes by the model's own width.
+        factor = (student.shape.hidden_size / teacher.shape.hidden_size) ** 0.5 if _scaled(teacher) else 1.0
+        ours.states.tensor.copy_(theirs.states.tensor[..., channels] * factor)
+    else:
+        ours.states.tensor.copy_(trail.load(theirs.states)["ours"])
+        if progress is not None:
+            progress(first)
 
-    reports, reached = [], 0
-    for position, index in enumerate(kept.layers):
+    reports: list[LayerReport] = []
+    begin = first or 0
+    reached = kept.layers[begin] if 0 < begin < len(kept.layers) else 0
+    for position, index in list(enumerate(kept.layers))[begin:]:
         for dropped in range(reached, index):
             theirs.through(teacher.layer(dropped))
         targets = _targets(theirs, teacher.layer(index), channels)
@@ -124,15 +133,20 @@ def reconstruct(
             ridges=ridges,
         )
         fitting()
-        sink({f"decoder.layers.{position}.{name}": tensor for name, tensor in fitting.changed.items()})
         error = _difference(ours.states, targets.after, groups)
         reports.append(LayerReport(position, index, error, fitting.reports))
+        changed = {f"decoder.layers.{position}.{name}": tensor for name, tensor in fitting.changed.items()}
+        sink(position, changed, reports[-1].to_dict())
+        if trail is not None:
+            trail.reach(position + 1, theirs.states, {"ours": ours.states.tensor})
         if progress is not None:
             progress(1)
     student.release()
     changed, matrices = fit_output(theirs, ours, kept, ridges=ridges)
-    sink(changed)
     reports.append(LayerReport(None, None, None, matrices))
+    sink(len(kept.layers), changed, reports[-1].to_dict())
+    if progress is not None:
+        progress(1)
     return reports
 
 

@@ -30,7 +30,12 @@ def refit(teacher, kept, groups, blocks, **options):
     pruned = prune_weights(teacher, kept)
     changed: dict[str, torch.Tensor] = {}
     reports = reconstruct(
-        StreamedModel(teacher, groups), StreamedModel(pruned, groups), kept, blocks, sink=changed.update, **options
+        StreamedModel(teacher, groups),
+        StreamedModel(pruned, groups),
+        kept,
+        blocks,
+        sink=lambda number, tensors, report: changed.update(tensors),
+        **options,
     )
     tensors = {name: changed.get(name, pruned.weights.tensor(name)) for name in pruned.weights.names()}
     return pruned, dataclasses.replace(pruned, weights=DictWeights(tensors)), reports, changed

@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape, rounds = (QUICK, 25) if arguments.quick else (FULL, 9)
     if arguments.zlib:
-        checksums._crc32 = zlib.crc32
+        checksums.crc32 = zlib.crc32
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "weights"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,15 +43,37 @@ PACKAGES = ("nemo-minitron", "torch", "megatron-core", "nemo-toolkit", "transfor
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecord:
-    """The content of ``minitron.json`` that readers use: sizes, constants, and what the model was made from."""
+    """The content of ``minitron.json`` that readers use: sizes, constants, what the model was made from, and hashes of
+    its tensors.
+    """
 
     shape: ModelShape
     architecture: Architecture
     lineage: dict[str, Any]
+    weights: str | None = None
+    sums: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def write_model_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, form: str) -> Path:
-    """Write ``minitron.json`` into ``directory``; ``dtype`` is that of the tensors written beside it."""
+def write_model_record(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    dtype: str,
+    form: str,
+    weights: str | None = None,
+    sums: Mapping[str, int] | None = None,
+) -> Path:
+    """Write ``minitron.json`` into ``directory``.
+
+    Args:
+        checkpoint: what was written.
+        directory: where.
+        dtype: of the tensors written beside it.
+        form: the format's name.
+        weights: hash of all these tensors (:meth:`~nemo_minitron.checkpoints.weights.CastWeights.content`); None
+            where another program wrote them.
+        sums: CRC-32 of each of them, for a format that keeps none itself.
+    """
     path = directory / FILE_NAME
     content = {
         "format_version": FORMAT_VERSION,
@@ -59,6 +81,8 @@ def write_model_record(checkpoint: Checkpoint, directory: Path, *, dtype: str, f
         "shape": checkpoint.shape.to_dict(),
         "architecture": dataclasses.replace(checkpoint.architecture, dtype=dtype).to_dict(),
         "lineage": checkpoint.lineage,
+        **({} if weights is None else {"weights": weights}),
+        **({} if sums is None else {"sums": {name: f"{value:08x}" for name, value in sums.items()}}),
         "versions": package_versions(),
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -89,8 +113,13 @@ def parse_model_record(data: bytes, path: Path) -> ModelRecord:
                 f"{path} has format version {version}; this release reads {FORMAT_VERSION}. "
                 f"Use the release that wrote it"
             )
+        weights = content.get("weights")
         return ModelRecord(
-            ModelShape.from_dict(content["shape"]), Architecture(**content["architecture"]), content["lineage"]
+            ModelShape.from_dict(content["shape"]),
+            Architecture(**content["architecture"]),
+            content["lineage"],
+            weights if isinstance(weights, str) else None,
+            {name: int(value, 16) for name, value in content.get("sums", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ShapeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore the file or remove it") from error

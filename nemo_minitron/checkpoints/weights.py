@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,15 @@ def writing_order(architecture: Architecture, shape: ModelShape) -> dict[str, tu
 
 @dataclasses.dataclass(frozen=True)
 class CastWeights:
-    """``inner`` with every tensor cast on reading. Implements :class:`Weights`; adds the cast copy of one tensor."""
+    """``inner`` with every tensor cast on reading. Implements :class:`Weights`; adds the cast copy of one tensor.
+
+    Attributes:
+        sums: CRC-32 of each tensor that was read, after the cast.
+    """
 
     inner: Weights
     dtype: str
+    sums: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def names(self) -> Sequence[str]:
         """The names of ``inner``."""
@@ -83,4 +89,15 @@ class CastWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in ``dtype``."""
-        return self.inner.tensor(name).to(torch_dtype(self.dtype))
+        import torch
+
+        from nemo_minitron.checkpoints.formats.torch_dist.checksums import crc32
+
+        tensor = self.inner.tensor(name).to(torch_dtype(self.dtype)).contiguous()
+        self.sums[name] = crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+        return tensor
+
+    def content(self) -> str:
+        """A hash of all tensors, for the model record of what was written: ``<dtype>-<16 hexadecimal digits>``."""
+        lines = "".join(f"{name} {self.sums[name]:08x}\n" for name in sorted(self.sums))
+        return f"{self.dtype}-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"

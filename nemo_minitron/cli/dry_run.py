@@ -78,8 +78,9 @@ def _table(stage: Planned, *, alone: bool) -> Table:
         table.add_row("disk", row)
     for note in plan.notes:
         table.add_row("note", note)
-    for fault in plan.faults:
-        table.add_row("[red]fault[/]", f"[red]{fault}[/]")
+    if plan.faults:  # the message at the end has each, once
+        count = len(plan.faults)
+        table.add_row("[red]faults[/]", f"[red]{count}, named below[/]")
     return table
 
 

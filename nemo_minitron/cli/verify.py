@@ -46,7 +46,8 @@ def verify(path: Path) -> Iterator[Verified]:
     for output in outputs:
         record = read_record(output)
         if record is None:
-            yield Verified(output, "record", 0, (f"{record_path(output)} cannot be read",))
+            fault = f"{record_path(output)} cannot be read, or is damaged; remove it to make the output again"
+            yield Verified(output, "record", 0, (fault,))
             continue
         files = record.get("files", {})
         hashed += [(output / name).absolute() for name in files]

@@ -303,20 +303,10 @@ class Reader:
             return OmegaConf.to_container(value, resolve=False)
 
     def _faults(self, config: Any, path: tuple[str | int, ...]) -> None:
-        """The faults that the dataclasses report, without those of settings that have a fault already."""
-        common = config.context_faults() if isinstance(config, StageConfig) else []
-        for message in [*config.faults(), *common]:
-            match = re.match(r"[A-Za-z_]\w*", message)
-            name = match.group() if match else ""
-            if (*path, name) in self.bad:
-                continue
-            before = set(self.bad)
-            prefix = f"{_dotted(path)}." if path else ""
-            if hasattr(config, name):
-                self._fault((*path, name), message[len(name) :])
-            else:
-                self.file.fault((*self.where, *path), f"{prefix}{message}")
-            self.bad = before
+        """The faults that the dataclasses report, without those of settings that have a fault already.
+
+        Groups come first: what a group says of a setting of its own goes before what the stage makes of its value.
+        """
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             for index, entry in enumerate(value if isinstance(value, list) else []):
@@ -324,3 +314,29 @@ class Reader:
                     self._faults(entry, (*path, field.name, index))
             if dataclasses.is_dataclass(value):
                 self._faults(value, (*path, field.name))
+        common = config.context_faults() if isinstance(config, StageConfig) else []
+        before, found = set(self.bad), set()
+        for message in [*config.faults(), *common]:
+            names = _setting_named(config, message)
+            here = (*path, *names)
+            if names and here in before:
+                continue
+            if names:
+                self._fault(here, message[len(".".join(names)) :])
+                found.add(here)
+            else:
+                prefix = f"{_dotted(path)}." if path else ""
+                self.file.fault((*self.where, *path), f"{prefix}{message}")
+        self.bad = before | found
+
+
+def _setting_named(config: Any, message: str) -> tuple[str, ...]:
+    """The setting that a fault begins with, ``parallel.tensor=0: ...``, within a configuration; empty if with none."""
+    match = re.match(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", message)
+    names: list[str] = []
+    for name in match.group().split(".") if match else ():
+        if not dataclasses.is_dataclass(config) or not hasattr(config, name):
+            break
+        names.append(name)
+        config = getattr(config, name)
+    return tuple(names)

@@ -14,15 +14,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nemo_minitron.errors import DataError
+from nemo_minitron.data.chat.templates import SECONDS
+from nemo_minitron.errors import DataError, first_line
 from nemo_minitron.evaluation.continuations import continuation_scores
 from nemo_minitron.evaluation.packs import PACKS, build_task, roleplay
 from nemo_minitron.generation import Sampling, generate_tokens
+from nemo_minitron.runtime.limits import time_limit
 from nemo_minitron.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -92,13 +95,26 @@ class MegatronLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the tokenizer's template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """A conversation as text, by the tokenizer's template.
+
+        Raises:
+            DataError: if the template fails, refuses the conversation, or does not come to an end.
+        """
+        try:
+            with time_limit(SECONDS):
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        chat_history,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=not add_generation_prompt,
+                    )
+                )
+        except Exception as error:  # a tokenizer's own template raises what it pleases
+            raise DataError(
+                f"harness.chat_template=true: the tokenizer's template fails ({type(error).__name__}: "
+                f"{first_line(error)}); repair it, or set it to false"
+            ) from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; no second BOS is added to a text that begins with BOS."""
@@ -261,6 +277,11 @@ def run_tasks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+    except TemplateError as error:
+        raise DataError(
+            f"harness.tasks={', '.join(tasks)}: a template of a task fails ({type(error).__name__}: "
+            f"{first_line(error)}); repair the task's file"
+        ) from error
     except (OSError, ValueError) as error:  # what `datasets` raises for data that are not there
         raise DataError(f"harness.tasks={', '.join(tasks)}: {type(error).__name__}: {error}") from error
     if results is None or not model.groups.is_main:  # the harness computes metrics on the first process of a machine

@@ -13,6 +13,7 @@ import torch
 
 from nemo_minitron.axes import parameters
 from nemo_minitron.checkpoints.base import Checkpoint
+from nemo_minitron.checkpoints.fingerprint import with_content
 from nemo_minitron.errors import CheckpointError, MinitronError, NonFiniteError, ShapeError
 from nemo_minitron.importance.subject import check_subject
 from nemo_minitron.parsing import parse_json
@@ -162,6 +163,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     A SHA-256, in hexadecimal and cut to 32 digits, over the shape, all normalisation weights and the last layer's
     matrices, as float32: the same for every format and parallel layout of the same weights, different after training.
+    Behind it stands the hash of all tensors, where this suite wrote them
+    (:func:`~nemo_minitron.checkpoints.fingerprint.with_content`).
     """
     # Sizes that a model does not have are left out, so that a size which only other families have changes nothing.
     sizes = {name: size for name, size in checkpoint.shape.to_dict().items() if size is not None}
@@ -170,7 +173,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         if len(entry.row.axes) == 1 or entry.layer == checkpoint.shape.num_layers - 1:
             digest.update(entry.name.encode())
             digest.update(checkpoint.weights.tensor(entry.name).float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return with_content(digest.hexdigest()[:32], checkpoint)
 
 
 def _sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_minitron.checkpoints.fingerprint import same_fingerprint
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.shape import ModelShape
 
@@ -30,7 +31,7 @@ def check_subject(
         if ours.get(k) != theirs.get(k)
     ]:
         raise ShapeError([f"{fault}; {remedy}" for fault in faults])
-    if None not in (scored[1], model[1]) and scored[1] != model[1]:
+    if scored[1] is not None and model[1] is not None and not same_fingerprint(scored[1], model[1]):
         raise CheckpointError(
             f"{where}: made from other weights (fingerprint {scored[1]}) than the model's ({model[1]}); {remedy}"
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.results import read_results
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["Failure", "forget_failure", "last_failure", "noting_failure"]
@@ -72,7 +73,7 @@ def last_failure(folder: Path) -> Failure | None:
     Damaged files say nothing.
     """
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Failure(**json.loads((folder / _FILE).read_bytes()))
+        return Failure(**parse_json((folder / _FILE).read_bytes()))
     try:
         results = read_results(folder)
     except (OSError, ValueError, TypeError):

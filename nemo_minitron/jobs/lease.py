@@ -265,9 +265,9 @@ def holder_of(path: Path) -> tuple[Holder, bool] | None:
         held = _read(path)
     except OSError:
         return None
-    if held is None or held[0] is None:
+    holder, changed = held if held is not None else (None, 0.0)
+    if holder is None:
         return None
-    holder, changed = held
     if holder.place == _place():
         return holder, is_alive(holder.pid, holder.born)
     return holder, time.time() - changed <= EXPIRES

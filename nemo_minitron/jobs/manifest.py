@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_minitron.config import PipelineConfig, StageConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["MANIFEST", "check_manifest", "is_manifest", "read_jobs", "read_manifest", "write_jobs", "write_manifest"]
@@ -48,7 +49,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{path}: is damaged or cut off ({error}); {_REMEDY}") from None
     if not is_manifest(content):
@@ -66,7 +67,7 @@ def check_manifest(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         return f"{path}: is damaged or cut off ({error})"
     if not is_manifest(content):
@@ -82,7 +83,7 @@ def write_jobs(folder: Path, jobs: Mapping[str, str]) -> None:
 def read_jobs(folder: Path) -> dict[str, str]:
     """The Slurm job of each stage that was submitted; empty where none was, or the file is damaged."""
     try:
-        content = json.loads((folder / _JOBS).read_bytes())
+        content = parse_json((folder / _JOBS).read_bytes())
     except (OSError, ValueError):
         return {}
     return {str(name): str(job) for name, job in content.items()} if isinstance(content, dict) else {}

@@ -28,6 +28,7 @@ __all__ = [
 
 
 RECORD_VERSION = 1
+_SEAL = "seal"
 _KEYS = {"stage", "name", "hash", "config", "settings", "parents", "metrics", "seconds"}
 #: Settings that change neither the result nor what it depends on. Paths count by what they hold (see ``parents``).
 _NOT_HASHED = {"name", "output", "overwrite", "resume", "cache_dir"}
@@ -41,7 +42,7 @@ def record_path(output: str | Path) -> Path:
 
 
 def read_record(output: str | Path) -> dict[str, Any] | None:
-    """The record of an output; None if there is no complete record."""
+    """The record of an output; None if there is no complete record, or a damaged one."""
     try:
         record = parse_json(record_path(output).read_text())
     except (OSError, ValueError):
@@ -50,7 +51,9 @@ def read_record(output: str | Path) -> dict[str, Any] | None:
 
 
 def _is_whole(record: Any) -> bool:
-    """Whether a record has what its readers ask for."""
+    """Whether a record has what its readers ask for, and is as it was written."""
+    if isinstance(record, dict) and _SEAL in record and record[_SEAL] != _seal(record):
+        return False
     if not isinstance(record, dict) or record.get("version") != RECORD_VERSION or not record.keys() >= _KEYS:
         return False
     files = record.get("files", {})
@@ -62,6 +65,11 @@ def _is_whole(record: Any) -> bool:
         and all(isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in files.values())
         and all(isinstance(parent, dict) and parent.keys() >= {"path", "hash"} for parent in record["parents"].values())
     )
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """A hash of a record without its seal: a flipped bit would make another figure of a figure."""
+    return _digest({key: value for key, value in record.items() if key != _SEAL})
 
 
 def owner_of(path: Path) -> Path | None:
@@ -103,8 +111,8 @@ def write_record(
 
     Returns:
         The record: ``version, stage, name, hash, config, settings, parents, contents, metrics, files, started, seconds,
-        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions``. Records of earlier releases have no
-        ``contents, files, host, work, ranks, gpus, peak_gpu_bytes``.
+        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions, seal``. Records of earlier releases have
+        no ``contents, files, host, work, ranks, gpus, peak_gpu_bytes, seal``.
     """
     record = {
         "version": RECORD_VERSION,
@@ -121,9 +129,11 @@ def write_record(
         **_devices(config, peak_gpu_bytes),
         "versions": _versions(),
     }
+    record = json.loads(json.dumps(record, default=str))
+    record[_SEAL] = _seal(record)
     path = record_path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(record, indent=2, default=str) + "\n")
+    replace_file(path, json.dumps(record, indent=2) + "\n")
     return record
 
 

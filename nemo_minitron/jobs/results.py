@@ -142,7 +142,8 @@ def verdict(folder: Path, world_size: int, code: int, first_failure: tuple[int, 
     rank, code = first if first is not None and first[0] in silent else (silent[0], code)
     log = folder / f"rank-{rank}.log"
     if code == MinitronError.exit_code:  # as where a quota is used up: the disk has room, but not for this user
-        said = _last_refusal(log) or f"{folder}: takes no more files or bytes; look at the quota and at ulimit -f"
+        said = _last_refusal(log) or _last_refusal(folder / "launcher.log")
+        said = said or f"{folder}: takes no more files or bytes; look at the quota and at ulimit -f"
         raise MinitronError(f"{said} (rank {rank} of {world_size} could not write its result. Log: {log})")
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     hint = "; a process that needs more memory than the machine has ends so" if code == -signal.SIGKILL else ""
@@ -162,7 +163,7 @@ def _first_failure(folder: Path) -> tuple[int, int] | None:
 
 
 def _last_refusal(log: Path) -> str | None:
-    """What a rank logged last as the reason of its end; None if it is not in one line, or not there."""
+    """What a rank logged last as the reason of its end; None if it is not in a whole line, or not there."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     match = re.search(r" ERROR nemo_minitron: (.+)$", lines[-1]) if lines else None
     return match[1] if match else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +93,10 @@ def present_bytes(output: Path) -> float:
     if output.is_file():
         return float(output.stat().st_size)
     sizes = 0.0
-    for file in output.rglob("*"):
-        try:
-            sizes += file.stat().st_size if file.is_file() else 0
-        except OSError:  # removed meanwhile
-            continue
+    for folder, _, names in os.walk(output):  # which passes over what is removed meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                sizes += (Path(folder) / name).stat().st_size
     return sizes
 
 

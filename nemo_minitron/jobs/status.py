@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import re
 import tempfile
 import time
@@ -27,6 +26,7 @@ from nemo_minitron.jobs.manifest import MANIFEST, read_jobs, read_manifest
 from nemo_minitron.jobs.output import Output, archived_outputs
 from nemo_minitron.jobs.records import read_record, record_path
 from nemo_minitron.jobs.slurm_status import JobState, job_states
+from nemo_minitron.parsing import parse_json, parse_yaml
 
 __all__ = ["RunStatus", "StageStatus", "status_of"]
 
@@ -135,16 +135,16 @@ def _of_output(path: Path) -> RunStatus:
     stage = (record or begun or {}).get("stage")
     held = holder_of(logs.with_name(f"{place.name}.lease"))
     if not isinstance(stage, str):
-        settings = _json(logs / "job.json") or {}
-        stage = settings.get("stage") if isinstance(settings.get("stage"), str) else None
+        submitted = (_json(logs / "job.json") or {}).get("stage")
+        stage = submitted if isinstance(submitted, str) else None
     if stage is None and held is None and not record_path(place).exists() and last_failure(logs) is None:
         raise ConfigError(
             f"{path}: holds no pipeline ({MANIFEST} is missing) and no output of a stage; give the output of "
             "`minitron run`, or of a stage"
         )
     settings = None
-    with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-        settings = yaml.safe_load((logs / "config.yaml").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        settings = parse_yaml((logs / "config.yaml").read_text(encoding="utf-8"))
     named = settings.get("name") if isinstance(settings, dict) else None
     name = (record or {}).get("name") or named or place.name
     job = read_jobs(place.parent).get(str(name))
@@ -202,7 +202,7 @@ def _stage(
 def _recorded(base: dict[str, Any], record: dict[str, Any], output: Path, settings: Any) -> StageStatus:
     """The state of an output with a record."""
     seconds = record["seconds"] if isinstance(record["seconds"], int | float) else None
-    known = {"seconds": seconds, "finished": _end(record)}
+    known: dict[str, Any] = {"seconds": seconds, "finished": _end(record)}
     files = record.get("files", {})
     with contextlib.suppress(AttributeError, KeyError, TypeError):  # a record that somebody has edited
         if faults := missing(output, files):
@@ -274,7 +274,7 @@ def _last_objects(path: Path) -> list[dict[str, Any]]:
     objects = []
     for line in _tail(path).splitlines():
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:
             continue
         if isinstance(content, dict):
@@ -336,7 +336,7 @@ def _end(record: Mapping[str, Any]) -> str | None:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

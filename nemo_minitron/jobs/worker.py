@@ -23,6 +23,7 @@ from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
+from nemo_minitron.runtime.disk import disk_fault
 from nemo_minitron.runtime.environment import order_kernels
 from nemo_minitron.runtime.memory import peak_gpu_bytes, peak_rss_bytes
 from nemo_minitron.runtime.waits import limit_waits
@@ -70,7 +71,13 @@ def main(stage: str, part: str | None = None, *, launched: bool = False) -> int:
         0 done, the error's own code if refused (2; 75 if preempted), 1 crashed. The result file has details.
     """
     folder = job_folder()
-    rank = attach(folder)
+    try:
+        rank = attach(folder)
+    except OSError as error:
+        if (fault := disk_fault(error, folder)) is None:
+            raise
+        log.configure().error("%s", fault)  # the launcher reads it there
+        return fault.exit_code
     logger = log.configure()
     started = time.monotonic()
     code = 0
@@ -86,9 +93,14 @@ def main(stage: str, part: str | None = None, *, launched: bool = False) -> int:
     result.peak_rss_bytes, result.peak_gpu_bytes = peak_rss_bytes(), peak_gpu_bytes()
     try:
         save_result(folder, result)
-    except MinitronError:
-        if not code:
-            raise  # a failure goes on: on a full disk the launcher looks for itself
+    except (MinitronError, OSError) as error:
+        fault = disk_fault(error, folder)
+        if not code and fault is None:
+            raise
+        # Only the log can say it now: the launcher reads it there.
+        if launched or not code:
+            logger.error("%s", result.message if code else fault)
+        code = code or MinitronError.exit_code
     if code:
         release_all()
         # An ordinary exit would wait for threads and for process groups whose other members do not come.

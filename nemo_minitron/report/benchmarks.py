@@ -16,9 +16,9 @@ def benchmark_table(run: Run, evaluation: dict[str, Any]) -> Table | None:
     models = {name: model["harness"] for name, model in evaluation["models"].items() if model.get("harness")}
     rows = []
     for task in dict.fromkeys(task for results in models.values() for task in results):
-        found = [results.get(task) for results in models.values()]
-        for metric in dict.fromkeys(name for result in found for name in _metrics(result) if "_stderr" not in name):
-            rows.append([task, metric, *(_shown(result, metric) for result in found)])
+        values = [results.get(task) for results in models.values()]
+        for metric in dict.fromkeys(name for result in values for name in _metrics(result) if "_stderr" not in name):
+            rows.append([task, metric, *(_shown(result, metric) for result in values)])
     if not rows:
         return None
     return Table("lm-evaluation-harness, value ± standard error", ["task", "metric", *models], rows)

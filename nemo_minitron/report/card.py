@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.model_record import package_versions
+from nemo_minitron.checkpoints.model_record import package_versions, read_model_record
 from nemo_minitron.config.hub import hub_name
 from nemo_minitron.report import tables
 from nemo_minitron.report.ancestry import ancestry
 from nemo_minitron.report.base import Base, base_of, steps_of
 from nemo_minitron.report.benchmarks import benchmark_table, index_results
-from nemo_minitron.report.history import Deed, deeds_of, first_parameters, joined, title_of
+from nemo_minitron.report.history import Change, changes_of, first_parameters, joined, title_of
 from nemo_minitron.report.lineage import lineage_table
 from nemo_minitron.report.run import Model, Run, StageRun
 from nemo_minitron.report.tables import Table
@@ -52,8 +52,8 @@ def card_content(
         license_name: the Hub's name of that model's license; None takes what the base's own card, or its package, says.
     """
     base = base_of(lineage, path, hub_name=base_model, license_name=license_name)
-    deeds, after, before = deeds_of(lineage), axes.parameter_count(table, shape), first_parameters(lineage, table)
-    title = title or title_of(base.name, deeds, before, after)
+    changes, after, before = changes_of(lineage), axes.parameter_count(table, shape), first_parameters(lineage, table)
+    title = title or title_of(base.name, changes, before, after)
     known = Run(Path(path), base.name) if run is None or made is None else ancestry(run, made)
     measured = [
         (evaluation, name)
@@ -66,12 +66,12 @@ def card_content(
         shapes = tables.shape_table(Run(Path(path), base.name, models=[Model("this model", "other", shape, after)]))
     results = [result for evaluation, name in measured for result in index_results(name, evaluation)]
     return {
-        "front": _front(base, deeds, title, results),
+        "front": _front(base, changes, title, results),
         "title": title,
         "base": base,
-        "lead": _lead(deeds, before, after),
-        "pruned": any(deed.stage in ("prune", "iterate") for deed in deeds),
-        "distilled": any(deed.stage == "distill" for deed in deeds),
+        "lead": _lead(changes, before, after),
+        "pruned": any(change.stage in ("prune", "iterate") for change in changes),
+        "distilled": any(change.stage == "distill" for change in changes),
         "boxes": tables.step_boxes(known),
         "shapes": shapes,
         "training": [_training(stage) for stage in known.stages if stage.kind.DONE and "steps" in stage.config],
@@ -89,39 +89,48 @@ def card_content(
     }
 
 
-def title_from(run: Run) -> str:
-    """A title for a run: the model that it was for, what it was made from and how; the run's name without one."""
+def title_from(run: Run, base_model: str | None = None) -> str:
+    """A title for a run: the model that it was for, what it was made from and how; the run's name without one.
+
+    Args:
+        run: a whole run.
+        base_model: the Hub's name of the model that it was made from; None takes what an export, or the source, says.
+    """
     result = run.result
     if result is not None and result.lineage and result.path is not None:
-        deeds = deeds_of(result.lineage)
-        teacher = run.teacher.parameters if run.teacher is not None else None
-        name = _base_name(run, result)
-        if name and deeds:
-            return title_of(name, deeds, teacher, result.parameters)
+        changes = changes_of(result.lineage)
+        before = run.teacher.parameters if run.teacher is not None else None
+        if (record := read_model_record(result.path)) is not None:
+            before = first_parameters(result.lineage, axes.family(record.architecture.family)) or before
+        exports = [stage.config.get("base_model") for stage in reversed(run.stages) if stage.stage == "export"]
+        hub_name = base_model or next((name for name in exports if isinstance(name, str)), None)
+        name = base_of(result.lineage, result.path, hub_name=hub_name, license_name=None).name
+        if name and changes:
+            return title_of(name, changes, before, result.parameters)
     return run.name
 
 
-def _base_name(run: Run, model: Model) -> str:
-    return base_of(model.lineage, model.path or run.path, hub_name=None, license_name=None).name
-
-
-def _lead(deeds: list[Deed], before: int | None, after: int) -> str:
+def _lead(changes: list[Change], before: int | None, after: int) -> str:
     less = (
-        "" if before is None or before <= after else f", {1 - after / before:.0%} fewer than the model it was made from"
+        ""
+        if before is None or before <= after
+        else f", {1 - after / before:.0%} fewer than the model that it was made from"
     )
-    words = list(dict.fromkeys(deed.words for deed in deeds))
+    words = list(dict.fromkeys(change.words for change in changes))
     return f"A language model of {tables.count(after)} parameters{less}" + (f": {joined(words)}." if words else ".")
 
 
-def _front(base: Base, deeds: list[Deed], title: str, results: list[dict[str, Any]]) -> str:
+def _front(base: Base, changes: list[Change], title: str, results: list[dict[str, Any]]) -> str:
     """The card's front matter."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {
         key: value for key in ("license", "license_name", "license_link") if (value := getattr(base, key)) is not None
     }
     front |= {"base_model": base.hub_name} if base.hub_name else {}
-    if deeds:
-        front["tags"] = list(dict.fromkeys(["minitron", *(_TAGS.get(deed.stage, deed.stage) for deed in deeds)]))
+    if changes:
+        front["tags"] = list(
+            dict.fromkeys(["minitron", *(_TAGS.get(change.stage, change.stage) for change in changes)])
+        )
     if results:
         front["model-index"] = [{"name": title, "results": results}]
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)

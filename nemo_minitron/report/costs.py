@@ -73,14 +73,15 @@ def cost_table(run: Run, *, price: float | None = None, currency: str = "") -> T
     total = ["all", "", duration(sum(stage.seconds for stage in run.stages)), "", "", _hours(sum(ranks))]
     total += [_hours(sum(known)) + (" + ?" if unknown else ""), _hours(allowed)]
     if price is not None:
-        total.append(_money(sum(known) * price))
+        total.append(_money(sum(known) * price) + (" + ?" if unknown else ""))
     headings = ["stage", "kind", "time", "processes", "GPUs", "process-hours", "GPU-hours", "allowed at most"]
     headings += [f"price{f', {currency}' if currency else ''}"] if price is not None else []
     notes = ["hours are processes, or GPUs, times wall time; allowed are processes times the stage's time limit"]
     if price is not None:
         notes.append(f"a GPU-hour at {_money(price)}{f' {currency}' if currency else ''}")
     if unknown:
-        notes.append(f"the records of {unknown} stages do not say whether they used GPUs")
+        stages = "record of 1 stage does" if unknown == 1 else f"records of {unknown} stages do"
+        notes.append(f"the {stages} not say whether GPUs were used")
     return Table(f"What it cost; {'; '.join(notes)}", headings, [*rows, total], ["" for _ in [*rows, total]])
 
 
@@ -95,7 +96,9 @@ def _hours(value: float | None) -> str:
     """Three significant digits; "–" for what is not known."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if value >= 100 else "0" if value == 0 else f"{value:.3g}"
+    if value == 0 or value >= 100:
+        return f"{value:,.0f}"
+    return "< 0.01" if value < 0.01 else f"{value:.3g}"
 
 
 def _money(value: float) -> str:

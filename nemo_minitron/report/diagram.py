@@ -47,7 +47,8 @@ def shape_diagram(run: Run) -> Figure | None:
             axes.set_xlim(-0.54 * widest, 0.54 * widest)
             axes.set_xticks([])
         all_axes[0].set_ylabel("layer of the teacher")
-        all_axes[0].set_ylim(deepest, -1)
+        all_axes[0].set_ylim(deepest - 0.4, -0.6)
+        all_axes[0].locator_params(axis="y", integer=True, min_n_ticks=1)
         from matplotlib.patches import Patch
 
         parts = zip(("FFN", "hidden", "heads × head dim"), _shades(theme, teacher.role), strict=True)

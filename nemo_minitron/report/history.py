@@ -13,14 +13,14 @@ from nemo_minitron.errors import ShapeError
 from nemo_minitron.report.tables import count
 from nemo_minitron.shape import ModelShape
 
-__all__ = ["STAGES_BY_LINEAGE", "Deed", "deeds_of", "first_parameters", "joined", "title_of"]
+__all__ = ["STAGES_BY_LINEAGE", "Change", "changes_of", "first_parameters", "joined", "title_of"]
 
 #: What lineages call a stage that they do not call by its name.
 STAGES_BY_LINEAGE = {"distilled": "distill", "corrected": "correct"}
 
 
 @dataclass(frozen=True)
-class Deed:
+class Change:
     """Something that was done to a model.
 
     Attributes:
@@ -32,18 +32,18 @@ class Deed:
     words: str
 
 
-def deeds_of(lineage: Mapping[str, Any]) -> list[Deed]:
+def changes_of(lineage: Mapping[str, Any]) -> list[Change]:
     """What was done, first things first; stages that change no model (import, export) are left out."""
-    deeds: list[Deed] = []
+    changes: list[Change] = []
     for parent in _parents(lineage):
-        deeds += deeds_of(parent.get("lineage") or {})
+        changes += changes_of(parent.get("lineage") or {})
     made_by = lineage.get("made_by")
     if isinstance(made_by, str):
-        deeds += _deed(made_by, lineage)
+        changes += _change(made_by, lineage)
     for name, facts in lineage.items():
         if isinstance(facts, Mapping):
-            deeds += _deed(STAGES_BY_LINEAGE.get(name, name), facts)
-    return deeds
+            changes += _change(STAGES_BY_LINEAGE.get(name, name), facts)
+    return changes
 
 
 def _parents(lineage: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -53,15 +53,15 @@ def _parents(lineage: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [parent for parent in values if isinstance(parent, Mapping)][:1]
 
 
-def _deed(stage: str, facts: Mapping[str, Any]) -> list[Deed]:
+def _change(stage: str, facts: Mapping[str, Any]) -> list[Change]:
     kind = STAGES.get(stage)
     if kind is None or not kind.DONE:
         return []
     if stage == "prune" and facts.get("method") == "random":
-        return [Deed(stage, f"{kind.DONE} at random")]
+        return [Change(stage, f"{kind.DONE} at random")]
     fields = [name for _, name, _, _ in string.Formatter().parse(kind.DONE) if name]
     values = {name: _shown(facts.get(name, getattr(kind, name, ""))) for name in fields}
-    return [Deed(stage, kind.DONE.format(**values))]
+    return [Change(stage, kind.DONE.format(**values))]
 
 
 def _shown(value: Any) -> str:
@@ -81,15 +81,15 @@ def first_parameters(lineage: Mapping[str, Any], table: axes.Family) -> int | No
     return None
 
 
-def title_of(name: str, deeds: list[Deed], before: int | None, after: int) -> str:
+def title_of(name: str, changes: list[Change], before: int | None, after: int) -> str:
     """``SmolLM2-135M, pruned from 134.5 M to 93.4 M parameters and distilled``.
 
     Args:
         name: of the model that it was made from.
-        deeds: what was done.
+        changes: what was done.
         before, after: parameters of that model, if known, and of what was made from it.
     """
-    words = list(dict.fromkeys(deed.words for deed in deeds))
+    words = list(dict.fromkeys(change.words for change in changes))
     if not words:
         return f"{name}, {count(after)} parameters"
     sizes = f" from {count(before)}" if before is not None and before != after else ""

@@ -101,7 +101,7 @@ def shortfall(asked: int | None, evaluation: dict[str, Any]) -> str | None:
         reasons.append(
             f"{rest:,} do not fill a block of {length:,}"
             if blocks >= whole
-            else f"the text gave {blocks:,} blocks of {length:,}, not {whole:,}"
+            else f"the text gave {blocks:,} blocks of {length:,} tokens, and {whole:,} blocks were asked for"
         )
     uncounted = evaluation.get("uncounted")
     if isinstance(uncounted, dict):

@@ -5,6 +5,7 @@ Every function returns a :class:`~nemo_minitron.report.draw.Figure`, or None if 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def training(curve: Curve) -> Figure | None:
     panels = [
         ("kl", "forward KL, nats per token", 1.0),
         ("lm_loss", "validation language-modelling loss", 1.0),
-        ("lr", "learning rate × 10⁴", 1e4),
+        _rate(curve),
         ("tokens_per_second", "tokens per second", 1.0),
     ]
     return _curves(curve, panels, noisy="kl")
@@ -84,9 +85,17 @@ def aligning(curve: Curve) -> Figure | None:
         ("reward", "mean reward of answers", 1.0),
         ("distance", "distance from the attribute model", 1.0),
         ("kl", "divergence from the start", 1.0),
-        ("lr", "learning rate × 10⁵", 1e5),
+        _rate(curve),
     ]
     return _curves(curve, panels, noisy="loss")
+
+
+def _rate(curve: Curve) -> tuple[str, str, float]:
+    """The panel of the learning rate, in the power of ten of its largest value."""
+    _, values = _series(curve.train, "lr")
+    power = -math.floor(math.log10(values.max())) if values.size and values.max() > 0 else 0
+    digits = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return "lr", f"learning rate × 10{digits}" if power else "learning rate", 10.0**power
 
 
 def _curves(curve: Curve, panels: list[tuple[str, str, float]], *, noisy: str) -> Figure | None:
@@ -165,7 +174,7 @@ def times(run: Run) -> Figure | None:
 
 def benchmarks(run: Run, evaluation: dict[str, Any], name: str = "benchmarks") -> Figure | None:
     """The first metric of each benchmark as bars, one for each model, with standard errors; None without any."""
-    models = {model: found["harness"] for model, found in evaluation["models"].items() if found.get("harness")}
+    models = {model: values["harness"] for model, values in evaluation["models"].items() if values.get("harness")}
     metrics = {
         task: metric for results in models.values() for task in results if (metric := first_metric(results[task]))
     }

@@ -170,8 +170,9 @@ class Run:
         """
         for stage in reversed(self.stages):
             made = stage_of(str(stage.config.get("model")), self) if stage.stage == "export" else None
-            if (model := next((m for m in self.models if made is not None and m.name == made.name), None)) is not None:
-                return model if model.role != "teacher" else None
+            model = self.model_of(made) if made is not None else None
+            if model is not None and model.role != "teacher":
+                return model
         roles = ("aligned", "distilled", "pruned")
         return next((model for role in roles for model in reversed(self.models) if model.role == role), None)
 

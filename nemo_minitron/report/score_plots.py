@@ -26,7 +26,7 @@ def _reads(stage: str, scores: ScoreSet, run: Run) -> bool:
     if "scores" not in parents:
         return True
     origin = stage_of(parents["scores"], run)
-    return origin is None or origin.name == scores.name
+    return origin is not None and origin.name == scores.name
 
 
 def _kept_by(scores: ScoreSet, run: Run) -> dict[str, Any] | None:
@@ -90,6 +90,7 @@ def neurons(scores: ScoreSet, run: Run) -> Figure | None:
             )
         axes.set_xlabel("neurons, by falling score")
         axes.set_ylabel(rows)
+        axes.locator_params(axis="y", integer=True, min_n_ticks=1)
         _bar(canvas, image, axes, theme)
         clean(axes, theme, grid=None)
 
@@ -120,7 +121,8 @@ def heads(scores: ScoreSet, run: Run) -> Figure | None:
             axes.scatter(columns, rows, marker="x", s=16, lw=1.1, color="white")
         for boundary in range(1, groups):
             axes.axvline(boundary * values.shape[1] / groups - 0.5, color="white", lw=1.6)
-        axes.locator_params(axis="x", integer=True)
+        for axis in ("x", "y"):
+            axes.locator_params(axis=axis, integer=True, min_n_ticks=1)
         axes.set_xlabel("query head")
         axes.set_ylabel("layer")
         _bar(canvas, image, axes, theme)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.report.draw import Figure, Theme, clean, draw_figure
+from nemo_minitron.report.tables import count, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 __all__ = ["pareto", "rows", "table"]
 
-_SCALES = {
-    "parameters": (1e-6, "parameters, millions"),
-    "memory": (2.0**-30, "memory of the fullest rank, GiB"),
-    "prefill": (1e3, "prefill, ms"),
-    "decode": (1e3, "decoding step, ms"),
+#: Of each cost: what it is, and its units with the size from which each is used, the largest first.
+_SCALES: dict[str, tuple[str, list[tuple[float, str]]]] = {
+    "parameters": ("parameters", [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, "")]),
+    "memory": ("memory of the fullest rank", [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]),
+    "prefill": ("prefill", [(1e-3, "ms")]),
+    "decode": ("decoding step", [(1e-3, "ms")]),
 }
 
 
@@ -31,9 +33,9 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         candidate["name"]: number
         for number, candidate in enumerate(sorted(ranked, key=lambda candidate: candidate["loss"]), 1)
     }
-    columns += [("parameters", lambda candidate: f"{candidate['parameters'] / 1e6:.1f} M")]
+    columns += [("parameters", lambda candidate: count(candidate["parameters"]))]
     for key, heading, form in (
-        ("memory", "memory", lambda value: f"{value / 2**30:.3f} GiB"),
+        ("memory", "memory", size),
         ("prefill", "prefill", lambda value: f"{1e3 * value:.1f} ms"),
         ("prefill_ratio", "of unpruned", lambda value: f"{value:.2f}"),
         ("decode", "decode", lambda value: f"{1e3 * value:.2f} ms"),
@@ -84,6 +86,14 @@ def notes(search: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _scale(cost: str, candidates: list[dict[str, Any]]) -> tuple[float, str]:
+    """The factor and the label of an axis: in the largest unit of which the largest value has at least one."""
+    what, units = _SCALES[cost]
+    largest = max(candidate[cost] for candidate in candidates)
+    unit, word = next(((unit, word) for unit, word in units if largest >= unit), units[-1])
+    return 1 / unit, f"{what}, {word}" if word else what
+
+
 def _tau(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
@@ -101,10 +111,11 @@ def pareto(search: dict[str, Any], name: str = "pareto") -> Figure | None:
     stages = [("loss", "untrained", "pruned", "s"), ("distilled_loss", "distilled", "distilled", "D")]
 
     def draw(canvas: Canvas, theme: Theme) -> None:
-        for number, (cost, axes) in enumerate(
-            zip(costs, canvas.subplots(1, len(costs), squeeze=False)[0], strict=True)
-        ):
-            scale, label = _SCALES[cost]
+        grid = canvas.subplots(-(-len(costs) // 2), min(2, len(costs)), squeeze=False).flatten()
+        for axes in grid[len(costs) :]:
+            axes.set_visible(False)
+        for number, (cost, axes) in enumerate(zip(costs, grid, strict=False)):
+            scale, label = _scale(cost, ranked)
             for loss, word, role, marker in stages:
                 known = [candidate for candidate in ranked if candidate[loss] is not None]
                 points = [(scale * candidate[cost], candidate[loss]) for candidate in known]
@@ -122,8 +133,10 @@ def pareto(search: dict[str, Any], name: str = "pareto") -> Figure | None:
                 if len(line) > 1:
                     axes.plot(*zip(*line, strict=True), color=theme.colour(role), lw=1.2, zorder=2)
             axes.set_xlabel(label)
-            if number == 0:
+            axes.locator_params(axis="x", nbins=6)
+            if number % 2 == 0:
                 axes.set_ylabel("loss, nats per token")
+            if number == 0:
                 axes.legend(frameon=False, labelcolor=theme.ink)
             clean(axes, theme, grid="both")
 
@@ -132,7 +145,7 @@ def pareto(search: dict[str, Any], name: str = "pareto") -> Figure | None:
     return draw_figure(
         name,
         draw,
-        (4.2 * len(costs), 3.2),
+        (4.2 * min(2, len(costs)), 2.9 * -(-len(costs) // 2)),
         alt=f"Loss of {len(ranked)} shapes against {', '.join(costs)}. "
         f"Best: {best['name']}, loss {best['loss']:.3f}{after}.",
         caption="Each mark is a shape. A line joins those that none other beats in both cost and loss.",

@@ -93,7 +93,9 @@ def cards(run: Run) -> list[Card]:
     if teacher is not None and result is not None:
         share = 1 - result.parameters / teacher.parameters
         cards.append(Card("parameters", count(result.parameters), f"of {count(teacher.parameters)}: {share:.0%} fewer"))
-    for _, evaluation in run.evaluations[:1]:
+    evaluations = [evaluation for _, evaluation in run.evaluations]
+    # First those that measured the run's own model.
+    for evaluation in sorted(evaluations, key=lambda evaluation: _measured(run, evaluation) is None)[:1]:
         models = evaluation["models"]
         role_of = {run.roles.get(name, "other"): name for name in reversed(models)}
         best = _measured(run, evaluation) or role_of.get("distilled") or role_of.get("pruned")
@@ -101,12 +103,16 @@ def cards(run: Run) -> list[Card]:
             base = evaluation["baseline"]
             detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
             cards.append(Card("held-out loss", f"{models[best]['loss']:.3f}", detail))
+    for evaluation in evaluations:
+        models = evaluation["models"]
+        role_of = {run.roles.get(name, "other"): name for name in reversed(models)}
         if "pruned" in role_of and "random" in role_of:
             scored, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
             cards.append(Card("scored pruning", f"{scored:.2f}", f"random pruning, same shape: {drawn:.2f}"))
-        for recovery in recoveries(run, evaluation)[:1]:
-            detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
-            cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
+            break
+    for recovery in [recovery for evaluation in evaluations for recovery in recoveries(run, evaluation)][:1]:
+        detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
+        cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
     cards.append(Card("time", duration(sum(stage.seconds for stage in run.stages)), f"{len(run.stages)} stages"))
     return cards
 
@@ -174,8 +180,9 @@ def loss_table(run: Run, evaluation: dict[str, Any]) -> Table:
 
 
 def stage_table(run: Run) -> Table:
-    """Time, memory and size of every stage."""
+    """Layout, memory and size of every stage; memory of GPUs where one was used."""
     rows = []
+    gpus = [stage.record.get("peak_gpu_bytes") for stage in run.stages]
     for stage in run.stages:
         parallel = stage.config.get("parallel") or {}
         layout = [
@@ -187,12 +194,12 @@ def stage_table(run: Run) -> Table:
                 stage.name,
                 stage.stage,
                 " ".join(layout) if parallel else "–",
-                duration(stage.seconds),
                 size(stage.peak_rss),
+                *([size(stage.record.get("peak_gpu_bytes"))] if any(gpus) else []),
                 size(stage.size),
             ]
         )
-    headings = ["stage", "kind", "layout", "time", "peak memory", "output"]
+    headings = ["stage", "kind", "layout", "peak memory", *(["peak GPU memory"] if any(gpus) else []), "output"]
     return Table("What each stage took; memory is the largest of its processes", headings, rows, ["" for _ in rows])
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.records import read_record
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.report.run import Run, StageRun, stage_of
 
 __all__ = ["teacher_of"]
@@ -40,22 +40,22 @@ def teacher_of(stage: StageRun, run: Run) -> str | None:
 def _by_fingerprint(places: list[Path], run: Run) -> str | None:
     for place in places:
         try:
-            wanted = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["teacher"]
+            wanted = parse_json((place / "manifest.json").read_text(encoding="utf-8"))["teacher"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         for model in run.models:
-            if model.path is not None and model.role in ("teacher", "other") and _fingerprint(model.path) == wanted:
+            if model.path is not None and model.role in ("teacher", "other") and _is(model.path, wanted):
                 stage = next(stage for stage in run.stages if stage.name == model.name)
                 part = model.path.relative_to(stage.path)
                 return str(Path(stage.config["output"]) / part)
     return None
 
 
-def _fingerprint(path: Path) -> str | None:
+def _is(path: Path, fingerprint: Any) -> bool:
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.fingerprint import model_fingerprint
+    from nemo_minitron.checkpoints.fingerprint import model_fingerprint, same_fingerprint
 
     try:
-        return model_fingerprint(open_checkpoint(path))
+        return same_fingerprint(model_fingerprint(open_checkpoint(path)), str(fingerprint))
     except MinitronError:
-        return None
+        return False

@@ -58,7 +58,7 @@ def write_report(
     names = {"title": title, "base_model": base_model, "license_name": license_name}
     write_run_card(run, out / "model-card.md", **names)  # type: ignore[arg-type]
     complete_cards(run, **names)  # type: ignore[arg-type]
-    content = _content(run, title or title_from(run), price, currency)
+    content = _content(run, title or title_from(run, base_model), price, currency)
     figures = [figure for section in content["figures"].values() for figure in section]
     (out / "index.html").write_text(rendered("index.html.j2", content), encoding="utf-8")
     (out / "report.md").write_text(rendered("report.md.j2", content, markdown=True), encoding="utf-8")
@@ -100,7 +100,7 @@ def _write_figures(figures: Sequence[Figure], out: Path) -> None:
 def _content(run: Run, title: str, price: float | None, currency: str) -> dict[str, Any]:
     """Everything that the templates show."""
     evaluations = [_evaluation(run, name, evaluation) for name, evaluation in run.evaluations]
-    searches = [shown for name, found in run.searches if (shown := _search(run, name, found)) is not None]
+    searches = [shown for name, results in run.searches if (shown := _search(run, name, results)) is not None]
     score_figures = [
         figure
         for scores in run.scores
@@ -160,14 +160,14 @@ def _evaluation(run: Run, name: str, evaluation: dict[str, Any]) -> dict[str, An
     }
 
 
-def _search(run: Run, name: str, found: dict[str, Any]) -> dict[str, Any] | None:
+def _search(run: Run, name: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """A search's parts; None, with a remark, where its results are not whole."""
     try:
-        headings, rows = search.rows(found)
-        roles = ["distilled" if row[0] == found["best"] else "other" for row in rows]
+        headings, rows = search.rows(results)
+        roles = ["distilled" if row[0] == results["best"] else "other" for row in rows]
         table = tables.Table(f"Candidates of {name}, the best first", headings, rows, roles)
-        figure = search.pareto(found, "pareto" if len(run.searches) == 1 else f"pareto-{name}")
-        notes = [*search.notes(found), f"Chosen: {found['best']}."]
+        figure = search.pareto(results, "pareto" if len(run.searches) == 1 else f"pareto-{name}")
+        notes = [*search.notes(results), f"Chosen: {results['best']}."]
     except (KeyError, TypeError, ValueError) as error:
         run.remarks.append(f"the search of {name} is incomplete ({error!r}); left out")
         return None

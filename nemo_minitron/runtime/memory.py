@@ -49,4 +49,4 @@ def peak_gpu_bytes() -> int:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
-    return max(1, *(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())))
+    return max(1, torch.cuda.max_memory_allocated())  # a process has one device, torch's current one

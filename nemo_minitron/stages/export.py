@@ -36,8 +36,7 @@ def plan(config: ExportConfig) -> StagePlan:
         for form in dict.fromkeys(config.formats):
             place = str(output / FORMATS[form].output_name)
             plan.disk.append(checkpoint_need(f"model ({form})", place, model, form, dtype=config.dtype))
-            if FORMATS[form].suffix is None:
-                plan.makes[place] = expected(model, config.model, dtype=config.dtype)
+            plan.makes[place] = expected(model, config.model, dtype=config.dtype)
     if config.verify:
         plan.notes.append("each result is loaded by its own side's loader and its logits compared")
     return plan

@@ -6,6 +6,7 @@ One process leads: attribute model (``reward``), labels (``label``), fine-tuning
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def plan(config: SteerlmConfig) -> StagePlan:
 
     plan = align_plan(config, CHAT_PACKAGES)
     output = Path(config.output)
+    plan.makes = {str(output / "sft" / "model"): plan.makes[str(output / "model")]}
+    plan.disk = [dataclasses.replace(need, least=0.0) for need in plan.disk]  # each of the three looks for itself
     plan.writes = [
         PlannedPath(str(output / "attribute_model"), "attribute model"),
         PlannedPath(str(output / "labels" / "labelled.jsonl"), "labelled conversations"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import tiny_checkpoint
+from support.checkpoints import tiny_checkpoint, tiny_tokenizer
 from support.distributed import run_distributed
 from support.harness import TASKS, live_model, same_metrics, with_transformers, write_tasks
 from support.text import sentences, write_jsonl
@@ -114,3 +115,51 @@ def test_unknown_tasks_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     folder = str(write_tasks(tmp_path / "tasks"))
     with pytest.raises(DataError, match="nonesuch, other: lm-evaluation-harness has no such task"):
         harness.run_tasks(None, ["choice", "nonesuch", "other"], include_path=folder)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["{{ question | nonesuch }}", "{{ question.a.b.c }}", "{% if %}"])
+def test_a_task_whose_template_fails_is_refused(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lm_eval import tasks
+    from lm_eval.models.dummy import DummyLM
+
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.evaluation import harness
+
+    class OwnTasks(tasks.TaskManager):
+        """Without the harness's thousands of files, which are not looked for here."""
+
+        def __init__(self, include_path: str, include_defaults: bool = False) -> None:
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", OwnTasks)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = write_tasks(tmp_path / "tasks")
+    name = next(iter(TASKS))
+    config = json.loads((folder / f"{name}.yaml").read_text())
+    (folder / f"{name}.yaml").write_text(json.dumps(config | {"doc_to_text": text}))
+    with pytest.raises(DataError, match=rf"harness.tasks={name}: ") as caught:
+        harness.run_tasks(DummyLM(), [name], include_path=str(folder))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for x in %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no system turn') }}", "TemplateError: no system turn"),
+        ("{{ messages[0].content.nonesuch() }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_chat_template_that_fails_is_refused(template: str, reason: str, tmp_path: Path) -> None:
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.evaluation.harness import MegatronLM
+
+    model = MegatronLM.__new__(MegatronLM)  # its template needs no model
+    model.tokenizer = load_tokenizer(tiny_tokenizer(tmp_path))
+    assert "w1" in model.apply_chat_template([{"role": "user", "content": "w1"}])
+    model.tokenizer.chat_template = template
+    with pytest.raises(DataError, match=rf"the tokenizer's template fails \({reason}.*set it to false") as caught:
+        model.apply_chat_template([{"role": "user", "content": "w1"}])
+    assert "\n" not in str(caught.value)

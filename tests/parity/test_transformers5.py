@@ -151,6 +151,14 @@ def test_megatron_computes_what_transformers_5_computes(name, saved, groups):
     assert close(logits(live(open_checkpoint(saved / name), groups), IDS), expected)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_an_import_is_verified_with_computes_the_same(name, saved):
+    """The stack's transformers, which does not know ``rope_parameters``."""
+    expected, _ = torch.load(saved / "answers.pt")[name]
+    with torch.no_grad():
+        assert close(loader.hf_logits(saved / name, IDS, torch.float32), expected)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_in_one_tensor(name, saved):
     """As transformers 5 holds them, and saves them if it is told to."""

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,7 +28,7 @@ from support.pages import ROOT, Block, pages, read_blocks
 from typer.testing import CliRunner
 
 from nemo_minitron.cli.app import app
-from nemo_minitron.config import STAGES, load, load_slurm
+from nemo_minitron.config import STAGES, load, load_pipeline, load_slurm
 
 BLOCKS = [block for page in pages() for block in read_blocks(page)]
 #: A block of one of these languages is nothing to run.
@@ -43,6 +44,7 @@ NOT_RUN = {
     ".ci/run": "it runs all tests",
     "python3.12 tests/gpu/": "for a machine with a GPU",
     "sh tests/gpu/": "for a machine with a GPU",
+    "vllm serve ": "vLLM is not here, and needs a GPU; transformers loads the same folder",
 }
 #: Commands whose dry run ends with this refusal, and with no other.
 REFUSED = {
@@ -50,11 +52,15 @@ REFUSED = {
         r"is not seen in the container \(container_mounts: /lustre:/lustre\)",
         "the shipped mounts are a site's",
     ),
+    "target=runs/example/search": (
+        r"runs/example/search/search.json does not exist",
+        "a search of this model takes ten minutes",
+    ),
     "teacher_cache=": (r"logit cache: runs/example/logits does not exist", "the cache of this model takes an hour"),
 }
 #: The guide whose blocks are the files of packages: ``tests/unit/test_extending_*.py`` install and use them.
 EXTENDING = "docs/extending.md"
-PACKAGES = ("A logit loss", "An importance estimator", "A checkpoint format", "A stage")
+PACKAGES = ("A logit loss", "An importance estimator", "A checkpoint format")
 
 
 def shell_lines() -> list[tuple[str, str]]:
@@ -76,6 +82,8 @@ def of_packages(page: str) -> bool:
 
 
 HERE = [(page, line) for page, line in shell_lines() if is_minitron(line) and not of_packages(page)]
+#: Files that a command of the pages writes, with that command.
+SAVED = {line.split(" --save ")[1].split()[0]: line for _, line in reversed(HERE) if " --save " in line}
 PYTHON = [block for block in BLOCKS if block.language == "python" and not block.code.startswith("# ")]
 FILES = [block for block in BLOCKS if block.language == "python" and block.code.startswith("# ")]
 
@@ -131,6 +139,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokens.yaml").write_text(yaml.safe_dump(settings))
     done = invoke(folder, "run", "tokens.yaml")
     assert done.exit_code == 0, done.output
+    shutil.copytree(folder / "runs/demo/tokens", folder / "runs/demo/distilled", dirs_exist_ok=True)
     return folder
 
 
@@ -158,6 +167,11 @@ def test_command(world: Path, page: str, line: str) -> None:
     if words == ["doctor"]:  # its exit code is the machine's
         assert "What is here" in invoke(world, *words).output
         return
+    if words[0] == "run" and not (world / words[1]).exists() and words[1] in SAVED:
+        saving = invoke(world, *shlex.split(SAVED[words[1]])[1:])
+        assert saving.exit_code == 0, (saving.output, saving.exception)
+    if "--save" in words:
+        (world / words[words.index("--save") + 1]).unlink(missing_ok=True)
     done = invoke(world, *dry(words))
     output = done.output + done.stderr
     for mark, (message, _) in REFUSED.items():
@@ -261,7 +275,6 @@ def test_commands_with_packages(world: Path, tmp_path: Path) -> None:
         install_example(section, tmp_path / str(number))
     lines = [shlex.split(line)[1:] for page, line in shell_lines() if of_packages(page)]
     assert len(lines) > 4
-    (world / "story.txt").write_text("once upon a time")
     path = os.pathsep.join(str(tmp_path / str(number)) for number in range(len(PACKAGES)))
     done = subprocess.run(
         [sys.executable, "-c", WITH_PACKAGES, json.dumps([dry(words) for words in lines])],
@@ -279,6 +292,10 @@ def test_settings_are_those_of_their_stage(block: Block, tmp_path: Path) -> None
     if block.settings_of == "slurm":
         shipped: dict[str, Any] = yaml.safe_load((ROOT / "configs/slurm/dgx.yaml").read_text())
         read: Callable[[Path], Any] = load_slurm
+    elif block.settings_of == "pipeline":
+        text = {"sources": [{"name": "mine", "path": "corpus/*.jsonl"}]}
+        shipped = {"output": str(tmp_path), "defaults": {"data": text}}
+        read = lambda path: load_pipeline(path)[0]  # noqa: E731
     else:
         assert block.settings_of in STAGES, f"{block.name}: say whose settings it has, in a comment before it"
         shipped = yaml.safe_load((ROOT / f"configs/{block.settings_of}.yaml").read_text())
@@ -308,5 +325,5 @@ def test_records_are_read(block: Block, tmp_path: Path) -> None:
 
 def test_help_shows_every_stage() -> None:
     done = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "150"})
-    for stage in [*STAGES, "run", "plan"]:
+    for stage in [*STAGES, "init", "run", "plan"]:
         assert stage in done.output

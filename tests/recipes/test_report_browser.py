@@ -18,7 +18,7 @@ def test_reports_in_a_browser(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one", steps=60), write_run(tmp_path / "two", steps=80)
     report.run(ReportConfig(run=str(one), output=str(one / "report")))
     report.run(ReportConfig(run=str(one), others=[str(two)], output=str(one / "comparison")))
-    expected = {"report": 7, "comparison": 2}
+    expected = {"report": 8, "comparison": 2}
     for name, images in expected.items():
         page = one / name / "index.html"
         for width in (1100, 420):

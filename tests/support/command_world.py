@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from support.chats import chats
+from support.chats import chats, preferences
 from support.checkpoints import tiny_tokenizer
 from support.text import sentences, write_jsonl
 
@@ -59,9 +59,17 @@ def hollow_model(path: Path, **changes: Any) -> Path:
 def make_world(folder: Path, configs: Path) -> None:
     """Below ``folder``: the shipped configurations, text, and the outputs of ``runs/example`` and ``runs/demo``."""
     (folder / "configs").symlink_to(configs)
-    write_jsonl(_new(folder / "corpus/text.jsonl"), sentences(400, 40, 0))
+    for name in ("corpus/text.jsonl", "data/mine.jsonl"):
+        write_jsonl(_new(folder / name), sentences(400, 40, 0))
     chat_lines = "".join(json.dumps(record) + "\n" for record in chats(24))
-    for name in ("prompts.jsonl", "runs/example/answers/answers.jsonl", "runs/example/steerlm/labels/labelled.jsonl"):
+    pair_lines = "".join(json.dumps(record) + "\n" for record in preferences(24))
+    (folder / "data/pairs.jsonl").write_text(pair_lines, encoding="utf-8")
+    for name in (
+        "data/chats.jsonl",
+        "prompts.jsonl",
+        "runs/example/answers/answers.jsonl",
+        "runs/example/steerlm/labels/labelled.jsonl",
+    ):
         _new(folder / name).write_text(chat_lines, encoding="utf-8")
     for name in (
         "tasks",
@@ -72,6 +80,8 @@ def make_world(folder: Path, configs: Path) -> None:
     ):
         (folder / name).mkdir(parents=True)
     teacher, pruned = hollow_model(folder / "teacher"), hollow_model(folder / "pruned", num_hidden_layers=28)
+    for name in ("mine", "SmolLM2-135M-Instruct"):
+        _new(folder / "models" / name).symlink_to(teacher)
     for run in ("example", "demo"):
         _new(folder / "runs" / run / "teacher").symlink_to(teacher)
         _new(folder / "runs" / run / "corrected/model").symlink_to(teacher)
@@ -81,12 +91,13 @@ def make_world(folder: Path, configs: Path) -> None:
 
 
 def _measurements(run: Path, teacher: Path) -> None:
-    """Scores, depth scores and frequencies, as if the stages had measured them."""
+    """Scores, depth scores, frequencies and the best shape, as if the stages had measured them."""
     import torch
 
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.checkpoints.tokenizer.trimming import write_frequencies
     from nemo_minitron.importance import DepthScores, Measurement, Scores
+    from nemo_minitron.search import Sizes
 
     checkpoint = open_checkpoint(teacher)
     shape = checkpoint.shape
@@ -95,6 +106,9 @@ def _measurements(run: Path, teacher: Path) -> None:
     def some(*sizes: int) -> torch.Tensor:
         return torch.rand(sizes, generator=generator, dtype=torch.float64)
 
+    best = Sizes.of(shape)._replace(num_layers=28)
+    found = {"format_version": 1, "best": best.name, "candidates": [{"name": best.name, "sizes": best._asdict()}]}
+    _new(run / "search" / "search.json").write_text(json.dumps(found))
     Scores(
         ffn=some(layers, shape.ffn_hidden_size),
         heads=some(layers, shape.num_attention_heads),

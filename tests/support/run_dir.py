@@ -220,6 +220,14 @@ def write_aligned_run(run: Path, *, steps: int = 20) -> Path:
     record = json.loads((run / "sft/record.json").read_text())
     record["metrics"] = {"samples": 90, "steps": steps, "first_validation_loss": 2.0, "last_validation_loss": 1.6}
     (run / "sft/record.json").write_text(json.dumps(record))
+    moved = {"before": {"accuracy": 0.5, "margin": 0.0}, "after": {"accuracy": 0.8, "margin": 0.3}}
+    record = json.loads((run / "dpo/record.json").read_text())
+    record["metrics"] = {
+        "pairs": [80],
+        "held_out": [10],
+        "rounds": [moved],
+    }
+    (run / "dpo/record.json").write_text(json.dumps(record))
     aligned = write_stage(run, "aligned", "export", seconds=5, minute=17, model=str(run / "dpo/model"))
     write_model(aligned / "hf", STUDENT, made_from("export", run / "dpo/model", STUDENT, dpo))
     (aligned / "hf/config.json").write_text("{}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.checkpoints import TINY, hf_logits, tiny_checkpoint, tiny_hf_model, tiny_tokenizer, tokens
 
 from nemo_minitron import axes
@@ -45,8 +46,6 @@ def test_opens_with_sizes_and_constants(hf: Path) -> None:
 
 
 def test_qkv_rows_go_group_by_group(hf: Path) -> None:
-    from safetensors.torch import load_file
-
     stored = load_file(hf / "model.safetensors")
     merged = open_checkpoint(hf).weights.tensor("decoder.layers.1.self_attention.linear_qkv.weight")
     query = stored["model.layers.1.self_attn.q_proj.weight"]
@@ -89,8 +88,6 @@ LAYER = 4 * (48 * (6 + 2 * 2) * 12 + 48 * 72 + 3 * 48 * 76 + 2 * 48)
 
 
 def test_shards_are_filled_up_to_the_limit(hf: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     written = write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf", max_shard_size=LAYER)
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     largest_tensor = 4 * 48 * 131
@@ -109,7 +106,6 @@ def test_shards_are_filled_up_to_the_limit(hf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_the_file_is_what_the_safetensors_library_writes(hf: Path, tmp_path: Path, dtype: str) -> None:
     from safetensors import safe_open
-    from safetensors.torch import load_file
 
     written = write_checkpoint(open_checkpoint(hf), tmp_path / "out", "hf", dtype=dtype)
     file, source = tmp_path / "out" / "model.safetensors", load_file(hf / "model.safetensors")
@@ -193,8 +189,6 @@ def test_reads_its_own_shards_and_torch_files(hf: Path, tmp_path: Path) -> None:
     sharded = write_checkpoint(first, tmp_path / "sharded", "hf", max_shard_size=LAYER)
     old = tmp_path / "bin"
     tiny_hf_model(old)
-    from safetensors.torch import load_file
-
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
     (old / "model.safetensors").unlink()
     for other in (sharded, open_checkpoint(old)):
@@ -284,6 +278,43 @@ def test_truncated_and_missing_files(hf: Path, tmp_path: Path) -> None:
     (hf / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         open_checkpoint(hf)
+
+
+def test_a_file_of_torch_before_1_6(hf: Path) -> None:
+    """No zip archive: it is read whole, and nothing else of it is taken than tensors."""
+    expected = load_file(hf / "model.safetensors")
+    file = hf / "pytorch_model.bin"
+    (hf / "model.safetensors").unlink()
+    torch.save(expected, file, _use_new_zipfile_serialization=False)
+    read = open_checkpoint(hf).weights
+    norm = "decoder.final_layernorm.weight"
+    assert torch.equal(read.tensor(norm), expected["model.norm.weight"])
+    assert torch.equal(read.tensor("embedding.word_embeddings.weight"), expected["model.embed_tokens.weight"])
+    content = file.read_bytes()
+    for cut in (1, len(content) // 2, len(content) - 9):
+        file.write_bytes(content[:cut])
+        with pytest.raises(CheckpointError, match=f"{file} is truncated or holds more than tensors") as caught:
+            open_checkpoint(hf)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_of_what_was_written_is_seen(hf: Path, tmp_path: Path) -> None:
+    """By the checksums in the model record, as a tensor is read; where it is gone, the values are taken as they are."""
+    out = tmp_path / "out"
+    write_checkpoint(open_checkpoint(hf), out, "hf")
+    file = out / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    expected = load_file(file)["model.layers.1.self_attn.k_proj.weight"]
+    content[content.index(expected.numpy().tobytes()) + 5] ^= 4
+    file.write_bytes(content)
+    read = open_checkpoint(out)
+    read.weights.tensor("decoder.layers.0.self_attention.linear_qkv.weight")
+    with pytest.raises(
+        CheckpointError, match=rf"{file}: model.layers.1.self_attn.q_proj.weight is not what was written"
+    ):
+        read.weights.tensor("decoder.layers.1.self_attention.linear_qkv.weight")
+    (out / "minitron.json").unlink()
+    open_checkpoint(out).weights.tensor("decoder.layers.1.self_attention.linear_qkv.weight")
 
 
 def test_a_torch_file_with_code_in_it_is_refused(hf: Path, tmp_path: Path) -> None:

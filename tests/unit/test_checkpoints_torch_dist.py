@@ -453,7 +453,7 @@ def test_the_cost_of_a_tensor_does_not_grow_with_the_mixture(tmp_path: Path, mon
         assert [chunk.offsets for chunk in store._near(key, one)] == [(layer, expert, 0, 0)]
 
     opened, original = [], huggingface._safe_open
-    monkeypatch.setattr(huggingface, "_safe_open", lambda file: (opened.append(file), original(file))[1])
+    monkeypatch.setattr(huggingface, "_safe_open", lambda file, **how: (opened.append(file), original(file, **how))[1])
     read = write_checkpoint(source, tmp_path / "hf", "hf").weights
     for limit, times in ((1 << 30, 1), (10_000, len(read.names()) // 4)):
         monkeypatch.setattr(huggingface, "_MAPPED", limit)

@@ -68,13 +68,19 @@ def made(folder: Path) -> dict[str, str]:
 
 def test_help_lists_the_stages_and_version_is_the_packages(tmp_path):
     out = minitron("--help", cwd=tmp_path, fake=False).stdout
-    for stage in ("import", "score", "prune", "distill", "evaluate", "export", "report", "run", "status"):
+    for stage in ("import", "score", "prune", "distill", "evaluate", "export", "report", "init", "run", "status"):
         assert f" {stage} " in out
     assert minitron("--version", cwd=tmp_path, fake=False).stdout.startswith("minitron 0.")
 
 
 @pytest.mark.parametrize(
-    ("args", "code"), [(("--help",), 0), (("score", "score.yaml", "samples=none"), 2), (("run", "demo", "x=1"), 2)]
+    ("args", "code"),
+    [
+        (("--help",), 0),
+        (("init", "--help"), 0),
+        (("score", "score.yaml", "samples=none"), 2),
+        (("run", "demo", "x=1"), 2),
+    ],
 )
 def test_help_and_configuration_errors_import_nothing_heavy_and_are_quick(tmp_path, score, args, code):
     command = [sys.executable, "-X", "importtime", "-m", "nemo_minitron", *args]
@@ -162,6 +168,40 @@ def test_a_full_disk_under_the_command_itself_is_one_line(capsys):
     )
     with pytest.raises(FileNotFoundError), app_module._exit_codes():
         raise FileNotFoundError(errno.ENOENT, "gone", "x")
+
+
+@pytest.mark.slow
+def test_a_stage_that_can_write_neither_result_nor_log_is_refused_in_words(tmp_path, score):
+    """As under a quota."""
+    code = (
+        "import os, resource, sys\n"
+        "from support import fake_worker\n"
+        "from nemo_minitron.jobs import worker\n"
+        "fake_worker.install()\n"
+        "worker.set_up = lambda config: None\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))\n"
+        "sys.exit(worker.main(sys.argv[1], launched=True))\n"
+    )
+    (tmp_path / "small_worker.py").write_text(code)
+    start = (
+        "from support import fake_minitron\n"
+        "from nemo_minitron.jobs import launch, local\n"
+        "from nemo_minitron import cli\n"
+        "local.launch = lambda module, *a, **k: launch.launch('small_worker', *a, **k)\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", start, "score", "score.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "takes no more files or bytes; look at the quota" in done.stderr
 
 
 def test_dry_run_shows_and_does_nothing(tmp_path, score):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -17,6 +17,11 @@ from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.jobs import contents
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.records import record_path
+
+
+def unsealed(record):
+    """A record that may be changed, as of an earlier release."""
+    return {key: value for key, value in record.items() if key != "seal"}
 
 
 @pytest.fixture
@@ -93,7 +98,7 @@ def test_an_input_is_checked_as_far_as_it_is_named(config, tmp_path):
     (out / "kept.json").write_text("{}")
     record = json.loads(record_path(out).read_text())
     record["files"] = {"kept.json": {"size": 3, "sha256": ""}}
-    record_path(out).write_text(json.dumps(record))
+    record_path(out).write_text(json.dumps(unsealed(record)))
     Output(whole).check_inputs()  # beside what is read
 
 
@@ -143,7 +148,7 @@ def test_what_read_an_output_that_was_made_again_and_differs(config, tmp_path):
     assert states() == ["done", "changed", "done"]
     record = json.loads(record_path(tmp_path / "w").read_text())
     del record["contents"]  # of an earlier release
-    record_path(tmp_path / "w").write_text(json.dumps(record))
+    record_path(tmp_path / "w").write_text(json.dumps(unsealed(record)))
     assert states() == ["done"] * 3
 
 
@@ -163,10 +168,34 @@ def test_a_training_does_not_go_on_from_another_model(config, tmp_path):
     assert not Output(training).is_stale()
 
 
+def test_a_record_whose_figures_changed_is_none(config):
+    text = record_path(config.output).read_text()
+    assert '"size": 10,' in text
+    record_path(config.output).write_text(text.replace('"size": 10,', '"size": 11,'))
+    assert Output(config).record() is None
+    assert Output(config).state() == ("unfinished", [])
+    record_path(config.output).write_text(text.replace("\n", ""))  # the figures count, not how they are set
+    assert Output(config).state() == ("done", [])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flip_of_a_record_is_seen_or_changes_nothing(config, data):
+    path = record_path(config.output)
+    text, before = path.read_bytes(), Output(config).record()
+    place = data.draw(st.integers(0, 8 * len(text) - 1))
+    changed = bytearray(text)
+    changed[place // 8] ^= 1 << place % 8
+    path.write_bytes(changed)
+    after = Output(config).record()
+    path.write_bytes(text)
+    assert after is None or {**after, "seal": ""} == {**before, "seal": ""} or "seal" not in after
+
+
 def test_records_of_earlier_releases(config):
     record = json.loads(record_path(config.output).read_text())
     del record["files"]
-    record_path(config.output).write_text(json.dumps(record))
+    record_path(config.output).write_text(json.dumps(unsealed(record)))
     assert Output(config).state() == ("done", [])
 
 

@@ -338,7 +338,7 @@ def test_faults_of_single_records(tmp_path: Path) -> None:
     assert [record.place for record in got] == ["line 1", "line 2", "line 3", "line 5", "line 6", "line 7", "line 8"]
     for record, fault in zip(
         got, ["", "not UTF-8 (invalid start byte)", "not JSON (Expecting property name", "is no text (surrogates",
-              "not JSON (nested too deeply)", "not JSON (Exceeds the limit", ""], strict=True,
+              "not JSON (more than 100 lists and objects", "not JSON (Exceeds the limit", ""], strict=True,
     ):  # fmt: skip
         assert record.fault.startswith(fault) and bool(record.fault) == bool(fault), record
     table = pyarrow.table({"a": pyarrow.array([b"fine", b"\xff"], pyarrow.binary()).view(pyarrow.string())})

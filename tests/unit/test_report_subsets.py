@@ -70,6 +70,10 @@ def test_a_distillation_from_a_cache_has_its_cached_teacher(whole: Path, tmp_pat
 
 def test_without_the_cache_the_teacher_is_not_known(whole: Path, tmp_path: Path) -> None:
     """Neither is the share of the gap; until now this was a TypeError."""
-    _, text = reported(whole, tmp_path, {"teacher", "pruned", "distilled", "evaluation"}, set())
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
+    record = moved / "distilled/record.json"
+    record.write_text(record.read_text().replace(str(whole / "logits"), "/gone/logits"))
+    _, text = reported(moved, tmp_path, {"teacher", "pruned", "distilled", "evaluation"}, set())
     assert "recovered" not in text
     assert "| distilled | 3.842 |" in text

@@ -15,12 +15,13 @@ from nemo_minitron.runtime import cpu, device
 
 
 @pytest.fixture(autouse=True)
-def _undecided() -> Iterator[None]:
+def _undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     was_active = cpu.is_active()
     cpu.deactivate()
     device.forget()
     yield
     cpu.deactivate()
+    monkeypatch.undo()  # or the layer would keep what a test put in torch's place, as the original
     device.forget()
     if was_active:
         cpu.activate()

@@ -103,16 +103,18 @@ def test_scores_are_needed_since_the_search_may_narrow_the_model(home: Path) -> 
 
 def test_a_dry_run_knows_that_the_shape_comes_later(home: Path) -> None:
     search, pruned = stages(home)
-    *_, plan, produced, faults = list(planned([search, pruned]))[1]
+    second = list(planned([search, pruned]))[1]
+    plan = second.plan
     assert plan is not None
-    assert faults == []
-    assert [item.path for item in plan.reads if item.comes_from(produced)] == ["run/search/search.json"]
+    assert second.faults == []
+    assert plan.costs["target"] == "the shape that the search chooses"
+    assert plan.makes == {pruned.output: None}
+    assert [item.path for item in plan.reads if item.comes_from(second.produced)] == ["run/search/search.json"]
     assert any("known when the search has run" in note for note in plan.notes)
     assert "parameters" not in plan.costs
 
     # without the search before it the shape is missing, and a search that has run tells it
-    *_, faults = next(planned([pruned]))
-    assert faults == ["shape of a search: run/search/search.json does not exist"]
+    assert next(planned([pruned])).faults == ["shape of a search: run/search/search.json does not exist"]
     write_search(home / "run" / "search", open_checkpoint(home / "model").shape, 2)
     plan = prune.plan(pruned)
     assert "->" in plan.costs["parameters"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
-from nemo_minitron.checkpoints.formats.gguf import convert_gguf, is_gguf
-from nemo_minitron.checkpoints.formats.huggingface.checkpoint import is_hf, open_hf, peek_hf, write_hf
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf, describe_gguf, is_gguf
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import describe_hf, is_hf, open_hf, peek_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import hf_faults
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
 from nemo_minitron.checkpoints.formats.nemo1.checkpoint import is_nemo1, open_nemo1, write_nemo1
@@ -31,6 +31,7 @@ OWN_FORMATS = (
         looks="config.json (Hugging Face)",
         detect=is_hf,
         open=open_hf,
+        describe=describe_hf,
         write=write_hf,
         loader=hf_logits,
         peek=peek_hf,
@@ -68,6 +69,7 @@ OWN_FORMATS = (
         looks="a .gguf file",
         detect=is_gguf,
         convert=convert_gguf,
+        describe=describe_gguf,
         read_needs=("gguf",),
         suffix=".gguf",
     ),

@@ -57,6 +57,9 @@ class Format:
             None where the format is only read.
         convert: of a format whose tensors cannot be read one at a time, ``convert(path, directory)``: writes a Hugging
             Face directory and opens it.
+        describe: for proposals, sizes, constants and tokenizer by the small files or the header alone:
+            ``describe(path, directory)``, where ``directory`` is an empty one for files of the tokenizer that have to
+            be made. None where only opening, or converting, tells.
         loader: logits as this format's own library computes them: path, ``[rows, s]`` tokens, dtype that weights are
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
@@ -79,6 +82,7 @@ class Format:
     open: Callable[[Path], Checkpoint] | None = None
     write: Callable[[Checkpoint, Path, WriteOptions], None] | None = None
     convert: Callable[[Path, Path], Checkpoint] | None = None
+    describe: Callable[[Path, Path], Checkpoint] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
     safe_loader: bool = False
     faults: Callable[[ModelShape, Architecture], list[str]] | None = None

@@ -196,7 +196,7 @@ def _rate_faults(schedule: ShortSchedule | ShortAlignmentSchedule) -> list[str]:
         *positive(schedule, "micro_batch_size", "global_batch_size", "lr"),
         *not_negative(schedule, "min_lr", "warmup_steps"),
     ]
-    if schedule.min_lr > schedule.lr:
+    if schedule.min_lr > schedule.lr > 0:
         faults.append(f"min_lr={schedule.min_lr}: lies above lr={schedule.lr}")
     if schedule.steps is not None and 0 < schedule.steps <= schedule.warmup():
         faults.append(

@@ -20,7 +20,7 @@ class PipelineConfig:
         name: name of the run.
         output: directory of the run; a stage without ``output`` writes to ``output/<its name>``.
         vars: variables for interpolation.
-        defaults: settings of every stage that has them (``runtime``, ``data``, ...); a stage's own settings win.
+        defaults: settings of every stage that has them in that form (``runtime``, ``data``, ...); a stage's own win.
         stages: each ``{stage: distill, name: ..., <the stage's keys>}``; the name is the stage's own unless given.
     """
 

@@ -112,14 +112,14 @@ class SearchConfig(StageConfig):
         faults = [
             *positive(self, "max_candidates", "samples", "micro_batch_size"),
             *not_negative(self, "best"),
-            *choice(self, "method", ESTIMATORS),
+            *(unknown := choice(self, "method", ESTIMATORS)),
         ]
         if self.best > self.max_candidates > 0:
             faults.append(f"best={self.best}: lies above max_candidates={self.max_candidates}")
         if self.save_student and self.best == 0:
             faults.append("save_student=true: no student is distilled with best=0")
         some = TargetConfig(num_layers=1)
-        faults += self.pruning("", some).faults()
+        faults += [fault for fault in self.pruning("", some).faults() if not unknown or not fault.startswith("method=")]
         if self.best:
             faults += [f"distill.{fault}" for fault in self.distillation("", "").faults()]
         if self.timed and self.parallel.world_size > 1:

@@ -314,12 +314,12 @@ class ReinforceConfig(AlignConfig):
                 f"parallel.data={self.parallel.data}: NeMo-Aligner's ReinforceTrainer trains every replica on all "
                 "answers of a step; set it to 1"
             )
-        if self.micro_batch_size > 0 and self.validation_prompts % self.micro_batch_size:
+        if self.micro_batch_size > 0 < self.validation_prompts and self.validation_prompts % self.micro_batch_size:
             faults.append(
                 f"validation_prompts={self.validation_prompts}: is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        if self.max_new_tokens >= self.data.max_length:
+        if self.max_new_tokens >= self.data.max_length > 0:
             faults.append(
                 f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt in "
                 f"data.max_length={self.data.max_length}"

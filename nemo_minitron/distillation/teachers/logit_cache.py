@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.checkpoints.fingerprint import same_fingerprint
 from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.kernels import TopTokens
 from nemo_minitron.distillation.teachers.manifest import MANIFEST, Manifest
@@ -307,7 +308,7 @@ class LogitCache:
         faults = [
             f"its {name} is {getattr(self.manifest, name)}, {what} is {value}"
             for name, (value, what) in asked.items()
-            if value is not None and value != getattr(self.manifest, name)
+            if value is not None and not _agree(value, getattr(self.manifest, name))
         ]
         if faults:
             raise DataError(
@@ -315,3 +316,10 @@ class LogitCache:
                 + "\n".join(f"  - {fault}" for fault in faults)
                 + "\nwrite one for this training with `minitron cache`"
             )
+
+
+def _agree(asked: Any, held: Any) -> bool:
+    """Whether two values are equal, or two fingerprints of the same weights."""
+    if isinstance(asked, str) and isinstance(held, str):
+        return same_fingerprint(asked, held)
+    return bool(asked == held)

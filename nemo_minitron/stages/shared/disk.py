@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.expected import ExpectedModel
 from nemo_minitron.jobs.plans import DiskNeed, human_bytes
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.planning import Model
 from nemo_minitron.planning.disk import blocks_bytes, states_at_once, training_state_bytes, weights_bytes
 
@@ -51,7 +51,7 @@ def readable_model(path: str) -> Model | None:
         shape, architecture = from_hf(content, place / "config.json")
     except MinitronError:
         return None  # the stage says why
-    dtype = _stored_dtype(place) or content.get("dtype") or content.get("torch_dtype")
+    dtype = str(_stored_dtype(place) or content.get("dtype") or content.get("torch_dtype"))
     return Model(shape, dataclasses.replace(architecture, dtype=dtype if dtype in _CODES.values() else "float32"))
 
 
@@ -61,7 +61,7 @@ def _stored_dtype(place: Path) -> str | None:
         try:
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
-                head = json.loads(stream.read(min(length, _HEAD)))
+                head = parse_json(stream.read(min(length, _HEAD)))
             return next(_CODES.get(entry["dtype"]) for name, entry in head.items() if name != "__metadata__")
         except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration, struct.error):
             continue

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.accounting import by_pattern, unread, warn_once
+from nemo_minitron.accounting import by_pattern, refusable
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import known
@@ -31,7 +31,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GGUFWeights", "convert_gguf", "is_gguf"]
+__all__ = ["GGUFWeights", "convert_gguf", "describe_gguf", "is_gguf"]
 
 #: Keys of a header below the architecture's name that every model has.
 _NEEDED = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count")
@@ -63,27 +63,40 @@ def convert_gguf(
         MissingDependency: without the ``gguf`` package.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    content = read_gguf(source)
+    with TemporaryDirectory() as scratch:
+        model = describe_gguf(source, Path(scratch), dtype=dtype)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
+            write_hf(model, partial, WriteOptions(dtype=dtype, scratch=Path(scratch) / "parts"))
+    return open_hf(target)
+
+
+def describe_gguf(source: str | Path, directory: Path, *, dtype: str = "float32") -> Checkpoint:
+    """A GGUF file by its header: sizes, constants, and tensors that are read when they are asked for, in float32.
+
+    Args:
+        source: as :func:`convert_gguf` takes it.
+        directory: an empty one, which gets the tokenizer's files.
+        dtype: that the checkpoint says it has.
+
+    Raises:
+        CheckpointError, MissingDependency: as :func:`convert_gguf`, for what the header says.
+    """
+    content = read_gguf(Path(source).expanduser())
     name = content.fields.get("general.architecture")
     entry = ARCHITECTURES.get(str(name))
     if entry is None:
         supported = ", ".join(map(repr, ARCHITECTURES))
         raise CheckpointError(f"{source}: architecture {name!r} is not supported; supported: {supported}")
-    config = _config(content, str(name), entry)
-    shape, architecture = from_hf(config, content.path)
+    shape, architecture = from_hf(_config(content, str(name), entry), content.path)
     architecture = dataclasses.replace(architecture, dtype=dtype)
     weights = GGUFWeights(
         content, shape, architecture.family, entry, _gguf_names(str(name), shape, architecture.family)
     )
     weights.check()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as scratch:
-        write_tokenizer(content, Path(scratch))
-        _check_fields(content, str(name), entry)
-        model = Checkpoint(shape, architecture, weights, Path(scratch), content.path, "gguf")
-        with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
-            write_hf(model, partial, WriteOptions(dtype=dtype, scratch=Path(scratch) / "parts"))
-    return open_hf(target)
+    write_tokenizer(content, directory)
+    _check_fields(content, str(name), entry)
+    return Checkpoint(shape, architecture, weights, directory, content.path, "gguf")
 
 
 @dataclass(frozen=True)
@@ -221,13 +234,10 @@ def _check_fields(content: GGUFContent, name: str, entry: GGUFArchitecture) -> N
     harmless = by_pattern(left, known.KEYS)
     harmless |= {key: "its neutral value" for key, values in known.NEUTRAL.items() if left.get(key) in values}
     neutral = {f"{name}.{key}": value for key, value in entry.neutral.items()}
-    active, idle = unread(left, harmless=harmless, neutral=neutral)
+    active = refusable(left, source=content.path, harmless=harmless, neutral=neutral)
     if active:
         named = ", ".join(f"{key}={str(value)[:80]}" for key, value in active.items())
         raise CheckpointError(
             f"{content.path}: its header has {named}, which is not supported and may change what the model computes; "
             "import the model's Hugging Face directory"
         )
-    if idle:
-        named = ", ".join(f"{key}={value!r}" for key, value in idle.items())
-        warn_once(content.path, f"keys that are not known, and switched off, are left behind: {named}")

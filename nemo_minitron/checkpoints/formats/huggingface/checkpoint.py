@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from nemo_minitron.checkpoints.formats.huggingface.beside import account_files
 from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
 from nemo_minitron.checkpoints.formats.huggingface.families import hf_family
 from nemo_minitron.checkpoints.formats.huggingface.shards import ShardWriter
+from nemo_minitron.checkpoints.formats.torch_dist.checksums import crc32
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
 from nemo_minitron.checkpoints.weights import CastWeights, dtype_name, writing_order
@@ -31,7 +33,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HFWeights", "is_hf", "open_hf", "peek_hf", "write_hf"]
+__all__ = ["HFWeights", "describe_hf", "is_hf", "open_hf", "peek_hf", "write_hf"]
 
 #: Where weights are looked for, in transformers' order (``modeling_utils._get_resolved_checkpoint_files``).
 WEIGHTS = (
@@ -74,7 +76,14 @@ def open_hf(path: Path) -> Checkpoint:
             )
         lineage = record.lineage
     first, tensors = _find_tensors(path)
-    weights = HFWeights(path, shape, architecture.family, tensors)
+    weights = HFWeights(
+        path,
+        shape,
+        architecture.family,
+        tensors,
+        None if record is None else record.weights,
+        {} if record is None else record.sums,
+    )
     weights.check()
     account_files(path, first, set(tensors.values()))
     architecture = dataclasses.replace(architecture, dtype=weights.dtype())
@@ -82,6 +91,22 @@ def open_hf(path: Path) -> Checkpoint:
     if tokenizer is not None:
         check_tokenizer(tokenizer, shape.vocab_size)
     return Checkpoint(shape, architecture, weights, tokenizer, path, "hf", lineage)
+
+
+def describe_hf(path: Path, directory: Path) -> Checkpoint:
+    """A HF directory by its small files: sizes, constants and tokenizer. Files of weights must be there, and are not
+    compared with the sizes. ``directory`` is not used.
+
+    Raises:
+        CheckpointError: as :func:`open_hf`, for what the small files say.
+    """
+    shape, architecture = from_hf(read_json(path / "config.json"), path / "config.json")
+    _, tensors = _find_tensors(path)
+    tokenizer = find_tokenizer(path)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, shape.vocab_size)
+    weights = HFWeights(path, shape, architecture.family, tensors)
+    return Checkpoint(shape, architecture, weights, tokenizer, path, "hf")
 
 
 def peek_hf(path: Path) -> tuple[int | None, Path | None]:
@@ -105,12 +130,17 @@ class HFWeights:
         path: the directory.
         shape, family: the model's.
         files: HF tensor name -> file that holds it.
+        content: hash of all tensors as they were written, if a model record says it.
+        sums: CRC-32 of canonical tensors as they were written, as far as a model record says it. They are checked when
+            a tensor is read for the first time.
     """
 
     path: Path
     shape: ModelShape
     family: str
     files: Mapping[str, Path]
+    content: str | None = None
+    sums: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def names(self) -> Sequence[str]:
         """Canonical names in the order of the forward pass."""
@@ -120,7 +150,7 @@ class HFWeights:
         """The canonical tensor, in the stored dtype.
 
         Raises:
-            CheckpointError: if one of its parts is missing, truncated, or of the wrong shape.
+            CheckpointError: if one of its parts is missing, truncated, damaged, or of the wrong shape.
         """
         entry = axes.entry(axes.family(self.family), self.shape, name)
         of_expert = entry.row.expert if self._fused else None
@@ -132,7 +162,21 @@ class HFWeights:
             if tuple(part_tensor.shape) != expected:
                 raise _wrong_shape(self.files[part], part, tuple(part_tensor.shape), expected)
             parts.append(part_tensor)
-        return parts[0] if of_expert is not None else naming.merge(entry.row.axes, parts, entry.sizes)
+        tensor = parts[0] if of_expert is not None else naming.merge(entry.row.axes, parts, entry.sizes)
+        self._check_sum(name, tensor, next(iter(self._parts(entry))))
+        return tensor
+
+    def _check_sum(self, name: str, tensor: torch.Tensor, part: str) -> None:
+        if name in self._sound or name not in self.sums:
+            return
+        import torch
+
+        if crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) != self.sums[name]:
+            raise CheckpointError(
+                f"{self.files[part]}: {part} is not what was written (the checksum in minitron.json differs); restore "
+                "the file, or remove minitron.json if another program has put other weights there"
+            )
+        self._sound.add(name)
 
     def check(self) -> None:
         """Compare the stored names and shapes with the configuration, from the headers alone.
@@ -183,6 +227,11 @@ class HFWeights:
         return {}
 
     @cached_property
+    def _sound(self) -> set[str]:
+        """The tensors whose checksums are right."""
+        return set()
+
+    @cached_property
     def _fused(self) -> bool:
         """Whether all experts of a layer are one tensor."""
         table = axes.family(self.family)
@@ -206,7 +255,7 @@ class HFWeights:
         """Rows of a matrix, evenly over it."""
         file = self.files[name]
         if file.suffix != ".safetensors":
-            tensor = _torch_load(file)[name]
+            tensor = self._torch(file)[name]
             return tensor[:: max(1, len(tensor) // count)]
         import torch
 
@@ -249,13 +298,27 @@ class HFWeights:
                 out |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _torch_load(file).items()}
         return out
 
+    def _torch(self, file: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a ``.bin``; one that cannot be mapped is read once."""
+        if zipfile.is_zipfile(file):
+            return _torch_load(file)
+        if file not in self._unmapped:
+            self._unmapped.clear()
+            self._unmapped[file] = _torch_load(file)
+        return self._unmapped[file]
+
+    @cached_property
+    def _unmapped(self) -> dict[Path, dict[str, torch.Tensor]]:
+        """The file of torch before 1.6 that was read last."""
+        return {}
+
     def _read(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor, or one element of its first dimension."""
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete")
         file = self.files[name]
         if file.suffix != ".safetensors":
-            tensor = _torch_load(file)[name]
+            tensor = self._torch(file)[name]
             return tensor if index is None else tensor[index]
         handle, read = self._opened.pop(file, (None, 0))
         if handle is None or read > _MAPPED:
@@ -304,7 +367,7 @@ def write_hf(checkpoint: Checkpoint, directory: Path, options: WriteOptions) -> 
     if checkpoint.tokenizer is not None:
         check_tokenizer(checkpoint.tokenizer, shape.vocab_size)
         copy_tokenizer(checkpoint.tokenizer, directory)
-    write_model_record(checkpoint, directory, dtype=dtype, form="hf")
+    write_model_record(checkpoint, directory, dtype=dtype, form="hf", weights=weights.content(), sums=weights.sums)
 
 
 def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
@@ -313,7 +376,7 @@ def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
     if name is None:
         raise CheckpointError(f"{path} has a config.json but no weights; expected {', '.join(WEIGHTS)}")
     if name.endswith(".safetensors"):
-        with _safe_open(path / name) as handle:
+        with _safe_open(path / name, framework="numpy") as handle:  # names alone, which need no torch
             return path / name, dict.fromkeys(handle.keys(), path / name)
     if name.endswith(".bin"):
         return path / name, dict.fromkeys(_torch_load(path / name), path / name)
@@ -329,11 +392,11 @@ def _find_tensors(path: Path) -> tuple[Path, dict[str, Path]]:
     return path / name, files
 
 
-def _safe_open(file: Path) -> Any:
+def _safe_open(file: Path, framework: str = "pt") -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework=framework, device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
 
@@ -343,7 +406,8 @@ def _torch_load(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Before torch 1.6 a file was no zip archive, and such a file cannot be mapped.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # on damaged bytes torch's unpickler fails in any way, IndexError among them
         reason = first_line(error)
         raise CheckpointError(

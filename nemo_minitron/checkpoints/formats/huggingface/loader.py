@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import SLIDING
-from nemo_minitron.checkpoints.formats.huggingface.config import read_json
-from nemo_minitron.checkpoints.formats.huggingface.rotary import older_spelling, read_scaling, scaling_type
+from nemo_minitron.checkpoints.formats.huggingface.config import from_hf, read_json, to_hf
+from nemo_minitron.checkpoints.formats.huggingface.rotary import read_scaling, scaling_type
 from nemo_minitron.runtime.versions import matches
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["hf_logits", "load_transformers"]
+
+#: Keys that both generations have, with another meaning (YaRN's context).
+_MEANT_OTHERWISE = ("max_position_embeddings",)
 
 
 def hf_logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -47,16 +50,23 @@ def load_transformers(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _config(path: Path) -> PretrainedConfig:
-    """The configuration in a directory, by transformers; of YaRN, as this suite reads it.
+    """The configuration in a directory, by transformers; of YaRN, and what transformers 4 does not know of a file that
+    transformers 5 wrote, as this suite reads it.
 
     See :func:`~nemo_minitron.checkpoints.formats.huggingface.rotary.read_scaling`.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    scaling = getattr(config, "rope_scaling", None) or older_spelling(read_json(path / "config.json"))[0].get(
-        "rope_scaling"
-    )
+    content = read_json(path / "config.json")
+    if "rope_parameters" in content and matches("transformers<5"):
+        spelled = to_hf(*from_hf(content, path / "config.json"), dtype="float32")
+        for key, value in spelled.items():
+            # What the file says under another name (rope_parameters, num_local_experts), or not at all.
+            if key not in content or key in _MEANT_OTHERWISE:
+                setattr(config, key, value)
+        return config
+    scaling = getattr(config, "rope_scaling", None)
     # transformers 5 goes by the factor
     if scaling_type(scaling) == "yarn" and not hasattr(config, "rope_parameters"):
         config.rope_scaling, config.max_position_embeddings = read_scaling(scaling, config.max_position_embeddings)

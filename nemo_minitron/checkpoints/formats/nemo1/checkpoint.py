@@ -182,12 +182,12 @@ def write_nemo1(checkpoint: Checkpoint, file: Path, options: WriteOptions) -> No
     fixed = None if token_count(checkpoint.tokenizer) == shape.vocab_size else rows
     config = to_nemo1(shape, checkpoint.architecture, dtype=dtype, multiple=vocab_multiple, rows=fixed)
     files.mkdir(parents=True)
-    write_torch_dist(
+    content = write_torch_dist(
         checkpoint, files / WEIGHTS, prefix="model.", dtype=dtype, vocab_rows=rows, common=COMMON, progress=progress
     )
     copy_tokenizer(checkpoint.tokenizer, files / TOKENIZER)
     (files / CONFIG).write_text(config, encoding="utf-8")
-    write_model_record(checkpoint, files, dtype=dtype, form="nemo")
+    write_model_record(checkpoint, files, dtype=dtype, form="nemo", weights=content)
     with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as tar:
         # the configuration first, so that it is found without reading past the weights
         for entry in sorted(files.iterdir(), key=lambda entry: (entry.is_dir(), entry.name == WEIGHTS, entry.name)):

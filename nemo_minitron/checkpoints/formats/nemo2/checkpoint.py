@@ -19,7 +19,7 @@ from nemo_minitron.checkpoints.formats.nemo2.config import config_class, from_ne
 from nemo_minitron.checkpoints.formats.nemo_common import COMMON, padded, parse_yaml
 from nemo_minitron.checkpoints.model_record import read_model_record, write_model_record
 from nemo_minitron.checkpoints.tokenizer.files import check_tokenizer, copy_tokenizer, find_tokenizer
-from nemo_minitron.errors import CheckpointError, MissingDependency
+from nemo_minitron.errors import CheckpointError, MissingDependency, first_line
 from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import require_uniform
 
@@ -51,6 +51,8 @@ def open_nemo2(path: Path) -> Checkpoint:
         content = parse_yaml(source.read_bytes(), source)
     except FileNotFoundError:
         raise CheckpointError(f"{source} is missing; the checkpoint's context is incomplete") from None
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read ({first_line(error)}); restore the file") from error
     tokenizer = _find_tokenizer(path / "context", content)
     store = TorchDist(path / "weights")
     return checkpoint_of(
@@ -92,7 +94,7 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
     directory.mkdir(parents=True)
     dtype, vocab_multiple = options.dtype, options.vocab_multiple
     rows = padded(checkpoint.shape.vocab_size, vocab_multiple)
-    write_torch_dist(
+    content = write_torch_dist(
         checkpoint,
         directory / "weights",
         prefix="module.",
@@ -102,7 +104,7 @@ def write_nemo2(checkpoint: Checkpoint, directory: Path, options: WriteOptions) 
         progress=options.progress,
     )
     _write_context(checkpoint, directory / "context", dtype=dtype, rows=rows, multiple=vocab_multiple)
-    write_model_record(checkpoint, directory, dtype=dtype, form="nemo2")
+    write_model_record(checkpoint, directory, dtype=dtype, form="nemo2", weights=content)
 
 
 def _write_context(checkpoint: Checkpoint, directory: Path, *, dtype: str, rows: int, multiple: int) -> None:

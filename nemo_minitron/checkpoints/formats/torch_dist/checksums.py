@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 from nemo_minitron.checkpoints.formats.nemo1.window import Window
 
 try:  # four times as fast as zlib, of the same values
-    from isal.isal_zlib import crc32 as _crc32
+    from isal.isal_zlib import crc32
 except ImportError:
-    from zlib import crc32 as _crc32
+    from zlib import crc32
 
-__all__ = ["SummedWindow", "damage"]
+__all__ = ["SummedWindow", "crc32", "damage"]
 
 _BLOCK = 1 << 19  # bytes that are read at once: they stay in the processor's cache until they are summed
 _HEADER = 30  # bytes of a member's own header, before its name
@@ -40,7 +40,7 @@ class SummedWindow(Window):
             return super().readinto(view)
         start, done, total = self.tell(), 0, 0
         while done < len(view) and (count := super().readinto(view[done : done + _BLOCK])):
-            total = _crc32(view[done : done + count], total)
+            total = crc32(view[done : done + count], total)
             done += count
         self.sums[start, done] = total
         return done
@@ -86,6 +86,6 @@ def _sum(file: BinaryIO | Window, member: zipfile.ZipInfo, buffer: memoryview) -
         count = file.readinto(buffer[: min(left, _BLOCK)])  # type: ignore[union-attr]
         if not count:
             raise EOFError(f"{member.filename} ends early")
-        total = _crc32(buffer[:count], total)
+        total = crc32(buffer[:count], total)
         left -= count
     return total

@@ -268,12 +268,14 @@ class TorchDistWeights:
         store: the checkpoint.
         shape, family: the model's; ``shape.vocab_size`` is the true vocabulary, stored rows beyond it are padding.
         prefix: before every key.
+        content: hash of all tensors as they were written, if a model record says it.
     """
 
     store: TorchDist
     shape: ModelShape
     family: str
     prefix: str
+    content: str | None = None
 
     def names(self) -> Sequence[str]:
         """Canonical names in the order of the forward pass."""
@@ -411,7 +413,7 @@ def checkpoint_of(
         shape, architecture, lineage = record.shape, record.architecture, record.lineage
     else:
         shape, architecture = describe(store.sizes[prefix + "embedding.word_embeddings.weight"][0])
-    weights = TorchDistWeights(store, shape, architecture.family, prefix)
+    weights = TorchDistWeights(store, shape, architecture.family, prefix, None if record is None else record.weights)
     weights.check()
     architecture = dataclasses.replace(architecture, dtype=weights.dtype())
     if tokenizer is not None:

@@ -44,7 +44,7 @@ def write_torch_dist(
     vocab_rows: int,
     common: dict[str, Any],
     progress: Callable[[str, int, int], None] | None = None,
-) -> None:
+) -> str:
     """Write the tensors of ``checkpoint`` as a distributed checkpoint into ``directory`` (created).
 
     One file for each layer and one for each tensor outside the layers. Memory: torch keeps the tensors of a file until
@@ -58,6 +58,9 @@ def write_torch_dist(
         vocab_rows: rows of embedding and output layer; those beyond the vocabulary are zero.
         common: content of ``common.pt``, plain values only.
         progress: called as ``progress(tensor name, tensors done, tensors in all)``.
+
+    Returns:
+        The hash of all tensors, for the model record.
 
     Raises:
         CheckpointError: if the source is damaged.
@@ -79,6 +82,7 @@ def write_torch_dist(
         "common_backend_version": 1,
     }
     (directory / "metadata.json").write_text(json.dumps(content), encoding="utf-8")
+    return planner.weights.content()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ class _Planner(dcp.SavePlanner):
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self._checkpoint, self._dtype, self._rows = checkpoint, torch_dtype(dtype), vocab_rows
-        self._weights, self._progress = CastWeights(checkpoint.weights, dtype), progress
+        self.weights, self._progress = CastWeights(checkpoint.weights, dtype), progress
         self._shapes = writing_order(checkpoint.architecture, checkpoint.shape)
         self._sources: dict[MetadataIndex, _Source] = {}
         self._done = 0
@@ -134,7 +138,7 @@ class _Planner(dcp.SavePlanner):
             buffer = io.BytesIO()
             torch.save([None], buffer)
             return buffer
-        tensor = self._weights.tensor(source.name)
+        tensor = self.weights.tensor(source.name)
         if tuple(tensor.shape) != self._shapes[source.name]:
             raise CheckpointError(
                 f"{self._checkpoint.path}: {source.name} has shape {list(tensor.shape)} where the model's sizes ask "

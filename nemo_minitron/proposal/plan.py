@@ -1,0 +1,334 @@
+"""The choices of a pipeline, from model, budget, text and machine: shape, sequences, steps, batches, layout.
+
+:mod:`~nemo_minitron.proposal.stages` writes them down as stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_minitron.config import DataConfig, ParallelLayout
+from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.planning import Model, Training
+from nemo_minitron.proposal.chats import Answers
+from nemo_minitron.proposal.layout import Placed, place, step_seconds
+from nemo_minitron.proposal.machine import Machine
+from nemo_minitron.proposal.model import Subject
+from nemo_minitron.proposal.schedule import Amount, amount, wanted_tokens
+from nemo_minitron.proposal.shape import Proportions, ShapeBudget, propose_shape
+from nemo_minitron.proposal.text import Text
+
+__all__ = ["CORRECTION_TOKENS", "LONG_TOKENS", "Plan", "Request", "align", "make_plan"]
+
+#: Tokens of a training that wins back a narrower residual stream. The papers rank shapes after 1.8 B tokens
+#: (arXiv 2407.14679, section 4).
+LONG_TOKENS = 1e9
+#: Tokens from which a teacher is corrected first. The papers take about 100 B (arXiv 2408.11796, section 2).
+CORRECTION_TOKENS = 1e8
+#: Minutes of training where nobody says: on processors, and on GPUs of this machine. A cluster has no limit.
+HOST_MINUTES, GPU_MINUTES = 30.0, 24 * 60.0
+
+#: What each training takes of the time, beside the others that there are.
+_PARTS = {"correct": 3.0, "distill": 6.0, "sft": 2.0, "dpo": 1.0}
+_SHORTEST = 32
+_SAMPLES = 1024  # arXiv 2407.14679, section 4: calibration samples
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for, beside model, machine and data.
+
+    Attributes:
+        name: of the pipeline, and of the directory of its outputs.
+        output: that directory.
+        minutes: of training, all trainings together; None for the machine's default.
+        steps: of each training, instead.
+        search: find the shape by a search.
+        cache_dir: where fetched sources are kept.
+    """
+
+    name: str
+    output: str
+    minutes: float | None = None
+    steps: int | None = None
+    search: bool = False
+    cache_dir: str = ".cache/minitron"
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One training with NeMo-Aligner.
+
+    Attributes:
+        answers: what it trains on.
+        steps: optimizer steps.
+        batch, micro_batch: samples of a step, and of a pass.
+        layout: of the model.
+    """
+
+    answers: Answers
+    steps: int
+    batch: int
+    micro_batch: int
+    layout: ParallelLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices.
+
+    Attributes:
+        subject: the model.
+        machine: what trains.
+        budget: of the student.
+        student: the student.
+        proportions: that its sizes were cut in.
+        text: to distil on.
+        data: sequence length and splits.
+        blocks: of each split.
+        amount: of the distillation.
+        placed: the distillation on the machine.
+        minutes: of all trainings; None without a limit.
+        correction: the teacher's correction on the machine; None without one.
+        samples: of scoring.
+        sft, dpo: alignment, or None.
+        notes: what the user should know.
+    """
+
+    subject: Subject
+    machine: Machine
+    budget: ShapeBudget
+    student: Model
+    proportions: Proportions
+    text: Text
+    data: DataConfig
+    blocks: Mapping[str, int]
+    amount: Amount
+    placed: Placed
+    minutes: float | None
+    correction: Placed | None
+    samples: int
+    sft: Aligned | None = None
+    dpo: Aligned | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def teacher(self) -> Model:
+        """The unpruned model."""
+        return self.subject.model
+
+    @property
+    def corrected(self) -> bool:
+        """The teacher is corrected first."""
+        return self.correction is not None
+
+    def part(self, training: str) -> float | None:
+        """Minutes of one of the trainings."""
+        if self.minutes is None:
+            return None
+        return self.minutes * _share(training, self.corrected, self.sft is not None, self.dpo is not None)
+
+
+def make_plan(
+    subject: Subject,
+    machine: Machine,
+    budget: ShapeBudget,
+    text: Text,
+    request: Request,
+    *,
+    chat: bool = False,
+    pairs: bool = False,
+) -> Plan:
+    """The choices of a pipeline up to the distilled student; :func:`align` adds the alignment.
+
+    Args:
+        subject: the model; all its layers alike.
+        machine: what trains.
+        budget: of the student.
+        text: to distil on.
+        request: of the user.
+        chat, pairs: alignment follows, and takes its part of the time.
+
+    Raises:
+        MinitronError: for a budget, a text or a machine that is too small.
+    """
+    teacher = subject.model
+    minutes = request.minutes if request.minutes is not None else _default_minutes(machine, request)
+    data, blocks = _splits(text, teacher, machine, request)
+    shape, proportions = propose_shape(teacher, budget, long=False)
+    student = Model(shape, teacher.architecture)
+    correction: Placed | None = None
+    for _ in range(2):
+        corrected = correction is not None
+        seconds = None if minutes is None else 60 * minutes * _share("distill", corrected, chat, pairs)
+        made = _amount(student, teacher, data, blocks, machine, seconds, request.steps)
+        long = made.tokens >= LONG_TOKENS
+        correction = _correction(teacher, made, machine) if text.own and made.tokens >= CORRECTION_TOKENS else None
+        shape, proportions = propose_shape(teacher, budget, long=long)
+        student = Model(shape, teacher.architecture)
+    placed = place(_training(student, teacher, made), machine)
+    cores = 128 if machine.cluster is None else _SAMPLES
+    samples = max(1, min(cores, blocks["calibration"]))
+    return Plan(
+        subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, correction, samples,
+        notes=_notes(subject, student, text, made),
+    )  # fmt: skip
+
+
+def align(plan: Plan, request: Request, *, chat: Answers | None, pairs: Answers | None) -> Plan:
+    """A plan with fine-tuning and preference optimization."""
+    return dataclasses.replace(
+        plan,
+        sft=None if chat is None else _aligned(plan, chat, request, "sft", chat=True, pairs=pairs is not None),
+        dpo=None if pairs is None else _aligned(plan, pairs, request, "dpo", chat=chat is not None, pairs=True),
+    )
+
+
+def _share(training: str, corrected: bool, chat: bool, pairs: bool) -> float:
+    there = {"distill": True, "correct": corrected, "sft": chat, "dpo": pairs}
+    return _PARTS[training] / sum(_PARTS[name] for name, held in there.items() if held)
+
+
+def _default_minutes(machine: Machine, request: Request) -> float | None:
+    if not machine.here or request.steps is not None:
+        return None
+    return HOST_MINUTES if machine.cluster is None else GPU_MINUTES
+
+
+def _splits(text: Text, teacher: Model, machine: Machine, request: Request) -> tuple[DataConfig, dict[str, int]]:
+    """Sequence length, and the shares that are set aside: such that every source has some blocks in each split.
+
+    4,096 tokens as arXiv 2407.14679 on GPUs; 256 on processors, as the demonstration, whose steps are to be many.
+    """
+    length = min(4096 if machine.cluster is not None else 256, teacher.architecture.max_position_embeddings)
+    begin = teacher.table.scaled_embedding  # Gemma's models are lost without their first token
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
+    if text.tokens >= LONG_TOKENS:
+        fractions = (0.01, *fractions)
+    while length >= _SHORTEST:
+        for fraction in fractions:
+            data = DataConfig(
+                sequence_length=length,
+                calibration_fraction=fraction,
+                held_out_fraction=fraction,
+                begin_pieces=begin,
+                cache_dir=request.cache_dir,
+            )
+            blocks = text.blocks(data)
+            if blocks["held_out"] >= 8 and blocks["calibration"] >= 8 and blocks["train"] >= 32:
+                return data, blocks
+        length //= 2
+    raise DataError(
+        f"--text: holds {text.tokens:,.0f} tokens in all, too few to train, score and evaluate on tokens of their own; "
+        "give more text, each source some thousand tokens in several documents"
+    )
+
+
+def _amount(
+    student: Model,
+    teacher: Model,
+    data: DataConfig,
+    blocks: Mapping[str, int],
+    machine: Machine,
+    seconds: float | None,
+    steps: int | None,
+) -> Amount:
+    def seconds_of(batch: int) -> float:
+        training = _training(student, teacher, Amount(1, batch, data.sequence_length, 0.0, ""))
+        if machine.cluster is None:
+            return step_seconds(training, machine)
+        return place(training, machine).seconds
+
+    return amount(
+        data.sequence_length,
+        wanted=wanted_tokens(student.parameters),
+        blocks=blocks["train"],
+        seconds=seconds,
+        step_seconds=seconds_of,
+        multiple=max(1, machine.gpus),
+        steps=steps,
+        most_batch=max(1, blocks["held_out"]),
+    )
+
+
+def _correction(teacher: Model, made: Amount, machine: Machine) -> Placed | None:
+    """The training of the teacher on as much text; None if the machine does not hold it."""
+    try:
+        return place(_training(teacher, None, made), machine)
+    except ConfigError:
+        return None
+
+
+def _training(student: Model, teacher: Model | None, made: Amount) -> Training:
+    return Training(
+        name="distilled",
+        student=student,
+        teacher=teacher,
+        steps=made.steps,
+        global_batch_size=made.batch,
+        micro_batch_size=1,
+        sequence_length=made.sequence_length,
+        layout=ParallelLayout(),
+        bytes=2,
+    )
+
+
+def _aligned(plan: Plan, answers: Answers, request: Request, kind: str, *, chat: bool, pairs: bool) -> Aligned:
+    """Batches of 8 on processors, up to 128 on GPUs, in steps that see the samples once or fit in the time."""
+    layout = dataclasses.replace(plan.placed.layout, virtual_pipeline=None, context=1, expert=1)
+    while layout.data > 1 and (layout.data * 8 > answers.trained or layout.data > answers.held_out):
+        layout = dataclasses.replace(layout, data=max(n for n in range(1, layout.data) if layout.data % n == 0))
+    most = 8 if plan.machine.cluster is None else 128
+    batch = layout.data
+    while batch * 2 <= most and batch * 2 * 10 <= answers.trained:
+        batch *= 2
+    micro = 1 if kind == "dpo" or plan.machine.cluster is not None else min(4, batch)
+    while micro > 1 and (batch % micro or answers.held_out < micro * layout.data):
+        micro //= 2
+    steps = max(1, answers.trained // batch)
+    if request.steps is not None:
+        steps = min(steps, request.steps)
+    elif plan.minutes is not None:
+        seconds = 60 * plan.minutes * _share(kind, plan.corrected, chat, pairs)
+        length = answers.length * (2 if kind == "dpo" else 1)
+        made = Amount(steps, batch, length, 0.0, "")
+        training = _training(plan.student, plan.student if kind == "dpo" else None, made)
+        each = step_seconds(training, plan.machine, micro) if plan.machine.cluster is None else plan.placed.seconds
+        steps = max(1, min(steps, int(seconds / each)))
+    return Aligned(answers, steps, batch, micro, layout)
+
+
+def _notes(subject: Subject, student: Model, text: Text, made: Amount) -> list[str]:
+    notes = [subject.notice] if subject.notice else []
+    share = student.parameters / subject.model.parameters
+    if share < 0.45:
+        notes.append(
+            f"{100 * share:.0f} % of the model is far: the papers remove at most half at once; consider two runs, the "
+            "second from the first one's student"
+        )
+    embedding = sum(count for part, count in subject.model.parts().items() if part in ("embedding", "output layer"))
+    if embedding > subject.model.parameters / 2:
+        notes.append(
+            f"{100 * embedding / subject.model.parameters:.0f} % of the model is its vocabulary of "
+            f"{subject.model.shape.vocab_size:,} tokens; prune.vocabulary trims it (docs/pruning.md)"
+        )
+    if not text.own:
+        notes.append("no --text is given, so the text is that of Python packages; give text like that of your use")
+    if made.tokens < 1e7:
+        notes.append(
+            f"{made.tokens:,} tokens only begin to win back what pruning costs; the papers distil for 94 to 380 billion"
+        )
+    return notes
+
+
+def settings(layout: ParallelLayout) -> dict[str, Any]:
+    """The settings of a layout that differ from one process."""
+    default = ParallelLayout()
+    return {
+        item.name: getattr(layout, item.name)
+        for item in dataclasses.fields(layout)
+        if getattr(layout, item.name) != getattr(default, item.name)
+    }

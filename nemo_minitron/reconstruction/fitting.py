@@ -16,6 +16,8 @@ from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.reconstruction.least_squares import RIDGES, Fit, Sums, solve
 from nemo_minitron.reconstruction.parts import Batch, Layer
+from nemo_minitron.reconstruction.scales import ChannelSums
+from nemo_minitron.runtime.model import ACTIVATIONS
 from nemo_minitron.streamed import Pass, States
 
 __all__ = ["HELD_OUT", "LayerFitting", "MatrixReport", "Targets"]
@@ -23,8 +25,8 @@ __all__ = ["HELD_OUT", "LayerFitting", "MatrixReport", "Targets"]
 #: Every so many-th sample is held out: it takes part in the choice of the ridges and not in the solutions.
 HELD_OUT = 5
 
-#: ``(inputs [..., k], targets [..., m])`` of the tokens of a micro-batch.
-Pairs = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+#: Inputs ``[tokens, k]``, targets ``[tokens, m]`` and the tokens' samples ``[tokens]`` within a micro-batch.
+Pairs = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -126,13 +128,18 @@ class LayerFitting:
         for batch in run.batches():
             middle.write(batch[0], self._finite(layer.middle(batch), "self_attention"))
 
-        norm = "pre_mlp_layernorm" if layer.mixture else "mlp.linear_fc1.layer_norm"
-        self._norm(norm, layer.mlp_norm, targets.mlp_norm, middle)
-        if not layer.mixture:
+        if layer.mixture:
+            self._norm("pre_mlp_layernorm", layer.mlp_norm, targets.mlp_norm, middle)
+            self._reader("mlp.router", layer.mlp_norm, targets.mlp_norm, middle)
+            self._experts(middle)
+        else:
+            self._norm("mlp.linear_fc1.layer_norm", layer.mlp_norm, targets.mlp_norm, middle)
             self._reader("mlp.linear_fc1", layer.mlp_norm, targets.mlp_norm, middle)
-            self._writer(
-                "mlp.linear_fc2", lambda batch: layer.neurons(self._read(middle, batch)), targets.after, middle
-            )
+
+            def neurons(batch: Batch) -> torch.Tensor:
+                return layer.neurons(self._read(middle, batch))
+
+            self._writer("mlp.linear_fc2", neurons, targets.after, middle)
         for batch in run.batches():
             before = self._read(middle, batch)
             states.write(batch[0], self._finite(before + layer.mlp(before), "mlp"))
@@ -143,9 +150,9 @@ class LayerFitting:
         """A matrix that reads the residual stream through a norm: it aims at the teacher's outputs of the kept rows."""
         bias = f"{name}.bias" if f"{name}.bias" in self.layer.parameters else None
 
-        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             ours, theirs = norm(self._read(states, batch)), self._read(targets, batch)
-            return (_with_one(ours), _with_one(theirs)) if bias else (ours, theirs)
+            return _tokens(*((_with_one(ours), _with_one(theirs)) if bias else (ours, theirs)))
 
         fitted, held = self._sums(pairs, name, square=True)
         whole = self._teachers(f"{name}.weight")
@@ -165,8 +172,8 @@ class LayerFitting:
         def missing(batch: Batch) -> torch.Tensor:
             return self._read(after, batch) - self._read(before, batch)
 
-        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            return inputs(batch), missing(batch) if outputs is None else self._read(outputs, batch)
+        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return _tokens(inputs(batch), missing(batch) if outputs is None else self._read(outputs, batch))
 
         fitted, held = self._sums(pairs, name)
         fit = solve(self.layer.parameters[f"{name}.weight"], fitted, held, ridges=self.ridges)
@@ -176,10 +183,9 @@ class LayerFitting:
             module = self.layer.module.get_submodule(name)
             scale = f"{name}.post_layernorm.weight"
 
-            def normalised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-                x = inputs(batch)
-                output = module.post_layernorm(torch.nn.functional.linear(x, module.weight))
-                return output, missing(batch)
+            def normalised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                output = module.post_layernorm(torch.nn.functional.linear(inputs(batch), module.weight))
+                return _tokens(output, missing(batch))
 
             self._scales(scale, normalised)
 
@@ -191,11 +197,12 @@ class LayerFitting:
         kept = self._kept_channels()
         shift = self.layer.parameters.get(bias)
 
-        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             ours, theirs = norm(self._read(states, batch)), self._read(targets, batch)[..., kept]
             if shift is not None:
                 ours, theirs = ours - shift, theirs - shift
-            return ours.flatten()[:, None], theirs.flatten()[:, None]
+            samples = _tokens(ours, theirs)[2].repeat_interleave(len(kept))
+            return ours.flatten()[:, None], theirs.flatten()[:, None], samples
 
         fitted, held = self._sums(pairs, name)
         fit = solve(torch.ones(1, 1, device=fitted.gram.device), fitted, held, ridges=[1e-6])
@@ -203,50 +210,130 @@ class LayerFitting:
 
     def _scales(self, name: str, pairs: Pairs) -> None:
         """The scale of a norm, each channel by itself."""
-        sums = [_Channels(len(self.kept.hidden), self.groups.device.torch) for _ in range(2)]
+        sums = [ChannelSums(len(self.kept.hidden), self.groups.device.torch) for _ in range(2)]
         for batch in self.run.batches():
-            ours, theirs = pairs(batch)
-            held = self._held(batch[0], len(batch[1]))
+            ours, theirs, samples = pairs(batch)
+            held = self._held(batch[0], len(batch[1]))[samples]
             for which in (0, 1):
                 chosen = held == bool(which)
-                sums[which].add(ours[:, chosen].flatten(0, 1).double(), theirs[:, chosen].flatten(0, 1).double())
+                sums[which].add(ours[chosen].double(), theirs[chosen].double())
         for part_sums in sums:
             part_sums.all_reduce(self.groups.dp)
         fit = sums[0].solve(sums[1], self.ridges)
         self._scale(name, fit, fit.weight[0])
 
+    def _experts(self, middle: States) -> None:
+        """The experts of a mixture, each by the tokens that reach it in the pruned model.
+
+        First what they read, and what they write, each expert by itself: it aims at what the teacher's expert gives for
+        the same tokens. Then what they write once more, one after the other: each takes up what the streams still
+        differ by at its tokens, after the ones before it.
+        """
+        layer = self.layer
+        for expert in range(len(layer.module.mlp.experts.local_experts)):
+            self._expert_reader(expert, middle)
+            self._expert_output(expert, middle)
+        missing = States(*middle.tensor.shape, dtype=middle.tensor.dtype)
+        for batch in self.run.batches():
+            before = self._read(middle, batch)
+            missing.write(batch[0], self._read(self.targets.after, batch) - before - layer.mlp(before))
+        for expert in range(len(layer.module.mlp.experts.local_experts)):
+            self._expert_writer(expert, middle, missing)
+
+    def _expert_reader(self, expert: int, middle: States) -> None:
+        name = f"{axes.EXPERTS}{expert}.linear_fc1.weight"
+
+        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            ours = self.layer.mlp_norm(self._read(middle, batch))
+            x, y, samples = _tokens(ours, self._read(self.targets.mlp_norm, batch))
+            reached = self.layer.routing(ours)[:, expert]
+            return x[reached], y[reached], samples[reached]
+
+        fitted, held = self._sums(pairs, name, square=True)
+        whole = self._teachers(name)
+        fit = solve(self.layer.parameters[name], fitted.mapped(whole), held.mapped(whole), ridges=self.ridges)
+        self._take(name, fit, fit.weight)
+
+    def _expert_output(self, expert: int, middle: States) -> None:
+        name = f"{axes.EXPERTS}{expert}.linear_fc2.weight"
+        theirs = self._teachers_expert(expert)
+
+        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            before = self._read(middle, batch)
+            normed = self.layer.mlp_norm(before)
+            reached = self.layer.routing(normed)[:, expert]
+            _, y, samples = _tokens(normed, self._read(self.targets.mlp_norm, batch))
+            share = self.layer.shares(normed)[reached, expert]
+            return self.layer.expert_neurons(expert, before), share[:, None] * theirs(y[reached]), samples[reached]
+
+        fitted, held = self._sums(pairs, name)
+        fit = solve(self.layer.parameters[name], fitted, held, ridges=self.ridges)
+        self._take(name, fit, fit.weight)
+
+    def _teachers_expert(self, expert: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """``[tokens, H] -> [tokens, h]``, what an expert of the teacher gives in the kept channels."""
+        place = f"decoder.layers.{self.position}.{axes.EXPERTS}{expert}."
+        up, down = (
+            self.teacher.weights.tensor(self.kept.source(f"{place}{name}.weight")).to(
+                self.groups.device.torch, self.run.model.dtype
+            )
+            for name in ("linear_fc1", "linear_fc2")
+        )
+        activation, kept = ACTIVATIONS[self.table.activation], self._kept_channels()
+
+        def output(x: torch.Tensor) -> torch.Tensor:
+            gate, value = torch.nn.functional.linear(x, up).chunk(2, dim=-1)
+            return torch.nn.functional.linear(activation(gate) * value, down[kept])
+
+        return output
+
+    def _expert_writer(self, expert: int, middle: States, missing: States) -> None:
+        name = f"{axes.EXPERTS}{expert}.linear_fc2.weight"
+        weight = self.layer.parameters[name]
+
+        def parts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """``[tokens, F]`` inputs, with the router's weight in them; which tokens; and the samples of all."""
+            before = self._read(middle, batch)
+            reached = self.layer.routing(self.layer.mlp_norm(before))[:, expert]
+            return self.layer.expert_neurons(expert, before), reached, _tokens(before, before)[2]
+
+        def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            x, reached, samples = parts(batch)
+            left = self._read(missing, batch).flatten(0, 1)[reached]
+            return x, left + torch.nn.functional.linear(x, weight), samples[reached]
+
+        fitted, held = self._sums(pairs, name)
+        was = weight.clone()
+        fit = solve(weight, fitted, held, ridges=self.ridges)
+        self._take(name, fit, fit.weight)
+        if fit.ridge is None:
+            return
+        for batch in self.run.batches():
+            x, reached, _ = parts(batch)
+            left = self._read(missing, batch)
+            flat = left.flatten(0, 1).clone()
+            flat[reached] -= torch.nn.functional.linear(x, weight - was)
+            missing.write(batch[0], flat.view_as(left))
+
     # ------------------------------------------------------------------------------------------------------- the pieces
 
     def _sums(self, pairs: Pairs, name: str, *, square: bool = False) -> tuple[Sums, Sums]:
         """Sums over the tokens that are solved for, and over those that are held out; of all ranks. Collective."""
-        both: list[Sums | None] = [None, None]
+        both: list[Sums] = []
         for batch in self.run.batches():
-            inputs, targets = pairs(batch)
+            inputs, targets, samples = pairs(batch)
             self._finite(inputs, f"{name} (its input)")
-            held = self._held(batch[0], len(batch[1]))
-            flat = inputs.ndim == 2  # one value a row, samples within
-            for which in (0, 1):
+            if not both:
+                sizes, device = (inputs.shape[-1], targets.shape[-1]), inputs.device
+                both = [Sums(*sizes, square=square, device=device) for _ in range(2)]
+            held = self._held(batch[0], len(batch[1]))[samples]
+            for which, sums in enumerate(both):
                 chosen = held == bool(which)
-                some = both[which]
-                if some is None:
-                    some = Sums(inputs.shape[-1], targets.shape[-1], square=square, device=inputs.device)
-                    both[which] = some
-                if flat:
-                    pick = self._flat(chosen, len(inputs), batch)
-                    some.add(inputs[pick], targets[pick])
-                elif bool(chosen.any()):
-                    some.add(inputs[:, chosen], targets[:, chosen])
-        fitted, held_out = both
-        assert fitted is not None, "a pass has at least one sample on every rank"
-        assert held_out is not None
-        for sums in (fitted, held_out):
+                sums.add(inputs[chosen], targets[chosen])
+        for sums in both:
             sums.all_reduce(self.groups.dp)
+        fitted, held_out = both
         return fitted, held_out
-
-    def _flat(self, chosen: torch.Tensor, rows: int, batch: Batch) -> torch.Tensor:
-        """Of values ``[s * b * h]`` those of the chosen samples."""
-        length, samples = batch[1].shape[1], len(batch[1])
-        return chosen[None, :, None].expand(length, samples, rows // (length * samples)).flatten()
 
     def _held(self, start: int, samples: int) -> torch.Tensor:
         """``[b]`` bool, the samples that are held out: by their number among all ranks' samples."""
@@ -260,10 +347,10 @@ class LayerFitting:
 
     def _teachers(self, name: str) -> torch.Tensor:
         """The teacher's tensor with the kept rows and all columns, in float64."""
-        entry = self.table.layer[name]
-        source = self.kept.source(f"decoder.layers.{self.position}.{name}")
-        tensor = self.teacher.weights.tensor(source)
-        rows = axes.axis_rows(entry.axes[0], self.teacher.shape, self.kept, self.position)
+        whole = f"decoder.layers.{self.position}.{name}"
+        row = axes.parameter(self.table, whole)
+        tensor = self.teacher.weights.tensor(self.kept.source(whole))
+        rows = axes.axis_rows(row.axes[0], self.teacher.shape, self.kept, self.position, row.expert)
         if rows is not None:
             tensor = tensor.index_select(0, rows)
         return tensor.to(self.groups.device.torch, torch.float64)
@@ -305,44 +392,11 @@ class LayerFitting:
         return value
 
 
-class _Channels:
-    """:class:`Sums` of scales: every channel has one input and one target."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.xx, self.xy, self.yy = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``[tokens, h]`` inputs and targets."""
-        self.xx += inputs.square().sum(0)
-        self.xy += (inputs * targets).sum(0)
-        self.yy += targets.square().sum(0)
-
-    def all_reduce(self, group: dist.ProcessGroup) -> None:
-        """Add up what the ranks have. Collective."""
-        for part in (self.xx, self.xy, self.yy):
-            dist.all_reduce(part, group=group)
-
-    def error(self, factor: torch.Tensor) -> float:
-        """Of all channels, relative to the targets' power."""
-        return float((factor.square() * self.xx - 2 * factor * self.xy + self.yy).sum() / self.yy.sum())
-
-    def solve(self, held: _Channels, ridges: Sequence[float]) -> Fit:
-        """The factors that fit best on held-out tokens, as :func:`nemo_minitron.reconstruction.solve` finds them."""
-        ones = torch.ones_like(self.xx)
-        before = best = held.error(ones)
-        chosen = None
-        for ridge in ridges:
-            error = held.error(self._factors(ridge, self.xx, self.xy))
-            if error < best:
-                best, chosen = error, ridge
-        if chosen is None:
-            return Fit(ones[None], None, before, before)
-        return Fit(self._factors(chosen, self.xx + held.xx, self.xy + held.xy)[None], chosen, before, best)
-
-    @staticmethod
-    def _factors(ridge: float, xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-        level = ridge * xx.mean()
-        return (xy + level) / (xx + level)
+def _tokens(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[s, b, k]`` and ``[s, b, m]`` -> ``[s * b, k]``, ``[s * b, m]`` and the samples ``[s * b]``."""
+    length, samples = inputs.shape[:2]
+    numbers = torch.arange(samples, device=inputs.device).repeat(length)
+    return inputs.flatten(0, 1), targets.flatten(0, 1), numbers
 
 
 def _with_one(x: torch.Tensor) -> torch.Tensor:

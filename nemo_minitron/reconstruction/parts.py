@@ -77,6 +77,27 @@ class Layer:
             self.mlp(middle)
         return seen[0]
 
+    def routing(self, normed: torch.Tensor) -> torch.Tensor:
+        """``[s, b, H]`` inputs of the router -> ``[s * b, E]`` bool, the tokens that reach each expert."""
+        routed: torch.Tensor = self.module.mlp.router(normed)[1]
+        return routed.bool().view(-1, routed.shape[-1])
+
+    def shares(self, normed: torch.Tensor) -> torch.Tensor:
+        """``[s, b, H]`` inputs of the router -> ``[s * b, E]``, the weights of the experts in each token's output."""
+        shares: torch.Tensor = self.module.mlp.router(normed)[0]
+        return shares.view(-1, shares.shape[-1])
+
+    def expert_neurons(self, expert: int, middle: torch.Tensor) -> torch.Tensor:
+        """``[tokens, F]`` inputs of an expert's down projection, of the tokens that reach it, in their order.
+
+        Megatron has multiplied them by the router's weight.
+        """
+        linear = self.module.mlp.experts.local_experts[expert].linear_fc2
+        seen: list[torch.Tensor] = []
+        with watched(linear, seen.append, stop=True), suppress(_Enough):
+            self.mlp(middle)
+        return seen[0] if seen else middle.new_zeros(0, linear.weight.shape[1])
+
     def mlp(self, middle: torch.Tensor) -> torch.Tensor:
         """``[s, b, H]`` what the MLP adds to the hidden states after attention."""
         output, _ = self.module.mlp(self.module.pre_mlp_layernorm(middle))

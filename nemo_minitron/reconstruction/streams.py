@@ -10,7 +10,7 @@ import torch
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.errors import DataError, ShapeError
+from nemo_minitron.errors import DataError
 from nemo_minitron.reconstruction.ends import fit_output
 from nemo_minitron.reconstruction.fitting import HELD_OUT, LayerFitting, MatrixReport, Targets
 from nemo_minitron.reconstruction.least_squares import RIDGES
@@ -85,7 +85,6 @@ def reconstruct(
 
     Raises:
         DataError: for fewer blocks than are needed to hold one out on each rank.
-        ShapeError: for a mixture of experts.
         NonFiniteError: if a value is NaN or infinite, naming the layer.
     """
     blocks, groups = Blocks.of(blocks), teacher.groups
@@ -95,8 +94,6 @@ def reconstruct(
             f"{len(blocks)} calibration samples: every {HELD_OUT}th is held out, so at least {least} are needed on "
             f"{groups.layout.data} ranks; raise samples"
         )
-    if teacher.shape.num_moe_experts is not None:
-        raise ShapeError("experts are not refitted yet")
     first = None if trail is None else trail.find()
     theirs = Pass(teacher, blocks, micro_batch_size, budget=budget, file=None if trail is None else trail.spill)
     ours = Pass(student, blocks, micro_batch_size)

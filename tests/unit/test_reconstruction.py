@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support.families import CLASSES, family_model
+from support.mixture import random_mixture
 from support.pruning import DictWeights, live, logits, one_process, random_checkpoint, tokens
 
 from nemo_minitron.axes import KeptUnits
@@ -15,8 +16,6 @@ from nemo_minitron.pruning import prune_weights
 from nemo_minitron.reconstruction import reconstruct
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.streamed import StreamedModel
-
-DENSE = sorted(name for name in CLASSES if "mo" not in name[-3:] and name != "mixtral")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def refit(teacher, kept, groups, blocks, **options):
     return pruned, dataclasses.replace(pruned, weights=DictWeights(tensors)), reports, changed
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", sorted(CLASSES))
 def test_keeping_everything_changes_nothing(groups, tmp_path, family):
     teacher = open_checkpoint(family_model(family, tmp_path / "m"))
     _, _, reports, changed = refit(teacher, KeptUnits.everything(teacher.shape), groups, tokens(10, 13))
@@ -135,3 +134,34 @@ def test_units_that_others_replace_are_made_up_for(groups, change, kept, tied):
     pruned, refitted, _, _ = refit(teacher, kept, groups, tokens(40, 13))
     assert difference(teacher, pruned, groups) > 0.1
     assert difference(teacher, refitted, groups) < 1e-4
+
+
+def test_neurons_of_experts_are_made_up_for(groups):
+    def edit(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("linear_fc1.weight"):
+                width = len(tensor) // 2
+                gate, up = tensor[:width], tensor[width:]
+                gate[width // 2 :] = gate[: width // 2]
+                up[width // 2 :] = -0.5 * up[: width // 2]
+
+    teacher = random_mixture(change=edit)
+    whole = KeptUnits.everything(teacher.shape)
+    half = tuple(range(teacher.shape.ffn_hidden_size // 2))
+    kept = dataclasses.replace(whole, expert_ffn=tuple(tuple(half for _ in layer) for layer in whole.experts))
+    pruned, refitted, _, _ = refit(teacher, kept, groups, tokens(60, 13))
+    assert difference(teacher, pruned, groups) > 0.02
+    assert difference(teacher, refitted, groups) < 1e-4
+
+
+def test_an_expert_that_goes_is_made_up_for_in_part(groups):
+    teacher = random_mixture()
+    whole = KeptUnits.everything(teacher.shape)
+    kept = dataclasses.replace(
+        whole,
+        experts=((0, 1, 3),) * teacher.shape.num_layers,
+        expert_ffn=tuple(layer[:3] for layer in whole.expert_ffn),
+    )
+    pruned, refitted, reports, _ = refit(teacher, kept, groups, tokens(80, 13))
+    assert difference(teacher, refitted, groups) < difference(teacher, pruned, groups)
+    assert {matrix.name for matrix in reports[0].matrices} >= {"mlp.router.weight"}

@@ -52,10 +52,6 @@ REFUSED = {
         r"is not seen in the container \(container_mounts: /lustre:/lustre\)",
         "the shipped mounts are a site's",
     ),
-    "target=runs/example/search": (
-        r"runs/example/search/search.json does not exist",
-        "a search of this model takes ten minutes",
-    ),
     "teacher_cache=": (r"logit cache: runs/example/logits does not exist", "the cache of this model takes an hour"),
 }
 #: The guide whose blocks are the files of packages: ``tests/unit/test_extending_*.py`` install and use them.

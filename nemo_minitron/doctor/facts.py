@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import psutil
+from nemo_minitron.runtime.memory import host_memory
 
 __all__ = ["PACKAGES", "Facts", "Gpu", "gather"]
 
@@ -131,7 +131,7 @@ def gather() -> Facts:
     # What may be slow, all at once.
     asked: list[_Asked[Any]] = [_Asked(_gpus), _Asked(_slurm), _Asked(lambda: socket.gethostbyname(host))]
     cuda, hip = _torch_build()
-    total, free = _memory()
+    total, free = host_memory()
     shm = _usage(Path("/dev/shm")) if Path("/dev/shm").is_dir() else None  # noqa: S108 - only looked at
     processor, bf16 = _processor()
     versions = {name: _version(candidates, name) for name, candidates in PACKAGES.items()}
@@ -270,21 +270,6 @@ def _usage(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return usage.total, usage.free
-
-
-def _memory() -> tuple[int, int]:
-    """Total and free bytes; a container may have less than its machine."""
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            allowed = int(Path(limit).read_text())
-            if allowed < total:
-                total, free = allowed, min(free, allowed - int(Path(used).read_text()))
-    return total, max(0, free)
 
 
 def _processor() -> tuple[str, str | None]:

@@ -11,9 +11,9 @@ from nemo_minitron._lazy import lazy
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluation.generation import Generation, generate, generate_megatron
-    from nemo_minitron.evaluation.held_out import HeldOutLoss, MeanLoss, held_out_loss
+    from nemo_minitron.evaluation.held_out import HeldOutLoss, MeanLoss, held_out_loss, streamed_loss
 
-__all__ = ["Generation", "HeldOutLoss", "MeanLoss", "generate", "generate_megatron", "held_out_loss"]
+__all__ = ["Generation", "HeldOutLoss", "MeanLoss", "generate", "generate_megatron", "held_out_loss", "streamed_loss"]
 
 # torch is imported when something is asked for, not when a plan merely imports the package
 __getattr__ = lazy(
@@ -25,5 +25,6 @@ __getattr__ = lazy(
         "generate": "generation",
         "generate_megatron": "generation",
         "held_out_loss": "held_out",
+        "streamed_loss": "held_out",
     },
 )

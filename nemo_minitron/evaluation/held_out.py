@@ -19,9 +19,13 @@ from nemo_minitron.runtime.forward import block_losses
 from nemo_minitron.runtime.groups import Groups
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["HeldOutLoss", "MeanLoss", "held_out_loss"]
+    from nemo_minitron.streamed import StreamedModel
+
+__all__ = ["HeldOutLoss", "MeanLoss", "held_out_loss", "streamed_loss"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,61 @@ def held_out_loss(
         ShapeError: if sequence parallelism does not divide the sequence.
         NonFiniteError: if any block's loss is NaN or infinite.
     """
+    domains, whole = _held_out_blocks(blocks)
+    means = block_losses(
+        chunks,
+        groups,
+        whole.tokens,
+        micro_batch_size,
+        vocab_size=vocab_size,
+        counted=whole.counted(),
+        segments=whole.segments,
+        progress=progress,
+    )
+    return _by_domain(means, domains, whole, named=isinstance(blocks, Mapping))
+
+
+def streamed_loss(
+    model: StreamedModel,
+    blocks: torch.Tensor | Blocks | Mapping[str, torch.Tensor] | Mapping[str, Blocks],
+    micro_batch_size: int,
+    *,
+    budget: float = float("inf"),
+    spill: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> HeldOutLoss:
+    """:func:`held_out_loss` of a model whose layers are in memory one at a time. Collective.
+
+    Args:
+        model: its layout has data parallelism alone.
+        blocks, micro_batch_size: as of :func:`held_out_loss`.
+        budget: bytes of hidden states that a rank keeps in memory.
+        spill: file for a rank's states beyond that.
+        progress: called with 1 for each layer, and for the output layer.
+
+    Raises:
+        MinitronError: as of :func:`held_out_loss`.
+    """
+    from nemo_minitron.streamed import Pass
+
+    domains, whole = _held_out_blocks(blocks)
+    run = Pass(model, whole, micro_batch_size, budget=budget, file=spill)
+    run.embed()
+    for layer in range(model.shape.num_layers):
+        run.through(model.layer(layer))
+        if progress is not None:
+            progress(1)
+    model.release()
+    means = run.losses()
+    if progress is not None:
+        progress(1)
+    return _by_domain(means, domains, whole, named=isinstance(blocks, Mapping))
+
+
+def _held_out_blocks(
+    blocks: torch.Tensor | Blocks | Mapping[str, torch.Tensor] | Mapping[str, Blocks],
+) -> tuple[dict[str, Blocks], Blocks]:
+    """The blocks by domain, and all of them; a loss can be taken of each."""
     given = blocks if isinstance(blocks, Mapping) else {"": blocks}
     domains = {name: Blocks.of(part) for name, part in given.items()}
     if not domains or any(len(part) == 0 for part in domains.values()):
@@ -108,30 +167,28 @@ def held_out_loss(
         raise DataError(f"held-out loss needs at least one block{f' of {empty[0]!r}' if empty else ''}; none was given")
     for name, part in domains.items():
         part.check_labels(f"held-out data {name!r}" if name else "held-out data")
-    whole = Blocks.cat(list(domains.values()))
-    counted = whole.counted()
-    means = block_losses(
-        chunks,
-        groups,
-        whole.tokens,
-        micro_batch_size,
-        vocab_size=vocab_size,
-        counted=counted,
-        segments=whole.segments,
-        progress=progress,
-    )
+    return domains, Blocks.cat(list(domains.values()))
+
+
+def _by_domain(means: torch.Tensor, domains: dict[str, Blocks], whole: Blocks, *, named: bool) -> HeldOutLoss:
+    """``[n]`` losses of all blocks -> their means, in all and, where domains have names, of each.
+
+    Raises:
+        NonFiniteError: if any is NaN or infinite.
+    """
     if not bool(torch.isfinite(means).all()):
         bad = int((~torch.isfinite(means)).sum())
         raise NonFiniteError(
             f"the held-out loss of {bad} of {len(means)} blocks is NaN or infinite; check the checkpoint's weights, "
             "or evaluate in runtime.dtype=float32"
         )
+    counted = whole.counted()
     counts = torch.full((len(whole),), whole.sequence_length) if counted is None else counted.sum(dim=1)
     sizes = [len(part) for part in domains.values()]
     by_domain = {
         name: _mean(*part) for name, *part in zip(domains, means.split(sizes), counts.split(sizes), strict=True)
     }
-    return HeldOutLoss(_mean(means, counts), by_domain if isinstance(blocks, Mapping) else {})
+    return HeldOutLoss(_mean(means, counts), by_domain if named else {})
 
 
 def _mean(means: torch.Tensor, counts: torch.Tensor) -> MeanLoss:

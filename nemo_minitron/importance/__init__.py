@@ -1,6 +1,7 @@
 """How important each unit of a model is (Minitron, arXiv 2407.14679 section 2.2, 2408.11796).
 
 :func:`score_model` and :func:`score_criteria` run a live Megatron model (activations, or gradient x activation),
+:func:`score_streamed` runs it layer by layer,
 :func:`layer_importance` runs it without some of its layers, :class:`ScoreDuringValidation` lets NeMo run it, and
 :func:`magnitude_scores` reads weights. :class:`Scores` and :class:`DepthScores` are the results on disk. Importing
 this package imports neither torch nor Megatron.
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nemo_minitron.importance.masking import left_out
     from nemo_minitron.importance.score import score_criteria, score_model
     from nemo_minitron.importance.scores import Scores, fingerprint, save_criteria
+    from nemo_minitron.importance.streamed import score_streamed
 
 __all__ = [
     "AGGREGATIONS",
@@ -37,6 +39,7 @@ __all__ = [
     "save_criteria",
     "score_criteria",
     "score_model",
+    "score_streamed",
     "task_accuracy",
 ]
 
@@ -58,6 +61,7 @@ __getattr__ = lazy(
         "save_criteria": "scores",
         "score_criteria": "score",
         "score_model": "score",
+        "score_streamed": "streamed",
         "task_accuracy": "depth",
     },
 )

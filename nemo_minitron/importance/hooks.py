@@ -25,7 +25,7 @@ others by their entries in :mod:`~nemo_minitron.importance.estimators`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,6 +90,8 @@ class Recorder(ABC):
     Attributes:
         rows: how many of the micro-batch's samples count, or None for all; set before each forward pass. The
             schedules want equally sized micro-batches, so the last one may be filled up with samples that do not count.
+        span: the layers whose statistics this rank holds, 0-based in the whole model; None for those of its chunks.
+            Passes that run layer by layer have one layer in the chunks at a time.
         samples, tokens: numbers that this data-parallel rank has run.
         statistics: by key and criterion, ``[k, units on this rank]`` float64; of "block" under the
             activation estimator ``[1, 1]``, the sum of cosines.
@@ -105,6 +107,7 @@ class Recorder(ABC):
         for criterion in self.criteria:
             aggregation(criterion.batch, "aggregation.batch")
         self.rows: int | None = None
+        self.span: Sequence[int] | None = None
         self.samples = 0
         self.tokens = 0
         self.statistics: dict[Key, dict[Criterion, torch.Tensor]] = {}
@@ -230,6 +233,8 @@ class Recorder(ABC):
 
     def layers(self) -> list[int]:
         """The layers on this rank, 0-based in the whole model."""
+        if self.span is not None:
+            return list(self.span)
         return [layer.layer_number - 1 for chunk in self.chunks for layer in chunk.decoder.layers]
 
     def _count(self, layer: int, x: torch.Tensor) -> None:
@@ -253,6 +258,23 @@ class Recorder(ABC):
         before = self.statistics.setdefault(key, {}).get(criterion)
         self.statistics[key][criterion] = statistics if before is None else batch.combine(before, statistics)
 
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The statistics as named tensors, from which :meth:`restore` goes on."""
+        return {
+            "/".join((str(key.layer), key.site, str(key.expert), *criterion)): values
+            for key, by_criterion in self.statistics.items()
+            for criterion, values in by_criterion.items()
+        }
+
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put statistics back that :meth:`saved` gave."""
+        device = self.groups.device.torch
+        self.statistics = {}
+        for name, values in saved.items():
+            layer, site, expert, sequence, batch = name.split("/")
+            kept = self.statistics.setdefault(Key(int(layer), site, int(expert)), {})
+            kept[Criterion(sequence, batch)] = values.to(device)
+
     def check_finite(self) -> None:
         """Stop on the first value, in forward order, that is NaN or infinite. Collective: every rank raises alike.
 
@@ -264,8 +286,7 @@ class Recorder(ABC):
             for key, values in self.statistics.items()
             if not all(bool(torch.isfinite(statistics).all()) for statistics in values.values())
         ]
-        device = next(self.chunks[0].parameters()).device
-        first = torch.tensor(min(bad, default=_FINITE), dtype=torch.int64, device=device)
+        first = torch.tensor(min(bad, default=_FINITE), dtype=torch.int64, device=self.groups.device.torch)
         for group in (self.groups.model, self.groups.dp):
             dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
         if int(first) != _FINITE:
@@ -323,8 +344,7 @@ class ActivationRecorder(Recorder):
     def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
         """``[L]``, 1 less the mean cosine over all tokens."""
         groups = self.groups
-        device = next(self.chunks[0].parameters()).device
-        cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=device)
+        cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=groups.device.torch)
         for key, sums in self.statistics.items():
             if key.site == "block":
                 cosines[key.layer] = sums[self.criteria[0]][0, 0]

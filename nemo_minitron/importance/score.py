@@ -26,7 +26,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["collect", "score_criteria", "score_model"]
+__all__ = ["calibration_blocks", "collect", "make_recorder", "score_criteria", "score_model"]
 
 _PASSES_PER_CHECK = 8  # micro-batches between two looks for non-finite values
 
@@ -122,16 +122,47 @@ def score_criteria(
         NonFiniteError: if an activation or gradient is NaN or infinite, naming layer and module.
         ConfigError: for an estimator or aggregation that is not known, or no criteria.
     """
+    recorder = make_recorder(chunks, groups, criteria, estimator)
+    blocks = calibration_blocks(blocks, groups)
+    gradients = ESTIMATORS[estimator].gradients
+    with ExitStack() as stack:
+        stack.enter_context(differentiable(chunks) if gradients else torch.no_grad())
+        stack.enter_context(_prepared(chunks, logits=gradients))
+        stack.enter_context(recorder.attached())
+        stack.enter_context(documents_masked(chunks, blocks.segments is not None))
+        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress, gradients=gradients)
+    tokens = blocks.sequence_length * len(blocks)
+    scores = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
+    return [scores[Criterion(*criterion)] for criterion in criteria]
+
+
+def make_recorder(
+    chunks: list[GPTModel], groups: Groups, criteria: Sequence[tuple[str, str]], estimator: str
+) -> Recorder:
+    """The recorder of an estimator that runs the model; arguments as of :func:`score_criteria`.
+
+    Raises:
+        ConfigError: for an estimator or aggregation that is not known, or no criteria.
+    """
     pairs = [Criterion(*criterion) for criterion in criteria]
     if not pairs:
         raise ConfigError("criteria: none is given; give at least one pair of aggregations, as ('mean', 'l2')")
     entry = ESTIMATORS.get(estimator)
     if entry is None or entry.recorder is None:
-        able = [one.name for one in ESTIMATORS.values() if one.runs_model]
+        able = [known.name for known in ESTIMATORS.values() if known.runs_model]
         raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(able)}")
     if faults := [fault for pair in pairs if (fault := entry.sequence_fault(pair.sequence))]:
         raise ConfigError(faults)
-    recorder = entry.recorder(chunks, groups, pairs)
+    return entry.recorder(chunks, groups, pairs)
+
+
+def calibration_blocks(blocks: torch.Tensor | Blocks, groups: Groups) -> Blocks:
+    """The blocks, if a model can be scored on them.
+
+    Raises:
+        DataError: for no blocks, blocks that are filled up, or one in which no label counts.
+        ShapeError: if sequence parallelism does not divide the sequence.
+    """
     if len(blocks.shape) != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise DataError(
             f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
@@ -148,15 +179,7 @@ def score_criteria(
             f"a sequence of {length} tokens cannot be split over parallel.tensor={groups.layout.tensor}; set "
             "data.sequence_length to a multiple of it, or parallel.sequence_parallel=false"
         )
-    with ExitStack() as stack:
-        stack.enter_context(differentiable(chunks) if entry.gradients else torch.no_grad())
-        stack.enter_context(_prepared(chunks, logits=entry.gradients))
-        stack.enter_context(recorder.attached())
-        stack.enter_context(documents_masked(chunks, blocks.segments is not None))
-        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress, gradients=entry.gradients)
-    tokens = length * len(blocks)
-    scores = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
-    return [scores[pair] for pair in pairs]
+    return blocks
 
 
 @contextmanager
@@ -327,8 +350,7 @@ def _gather_scores(
         experts: experts with such a site in each layer; None for a site outside them.
     """
     groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
-    device = next(recorder.chunks[0].parameters()).device
-    scores = torch.zeros(layers, experts or 1, size, dtype=torch.float64, device=device)
+    scores = torch.zeros(layers, experts or 1, size, dtype=torch.float64, device=groups.device.torch)
     local = size // groups.layout.tensor if tensor_parallel else size
     for layer, expert in itertools.product(recorder.layers(), range(experts or 1)):
         statistics = recorder.statistics.get(Key(layer, site, expert), {}).get(criterion)

@@ -22,7 +22,7 @@ from nemo_minitron.runtime.masks import attention_mask, document_positions, docu
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["block_losses", "document_inputs", "evaluating", "mask_padding"]
+__all__ = ["block_losses", "document_inputs", "evaluating", "mask_padding", "mean_losses"]
 
 _PASSES_PER_REPORT = 8  # micro-batches between two calls of `progress`
 
@@ -139,7 +139,7 @@ def _run_schedule(
         inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         positions, mask = document_inputs(inputs, segments)
         return model(inputs, positions, mask), partial(
-            _mean_losses, labels=labels, counted=counted, vocab_size=vocab_size
+            mean_losses, labels=labels, counted=counted, vocab_size=vocab_size
         )
 
     # Each chunk of an interleaved pipeline reads the micro-batches for itself.
@@ -167,7 +167,7 @@ def document_inputs(inputs: torch.Tensor, segments: torch.Tensor | None) -> tupl
     return document_positions(segments), attention_mask(segments)
 
 
-def _mean_losses(
+def mean_losses(
     logits: torch.Tensor, *, labels: torch.Tensor, counted: torch.Tensor, vocab_size: int, non_loss_data: bool = True
 ) -> torch.Tensor:
     """``[b, s, V/tp]`` logits of this tensor-parallel rank, ``[b, s]`` labels -> ``[b]`` float64 mean losses.

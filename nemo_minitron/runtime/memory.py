@@ -1,12 +1,15 @@
-"""The largest memory that a process has used."""
+"""The memory of a process and of its machine."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["peak_gpu_bytes", "peak_rss_bytes"]
+import psutil
+
+__all__ = ["host_memory", "peak_gpu_bytes", "peak_rss_bytes"]
 
 
 def peak_rss_bytes() -> int:
@@ -21,6 +24,21 @@ def peak_rss_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_memory() -> tuple[int, int]:
+    """Total and free bytes; a container may have less than its machine."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            allowed = int(Path(limit).read_text())
+            if allowed < total:
+                total, free = allowed, min(free, allowed - int(Path(used).read_text()))
+    return total, max(0, free)
 
 
 def peak_gpu_bytes() -> int:

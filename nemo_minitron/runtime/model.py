@@ -6,7 +6,7 @@ the same model (``nemo_minitron.distillation``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-__all__ = ["build_model", "pipeline_layer_layout", "shape_of", "transformer_config"]
+__all__ = [
+    "build_chunk",
+    "build_model",
+    "layer_specification",
+    "pipeline_layer_layout",
+    "place",
+    "shape_of",
+    "transformer_config",
+]
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -203,57 +211,98 @@ def build_model(
         ShapeError: if the layout cannot split the shape.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-
-    from nemo_minitron.runtime.layer_types import complete, with_family_parts
 
     layout = groups.layout
     if faults := shape.layout_faults(tensor=layout.tensor, pipeline=layout.pipeline_stages, expert=layout.expert):
         raise ShapeError(faults)
     config = transformer_config(shape, architecture, layout, groups.device, dtype=dtype)
     config.perform_initialization = initialize
-    parts: dict[str, Any] = {"num_experts": shape.num_moe_experts, "qk_layernorm": config.qk_layernorm}
-    spec: Any = (
-        get_gpt_layer_with_transformer_engine_spec(**parts)
-        if groups.device.transformer_engine
-        else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
-    )
-    spec = with_family_parts(spec, architecture, transformer_engine=groups.device.transformer_engine)
-    if layout.context > 1 and not groups.device.transformer_engine:
-        from nemo_minitron.runtime.context_attention import with_context_attention
-
-        spec = with_context_attention(spec)
     chunks = []
     for index in range(layout.virtual_pipeline or 1):
         stage = versions.virtual_pipeline_stage(index if layout.virtual_pipeline else None)
         chunks.append(
-            GPTModel(
+            build_chunk(
                 config,
-                transformer_layer_spec=spec,
-                vocab_size=padded_vocab(shape.vocab_size, tensor=layout.tensor),
-                max_sequence_length=architecture.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage),
-                parallel_output=True,
-                share_embeddings_and_output_weights=shape.tied_embeddings,
-                position_embedding_type="rope",
-                rotary_percent=architecture.rotary_percent,
-                rotary_base=architecture.rotary_base,
-                seq_len_interpolation_factor=interpolation_factor(architecture),
-                **stage,
+                shape,
+                architecture,
+                groups,
+                first=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
+                last=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage),
+                stage=stage,
             )
         )
-        _place(chunks[-1], groups.device.torch, dtype)
-        scale_rotary(chunks[-1].rotary_pos_emb, architecture)
-        complete(chunks[-1], architecture)
     return chunks
 
 
-def _place(chunk: GPTModel, device: torch.device, dtype: torch.dtype) -> None:
+def build_chunk(
+    config: TransformerConfig,
+    shape: ModelShape,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    first: bool,
+    last: bool,
+    stage: Mapping[str, Any] | None = None,
+) -> GPTModel:
+    """A chunk of a model; see :func:`build_model`.
+
+    Args:
+        config: as :func:`transformer_config` gives it; its ``params_dtype`` is that of the parameters.
+        shape, architecture, groups: of the model, and of this process.
+        first: the chunk has the embedding.
+        last: it has the final norm and the output layer.
+        stage: what :func:`nemo_minitron.runtime.versions.virtual_pipeline_stage` gives.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    from nemo_minitron.runtime.layer_types import complete
+
+    chunk = GPTModel(
+        config,
+        transformer_layer_spec=layer_specification(config, architecture, groups),
+        vocab_size=padded_vocab(shape.vocab_size, tensor=groups.layout.tensor),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=architecture.rotary_percent,
+        rotary_base=architecture.rotary_base,
+        seq_len_interpolation_factor=interpolation_factor(architecture),
+        **(stage or {}),
+    )
+    place(chunk, groups.device.torch, config.params_dtype)
+    scale_rotary(chunk.rotary_pos_emb, architecture)
+    complete(chunk, architecture)
+    return chunk
+
+
+def layer_specification(config: TransformerConfig, architecture: Architecture, groups: Groups) -> Any:
+    """Megatron's specification of a decoder layer, with what the family has beside."""
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    from nemo_minitron.runtime.layer_types import with_family_parts
+
+    fused = groups.device.transformer_engine
+    parts: dict[str, Any] = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
+    spec: Any = (
+        get_gpt_layer_with_transformer_engine_spec(**parts)
+        if fused
+        else get_gpt_layer_local_spec(**parts, normalization=config.normalization)
+    )
+    spec = with_family_parts(spec, architecture, transformer_engine=fused)
+    if groups.layout.context > 1 and not fused:
+        from nemo_minitron.runtime.context_attention import with_context_attention
+
+        spec = with_context_attention(spec)
+    return spec
+
+
+def place(chunk: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Put every parameter on the device and into the dtype of the others.
 
     The norms of Megatron's own layers are torch's, which are made on the CPU and in float32 whatever the model is; so

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_minitron.runtime.requirements import require
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.measuring import live_model, start_groups
 from nemo_minitron.stages.shared.memory import weights_of_rank
+from nemo_minitron.stages.shared.streaming import plan_streaming, scratch, state_budget, streamed_model, streams
 from nemo_minitron.stages.shared.vocabulary import plan_vocabularies
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
+    from nemo_minitron.evaluation import HeldOutLoss
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["FILE_NAME", "plan", "run"]
@@ -74,6 +77,7 @@ def plan(config: EvaluateConfig) -> StagePlan:
         plan.costs["FLOPs"] = human_count(flops)
         plan.flops = flops if len(shapes) == len(config.models) else None
         plan.costs["memory of a rank"] = weights_of_rank(config, *config.models.values())
+    plan_streaming(plan, config, *config.models.values())
     first, *others = ((_called(name), path) for name, path in _baseline_first(config).items())
     plan_vocabularies(plan, first, *others)
     return plan
@@ -162,16 +166,22 @@ def _evaluate(
 
     started = time.monotonic()
     shape = checkpoint.shape
-    chunks = live_model(config, checkpoint, groups)
     total = sum(len(part) for part in blocks.values())
-    # The first pass of a process takes longer, and would make the first model look slow.
-    first = {source: part[:1] for source, part in list(blocks.items())[:1]}
-    held_out_loss(chunks, groups, first, config.micro_batch_size, vocab_size=shape.vocab_size)
-    began = time.monotonic()
-    with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
-        loss = held_out_loss(
-            chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
-        )
+    chunks: list[GPTModel] = []
+    streamed = not (config.prompts or config.harness.tasks) and streams(config, checkpoint, groups)
+    if streamed:
+        began = time.monotonic()
+        loss = _streamed_loss(config, groups, name, checkpoint, blocks)
+    else:
+        chunks = live_model(config, checkpoint, groups)
+        # The first pass of a process takes longer, and would make the first model look slow.
+        first = {source: part[:1] for source, part in list(blocks.items())[:1]}
+        held_out_loss(chunks, groups, first, config.micro_batch_size, vocab_size=shape.vocab_size)
+        began = time.monotonic()
+        with progress_bar(f"held-out loss of {name}", total, shown=groups.is_main) as advance:
+            loss = held_out_loss(
+                chunks, groups, blocks, config.micro_batch_size, vocab_size=shape.vocab_size, progress=advance
+            )
     measured = time.monotonic() - began
     benchmarks = {"harness": _benchmarks(config, groups, name, checkpoint, chunks)} if config.harness.tasks else {}
     by_transformers = checkpoint.format == "hf"
@@ -210,9 +220,33 @@ def _evaluate(
         "generations": [answer.to_dict() for answer in answers],
         "generated_by": "transformers" if by_transformers else "megatron-core",
         # Every position of a block is computed, whether its label counts or not.
-        "tokens_per_second": round(total * config.data.sequence_length / measured, 1),
+        # Of a streamed pass it would be the disk's speed.
+        "tokens_per_second": None if streamed else round(total * config.data.sequence_length / measured, 1),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _streamed_loss(
+    config: EvaluateConfig, groups: Groups, name: str, checkpoint: Checkpoint, blocks: dict[str, Blocks]
+) -> HeldOutLoss:
+    """The loss of a model that is in memory layer by layer."""
+    from nemo_minitron.evaluation import streamed_loss
+
+    parts = checkpoint.shape.num_layers + 1
+    directory = scratch(config)
+    try:
+        with progress_bar(f"held-out loss of {name}, layer by layer", parts, shown=groups.is_main) as advance:
+            return streamed_loss(
+                streamed_model(config, checkpoint, groups),
+                blocks,
+                config.micro_batch_size,
+                budget=state_budget(config),
+                spill=directory / f"states-{groups.dp_rank}.bin",
+                progress=advance,
+            )
+    finally:
+        if groups.is_main:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _benchmarks(

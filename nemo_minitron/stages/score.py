@@ -16,8 +16,9 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
 from nemo_minitron.stages.shared.disk import block_needs
-from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.measuring import Measured, live_model, open_measured, plan_measuring
 from nemo_minitron.stages.shared.memory import weights_of_rank
+from nemo_minitron.stages.shared.streaming import plan_streaming, state_budget, streamed_model, streams, trail
 
 if TYPE_CHECKING:
     from nemo_minitron.importance import Scores
@@ -52,6 +53,7 @@ def plan(config: ScoreConfig) -> StagePlan:
         plan.flops = 2.0 * passes * count * config.samples * config.data.sequence_length
         plan.costs["FLOPs"] = human_count(plan.flops)
         plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
+    plan_streaming(plan, config, config.model)
     return plan
 
 
@@ -102,6 +104,8 @@ def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
 
     measured = open_measured(config)
     checkpoint, groups = measured.checkpoint, measured.groups
+    if not ESTIMATORS[config.estimator].gradients and streams(config, checkpoint, groups):
+        return _by_streamed_pass(config, measured), groups.is_main
     chunks = live_model(config, checkpoint, groups)
     with progress_bar("scoring", len(measured.blocks), shown=groups.is_main) as advance:
         scores = score_criteria(
@@ -116,6 +120,38 @@ def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
             progress=advance,
         )
     return scores, groups.is_main
+
+
+def _by_streamed_pass(config: ScoreConfig, measured: Measured) -> list[Scores]:
+    """Scores of every criterion from a pass layer by layer; if it is killed, a later process goes on with it."""
+    from nemo_minitron.importance import fingerprint
+    from nemo_minitron.importance.streamed import score_streamed
+
+    checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
+    weights = fingerprint(checkpoint)
+    subject = {
+        "fingerprint": weights,
+        "blocks": blocks.content()[:32],
+        "criteria": config.criteria(),
+        "estimator": config.estimator,
+        "dtype": config.runtime.dtype,
+        "micro_batch_size": config.micro_batch_size,
+    }
+    kept = trail(config, groups, subject)
+    with progress_bar("scoring layer by layer", checkpoint.shape.num_layers, shown=groups.is_main) as advance:
+        scores = score_streamed(
+            streamed_model(config, checkpoint, groups),
+            blocks,
+            criteria=config.criteria(),
+            micro_batch_size=config.micro_batch_size,
+            estimator=config.estimator,
+            fingerprint=weights,
+            budget=state_budget(config),
+            trail=kept,
+            progress=advance,
+        )
+    kept.close()
+    return scores
 
 
 def _by_weights(config: ScoreConfig) -> tuple[list[Scores], bool]:

@@ -45,7 +45,8 @@ PAIRS = [("mean", "l2"), ("variance", "mean"), ("max", "variance"), ("l2", "max"
 
 def score_all(shape: Any, groups: Any) -> dict[str, Any]:
     """Scores by estimator, precision and amount of data. In float64, layouts differ by nothing but mistakes."""
-    from nemo_minitron.importance import score_criteria
+    from nemo_minitron.importance import score_criteria, score_streamed
+    from nemo_minitron.streamed import StreamedModel, streamed_faults
 
     options = {"shape": shape, "micro_batch_size": 2}
     narrow = live(random_checkpoint(shape), groups)
@@ -55,6 +56,16 @@ def score_all(shape: Any, groups: Any) -> dict[str, Any]:
         "activation": score_criteria(narrow, blocks, groups, criteria=PAIRS, **options),
         "activation, one block": score_criteria(narrow, single, groups, criteria=[("l2", "max")], **options),
     }
+    # Layer by layer, ranks share the samples alone; of one block one of two ranks has none.
+    whole = bool(streamed_faults(shape, groups.layout))
+    for name, data in (("activation, streamed", blocks), ("activation, streamed, one block", single)):
+        found[name] = (
+            score_criteria(narrow, data, groups, criteria=PAIRS, **options)
+            if whole
+            else score_streamed(
+                StreamedModel(random_checkpoint(shape), groups), data, criteria=PAIRS, micro_batch_size=2
+            )
+        )
     for name, data in (("taylor", blocks), ("taylor, one block", single)):
         criteria = [("sum", "l2"), ("sum", "max")]
         found[name] = score_criteria(wide, data, groups, criteria=criteria, estimator="taylor", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ MIXTURE = SHAPE.replace(num_layers=2, ffn_hidden_size=20, num_moe_experts=4)
 TOPK = 2
 
 
-def random_mixture(*, seed: int = 0) -> Checkpoint:
-    """Two of four experts a token."""
+def random_mixture(*, seed: int = 0, change: Callable[[dict[str, torch.Tensor]], None] | None = None) -> Checkpoint:
+    """Two of four experts a token; ``change`` may edit the tensors."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for entry in axes.parameters(axes.FAMILIES["mixtral"], MIXTURE):
         tensor = torch.randn(entry.shape, generator=generator)
         tensors[entry.name] = 1 + 0.2 * tensor if tensor.ndim == 1 else 0.3 * tensor
+    if change is not None:
+        change(tensors)
     architecture = dataclasses.replace(ARCHITECTURE, family="mixtral", moe_router_topk=TOPK)
     return Checkpoint(MIXTURE, architecture, DictWeights(tensors), None, Path("random"), "memory")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
+from nemo_minitron.config.parts.sizes import parse_bytes
 
-__all__ = ["ParallelLayout", "RuntimeConfig"]
+__all__ = ["MEMORY", "ParallelLayout", "RuntimeConfig", "memory_faults"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,18 @@ class RuntimeConfig:
             *not_negative(self, "seed"),
             *positive(self, "threads", "timeout_minutes", "collective_timeout_minutes"),
         ]
+
+
+MEMORY = ("auto", "live", "streamed")
+"""Values of a stage's ``memory``: "live" loads the whole model; "streamed" runs all samples through one layer after the
+other, with one layer's weights in memory; "auto" streams a model that does not fit into free memory."""
+
+
+def memory_faults(config: Any) -> list[str]:
+    """What is wrong with the settings ``memory`` and ``states_memory`` of a stage."""
+    faults = choice(config, "memory", MEMORY)
+    try:
+        parse_bytes(config.states_memory)
+    except ValueError as error:
+        faults.append(f"states_memory={config.states_memory}: {error}")
+    return faults

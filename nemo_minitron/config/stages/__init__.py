@@ -12,6 +12,7 @@ from nemo_minitron.config.stages.base import *
 from nemo_minitron.config.stages.checkpoints import *
 from nemo_minitron.config.stages.importance import *
 from nemo_minitron.config.stages.pruning import *
+from nemo_minitron.config.stages.reconstruction import *
 from nemo_minitron.config.stages.search import *
 from nemo_minitron.config.stages.distillation import *
 from nemo_minitron.config.stages.cache import *

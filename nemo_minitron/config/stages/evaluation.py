@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelLayout, positive
+from nemo_minitron.config.parts import DataConfig, HarnessConfig, ParallelLayout, memory_faults, positive
 from nemo_minitron.config.stages.base import NEEDS_MODEL, NEEDS_TORCH, StageConfig
 
 __all__ = ["EvaluateConfig", "ReportConfig"]
@@ -27,12 +27,18 @@ class EvaluateConfig(StageConfig):
         max_new_tokens: longest answer.
         harness: benchmarks of lm-evaluation-harness.
         parallel: layout of each model.
+        memory: "live" has a whole model in memory; "streamed" runs all samples through one layer after the other, with
+            one layer's weights in memory (:mod:`nemo_minitron.streamed`); "auto" streams a model that does not fit,
+            where neither prompts nor benchmarks are asked for.
+        states_memory: hidden states that each process keeps in memory while it streams, such as "8GiB"; more go to a
+            file beside the output.
     """
 
     STAGE: ClassVar[str] = "evaluate"
     HELP: ClassVar[str] = "Held-out loss and sample answers of several models."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("models", "harness.include_path")
+    ADDED: ClassVar[tuple[str, ...]] = ("memory", "states_memory")
 
     models: dict[str, str] = field(default_factory=dict)
     baseline: str | None = None
@@ -43,10 +49,16 @@ class EvaluateConfig(StageConfig):
     max_new_tokens: int = 48
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+    memory: str = "auto"
+    states_memory: str = "8GiB"
 
     def faults(self) -> list[str]:
         """No models, an unknown baseline, less than one block."""
         faults = positive(self, "tokens", "micro_batch_size", "max_new_tokens")
+        faults += memory_faults(self)
+        if self.memory == "streamed" and (self.prompts or self.harness.tasks):
+            what = "prompts" if self.prompts else "harness.tasks"
+            faults.append(f"memory=streamed: {what} need the whole model, to generate; leave them out, or memory=live")
         if not self.models:
             faults.append("models: none is given; map at least one name to a path")
         if self.baseline is not None and self.baseline not in self.models:

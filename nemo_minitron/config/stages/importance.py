@@ -13,6 +13,7 @@ from nemo_minitron.config.parts import (
     ParallelLayout,
     TaskConfig,
     choice,
+    memory_faults,
     not_negative,
     positive,
 )
@@ -36,6 +37,11 @@ class ScoreConfig(StageConfig):
         also: further aggregations, scored in the same pass; each becomes a score directory of its own inside the
             output, ``criteria/<sequence>-<batch>``.
         parallel: layout of the model.
+        memory: "live" has the whole model in memory; "streamed" runs all samples through one layer after the other,
+            with one layer's weights in memory (:mod:`nemo_minitron.streamed`); "auto" streams a model that does not
+            fit.
+        states_memory: hidden states that each process keeps in memory while it streams, such as "8GiB"; more go to a
+            file beside the output.
     """
 
     EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
@@ -43,6 +49,7 @@ class ScoreConfig(StageConfig):
     HELP: ClassVar[str] = "Score every unit of a model by forward passes over calibration data."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    ADDED: ClassVar[tuple[str, ...]] = ("memory", "states_memory")
 
     model: str = MISSING
     estimator: str = "activation"
@@ -52,6 +59,8 @@ class ScoreConfig(StageConfig):
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     also: list[AggregationConfig] = field(default_factory=list)
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+    memory: str = "auto"
+    states_memory: str = "8GiB"
 
     TABLES: ClassVar[dict[str, Table[Any]]] = {"estimator": ESTIMATORS}
 
@@ -78,8 +87,14 @@ class ScoreConfig(StageConfig):
     def faults(self) -> list[str]:
         """Nothing to run, unknown estimators, aggregations that the estimator does not have."""
         faults = [*choice(self, "estimator", ESTIMATORS), *positive(self, "samples", "micro_batch_size")]
+        faults += memory_faults(self)
         if self.estimator not in ESTIMATORS:
             return faults
+        if self.memory == "streamed" and ESTIMATORS[self.estimator].gradients:
+            faults.append(
+                f"memory=streamed: the gradients of estimator={self.estimator} need the whole model; set memory=live, "
+                "or estimator=activation"
+            )
         given = [aggregation.sequence for aggregation in (self.aggregation, *self.also)]
         faults += dict.fromkeys(filter(None, map(ESTIMATORS[self.estimator].sequence_fault, given)))
         if not self.runs_model and self.also:

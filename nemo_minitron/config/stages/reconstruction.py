@@ -1,0 +1,84 @@
+"""The stage that refits a pruned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_minitron.config.parts import (
+    DataConfig,
+    ParallelLayout,
+    choice,
+    parse_bytes,
+    positive,
+    written_formats,
+)
+from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
+from nemo_minitron.config.tables import Choices, WrittenFormats
+
+__all__ = ["ReconstructConfig"]
+
+#: Every so many-th calibration sample is held out for the choice of the ridges.
+HELD_OUT = 5
+
+
+@dataclass
+class ReconstructConfig(StageConfig):
+    """Refit the matrices of a pruned model to its teacher by least squares, layer by layer, without gradients.
+
+    One layer of each model is in memory at a time. A run that is stopped goes on at the layer where it stood when the
+    stage is started again.
+
+    Attributes:
+        model: output of ``prune``, before any training.
+        teacher: the model that it was cut from.
+        data: calibration text.
+        samples: blocks of ``data.sequence_length`` tokens; every fifth is held out, to choose the ridges.
+        micro_batch_size: blocks of one forward pass.
+        states_memory: hidden states of a model that each process keeps in memory, such as "8GiB"; more of the teacher's
+            go to a file beside the output.
+        parallel: data-parallel processes, which share the samples.
+        format: what to write
+    """
+
+    STAGE: ClassVar[str] = "reconstruct"
+    HELP: ClassVar[str] = "Refit a pruned model to its teacher, layer by layer, before any training."
+    NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
+    MAKES_MODEL: ClassVar[bool] = True
+    ROLE: ClassVar[str] = "pruned"
+    DONE: ClassVar[str] = "reconstructed"
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "teacher")
+
+    model: str = MISSING
+    teacher: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int = 64
+    micro_batch_size: int = 1
+    states_memory: str = "8GiB"
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
+    format: str = "nemo2"
+
+    TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
+
+    def faults(self) -> list[str]:
+        """Unknown formats, sizes that are none, too few samples to hold any out, layouts beyond data parallelism."""
+        faults = [*choice(self, "format", written_formats()), *positive(self, "samples", "micro_batch_size")]
+        try:
+            parse_bytes(self.states_memory)
+        except ValueError as error:
+            faults.append(f"states_memory={self.states_memory}: {error}")
+        least = HELD_OUT * self.parallel.data
+        if 0 < self.samples < least:
+            faults.append(
+                f"samples={self.samples}: every {HELD_OUT}th sample is held out, so {self.parallel.data} data-parallel "
+                f"processes need at least {least}"
+            )
+        faults += [
+            f"parallel.{name}={getattr(self.parallel, name)}: a layer at a time is in memory, and processes share the "
+            "samples alone; set it to 1, and parallel.data to the number of processes"
+            for name in ("tensor", "pipeline", "context")
+            if getattr(self.parallel, name) > 1
+        ]
+        return faults

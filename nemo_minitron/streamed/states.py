@@ -1,0 +1,65 @@
+"""Hidden states of many samples between two layers, in memory or in a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from nemo_minitron.errors import CheckpointError
+
+__all__ = ["States"]
+
+
+class States:
+    """``[n, s, H]`` hidden states of this rank's samples, on the CPU.
+
+    Args:
+        samples, length, width: ``n``, ``s`` and ``H``.
+        dtype: of the states.
+        file: where they are kept; None keeps them in memory. The pages of a file are the operating system's to write
+            and to drop, so that they take no memory that is needed otherwise.
+        existing: the file holds states already.
+
+    Raises:
+        CheckpointError: for a file of another size.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        length: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        file: Path | None = None,
+        existing: bool = False,
+    ) -> None:
+        self.file = file
+        count = samples * length * width
+        if file is None or not count:
+            self.tensor = torch.empty(samples, length, width, dtype=dtype)
+            return
+        size = count * dtype.itemsize
+        if existing and (held := file.stat().st_size) != size:
+            raise CheckpointError(f"{file}: holds {held} bytes of hidden states where {size} are needed")
+        if not existing:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("wb") as stream:
+                _reserve(stream.fileno(), size)
+        flat = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
+        self.tensor = flat.view(samples, length, width)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """``[s, b, H]`` states of the samples ``start`` to ``stop``, as Megatron's layers take them."""
+        return self.tensor[start:stop].transpose(0, 1).contiguous()
+
+    def write(self, start: int, hidden: torch.Tensor) -> None:
+        """Put ``[s, b, H]`` states in the place of the samples from ``start`` on."""
+        self.tensor[start : start + hidden.shape[1]].copy_(hidden.transpose(0, 1))
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Reserve a file's space: of a full disk it is said now. A write through a map would end the process."""
+    os.posix_fallocate(descriptor, 0, size)

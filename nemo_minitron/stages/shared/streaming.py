@@ -29,12 +29,17 @@ logger = logging.getLogger(__name__)
 _SHARE = 0.8
 
 
-class Streaming(Running, Protocol):
-    """Settings of a stage that can stream."""
+class Spilling(Running, Protocol):
+    """Settings of a stage that keeps hidden states between layers."""
 
     output: str
-    memory: str
     states_memory: str
+
+
+class Streaming(Spilling, Protocol):
+    """Settings of a stage that can stream, or not."""
+
+    memory: str
 
 
 def plan_streaming(plan: StagePlan, config: Streaming, *models: str) -> None:
@@ -78,7 +83,7 @@ def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups) -> bool:
     return bool(int(short))
 
 
-def streamed_model(config: Streaming, checkpoint: Checkpoint, groups: Groups) -> StreamedModel:
+def streamed_model(config: Spilling, checkpoint: Checkpoint, groups: Groups) -> StreamedModel:
     """The model, one part of it in memory at a time, in the stage's precision."""
     import torch
 
@@ -87,18 +92,18 @@ def streamed_model(config: Streaming, checkpoint: Checkpoint, groups: Groups) ->
     return StreamedModel(checkpoint, groups, dtype=getattr(torch, config.runtime.dtype))
 
 
-def state_budget(config: Streaming) -> int:
+def state_budget(config: Spilling) -> int:
     """Bytes of hidden states that a process keeps in memory."""
     return parse_bytes(config.states_memory)
 
 
-def scratch(config: Streaming) -> Path:
+def scratch(config: Spilling) -> Path:
     """The directory for the files of a pass, beside the output, so that a later process finds them."""
     output = Path(config.output)
     return output.with_name(f".{output.name}.pass")
 
 
-def trail(config: Streaming, groups: Groups, subject: dict[str, Any]) -> Trail:
+def trail(config: Spilling, groups: Groups, subject: dict[str, Any]) -> Trail:
     """What saves a pass, so that a later process goes on.
 
     Args:

@@ -41,6 +41,7 @@ FILLED: dict[str, list[str]] = {
     "tokens": SOURCE,
     "prune": ["target.num_layers=2", "scores=scores"],
     "iterate": ["target.num_layers=2", *SOURCE],
+    "reconstruct": SOURCE,
     "search": ["space.num_layers.min=2", "budget.share=0.5", *SOURCE],
     "correct": SOURCE,
     "cache": SOURCE,

@@ -33,7 +33,7 @@ WORDS = {
     "memory", "memory_of", "method",
     "names", "name", "on_bad_record", "package", "packing", "partition", "precision", "prompts",
     "qos", "recompute", "result", "rule", "schema", "sequence", "spacing", "split", "states_memory", "system",
-   
+
     "tasks", "teacher_placement", "template", "text_key", "texts", "title", "user", "values", "weights", "builtin", "greedy",
 }  # fmt: skip
 

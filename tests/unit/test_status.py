@@ -40,6 +40,9 @@ def minitron(*args: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=120)
 
 
+pytestmark = pytest.mark.slow  # each starts commands, and those start processes
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     (tmp_path / "hf").mkdir()

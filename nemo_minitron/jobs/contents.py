@@ -12,7 +12,7 @@ from typing import Any
 from nemo_minitron.jobs import skipped
 from nemo_minitron.runtime.files import is_earlier
 
-__all__ = ["SMALL", "contents_of", "damaged", "is_incidental", "missing"]
+__all__ = ["SMALL", "contents_of", "damaged", "missing", "results_of"]
 
 #: Directories of training state and logs: deleting them to free space loses no result.
 _PASSING = ("checkpoints", "log", "logs", "previous", "tensorboard")
@@ -40,7 +40,12 @@ def contents_of(output: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def is_incidental(name: str) -> bool:
+def results_of(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The hashes of the files that make an output's result; with equal ones two outputs are the same to readers."""
+    return {name: entry["sha256"] for name, entry in contents.items() if not _is_incidental(name)}
+
+
+def _is_incidental(name: str) -> bool:
     """Whether a file of an output says more of the run than of its result.
 
     NeMo's descriptions name the run's directories and bear random names; a training's best state is kept beside its

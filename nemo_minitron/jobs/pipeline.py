@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_minitron.config import PipelineConfig, StageConfig
+from nemo_minitron.jobs.contents import results_of
 from nemo_minitron.jobs.dry_run import check_pipeline_space
 from nemo_minitron.jobs.lease import leased
 from nemo_minitron.jobs.local import run_output
@@ -116,7 +117,7 @@ def run_pipeline(
                     line.kept()
                 else:
                     record = _run(todo, line)
-                    if stale or (damaged is not None and record["files"] != damaged["files"]):
+                    if stale or (damaged is not None and results_of(record["files"]) != results_of(damaged["files"])):
                         remade.append(output.path.absolute())
             records.append(record or {})
         display.summary(stages, records, skipped)

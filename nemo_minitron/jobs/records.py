@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.jobs.contents import contents_of, is_incidental
+from nemo_minitron.jobs.contents import contents_of, results_of
 from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
@@ -242,11 +242,8 @@ def _contents(config: StageConfig) -> dict[str, str]:
         if (owned := recorded(path)) is None:
             continue
         owner, record = owned
-        files = {
-            file: entry["sha256"]
-            for file, entry in record.get("files", {}).items()
-            if (owner / file).is_relative_to(path) and not is_incidental(file)
-        }
+        results = results_of(record.get("files", {}))
+        files = {file: sha for file, sha in results.items() if (owner / file).is_relative_to(path)}
         if files:
             hashes[name] = _digest(files)
     return hashes

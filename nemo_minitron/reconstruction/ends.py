@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_minitron import axes
 from nemo_minitron.axes import Axis, KeptUnits
 from nemo_minitron.checkpoints.weights import torch_dtype
-from nemo_minitron.reconstruction.fitting import HELD_OUT, MatrixReport
+from nemo_minitron.reconstruction.fitting import MatrixReport, held_out
 from nemo_minitron.reconstruction.least_squares import Fit, Sums, solve
 from nemo_minitron.streamed import Pass
 
@@ -38,7 +38,7 @@ def fit_output(
     """
     teacher, student = theirs.model.checkpoint, ours.model.checkpoint
     table, shape = teacher.family, teacher.shape
-    norms = [_final_norm(run) for run in (theirs, ours)]
+    norms = [run.model.final_norm() for run in (theirs, ours)]
     sums = _sums(theirs, ours, norms)
     dtype = torch_dtype(student.architecture.dtype)
     device = ours.model.groups.device.torch
@@ -97,19 +97,13 @@ def _sums(theirs: Pass, ours: Pass, norms: list[Any]) -> list[Sums]:
         x, y = (
             norm(run.states.read(start, stop).to(device)) for run, norm in zip((ours, theirs), norms[::-1], strict=True)
         )
-        numbers = (start + torch.arange(len(inputs))) * groups.layout.data + groups.dp_rank
-        held = (numbers % HELD_OUT == HELD_OUT - 1).to(device)
+        held = held_out(groups, start, len(inputs))
         for which in (0, 1):
             chosen = held == bool(which)
             both[which].add(x[:, chosen], y[:, chosen])
     for part in both:
         part.all_reduce(groups.dp)
     return both
-
-
-def _final_norm(run: Pass) -> Any:
-    """The model's final norm alone."""
-    return run.model.output().decoder.final_layernorm
 
 
 def _same(value: torch.Tensor, run: Pass) -> torch.Tensor:

@@ -13,17 +13,16 @@ from nemo_minitron import axes
 from nemo_minitron.axes import Axis, KeptUnits
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.weights import torch_dtype
+from nemo_minitron.config import HELD_OUT
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.reconstruction.least_squares import RIDGES, Fit, Sums, solve
 from nemo_minitron.reconstruction.parts import Batch, Layer
 from nemo_minitron.reconstruction.scales import ChannelSums
+from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.model import ACTIVATIONS
 from nemo_minitron.streamed import Pass, States
 
-__all__ = ["HELD_OUT", "LayerFitting", "MatrixReport", "Targets"]
-
-#: Every so many-th sample is held out: it takes part in the choice of the ridges and not in the solutions.
-HELD_OUT = 5
+__all__ = ["LayerFitting", "MatrixReport", "Targets", "held_out"]
 
 #: Inputs ``[tokens, k]``, targets ``[tokens, m]`` and the tokens' samples ``[tokens]`` within a micro-batch.
 Pairs = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -217,7 +216,7 @@ class LayerFitting:
         sums = [ChannelSums(len(self.kept.hidden), self.groups.device.torch) for _ in range(2)]
         for batch in self.run.batches():
             ours, theirs, samples = pairs(batch)
-            held = self._held(batch[0], len(batch[1]))[samples]
+            held = held_out(self.groups, batch[0], len(batch[1]))[samples]
             for which in (0, 1):
                 chosen = held == bool(which)
                 sums[which].add(ours[chosen].double(), theirs[chosen].double())
@@ -331,20 +330,14 @@ class LayerFitting:
             if not both:
                 sizes, device = (inputs.shape[-1], targets.shape[-1]), inputs.device
                 both = [Sums(*sizes, square=square, device=device) for _ in range(2)]
-            held = self._held(batch[0], len(batch[1]))[samples]
+            held = held_out(self.groups, batch[0], len(batch[1]))[samples]
             for which, sums in enumerate(both):
                 chosen = held == bool(which)
                 sums.add(inputs[chosen], targets[chosen])
         for sums in both:
             sums.all_reduce(self.groups.dp)
-        fitted, held_out = both
-        return fitted, held_out
-
-    def _held(self, start: int, samples: int) -> torch.Tensor:
-        """``[b]`` bool, the samples that are held out: by their number among all ranks' samples."""
-        layout = self.groups.layout
-        numbers = (start + torch.arange(samples)) * layout.data + self.groups.dp_rank
-        return (numbers % HELD_OUT == HELD_OUT - 1).to(self.groups.device.torch)
+        fitted, held = both
+        return fitted, held
 
     def _read(self, states: States, batch: Batch) -> torch.Tensor:
         """``[s, b, ...]`` states of the samples of a micro-batch."""
@@ -395,6 +388,20 @@ class LayerFitting:
                 "or reconstruct in runtime.dtype=float32"
             )
         return value
+
+
+def held_out(groups: Groups, start: int, samples: int) -> torch.Tensor:
+    """``[b]`` bool, which samples of a micro-batch are held out: by their number among all ranks' samples.
+
+    They take part in the choice of the ridges and not in the solutions that it is made by.
+
+    Args:
+        groups: of this process.
+        start: this rank's number of the first sample.
+        samples: ``b``.
+    """
+    numbers = (start + torch.arange(samples)) * groups.layout.data + groups.dp_rank
+    return (numbers % HELD_OUT == HELD_OUT - 1).to(groups.device.torch)
 
 
 def _tokens(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

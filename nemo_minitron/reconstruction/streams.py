@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from nemo_minitron.axes import KeptUnits
+from nemo_minitron.config import HELD_OUT
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import DataError
 from nemo_minitron.reconstruction.ends import fit_output
-from nemo_minitron.reconstruction.fitting import HELD_OUT, LayerFitting, MatrixReport, Targets
+from nemo_minitron.reconstruction.fitting import LayerFitting, MatrixReport, Targets
 from nemo_minitron.reconstruction.least_squares import RIDGES
 from nemo_minitron.reconstruction.parts import Layer, watched
 from nemo_minitron.streamed import Pass, States, StreamedModel, Trail

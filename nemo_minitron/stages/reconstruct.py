@@ -17,7 +17,7 @@ from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import format_faults, staged_checkpoint
 from nemo_minitron.stages.shared.disk import checkpoint_need, described, expected, readable_model
-from nemo_minitron.stages.shared.measuring import start_groups
+from nemo_minitron.stages.shared.measuring import calibration_blocks, start_groups
 from nemo_minitron.stages.shared.streaming import scratch, state_budget, streamed_model, trail
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     import torch.distributed as dist
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data import build_blocks
     from nemo_minitron.importance import fingerprint
     from nemo_minitron.pruning import load_kept
     from nemo_minitron.reconstruction import RefittedLayers, check_cut, reconstruct
@@ -87,14 +86,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     teacher, model = open_checkpoint(config.teacher), open_checkpoint(config.model)
     kept, _ = load_kept(kept_path(config.model))
     check_cut(model, teacher, kept, merged_heads=bool(model.lineage.get("merge_pruned_heads")))
-    blocks = build_blocks(
-        config.data,
-        teacher.tokenizer,
-        "calibration",
-        blocks=config.samples,
-        vocab_size=teacher.shape.vocab_size,
-        max_length=teacher.architecture.max_position_embeddings,
-    )
+    blocks = calibration_blocks(config, teacher)
     subject = {
         "teacher": fingerprint(teacher),
         "model": fingerprint(model),

@@ -92,6 +92,13 @@ class StreamedModel:
         del chunk.decoder.layers[0]
         return self._loaded(chunk)
 
+    def final_norm(self) -> torch.nn.Module:
+        """The norm after the last layer; the output layer is not read."""
+        chunk = self._chunk(last=True)
+        load_into([chunk], self.checkpoint, self.groups, skip=(self.checkpoint.family.output, "decoder.layers."))
+        norm: torch.nn.Module = chunk.decoder.final_layernorm
+        return norm
+
     def release(self) -> None:
         """Drop the layer that :meth:`layer` gave last."""
         self.__dict__.pop("_between", None)

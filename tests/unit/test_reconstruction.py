@@ -9,12 +9,12 @@ import torch
 from support.families import CLASSES, family_model
 from support.mixture import random_mixture
 from support.pruning import DictWeights, live, logits, one_process, random_checkpoint, tokens
+from support.shapes import SHAPE
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.pruning import prune_weights
 from nemo_minitron.reconstruction import reconstruct
-from nemo_minitron.shape import ModelShape
 from nemo_minitron.streamed import StreamedModel
 
 
@@ -49,22 +49,11 @@ def test_keeping_everything_changes_nothing(groups, tmp_path, family):
         torch.testing.assert_close(tensor, teacher.weights.tensor(name), rtol=1e-4, atol=1e-5)
 
 
-SIZES = ModelShape(
-    num_layers=3,
-    hidden_size=24,
-    ffn_hidden_size=40,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=6,
-    vocab_size=67,
-)
-
-
 def difference(teacher, student, groups):
     """Largest difference of the logits on tokens that the calibration did not see, relative to the largest."""
     ids = tokens(4, 13, seed=9)[:, :-1]
     expected, ours = (
-        logits(live(checkpoint, groups, dtype=torch.float32), ids)[..., : SIZES.vocab_size].float()
+        logits(live(checkpoint, groups, dtype=torch.float32), ids)[..., : SHAPE.vocab_size].float()
         for checkpoint in (teacher, student)
     )
     expected, ours = (part - part.mean(-1, keepdim=True) for part in (expected, ours))  # a constant does not count
@@ -105,7 +94,7 @@ def idle_layer(tensors):
         tensors[f"decoder.layers.1.{name}.weight"].zero_()
 
 
-ALL = KeptUnits.everything(SIZES)
+ALL = KeptUnits.everything(SHAPE)
 NEURONS = dataclasses.replace(ALL, ffn=(tuple(range(20)),) * 3)
 HEADS = dataclasses.replace(ALL, heads=(tuple((2 * group,) for group in range(4)),) * 3)
 CHANNELS = dataclasses.replace(ALL, hidden=tuple(range(12)))
@@ -130,7 +119,7 @@ def test_units_that_others_replace_are_made_up_for(groups, change, kept, tied):
         for each in change:
             each(tensors)
 
-    teacher = random_checkpoint(SIZES.replace(tied_embeddings=tied), change=edit)
+    teacher = random_checkpoint(SHAPE.replace(tied_embeddings=tied), change=edit)
     pruned, refitted, _, _ = refit(teacher, kept, groups, tokens(40, 13))
     assert difference(teacher, pruned, groups) > 0.1
     assert difference(teacher, refitted, groups) < 1e-4

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
 from nemo_minitron.config.parts.sizes import parse_bytes
 
-__all__ = ["MEMORY", "ParallelLayout", "RuntimeConfig", "memory_faults"]
+__all__ = ["MEMORY", "ParallelLayout", "RuntimeConfig", "memory_faults", "states_faults"]
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,13 @@ other, with one layer's weights in memory; "auto" streams a model that does not 
 
 def memory_faults(config: Any) -> list[str]:
     """What is wrong with the settings ``memory`` and ``states_memory`` of a stage."""
-    faults = choice(config, "memory", MEMORY)
+    return [*choice(config, "memory", MEMORY), *states_faults(config)]
+
+
+def states_faults(config: Any) -> list[str]:
+    """What is wrong with the setting ``states_memory`` of a stage."""
     try:
         parse_bytes(config.states_memory)
     except ValueError as error:
-        faults.append(f"states_memory={config.states_memory}: {error}")
-    return faults
+        return [f"states_memory={config.states_memory}: {error}"]
+    return []

@@ -11,14 +11,14 @@ from nemo_minitron.config.parts import (
     DataConfig,
     ParallelLayout,
     choice,
-    parse_bytes,
     positive,
+    states_faults,
     written_formats,
 )
 from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
 from nemo_minitron.config.tables import Choices, WrittenFormats
 
-__all__ = ["ReconstructConfig"]
+__all__ = ["HELD_OUT", "ReconstructConfig"]
 
 #: Every so many-th calibration sample is held out for the choice of the ridges.
 HELD_OUT = 5
@@ -65,10 +65,7 @@ class ReconstructConfig(StageConfig):
     def faults(self) -> list[str]:
         """Unknown formats, sizes that are none, too few samples to hold any out, layouts beyond data parallelism."""
         faults = [*choice(self, "format", written_formats()), *positive(self, "samples", "micro_batch_size")]
-        try:
-            parse_bytes(self.states_memory)
-        except ValueError as error:
-            faults.append(f"states_memory={self.states_memory}: {error}")
+        faults += states_faults(self)
         least = HELD_OUT * self.parallel.data
         if 0 < self.samples < least:
             faults.append(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nemo_minitron.data import Blocks
     from nemo_minitron.runtime.groups import Groups
 
-__all__ = ["Measured", "live_model", "open_measured", "plan_measuring", "start_groups"]
+__all__ = ["Measured", "calibration_blocks", "live_model", "open_measured", "plan_measuring", "start_groups"]
 
 
 class Measuring(Running, Protocol):
@@ -80,11 +80,21 @@ def open_measured(config: Measuring) -> Measured:
         MinitronError: for a checkpoint or text that cannot be used.
     """
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.data import build_blocks
 
     groups = start_groups(config)
     checkpoint = open_checkpoint(config.model)
-    blocks = build_blocks(
+    return Measured(checkpoint, groups, calibration_blocks(config, checkpoint))
+
+
+def calibration_blocks(config: Measuring, checkpoint: Checkpoint) -> Blocks:
+    """``[samples, s + 1]`` tokens of a stage's calibration split, cut with a model's tokenizer.
+
+    Raises:
+        MinitronError: for text that cannot be used.
+    """
+    from nemo_minitron.data import build_blocks
+
+    return build_blocks(
         config.data,
         checkpoint.tokenizer,
         "calibration",
@@ -92,7 +102,6 @@ def open_measured(config: Measuring) -> Measured:
         vocab_size=checkpoint.shape.vocab_size,
         max_length=checkpoint.architecture.max_position_embeddings,
     )
-    return Measured(checkpoint, groups, blocks)
 
 
 def live_model(config: Running, checkpoint: Checkpoint, groups: Groups) -> list[GPTModel]:

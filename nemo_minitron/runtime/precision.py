@@ -14,13 +14,13 @@ __all__ = ["Choice", "choose"]
 #: Of a processor, as Linux names them: what makes products in bfloat16 fast.
 _FEATURES = ("amx_bf16", "avx512_bf16")
 _CPUINFO = Path("/proc/cpuinfo")
-#: Rows, inner size and columns of the product that is timed: 4.3 GFLOP.
-_ROWS, _INNER, _COLUMNS = 512, 2048, 2048
+#: Rows, inner size and columns of the product that is timed: 1.1 GFLOP.
+_ROWS, _INNER, _COLUMNS = 512, 1024, 1024
 #: How many times faster the product must be: around it a mixed precision casts weights and gradients.
 _MARGIN = 1.5
 #: No further product begins after so many seconds.
 _SECONDS = 1.0
-_ROUNDS = 3
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def choose(device: Device) -> Choice:
     """The faster of float32 and bfloat16 for matrix products on this process's device.
 
     On CUDA bfloat16 from compute capability 8.0 on. On the CPU bfloat16 where the processor has AMX or AVX512-BF16 and
-    a product takes at most two thirds of the time that float32 takes; that is measured, with the threads of this
-    process, in about a second.
+    a product takes at most two thirds of the time that float32 takes. That is measured, with the threads of this process,
+    in at most about a second of the processor's time: by the clock, a busy machine would have its say.
     """
     import torch
 
@@ -69,24 +69,24 @@ def _features(text: str) -> list[str]:
 
 
 def _product(dtype: object) -> float:
-    """Seconds of one product."""
+    """Seconds of the processor for one product."""
     import torch
 
     assert isinstance(dtype, torch.dtype)
     inputs = torch.full((_ROWS, _INNER), 0.5, dtype=dtype)
     weight = torch.full((_COLUMNS, _INNER), 0.5, dtype=dtype)
-    started = time.perf_counter()
+    started = time.process_time()
     torch.nn.functional.linear(inputs, weight)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def _times(seconds: Callable[[str], float], names: tuple[str, str]) -> tuple[float, float]:
-    """The least seconds of each, in turn, so that other work on the machine slows both; the first round warms up."""
-    until = time.perf_counter() + _SECONDS
+    """The least seconds of each, in turn, so that whatever slows the machine slows both; the first round warms up."""
+    until = time.process_time() + _SECONDS
     first = [seconds(name) for name in names]
     best = [float("inf")] * 2
     for _ in range(_ROUNDS):
-        if time.perf_counter() > until:
+        if time.process_time() > until:
             break
         best = [min(before, seconds(name)) for before, name in zip(best, names, strict=True)]
     # A machine so slow that one round took the whole time: its warm-up is small beside it.

@@ -40,8 +40,8 @@ def choose(device: Device) -> Choice:
     """The faster of float32 and bfloat16 for matrix products on this process's device.
 
     On CUDA bfloat16 from compute capability 8.0 on. On the CPU bfloat16 where the processor has AMX or AVX512-BF16 and
-    a product takes at most two thirds of the time that float32 takes. That is measured, with the threads of this process,
-    in at most about a second of the processor's time: by the clock, a busy machine would have its say.
+    a product takes at most two thirds of the time that float32 takes. That is measured, with the threads of this
+    process, in at most about a second of the processor's time: the clock would count the machine's other work.
     """
     import torch
 

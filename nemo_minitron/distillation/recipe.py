@@ -104,6 +104,7 @@ def distill(
         placement,
         learning,
         common,
+        chunked=schedule.logits == "chunks",
         optim=optimizer_of(schedule),
     )
     try:
@@ -165,7 +166,8 @@ def correct(
     if resume and (done := finished(directory, schedule.steps)):
         return done
     check_model(initial, layout, Blocks.of(train_blocks).sequence_length)
-    model = LanguageModel(trained_config(initial, layout, schedule), initial, layout, optim=optimizer_of(schedule))
+    config, chunked = trained_config(initial, layout, schedule), schedule.logits == "chunks"
+    model = LanguageModel(config, initial, layout, chunked, optim=optimizer_of(schedule))
     return train(
         model,
         initial,

@@ -21,7 +21,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from nemo.core.optim import McoreDistributedOptimizer
 from nemo.core.optim.lr_scheduler import CosineAnnealing
 
+from nemo_minitron.distillation.losses.fused_head import OutputHead
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
+from nemo_minitron.distillation.teachers.frozen import head_of
 from nemo_minitron.distillation.training.guards import finite_gradients
 from nemo_minitron.errors import CheckpointError, NonFiniteError
 from nemo_minitron.runtime.context import rank_batch
@@ -183,6 +185,12 @@ class LearningTeacher:
         logits: torch.Tensor
         logits, _ = self._last.output_layer(hidden, weight=weight)
         return logits
+
+    def head(self, hidden: torch.Tensor) -> OutputHead:
+        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`."""
+        assert self._last is not None, "only the last pipeline stage has an output layer"
+        tied = self._last.share_embeddings_and_output_weights
+        return head_of(self._last, hidden, self._last.shared_embedding_or_output_weight() if tied else None)
 
     def step(self) -> float:
         """Update the weights; every rank calls it after :meth:`run`. Returns the norm of the gradient."""

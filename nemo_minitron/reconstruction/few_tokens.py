@@ -10,7 +10,7 @@ have so many columns that this is a matter of minutes or hours, and of gigabytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -74,16 +74,6 @@ class Tokens:
         result.inputs, result.targets, result.weight = self.inputs, self.targets, weight
         return result
 
-    def missing(self, start: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[n, rows]`` targets, and what the pruned matrix lacks of them.
-
-        Args:
-            start: ``[m, k]``, the pruned matrix.
-            rows: of it.
-        """
-        targets = self.targets[:, rows] if self.weight is None else self.targets @ self.weight[rows].double().T
-        return targets, targets - self.inputs @ start[rows].double().T
-
     def __add__(self, other: Tokens) -> Tokens:
         result = object.__new__(Tokens)
         result.inputs = torch.cat([self.inputs, other.inputs])
@@ -104,69 +94,81 @@ def make_sums(columns: int, rows: int, most: int, *, square: bool = False, devic
     return Sums(columns, rows, square=square, device=device)
 
 
-def solve(
-    weight: torch.Tensor, fitted: Sums | Tokens, held: Sums | Tokens, *, ridges: Sequence[float] = RIDGES
-) -> Fit:
+def solve(weight: torch.Tensor, fitted: Sums | Tokens, held: Sums | Tokens, *, ridges: Sequence[float] = RIDGES) -> Fit:
     """:func:`nemo_minitron.reconstruction.least_squares.solve`, of sums or of tokens."""
     if isinstance(fitted, Sums) and isinstance(held, Sums):
         return least_squares.solve(weight, fitted, held, ridges=ridges)
     assert isinstance(fitted, Tokens) and isinstance(held, Tokens), "both are gathered alike"
     columns, tokens = weight.shape[1], len(fitted.inputs)
     tried = [ridge for ridge in ridges if ridge >= CAREFUL or tokens >= columns]
-    power, before, errors = _errors(weight, fitted, held, tried)
+    both = fitted + held
+    lacking, powers = _lacking(weight, both)
+    power, before = float(powers[tokens:].sum()), float(_squares(lacking[tokens:]).sum())
     scale = 1 / power if power > 0 else 1.0
     best, chosen, worse = before * scale, None, 0
-    for ridge, error in zip(tried, errors, strict=True):
+    for ridge, error in zip(tried, _errors(both.inputs, lacking, tokens, tried), strict=True):
         if chosen is not None and worse == PATIENCE:
             break
         worse = 0 if error * scale < best else worse + 1
         if error * scale < best:
             best, chosen = error * scale, ridge
-    final = None if chosen is None else _solution(weight, fitted + held, chosen)
+    final = None if chosen is None else _solution(weight, both.inputs, lacking, chosen)
     short = tokens < columns
     if final is None:
         return Fit(weight.double(), None, before * scale, before * scale, short)
     return Fit(final, chosen, before * scale, best, short)
 
 
-def _errors(
-    start: torch.Tensor, fitted: Tokens, held: Tokens, ridges: Sequence[float]
-) -> tuple[float, float, list[float]]:
-    """On the held-out tokens: the targets' power, the error of the pruned matrix, and of each ridge's solution."""
-    power = before = 0.0
-    errors = [0.0] * len(ridges)
-    gram = fitted.inputs @ fitted.inputs.T
+def _lacking(start: torch.Tensor, both: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[n, m]``, what the pruned matrix lacks of the targets, and ``[n]`` float64, the targets' squares.
+
+    Products with a matrix in half precision are in float32, as the solution is rounded to half precision again.
+    """
+    work = torch.float64 if start.dtype in (torch.float32, torch.float64) else torch.float32
+    inputs, given = both.inputs.to(work), both.targets.to(work)
+    lacking = torch.empty(len(inputs), len(start), dtype=work, device=inputs.device)
+    powers = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
+    for first in range(0, len(start), _ROWS):
+        rows = slice(first, first + _ROWS)
+        targets = given[:, rows] if both.weight is None else given @ both.weight[rows].to(work).T
+        powers += _squares(targets)
+        lacking[:, rows] = torch.addmm(targets, inputs, start[rows].to(work).T, alpha=-1)
+    return lacking, powers
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """``[n, m] -> [n]`` float64, sums of squares."""
+    return values.square().sum(1, dtype=torch.float64)
+
+
+def _errors(inputs: torch.Tensor, lacking: torch.Tensor, tokens: int, ridges: Sequence[float]) -> list[float]:
+    """Of each ridge's solution by the first tokens, on those after them."""
+    fitted, held = inputs[:tokens], inputs[tokens:]
+    gram = fitted @ fitted.T
     if not bool(torch.isfinite(gram).all()):
-        return power, before, [float("inf") for _ in ridges]
-    mean = float(gram.diagonal().sum()) / start.shape[1]
+        return [float("inf") for _ in ridges]
+    mean = float(gram.diagonal().sum()) / inputs.shape[1]
     values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0)
-    across = held.inputs @ fitted.inputs.T @ vectors
-    for rows in _parts(start):
-        targets, lacking = held.missing(start, rows)
-        known = vectors.T @ fitted.missing(start, rows)[1]
-        power += float(targets.square().sum())
-        before += float(lacking.square().sum())
-        for number, ridge in enumerate(ridges):
-            error = float((lacking - (across / (values + ridge * mean)) @ known).square().sum())
-            errors[number] += error if error == error else float("inf")
-    return power, before, errors
+    across = held @ fitted.T @ vectors
+    known = vectors.to(lacking.dtype).T @ lacking[:tokens]
+    errors = []
+    for ridge in ridges:
+        shares = across / (values.clamp_min(0) + ridge * mean)
+        error = float(_squares(torch.addmm(lacking[tokens:], shares.to(known.dtype), known, alpha=-1)).sum())
+        errors.append(error if error == error else float("inf"))
+    return errors
 
 
-def _solution(start: torch.Tensor, both: Tokens, ridge: float) -> torch.Tensor | None:
+def _solution(start: torch.Tensor, inputs: torch.Tensor, lacking: torch.Tensor, ridge: float) -> torch.Tensor | None:
     """``[m, k]`` float64, by all tokens; None where it is not finite."""
-    gram = both.inputs @ both.inputs.T
+    gram = inputs @ inputs.T
     gram.diagonal().add_(ridge * gram.diagonal().sum() / start.shape[1])
     factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):
         return None
+    shared = torch.cholesky_solve(inputs, factor).to(lacking.dtype)  # (X X' + level * I)^-1 X
     result = torch.empty(start.shape, dtype=torch.float64, device=start.device)
-    for rows in _parts(start):
-        shares = torch.cholesky_solve(both.missing(start, rows)[1], factor)
-        result[rows] = torch.addmm(start[rows].double(), shares.T, both.inputs)
+    for first in range(0, len(start), _ROWS):
+        rows = slice(first, first + _ROWS)
+        result[rows] = start[rows].double() + lacking[:, rows].T @ shared
     return result if bool(torch.isfinite(result).all()) else None
-
-
-def _parts(matrix: torch.Tensor) -> Iterator[slice]:
-    for first in range(0, len(matrix), _ROWS):
-        yield slice(first, first + _ROWS)

@@ -97,9 +97,7 @@ def test_mapped_targets_are_those_of_a_matrix():
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    tokens=st.integers(1, 20), columns=st.integers(24, 40), mapped=st.booleans(), seed=st.integers(0, 2**31)
-)
+@given(tokens=st.integers(1, 20), columns=st.integers(24, 40), mapped=st.booleans(), seed=st.integers(0, 2**31))
 def test_few_tokens_give_what_their_sums_give(tokens, columns, mapped, seed):
     draw = torch.Generator().manual_seed(seed)
     x, y = torch.randn(tokens + 4, columns, generator=draw), torch.randn(tokens + 4, 5, generator=draw)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.report.run import Run, StageRun, stage_of
+from nemo_minitron.report.run import Part, Run, StageRun, stage_of
 from nemo_minitron.report.teachers import teacher_of
 from nemo_minitron.shape import ModelShape
 
@@ -239,14 +239,30 @@ def stage_table(run: Run) -> Table:
 
 
 def export_table(run: Run) -> Table | None:
-    """Size of every exported format; None without an export."""
-    rows = [
-        [f"{stage.name}/{part.name}", part.kind, size(part.size)]
-        for stage in run.stages
-        if stage.stage == "export"
-        for part in stage.parts()
-    ]
-    return Table("What was exported", ["path", "format", "size"], rows, ["" for _ in rows]) if rows else None
+    """Size of every exported format, what rounding cost it, and its held-out loss; None without an export."""
+    losses = {
+        Path(model["path"]).absolute(): model["loss"]
+        for _, evaluation in run.evaluations
+        for model in evaluation["models"].values()
+        if "path" in model
+    }
+    parts = [(stage, part) for stage in run.stages if stage.stage == "export" for part in stage.parts()]
+    rounded = any(part.weight_error is not None for _, part in parts)
+    measured = any(_exported(stage, part) in losses for stage, part in parts)
+    headings = ["path", "format", "size", *(["weights differ by"] if rounded else []), *(["loss"] if measured else [])]
+    rows = []
+    for stage, part in parts:
+        row = [f"{stage.name}/{part.name}", part.kind, size(part.size)]
+        row += ["–" if part.weight_error is None else f"{part.weight_error:.2%}"] if rounded else []
+        loss = losses.get(_exported(stage, part))
+        row += ["–" if loss is None else f"{loss:.3f}"] if measured else []
+        rows.append(row)
+    return Table("What was exported", headings, rows, ["" for _ in rows]) if rows else None
+
+
+def _exported(stage: StageRun, part: Part) -> Path:
+    """Where a part of an export was written."""
+    return Path(stage.config["output"]).absolute() / part.name
 
 
 def step_boxes(run: Run) -> list[dict[str, str]]:

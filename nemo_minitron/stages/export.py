@@ -87,6 +87,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
                     run_dir=_run_dir(config.model),
                     base_model=config.base_model,
                     license_name=config.license,
+                    library=entry.card,
                 )
             exports[form] = record
             logger.info("exported %s", record["path"])

@@ -81,7 +81,7 @@ def test_the_import_door_reads_the_same_model(name, files):
                 assert (ours - theirs).abs().max() <= most * ours.abs().max(), weight
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "linear", "qwen2", "qwen3", "nemotron", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "linear", "qwen2", "qwen2-usual", "qwen3", "nemotron", "gemma3"])
 def test_what_llama_cpp_computes_in_float64(name, files):
     model, written = files(name)
     reference = made.reference_logits(written["F32"], IDS.numpy())
@@ -340,7 +340,9 @@ def test_the_stage(tmp_path):
     assert files["F32"]["weight_error"] == 0
     assert 1e-3 < files["Q8_0"]["weight_error"] < 1e-2
     assert files["Q8_0"]["bytes"] == (tmp_path / "out/gguf/model-Q8_0.gguf").stat().st_size < files["F32"]["bytes"] / 2
-    assert (tmp_path / "out/gguf/README.md").is_file()
+    card = (tmp_path / "out/gguf/README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "llama-server -m" in card
     assert sorted(file.name for file in (tmp_path / "out/gguf").iterdir()) == [
         "README.md", "minitron.json", "model-F32.gguf", "model-Q8_0.gguf"]  # fmt: skip
     fields = fields_of(tmp_path / "out/gguf/model-Q8_0.gguf")

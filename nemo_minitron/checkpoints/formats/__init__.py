@@ -47,7 +47,7 @@ OWN_FORMATS = (
         peek=peek_hf,
         safe_loader=True,
         faults=hf_faults,
-        card=True,
+        card="transformers",
     ),
     Format(
         name="nemo2",
@@ -85,7 +85,7 @@ OWN_FORMATS = (
         exported=exported_files,
         loader=gguf_logits,
         faults=gguf_faults,
-        card=True,
+        card="gguf",
         read_needs=("gguf",),
         write_needs=("gguf",),
         settings_need=gguf_needs,

@@ -91,7 +91,7 @@ class Format:
         faults: why the format cannot hold a model, before any work; None: it holds all whose layers are alike.
         foreign_faults: why its own library, where this package is not installed, could not open what is written: an
             export is refused then, an output for further stages is not. None: it can open everything.
-        card: a ``README.md`` with a model card belongs beside it.
+        card: a ``README.md`` with a model card belongs beside it: the library that it is for, by the Hub's name.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
@@ -114,7 +114,7 @@ class Format:
     safe_loader: bool = False
     faults: Callable[[ModelShape, Architecture], list[str]] | None = None
     foreign_faults: Callable[[Architecture], list[str]] | None = None
-    card: bool = False
+    card: str | None = None
     suffix: str | None = None
     read_needs: tuple[str, ...] = ()
     write_needs: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from nemo_minitron import axes
 from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.base import Checkpoint, Weights
 from nemo_minitron.checkpoints.formats.entry import ExportNotes, Progress
-from nemo_minitron.checkpoints.formats.gguf.architectures import WRITTEN, GGUFArchitecture, architecture_of
+from nemo_minitron.checkpoints.formats.gguf.architectures import GGUFArchitecture, architecture_of, written_as
 from nemo_minitron.checkpoints.formats.gguf.faults import gguf_faults
 from nemo_minitron.checkpoints.formats.gguf.kinds import KINDS, Kind, stored_as, wider
 from nemo_minitron.checkpoints.formats.gguf.model_fields import add_model, add_notes
@@ -115,8 +115,10 @@ def write_gguf(
     require("gguf", for_="writing GGUF")
     vocabulary = check_gguf(checkpoint)
     shape, architecture = checkpoint.shape, checkpoint.architecture
-    name = WRITTEN[architecture.family]
-    entry = architecture_of(name, experts=shape.num_moe_experts is not None)
+    name = written_as(architecture.family, shape)
+    assert name is not None
+    biases = axes.family(architecture.family).qkv_bias
+    entry = architecture_of(name, experts=shape.num_moe_experts is not None, biases=biases)
     assert entry is not None
     tensors = list(_tensors(checkpoint, name))
     output = _OUTPUT if any(tensor.name == _OUTPUT for tensor in tensors) else _EMBEDDINGS

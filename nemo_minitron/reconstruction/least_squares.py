@@ -61,14 +61,19 @@ class Sums:
         return sums
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens."""
-        x, y = inputs.flatten(0, -2).double(), targets.flatten(0, -2).double()
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(y.T, x)
+        """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens.
+
+        Those in half precision, whose products are exact in float32, are added up in float32 within this call.
+        """
+        half = inputs.dtype.itemsize < 4 and targets.dtype.itemsize < 4
+        dtype = torch.float32 if half else torch.float64
+        x, y = inputs.flatten(0, -2).to(dtype), targets.flatten(0, -2).to(dtype)
+        self.gram += x.T @ x
+        self.cross += y.T @ x
         if self.power.ndim:
-            self.power.addmm_(y.T, y)
+            self.power += y.T @ y
         else:
-            self.power += y.square().sum()
+            self.power += y.square().sum(dtype=torch.float64)
         self.tokens += len(x)
 
     def all_reduce(self, group: dist.ProcessGroup) -> None:

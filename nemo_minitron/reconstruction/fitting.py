@@ -15,14 +15,15 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.config import HELD_OUT
 from nemo_minitron.errors import NonFiniteError
-from nemo_minitron.reconstruction.least_squares import RIDGES, Fit, Sums, solve
+from nemo_minitron.reconstruction.few_tokens import Tokens, make_sums, solve
+from nemo_minitron.reconstruction.least_squares import RIDGES, Fit, Sums
 from nemo_minitron.reconstruction.parts import Batch, Layer
 from nemo_minitron.reconstruction.scales import ChannelSums
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.model import ACTIVATIONS
 from nemo_minitron.streamed import Pass, States
 
-__all__ = ["LayerFitting", "MatrixReport", "Targets", "held_out"]
+__all__ = ["LayerFitting", "MatrixReport", "Targets", "held_out", "tokens_of_all"]
 
 #: Inputs ``[tokens, k]``, targets ``[tokens, m]`` and the tokens' samples ``[tokens]`` within a micro-batch.
 Pairs = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -208,7 +209,7 @@ class LayerFitting:
             return ours.flatten()[:, None], theirs.flatten()[:, None], samples
 
         fitted, held = self._sums(pairs, name)
-        fit = solve(torch.ones(1, 1, device=fitted.gram.device), fitted, held, ridges=[1e-6])
+        fit = solve(torch.ones(1, 1, device=self.groups.device.torch), fitted, held, ridges=[1e-6])
         self._scale(weight, fit, fit.weight[0])
 
     def _scales(self, name: str, pairs: Pairs) -> None:
@@ -321,23 +322,23 @@ class LayerFitting:
 
     # ------------------------------------------------------------------------------------------------------- the pieces
 
-    def _sums(self, pairs: Pairs, name: str, *, square: bool = False) -> tuple[Sums, Sums]:
+    def _sums(self, pairs: Pairs, name: str, *, square: bool = False) -> tuple[Sums, Sums] | tuple[Tokens, Tokens]:
         """Sums over the tokens that are solved for, and over those that are held out; of all ranks. Collective."""
-        both: list[Sums] = []
+        both: list[Any] = []
+        most = tokens_of_all(self.run)
         for batch in self.run.batches():
             inputs, targets, samples = pairs(batch)
             self._finite(inputs, f"{name} (its input)")
             if not both:
                 sizes, device = (inputs.shape[-1], targets.shape[-1]), inputs.device
-                both = [Sums(*sizes, square=square, device=device) for _ in range(2)]
+                both = [make_sums(*sizes, most, square=square, device=device) for _ in range(2)]
             held = held_out(self.groups, batch[0], len(batch[1]))[samples]
             for which, sums in enumerate(both):
                 chosen = held == bool(which)
                 sums.add(inputs[chosen], targets[chosen])
         for sums in both:
             sums.all_reduce(self.groups.dp)
-        fitted, held = both
-        return fitted, held
+        return both[0], both[1]
 
     def _read(self, states: States, batch: Batch) -> torch.Tensor:
         """``[s, b, ...]`` states of the samples of a micro-batch."""
@@ -402,6 +403,14 @@ def held_out(groups: Groups, start: int, samples: int) -> torch.Tensor:
     """
     numbers = (start + torch.arange(samples)) * groups.layout.data + groups.dp_rank
     return (numbers % HELD_OUT == HELD_OUT - 1).to(groups.device.torch)
+
+
+def tokens_of_all(run: Pass) -> int:
+    """Number of tokens of all data-parallel ranks. Collective."""
+    groups = run.model.groups
+    count = torch.tensor([run.blocks.sequence_length * len(run.blocks)], device=groups.device.torch)
+    dist.all_reduce(count, group=groups.dp)
+    return int(count)
 
 
 def _tokens(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

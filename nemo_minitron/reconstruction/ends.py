@@ -78,12 +78,12 @@ def _scale_problem(sums: Sums, own: torch.Tensor, whole: torch.Tensor) -> Sums:
     """
     ours, theirs = own.double(), whole.double()
     ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
-    result = object.__new__(Sums)
-    result.gram = sums.gram * (ours.T @ ours)
-    result.cross = (sums.cross.T * (ours.T @ theirs)).sum(1)[None]
-    result.power = ((theirs.T @ theirs) * sums.power).sum()
-    result.tokens = sums.tokens
-    return result
+    return Sums.of(
+        sums.gram * (ours.T @ ours),
+        (sums.cross.T * (ours.T @ theirs)).sum(1)[None],
+        ((theirs.T @ theirs) * sums.power).sum(),
+        sums.tokens,
+    )
 
 
 def _sums(theirs: Pass, ours: Pass, norms: list[Any], *, few: bool) -> list[Any]:

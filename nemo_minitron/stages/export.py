@@ -64,7 +64,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         for form in dict.fromkeys(config.formats):
             path = output / FORMATS[form].output_name
             written = write_checkpoint(named, path, form, dtype=config.dtype, max_shard_size=config.max_shard_size)
-            figures = verified(source, written, verify if config.verify else None)
+            figures = verified(source, written, verify if config.verify else None, config.memory)
             if FORMATS[form].card:
                 write_export_card(
                     source,

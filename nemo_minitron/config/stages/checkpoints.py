@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
     DTYPES,
+    MEMORY,
     SHARD_SIZE,
     choice,
     format_list_faults,
@@ -34,6 +35,8 @@ class ImportConfig(StageConfig):
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload the result and compare logits with the source's.
         cache_dir: where a fetched package is kept.
+        memory: of ``verify``: "live" has each model in memory whole, in float32; "streamed" a layer at a time; "auto"
+            streams models that do not fit.
     """
 
     STAGE: ClassVar[str] = "import"
@@ -46,6 +49,7 @@ class ImportConfig(StageConfig):
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
     PATHS: ClassVar[tuple[str, ...]] = ("output", "cache_dir")
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
+    ADDED: ClassVar[tuple[str, ...]] = ("memory",)
     NEEDS_GPU: ClassVar[bool] = False
 
     source: str | None = None
@@ -54,6 +58,7 @@ class ImportConfig(StageConfig):
     dtype: str | None = None
     verify: bool = True
     cache_dir: str = ".cache/minitron"
+    memory: str = "auto"
 
     def is_path(self, name: str, value: str) -> bool:
         """``cache_dir`` is used only with a package."""
@@ -65,6 +70,7 @@ class ImportConfig(StageConfig):
             *one_of(self, "source", "package"),
             *choice(self, "format", written_formats()),
             *choice(self, "dtype", DTYPES),
+            *choice(self, "memory", MEMORY),
         ]
 
 
@@ -82,6 +88,8 @@ class ExportConfig(StageConfig):
         base_model: name on the Hugging Face Hub of the model that it was made from, for the model card.
         license: the Hub's name of that model's license, such as "apache-2.0", for the model card; null takes what the
             base's own card says.
+        memory: of ``verify``: "live" has each model in memory whole, in float32; "streamed" a layer at a time; "auto"
+            streams models that do not fit.
     """
 
     STAGE: ClassVar[str] = "export"
@@ -89,7 +97,7 @@ class ExportConfig(StageConfig):
     LEVEL: ClassVar[str] = "torch"
     ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
-    ADDED: ClassVar[tuple[str, ...]] = ("max_shard_size", "base_model", "license")
+    ADDED: ClassVar[tuple[str, ...]] = ("max_shard_size", "base_model", "license", "memory")
     TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats()}
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -100,10 +108,12 @@ class ExportConfig(StageConfig):
     max_shard_size: str = SHARD_SIZE
     base_model: str | None = None
     license: str | None = None
+    memory: str = "auto"
 
     def faults(self) -> list[str]:
         """Unknown or no formats, a size that is none."""
         faults = format_list_faults(self.formats)
         if not self.formats:
             faults.append(f"formats: none is given; list any of {', '.join(written_formats())}")
-        return [*faults, *choice(self, "dtype", DTYPES), *shard_size_faults(self.max_shard_size)]
+        faults += [*choice(self, "dtype", DTYPES), *choice(self, "memory", MEMORY)]
+        return [*faults, *shard_size_faults(self.max_shard_size)]

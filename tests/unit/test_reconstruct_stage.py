@@ -191,7 +191,7 @@ def test_text_outside_has_a_name_of_its_own(home, tmp_path):
 
 def test_gradient_steps_follow_if_asked_for(home, tmp_path):
     with one_process():
-        block = BlockConfig(steps=8, learning_rate=5e-3)
+        block = BlockConfig(steps=16, learning_rate=3e-4)
         metrics = reconstruct.run(config(home, tmp_path / "out", method="block", block=block))
     content = json.loads((tmp_path / "out/reconstruction.json").read_text())
     reports = [layer["block"] for layer in content["layers"]]

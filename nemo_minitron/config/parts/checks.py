@@ -17,6 +17,7 @@ __all__ = [
     "MEMORY_USES",
     "ON_BAD_RECORD",
     "RECOMPUTE",
+    "TAYLOR_LOSSES",
     "TEACHER_PLACEMENTS",
     "choice",
     "format_list_faults",
@@ -28,6 +29,7 @@ __all__ = [
 
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 DTYPES = ("float32", "bfloat16")
+TAYLOR_LOSSES = ("labels", "kl")
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
 DEPTH_FORMS = ("lowest", "contiguous", "greedy")
 TEACHER_PLACEMENTS = ("shared", "own_layout", "own_ranks")

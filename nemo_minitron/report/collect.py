@@ -222,11 +222,26 @@ def _search(stage: StageRun, run: Run) -> None:
     run.searches.append((stage.name, content))
 
 
+def _reconstruction(stage: StageRun, run: Run) -> None:
+    content = _json(stage.path / "reconstruction.json", run)
+    if content is None:  # beside a .nemo file there is none
+        return
+    try:
+        _ = [matrix["ridge"] for layer in content["layers"] for matrix in layer["matrices"]]
+        for values in content.get("losses", {}).values():  # earlier releases measured none
+            _ = [values[model] + 0 for model in ("teacher", "pruned", "reconstructed", "blocks")]
+    except (AttributeError, KeyError, TypeError) as error:
+        run.remarks.append(f"the reconstruction of {stage.name} is incomplete ({error!r}); left out")
+        return
+    run.reconstructions.append((stage.name, content))
+
+
 _READERS: dict[str, Callable[[StageRun, Run], None]] = {
     "score": _scores,
     "correct": _curve,
     "distill": _curve,
     "evaluate": _evaluation,
     "search": _search,
+    "reconstruct": _reconstruction,
     **dict.fromkeys(("sft", "dpo", "reinforce", "steerlm2"), _alignment),
 }

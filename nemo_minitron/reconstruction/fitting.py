@@ -75,8 +75,9 @@ class LayerFitting:
 
     Matrices that read the residual stream aim at the teacher's outputs of the kept rows. Those that write to it aim at
     the teacher's stream after the part, in the kept channels, less the pruned model's own stream before it: so they
-    make up for the error of all earlier layers, and of layers that were dropped. There every token counts relative to
-    its own size in the stream.
+    make up for the error of all earlier layers, and of layers that were dropped. Every token counts alike: weights of
+    one over a token's size in the stream, which take the few tokens with massive activations (arXiv 2402.17762) for no
+    more than the others, leave larger held-out losses of SmolLM2 (by 0.01 to 0.09 nats).
 
     Args:
         layer: of the pruned model, with its weights; they are replaced.
@@ -174,10 +175,7 @@ class LayerFitting:
             return self._read(after, batch) - self._read(before, batch)
 
         def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            if outputs is not None:  # these are normalised next, which weighs the tokens alike
-                return _tokens(inputs(batch), self._read(outputs, batch))
-            weight = _token_weights(self._read(after, batch))
-            return _tokens(inputs(batch) * weight, missing(batch) * weight)
+            return _tokens(inputs(batch), missing(batch) if outputs is None else self._read(outputs, batch))
 
         fitted, held = self._sums(pairs, name)
         fit = solve(self.layer.parameters[f"{name}.weight"], fitted, held, ridges=self.ridges)
@@ -304,8 +302,7 @@ class LayerFitting:
         def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             x, reached, samples = parts(batch)
             left = self._read(missing, batch).flatten(0, 1)[reached]
-            scale = _token_weights(self._read(self.targets.after, batch)).flatten(0, 1)[reached]
-            return x * scale, (left + torch.nn.functional.linear(x, weight)) * scale, samples[reached]
+            return x, left + torch.nn.functional.linear(x, weight), samples[reached]
 
         fitted, held = self._sums(pairs, name)
         was = weight.clone()
@@ -331,10 +328,10 @@ class LayerFitting:
             self._finite(inputs, f"{name} (its input)")
             if not both:
                 sizes, device = (inputs.shape[-1], targets.shape[-1]), inputs.device
-                both = [make_sums(*sizes, most, square=square, device=device) for _ in range(2)]
-            held = held_out(self.groups, batch[0], len(batch[1]))[samples]
-            for which, sums in enumerate(both):
-                chosen = held == bool(which)
+                # The power of the targets that are solved for is not asked for.
+                both = [make_sums(*sizes, most, square=square and held, device=device) for held in (False, True)]
+            out = held_out(self.groups, batch[0], len(batch[1]))[samples]
+            for sums, chosen in zip(both, (~out, out), strict=True):
                 sums.add(inputs[chosen], targets[chosen])
         for sums in both:
             sums.all_reduce(self.groups.dp)
@@ -418,16 +415,6 @@ def _tokens(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, 
     length, samples = inputs.shape[:2]
     numbers = torch.arange(samples, device=inputs.device).repeat(length)
     return inputs.flatten(0, 1), targets.flatten(0, 1), numbers
-
-
-def _token_weights(stream: torch.Tensor) -> torch.Tensor:
-    """``[s, b, h]`` -> ``[s, b, 1]``, one over the root mean square of each token's residual stream.
-
-    What reads the stream normalises it first, so an error counts relative to the token's own size. Without the weights
-    the few tokens with massive activations (arXiv 2402.17762) would decide every solution.
-    """
-    wide = stream.double()
-    return wide.square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt().to(stream.dtype)
 
 
 def _with_one(x: torch.Tensor) -> torch.Tensor:

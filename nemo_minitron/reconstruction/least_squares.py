@@ -27,7 +27,7 @@ CAREFUL = 0.1
 #: The search ends after so many ridges in turn that were worse than the best.
 PATIENCE = 2
 _ROWS = 8192  # rows of a matrix that are solved for at once
-_SAMPLE = 256  # rows of a matrix by which its ridge is chosen
+_SAMPLE = 128  # rows of a matrix by which its ridge is chosen
 
 
 class Sums:
@@ -61,14 +61,19 @@ class Sums:
         return sums
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens."""
-        x, y = inputs.flatten(0, -2).double(), targets.flatten(0, -2).double()
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(y.T, x)
+        """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens.
+
+        Those in half precision, whose products are exact in float32, are added up in float32 within this call.
+        """
+        half = inputs.dtype.itemsize < 4 and targets.dtype.itemsize < 4
+        dtype = torch.float32 if half else torch.float64
+        x, y = inputs.flatten(0, -2).to(dtype), targets.flatten(0, -2).to(dtype)
+        self.gram += x.T @ x
+        self.cross += y.T @ x
         if self.power.ndim:
-            self.power.addmm_(y.T, y)
+            self.power += y.T @ y
         else:
-            self.power += y.square().sum()
+            self.power += y.square().sum(dtype=torch.float64)
         self.tokens += len(x)
 
     def all_reduce(self, group: dist.ProcessGroup) -> None:
@@ -78,12 +83,14 @@ class Sums:
                 dist.all_reduce(part, group=group)
 
     def mapped(self, weight: torch.Tensor) -> Sums:
-        """The sums with targets ``weight @ y`` in the place of ``y``; needs ``square``.
+        """The sums with targets ``weight @ y`` in the place of ``y``; their power is known with ``square`` alone.
 
         Args:
             weight: ``[rows, m]`` float64.
         """
-        return Sums.of(self.gram, weight @ self.cross, ((weight @ self.power) * weight).sum(), self.tokens)
+        known = self.power.ndim > 0
+        power = ((weight @ self.power) * weight).sum() if known else torch.full_like(self.tokens, float("nan"))
+        return Sums.of(self.gram, weight @ self.cross, power, self.tokens)
 
     def of_rows(self, rows: torch.Tensor) -> Sums:
         """The sums of some of the targets; their power is not known."""

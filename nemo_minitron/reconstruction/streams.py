@@ -17,6 +17,7 @@ from nemo_minitron.reconstruction.ends import fit_output
 from nemo_minitron.reconstruction.fitting import LayerFitting, MatrixReport, Targets
 from nemo_minitron.reconstruction.least_squares import RIDGES
 from nemo_minitron.reconstruction.parts import Layer, watched
+from nemo_minitron.runtime.masks import documents_masked
 from nemo_minitron.streamed import Pass, States, StreamedModel, Trail
 
 __all__ = ["LayerReport", "Sink", "reconstruct"]
@@ -105,7 +106,7 @@ def reconstruct(
     first = None if trail is None else trail.find()
     theirs = Pass(teacher, blocks, micro_batch_size, budget=budget, file=None if trail is None else trail.spill)
     ours = Pass(student, blocks, micro_batch_size)
-    channels = torch.tensor(kept.hidden)
+    channels, masked = torch.tensor(kept.hidden), blocks.segments is not None
     if first is None or trail is None:
         theirs.embed()
         # What pruning left of the embedding gives the kept channels; a scaled one goes by the model's own width.
@@ -122,7 +123,10 @@ def reconstruct(
     for position, index in list(enumerate(kept.layers))[begin:]:
         for dropped in range(reached, index):
             theirs.through(teacher.layer(dropped))
-        targets = _targets(theirs, teacher.layer(index), channels)
+        chunk = teacher.layer(index)
+        with documents_masked([chunk], masked):
+            targets = _targets(theirs, chunk, channels)
+        del chunk
         reached = kept.layers[position + 1] if position + 1 < len(kept.layers) else teacher.shape.num_layers
         for dropped in range(index + 1, reached):
             theirs.through(teacher.layer(dropped))
@@ -139,10 +143,11 @@ def reconstruct(
             dtype=student.architecture.dtype,
             ridges=ridges,
         )
-        fitting()
         trained = None
-        if block is not None and entering is not None:
-            trained = _train(layer, entering, targets.after, block, fitting)
+        with documents_masked([layer.chunk], masked):
+            fitting()
+            if block is not None and entering is not None:
+                trained = _train(layer, entering, targets.after, block, fitting)
         error = _difference(ours.states, targets.after, groups)
         reports.append(LayerReport(position, index, error, fitting.reports, trained))
         changed = {f"decoder.layers.{position}.{name}": tensor for name, tensor in fitting.changed.items()}

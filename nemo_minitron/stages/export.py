@@ -1,4 +1,4 @@
-"""``minitron export``: write a model for other libraries, as ``hf/``, ``nemo2/``, ``model.nemo`` and ``gguf/``."""
+"""``minitron export``: write a model as ``hf/``, ``nemo2/``, ``model.nemo`` and ``gguf/``, or quantized."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_cou
 from nemo_minitron.jobs.records import owner_of
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 from nemo_minitron.stages.shared.disk import checkpoint_need, expected, readable_model
+from nemo_minitron.stages.shared.quantized import check_quantized, plan_quantized, write_all
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -47,7 +48,8 @@ def plan(config: ExportConfig) -> StagePlan:
                 size = width * model.parameters
                 plan.disk.append(DiskNeed(f"model ({form})", str(place / name), size, stay=size))
                 plan.makes[str(place / name)] = expected(model, config.model, dtype="float32")
-    if config.verify:
+    plan_quantized(config, plan)
+    if config.verify and config.formats:
         plan.notes.append("each result is loaded by its own side's loader and its logits compared")
     return plan
 
@@ -57,7 +59,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
         ``parameters, formats``: for each format ``path`` and ``verification``, or ``files`` of a format that is one
-        file for each kind of numbers.
+        file for each kind of numbers. With ``quantize`` also ``quantized``: see
+        :func:`~nemo_minitron.stages.shared.quantized.write_all`.
 
     Raises:
         MinitronError: for a model that cannot be read, or a result with other logits.
@@ -67,10 +70,12 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     source = open_checkpoint(config.model)
     check_conversion(source, config.formats, verify=config.verify, export=True)
+    check_quantized(config, source)
     named = dataclasses.replace(
         source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
     )
     exports: dict[str, Any] = {}
+    quantized: dict[str, Any] = {}
     with stage_output(config.output, config.overwrite) as output:
         for form in dict.fromkeys(config.formats):
             entry, path = FORMATS[form], output / FORMATS[form].output_name
@@ -79,7 +84,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 record["files"] = entry.export(named, path, config, _notes(named, config))
             else:
                 written = write_checkpoint(named, path, form, dtype=config.dtype, max_shard_size=config.max_shard_size)
-                record["verification"] = verified(source, written, verify if config.verify else None)
+                record["verification"] = verified(source, written, verify if config.verify else None, config.memory)
             if entry.card:
                 write_export_card(
                     source,
@@ -91,7 +96,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 )
             exports[form] = record
             logger.info("exported %s", record["path"])
-    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": exports}
+        if config.quantize:
+            quantized = {"quantized": write_all(config, source, output)}
+    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": exports, **quantized}
 
 
 def _notes(model: Checkpoint, config: ExportConfig) -> ExportNotes:

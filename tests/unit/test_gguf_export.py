@@ -279,9 +279,11 @@ def test_every_family_is_written():
 def test_rows_that_no_block_holds(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "nemo_minitron")
     model = exportable(tmp_path / "hf", "llama", intermediate_size=76)
-    write_gguf(open_checkpoint(model), {kind: tmp_path / f"{kind}.gguf" for kind in ("Q8_0", "Q4_0")})
-    lines = [record.message for record in caplog.records if "stay in float16" in record.message]
-    assert len(lines) == 1
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q8_0", "Q4_0")}
+    write_gguf(open_checkpoint(model), files, requantized=["Q4_K_M", "Q6_K"])
+    lines = [record.message for record in caplog.records if "are no multiple of" in record.message]
+    assert len(lines) == 2
+    assert "GGUF Q4_K_M, Q6_K: 23 tensors whose rows of 64, 76, 128 are no multiple of 256 get" in lines[1]
     assert (
         "GGUF Q8_0, Q4_0: 3 tensors whose rows of 76 are no multiple of 32 stay in float16: blk.*.ffn_down.weight"
         in lines[0]

@@ -122,10 +122,10 @@ def test_a_killed_run_goes_on_at_its_layer(home, tmp_path, monkeypatch):
     with one_process():
         stop = True
         with pytest.raises(Stopped):
-            reconstruct.run(config(home, tmp_path / "again"))
+            reconstruct.run(config(home, tmp_path / "again", held_out_samples=0))
         loaded.clear()
         stop = False
-        reconstruct.run(config(home, tmp_path / "again"))
+        reconstruct.run(config(home, tmp_path / "again", held_out_samples=0))
     assert loaded == [(76, 2), (60, 2)]
     expected = tensors(home / "reconstructed")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(tmp_path / "again").items())
@@ -152,9 +152,8 @@ def test_a_model_without_kept_units(home, tmp_path):
 
 
 def outside(home):
-    write_jsonl(
-        home / "other.jsonl", [" ".join(f"w{n}" for n in row) for row in torch.randint(60, 125, (60, 30)).tolist()]
-    )
+    words = torch.randint(60, 125, (120, 30), generator=torch.Generator().manual_seed(2)).tolist()
+    write_jsonl(home / "other.jsonl", [" ".join(f"w{number}" for number in row) for row in words])
     return [SourceConfig(name="other", path=str(home / "other.jsonl"))]
 
 
@@ -191,7 +190,7 @@ def test_text_outside_has_a_name_of_its_own(home, tmp_path):
 
 def test_gradient_steps_follow_if_asked_for(home, tmp_path):
     with one_process():
-        block = BlockConfig(steps=8, learning_rate=5e-3)
+        block = BlockConfig(steps=16, learning_rate=3e-4)
         metrics = reconstruct.run(config(home, tmp_path / "out", method="block", block=block))
     content = json.loads((tmp_path / "out/reconstruction.json").read_text())
     reports = [layer["block"] for layer in content["layers"]]
@@ -204,7 +203,10 @@ def test_gradient_steps_follow_if_asked_for(home, tmp_path):
     )
 
 
-def killed(folder, layer, method):
+BLOCK = BlockConfig(steps=4, learning_rate=1e-3)
+
+
+def killed(folder, layer):
     """Reconstruct, and be killed as a layer of the pruned model is asked for; None for no kill."""
     whole = StreamedModel.layer
 
@@ -215,26 +217,22 @@ def killed(folder, layer, method):
 
     StreamedModel.layer = watched
     reconstruct.trail = lambda config, groups, subject: Trail(streaming.scratch(config), subject, groups, every=0)
-    home, out = Path(folder), Path(folder) / f"killed-{method}"
-    reconstruct.run(
-        config(home, out, method=method, block=BlockConfig(steps=4, learning_rate=5e-3), states_memory="1KiB")
-    )
+    home = Path(folder)
+    reconstruct.run(config(home, home / "killed", method="block", block=BLOCK, states_memory="1KiB"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["least_squares", "block"])
-def test_a_process_that_is_killed_twice_ends_with_the_same_model(home, tmp_path, method):
+def test_a_process_that_is_killed_twice_ends_with_the_same_model(home, tmp_path):
     for layer in (1, 2):
         with pytest.raises(AssertionError, match="exit -9"):
-            run_distributed(killed, 1, tmp_path, folder=str(home), layer=layer, method=method)
-        assert (home / f".killed-{method}.pass").is_dir()
-    run_distributed(killed, 1, tmp_path, folder=str(home), layer=None, method=method)
+            run_distributed(killed, 1, tmp_path, folder=str(home), layer=layer)
+        assert (home / ".killed.pass").is_dir()
+    run_distributed(killed, 1, tmp_path, folder=str(home), layer=None)
     with one_process():
-        whole = config(home, tmp_path / "whole", method=method, block=BlockConfig(steps=4, learning_rate=5e-3))
-        reconstruct.run(whole)
+        reconstruct.run(config(home, tmp_path / "whole", method="block", block=BLOCK))
     expected = tensors(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(home / f"killed-{method}").items())
-    assert not (home / f".killed-{method}.pass").exists()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(home / "killed").items())
+    assert not (home / ".killed.pass").exists()
 
 
 def test_a_full_disk_as_states_are_spilled(home, tmp_path, monkeypatch):
@@ -325,7 +323,7 @@ def refit(teacher, kept, groups, pruned=None):
 def test_too_few_tokens_for_the_columns_are_said(home, tmp_path, caplog):
     with one_process():
         reconstruct.run(config(home, tmp_path / "out", samples=5, held_out_samples=0))
-    assert "fewer calibration tokens than columns of mlp.linear_fc1.weight" in caplog.text
+    assert "fewer calibration tokens than columns of self_attention.linear_proj.weight" in caplog.text
     for layer in json.loads((tmp_path / "out/reconstruction.json").read_text())["layers"]:
         assert all(matrix["ridge"] is None or matrix["ridge"] >= 0.1 for matrix in layer["matrices"] if matrix["short"])
 

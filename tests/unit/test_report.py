@@ -142,11 +142,29 @@ def test_an_exported_file_stands_with_its_size_and_loss(tmp_path: Path) -> None:
     evaluation.write_text(json.dumps(content))
     table = tables.export_table(collect(run))
     assert table is not None
-    assert table.headings == ["path", "format", "size", "weights differ by", "loss"]
-    assert table.rows[-1] == ["export/gguf/model-Q8_0.gguf", "GGUF Q8_0", "146.5 KiB", "0.51%", "3.220"]
+    more = 3.21987 - content["models"]["distilled"]["loss"]
+    assert table.rows[-1] == ["export/gguf/model-Q8_0.gguf", "GGUF Q8_0", "146.5 KiB", "3.2199", f"{more:+.4f}"]
     assert all(row[3:] == ["–", "–"] for row in table.rows[:-1])
     # it is no model of its own: what distillation won is said of the distilled one
     assert [found.model for found in tables.recoveries(collect(run), content)] == ["distilled"]
+
+
+def test_quantized_exports_show_what_they_lose(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", steps=10)
+    quantized = run / "export" / "hf-int4"
+    quantized.mkdir()
+    (quantized / "config.json").write_text("{}")
+    record = json.loads((run / "export" / "record.json").read_text())
+    record["metrics"] = {"quantized": {"int4": {"algorithm": "W4A16_AWQ", "loss": 3.8125, "float_loss": 3.75}}}
+    (run / "export" / "record.json").write_text(json.dumps(record))
+    table = tables.export_table(collect(run))
+    assert table is not None
+    assert [[row[0], row[1], *row[3:]] for row in table.rows] == [
+        ["export/hf", "Hugging Face", "–", "–"],
+        ["export/hf-int4", "Hugging Face, W4A16_AWQ", "3.8125", "+0.0625"],
+        ["export/model.nemo", ".nemo", "–", "–"],
+        ["export/nemo2", "NeMo 2", "–", "–"],
+    ]
 
 
 def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:

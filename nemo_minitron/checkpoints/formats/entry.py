@@ -83,6 +83,10 @@ class Format:
         loader: logits as this format's own library computes them: path, ``[rows, s]`` tokens, dtype that weights are
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
+        streamed_loader: the same with one layer's weights in memory at a time. None: see ``distributed``.
+        distributed: of a format with weights in Megatron's distributed form, ``distributed(path, scratch)`` gives their
+            directory, unpacked into ``scratch`` if need be, and what stands before the names of tensors:
+            Megatron's own reader takes a layer at a time from there. None: this package reads it.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
         export: of a format that other programs read, and no stage: ``export(checkpoint, directory, config, notes)``
             writes its files into a directory that is not there yet, checks them by ``verify`` of the configuration, and
@@ -111,6 +115,8 @@ class Format:
     export: Callable[[Checkpoint, Path, ExportConfig, ExportNotes], dict[str, Any]] | None = None
     exported: Callable[[ExportConfig], dict[str, float]] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+    streamed_loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+    distributed: Callable[[Path, Path], tuple[Path, str]] | None = None
     safe_loader: bool = False
     faults: Callable[[ModelShape, Architecture], list[str]] | None = None
     foreign_faults: Callable[[Architecture], list[str]] | None = None

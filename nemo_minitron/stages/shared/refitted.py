@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 def held_out_texts(config: ReconstructConfig, checkpoint: Checkpoint) -> dict[str, Blocks]:
     """The held-out blocks by the name of their source, those of ``outside`` too, cut with a model's tokenizer.
 
-    Text without enough left to hold out is no fault: a warning says that nothing is measured on it.
+    Of text that has fewer blocks fewer are measured. Data without any is no fault: a warning says that nothing is
+    measured on it.
 
     Raises:
         MinitronError: for text that cannot be used; for a source of ``outside`` with the name of another.
@@ -49,14 +50,21 @@ def held_out_texts(config: ReconstructConfig, checkpoint: Checkpoint) -> dict[st
 def _blocks(config: ReconstructConfig, data: DataConfig, checkpoint: Checkpoint) -> dict[str, Blocks]:
     from nemo_minitron.data import build_domain_blocks
 
-    return build_domain_blocks(
-        data,
-        checkpoint.tokenizer,
-        "held_out",
-        blocks=config.held_out_samples,
-        vocab_size=checkpoint.shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-    )
+    count = config.held_out_samples
+    while True:
+        try:
+            return build_domain_blocks(
+                data,
+                checkpoint.tokenizer,
+                "held_out",
+                blocks=count,
+                vocab_size=checkpoint.shape.vocab_size,
+                max_length=checkpoint.architecture.max_position_embeddings,
+            )
+        except DataError:
+            if count == 1:
+                raise
+            count //= 2
 
 
 def measure(

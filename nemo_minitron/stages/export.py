@@ -15,7 +15,7 @@ from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_cou
 from nemo_minitron.jobs.records import owner_of
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 from nemo_minitron.stages.shared.disk import checkpoint_need, expected, readable_model
-from nemo_minitron.stages.shared.quantized import check_quantized, plan_quantized, write_all
+from nemo_minitron.stages.shared.quantized import calibration, check_quantized, plan_quantized, write_all
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -66,6 +66,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         MinitronError: for a model that cannot be read, or a result with other logits.
     """
     from nemo_minitron.checkpoints import open_checkpoint, verify, write_checkpoint
+    from nemo_minitron.checkpoints.verification import compare_logits
     from nemo_minitron.report import write_export_card
 
     source = open_checkpoint(config.model)
@@ -81,7 +82,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
             entry, path = FORMATS[form], output / FORMATS[form].output_name
             record: dict[str, Any] = {"path": str(Path(config.output) / entry.output_name)}
             if entry.export is not None:
-                record["files"] = entry.export(named, path, config, _notes(named, config))
+                # both loaders have the whole model in memory
+                compare = compare_logits if config.verify and config.memory != "streamed" else None
+                notes, calibrate = _notes(named, config), calibration(config, source)
+                record["files"] = entry.export(named, path, config, notes, calibrate, compare)
             else:
                 written = write_checkpoint(named, path, form, dtype=config.dtype, max_shard_size=config.max_shard_size)
                 record["verification"] = verified(source, written, verify if config.verify else None, config.memory)

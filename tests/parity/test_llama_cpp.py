@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import hf_logits
-from support.gguf_export import MODELS, PROBES, SIZES, byte_level, exportable
+from support.gguf_export import MODELS, PROBES, SIZES, TEXTS, byte_level, exportable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.checkpoints import open_checkpoint
@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.formats.gguf import convert_gguf, gguf_logits, op
 from nemo_minitron.checkpoints.formats.gguf.llama_cpp import gguf_loss, has_llama_cpp, open_model
 from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
 from nemo_minitron.config import ExportConfig
+from nemo_minitron.config.parts import SourceConfig
 from nemo_minitron.data.packages import extract_member
 from nemo_minitron.stages import export
 
@@ -108,44 +109,27 @@ def test_greedy_answers(name, tmp_path):
 def test_k_quants(tmp_path):
     """Through the stage, with and without an importance matrix; read back by the import door."""
     model = exportable(tmp_path / "hf", "llama", hidden_size=256, intermediate_size=512, head_dim=64)
-    importance = tmp_path / "importance.gguf"
-    weights = open_gguf_names(model, tmp_path)
-    write_importance(importance, {name: np.linspace(0.1, 9.0, width, dtype=np.float32) for name, width in weights})
-    figures = {}
-    for given in (None, str(importance)):
-        config = ExportConfig(model=str(model), output=str(tmp_path / f"out{given is None}"), formats=["gguf"])
-        config.gguf.types, config.gguf.importance = ["Q4_K_M", "Q6_K", "F16"], given
-        figures[given is None] = export.run(config)["formats"]["gguf"]["files"]
-        assert open_gguf(tmp_path / f"out{given is None}/gguf/model-Q4_K_M.gguf").shape == open_checkpoint(model).shape
-    plain, weighted = figures[True], figures[False]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line * 20}) + "\n" for line in TEXTS * 40))
+    figures = []
+    for number, source in enumerate((None, str(text), None)):
+        config = ExportConfig(model=str(model), output=str(tmp_path / f"out{number}"), formats=["gguf"])
+        config.gguf.types, config.samples = ["Q4_K_M", "Q6_K", "F16"], 4
+        config.data.sources = [] if source is None else [SourceConfig("text", path=source)]
+        config.data.sequence_length, config.data.cache_dir = 64, str(tmp_path / "cache")
+        if number == 2:  # the file that was made is one that can be given
+            config.gguf.importance = str(tmp_path / "out1/gguf/importance.gguf")
+        figures.append(export.run(config)["formats"]["gguf"]["files"])
+        assert open_gguf(tmp_path / f"out{number}/gguf/model-Q4_K_M.gguf").shape == open_checkpoint(model).shape
+    plain, weighted, given = figures
+    assert {name: of["weight_error"] for name, of in given.items()} == {
+        name: of["weight_error"] for name, of in weighted.items()
+    }
     assert set(plain["Q4_K_M"]["stored"]) >= {"Q4_K", "Q6_K"}
     assert plain["F16"]["weight_error"] < plain["Q6_K"]["weight_error"] < plain["Q4_K_M"]["weight_error"] < 0.1
     assert plain["Q4_K_M"]["bytes"] < plain["Q6_K"]["bytes"] < plain["F16"]["bytes"]
     assert weighted["Q4_K_M"]["weight_error"] != plain["Q4_K_M"]["weight_error"]
     assert plain["F16"]["logits"]["relative"] < 0.05
-
-
-def open_gguf_names(model: Path, folder: Path) -> list[tuple[str, int]]:
-    import gguf
-
-    write_gguf(open_checkpoint(model), {"F16": folder / "names.gguf"})
-    tensors = gguf.GGUFReader(folder / "names.gguf").tensors
-    return [(tensor.name, int(tensor.shape[0])) for tensor in tensors if len(tensor.shape) > 1]
-
-
-def write_importance(path: Path, sums: dict[str, np.ndarray]) -> None:
-    """llama.cpp's own form of importance matrices."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "imatrix")
-    writer.add_type("imatrix")
-    for name, values in sums.items():
-        writer.add_tensor(f"{name}.in_sum2", values.reshape(1, -1) * 100)
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), 100.0, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_real_model(tmp_path, record_property):

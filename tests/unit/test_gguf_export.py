@@ -16,7 +16,8 @@ from support import tokenizers as texts
 from support.checkpoints import hf_logits, tiny_checkpoint
 from support.families import family_model, windowed_model
 from support.gguf_export import LLAMA3, MODELS, PROBES, SIZES, YARN, byte_level, exportable
-from transformers import AutoTokenizer
+from support.pruning import live, logits, one_process
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
@@ -24,6 +25,7 @@ from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.checkpoints.formats.entry import ExportNotes
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf, gguf_faults, llama_cpp, open_gguf
 from nemo_minitron.checkpoints.formats.gguf.architectures import WRITTEN
+from nemo_minitron.checkpoints.formats.gguf.importance import measure_importance, read_importance, write_importance
 from nemo_minitron.checkpoints.formats.gguf.kinds import KINDS
 from nemo_minitron.checkpoints.formats.gguf.llama_cpp import quantizer
 from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
@@ -88,6 +90,18 @@ def test_what_llama_cpp_computes_in_float64(name, files):
     difference = np.abs(hf_logits(model, IDS).numpy() - reference).max()
     assert reference.std() > 0.05
     assert difference <= 2e-5 * np.abs(reference).max()
+
+
+@pytest.mark.slow
+def test_a_file_stands_where_a_checkpoint_does(files, tmp_path):
+    """Megatron's model of a file computes what transformers computes from its conversion."""
+    with one_process() as groups:
+        for name in ("llama3", "qwen2", "gemma3"):
+            _, written = files(name)
+            chunks = live(open_checkpoint(written["Q8_0"]), groups)
+            found = logits(chunks, IDS)[..., : SIZES["vocab_size"]]
+            convert_gguf(written["Q8_0"], tmp_path / name)
+            assert (found - hf_logits(tmp_path / name, IDS)).abs().max() <= 1e-4 * found.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
@@ -322,6 +336,47 @@ def open_shape(heads: int, groups: int, head: int, hidden: int) -> Any:
     from nemo_minitron.shape import ModelShape
 
     return ModelShape(1, hidden, 8, heads, groups, head, 16)
+
+
+# ----------------------------------------------------------------------------------------------------------- importance
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama"])
+def test_importance_is_the_mean_square_of_each_matrix_inputs(family, tmp_path):
+    model = exportable(tmp_path / "hf", family, tie_word_embeddings=family == "llama")
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    states = {}
+
+    def keep(name):
+        return lambda module, inputs, output: states.setdefault(name, output.detach().double())
+
+    loaded.model.layers[1].input_layernorm.register_forward_hook(keep("queries"))
+    loaded.model.norm.register_forward_hook(keep("output"))
+    loaded.model.layers[2].post_attention_layernorm.register_forward_hook(keep("mlp"))
+    measured = measure_importance(open_checkpoint(model), loaded, lambda one: one(IDS))
+    write_importance(tmp_path / "m.gguf", measured, chunk=40)
+    means = read_importance(tmp_path / "m.gguf")
+    output = "token_embd.weight" if family == "llama" else "output.weight"
+    wanted = {"blk.1.attn_q.weight": "queries", "blk.1.attn_v.weight": "queries", output: "output"}
+    if family == "llama":
+        wanted["blk.2.ffn_up.weight"] = "mlp"
+    else:
+        sums, counts = measured["blk.2.ffn_up_exps.weight"]
+        assert counts.sum() == 2 * IDS.numel()  # each token goes to two experts
+        expected = 2 * states["mlp"].square().sum((0, 1))
+        assert torch.allclose(sums.double().sum(0), expected, rtol=1e-5)
+        assert means["blk.2.ffn_up_exps.weight"].size == sums.numel()
+    for name, state in wanted.items():
+        expected = states[state].square().mean((0, 1)).numpy()
+        assert np.allclose(means[name], expected, rtol=1e-5), name
+    kept = [name for name in fields_of(tmp_path / "m.gguf") if name.startswith("general.")]
+    assert kept == ["general.type"]
+    write_gguf(open_checkpoint(model), {"F16": tmp_path / "x.gguf"})
+    with pytest.raises(CheckpointError, match=r"x\.gguf is no importance matrix: it has no in_sum2"):
+        read_importance(tmp_path / "x.gguf")
+    (tmp_path / "text").write_text("imatrix")
+    with pytest.raises(CheckpointError, match="text is no importance matrix in llama"):
+        read_importance(tmp_path / "text")
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage

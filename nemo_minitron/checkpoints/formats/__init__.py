@@ -90,7 +90,7 @@ OWN_FORMATS = (
         faults=gguf_faults,
         card="gguf",
         read_needs=("gguf",),
-        write_needs=("gguf",),
+        write_needs=("gguf", "transformers"),
         settings_need=gguf_needs,
         suffix=".gguf",
     ),

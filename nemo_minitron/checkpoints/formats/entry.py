@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from nemo_minitron.config import ExportConfig
     from nemo_minitron.shape import ModelShape
 
-__all__ = ["ExportNotes", "Format", "Progress", "WriteOptions"]
+__all__ = ["Calibrate", "Compare", "ExportNotes", "Format", "Progress", "WriteOptions"]
+
+Calibrate = Callable[[Any], None]
+"""Runs a model over text."""
+
+Compare = Callable[["Checkpoint", "Checkpoint"], Any]
+"""Compares the logits of a model and of what was written: ``relative, same_choice``."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(tensor name, tensors done, tensors in all)``."""
@@ -63,6 +69,12 @@ class ExportNotes:
     license_link: str | None = None
 
 
+Export = Callable[
+    ["Checkpoint", Path, "ExportConfig", ExportNotes, "Calibrate | None", "Compare | None"], dict[str, Any]
+]
+"""See :attr:`Format.export`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A checkpoint format. All that the suite knows about a format is in its entry; no code compares format names.
@@ -88,9 +100,11 @@ class Format:
             directory, unpacked into ``scratch`` if need be, and what stands before the names of tensors:
             Megatron's own reader takes a layer at a time from there. None: this package reads it.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
-        export: of a format that other programs read, and no stage: ``export(checkpoint, directory, config, notes)``
-            writes its files into a directory that is not there yet, checks them by ``verify`` of the configuration, and
-            returns what the stage's record says of them.
+        export: of a format that other programs read, and no stage:
+            ``export(checkpoint, directory, config, notes, calibrate, compare)`` writes its files into a directory that
+            is not there yet, checks them by ``verify`` of the configuration, and returns what the stage's record says
+            of them. ``calibrate`` runs a model of transformers over the text of the configuration, and ``compare``
+            compares the logits of two checkpoints by their loaders; each is None where it is not to be.
         exported: of such a format, names of its files below the directory -> bytes for each parameter.
         faults: why the format cannot hold a model, before any work; None: it holds all whose layers are alike.
         foreign_faults: why its own library, where this package is not installed, could not open what is written: an
@@ -112,7 +126,7 @@ class Format:
     write: Callable[[Checkpoint, Path, WriteOptions], None] | None = None
     convert: Callable[[Path, Path], Checkpoint] | None = None
     describe: Callable[[Path, Path], Checkpoint] | None = None
-    export: Callable[[Checkpoint, Path, ExportConfig, ExportNotes], dict[str, Any]] | None = None
+    export: Export | None = None
     exported: Callable[[ExportConfig], dict[str, float]] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
     streamed_loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None

@@ -89,7 +89,8 @@ class GgufConfig:
     Attributes:
         types: how the weights are stored, a file for each: "F32", "F16", "BF16", "Q8_0" (8.5 bits a weight) or "Q4_0"
             (4.5 bits); with llama.cpp's quantizer "Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M" or "Q6_K".
-        importance: an importance matrix in llama.cpp's GGUF form, for the types with a K; null quantizes without.
+        importance: an importance matrix in llama.cpp's GGUF form, for the types with a K; null makes one of ``data``
+            and ``samples`` of the export, or quantizes without where there is no text.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("importance",)
@@ -135,7 +136,7 @@ class ExportConfig(StageConfig):
         quantize: quantized Hugging Face models to write beside ``formats``, through NVIDIA's ModelOpt, any of "fp8",
             "int4", "int4_awq" and "nvfp4": ``output/hf-fp8`` and so on.
         data: text that quantized models are calibrated on, by its calibration split, and measured on, by its held-out
-            split.
+            split. The GGUF types with a K are calibrated on it too.
         samples: blocks of the calibration split that a quantized model is calibrated on.
         tokens: held-out tokens that the float and each quantized model are scored on, rounded down to whole blocks.
         group_size: of "int4" and "int4_awq", the columns that share a scale; null takes 128.
@@ -169,9 +170,14 @@ class ExportConfig(StageConfig):
     group_size: int | None = None
     gguf: GgufConfig = field(default_factory=GgufConfig)
 
+    @property
+    def measures_importance(self) -> bool:
+        """Whether an importance matrix for GGUF is made of the text."""
+        return "gguf" in self.formats and self.gguf.quantizes and self.gguf.importance is None and self.data.given
+
     def settled(self) -> dict[str, Any]:
         """Text, and how much of it, changes nothing where nothing is quantized: a pipeline's defaults may bring it."""
-        if self.quantize:
+        if self.quantize or self.measures_importance:
             return {}
         defaults = type(self)()
         return {name: getattr(defaults, name) for name in ("data", "samples", "tokens", "group_size")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
 
-__all__ = ["check_quantized", "output_name", "plan_quantized", "write_all"]
+__all__ = ["calibration", "check_quantized", "output_name", "plan_quantized", "write_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def plan_quantized(config: ExportConfig, plan: StagePlan) -> None:
     """Add what the quantized models read, write and leave as it is."""
     from nemo_minitron.data.inputs import data_inputs
 
-    if not config.quantize:
+    if not config.quantize and not config.measures_importance:
         return
     data = data_inputs(config.data)
     plan.reads += [PlannedPath(path, what) for path, what in data.files]
@@ -93,23 +94,12 @@ def write_all(config: ExportConfig, source: Checkpoint, output: Path) -> dict[st
     from nemo_minitron.checkpoints import write_checkpoint
     from nemo_minitron.checkpoints.formats.huggingface.loader import load_transformers
     from nemo_minitron.checkpoints.weights import torch_dtype
-    from nemo_minitron.data import build_blocks
     from nemo_minitron.quantization import load_quantized, mean_loss, write_quantized
     from nemo_minitron.report import write_export_card
 
-    def blocks(split: str, count: int) -> Blocks:
-        return build_blocks(
-            config.data,
-            source.tokenizer,
-            split,
-            blocks=count,
-            vocab_size=source.shape.vocab_size,
-            max_length=source.architecture.max_position_embeddings,
-        )
-
     measured = any(scheme.inputs or scheme.searched for scheme in _schemes(config))
-    calibration = blocks("calibration", config.samples) if measured else None
-    held_out = blocks("held_out", config.tokens // config.data.sequence_length)
+    calibration = _blocks(config, source, "calibration", config.samples) if measured else None
+    held_out = _blocks(config, source, "held_out", config.tokens // config.data.sequence_length)
     floats = output / ".float"
     write_checkpoint(source, floats, "hf", dtype=config.dtype)
     dtype = config.dtype or source.architecture.dtype
@@ -152,6 +142,26 @@ def write_all(config: ExportConfig, source: Checkpoint, output: Path) -> dict[st
         logger.info("exported %s: held-out loss %.4f, of the float model %.4f", where, loss, float_loss)
     shutil.rmtree(floats)
     return found
+
+
+def calibration(config: ExportConfig, source: Checkpoint) -> Callable[[Any], None] | None:
+    """Runs a model over the calibration text of an export; None where nothing but ``quantize`` asks for any."""
+    if not config.measures_importance:
+        return None
+    return lambda model: _run(model, _blocks(config, source, "calibration", config.samples))
+
+
+def _blocks(config: ExportConfig, source: Checkpoint, split: str, count: int) -> Blocks:
+    from nemo_minitron.data import build_blocks
+
+    return build_blocks(
+        config.data,
+        source.tokenizer,
+        split,
+        blocks=count,
+        vocab_size=source.shape.vocab_size,
+        max_length=source.architecture.max_position_embeddings,
+    )
 
 
 def _run(model: Any, blocks: Blocks | None) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.formats.entry import ExportNotes
+from nemo_minitron.checkpoints.formats.entry import Calibrate, Compare, ExportNotes, WriteOptions
 from nemo_minitron.checkpoints.formats.gguf.checkpoint import open_gguf
+from nemo_minitron.checkpoints.formats.gguf.importance import measure_importance, read_importance, write_importance
 from nemo_minitron.checkpoints.formats.gguf.kinds import KINDS
 from nemo_minitron.checkpoints.formats.gguf.llama_cpp import check_quantizer, has_llama_cpp, quantize_file
 from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
+from nemo_minitron.checkpoints.formats.huggingface.checkpoint import write_hf
+from nemo_minitron.checkpoints.formats.huggingface.loader import load_transformers
 from nemo_minitron.checkpoints.model_record import write_model_record
+from nemo_minitron.checkpoints.weights import torch_dtype
 from nemo_minitron.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ _BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32,
 #: numbers the half step of a block is less. A file beyond it was not written as it should be.
 _LOST = {"F32": 1e-7, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 0.02, "Q4_0": 0.25}
 _LOST_BY_LLAMA_CPP = 0.5
+IMPORTANCE = "importance.gguf"
 #: Weights of norms are stored plus one in some families.
 _VECTORS = 4e-7
 #: What llama.cpp's logits from float32 may differ, relative to the largest: its sums are in another order.
@@ -45,7 +50,14 @@ def exported_files(config: ExportConfig) -> dict[str, float]:
     return {file_name(kind): _BYTES[kind] for kind in config.gguf.types}
 
 
-def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes: ExportNotes) -> dict[str, Any]:
+def export_gguf(
+    source: Checkpoint,
+    directory: Path,
+    config: ExportConfig,
+    notes: ExportNotes,
+    calibrate: Calibrate | None = None,
+    compare: Compare | None = None,
+) -> dict[str, Any]:
     """Write a file for each of ``gguf.types`` into a directory, and check each by reading it back.
 
     Args:
@@ -53,6 +65,9 @@ def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes
         directory: is made; the caller renames what it is part of.
         config: of the stage.
         notes: name, base and license.
+        calibrate: runs a model of transformers over text, for an importance matrix of the types with a K, which is
+            written beside them; None for none.
+        compare: compares the logits of the model and of a file, each by its own loader; None where they are not to be.
 
     Returns:
         By kind ``file, bytes, stored, weight_error, logits``: the file's name, its size, how many matrices it has in
@@ -70,6 +85,8 @@ def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes
     others = [kind for kind in kinds if KINDS[kind].by_llama_cpp]
     if others:
         check_quantizer(others)
+        if config.gguf.importance is not None:
+            read_importance(Path(config.gguf.importance))
     directory.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".base-", dir=directory) as scratch:
         base = _base(direct, source.architecture.dtype) if others else None
@@ -77,12 +94,11 @@ def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes
         if base is not None and base not in files:
             files[base] = Path(scratch) / file_name(base)
         stored = write_gguf(source, files, notes=notes, requantized=others)
+        importance = _importance(source, directory, Path(scratch), config, calibrate) if others else None
         for kind in others:
             assert base is not None
-            importance = None if config.gguf.importance is None else Path(config.gguf.importance)
             quantize_file(files[base], directory / file_name(kind), kind, importance=importance)
-    # both loaders have the whole model in memory
-    by_llama_cpp = config.verify and config.memory != "streamed" and has_llama_cpp()
+    by_llama_cpp = compare is not None and has_llama_cpp()
     figures = {}
     for kind in kinds:
         path = directory / file_name(kind)
@@ -92,21 +108,35 @@ def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes
             "bytes": path.stat().st_size,
             "stored": stored.get(kind) or _stored(path),
             "weight_error": _weight_error(source, opened, kind) if config.verify else None,
-            "logits": _logits(source, opened, kind) if by_llama_cpp else None,
+            "logits": _logits(compare(source, opened), opened, kind) if compare and by_llama_cpp else None,
         }
     write_model_record(source, directory, dtype=source.architecture.dtype, form="gguf")
     return figures
 
 
-def _logits(source: Checkpoint, opened: Checkpoint, kind: str) -> dict[str, float]:
+def _importance(
+    source: Checkpoint, directory: Path, scratch: Path, config: ExportConfig, calibrate: Calibrate | None
+) -> Path | None:
+    """The importance matrix that is given, or one of text; None without either.
+
+    The whole model is in memory, in float32.
+    """
+    if config.gguf.importance is not None or calibrate is None:
+        return None if config.gguf.importance is None else Path(config.gguf.importance)
+    write_hf(source, scratch / "hf", WriteOptions(source.architecture.dtype, scratch / "parts"))
+    model = load_transformers(scratch / "hf", torch_dtype(source.architecture.dtype)).float().eval()
+    measured = measure_importance(source, model, calibrate)
+    path = directory / IMPORTANCE
+    write_importance(path, measured, chunk=config.data.sequence_length)
+    return path
+
+
+def _logits(found: Any, opened: Checkpoint, kind: str) -> dict[str, float]:
     """What llama.cpp computes from a file, against the model by its own loader.
 
     Raises:
-        CheckpointError: if llama.cpp fails, or computes another model from float32.
+        CheckpointError: if llama.cpp computes another model from float32.
     """
-    from nemo_minitron.checkpoints.verification.compare import compare_logits
-
-    found = compare_logits(source, opened)
     if kind == "F32" and not found.relative <= _EXACT:
         raise CheckpointError(
             f"{opened.path}: llama.cpp does not compute the model: logits differ by {found.relative:.2e} of their "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.checkpoints.formats.gguf.importance import read_importance
 from nemo_minitron.checkpoints.formats.gguf.kinds import KINDS
 from nemo_minitron.errors import CheckpointError, MissingDependency
 from nemo_minitron.runtime.requirements import PARTS, require
@@ -190,23 +191,13 @@ def _quantize(source: str, target: str, kind: str, threads: str, importance: str
 
 
 def _importance(path: Path) -> tuple[Any, list[Any]]:
-    """llama.cpp's array of importances, ended by an empty entry, and what it points to.
-
-    The file holds sums of squares of what each matrix is multiplied by, and how many there were (``imatrix.cpp``).
-    """
+    """llama.cpp's array of importances, ended by an empty entry, and what it points to."""
     import llama_cpp
-    import numpy as np
-    from gguf import GGUFReader
 
-    tensors = {tensor.name: np.array(tensor.data, dtype=np.float32) for tensor in GGUFReader(path).tensors}
     entry = llama_cpp.llama_model_imatrix_data
-    names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
-    array, kept = (entry * (len(names) + 1))(), []
-    for place, name in enumerate(names):
-        sums, counts = tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"].reshape(-1, 1)
-        sums = sums.reshape(len(counts), -1)
-        # an expert that no token went to has no say
-        mean = np.ascontiguousarray(np.where(counts > 0, sums / np.maximum(counts, 1), 1.0), dtype=np.float32).ravel()
+    means = read_importance(path)
+    array, kept = (entry * (len(means) + 1))(), []
+    for place, (name, mean) in enumerate(means.items()):
         kept.append((name.encode(), mean))
         array[place] = entry(kept[-1][0], mean.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), mean.size)
     return array, kept

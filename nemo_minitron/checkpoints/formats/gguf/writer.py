@@ -276,8 +276,8 @@ def _say_wider(checkpoint: Checkpoint, kinds: Sequence[str], tensors: Sequence[_
             stay = "get llama.cpp's blocks of 32, or float16" if block > 32 else "stay in float16"
             warn_once(
                 checkpoint.path,
-                f"GGUF {', '.join(names)}: {len(left)} tensors whose rows of {sizes} are no multiple of {block} {stay}: "
-                f"{', '.join(dict.fromkeys(_general(name) for name in left))}",
+                f"GGUF {', '.join(names)}: {len(left)} tensors whose rows of {sizes} are no multiple of {block} "
+                f"{stay}: {', '.join(dict.fromkeys(_general(name) for name in left))}",
             )
 
 

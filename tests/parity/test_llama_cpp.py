@@ -140,7 +140,7 @@ def test_a_real_model(tmp_path, record_property):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = Path(__file__).read_text() + (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     ids = tokenizer(text).input_ids
-    blocks = [ids[start : start + 128] for start in range(0, 8 * 128, 128)]
+    blocks = [ids[start : start + 128] for start in range(0, 4 * 128, 128)]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32).eval()
         reference = model(torch.tensor(blocks[:1])).logits
@@ -155,7 +155,7 @@ def test_a_real_model(tmp_path, record_property):
         opened = open_model(path, context=160)
         losses[kind] = gguf_loss(opened, blocks)
         if kind == "F32":
-            assert [greedy(opened, ids, 12) for ids in prompts] == answers(tmp_path / "hf", prompts, 12)
+            assert [greedy(opened, ids, 8) for ids in prompts] == answers(tmp_path / "hf", prompts, 8)
         del opened
     with torch.no_grad():
         ids = torch.tensor(blocks)

@@ -348,7 +348,10 @@ def test_importance_is_the_mean_square_of_each_matrix_inputs(family, tmp_path):
     states = {}
 
     def keep(name):
-        return lambda module, inputs, output: states.setdefault(name, output.detach().double())
+        def hook(module, inputs, output):
+            states[name] = output.detach().double()
+
+        return hook
 
     loaded.model.layers[1].input_layernorm.register_forward_hook(keep("queries"))
     loaded.model.norm.register_forward_hook(keep("output"))

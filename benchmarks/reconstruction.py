@@ -48,7 +48,7 @@ STEP_TOKENS = 512
 
 
 def sources(names: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [{"name": name, "package": SOURCES[name], "max_characters": 1_000_000} for name in names]
+    return [{"name": name, "package": SOURCES[name], "max_characters": 3_000_000} for name in names]
 
 
 def texts(arguments: argparse.Namespace, seed: int = 1) -> dict[str, Any]:

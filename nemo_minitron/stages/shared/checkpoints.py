@@ -88,7 +88,11 @@ def model_costs(checkpoint: str, dtype: str = "float32") -> dict[str, str]:
     if shape is None:
         return {}
     count = axes.parameter_count(peek_family(checkpoint), shape)
-    return {"parameters": human_count(count), "weights": f"{human_bytes(count * _BYTES[dtype])} in {dtype}"}
+    if dtype not in _BYTES:  # auto
+        size = f"at most {human_bytes(count * max(_BYTES.values()))}, in float32"
+    else:
+        size = f"{human_bytes(count * _BYTES[dtype])} in {dtype}"
+    return {"parameters": human_count(count), "weights": size}
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def plan_streaming(plan: StagePlan, config: Streaming, *models: str) -> None:
         shape = peek_shape(model)
         plan.faults += [fault for fault in streamed_faults(shape, config.parallel) if fault not in plan.faults]
         if shape is not None:
-            size = DTYPES[config.runtime.dtype]
+            size = DTYPES.get(config.runtime.dtype, DTYPES["float32"])  # auto: at most
             layer = axes.layer_count(peek_family(model), shape) * size
             vocabulary = shape.vocab_size * shape.hidden_size * size
             plan.costs["memory of a rank"] = (

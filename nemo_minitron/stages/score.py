@@ -117,6 +117,7 @@ def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
             micro_batch_size=config.micro_batch_size,
             estimator=config.estimator,
             fingerprint=fingerprint(checkpoint),
+            loss=config.taylor.loss,
             progress=advance,
         )
     return scores, groups.is_main

@@ -19,14 +19,13 @@ from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape, uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
-from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.measuring import encoded_task, live_model, open_measured, plan_measuring
 from nemo_minitron.stages.shared.memory import weights_of_rank
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import Family
-    from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
-    from nemo_minitron.data.tasks import EncodedTask, Question
+    from nemo_minitron.data.tasks import Question
 
 __all__ = ["plan", "run"]
 
@@ -108,7 +107,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     measured = open_measured(config)
     checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
     shape = checkpoint.shape
-    questions, task = _task(config, checkpoint)
+    questions, task = encoded_task(config, checkpoint)
     chunks = live_model(config, checkpoint, groups)
     weights = fingerprint(checkpoint)
     journal = depth_journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
@@ -148,22 +147,6 @@ def run(config: DepthConfig) -> dict[str, Any]:
         "single": {str(layer): round(cost, 6) for layer, cost in sorted(increase.items())},
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], EncodedTask | None]:
-    """The questions and their tokens; both are empty without a task."""
-    from nemo_minitron.data.tasks import encode_task, read_task
-
-    if config.task.given is None:
-        return [], None
-    questions = read_task(config.task, cache_dir=config.data.cache_dir, seed=config.data.seed)
-    return questions, encode_task(
-        questions,
-        checkpoint.tokenizer,
-        vocab_size=checkpoint.shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
-    )
 
 
 def _subject(config: DepthConfig, weights: str, blocks: Blocks, questions: list[Question]) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class Format:
         loader: logits as this format's own library computes them: path, ``[rows, s]`` tokens, dtype that weights are
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
+        streamed_loader: the same with one layer's weights in memory at a time. None: see ``distributed``.
+        distributed: of a format with weights in Megatron's distributed form, ``distributed(path, scratch)`` gives their
+            directory, unpacked into ``scratch`` if need be, and what stands before the names of tensors:
+            Megatron's own reader takes a layer at a time from there. None: this package reads it.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
         faults: why the format cannot hold a model, before any work; None: it holds all whose layers are alike.
         foreign_faults: why its own library, where this package is not installed, could not open what is written: an
@@ -84,6 +88,8 @@ class Format:
     convert: Callable[[Path, Path], Checkpoint] | None = None
     describe: Callable[[Path, Path], Checkpoint] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+    streamed_loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+    distributed: Callable[[Path, Path], tuple[Path, str]] | None = None
     safe_loader: bool = False
     faults: Callable[[ModelShape, Architecture], list[str]] | None = None
     foreign_faults: Callable[[Architecture], list[str]] | None = None

@@ -143,12 +143,18 @@ class DepthConfig(StageConfig):
         reuse_prefix: keep the hidden states up to which the passes of two candidates are the same, which saves half of
             the layers' work and takes memory on the host.
         parallel: layout of the model.
+        memory: "live" has the whole model in memory; "streamed" runs all candidates side by side through one layer
+            after the other, with one layer's weights in memory (:mod:`nemo_minitron.streamed`); "auto" streams a model
+            that does not fit.
+        states_memory: hidden states of all candidates that each process keeps in memory while it streams, such as
+            "8GiB"; more go to files beside the output.
     """
 
     STAGE: ClassVar[str] = "depth"
     HELP: ClassVar[str] = "Measure a model without some of its layers: loss and task score."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    ADDED: ClassVar[tuple[str, ...]] = ("memory", "states_memory")
 
     model: str = MISSING
     data: DataConfig = field(default_factory=DataConfig)
@@ -161,6 +167,8 @@ class DepthConfig(StageConfig):
     task: TaskConfig = field(default_factory=TaskConfig)
     reuse_prefix: bool = True
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+    memory: str = "auto"
+    states_memory: str = "8GiB"
 
     def inputs(self) -> dict[str, str]:
         """The model, and the task if it is a file."""
@@ -172,6 +180,7 @@ class DepthConfig(StageConfig):
             *positive(self, "samples", "micro_batch_size"),
             *not_negative(self, "greedy"),
             *choice(self, "greedy_by", ("loss", "task")),
+            *memory_faults(self),
             *(f"block_lengths: {length} must be above 0" for length in self.block_lengths if length <= 0),
         ]
         if not self.single and not self.block_lengths and not self.greedy:

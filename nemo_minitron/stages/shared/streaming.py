@@ -12,7 +12,7 @@ from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.checkpoints.weights import DTYPES
 from nemo_minitron.config.parts import parse_bytes
 from nemo_minitron.jobs.plans import StagePlan, human_bytes
-from nemo_minitron.runtime.memory import host_memory
+from nemo_minitron.runtime.memory import LIVE_SHARE, host_memory
 from nemo_minitron.stages.shared.memory import Running
 from nemo_minitron.streamed import streamed_faults
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["plan_streaming", "scratch", "state_budget", "streamed_model", "streams", "trail"]
 
 logger = logging.getLogger(__name__)
-
-#: Part of the free memory that the weights of a live model may take; activations and libraries have the other.
-_SHARE = 0.8
 
 
 class Spilling(Running, Protocol):
@@ -50,7 +47,7 @@ def plan_streaming(plan: StagePlan, config: Streaming, *models: str) -> None:
         shape = peek_shape(model)
         plan.faults += [fault for fault in streamed_faults(shape, config.parallel) if fault not in plan.faults]
         if shape is not None:
-            size = DTYPES[config.runtime.dtype]
+            size = DTYPES.get(config.runtime.dtype, DTYPES["float32"])  # auto: at most
             layer = axes.layer_count(peek_family(model), shape) * size
             vocabulary = shape.vocab_size * shape.hidden_size * size
             plan.costs["memory of a rank"] = (
@@ -80,7 +77,7 @@ def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups, *, beside
     else:
         free = host_memory()[1]
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", str(groups.layout.world_size)))
-    short = torch.tensor([int(needed > _SHARE * free)], device=groups.device.torch)
+    short = torch.tensor([int(needed > LIVE_SHARE * free)], device=groups.device.torch)
     dist.all_reduce(short, dist.ReduceOp.MAX)
     if int(short) and groups.is_main:
         logger.info(

@@ -70,8 +70,8 @@ def _by_megatron(path: Path, ids: torch.Tensor, dtype: torch.dtype, distributed:
             loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
             local = {f"decoder.layers.{layer.layer_number - 1}.": n for n, layer in enumerate(chunk.decoder.layers)}
             values: dict[str, Any] = {}
-            for key, value in loaded.items():
-                name = key.removeprefix(prefix)
+            for key in wanted:  # the file has more, such as the step
+                name, value = key.removeprefix(prefix), loaded[key]
                 begin = next((begin for begin in local if name.startswith(begin)), None)
                 name = name if begin is None else f"decoder.layers.{local[begin]}.{name.removeprefix(begin)}"
                 values[name] = value

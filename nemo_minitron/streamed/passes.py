@@ -143,7 +143,7 @@ class Pass:
         Returns:
             ``[n]`` float64 nats, of all blocks, on every rank and on the CPU. Collective.
         """
-        groups, chunk = self.model.groups, chunk or self.model.output()
+        groups, chunk = self.model.groups, self.model.output() if chunk is None else chunk
         device, layout = groups.device.torch, groups.layout
         counted = self.blocks.counted()
         # As many on every rank, for the collective below.

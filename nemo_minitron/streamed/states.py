@@ -90,6 +90,9 @@ def _reserve(descriptor: int, size: int, file: Path) -> None:
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, a few megabytes at a time; those in mapped files stay there.
 
+    The file appears whole or not at all. One that stood there is let go and not written over: tensors that were read
+    from it may be maps of it.
+
     Raises:
         OSError: if the disk is full.
     """
@@ -103,10 +106,12 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         begin += tensor.nbytes
     header = json.dumps(entries).encode()
     header = header.ljust(-(-len(header) // 8) * 8)  # readers map the data, which has to begin at a multiple
-    with file.open("wb") as stream:
+    aside = file.with_name(f"{file.name}.part")
+    with aside.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         for tensor in tensors.values():
             if tensor.nbytes:
                 flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 for first in range(0, len(flat), _TOGETHER):
                     stream.write(flat[first : first + _TOGETHER].data)
+    aside.replace(file)

@@ -109,7 +109,7 @@ class Trail:
                     if name in into:
                         into[name].copy_(file.get_tensor(name))
                     else:
-                        found[name] = file.get_tensor(name)
+                        found[name] = file.get_tensor(name).clone()  # no map of the file
             return found
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise CheckpointError(

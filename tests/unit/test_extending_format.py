@@ -60,7 +60,7 @@ def test_messages_and_settings_name_it(package, tmp_path):
         open_checkpoint(tmp_path / "empty")
     here = {"output": str(tmp_path / "out")}
     assert ExportConfig(model="m", formats=["plain"], **here).faults() == []
-    assert "nemo, plain" in ExportConfig(model="m", formats=["onnx"], **here).faults()[0]
+    assert "gguf, plain" in ExportConfig(model="m", formats=["onnx"], **here).faults()[0]
     for fine in (ImportConfig(source="m", format="plain", **here), PruneConfig(model="m", format="plain", **here)):
         assert not [fault for fault in fine.faults() if "format" in fault]
     assert format_faults("out", "plain") == []

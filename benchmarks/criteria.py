@@ -19,8 +19,6 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from smollm2 import Kept, texts
 
 from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import Checkpoint, load_into
-from nemo_minitron.checkpoints.base import Weights
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf
 from nemo_minitron.data import build_blocks
 from nemo_minitron.data.packages import extract_member
@@ -40,7 +37,7 @@ from nemo_minitron.importance.aggregation import AGGREGATIONS
 from nemo_minitron.pruning import choose_units, prune_weights
 from nemo_minitron.pruning.merging import merge_pruned_heads
 from nemo_minitron.pruning.rounds import intermediate_shapes
-from nemo_minitron.reconstruction import reconstruct
+from nemo_minitron.reconstruction import TensorsReplaced, reconstruct
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.forward import block_losses
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
@@ -62,22 +59,6 @@ RECONSTRUCTED = (
     "random",
 )
 QUICKLY = ("activation mean, l2", "reconstruction")
-
-
-@dataclass(frozen=True)
-class Changed:
-    """Weights of which some are replaced by tensors in memory."""
-
-    inner: Weights
-    tensors: dict[str, torch.Tensor]
-
-    def names(self) -> Sequence[str]:
-        """The names of ``inner``."""
-        return self.inner.names()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor."""
-        return self.tensors[name] if name in self.tensors else self.inner.tensor(name)
 
 
 class Bench:
@@ -145,7 +126,7 @@ class Bench:
             sink=lambda layer, changed, report: tensors.update(changed),
             micro_batch_size=MICRO_BATCH,
         )
-        return self.loss(dataclasses.replace(pruned, weights=Changed(pruned.weights, tensors)))
+        return self.loss(dataclasses.replace(pruned, weights=TensorsReplaced(pruned.weights, tensors)))
 
     def iterated(self, draw: int) -> float:
         """Loss of the model pruned in rounds by the papers' criterion."""

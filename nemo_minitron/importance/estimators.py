@@ -15,6 +15,7 @@ from nemo_minitron.config.tables import Table, deferred
 if TYPE_CHECKING:
     from nemo_minitron.importance.hooks import Recorder
     from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["ESTIMATORS", "Estimator"]
 
@@ -29,6 +30,8 @@ class Estimator:
             (:class:`~nemo_minitron.importance.hooks.Recorder`).
         from_weights: ``(checkpoint, *, fingerprint, progress) -> Scores`` by the weights alone, in one process.
         gradients: the recorder reads gradients too, so that a backward pass is needed.
+        sums: bytes that the recorder keeps for each layer until the layer is done, by the shape of the whole model;
+            None for a recorder that keeps O(units).
         sequence: its fixed aggregation over the tokens of a sample, as score files name it; None if the user chooses
             the aggregation. "none" with ``batch`` "none": its scores are of all tokens together.
         batch: its fixed aggregation over samples; None if the user chooses.
@@ -40,6 +43,7 @@ class Estimator:
     recorder: Callable[..., Recorder] | None = None
     from_weights: Callable[..., Scores] | None = None
     gradients: bool = False
+    sums: Callable[[ModelShape], int] | None = None
     sequence: str | None = None
     batch: str | None = None
     layer_score: tuple[str, str] = ("Importance", "The estimator's score of a layer.")
@@ -90,6 +94,12 @@ class Estimator:
         return f"estimator={self.name} takes all tokens together and has nothing to aggregate; leave it out"
 
 
+def _products(shape: ModelShape) -> int:
+    """Bytes of the products of inputs of a layer's matrices, in float64."""
+    neurons, heads = shape.ffn_hidden_size, shape.num_attention_heads * shape.head_dim
+    return 8 * ((shape.num_moe_experts or 1) * neurons**2 + heads**2 + 2 * shape.hidden_size**2)
+
+
 OWN_ESTIMATORS = (
     Estimator(
         "activation",
@@ -111,6 +121,7 @@ OWN_ESTIMATORS = (
     Estimator(
         "reconstruction",
         recorder=deferred("nemo_minitron.importance.reconstruction:ReconstructionRecorder"),
+        sums=_products,
         sequence="none",
         batch="none",
         layer_score=(

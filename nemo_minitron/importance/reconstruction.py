@@ -8,10 +8,8 @@ The numbers are those of :mod:`~nemo_minitron.importance.elimination`, for the m
 - hidden channels: QKV, gate and up projections, and routers, of the normalised residual stream. Each channel is taken
   alone, and its loss relative to the matrix's outputs is added up over the matrices.
 
-Tokens count as in a reconstruction (:mod:`nemo_minitron.reconstruction.fitting`): those of matrices that write to the
-residual stream relative to the size of the stream after the part, so that the few tokens with massive activations do
-not decide. Layers have their block influence. Nothing linear makes up for an expert, whose tokens go to other experts:
-its score is the square of what it adds to the stream, summed over the tokens.
+Tokens count alike, as in a reconstruction. Layers have their block influence. Nothing linear makes up for an expert,
+whose tokens go to other experts: its score is the square of what it adds to the stream, summed over the tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ReconstructionRecorder"]
 
-#: Sites whose tokens count relative to the stream that they write to.
-_WRITERS = ("attention", "ffn", "experts")
 #: Sites whose units are split over the tensor-parallel ranks.
 _SPLIT = ("attention", "groups", "ffn")
 
@@ -49,7 +45,6 @@ class ReconstructionRecorder(BlockInfluence):
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
         super().__init__(chunks, groups, criteria)
         (self._criterion,) = self.criteria
-        self._waiting: list[Reading] = []  # until the stream after their part is known
 
     def batch_aggregation(self, criterion: Criterion) -> Aggregation:
         """Losses are of all samples together; the ranks that do not have one give zeros."""
@@ -57,73 +52,20 @@ class ReconstructionRecorder(BlockInfluence):
 
     # ------------------------------------------------------------------------------------------------- the forward pass
 
-    def _hook_layer(self, layer: Any) -> list[Any]:
-        def record_middle(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            self._write(args[0], normalised=hasattr(layer.self_attention.linear_proj, "post_layernorm"))
-
-        # Where the norm is fused into the next linear, this module passes its input on.
-        return [layer.pre_mlp_layernorm.register_forward_pre_hook(record_middle), *super()._hook_layer(layer)]
-
     @torch.no_grad()
     def read(self, reading: Reading) -> None:
-        """Keep what writes to the stream until the stream is known; add what reads it."""
-        reading = reading._replace(x=reading.x.detach())
-        if reading.key.site in _WRITERS:
-            self._waiting.append(reading)
-        else:
-            self._add(reading.key, reading.x[:, : self.rows].flatten(0, 1))
-
-    @torch.no_grad()
-    def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add what the MLP wrote, and the layer's block influence."""
-        (module,) = (module for module in self.modules() if module.layer_number - 1 == layer)
-        self._write(after, normalised=hasattr(getattr(module.mlp, "linear_fc2", None), "post_layernorm"))
-        super().read_block(layer, before, after)
-
-    def _write(self, stream: torch.Tensor, *, normalised: bool) -> None:
-        """Add the inputs of what wrote to ``[s (/tp), b, H]`` stream; where it is normalised, tokens count alike."""
-        waiting, self._waiting = self._waiting, []
-        stream = stream.detach()[:, : self.rows]
-        wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
-        weights = wide.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()  # [s (/tp), b]
-        if normalised:
-            weights = torch.ones_like(weights)
-        weights = self._whole(weights, mixture=any(reading.places is not None for reading in waiting))
-        for key, x, width, _, partial, places in waiting:
-            if places is None:
-                inputs, weight = x[:, : self.rows].flatten(0, 1), weights.flatten()
-            else:
-                inputs, weight = x[places.rows], weights.flatten()[places.places]
-            if partial and self.groups.layout.tensor > 1:
-                inputs = inputs.contiguous().clone()
-                dist.all_reduce(inputs, group=self.groups.tp)
-            inputs = inputs.double() * weight.double()[:, None]
-            if key.site == "experts":
-                self._keep(key, inputs.square().sum().view(1, 1) / width)
-            else:
-                self._add(key, inputs)
-
-    def _whole(self, weights: torch.Tensor, *, mixture: bool) -> torch.Tensor:
-        """``[s (/tp), b]`` -> ``[s, b]``, in a mixture of the samples of all expert-parallel ranks. Collective."""
-        layout = self.groups.layout
-        if layout.sequence_parallel and layout.tensor > 1:
-            weights = gathered(weights, self.groups.tp)
-        if not mixture or layout.expert == 1:
-            return weights
-        counts = [torch.zeros(1, dtype=torch.int64, device=weights.device) for _ in range(layout.expert)]
-        dist.allgathered(counts, torch.tensor([weights.shape[1]], device=weights.device), group=self.groups.ep)
-        most = max(int(count) for count in counts)
-        filled = torch.nn.functional.pad(weights, (0, most - weights.shape[1])).contiguous()
-        parts = [torch.empty_like(filled) for _ in counts]
-        dist.allgathered(parts, filled, group=self.groups.ep)
-        return torch.cat([part[:, : int(count)] for part, count in zip(parts, counts, strict=True)], dim=1)
-
-    def _add(self, key: Key, inputs: torch.Tensor) -> None:
-        """Add ``[tokens, k]`` inputs; of a site that is split, with those of all tensor-parallel ranks."""
+        """Add the products of inputs; of a site that is split, with those of all tensor-parallel ranks."""
+        key, x, split = reading.key, reading.x.detach(), self.groups.layout.tensor > 1
+        inputs = x[:, : self.rows].flatten(0, 1) if reading.places is None else x[reading.places.rows]
+        if reading.partial and split:
+            inputs = inputs.contiguous().clone()
+            dist.all_reduce(inputs, group=self.groups.tp)
         inputs = inputs.double()
-        split = key.site in _SPLIT and self.groups.layout.tensor > 1
-        others = gathered(inputs.T.contiguous(), self.groups.tp).T if split else inputs
-        self._keep(key, inputs.T @ others)
+        if key.site == "experts":
+            self._keep(key, inputs.square().sum().view(1, 1))
+        else:
+            whole = gathered(inputs.T.contiguous(), self.groups.tp).T if split and key.site in _SPLIT else inputs
+            self._keep(key, inputs.T @ whole)
 
     def _keep(self, key: Key, sums: torch.Tensor) -> None:
         kept = self.statistics.setdefault(key, {})

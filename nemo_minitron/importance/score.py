@@ -146,8 +146,8 @@ def score_criteria(
     recorder.finish()
     tokens = blocks.sequence_length * len(blocks)
     scores = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
-    of_loss = {"loss": loss} if gradients else {}
-    return [dataclasses.replace(scores[Criterion(*criterion)], **of_loss) for criterion in criteria]
+    taken = loss if gradients else None
+    return [dataclasses.replace(scores[Criterion(*criterion)], loss=taken) for criterion in criteria]
 
 
 def make_recorder(

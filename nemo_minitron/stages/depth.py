@@ -21,15 +21,14 @@ from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape, uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
-from nemo_minitron.stages.shared.measuring import Measured, live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.measuring import Measured, encoded_task, live_model, open_measured, plan_measuring
 from nemo_minitron.stages.shared.memory import weights_of_rank
 from nemo_minitron.stages.shared.streaming import plan_streaming, state_budget, streamed_model, streams, trail
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import Family
-    from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
-    from nemo_minitron.data.tasks import EncodedTask, Question
+    from nemo_minitron.data.tasks import Question
     from nemo_minitron.importance import DepthScores
     from nemo_minitron.streamed import Trail
 
@@ -118,7 +117,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     started = time.monotonic()
     measured = open_measured(config)
     checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
-    questions, task = _task(config, checkpoint)
+    questions, task = encoded_task(config, checkpoint)
     weights = fingerprint(checkpoint)
     subject = _subject(config, weights, blocks, questions)
     journal = depth_journal(Journal.beside(config.output), subject)
@@ -200,22 +199,6 @@ def _streamed(config: DepthConfig, measured: Measured, subject: dict[str, Any], 
         )
     kept([]).close()  # of a process that was killed between a pass and its end
     return scores
-
-
-def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], EncodedTask | None]:
-    """The questions and their tokens; both are empty without a task."""
-    from nemo_minitron.data.tasks import encode_task, read_task
-
-    if config.task.given is None:
-        return [], None
-    questions = read_task(config.task, cache_dir=config.data.cache_dir, seed=config.data.seed)
-    return questions, encode_task(
-        questions,
-        checkpoint.tokenizer,
-        vocab_size=checkpoint.shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
-    )
 
 
 def _subject(config: DepthConfig, weights: str, blocks: Blocks, questions: list[Question]) -> dict[str, Any]:

@@ -56,15 +56,22 @@ def plan_streaming(plan: StagePlan, config: Streaming, *models: str) -> None:
             )
 
 
-def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups) -> bool:
-    """Whether the model runs layer by layer: by the setting, else by the free memory. Collective."""
+def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups, *, beside: float = 0.0) -> bool:
+    """Whether the model runs layer by layer: by the setting, else by the free memory. Collective.
+
+    Args:
+        config: of the stage.
+        checkpoint: of the model.
+        groups: of this process.
+        beside: bytes that a process with the whole model needs beside its weights.
+    """
     import torch
     import torch.distributed as dist
 
     if config.memory != "auto" or streamed_faults(checkpoint.shape, groups.layout):
         return config.memory == "streamed"
     count = axes.parameter_count(checkpoint.family, checkpoint.shape)
-    needed = count * DTYPES[config.runtime.dtype]
+    needed = count * DTYPES[config.runtime.dtype] + beside
     if groups.device.is_cuda:
         free = torch.cuda.mem_get_info()[0]
     else:
@@ -74,8 +81,8 @@ def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups) -> bool:
     dist.all_reduce(short, dist.ReduceOp.MAX)
     if int(short) and groups.is_main:
         logger.info(
-            "%s: %s of weights do not fit into %s of free memory; streaming layer by layer (memory=streamed)",
-            checkpoint.path, human_bytes(needed), human_bytes(free),
+            "%s: %s of weights%s do not fit into %s of free memory; streaming layer by layer (memory=streamed)",
+            checkpoint.path, human_bytes(needed), " and sums" if beside else "", human_bytes(free),
         )  # fmt: skip
     return bool(int(short))
 

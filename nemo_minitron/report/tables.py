@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.report.run import Run, StageRun, stage_of
+from nemo_minitron.report.run import Part, Run, StageRun, stage_of
 from nemo_minitron.report.teachers import teacher_of
 from nemo_minitron.shape import ModelShape
 
@@ -243,11 +243,12 @@ def export_table(run: Run) -> Table | None:
     parts = [(stage, part) for stage in run.stages if stage.stage == "export" for part in stage.parts()]
     if not parts:
         return None
-    measured = [_quantized(stage).get(part.name.removeprefix("hf-")) for stage, part in parts]
+    losses = _losses(run)
+    measured = [_figures(stage, part, losses) for stage, part in parts]
     rows = [
         [
             f"{stage.name}/{part.name}",
-            part.kind if figures is None else f"{part.kind}, {figures.get('algorithm')}",
+            part.kind if figures is None or "algorithm" not in figures else f"{part.kind}, {figures['algorithm']}",
             size(part.size),
             *(_loss_of(figures) if any(measured) else []),
         ]
@@ -255,6 +256,26 @@ def export_table(run: Run) -> Table | None:
     ]
     headings = ["path", "format", "size", *(["held-out loss", "more than the float model"] if any(measured) else [])]
     return Table("What was exported", headings, rows, ["" for _ in rows])
+
+
+def _figures(stage: StageRun, part: Part, losses: dict[Path, float]) -> dict[str, Any] | None:
+    """The losses of a quantized part: those that the export measured, or an evaluation of its file."""
+    if (figures := _quantized(stage).get(part.name.removeprefix("hf-"))) is not None:
+        return figures
+    source = stage.config.get("model")
+    given = losses.get(Path(stage.config["output"]).absolute() / part.name)
+    exact = losses.get(Path(source).absolute()) if isinstance(source, str) else None
+    return None if given is None else {"loss": given, "float_loss": exact}
+
+
+def _losses(run: Run) -> dict[Path, float]:
+    """The loss of every model that an evaluation measured, by its path."""
+    return {
+        Path(model["path"]).absolute(): model["loss"]
+        for _, evaluation in run.evaluations
+        for model in evaluation["models"].values()
+        if "path" in model
+    }
 
 
 def _quantized(stage: StageRun) -> dict[str, Any]:
@@ -269,6 +290,8 @@ def _loss_of(figures: dict[str, Any] | None) -> list[str]:
     if figures is None:
         return ["–", "–"]
     try:
+        if figures["float_loss"] is None:
+            return [f"{figures['loss']:.4f}", "–"]
         return [f"{figures['loss']:.4f}", f"{figures['loss'] - figures['float_loss']:+.4f}"]
     except (KeyError, TypeError, ValueError):
         return ["–", "–"]

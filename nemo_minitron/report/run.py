@@ -137,8 +137,9 @@ class Run:
         path, name: of the run directory.
         stages: finished stages, in the order in which they started.
         models, scores, curves, alignments: what they left; the curves of trainings on text, and of alignments.
-        evaluations, searches: the content of ``evaluation.json`` and of ``search.json``, with the stage's name.
-        roles: of the models of the evaluations, by their names there.
+        evaluations, searches, servings: the content of ``evaluation.json``, of ``search.json`` and of
+            ``benchmark.json``, with the stage's name.
+        roles: of the models of the evaluations and benchmarks, by their names there.
         origins: the stages that made them; only of those that a stage of the run made.
         remarks: what was left out, and why.
     """
@@ -152,6 +153,7 @@ class Run:
     alignments: list[Curve] = field(default_factory=list)
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     searches: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    servings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     origins: dict[str, StageRun] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)

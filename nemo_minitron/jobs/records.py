@@ -186,13 +186,17 @@ def _settings(value: Any) -> Any:
         return {
             field.name: _settings(settled.get(field.name, getattr(value, field.name)))
             for field in dataclasses.fields(value)
-            if not (field.name in added and getattr(value, field.name) == field.default)
+            if not (field.name in added and getattr(value, field.name) == _default(field))
         }
     if isinstance(value, list | tuple):
         return type(value)(_settings(entry) for entry in value)
     if isinstance(value, dict):
         return {key: _settings(entry) for key, entry in value.items()}
     return value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _stated(value: Any) -> Any:

@@ -25,7 +25,13 @@ from nemo_minitron.shape import ModelShape
 __all__ = ["card_content", "title_from"]
 
 #: Tags of a card for what was done, where they are not the name of the stage.
-_TAGS = {"prune": "pruned", "iterate": "pruned", "distill": "distilled", "correct": "corrected"}
+_TAGS = {
+    "prune": "pruned",
+    "iterate": "pruned",
+    "reconstruct": "reconstructed",
+    "distill": "distilled",
+    "correct": "corrected",
+}
 
 
 def card_content(

@@ -251,6 +251,20 @@ def _serving(stage: StageRun, run: Run) -> None:
 _FIGURES = ("first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
+def _reconstruction(stage: StageRun, run: Run) -> None:
+    content = _json(stage.path / "reconstruction.json", run)
+    if content is None:  # beside a .nemo file there is none
+        return
+    try:
+        _ = [matrix["ridge"] for layer in content["layers"] for matrix in layer["matrices"]]
+        for values in content.get("losses", {}).values():  # earlier releases measured none
+            _ = [values[model] + 0 for model in ("teacher", "pruned", "reconstructed", "blocks")]
+    except (AttributeError, KeyError, TypeError) as error:
+        run.remarks.append(f"the reconstruction of {stage.name} is incomplete ({error!r}); left out")
+        return
+    run.reconstructions.append((stage.name, content))
+
+
 _READERS: dict[str, Callable[[StageRun, Run], None]] = {
     "score": _scores,
     "correct": _curve,
@@ -258,5 +272,6 @@ _READERS: dict[str, Callable[[StageRun, Run], None]] = {
     "evaluate": _evaluation,
     "search": _search,
     "benchmark": _serving,
+    "reconstruct": _reconstruction,
     **dict.fromkeys(("sft", "dpo", "reinforce", "steerlm2"), _alignment),
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ROLES", "Curve", "Model", "Part", "Run", "ScoreSet", "StageRun", "size_of", "stage_of"]
 
 #: What a model is to the run; it decides names and colours.
-ROLES = ("teacher", "pruned", "random", "distilled", "aligned", "other")
+ROLES = ("teacher", "pruned", "random", "reconstructed", "distilled", "aligned", "other")
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Run:
         path, name: of the run directory.
         stages: finished stages, in the order in which they started.
         models, scores, curves, alignments: what they left; the curves of trainings on text, and of alignments.
-        evaluations, searches, servings: the content of ``evaluation.json``, of ``search.json`` and of
-            ``benchmark.json``, with the stage's name.
+        evaluations, searches, servings, reconstructions: the content of ``evaluation.json``, of ``search.json``, of
+            ``benchmark.json`` and of ``reconstruction.json``, with the stage's name.
         roles: of the models of the evaluations and benchmarks, by their names there.
         origins: the stages that made them; only of those that a stage of the run made.
         remarks: what was left out, and why.
@@ -154,6 +154,7 @@ class Run:
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     searches: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     servings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    reconstructions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     origins: dict[str, StageRun] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -168,14 +169,14 @@ class Run:
         """The model that the run was for.
 
         That is the one that was exported last; without an export the last one that was aligned, or distilled, or
-        pruned. None in a run that changed no model.
+        reconstructed, or pruned. None in a run that changed no model.
         """
         for stage in reversed(self.stages):
             made = stage_of(str(stage.config.get("model")), self) if stage.stage == "export" else None
             model = self.model_of(made) if made is not None else None
             if model is not None and model.role != "teacher":
                 return model
-        roles = ("aligned", "distilled", "pruned")
+        roles = ("aligned", "distilled", "reconstructed", "pruned")
         return next((model for role in roles for model in reversed(self.models) if model.role == role), None)
 
     @property

@@ -20,6 +20,7 @@ from nemo_minitron.report.draw import Figure
 from nemo_minitron.report.export_cards import complete_cards, write_run_card
 from nemo_minitron.report.lineage import lineage_table
 from nemo_minitron.report.measures import measure_table, shortfall
+from nemo_minitron.report.reconstruction import reconstructions
 from nemo_minitron.report.run import Run
 from nemo_minitron.report.serving import serving_notes, serving_plots, serving_tables
 from nemo_minitron.report.template import rendered
@@ -127,6 +128,7 @@ def _content(run: Run, title: str, price: float | None, currency: str) -> dict[s
         "searches": searches,
         "evaluations": evaluations,
         "servings": servings,
+        "reconstructions": reconstructions(run),
         "alignment": alignment_tables(run),
         "figures": {
             "shapes": [] if diagram is None else [diagram],

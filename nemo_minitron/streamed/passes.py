@@ -131,8 +131,11 @@ class Pass:
 
     def batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Of each micro-batch: its first sample, ``[b, s]`` inputs, their positions and their mask, on the device."""
-        segments = self.blocks.segments
         for start in range(0, len(self.blocks), self.micro_batch_size):
-            stop = start + self.micro_batch_size
-            inputs = self.blocks.tokens[start:stop, :-1].to(self.model.groups.device.torch).contiguous()
-            yield start, inputs, *document_inputs(inputs, None if segments is None else segments[start:stop, :-1])
+            yield self.batch(start, start + self.micro_batch_size)
+
+    def batch(self, start: int, stop: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The samples ``start`` to ``stop``, as :meth:`batches` gives them."""
+        segments = self.blocks.segments
+        inputs = self.blocks.tokens[start:stop, :-1].to(self.model.groups.device.torch).contiguous()
+        return start, inputs, *document_inputs(inputs, None if segments is None else segments[start:stop, :-1])

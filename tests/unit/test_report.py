@@ -10,7 +10,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.run_dir import LOSSES, STUDENT, write_kept, write_model, write_run, write_scores, write_stage
+from support.run_dir import (
+    LOSSES,
+    STUDENT,
+    lineages,
+    made_from,
+    note_parents,
+    write_evaluation,
+    write_kept,
+    write_model,
+    write_run,
+    write_scores,
+    write_stage,
+)
 
 from nemo_minitron.config import ReportConfig
 from nemo_minitron.errors import ConfigError, DataError
@@ -124,6 +136,70 @@ def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     assert run.remarks == []
     recovery = tables.recoveries(run, run.evaluations[0][1])
     assert [(r.model, r.student, r.teacher) for r in recovery] == [("distilled", "pruned", "teacher")]
+
+
+def test_pruned_reconstructed_distilled(tmp_path: Path) -> None:
+    """The chain of the demonstration: both shares are of what pruning cost."""
+    run = write_run(tmp_path / "run", steps=5)
+    made = write_stage(
+        run,
+        "reconstructed",
+        "reconstruct",
+        seconds=90,
+        minute=4,
+        model=str(run / "pruned"),
+        teacher=str(run / "teacher"),
+    )
+    write_model(made, STUDENT, made_from("reconstruct", run / "pruned", STUDENT, lineages(run)["pruned"]))
+    write_kept(made)
+    losses = {"teacher": 3.0, "pruned": 5.0, "reconstructed": 4.0, "blocks": 8}
+    matrices = [{"name": "a", "ridge": 0.1}, {"name": "b", "ridge": None}]
+    content = {
+        "losses": {"plays": {**losses, "outside": False}, "news": {**losses, "reconstructed": 4.5, "outside": True}},
+        "layers": [{"layer": 0, "matrices": matrices, "block": {"steps": 8, "before": 0.2, "after": 0.1}}],
+    }
+    (made / "reconstruction.json").write_text(json.dumps(content))
+    record = json.loads((run / "distilled/record.json").read_text())
+    record["config"]["student"] = str(made)
+    (run / "distilled/record.json").write_text(json.dumps(record))
+    write_evaluation(run / "evaluation", run, {**LOSSES, "reconstructed": 4.0, "distilled": 3.6})
+    note_parents(
+        run,
+        pruned={"model": "teacher"},
+        reconstructed={"model": "pruned", "teacher": "teacher"},
+        distilled={"student": "reconstructed", "teacher": "teacher"},
+    )
+    found = collect(run)
+    assert found.roles["reconstructed"] == "reconstructed"
+    shares = {
+        one.model: (one.student, one.by, round(one.share, 3))
+        for one in tables.recoveries(found, found.evaluations[0][1])
+    }
+    gap = LOSSES["pruned"] - LOSSES["teacher"]
+    assert shares == {
+        "reconstructed": ("pruned", "reconstruction", round((LOSSES["pruned"] - 4.0) / gap, 3)),
+        "distilled": ("pruned", "reconstruction and distillation", round((LOSSES["pruned"] - 3.6) / gap, 3)),
+    }
+    values = {card.label: card.value for card in tables.cards(found)}
+    assert (values["loss gap recovered"], values["of it before training"]) == ("74%", "46%")
+    report.run(ReportConfig(run=str(run), output=str(tmp_path / "report")))
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "Reconstruction, without any training, won back" in page
+    assert "Reconstruction and distillation won back" in page
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert re.search(r"\| reconstructed \| reconstruct \|.*model: pruned .*teacher: teacher", text)
+    assert re.search(r"\| distilled \| distill \|.*student: reconstructed ", text)
+    assert "1 of 2 matrices and scales were refitted" in text
+    assert "gradient steps made 1 of 1 layers better" in text
+    assert "| news | no | 8 | 3.000 | 5.000 | 4.500 | 25% |" in text
+
+
+def test_a_damaged_reconstruction_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    made = write_stage(run, "reconstructed", "reconstruct", seconds=90, minute=4)
+    (made / "reconstruction.json").write_text('{"layers": [{"matrices": 3}]}')
+    (remark,) = collect(run).remarks
+    assert remark.startswith("the reconstruction of reconstructed is incomplete")
 
 
 def test_a_training_from_a_cache_of_logits_has_no_teacher(whole: Path, tmp_path: Path) -> None:

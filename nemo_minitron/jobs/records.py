@@ -183,10 +183,11 @@ def _settings(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         added = getattr(value, "ADDED", ())
         settled = value.settled() if hasattr(value, "settled") else {}
+        stated = {field: settled.get(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {
-            field.name: _settings(settled.get(field.name, getattr(value, field.name)))
-            for field in dataclasses.fields(value)
-            if not (field.name in added and getattr(value, field.name) == _default(field))
+            field.name: _settings(setting)
+            for field, setting in stated.items()
+            if not (field.name in added and setting == _default(field))
         }
     if isinstance(value, list | tuple):
         return type(value)(_settings(entry) for entry in value)
@@ -196,6 +197,7 @@ def _settings(value: Any) -> Any:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a setting, whichever way it is declared."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

@@ -239,14 +239,39 @@ def stage_table(run: Run) -> Table:
 
 
 def export_table(run: Run) -> Table | None:
-    """Size of every exported format; None without an export."""
+    """Size of every exported format, of quantized ones their loss too; None without an export."""
+    parts = [(stage, part) for stage in run.stages if stage.stage == "export" for part in stage.parts()]
+    if not parts:
+        return None
+    measured = [_quantized(stage).get(part.name.removeprefix("hf-")) for stage, part in parts]
     rows = [
-        [f"{stage.name}/{part.name}", part.kind, size(part.size)]
-        for stage in run.stages
-        if stage.stage == "export"
-        for part in stage.parts()
+        [
+            f"{stage.name}/{part.name}",
+            part.kind if figures is None else f"{part.kind}, {figures.get('algorithm')}",
+            size(part.size),
+            *(_loss_of(figures) if any(measured) else []),
+        ]
+        for (stage, part), figures in zip(parts, measured, strict=True)
     ]
-    return Table("What was exported", ["path", "format", "size"], rows, ["" for _ in rows]) if rows else None
+    headings = ["path", "format", "size", *(["held-out loss", "more than the float model"] if any(measured) else [])]
+    return Table("What was exported", headings, rows, ["" for _ in rows])
+
+
+def _quantized(stage: StageRun) -> dict[str, Any]:
+    """The figures of an export's quantized models, by quantization."""
+    metrics = stage.record.get("metrics")
+    found = metrics.get("quantized") if isinstance(metrics, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _loss_of(figures: dict[str, Any] | None) -> list[str]:
+    """Loss of a quantized export, and what it has more than the float model."""
+    if figures is None:
+        return ["–", "–"]
+    try:
+        return [f"{figures['loss']:.4f}", f"{figures['loss'] - figures['float_loss']:+.4f}"]
+    except (KeyError, TypeError, ValueError):
+        return ["–", "–"]
 
 
 def step_boxes(run: Run) -> list[dict[str, str]]:

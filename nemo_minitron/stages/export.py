@@ -1,4 +1,4 @@
-"""``minitron export``: write a model for other libraries, as ``hf/``, ``nemo2/`` and ``model.nemo``."""
+"""``minitron export``: write a model for other libraries, as ``hf/``, ``nemo2/`` and ``model.nemo``, or quantized."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
 from nemo_minitron.jobs.records import owner_of
 from nemo_minitron.stages.shared.checkpoints import check_conversion, conversion_faults, model_costs, verified
 from nemo_minitron.stages.shared.disk import checkpoint_need, expected, readable_model
+from nemo_minitron.stages.shared.quantized import check_quantized, plan_quantized, write_all
 
 __all__ = ["plan", "run"]
 
@@ -37,7 +38,8 @@ def plan(config: ExportConfig) -> StagePlan:
             place = str(output / FORMATS[form].output_name)
             plan.disk.append(checkpoint_need(f"model ({form})", place, model, form, dtype=config.dtype))
             plan.makes[place] = expected(model, config.model, dtype=config.dtype)
-    if config.verify:
+    plan_quantized(config, plan)
+    if config.verify and config.formats:
         plan.notes.append("each result is loaded by its own side's loader and its logits compared")
     return plan
 
@@ -46,7 +48,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Write every format and, with ``verify``, compare logits; the output appears once all formats are correct.
 
     Returns:
-        ``parameters, formats``: for each format ``path, verification``.
+        ``parameters, formats``: for each format ``path, verification``. With ``quantize`` also ``quantized``: see
+        :func:`~nemo_minitron.stages.shared.quantized.write_all`.
 
     Raises:
         MinitronError: for a model that cannot be read, or a result with other logits.
@@ -56,10 +59,12 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     source = open_checkpoint(config.model)
     check_conversion(source, config.formats, verify=config.verify, export=True)
+    check_quantized(config, source)
     named = dataclasses.replace(
         source, lineage={"made_by": "export", "parents": {"model": {"path": config.model, "lineage": source.lineage}}}
     )
     exports: dict[str, Any] = {}
+    quantized: dict[str, Any] = {}
     with stage_output(config.output, config.overwrite) as output:
         for form in dict.fromkeys(config.formats):
             path = output / FORMATS[form].output_name
@@ -75,7 +80,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 )
             exports[form] = {"path": str(Path(config.output) / FORMATS[form].output_name), "verification": figures}
             logger.info("exported %s", exports[form]["path"])
-    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": exports}
+        if config.quantize:
+            quantized = {"quantized": write_all(config, source, output)}
+    return {"parameters": axes.parameter_count(source.family, source.shape), "formats": exports, **quantized}
 
 
 def _run_dir(model: str) -> Path | None:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from support.run_dir import write_run, write_stage
 from support.text import sentences, write_jsonl
 
-from nemo_minitron.config import BenchmarkConfig
-from nemo_minitron.config.stages.benchmark import LossTextConfig
+from nemo_minitron.config import BenchmarkConfig, OptionalDataConfig
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
 from nemo_minitron.report import collect, draw, write_report
 from nemo_minitron.report.serving import PUBLISHED, serving_plots, serving_tables
@@ -34,7 +33,7 @@ def test_settings_that_cannot_be_run_are_named_together() -> None:
         repeats=0,
         tokens=8,
         evaluation="e",
-        data=LossTextConfig(sequence_length=16, documents="mask"),
+        data=OptionalDataConfig(sequence_length=16, documents="mask"),
     )
     assert config.faults() == [
         "repeats=0: must be above 0",
@@ -114,7 +113,7 @@ def test_models_are_measured_side_by_side(folder: Path, tmp_path: Path) -> None:
         new_tokens=3,
         repeats=2,
         tokens=40,
-        data=LossTextConfig(sequence_length=16, held_out_fraction=0.5, cache_dir=str(tmp_path / "cache")),
+        data=OptionalDataConfig(sequence_length=16, held_out_fraction=0.5, cache_dir=str(tmp_path / "cache")),
     )
     config.data.sources = [_source(folder / "text.jsonl")]
     record = run_stage(config)

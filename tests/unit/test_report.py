@@ -129,6 +129,24 @@ def test_exports_are_listed_by_format(whole: Path) -> None:
     ]
 
 
+def test_quantized_exports_show_what_they_lose(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", steps=10)
+    quantized = run / "export" / "hf-int4"
+    quantized.mkdir()
+    (quantized / "config.json").write_text("{}")
+    record = json.loads((run / "export" / "record.json").read_text())
+    record["metrics"] = {"quantized": {"int4": {"algorithm": "W4A16_AWQ", "loss": 3.8125, "float_loss": 3.75}}}
+    (run / "export" / "record.json").write_text(json.dumps(record))
+    table = tables.export_table(collect(run))
+    assert table is not None
+    assert [[row[0], row[1], *row[3:]] for row in table.rows] == [
+        ["export/hf", "Hugging Face", "–", "–"],
+        ["export/hf-int4", "Hugging Face, W4A16_AWQ", "3.8125", "+0.0625"],
+        ["export/model.nemo", ".nemo", "–", "–"],
+        ["export/nemo2", "NeMo 2", "–", "–"],
+    ]
+
+
 def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     run = collect(whole)
     assert run.roles == {"teacher": "teacher", "pruned": "pruned", "random": "random", "distilled": "distilled"}

@@ -6,22 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import ClassVar
 
-from nemo_minitron.config.parts import DataConfig, not_negative, positive
+from nemo_minitron.config.parts import OptionalDataConfig, not_negative, positive
 from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
 
-__all__ = ["ENGINES", "BenchmarkConfig", "LossTextConfig"]
+__all__ = ["ENGINES", "BenchmarkConfig"]
 
 #: What a model can be run with.
 ENGINES = ("transformers", "megatron", "llama.cpp")
-
-
-@dataclass
-class LossTextConfig(DataConfig):
-    """Text on which losses are computed; it may be left out where none are."""
-
-    def faults(self) -> list[str]:
-        """Those of a text that is given."""
-        return super().faults() if self.sources or self.blend else []
 
 
 @dataclass
@@ -63,7 +54,7 @@ class BenchmarkConfig(StageConfig):
     together: bool = True
     evaluation: str | None = None
     tokens: int = 0
-    data: LossTextConfig = field(default_factory=LossTextConfig)
+    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
 
     def runs(self) -> list[tuple[str, str]]:
         """``(model, engine)`` of everything that is measured."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
     DTYPES,
+    QUANTIZED_EXPORTS,
     SHARD_SIZE,
+    OptionalDataConfig,
     choice,
     format_list_faults,
+    group_size_faults,
     one_of,
+    positive,
     shard_size_faults,
     written_formats,
 )
@@ -70,7 +74,7 @@ class ImportConfig(StageConfig):
 
 @dataclass
 class ExportConfig(StageConfig):
-    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``.
+    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``, ``output/hf-fp8``.
 
     Attributes:
         model: checkpoint to export.
@@ -82,6 +86,13 @@ class ExportConfig(StageConfig):
         base_model: name on the Hugging Face Hub of the model that it was made from, for the model card.
         license: the Hub's name of that model's license, such as "apache-2.0", for the model card; null takes what the
             base's own card says.
+        quantize: quantized Hugging Face models to write beside ``formats``, through NVIDIA's ModelOpt, any of "fp8",
+            "int4", "int4_awq" and "nvfp4": ``output/hf-fp8`` and so on.
+        data: text that quantized models are calibrated on, by its calibration split, and measured on, by its held-out
+            split.
+        samples: blocks of the calibration split that a quantized model is calibrated on.
+        tokens: held-out tokens that the float and each quantized model are scored on, rounded down to whole blocks.
+        group_size: of "int4" and "int4_awq", the columns that share a scale; null takes 128.
     """
 
     STAGE: ClassVar[str] = "export"
@@ -89,7 +100,9 @@ class ExportConfig(StageConfig):
     LEVEL: ClassVar[str] = "torch"
     ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
-    ADDED: ClassVar[tuple[str, ...]] = ("max_shard_size", "base_model", "license")
+    ADDED: ClassVar[tuple[str, ...]] = (
+        "max_shard_size", "base_model", "license", "quantize", "data", "samples", "tokens", "group_size",
+    )  # fmt: skip
     TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats()}
     NEEDS_GPU: ClassVar[bool] = False
 
@@ -100,10 +113,35 @@ class ExportConfig(StageConfig):
     max_shard_size: str = SHARD_SIZE
     base_model: str | None = None
     license: str | None = None
+    quantize: list[str] = field(default_factory=list)
+    data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
+    samples: int = 128
+    tokens: int = 16384
+    group_size: int | None = None
+
+    def settled(self) -> dict[str, Any]:
+        """Text, and how much of it, changes nothing where nothing is quantized: a pipeline's defaults may bring it."""
+        if self.quantize:
+            return {}
+        defaults = type(self)()
+        return {name: getattr(defaults, name) for name in ("data", "samples", "tokens", "group_size")}
 
     def faults(self) -> list[str]:
-        """Unknown or no formats, a size that is none."""
+        """Unknown or no formats, a size that is none, nothing to calibrate a quantized model on."""
         faults = format_list_faults(self.formats)
-        if not self.formats:
+        faults += [
+            f"quantize: {name!r} must be one of {', '.join(QUANTIZED_EXPORTS)}"
+            for name in self.quantize
+            if name not in QUANTIZED_EXPORTS
+        ]
+        if self.quantize:
+            faults += [*positive(self, "samples", "tokens"), *group_size_faults(self.group_size, self.quantize)]
+            if not self.data.given:
+                faults.append("data: no text is given to calibrate and measure the quantized models on; list sources")
+            elif 0 < self.tokens < self.data.sequence_length:
+                faults.append(
+                    f"tokens={self.tokens}: less than one block of data.sequence_length={self.data.sequence_length}"
+                )
+        if not self.formats and not self.quantize:
             faults.append(f"formats: none is given; list any of {', '.join(written_formats())}")
         return [*faults, *choice(self, "dtype", DTYPES), *shard_size_faults(self.max_shard_size)]

@@ -24,6 +24,8 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
         modules += FORMATS[form].write_needs
     if getattr(config, "quantize", None) and config.STAGE == "export":
         modules += ["modelopt", "transformers"]
+        if (more := FORMATS[form].settings_need) is not None:
+            modules += more(config)
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
     if isinstance(config, BenchmarkConfig) and any(engine == "llama.cpp" for _, engine in config.runs()):

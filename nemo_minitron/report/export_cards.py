@@ -12,17 +12,19 @@ from pathlib import Path
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints import Checkpoint
-from nemo_minitron.checkpoints.formats import FORMATS
+from nemo_minitron.checkpoints.formats import FORMATS, ExportNotes
 from nemo_minitron.checkpoints.model_record import ModelRecord, read_model_record
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.report.ancestry import made_at
+from nemo_minitron.report.base import base_of
 from nemo_minitron.report.card import card_content
 from nemo_minitron.report.collect import collect
+from nemo_minitron.report.history import changes_of, first_parameters, title_of
 from nemo_minitron.report.run import Run, StageRun, stage_of
 from nemo_minitron.report.template import rendered
 from nemo_minitron.runtime.files import replace_file
 
-__all__ = ["FILE_NAME", "complete_cards", "write_export_card", "write_run_card"]
+__all__ = ["FILE_NAME", "complete_cards", "export_notes", "write_export_card", "write_run_card"]
 
 FILE_NAME = "README.md"
 _MARK = re.compile(r"\n<!-- minitron: ([0-9a-f]{64}) -->\n\Z")
@@ -60,6 +62,26 @@ def write_export_card(
         license_name=license_name,
     )
     file.write_text(_marked(rendered("model-card.md.j2", content, markdown=True)), encoding="utf-8")
+
+
+def export_notes(model: Checkpoint, *, base_model: str | None = None, license_name: str | None = None) -> ExportNotes:
+    """What an exported file may say of a model: its title, as on its card, its base and that one's license.
+
+    Args:
+        model: the model that is exported.
+        base_model, license_name: see :func:`~nemo_minitron.report.card.card_content`.
+    """
+    base = base_of(model.lineage, model.path, hub_name=base_model, license_name=license_name)
+    after = axes.parameter_count(model.family, model.shape)
+    before = first_parameters(model.lineage, model.family)
+    return ExportNotes(
+        title_of(base.name, changes_of(model.lineage), before, after),
+        base.name or None,
+        base.hub_name,
+        base.license,
+        base.license_name,
+        base.license_link,
+    )
 
 
 def complete_cards(run: Run, *, title: str, base_model: str | None, license_name: str | None) -> None:

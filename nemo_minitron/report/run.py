@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.formats import detect
+from nemo_minitron.checkpoints.formats import FORMATS, detect
 from nemo_minitron.config import STAGES, StageConfig
 from nemo_minitron.shape import ModelShape
 
@@ -21,11 +21,17 @@ ROLES = ("teacher", "pruned", "random", "reconstructed", "distilled", "aligned",
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint inside a stage's output: its name, format and size in bytes."""
+    """A checkpoint inside a stage's output.
+
+    Attributes:
+        name, kind, size: its path there, its format and its size in bytes.
+        weight_error: root mean square of what its matrices lose, relative to the model's; None where that is not known.
+    """
 
     name: str
     kind: str
     size: int
+    weight_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ class StageRun:
             entry = detect(path)
             if entry is not None and entry.write is not None:
                 parts.append(Part(path.name, entry.title, size_of(path)))
+        for name, form in (self.metrics.get("formats") or {}).items():
+            for kind, file in (form.get("files") or {}).items():  # of a format that is a file for each kind of numbers
+                title = f"{FORMATS[name].title} {kind}" if name in FORMATS else kind
+                lost = file.get("weight_error")
+                parts.append(Part(f"{Path(form['path']).name}/{file['file']}", title, file["bytes"], lost))
         return parts
 
 

@@ -32,7 +32,7 @@ WORDS = {
     "keep_best", "kind", "latency_of", "license", "long", "loss", "memory", "memory_of", "method", "names", "name",
     "on_bad_record", "package", "packing", "partition", "precision", "prompts", "qos", "recompute", "result",
     "rule", "schema", "sequence", "spacing", "split", "states_memory", "system", "tasks", "teacher_placement",
-    "quantize", "template", "text_key", "texts", "title", "user", "values", "weights", "builtin", "greedy",
+    "quantize", "template", "text_key", "texts", "title", "types", "user", "values", "weights", "builtin", "greedy",
 }  # fmt: skip
 
 

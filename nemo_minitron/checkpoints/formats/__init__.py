@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_minitron.checkpoints.formats.entry import Format, Progress, WriteOptions
-from nemo_minitron.checkpoints.formats.gguf import convert_gguf, describe_gguf, is_gguf
+from nemo_minitron.checkpoints.formats.entry import ExportNotes, Format, Progress, WriteOptions
+from nemo_minitron.checkpoints.formats.gguf import (
+    convert_gguf,
+    describe_gguf,
+    export_gguf,
+    exported_files,
+    gguf_faults,
+    gguf_logits,
+    gguf_needs,
+    is_gguf,
+    open_gguf,
+)
 from nemo_minitron.checkpoints.formats.huggingface.checkpoint import describe_hf, is_hf, open_hf, peek_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import hf_faults
 from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
@@ -22,7 +32,7 @@ from nemo_minitron.config import tables
 from nemo_minitron.config.parts import written_formats
 from nemo_minitron.config.tables import Table
 
-__all__ = ["FORMATS", "Format", "Progress", "WriteOptions", "detect", "written_formats"]
+__all__ = ["FORMATS", "ExportNotes", "Format", "Progress", "WriteOptions", "detect", "written_formats"]
 
 OWN_FORMATS = (
     Format(
@@ -68,9 +78,17 @@ OWN_FORMATS = (
         title="GGUF",
         looks="a .gguf file",
         detect=is_gguf,
+        open=open_gguf,
         convert=convert_gguf,
         describe=describe_gguf,
+        export=export_gguf,
+        exported=exported_files,
+        loader=gguf_logits,
+        faults=gguf_faults,
+        card=True,
         read_needs=("gguf",),
+        write_needs=("gguf",),
+        settings_need=gguf_needs,
         suffix=".gguf",
     ),
 )

@@ -22,7 +22,7 @@ from nemo_minitron.shape import require_uniform
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOLERANCE", "Verification", "verify"]
+__all__ = ["TOLERANCE", "Verification", "compare_logits", "verify"]
 
 TOLERANCE = 1e-4
 ROWS, LENGTH = 2, 16
@@ -75,10 +75,26 @@ def verify(
         CheckpointError: if a loader fails or times out, the logits differ by more, or are not finite.
         ShapeError: if layers differ in size; there is no loader of such models here.
     """
-    import torch
-
     for shape in (source.shape, target.shape):
         require_uniform(shape, "comparing a conversion's logits (verify)")
+    result = compare_logits(source, target, timeout_minutes=timeout_minutes)
+    # written so that NaN fails
+    if not result.max_difference <= tolerance * result.scale:
+        raise CheckpointError(
+            f"{target.path} does not compute what {source.path} does: logits differ by {result.max_difference:.3g} "
+            f"where {tolerance:.0e} x {result.scale:.3g} is allowed; do not use it, and report the conversion"
+        )
+    return result
+
+
+def compare_logits(source: Checkpoint, target: Checkpoint, *, timeout_minutes: float = 60.0) -> Verification:
+    """The figures of :func:`verify`, whatever they are.
+
+    Raises:
+        CheckpointError: if a loader fails or times out, or the vocabularies differ.
+    """
+    import torch
+
     vocab = min(source.shape.vocab_size, target.shape.vocab_size)
     ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     dtype = target.architecture.dtype
@@ -93,20 +109,13 @@ def verify(
             f"{source.shape.vocab_size}; convert it again"
         )
     expected, logits = expected[..., :vocab], logits[..., :vocab]
-    result = Verification(
+    return Verification(
         max_difference=(expected - logits).abs().max().item(),
         scale=expected.abs().max().item(),
         same_choice=(expected.argmax(-1) == logits.argmax(-1)).float().mean().item(),
         dtype=dtype,
         loader=loaders[1],
     )
-    # written so that NaN fails
-    if not result.max_difference <= tolerance * result.scale:
-        raise CheckpointError(
-            f"{target.path} does not compute what {source.path} does: logits differ by {result.max_difference:.3g} "
-            f"where {tolerance:.0e} x {result.scale:.3g} is allowed; do not use it, and report the conversion"
-        )
-    return result
 
 
 def _loader_of(checkpoint: Checkpoint, *, trusted: bool) -> str:

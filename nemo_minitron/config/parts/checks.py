@@ -45,9 +45,14 @@ def written_formats() -> list[str]:
     return WrittenFormats().names()
 
 
-def format_list_faults(names: Iterable[str]) -> list[str]:
-    """The faults of the entries of ``formats`` that cannot be written."""
-    known = written_formats()
+def format_list_faults(names: Iterable[str], *, exports: bool = False) -> list[str]:
+    """The faults of the entries of ``formats`` that cannot be written.
+
+    Args:
+        names: the entries.
+        exports: formats that only other programs read can be.
+    """
+    known = WrittenFormats(exports=exports).names()
     return [f"formats: {name!r} must be one of {', '.join(known)}" for name in names if name not in known]
 
 

@@ -23,7 +23,11 @@ from nemo_minitron.config.parts import (
 from nemo_minitron.config.stages.base import NEEDS_TORCH, StageConfig
 from nemo_minitron.config.tables import Choices, WrittenFormats
 
-__all__ = ["ExportConfig", "ImportConfig"]
+__all__ = ["ExportConfig", "GgufConfig", "ImportConfig"]
+
+#: Kinds of GGUF files that the ``gguf`` package writes, and those that need llama.cpp's own quantizer.
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+GGUF_K_TYPES = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 
 
 @dataclass
@@ -73,8 +77,42 @@ class ImportConfig(StageConfig):
 
 
 @dataclass
+class GgufConfig:
+    """The files of format "gguf", for llama.cpp.
+
+    Attributes:
+        types: how the weights are stored, a file for each: "F32", "F16", "BF16", "Q8_0" (8.5 bits a weight) or "Q4_0"
+            (4.5 bits); with llama.cpp's quantizer "Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M" or "Q6_K".
+        importance: an importance matrix in llama.cpp's GGUF form, for the types with a K; null quantizes without.
+    """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("importance",)
+
+    types: list[str] = field(default_factory=lambda: ["Q8_0"])
+    importance: str | None = None
+
+    def faults(self) -> list[str]:
+        """Unknown or no types, types given twice, a matrix that nothing uses."""
+        known = (*GGUF_TYPES, *GGUF_K_TYPES)
+        faults = [f"types: {name!r} must be one of {', '.join(known)}" for name in self.types if name not in known]
+        if not self.types:
+            faults.append(f"types: none is given; list any of {', '.join(known)}")
+        if twice := sorted({name for name in self.types if self.types.count(name) > 1}):
+            faults.append(f"types: {', '.join(twice)} is given twice")
+        if self.importance is not None and not self.quantizes:
+            faults.append(f"importance={self.importance}: only the types {', '.join(GGUF_K_TYPES)} use one")
+        return faults
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether llama.cpp's quantizer is needed."""
+        return any(name in GGUF_K_TYPES for name in self.types)
+
+
+@dataclass
 class ExportConfig(StageConfig):
-    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``, ``output/hf-fp8``.
+    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``, ``output/gguf``, and
+    quantized: ``output/hf-fp8``.
 
     Attributes:
         model: checkpoint to export.
@@ -93,17 +131,18 @@ class ExportConfig(StageConfig):
         samples: blocks of the calibration split that a quantized model is calibrated on.
         tokens: held-out tokens that the float and each quantized model are scored on, rounded down to whole blocks.
         group_size: of "int4" and "int4_awq", the columns that share a scale; null takes 128.
+        gguf: the files of format "gguf".
     """
 
     STAGE: ClassVar[str] = "export"
-    HELP: ClassVar[str] = "Write a model as Hugging Face, NeMo 2 or .nemo, and check it."
+    HELP: ClassVar[str] = "Write a model as Hugging Face, NeMo 2, .nemo or GGUF, and check it."
     LEVEL: ClassVar[str] = "torch"
     ROLE: ClassVar[str] = "distilled"
-    INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "gguf.importance")
     ADDED: ClassVar[tuple[str, ...]] = (
-        "max_shard_size", "base_model", "license", "quantize", "data", "samples", "tokens", "group_size",
+        "max_shard_size", "base_model", "license", "quantize", "data", "samples", "tokens", "group_size", "gguf",
     )  # fmt: skip
-    TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats()}
+    TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats(exports=True)}
     NEEDS_GPU: ClassVar[bool] = False
 
     model: str = MISSING
@@ -118,6 +157,7 @@ class ExportConfig(StageConfig):
     samples: int = 128
     tokens: int = 16384
     group_size: int | None = None
+    gguf: GgufConfig = field(default_factory=GgufConfig)
 
     def settled(self) -> dict[str, Any]:
         """Text, and how much of it, changes nothing where nothing is quantized: a pipeline's defaults may bring it."""
@@ -128,7 +168,7 @@ class ExportConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Unknown or no formats, a size that is none, nothing to calibrate a quantized model on."""
-        faults = format_list_faults(self.formats)
+        faults = format_list_faults(self.formats, exports=True)
         faults += [
             f"quantize: {name!r} must be one of {', '.join(QUANTIZED_EXPORTS)}"
             for name in self.quantize
@@ -143,5 +183,5 @@ class ExportConfig(StageConfig):
                     f"tokens={self.tokens}: less than one block of data.sequence_length={self.data.sequence_length}"
                 )
         if not self.formats and not self.quantize:
-            faults.append(f"formats: none is given; list any of {', '.join(written_formats())}")
+            faults.append(f"formats: none is given; list any of {', '.join(WrittenFormats(exports=True).names())}")
         return [*faults, *choice(self, "dtype", DTYPES), *shard_size_faults(self.max_shard_size)]

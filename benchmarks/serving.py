@@ -74,10 +74,10 @@ def speeds(teacher: Path, student: Path, threads: int, scratch: Path, quick: boo
 def files(teacher: Checkpoint, options: Options, scratch: Path, cache_dir: str, quick: bool) -> dict[str, Any]:
     """The teacher's GGUF files in llama.cpp."""
     import torch
-    from nemo_minitron.checkpoints.formats.gguf.llama_cpp import gguf_logits
-    from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
 
     from nemo_minitron.checkpoints.formats.entry import ExportNotes
+    from nemo_minitron.checkpoints.formats.gguf.llama_cpp import gguf_logits
+    from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
     from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
 
     data = texts(quick=quick, sequence_length=SEQUENCE, cache_dir=cache_dir)

@@ -122,17 +122,12 @@ def talk(path: str, options: ChatOptions, *, source: TextIO | None = None, targe
 
 
 def _opened(path: str, options: ChatOptions) -> Conversation:
-    import os
-
-    import torch
-
     from nemo_minitron.runtime.cpu.quiet import quiet
     from nemo_minitron.runtime.requirements import require
     from nemo_minitron.serving import open_conversation
 
     require("torch", "numpy", "transformers", "megatron", for_="chat")
     quiet()
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     return open_conversation(
         path,
         template=options.template,
@@ -141,6 +136,7 @@ def _opened(path: str, options: ChatOptions) -> Conversation:
         attributes=options.attributes,
         dtype=options.dtype,
         device=options.device,
+        threads=options.threads,
         seed=options.seed,
         max_length=options.max_length,
     )
@@ -225,8 +221,7 @@ def _changed(sampling: Sampling, words: str) -> Sampling:
         if name not in fields:
             raise ConfigError(f"{word}: is none of the settings {', '.join(f'{known}=VALUE' for known in fields)}")
         value = parse_yaml(text)
-        kinds = {"greedy": bool, "max_new_tokens": int, "top_k": (int, type(None))}.get(name, (int, float))
-        if not isinstance(value, kinds) or (isinstance(value, bool) and name != "greedy"):
+        if not isinstance(value, _KINDS.get(name, (int, float))) or (isinstance(value, bool) and name != "greedy"):
             raise ConfigError(f"{word}: is no value of {name}")
         values[name] = value
     if not values:
@@ -235,6 +230,9 @@ def _changed(sampling: Sampling, words: str) -> Sampling:
     if faults := changed.faults():
         raise ConfigError(faults)
     return changed
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"greedy": (bool,), "max_new_tokens": (int,), "top_k": (int, type(None))}
 
 
 def _remark(text: str) -> None:

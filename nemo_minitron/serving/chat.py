@@ -180,6 +180,7 @@ def open_conversation(
     attributes: Mapping[str, int] | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    threads: int | None = None,
     seed: int = 1234,
     max_length: int | None = None,
 ) -> Conversation:
@@ -191,12 +192,15 @@ def open_conversation(
         sampling: how answers are drawn.
         system, attributes: see :class:`Conversation`.
         dtype, device: of the model.
+        threads: of the processor; None takes all cores.
         seed: of the draws.
         max_length: tokens of the conversation; None takes the model's context.
 
     Raises:
         MinitronError: for a model that cannot be opened, has no tokenizer, or no such template.
     """
+    import os
+
     import torch
 
     from nemo_minitron.checkpoints import load_into
@@ -207,6 +211,7 @@ def open_conversation(
     from nemo_minitron.runtime.model import build_model
     from nemo_minitron.shape import uniform_faults
 
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     cpu.prepare(device)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = _open(path, Path(scratch))

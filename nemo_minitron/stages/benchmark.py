@@ -249,7 +249,8 @@ def _evaluated(config: BenchmarkConfig) -> dict[str, float]:
 
 def _baseline(config: BenchmarkConfig, names: Sequence[str] | dict[str, str]) -> str:
     """The model that others of these are compared with."""
-    return config.baseline if config.baseline in names else next(iter(names))
+    baseline = config.baseline
+    return baseline if baseline is not None and baseline in names else next(iter(names))
 
 
 def _engines(config: BenchmarkConfig, measured: Sequence[Measured]) -> dict[str, Any]:

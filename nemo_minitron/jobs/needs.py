@@ -28,8 +28,8 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
             modules += more(config)
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
-    if isinstance(config, BenchmarkConfig) and any(engine == "llama.cpp" for _, engine in config.runs()):
-        modules.append("llama_cpp")
+    if isinstance(config, BenchmarkConfig) and not config.skip_missing:
+        modules += ["llama_cpp" for _, engine in config.runs() if engine == "llama.cpp"]
     if (source := getattr(config, "source", None)) is not None:
         modules += [need for entry in FORMATS.values() if entry.detect(Path(source)) for need in entry.read_needs]
     paths = [Path(path) for path in _data_paths(config)]

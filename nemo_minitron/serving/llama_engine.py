@@ -138,7 +138,7 @@ class LlamaEngine:
         """What the file says of its numbers, as llama.cpp describes it: "llama 135M Q8_0" -> "Q8_0"."""
         text = ctypes.create_string_buffer(256)
         self._api.llama_model_desc(self.model, text, 256)
-        return text.value.decode().split(" ", 2)[-1]
+        return text.value.decode().split(" ", 2)[-1].removeprefix("all ")
 
 
 #: The last lines that llama.cpp printed; they say why it refused something.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import BenchmarkConfig
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, MissingDependency
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_bytes
 from nemo_minitron.parsing import parse_json
@@ -60,7 +60,11 @@ def plan(config: BenchmarkConfig) -> StagePlan:
         plan.notes, plan.faults = data.notes, data.faults
         plan.costs["held-out tokens"] = f"{_blocks(config) * config.data.sequence_length:,}, for each model"
     if any(engine == "llama.cpp" for _, engine in runs):
-        plan.faults += requirement_faults({"benchmark with llama.cpp": ["llama_cpp"]})
+        lacking = requirement_faults({"benchmark with llama.cpp": ["llama_cpp"]})
+        if config.skip_missing:
+            plan.notes += [f"left out: {line}" for line in lacking]
+        else:
+            plan.faults += lacking
     sizes = 0.0
     for name, engine in runs:
         model = readable_model(config.models[name])
@@ -89,6 +93,24 @@ def plan(config: BenchmarkConfig) -> StagePlan:
                 "together=false, and each is loaded for its own turns"
             )
     return plan
+
+
+def _runs(config: BenchmarkConfig) -> list[tuple[str, str]]:
+    """``(model, engine)`` of what can be measured here.
+
+    Raises:
+        MissingDependency: without llama.cpp, unless it may be left out; where all would be left out, too.
+    """
+    runs = config.runs()
+    if not any(engine == "llama.cpp" for _, engine in runs):
+        return runs
+    others = [(name, engine) for name, engine in runs if engine != "llama.cpp"]
+    lacking = requirement_faults({"benchmark with llama.cpp": ["llama_cpp"]})
+    if lacking and not (config.skip_missing and others):
+        raise MissingDependency("\n".join(lacking))
+    for line in lacking:
+        logger.warning("GGUF files have size and loss alone: %s", line)
+    return others if lacking else runs
 
 
 def _blocks(config: BenchmarkConfig) -> int:
@@ -170,7 +192,7 @@ def _subjects(config: BenchmarkConfig) -> Iterator[list[Subject]]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         subjects: list[Subject] = []
-        for name, engine in config.runs():
+        for name, engine in _runs(config):
             path = config.models[name]
             if engine != "llama.cpp":
                 checkpoint = open_checkpoint(path)  # also a name in the cache of the Hub
@@ -268,7 +290,7 @@ def _model(config: BenchmarkConfig, name: str, measured: Sequence[Measured], kno
 
     own = [result for result in measured if result.subject.model == name]
     path = Path(config.models[name]).expanduser()
-    place = path if path.exists() else Path(own[0].subject.path)  # of a model in the Hub's cache
+    place = path if path.exists() or not own else Path(own[0].subject.path)  # of a model in the Hub's cache
     losses = next((result.block_losses for result in own if result.block_losses), [])
     loss = statistics.fmean(losses) if losses else known.get(name)
     if loss is not None and not math.isfinite(loss):
@@ -278,7 +300,7 @@ def _model(config: BenchmarkConfig, name: str, measured: Sequence[Measured], kno
         "path": config.models[name],
         "format": entry.name if entry is not None else None,
         "size_bytes": _size(place),
-        "parameters": own[0].facts["parameters"],
+        "parameters": own[0].facts["parameters"] if own else None,
         "loss": loss,
         "engines": {
             result.subject.engine: {

@@ -62,7 +62,15 @@ def test_a_missing_llama_cpp_is_named_with_the_command_that_installs_it(
 
     with pytest.raises(MinitronError, match="llama-cpp-python"):
         check_needs([config])
-    check_needs([BenchmarkConfig(models={"a": str(tmp_path)}, output=str(tmp_path / "out"))])
+    config.models["b"] = str(tmp_path)
+    config.skip_missing = True
+    check_needs([config])
+    (note,) = benchmark.plan(config).notes
+    assert note.startswith("left out: benchmark with llama.cpp needs llama-cpp-python")
+    assert benchmark._runs(config) == [("b", "transformers"), ("b", "megatron")]
+    del config.models["b"]
+    with pytest.raises(MinitronError, match="llama-cpp-python"):  # nothing would be left
+        benchmark._runs(config)
 
 
 # --- figures

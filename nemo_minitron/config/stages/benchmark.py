@@ -31,6 +31,8 @@ class BenchmarkConfig(StageConfig):
         repeats: measurements of each model, in turns with the others; a first one of each is dropped.
         together: all models stay in memory and take turns. Off: each is loaded anew for each of its turns, for models
             that do not fit into memory together.
+        skip_missing: GGUF files have their size and loss alone where llama.cpp is not installed; off, the stage is
+            refused there.
         evaluation: output of ``evaluate``, for the losses of these models: of the same path, or, for what is no GGUF
             file, of the same name.
         tokens: instead, held-out tokens on which each model's loss is computed, by the first engine that runs it; 0
@@ -52,6 +54,7 @@ class BenchmarkConfig(StageConfig):
     new_tokens: int = 32
     repeats: int = 5
     together: bool = True
+    skip_missing: bool = False
     evaluation: str | None = None
     tokens: int = 0
     data: OptionalDataConfig = field(default_factory=OptionalDataConfig)

@@ -9,7 +9,7 @@ on it, each in a process of its own: ``minitron score`` on 2,048 tokens, ``prune
 memory are all that it measures. The directory must have 50 GB free; outputs that no later step reads are removed. A
 run that was stopped goes on at its step. The last line is JSON: for each step
 
-- ``seconds``, by the clock;
+- ``seconds``, by the clock, and ``cpu_seconds`` of all its processes;
 - ``memory_gib``: the most that the step's processes held at once beside files that they had mapped, and
   ``resident_gib``, the same with those; pages of mapped files are free for others at any time.
 """
@@ -202,7 +202,7 @@ def steps(directory: Path, sizes: dict[str, Any], dtype: str) -> list[Step]:
 
 def measured(command: list[str], log: Path) -> dict[str, float]:
     """Run a command; seconds and the peaks of the memory of its processes."""
-    started = time.monotonic()
+    started, cpu = time.monotonic(), cpu_of_children()
     peaks = [0, 0]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream)
@@ -219,9 +219,16 @@ def measured(command: list[str], log: Path) -> dict[str, float]:
         raise SystemExit("\n".join([f"{' '.join(command)}: exit code {process.returncode}", *lines]))
     return {
         "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(cpu_of_children() - cpu, 1),
         "memory_gib": round(peaks[0] / GIB, 2),
         "resident_gib": round(peaks[1] / GIB, 2),
     }
+
+
+def cpu_of_children() -> float:
+    """Seconds of the processes that were started here and have ended, with those below them."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def memory_of(root: int) -> tuple[int, int]:

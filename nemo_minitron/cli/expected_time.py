@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import ClusterConfig, StageConfig
+from nemo_minitron.config.parts.checks import AUTO
 from nemo_minitron.jobs.plans import StagePlan
 from nemo_minitron.jobs.records import read_record
 from nemo_minitron.planning import accelerator
@@ -88,7 +89,7 @@ def _alike(config: StageConfig, record: dict[str, Any]) -> bool:
         world == config.layout.world_size
         and runtime.get("device") == config.runtime.device
         and runtime.get("threads") == config.runtime.threads
-        and other.get("precision") == getattr(config, "precision", None)
+        and getattr(config, "precision", None) in (AUTO, other.get("precision"))
     )
 
 

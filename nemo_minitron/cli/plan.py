@@ -267,7 +267,7 @@ def _training(name: str, config: StageConfig, models: dict[str, Model | None]) -
         sequence_length=_length(config),
         layout=config.parallel,
         recompute="none" if isinstance(config, SftConfig) else config.recompute,
-        bytes=2 if config.precision.startswith("bf16") else 4,
+        bytes=4 if config.precision == "32" else 2,  # a cluster's GPUs take bfloat16 for auto
     )
 
 

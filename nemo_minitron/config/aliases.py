@@ -130,7 +130,7 @@ NOTES: dict[tuple[str, str], str] = {
         "it is micro_batch_size * parallel.data * the number of accumulated passes",
     ("gpus", "parallel"): "tensor * pipeline * data * context processes are started",
     ("sparsity", "target"): "sizes, such as target.num_layers; a share is for `minitron search`, budget.share",
-    ("bf16", "precision"): '"32" or "bf16-mixed"',
+    ("bf16", "precision"): '"32", "bf16-mixed" or "auto"',
     ("do_sample", "greedy"): "with the opposite meaning",
     ("do_sample", "sampling.greedy"): "with the opposite meaning",
     ("warmup", "warmup_steps"): "a number of steps",

@@ -69,7 +69,7 @@ def run_in_place(config: StageConfig) -> dict[str, Any]:
     started = time.monotonic()
     set_up(config)
     with _prepared(config) as output:
-        metrics = run_module(stage_module(config.STAGE), output.config, rank=int(os.environ.get("RANK", "0")))
+        metrics = run_module(stage_module(config.STAGE), output.settled(), rank=int(os.environ.get("RANK", "0")))
         if metrics:
             output.finish(metrics, time.monotonic() - started)
     return metrics

@@ -22,10 +22,10 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
     modules = list(config.NEEDS)
     for form in getattr(config, "formats", ()):
         modules += FORMATS[form].write_needs
-    if getattr(config, "quantize", None) and config.STAGE == "export":
-        modules += ["modelopt", "transformers"]
         if (more := FORMATS[form].settings_need) is not None:
             modules += more(config)
+    if getattr(config, "quantize", None) and config.STAGE == "export":
+        modules += ["modelopt", "transformers"]
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
     if isinstance(config, BenchmarkConfig) and not config.skip_missing:

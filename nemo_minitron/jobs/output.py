@@ -27,6 +27,7 @@ from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.contents import SMALL, damaged, missing
 from nemo_minitron.jobs.differences import differences
 from nemo_minitron.jobs.lease import check_held, leased
+from nemo_minitron.jobs.precision import settle, taken
 from nemo_minitron.jobs.records import (
     hashed_settings,
     identity_of,
@@ -318,6 +319,14 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / _STARTED, json.dumps(self.identity, default=str) + "\n")
 
+    def settled(self) -> StageConfig:
+        """The configuration that the stage runs with: what it leaves to the suite is chosen. Every rank calls it, after
+        :meth:`begin`; see :func:`~nemo_minitron.jobs.precision.settle`.
+        """
+        started = self.started_identity()
+        identity = "" if started is None else str(started["hash"])
+        return settle(self.config, self.folder, identity=identity, resumes=self.resumable and self.path.exists())
+
     @contextmanager
     def replacing(self) -> Iterator[None]:
         """Implements ``overwrite`` for stages that can resume, around their ``run``, which never sees the old output.
@@ -377,6 +386,7 @@ class Output:
             peak_gpu_bytes=peak_gpu_bytes,
             started=started,
             work=work,
+            precision=taken(self.config, self.folder, self.hash),
         )
 
 

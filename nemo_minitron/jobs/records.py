@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.jobs.contents import contents_of, results_of
+from nemo_minitron.jobs.precision import with_values
 from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
@@ -95,6 +96,7 @@ def write_record(
     peak_gpu_bytes: Sequence[int] | None = None,
     started: str | None = None,
     work: dict[str, float] | None = None,
+    precision: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the record of an output, which marks the output as complete.
 
@@ -108,17 +110,20 @@ def write_record(
             not known, as of a stage whose work other processes do.
         started: ISO time.
         work: operations and bytes that it took, for estimates.
+        precision: what was chosen where settings leave it to the suite (:func:`~nemo_minitron.jobs.precision.taken`);
+            ``config`` states it too.
 
     Returns:
         The record: ``version, stage, name, hash, config, settings, parents, contents, metrics, files, started, seconds,
-        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions, seal``. Records of earlier releases have
-        no ``contents, files, host, work, ranks, gpus, peak_gpu_bytes, seal``.
+        peak_rss_bytes, host, work, ranks, gpus, peak_gpu_bytes, versions, seal``, and ``precision`` where it is given.
+        Records of earlier releases have no ``contents, files, host, work, ranks, gpus, peak_gpu_bytes, seal``.
     """
     record = {
         "version": RECORD_VERSION,
         **identity,
         "name": config.name or config.STAGE,
-        "config": _stated(config),
+        "config": _stated(config if precision is None else with_values(config, precision["taken"])),
+        **({} if precision is None else {"precision": precision}),
         "metrics": metrics,
         "files": {} if config.REPEATS else contents_of(Path(config.output)),
         "started": started,

@@ -20,6 +20,7 @@ from nemo_minitron.jobs.launch import attach, job_folder
 from nemo_minitron.jobs.lease import release_all
 from nemo_minitron.jobs.modules import stage_module
 from nemo_minitron.jobs.needs import check_needs
+from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
@@ -56,7 +57,7 @@ def execute(stage: str, folder: Path, part: str | None = None, *, rank: int = 0)
     check_needs([config])  # here too: what started this process may have another environment
     module = stage_module(part or stage)
     set_up(config)
-    return run_module(module, config, rank=rank)
+    return run_module(module, Output(config).settled(), rank=rank)
 
 
 def main(stage: str, part: str | None = None, *, launched: bool = False) -> int:

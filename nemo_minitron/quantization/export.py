@@ -33,7 +33,7 @@ from nemo_minitron.quantization.schemes import Scheme
 if TYPE_CHECKING:
     pass
 
-__all__ = ["write_quantized"]
+__all__ = ["without_cuda", "write_quantized"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def write_quantized(
     model = load_transformers(floats, torch_dtype(dtype)).eval()
     model.config.torch_dtype = torch_dtype(dtype)
     try:
-        with _quiet(), _without_cuda():
+        with _quiet(), without_cuda():
             quantized = _quantize(model, scheme, matrices, calibrate)
             if ranges:
                 _set_ranges(quantized, source, ranges)
@@ -132,7 +132,7 @@ def _complete(floats: Path, source: Checkpoint, directory: Path) -> None:
 
 
 @contextmanager
-def _without_cuda() -> Iterator[None]:
+def without_cuda() -> Iterator[None]:
     """ModelOpt packs NVFP4 with plain torch, but asks the GPU first whether it has instructions for it."""
     import torch
     from modelopt.torch.quantization.qtensor import nvfp4_tensor

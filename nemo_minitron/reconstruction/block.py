@@ -47,9 +47,10 @@ class BlockReport:
 class BlockTraining:
     """Train one layer of the pruned model by Adam, in float32; what does not help is taken back.
 
-    A token's error counts relative to its own size in the residual stream, as in least squares. The size of a step is
-    relative to the root mean square of each tensor, and falls linearly to zero. Samples are run one by one and their
-    gradients are added in float64, so that any number of data-parallel ranks takes the same steps.
+    A token's error counts relative to its own size in the residual stream: a step sees few samples, of which the tokens
+    with massive activations (arXiv 2402.17762) would decide it otherwise. The size of a step is relative to the root
+    mean square of each tensor, and falls linearly to zero. Samples are run one by one and their gradients are added in
+    float64, so that any number of data-parallel ranks takes the same steps.
 
     Args:
         layer: of the pruned model, with its weights; the states of its pass are those that enter it. Its parameters are

@@ -328,10 +328,10 @@ class LayerFitting:
             self._finite(inputs, f"{name} (its input)")
             if not both:
                 sizes, device = (inputs.shape[-1], targets.shape[-1]), inputs.device
-                both = [make_sums(*sizes, most, square=square, device=device) for _ in range(2)]
-            held = held_out(self.groups, batch[0], len(batch[1]))[samples]
-            for which, sums in enumerate(both):
-                chosen = held == bool(which)
+                # The power of the targets that are solved for is not asked for.
+                both = [make_sums(*sizes, most, square=square and held, device=device) for held in (False, True)]
+            out = held_out(self.groups, batch[0], len(batch[1]))[samples]
+            for sums, chosen in zip(both, (~out, out), strict=True):
                 sums.add(inputs[chosen], targets[chosen])
         for sums in both:
             sums.all_reduce(self.groups.dp)

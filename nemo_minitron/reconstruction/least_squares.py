@@ -27,7 +27,7 @@ CAREFUL = 0.1
 #: The search ends after so many ridges in turn that were worse than the best.
 PATIENCE = 2
 _ROWS = 8192  # rows of a matrix that are solved for at once
-_SAMPLE = 256  # rows of a matrix by which its ridge is chosen
+_SAMPLE = 128  # rows of a matrix by which its ridge is chosen
 
 
 class Sums:
@@ -83,12 +83,14 @@ class Sums:
                 dist.all_reduce(part, group=group)
 
     def mapped(self, weight: torch.Tensor) -> Sums:
-        """The sums with targets ``weight @ y`` in the place of ``y``; needs ``square``.
+        """The sums with targets ``weight @ y`` in the place of ``y``; their power is known with ``square`` alone.
 
         Args:
             weight: ``[rows, m]`` float64.
         """
-        return Sums.of(self.gram, weight @ self.cross, ((weight @ self.power) * weight).sum(), self.tokens)
+        known = self.power.ndim > 0
+        power = ((weight @ self.power) * weight).sum() if known else torch.full_like(self.tokens, float("nan"))
+        return Sums.of(self.gram, weight @ self.cross, power, self.tokens)
 
     def of_rows(self, rows: torch.Tensor) -> Sums:
         """The sums of some of the targets; their power is not known."""

@@ -239,38 +239,43 @@ def stage_table(run: Run) -> Table:
 
 
 def export_table(run: Run) -> Table | None:
-    """Size of every exported format, what rounding cost it, and its held-out loss; None without an export."""
-    losses = {
+    """Size of every exported format, of quantized ones their loss too; None without an export."""
+    parts = [(stage, part) for stage in run.stages if stage.stage == "export" for part in stage.parts()]
+    if not parts:
+        return None
+    losses = _losses(run)
+    measured = [_figures(stage, part, losses) for stage, part in parts]
+    rows = [
+        [
+            f"{stage.name}/{part.name}",
+            part.kind if figures is None or "algorithm" not in figures else f"{part.kind}, {figures['algorithm']}",
+            size(part.size),
+            *(_loss_of(figures) if any(measured) else []),
+        ]
+        for (stage, part), figures in zip(parts, measured, strict=True)
+    ]
+    headings = ["path", "format", "size", *(["held-out loss", "more than the float model"] if any(measured) else [])]
+    return Table("What was exported", headings, rows, ["" for _ in rows])
+
+
+def _figures(stage: StageRun, part: Part, losses: dict[Path, float]) -> dict[str, Any] | None:
+    """The losses of a quantized part: those that the export measured, or an evaluation of its file."""
+    if (figures := _quantized(stage).get(part.name.removeprefix("hf-"))) is not None:
+        return figures
+    source = stage.config.get("model")
+    given = losses.get(Path(stage.config["output"]).absolute() / part.name)
+    exact = losses.get(Path(source).absolute()) if isinstance(source, str) else None
+    return None if given is None else {"loss": given, "float_loss": exact}
+
+
+def _losses(run: Run) -> dict[Path, float]:
+    """The loss of every model that an evaluation measured, by its path."""
+    return {
         Path(model["path"]).absolute(): model["loss"]
         for _, evaluation in run.evaluations
         for model in evaluation["models"].values()
         if "path" in model
     }
-    parts = [(stage, part) for stage in run.stages if stage.stage == "export" for part in stage.parts()]
-    quantized = [_quantized(stage).get(part.name.removeprefix("hf-")) for stage, part in parts]
-    rounded = any(part.weight_error is not None for _, part in parts)
-    measured = any(quantized) or any(_exported(stage, part) in losses for stage, part in parts)
-    headings = [
-        "path", "format", "size", *(["weights differ by"] if rounded else []), *(["held-out loss"] if measured else []),
-        *(["more than the float model"] if any(quantized) else []),
-    ]  # fmt: skip
-    rows = []
-    for (stage, part), figures in zip(parts, quantized, strict=True):
-        kind = part.kind if figures is None else f"{part.kind}, {figures.get('algorithm')}"
-        row = [f"{stage.name}/{part.name}", kind, size(part.size)]
-        row += ["–" if part.weight_error is None else f"{part.weight_error:.2%}"] if rounded else []
-        loss, more = _loss_of(figures)
-        if figures is None and (known := losses.get(_exported(stage, part))) is not None:
-            loss = f"{known:.4f}"
-        row += [loss] if measured else []
-        row += [more] if any(quantized) else []
-        rows.append(row)
-    return Table("What was exported", headings, rows, ["" for _ in rows]) if rows else None
-
-
-def _exported(stage: StageRun, part: Part) -> Path:
-    """Where a part of an export was written."""
-    return Path(stage.config["output"]).absolute() / part.name
 
 
 def _quantized(stage: StageRun) -> dict[str, Any]:
@@ -285,6 +290,8 @@ def _loss_of(figures: dict[str, Any] | None) -> list[str]:
     if figures is None:
         return ["–", "–"]
     try:
+        if figures["float_loss"] is None:
+            return [f"{figures['loss']:.4f}", "–"]
         return [f"{figures['loss']:.4f}", f"{figures['loss'] - figures['float_loss']:+.4f}"]
     except (KeyError, TypeError, ValueError):
         return ["–", "–"]

@@ -80,7 +80,8 @@ def plan(config: BenchmarkConfig) -> StagePlan:
                 f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens}: the context of model "
                 f"{name!r} holds {context} tokens"
             )
-        size = weights_bytes(model, config.runtime.dtype, padded=False)
+        dtype = "bfloat16" if config.runtime.dtype == "bfloat16" else "float32"  # "auto" at most
+        size = weights_bytes(model, dtype, padded=False)
         sizes += size
         if engine == "transformers" and _is_converted(config.models[name]):
             plan.disk.append(DiskNeed(f"{name} for transformers", config.output, size, stay=0.0))

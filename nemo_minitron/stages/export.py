@@ -1,4 +1,4 @@
-"""``minitron export``: write a model for other libraries: ``hf``, ``nemo2``, ``model.nemo``, ``gguf``, or quantized."""
+"""``minitron export``: write a model as ``hf/``, ``nemo2/``, ``model.nemo`` and ``gguf/``, or quantized."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 record["files"] = entry.export(named, path, config, _notes(named, config))
             else:
                 written = write_checkpoint(named, path, form, dtype=config.dtype, max_shard_size=config.max_shard_size)
-                record["verification"] = verified(source, written, verify if config.verify else None)
+                record["verification"] = verified(source, written, verify if config.verify else None, config.memory)
             if entry.card:
                 write_export_card(
                     source,
@@ -92,6 +92,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
                     run_dir=_run_dir(config.model),
                     base_model=config.base_model,
                     license_name=config.license,
+                    library=entry.card,
                 )
             exports[form] = record
             logger.info("exported %s", record["path"])

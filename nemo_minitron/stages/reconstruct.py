@@ -39,8 +39,9 @@ def plan(config: ReconstructConfig) -> StagePlan:
     data = data_inputs(config.data)
     if config.outside:
         outside = data_inputs(dataclasses.replace(config.data, sources=config.outside))
-        for own, other in zip(data, outside, strict=True):
-            own.extend(line for line in other if line not in own)  # type: ignore[arg-type]
+        data.files.extend(file for file in outside.files if file not in data.files)
+        data.notes.extend(note for note in outside.notes if note not in data.notes)
+        data.faults.extend(outside.faults)
     tokens = config.samples * config.data.sequence_length
     plan = StagePlan(
         "reconstruct",

@@ -53,10 +53,12 @@ def test_llama_cpp_computes_the_model(name, tmp_path):
     write_gguf(open_checkpoint(model), files)
     reference = hf_logits(model, IDS)
     assert relative(gguf_logits(files["F32"], IDS, torch.float32), reference) <= 1e-3
-    # llama.cpp rounds what it multiplies such matrices with to the same 16 or 8 bits
-    for kind, most in (("F16", 0.02), ("Q8_0", 0.08), ("Q4_0", 0.1)):
+    # llama.cpp rounds what it multiplies such matrices with to 16 or 8 bits; a router may then choose another expert
+    for kind, most in (("F16", 0.01), ("Q8_0", 0.06), ("Q4_0", 0.08)):
         convert_gguf(files[kind], tmp_path / kind)
-        assert relative(gguf_logits(files[kind], IDS, torch.float32), hf_logits(tmp_path / kind, IDS)) <= most, kind
+        read = hf_logits(tmp_path / kind, IDS)
+        lost = (gguf_logits(files[kind], IDS, torch.float32) - read).norm(dim=-1) / read.norm(dim=-1)
+        assert lost.median() <= most, (kind, lost.median())
 
 
 @pytest.mark.parametrize(("pre", "first"), [("qwen2", False), ("smollm", True), ("llama-bpe", True), ("gpt-2", False),
@@ -85,14 +87,15 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 def answers(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
     """What transformers answers."""
     model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
-    with torch.no_grad():
-        return [
-            model.generate(
-                torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
-            )[0, len(ids) :].tolist()
-            for ids in prompts
-        ]  # fmt: skip
+    model.generation_config.eos_token_id = None
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    out = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            answer = model.generate(given, attention_mask=torch.ones_like(given), **settings)
+        out.append(answer[0, len(ids) :].tolist())
+    return out
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "nemotron", "mixtral"])

@@ -54,6 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rope_scaling": LLAMA3, "tie_word_embeddings": True}),
     "linear": ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "yarn": ("qwen2", {"rope_scaling": YARN}),
+    "qwen2-usual": ("qwen2", {"head_dim": 16}),
     "gemma3-types": ("gemma3", {"sliding_window_pattern": 4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
 }
 

@@ -81,7 +81,7 @@ def test_the_import_door_reads_the_same_model(name, files):
                 assert (ours - theirs).abs().max() <= most * ours.abs().max(), weight
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "linear", "qwen2", "qwen3", "nemotron", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "linear", "qwen2", "qwen2-usual", "qwen3", "nemotron", "gemma3"])
 def test_what_llama_cpp_computes_in_float64(name, files):
     model, written = files(name)
     reference = made.reference_logits(written["F32"], IDS.numpy())
@@ -279,9 +279,11 @@ def test_every_family_is_written():
 def test_rows_that_no_block_holds(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "nemo_minitron")
     model = exportable(tmp_path / "hf", "llama", intermediate_size=76)
-    write_gguf(open_checkpoint(model), {kind: tmp_path / f"{kind}.gguf" for kind in ("Q8_0", "Q4_0")})
-    lines = [record.message for record in caplog.records if "stay in float16" in record.message]
-    assert len(lines) == 1
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q8_0", "Q4_0")}
+    write_gguf(open_checkpoint(model), files, requantized=["Q4_K_M", "Q6_K"])
+    lines = [record.message for record in caplog.records if "are no multiple of" in record.message]
+    assert len(lines) == 2
+    assert "GGUF Q4_K_M, Q6_K: 23 tensors whose rows of 64, 76, 128 are no multiple of 256 get" in lines[1]
     assert (
         "GGUF Q8_0, Q4_0: 3 tensors whose rows of 76 are no multiple of 32 stay in float16: blk.*.ffn_down.weight"
         in lines[0]
@@ -340,7 +342,9 @@ def test_the_stage(tmp_path):
     assert files["F32"]["weight_error"] == 0
     assert 1e-3 < files["Q8_0"]["weight_error"] < 1e-2
     assert files["Q8_0"]["bytes"] == (tmp_path / "out/gguf/model-Q8_0.gguf").stat().st_size < files["F32"]["bytes"] / 2
-    assert (tmp_path / "out/gguf/README.md").is_file()
+    card = (tmp_path / "out/gguf/README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "llama-server -m" in card
     assert sorted(file.name for file in (tmp_path / "out/gguf").iterdir()) == [
         "README.md", "minitron.json", "model-F32.gguf", "model-Q8_0.gguf"]  # fmt: skip
     fields = fields_of(tmp_path / "out/gguf/model-Q8_0.gguf")

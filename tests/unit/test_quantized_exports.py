@@ -21,6 +21,7 @@ from nemo_minitron.errors import CheckpointError, ConfigError, MissingDependency
 from nemo_minitron.jobs.needs import check_needs
 from nemo_minitron.jobs.records import hashed_settings
 from nemo_minitron.quantization import SCHEMES, fake, load_quantized, matrices_of, mean_loss, scheme_of, write_quantized
+from nemo_minitron.quantization.export import without_cuda
 from nemo_minitron.quantization.matrices import export_faults
 from nemo_minitron.quantization.reading import algorithm_of, dequantize
 from nemo_minitron.runtime import requirements
@@ -145,7 +146,8 @@ def test_rounding_is_modelopts(tmp_path: Path) -> None:
         assert torch.equal(fake.int4(y, 16), fake_tensor_quant(y, *args))
         limit = y.abs().max().float()
         assert torch.equal(fake.fp8(y, limit), scaled_e4m3(y, limit, None, 4, 3))
-        packed, scale, outer = NVFP4QTensor.quantize(y, 16, weights_scaling_factor_2=limit / (6 * 448.0))
+        with without_cuda():
+            packed, scale, outer = NVFP4QTensor.quantize(y, 16, weights_scaling_factor_2=limit / (6 * 448.0))
         theirs = packed.dequantize(dtype=torch.float32, scale=scale, double_scale=outer, block_sizes={-1: 16})
         torch.testing.assert_close(fake.nvfp4(y.float(), limit), theirs, rtol=1e-6, atol=0)
     # outside the range: clipped, and no gradient from there in FP8, as in ModelOpt

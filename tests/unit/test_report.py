@@ -129,6 +129,26 @@ def test_exports_are_listed_by_format(whole: Path) -> None:
     ]
 
 
+def test_an_exported_file_stands_with_its_size_and_loss(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5)
+    file = run / "export/gguf/model-Q8_0.gguf"
+    record = json.loads((run / "export/record.json").read_text())
+    figures = {"Q8_0": {"file": file.name, "bytes": 150_000, "weight_error": 0.0051}}
+    record["metrics"] = {"formats": {"gguf": {"path": str(file.parent), "files": figures}}}
+    (run / "export/record.json").write_text(json.dumps(record))
+    (evaluation,) = run.glob("*/evaluation.json")
+    content = json.loads(evaluation.read_text())
+    content["models"]["quantized"] = content["models"]["distilled"] | {"path": str(file), "loss": 3.21987}
+    evaluation.write_text(json.dumps(content))
+    table = tables.export_table(collect(run))
+    assert table is not None
+    more = 3.21987 - content["models"]["distilled"]["loss"]
+    assert table.rows[-1] == ["export/gguf/model-Q8_0.gguf", "GGUF Q8_0", "146.5 KiB", "3.2199", f"{more:+.4f}"]
+    assert all(row[3:] == ["–", "–"] for row in table.rows[:-1])
+    # it is no model of its own: what distillation won is said of the distilled one
+    assert [found.model for found in tables.recoveries(collect(run), content)] == ["distilled"]
+
+
 def test_quantized_exports_show_what_they_lose(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo", steps=10)
     quantized = run / "export" / "hf-int4"

@@ -21,13 +21,13 @@ from nemo_minitron.checkpoints.formats.gguf import (
 )
 from nemo_minitron.checkpoints.formats.huggingface.checkpoint import describe_hf, is_hf, open_hf, peek_hf, write_hf
 from nemo_minitron.checkpoints.formats.huggingface.config import hf_faults
-from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits
+from nemo_minitron.checkpoints.formats.huggingface.loader import hf_logits, hf_logits_streamed
 from nemo_minitron.checkpoints.formats.nemo1.checkpoint import is_nemo1, open_nemo1, write_nemo1
 from nemo_minitron.checkpoints.formats.nemo1.config import nemo1_faults
-from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_logits
+from nemo_minitron.checkpoints.formats.nemo1.loader import nemo1_distributed, nemo1_logits
 from nemo_minitron.checkpoints.formats.nemo2.checkpoint import is_nemo2, open_nemo2, peek_nemo2, write_nemo2
 from nemo_minitron.checkpoints.formats.nemo2.config import nemo2_faults, own_class_faults
-from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_logits
+from nemo_minitron.checkpoints.formats.nemo2.loader import nemo2_distributed, nemo2_logits
 from nemo_minitron.config import tables
 from nemo_minitron.config.parts import written_formats
 from nemo_minitron.config.tables import Table
@@ -44,10 +44,11 @@ OWN_FORMATS = (
         describe=describe_hf,
         write=write_hf,
         loader=hf_logits,
+        streamed_loader=hf_logits_streamed,
         peek=peek_hf,
         safe_loader=True,
         faults=hf_faults,
-        card=True,
+        card="transformers",
     ),
     Format(
         name="nemo2",
@@ -57,6 +58,7 @@ OWN_FORMATS = (
         open=open_nemo2,
         write=write_nemo2,
         loader=nemo2_logits,
+        distributed=nemo2_distributed,
         faults=nemo2_faults,
         foreign_faults=own_class_faults,
         peek=peek_nemo2,
@@ -70,6 +72,7 @@ OWN_FORMATS = (
         open=open_nemo1,
         write=write_nemo1,
         loader=nemo1_logits,
+        distributed=nemo1_distributed,
         faults=nemo1_faults,
         suffix=".nemo",
     ),
@@ -85,7 +88,7 @@ OWN_FORMATS = (
         exported=exported_files,
         loader=gguf_logits,
         faults=gguf_faults,
-        card=True,
+        card="gguf",
         read_needs=("gguf",),
         write_needs=("gguf",),
         settings_need=gguf_needs,

@@ -83,6 +83,10 @@ class Format:
         loader: logits as this format's own library computes them: path, ``[rows, s]`` tokens, dtype that weights are
             rounded to -> ``[rows, s, vocabulary rows]``. It runs in a process of its own and may set up anything. None:
             ``verify`` reads the result back into a plain Megatron-core model.
+        streamed_loader: the same with one layer's weights in memory at a time. None: see ``distributed``.
+        distributed: of a format with weights in Megatron's distributed form, ``distributed(path, scratch)`` gives their
+            directory, unpacked into ``scratch`` if need be, and what stands before the names of tensors:
+            Megatron's own reader takes a layer at a time from there. None: this package reads it.
         safe_loader: the loader runs nothing that a file names. Other loaders get only files that this suite wrote.
         export: of a format that other programs read, and no stage: ``export(checkpoint, directory, config, notes)``
             writes its files into a directory that is not there yet, checks them by ``verify`` of the configuration, and
@@ -91,7 +95,7 @@ class Format:
         faults: why the format cannot hold a model, before any work; None: it holds all whose layers are alike.
         foreign_faults: why its own library, where this package is not installed, could not open what is written: an
             export is refused then, an output for further stages is not. None: it can open everything.
-        card: a ``README.md`` with a model card belongs beside it.
+        card: a ``README.md`` with a model card belongs beside it: the library that it is for, by the Hub's name.
         suffix: the end of the name, with its dot, of a format that is one file; None: a directory.
         read_needs, write_needs: keys of :data:`nemo_minitron.runtime.requirements.PARTS`, packages without which
             a stage that imports, or exports, is refused before it starts.
@@ -111,10 +115,12 @@ class Format:
     export: Callable[[Checkpoint, Path, ExportConfig, ExportNotes], dict[str, Any]] | None = None
     exported: Callable[[ExportConfig], dict[str, float]] | None = None
     loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+    streamed_loader: Callable[[Path, torch.Tensor, torch.dtype], torch.Tensor] | None = None
+    distributed: Callable[[Path, Path], tuple[Path, str]] | None = None
     safe_loader: bool = False
     faults: Callable[[ModelShape, Architecture], list[str]] | None = None
     foreign_faults: Callable[[Architecture], list[str]] | None = None
-    card: bool = False
+    card: str | None = None
     suffix: str | None = None
     read_needs: tuple[str, ...] = ()
     write_needs: tuple[str, ...] = ()

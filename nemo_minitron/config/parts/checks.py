@@ -9,6 +9,7 @@ from nemo_minitron.config.tables import WrittenFormats
 
 __all__ = [
     "AGGREGATIONS",
+    "AUTO",
     "BALANCES",
     "DEPTH_CRITERIA",
     "DEPTH_FORMS",
@@ -17,6 +18,7 @@ __all__ = [
     "MEMORY_USES",
     "ON_BAD_RECORD",
     "RECOMPUTE",
+    "TAYLOR_LOSSES",
     "TEACHER_PLACEMENTS",
     "choice",
     "format_list_faults",
@@ -28,6 +30,9 @@ __all__ = [
 
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 DTYPES = ("float32", "bfloat16")
+TAYLOR_LOSSES = ("labels", "kl")
+#: Leaves a precision to the suite, which takes the faster on the machine that runs the stage.
+AUTO = "auto"
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
 DEPTH_FORMS = ("lowest", "contiguous", "greedy")
 TEACHER_PLACEMENTS = ("shared", "own_layout", "own_ranks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nemo_minitron.config.parts.checks import DTYPES, choice, not_negative, positive
+from nemo_minitron.config.parts.checks import AUTO, DTYPES, choice, not_negative, positive
 from nemo_minitron.config.parts.sizes import parse_bytes
 
 __all__ = ["MEMORY", "ParallelLayout", "RuntimeConfig", "memory_faults", "states_faults"]
@@ -107,7 +107,8 @@ class RuntimeConfig:
         threads: torch threads of one process; null shares the machine's cores among the processes.
         timeout_minutes: a stage that runs longer is stopped; null for no limit.
         collective_timeout_minutes: a rank that waits longer for the others stops with an error.
-        dtype: type of weights and activations in scoring and evaluation, "float32" or "bfloat16".
+        dtype: type of weights and activations in scoring and evaluation, "float32", "bfloat16", or "auto": bfloat16
+            where the machine computes faster in it, as measured at the start, else float32.
     """
 
     device: str = "auto"
@@ -121,7 +122,7 @@ class RuntimeConfig:
         """Unknown choices and limits that leave nothing."""
         return [
             *choice(self, "device", ("auto", "cpu", "cuda")),
-            *choice(self, "dtype", DTYPES),
+            *choice(self, "dtype", DTYPES, also=(AUTO,)),
             *not_negative(self, "seed"),
             *positive(self, "threads", "timeout_minutes", "collective_timeout_minutes"),
         ]

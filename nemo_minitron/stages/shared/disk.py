@@ -12,6 +12,7 @@ from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.checkpoints.peek import peek_vocabulary
 from nemo_minitron.config import AlignConfig, DataConfig
 from nemo_minitron.config.hub import cached_model
+from nemo_minitron.config.parts.checks import AUTO
 from nemo_minitron.config.stages.distillation import TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.expected import ExpectedModel
@@ -114,7 +115,10 @@ def training_needs(config: TrainingConfig, trained: Model, extra: Iterable[Model
         extra: further models that are trained, and part of a state.
     """
     tensor = config.parallel.tensor
-    state = sum(training_state_bytes(model, config.precision, tensor=tensor) for model in (trained, *extra))
+    state, certain = (
+        sum(training_state_bytes(model, precision, tensor=tensor) for model in (trained, *extra))
+        for precision in (config.precision, _least(config.precision))
+    )
     dtype = "bfloat16" if config.precision.startswith("bf16") else "float32"
     best = 0.0
     if config.keep_best is not None:
@@ -123,7 +127,7 @@ def training_needs(config: TrainingConfig, trained: Model, extra: Iterable[Model
     count = states_at_once(config.steps, config.save_every, config.validate_every)
     few = 1 if config.max_minutes is not None else count  # it may stop after its first step
     return [
-        _trained(config.output, state, count, few, model),
+        _trained(config.output, state, count, few, model, certain=certain),
         *([DiskNeed("best weights", f"{config.output}/best", best, least=0.0)] if best else []),
         *block_needs(
             config.data,
@@ -141,7 +145,7 @@ def aligning_needs(config: AlignConfig, model: Model, *, states: int = 1) -> lis
         states: that stay, one of each round.
     """
     state = training_state_bytes(model, "32", tensor=config.parallel.tensor)
-    certain = training_state_bytes(model, config.precision, tensor=config.parallel.tensor)
+    certain = training_state_bytes(model, _least(config.precision), tensor=config.parallel.tensor)
     unknown = config.steps is None or config.max_minutes is not None
     count = states_at_once(config.steps or 3 * config.save_every, config.save_every) + states - 1
     few = states if unknown else count
@@ -170,6 +174,11 @@ def _trained(
         stay=stay * state + model,
         least=max(few * certain, stay * certain + model),
     )
+
+
+def _least(precision: str) -> str:
+    """The precision that a training may take and that needs the least room."""
+    return "bf16-mixed" if precision == AUTO else precision
 
 
 def block_needs(data: DataConfig, blocks: int) -> list[DiskNeed]:

@@ -13,10 +13,20 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.config import DepthConfig, SearchConfig
     from nemo_minitron.data import Blocks
+    from nemo_minitron.data.tasks import EncodedTask, Question
     from nemo_minitron.runtime.groups import Groups
 
-__all__ = ["Measured", "calibration_blocks", "live_model", "open_measured", "plan_measuring", "start_groups"]
+__all__ = [
+    "Measured",
+    "calibration_blocks",
+    "encoded_task",
+    "live_model",
+    "open_measured",
+    "plan_measuring",
+    "start_groups",
+]
 
 
 class Measuring(Running, Protocol):
@@ -114,3 +124,21 @@ def live_model(config: Running, checkpoint: Checkpoint, groups: Groups) -> list[
     chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
     load_into(chunks, checkpoint, groups)
     return chunks
+
+
+def encoded_task(
+    config: DepthConfig | SearchConfig, checkpoint: Checkpoint
+) -> tuple[list[Question], EncodedTask | None]:
+    """The questions and their tokens; both are empty without a task."""
+    from nemo_minitron.data.tasks import encode_task, read_task
+
+    if config.task.given is None:
+        return [], None
+    questions = read_task(config.task, cache_dir=config.data.cache_dir, seed=config.data.seed)
+    return questions, encode_task(
+        questions,
+        checkpoint.tokenizer,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
+        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+    )

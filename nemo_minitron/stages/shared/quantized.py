@@ -39,6 +39,11 @@ def _schemes(config: ExportConfig) -> list[Scheme]:
     return [scheme_of(name, group) for name in dict.fromkeys(config.quantize)]
 
 
+def _measured(config: ExportConfig) -> bool:
+    """Whether any of the schemes is calibrated on text; the others follow from the weights."""
+    return any(scheme.inputs or scheme.searched for scheme in _schemes(config))
+
+
 def plan_quantized(config: ExportConfig, plan: StagePlan) -> None:
     """Add what the quantized models read, write and leave as it is."""
     from nemo_minitron.data.inputs import data_inputs
@@ -49,8 +54,15 @@ def plan_quantized(config: ExportConfig, plan: StagePlan) -> None:
     plan.reads += [PlannedPath(path, what) for path, what in data.files]
     plan.notes += data.notes
     plan.faults += data.faults
-    tokens = config.samples * config.data.sequence_length
-    plan.costs["calibration"] = f"{tokens:,} tokens in {config.samples:,} samples"
+    if _measured(config):
+        tokens = config.samples * config.data.sequence_length
+        plan.costs["calibration"] = f"{tokens:,} tokens in {config.samples:,} samples"
+    trained = TrainedFor.read(Path(config.model))
+    if trained is not None and config.group_size not in (None, trained.group_size) and "int4" in config.quantize:
+        plan.notes.append(
+            f"group_size={config.group_size}: the student was trained for {trained.quantize} with groups of "
+            f"{trained.group_size}, and loses more with others"
+        )
     shape, architecture = peek_shape(config.model), peek_architecture(config.model)
     for scheme in _schemes(config):
         plan.writes.append(PlannedPath(str(Path(config.output) / output_name(scheme.name)), f"model ({scheme.title})"))
@@ -107,8 +119,7 @@ def write_all(config: ExportConfig, source: Checkpoint, output: Path) -> dict[st
             max_length=source.architecture.max_position_embeddings,
         )
 
-    measured = any(scheme.inputs or scheme.searched for scheme in _schemes(config))
-    calibration = blocks("calibration", config.samples) if measured else None
+    calibration = blocks("calibration", config.samples) if _measured(config) else None
     held_out = blocks("held_out", config.tokens // config.data.sequence_length)
     floats = output / ".float"
     write_checkpoint(source, floats, "hf", dtype=config.dtype)

@@ -12,7 +12,16 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ARCHITECTURES", "DEFAULTS", "EXPERTS", "WRITTEN", "Change", "GGUFArchitecture", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "DEFAULTS",
+    "EXPERTS",
+    "WRITTEN",
+    "Change",
+    "GGUFArchitecture",
+    "architecture_of",
+    "written_as",
+]
 
 Turn = Callable[["torch.Tensor", ModelShape], "torch.Tensor"]
 """``(tensor, sizes of the model) -> tensor``."""
@@ -61,6 +70,7 @@ class GGUFArchitecture:
             are in ``config.json``: ``(list) -> keys and values``.
         changes: name of a tensor in the file, without ``blk.N.`` -> llama.cpp's change of it.
         mixture: the entry of files whose header has experts; None where there are none.
+        biased: the entry of files whose queries, keys and values have biases; None where there are none.
         neutral: keys of the header below the architecture's name -> the value at which they change nothing; another
             value is refused.
     """
@@ -72,6 +82,7 @@ class GGUFArchitecture:
     by_layer: Mapping[str, Callable[[list[Any]], dict[str, Any]]] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
     mixture: GGUFArchitecture | None = None
+    biased: GGUFArchitecture | None = None
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +108,7 @@ _KEYS = Change(
 #: Weights of norms that are stored minus one.
 _PLUS_ONE = Change(make=lambda tensor, shape: tensor + 1, undo=lambda tensor, shape: tensor - 1)
 _PAIRED = {"attn_q.weight": _QUERIES, "attn_k.weight": _KEYS}
+_PAIRED_BIASES = {"attn_q.bias": _QUERIES, "attn_k.bias": _KEYS}
 
 
 def _gemma3_scale(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +138,9 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
             keys=KEYS | _EXPERT_KEYS | {"expert_count": "num_local_experts"},
             changes=_PAIRED,
             neutral=_ROUTED | {"logit_scale": 1.0},
+        ),
+        biased=GGUFArchitecture(
+            "Qwen2ForCausalLM", constants={"use_sliding_window": False}, changes=_PAIRED | _PAIRED_BIASES
         ),
     ),
     "qwen2": GGUFArchitecture("Qwen2ForCausalLM", constants={"use_sliding_window": False}),
@@ -158,7 +173,7 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
     ),
 }
 
-#: Family -> the architecture that its models are written as.
+#: Family -> the architecture that its models are written as, but for :func:`written_as`.
 WRITTEN = {
     "llama": "llama",
     "mixtral": "llama",
@@ -177,7 +192,20 @@ EXPERTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def architecture_of(name: str, *, experts: bool) -> GGUFArchitecture | None:
-    """The entry of a name; of files whose header has experts, its mixture's. None for a name that is not known."""
+def written_as(family: str, shape: ModelShape) -> str | None:
+    """The architecture that a model is written as; None for a family that llama.cpp does not have.
+
+    llama.cpp wants the heads of "qwen2" as wide as the hidden states. After pruning they are not, and such a model is
+    written as "llama", which has room for its biases and computes the same.
+    """
+    name = WRITTEN.get(family)
+    if name == "qwen2" and shape.num_attention_heads * shape.head_dim != shape.hidden_size:
+        return "llama"
+    return name
+
+
+def architecture_of(name: str, *, experts: bool, biases: bool = False) -> GGUFArchitecture | None:
+    """The entry of a name; of files with experts, or with biases, its own for them. None for one that is not known."""
     entry = ARCHITECTURES.get(name)
-    return entry if entry is None or not experts or entry.mixture is None else entry.mixture
+    other = None if entry is None else entry.mixture if experts else entry.biased if biases else None
+    return other or entry

@@ -105,7 +105,11 @@ def describe_gguf(source: str | Path, directory: Path, *, dtype: str = "float32"
     """
     content = read_gguf(Path(source).expanduser())
     name = content.fields.get("general.architecture")
-    entry = architecture_of(str(name), experts=bool(content.fields.get(f"{name}.expert_count")))
+    entry = architecture_of(
+        str(name),
+        experts=bool(content.fields.get(f"{name}.expert_count")),
+        biases=all(f"blk.0.attn_{part}.bias" in content.tensors for part in "qkv"),
+    )
     if entry is None:
         supported = ", ".join(map(repr, ARCHITECTURES))
         raise CheckpointError(f"{source}: architecture {name!r} is not supported; supported: {supported}")

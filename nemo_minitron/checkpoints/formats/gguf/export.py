@@ -76,11 +76,13 @@ def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes
         files = {kind: directory / file_name(kind) for kind in direct}
         if base is not None and base not in files:
             files[base] = Path(scratch) / file_name(base)
-        stored = write_gguf(source, files, notes=notes)
+        stored = write_gguf(source, files, notes=notes, requantized=others)
         for kind in others:
             assert base is not None
             importance = None if config.gguf.importance is None else Path(config.gguf.importance)
             quantize_file(files[base], directory / file_name(kind), kind, importance=importance)
+    # both loaders have the whole model in memory
+    by_llama_cpp = config.verify and config.memory != "streamed" and has_llama_cpp()
     figures = {}
     for kind in kinds:
         path = directory / file_name(kind)
@@ -90,7 +92,7 @@ def export_gguf(source: Checkpoint, directory: Path, config: ExportConfig, notes
             "bytes": path.stat().st_size,
             "stored": stored.get(kind) or _stored(path),
             "weight_error": _weight_error(source, opened, kind) if config.verify else None,
-            "logits": _logits(source, opened, kind) if config.verify and has_llama_cpp() else None,
+            "logits": _logits(source, opened, kind) if by_llama_cpp else None,
         }
     write_model_record(source, directory, dtype=source.architecture.dtype, form="gguf")
     return figures

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron import axes
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.formats.gguf.architectures import WRITTEN
+from nemo_minitron.checkpoints.formats.gguf.architectures import WRITTEN, written_as
 from nemo_minitron.shape import ModelShape, uniform_faults
 
 __all__ = ["gguf_faults"]
@@ -23,7 +23,7 @@ _YARN = ("mscale", "mscale_all_dim")
 def gguf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:
     """Why a model cannot be written as GGUF; empty if it can."""
     family = architecture.family
-    name = WRITTEN.get(family)
+    name = written_as(family, shape)
     if name is None:
         return [
             f"format=gguf: llama.cpp has no architecture for the family {family!r} here; it has them for "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import axes
 from nemo_minitron.architecture import SLIDING, Architecture, period_of
 from nemo_minitron.checkpoints.formats.entry import ExportNotes
-from nemo_minitron.checkpoints.formats.gguf.architectures import WRITTEN
+from nemo_minitron.checkpoints.formats.gguf.architectures import written_as
 from nemo_minitron.checkpoints.formats.gguf.kinds import Kind
 from nemo_minitron.shape import ModelShape
 
@@ -74,7 +74,7 @@ def add_model(writer: GGUFWriter, shape: ModelShape, architecture: Architecture,
     """
     from gguf import GGML_QUANT_VERSION
 
-    name = WRITTEN[architecture.family]
+    name = written_as(architecture.family, shape)
     writer.add_block_count(shape.num_layers)
     writer.add_context_length(architecture.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)

@@ -14,7 +14,7 @@ from nemo_minitron import axes
 from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.base import Checkpoint, Weights
 from nemo_minitron.checkpoints.formats.entry import ExportNotes, Progress
-from nemo_minitron.checkpoints.formats.gguf.architectures import WRITTEN, GGUFArchitecture, architecture_of
+from nemo_minitron.checkpoints.formats.gguf.architectures import GGUFArchitecture, architecture_of, written_as
 from nemo_minitron.checkpoints.formats.gguf.faults import gguf_faults
 from nemo_minitron.checkpoints.formats.gguf.kinds import KINDS, Kind, stored_as, wider
 from nemo_minitron.checkpoints.formats.gguf.model_fields import add_model, add_notes
@@ -91,6 +91,7 @@ def write_gguf(
     files: Mapping[str, Path],
     *,
     notes: ExportNotes | None = None,
+    requantized: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write a model as GGUF files (callers write aside).
@@ -103,6 +104,7 @@ def write_gguf(
         files: name of a kind of :data:`~nemo_minitron.checkpoints.formats.gguf.kinds.KINDS` that llama.cpp's quantizer
             is not needed for -> the file to write.
         notes: name, base and license.
+        requantized: kinds that llama.cpp's quantizer will make of one of the files, for the warning.
         progress: called after each tensor.
 
     Returns:
@@ -115,8 +117,10 @@ def write_gguf(
     require("gguf", for_="writing GGUF")
     vocabulary = check_gguf(checkpoint)
     shape, architecture = checkpoint.shape, checkpoint.architecture
-    name = WRITTEN[architecture.family]
-    entry = architecture_of(name, experts=shape.num_moe_experts is not None)
+    name = written_as(architecture.family, shape)
+    assert name is not None
+    biases = axes.family(architecture.family).qkv_bias
+    entry = architecture_of(name, experts=shape.num_moe_experts is not None, biases=biases)
     assert entry is not None
     tensors = list(_tensors(checkpoint, name))
     output = _OUTPUT if any(tensor.name == _OUTPUT for tensor in tensors) else _EMBEDDINGS
@@ -126,7 +130,7 @@ def write_gguf(
         kind: {tensor.name: stored_as(KINDS[kind], tensor.name, tensor.shape, output=output) for tensor in tensors}
         for kind in files
     }
-    _say_wider(checkpoint, files, tensors)
+    _say_wider(checkpoint, [*files, *requantized], tensors)
     try:
         for kind, writer in opened.items():
             for tensor in tensors:
@@ -263,20 +267,21 @@ def _quantized(numbers: torch.Tensor, kind: str, name: str, checkpoint: Checkpoi
     return quantize(values, GGMLQuantizationType[kind])
 
 
-def _say_wider(checkpoint: Checkpoint, kinds: Mapping[str, Path], tensors: Sequence[_Tensor]) -> None:
-    """Name, once, the tensors that blocks cannot hold."""
+def _say_wider(checkpoint: Checkpoint, kinds: Sequence[str], tensors: Sequence[_Tensor]) -> None:
+    """Name, once for each size of blocks, the tensors that blocks cannot hold."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     for block, names in _by_block(kinds).items():
         if left := wider(KINDS[names[0]], shapes):
             sizes = ", ".join(map(str, sorted({shapes[name][-1] for name in left})))
+            stay = "get llama.cpp's blocks of 32, or float16" if block > 32 else "stay in float16"
             warn_once(
                 checkpoint.path,
-                f"GGUF {', '.join(names)}: {len(left)} tensors whose rows of {sizes} are no multiple of "
-                f"{block} stay in float16: {', '.join(dict.fromkeys(_general(name) for name in left))}",
+                f"GGUF {', '.join(names)}: {len(left)} tensors whose rows of {sizes} are no multiple of {block} {stay}: "
+                f"{', '.join(dict.fromkeys(_general(name) for name in left))}",
             )
 
 
-def _by_block(kinds: Mapping[str, Path]) -> dict[int, list[str]]:
+def _by_block(kinds: Sequence[str]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for kind in kinds:
         if KINDS[kind].block > 1:

@@ -37,9 +37,10 @@ class LlamaEngine:
         offloads = options.device != "cpu" and llama_cpp.llama_supports_gpu_offload()
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = 999 if offloads else 0
+        _lines.clear()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         if not self.model:
-            raise CheckpointError(f"{path}: llama.cpp cannot load it ({_last() or 'it gives no reason'})")
+            raise CheckpointError(f"{path}: llama.cpp cannot load it ({_reason() or 'it gives no reason'})")
         self._vocabulary = llama_cpp.llama_model_get_vocab(self.model)
         self._options = options
         self._context = self._open(options.context, options.batch_size)
@@ -92,7 +93,7 @@ class LlamaEngine:
         settings.n_threads = settings.n_threads_batch = self._options.threads
         opened = self._api.llama_init_from_model(self.model, settings)
         if not opened:
-            raise CheckpointError(f"llama.cpp cannot make a context of {settings.n_ctx} tokens ({_last()})")
+            raise CheckpointError(f"llama.cpp cannot make a context of {settings.n_ctx} tokens ({_reason()})")
         return opened
 
     def _clear(self) -> None:
@@ -125,7 +126,7 @@ class LlamaEngine:
                 batch.logits[place] = wanted
             code = self._api.llama_decode(self._context, batch)
             if code:
-                raise CheckpointError(f"llama.cpp ends with code {code} ({_last() or 'it gives no reason'})")
+                raise CheckpointError(f"llama.cpp ends with code {code} ({_reason() or 'it gives no reason'})")
             return [
                 np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, place), (self.vocab_size,)).copy()
                 for place, entry in enumerate(entries)
@@ -150,8 +151,9 @@ def _note(_level: int, text: bytes, _data: Any) -> None:
     del _lines[:-20]
 
 
-def _last() -> str:
-    return next((line for line in reversed(_lines) if "error" in line.lower() or "fail" in line.lower()), "")
+def _reason() -> str:
+    """The first fault among them, which those after it follow from."""
+    return next((line for line in _lines if "error" in line.lower() or "fail" in line.lower()), "")
 
 
 def _callback() -> Any:

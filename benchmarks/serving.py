@@ -61,14 +61,14 @@ def speeds(teacher: Path, student: Path, threads: int, scratch: Path, quick: boo
     load = Load(1, prompt_tokens=64 if quick else 256, new_tokens=8 if quick else 64, repeats=3 if quick else 7)
     subjects = [Subject("teacher", "transformers", str(teacher)), Subject("student", "transformers", str(student))]
     whole, part = measure(subjects, load, Options(threads=threads, device="cpu"), logs=scratch)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for key in ("prefill", "decode"):
         ratio = ratios(getattr(part, key), getattr(whole, key))
-        found[f"{key}_speed_ratio"] = round(ratio["median"], 3)
-        found[f"{key}_speed_spread"] = [round(ratio["low"], 3), round(ratio["high"], 3)]
-    found["memory_ratio"] = round(part.memory.peak / whole.memory.peak, 3)
-    found["size_ratio"] = round(size_of(student) / size_of(teacher), 3)
-    return found
+        figures[f"{key}_speed_ratio"] = round(ratio["median"], 3)
+        figures[f"{key}_speed_spread"] = [round(ratio["low"], 3), round(ratio["high"], 3)]
+    figures["memory_ratio"] = round(part.memory.peak / whole.memory.peak, 3)
+    figures["size_ratio"] = round(size_of(student) / size_of(teacher), 3)
+    return figures
 
 
 def files(teacher: Checkpoint, options: Options, scratch: Path, cache_dir: str, quick: bool) -> dict[str, Any]:

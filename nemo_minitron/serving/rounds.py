@@ -170,8 +170,8 @@ def _prompts(load: Load, ids: int) -> list[list[int]]:
     return [[draw.randrange(ids) for _ in range(load.prompt_tokens)] for _ in range(load.batch_size)]
 
 
-def _larger(one: Memory, other: Memory) -> Memory:
-    return Memory(*(max(pair) for pair in zip(vars(one).values(), vars(other).values(), strict=True)))
+def _larger(first: Memory, second: Memory) -> Memory:
+    return Memory(*(max(pair) for pair in zip(vars(first).values(), vars(second).values(), strict=True)))
 
 
 def spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
@@ -181,5 +181,5 @@ def spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """The spread of the rounds' ratios."""
-    return spread([one / other for one, other in zip(ours, theirs, strict=True)])
+    """The spread of the ratios of each round, from lowest to highest."""
+    return spread([mine / base for mine, base in zip(ours, theirs, strict=True)])

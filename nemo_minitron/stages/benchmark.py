@@ -216,8 +216,8 @@ def _held_out(config: BenchmarkConfig) -> Callable[[int], Sequence[Sequence[int]
         raise DataError("models: none carries a tokenizer that can be read; add a checkpoint that does, or tokens=0")
 
     def blocks(ids: int) -> Sequence[Sequence[int]]:
-        found = build_blocks(config.data, tokenizer, "held_out", blocks=_blocks(config), vocab_size=ids)
-        return found.tokens.tolist()
+        held_out = build_blocks(config.data, tokenizer, "held_out", blocks=_blocks(config), vocab_size=ids)
+        return held_out.tokens.tolist()
 
     return blocks
 

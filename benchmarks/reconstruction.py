@@ -56,8 +56,8 @@ def texts(arguments: argparse.Namespace, seed: int = 1) -> dict[str, Any]:
     return {"sources": sources(inside), "sequence_length": 256, "cache_dir": arguments.cache_dir, "seed": seed}
 
 
-def preparation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Stages that make the teacher, and of each shape the pruned and the reconstructed models."""
+def preparation(arguments: argparse.Namespace, method: str = "least_squares") -> list[dict[str, Any]]:
+    """Stages that make the teacher, and of each shape the pruned model and the one that is reconstructed so."""
     quick = arguments.quick
     runtime = {"timeout_minutes": 60, "dtype": "bfloat16"}
     common = {"data": texts(arguments), "runtime": runtime, "micro_batch_size": 4}
@@ -76,21 +76,19 @@ def preparation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "target": SHAPES[shape],
             }
         )
-        for method in ("least_squares",) if quick else ("least_squares", "block"):
-            name = "reconstructed" if method == "least_squares" else method
-            stages.append(
-                {
-                    "stage": "reconstruct",
-                    "name": f"{shape}-{name}",
-                    "model": f"${{output}}/{shape}-pruned",
-                    "teacher": "${output}/teacher",
-                    "method": method,
-                    "samples": 16 if quick else arguments.samples,
-                    "held_out_samples": 8 if quick else 24,
-                    "outside": [] if quick else sources(OUTSIDE),
-                    **common,
-                }
-            )
+        stages.append(
+            {
+                "stage": "reconstruct",
+                "name": f"{shape}-{'reconstructed' if method == 'least_squares' else method}",
+                "model": f"${{output}}/{shape}-pruned",
+                "teacher": "${output}/teacher",
+                "method": method,
+                "samples": 16 if quick else arguments.samples,
+                "held_out_samples": 8 if quick else 24,
+                "outside": [] if quick else sources(OUTSIDE),
+                **common,
+            }
+        )
     return stages
 
 
@@ -323,6 +321,8 @@ def main() -> None:
                 others[name] = kept(name, functools.partial(baseline_losses, name, output, inside, outside))
             others = {name: row for name, row in others.items() if row is not None}
         code = run_stages(arguments, "distillations", distillations(arguments))
+    if code == 0 and not arguments.quick:
+        code = run_stages(arguments, "blocks", preparation(arguments, "block"))
     losses, found = untrained(output, arguments.shapes), curves(output, arguments)
     print(tables(losses, found, others))
     if arguments.plot is not None:

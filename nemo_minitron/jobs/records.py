@@ -172,7 +172,7 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         *sections, name = path.split(".")
         section = settings
         for part in sections:
-            section = section[part]
+            section = section.get(part, {})  # a group may have been added later, too
         if name not in section:
             continue  # added later, and at its default
         value = section[name]

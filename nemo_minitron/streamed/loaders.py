@@ -67,7 +67,7 @@ def _by_megatron(path: Path, ids: torch.Tensor, dtype: torch.dtype, distributed:
             directory, prefix = distributed
             wanted = chunk.sharded_state_dict(prefix=prefix)
             # A part of the model covers a part of the file.
-            loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
+            loaded: Any = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
             local = {f"decoder.layers.{layer.layer_number - 1}.": n for n, layer in enumerate(chunk.decoder.layers)}
             values: dict[str, Any] = {}
             for key in wanted:  # the file has more, such as the step

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +97,8 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         OSError: if the disk is full.
     """
-    begin, entries = 0, {}
+    begin = 0
+    entries: dict[str, Any] = {}
     for name, tensor in tensors.items():
         entries[name] = {
             "dtype": _CODES[tensor.dtype],

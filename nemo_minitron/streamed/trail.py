@@ -97,7 +97,8 @@ class Trail:
         from safetensors import SafetensorError, safe_open
 
         (stop,) = self._stops
-        into, found = into or {}, {}
+        into = into or {}
+        found: dict[str, torch.Tensor] = {}
         try:
             with safe_open(self.directory / stop.states, "pt") as file:
                 states.tensor.copy_(file.get_tensor("states"))

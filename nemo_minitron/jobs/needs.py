@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config import StageConfig
+from nemo_minitron.config import BenchmarkConfig, StageConfig
 from nemo_minitron.config.tables import FORMATS
 from nemo_minitron.errors import MissingDependency
 from nemo_minitron.runtime.requirements import faults
@@ -28,6 +28,8 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
         modules += ["modelopt", "transformers"]
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
+    if isinstance(config, BenchmarkConfig) and not config.skip_missing:
+        modules += ["llama_cpp" for _, engine in config.runs() if engine == "llama.cpp"]
     if (source := getattr(config, "source", None)) is not None:
         modules += [need for entry in FORMATS.values() if entry.detect(Path(source)) for need in entry.read_needs]
     paths = [Path(path) for path in _data_paths(config)]

@@ -148,9 +148,9 @@ class Run:
         path, name: of the run directory.
         stages: finished stages, in the order in which they started.
         models, scores, curves, alignments: what they left; the curves of trainings on text, and of alignments.
-        evaluations, searches, reconstructions: the content of ``evaluation.json``, of ``search.json`` and of
-            ``reconstruction.json``, with the stage's name.
-        roles: of the models of the evaluations, by their names there.
+        evaluations, searches, servings, reconstructions: the content of ``evaluation.json``, of ``search.json``, of
+            ``benchmark.json`` and of ``reconstruction.json``, with the stage's name.
+        roles: of the models of the evaluations and benchmarks, by their names there.
         origins: the stages that made them; only of those that a stage of the run made.
         remarks: what was left out, and why.
     """
@@ -164,6 +164,7 @@ class Run:
     alignments: list[Curve] = field(default_factory=list)
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     searches: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    servings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     reconstructions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     origins: dict[str, StageRun] = field(default_factory=dict)

@@ -21,6 +21,9 @@ from nemo_minitron.checkpoints.formats.gguf.writer import write_gguf
 from nemo_minitron.config import ExportConfig
 from nemo_minitron.config.parts import SourceConfig
 from nemo_minitron.data.packages import extract_member
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.serving import EngineProcess
+from nemo_minitron.serving.engines import Options
 from nemo_minitron.stages import export
 
 pytestmark = [
@@ -164,3 +167,32 @@ def test_a_real_model(tmp_path, record_property):
     assert math.isclose(losses["F32"], exact, rel_tol=1e-4)
     assert losses["Q8_0"] - losses["F32"] <= 0.01
     assert losses["Q8_0"] < losses["Q4_0"] < losses["F32"] + 0.5
+
+
+def test_the_benchmark_runs_files_as_transformers_runs_the_model(tmp_path):
+    """Greedy tokens of two sequences at once, and losses; keys and values are in float16, as llama.cpp has them."""
+    model = exportable(tmp_path / "hf", "llama")
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("F32", "Q8_0")}
+    write_gguf(open_checkpoint(model), files)
+    prompts, options = IDS[:, :9].tolist(), Options(device="cpu", batch_size=2, context=60)
+    ids, tops = IDS[:, :9], []
+    for _ in range(6):
+        logits = hf_logits(model, ids)[:, -1]
+        tops.append(logits.topk(2).values)
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    logits = hf_logits(model, IDS[:, :-1]).transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, IDS[:, 1:], reduction="none").mean(1)
+    for kind, path in files.items():
+        with EngineProcess("llama.cpp", path, options, tmp_path / "log") as engine:
+            facts = engine.wait()
+            timing, answers = engine.generate(prompts, 5)
+            assert engine.losses(IDS.tolist()) == pytest.approx(losses.tolist(), rel=2e-3 if kind == "F32" else 0.05)
+            memory = engine.memory()
+        assert (facts["weights"], facts["vocab_size"], facts["device"]) == (kind, SIZES["vocab_size"], "cpu")
+        assert timing.first > 0 and timing.further > 0 and memory.peak >= memory.libraries > 0
+        if kind == "F32":
+            assert min(float((top[:, 0] - top[:, 1]).min()) for top in tops) > 1e-3, "no clear choice to compare"
+            assert answers == ids[:, 9:].tolist()
+    engine = EngineProcess("llama.cpp", tmp_path / "log", options, tmp_path / "log")
+    with engine, pytest.raises(CheckpointError, match=r"log: llama\.cpp cannot load it"):
+        engine.wait()

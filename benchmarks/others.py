@@ -60,7 +60,7 @@ def baseline_losses(
 
             shape = target_shape(teacher.shape, {"ffn_hidden_size": NEURONS})
             checkpoint = prune_weights(teacher, choose_units(Scores.load(output / "scores"), teacher.shape, shape))
-        write_checkpoint(checkpoint, Path(directory) / "model", format="hf")
+        write_checkpoint(checkpoint, Path(directory) / "model", "hf")
         model = AutoModelForCausalLM.from_pretrained(Path(directory) / "model", torch_dtype=torch.float32)
     if "torch-pruning" in name:
         model = _torch_pruning(model, calibration, taylor="Taylor" in name)

@@ -152,7 +152,9 @@ def write_random(output: Path, shape: str) -> None:
             return torch.randn(tensor.shape, generator=generator).mul_(0.02).to(tensor.dtype)
 
     pruned = open_checkpoint(output / f"{shape}-pruned")
-    write_checkpoint(dataclasses.replace(pruned, weights=Drawn(pruned.weights), lineage={}), output / f"{shape}-random")
+    write_checkpoint(
+        dataclasses.replace(pruned, weights=Drawn(pruned.weights), lineage={}), output / f"{shape}-random", "nemo2"
+    )
 
 
 def untrained(output: Path, shapes: list[str]) -> dict[str, dict[str, Any]]:

@@ -39,7 +39,7 @@ from nemo_minitron.data.packages import extract_member
 from nemo_minitron.importance import magnitude_scores
 from nemo_minitron.pruning import choose_units, prune_weights
 from nemo_minitron.runtime.requirements import faults
-from nemo_minitron.serving.engines import Options
+from nemo_minitron.serving.engine import Options
 from nemo_minitron.serving.process import EngineProcess
 from nemo_minitron.serving.rounds import Load, Subject, measure, ratios
 

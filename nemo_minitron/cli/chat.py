@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nemo_minitron.config import Sampling
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError
@@ -215,7 +215,7 @@ def _changed(sampling: Sampling, words: str) -> Sampling:
     from nemo_minitron.parsing import parse_yaml
 
     fields = {entry.name: entry for entry in dataclasses.fields(Sampling)}
-    values = {}
+    values: dict[str, Any] = {}
     for word in words.split():
         name, _, text = word.partition("=")
         if name not in fields:

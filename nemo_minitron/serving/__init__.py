@@ -11,7 +11,8 @@ from nemo_minitron._lazy import lazy
 
 if TYPE_CHECKING:
     from nemo_minitron.serving.chat import Conversation, open_conversation
-    from nemo_minitron.serving.engines import Engine, Timing, open_engine
+    from nemo_minitron.serving.engine import Engine, Timing
+    from nemo_minitron.serving.engines import open_engine
     from nemo_minitron.serving.process import EngineProcess
     from nemo_minitron.serving.rounds import Load, Subject, measure
 
@@ -31,11 +32,11 @@ __getattr__ = lazy(
     __name__,
     {
         "Conversation": "chat",
-        "Engine": "engines",
+        "Engine": "engine",
         "EngineProcess": "process",
         "Load": "rounds",
         "Subject": "rounds",
-        "Timing": "engines",
+        "Timing": "engine",
         "measure": "rounds",
         "open_conversation": "chat",
         "open_engine": "engines",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.serving.engines import Options, Timing
+from nemo_minitron.serving.engine import Options, Timing
 
 __all__ = ["LlamaEngine"]
 
@@ -50,7 +50,7 @@ class LlamaEngine:
         self.weights = self._kind()
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Timing, list[list[int]]]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         rows, length = len(prompts), len(prompts[0])
         answers: list[list[int]] = [[] for _ in prompts]
         began = time.perf_counter()
@@ -69,7 +69,7 @@ class LlamaEngine:
         return Timing(first - began, time.perf_counter() - first), answers[:rows]
 
     def losses(self, blocks: Sequence[Sequence[int]]) -> list[float]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         losses = []
         for block in blocks:
             self._clear()

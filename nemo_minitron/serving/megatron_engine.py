@@ -10,7 +10,7 @@ import torch
 
 from nemo_minitron import axes
 from nemo_minitron.config import ParallelLayout, Sampling
-from nemo_minitron.serving.engines import Options, Timing
+from nemo_minitron.serving.engine import Options, Timing
 
 __all__ = ["MegatronEngine"]
 
@@ -40,7 +40,7 @@ class MegatronEngine:
         self.parameters = axes.parameter_count(checkpoint.family, checkpoint.shape)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Timing, list[list[int]]]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         from nemo_minitron.generation import generate_tokens
 
         moments: list[float] = []
@@ -64,7 +64,7 @@ class MegatronEngine:
         return Timing(first - began, last - first), [answer.tokens for answer in answers]
 
     def losses(self, blocks: Sequence[Sequence[int]]) -> list[float]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         from nemo_minitron.runtime.forward import block_losses
 
         tokens = torch.tensor(blocks)

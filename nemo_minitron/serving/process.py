@@ -22,7 +22,8 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.launch import end_with_launcher, launched_here
 from nemo_minitron.runtime.environment import local_environment
 from nemo_minitron.runtime.memory import peak_gpu_bytes, peak_rss_bytes
-from nemo_minitron.serving.engines import Engine, Options, Timing, open_engine
+from nemo_minitron.serving.engine import Engine, Options, Timing
+from nemo_minitron.serving.engines import open_engine
 
 __all__ = ["EngineProcess", "Memory"]
 
@@ -92,12 +93,12 @@ class EngineProcess:
         return self.facts
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Timing, list[list[int]]]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         answer = self._ask({"do": "generate", "prompts": prompts, "new_tokens": new_tokens})
         return Timing(*answer["timing"]), answer["tokens"]
 
     def losses(self, blocks: Sequence[Sequence[int]]) -> list[float]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         return self._ask({"do": "losses", "blocks": blocks})["losses"]
 
     def memory(self) -> Memory:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.serving.engines import Options
+from nemo_minitron.serving.engine import Options
 from nemo_minitron.serving.process import EngineProcess, Memory
 
 __all__ = ["Load", "Measured", "Subject", "measure", "ratios", "spread"]

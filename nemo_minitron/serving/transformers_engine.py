@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.serving.engines import Options, Timing
+from nemo_minitron.serving.engine import Options, Timing
 
 __all__ = ["TransformersEngine"]
 
@@ -42,7 +42,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Timing, list[list[int]]]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
         ids = torch.tensor(prompts, device=self.model.device)
@@ -67,7 +67,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def losses(self, blocks: Sequence[Sequence[int]]) -> list[float]:
-        """See :class:`~nemo_minitron.serving.engines.Engine`."""
+        """See :class:`~nemo_minitron.serving.engine.Engine`."""
         losses = []
         for block in blocks:
             ids = torch.tensor([block], device=self.model.device)

@@ -23,7 +23,7 @@ from nemo_minitron.planning.disk import weights_bytes
 from nemo_minitron.runtime.memory import host_memory
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import faults as requirement_faults
-from nemo_minitron.serving.engines import Options
+from nemo_minitron.serving.engine import Options
 from nemo_minitron.serving.rounds import Load, Measured, Subject, measure, ratios, spread
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.disk import readable_model

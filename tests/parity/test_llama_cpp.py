@@ -23,7 +23,7 @@ from nemo_minitron.config.parts import SourceConfig
 from nemo_minitron.data.packages import extract_member
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.serving import EngineProcess
-from nemo_minitron.serving.engines import Options
+from nemo_minitron.serving.engine import Options
 from nemo_minitron.stages import export
 
 pytestmark = [

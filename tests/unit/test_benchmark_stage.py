@@ -17,7 +17,7 @@ from nemo_minitron.config import BenchmarkConfig, OptionalDataConfig
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
 from nemo_minitron.report import collect, draw, write_report
 from nemo_minitron.report.serving import PUBLISHED, serving_plots, serving_tables
-from nemo_minitron.serving.engines import Options
+from nemo_minitron.serving.engine import Options
 from nemo_minitron.serving.process import EngineProcess
 from nemo_minitron.serving.rounds import ratios, spread
 from nemo_minitron.stages import benchmark

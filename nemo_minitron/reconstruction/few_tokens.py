@@ -10,13 +10,13 @@ have so many columns that this is a matter of minutes or hours, and of gigabytes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from nemo_minitron.reconstruction import least_squares
-from nemo_minitron.reconstruction.least_squares import CAREFUL, PATIENCE, RIDGES, Fit, Sums
+from nemo_minitron.reconstruction.least_squares import RIDGES, Fit, Sums, best_ridge, careful
 
 __all__ = ["Tokens", "make_sums", "solve"]
 
@@ -41,6 +41,13 @@ class Tokens:
         self.inputs = torch.zeros(0, columns, dtype=torch.float64, device=device)
         self.targets = torch.zeros(0, rows, dtype=torch.float64, device=device)
         self.weight: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None) -> Tokens:
+        """Tokens that are there already."""
+        tokens = cls(0, 0)
+        tokens.inputs, tokens.targets, tokens.weight = inputs, targets, weight
+        return tokens
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens."""
@@ -70,16 +77,11 @@ class Tokens:
         Args:
             weight: ``[rows, m]``.
         """
-        result = object.__new__(Tokens)
-        result.inputs, result.targets, result.weight = self.inputs, self.targets, weight
-        return result
+        return Tokens.of(self.inputs, self.targets, weight)
 
     def __add__(self, other: Tokens) -> Tokens:
-        result = object.__new__(Tokens)
-        result.inputs = torch.cat([self.inputs, other.inputs])
-        result.targets = torch.cat([self.targets, other.targets])
-        result.weight = self.weight
-        return result
+        inputs = torch.cat([self.inputs, other.inputs])
+        return Tokens.of(inputs, torch.cat([self.targets, other.targets]), self.weight)
 
 
 def make_sums(columns: int, rows: int, most: int, *, square: bool = False, device: torch.device) -> Sums | Tokens:
@@ -101,23 +103,17 @@ def solve(weight: torch.Tensor, fitted: Sums | Tokens, held: Sums | Tokens, *, r
     assert isinstance(fitted, Tokens), "both are gathered alike"
     assert isinstance(held, Tokens), "both are gathered alike"
     columns, tokens = weight.shape[1], len(fitted.inputs)
-    tried = [ridge for ridge in ridges if ridge >= CAREFUL or tokens >= columns]
+    short = tokens < columns
     both = fitted + held
     lacking, powers = _lacking(weight, both)
     power, before = float(powers[tokens:].sum()), float(_squares(lacking[tokens:]).sum())
     scale = 1 / power if power > 0 else 1.0
-    best, chosen, worse = before * scale, None, 0
-    for ridge, error in zip(tried, _errors(both.inputs, lacking, tokens, tried), strict=True):
-        if chosen is not None and worse == PATIENCE:
-            break
-        worse = 0 if error * scale < best else worse + 1
-        if error * scale < best:
-            best, chosen = error * scale, ridge
+    errors = _errors(both.inputs, lacking, tokens)
+    chosen, best = best_ridge(careful(ridges) if short else ridges, errors, below=before)
     final = None if chosen is None else _solution(weight, both.inputs, lacking, chosen)
-    short = tokens < columns
     if final is None:
         return Fit(weight.double(), None, before * scale, before * scale, short)
-    return Fit(final, chosen, before * scale, best, short)
+    return Fit(final, chosen, before * scale, best * scale, short)
 
 
 def _lacking(start: torch.Tensor, both: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,22 +138,23 @@ def _squares(values: torch.Tensor) -> torch.Tensor:
     return values.square().sum(1, dtype=torch.float64)
 
 
-def _errors(inputs: torch.Tensor, lacking: torch.Tensor, tokens: int, ridges: Sequence[float]) -> list[float]:
-    """Of each ridge's solution by the first tokens, on those after them."""
+def _errors(inputs: torch.Tensor, lacking: torch.Tensor, tokens: int) -> Callable[[float], float]:
+    """Ridge -> error of its solution by the first tokens, on those after them."""
     fitted, held = inputs[:tokens], inputs[tokens:]
     gram = fitted @ fitted.T
     if not bool(torch.isfinite(gram).all()):
-        return [float("inf") for _ in ridges]
+        return lambda _: float("inf")
     mean = float(gram.diagonal().sum()) / inputs.shape[1]
     values, vectors = torch.linalg.eigh(gram)
     across = held @ fitted.T @ vectors
     known = vectors.to(lacking.dtype).T @ lacking[:tokens]
-    errors = []
-    for ridge in ridges:
+
+    def error(ridge: float) -> float:
         shares = across / (values.clamp_min(0) + ridge * mean)
-        error = float(_squares(torch.addmm(lacking[tokens:], shares.to(known.dtype), known, alpha=-1)).sum())
-        errors.append(error if error == error else float("inf"))
-    return errors
+        value = float(_squares(torch.addmm(lacking[tokens:], shares.to(known.dtype), known, alpha=-1)).sum())
+        return value if value == value else float("inf")
+
+    return error
 
 
 def _solution(start: torch.Tensor, inputs: torch.Tensor, lacking: torch.Tensor, ridge: float) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ float64. The ridge is chosen on tokens that the solution did not see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,7 @@ def solve(weight: torch.Tensor, fitted: Sums, held: Sums, *, ridges: Sequence[fl
     power = float(held.power)
     scale = 1 / power if power > 0 else 1.0
     before = float(held.error(start)) * scale
-    chosen = _choose(start, fitted, held, [ridge for ridge in ridges if not short or ridge >= CAREFUL])
+    chosen = _choose(start, fitted, held, careful(ridges) if short else ridges)
     change = None if chosen is None else _change(start, fitted, chosen)
     after = before if change is None else before + _growth(start, held, change) * scale
     final = None if chosen is None or not after < before else _change(start, fitted + held, chosen)
@@ -157,21 +157,41 @@ def solve(weight: torch.Tensor, fitted: Sums, held: Sums, *, ridges: Sequence[fl
     return Fit(start + final, chosen, before, after, short)
 
 
+def careful(ridges: Sequence[float]) -> list[float]:
+    """Those that are tried where there are fewer tokens than columns."""
+    return [ridge for ridge in ridges if ridge >= CAREFUL]
+
+
 def _choose(start: torch.Tensor, fitted: Sums, held: Sums, ridges: Sequence[float]) -> float | None:
     """The ridge with the smallest error on held-out tokens; None where none lowers it."""
     if len(start) > _SAMPLE:
         rows = torch.linspace(0, len(start) - 1, _SAMPLE, device=start.device).round().long()
         start, fitted, held = start[rows], fitted.of_rows(rows), held.of_rows(rows)
-    best, chosen, worse = 0.0, None, 0
+
+    def growth(ridge: float) -> float:
+        change = _change(start, fitted, ridge)
+        return float("inf") if change is None else _growth(start, held, change)
+
+    return best_ridge(ridges, growth, below=0.0)[0]
+
+
+def best_ridge(ridges: Sequence[float], error: Callable[[float], float], *, below: float) -> tuple[float | None, float]:
+    """The ridge with the smallest error, and that error; None and ``below`` where no error is smaller than ``below``.
+
+    Args:
+        ridges: from the most careful one on; the search ends after :data:`PATIENCE` in turn that were worse.
+        error: of the solution with a ridge; infinite where there is none.
+        below: error of the pruned matrix.
+    """
+    best, chosen, worse = below, None, 0
     for ridge in ridges:
         if chosen is not None and worse == PATIENCE:
             break
-        change = _change(start, fitted, ridge)
-        error = float("inf") if change is None else _growth(start, held, change)
-        worse = 0 if error < best else worse + 1
-        if error < best:
-            best, chosen = error, ridge
-    return chosen
+        value = error(ridge)
+        worse = 0 if value < best else worse + 1
+        if value < best:
+            best, chosen = value, ridge
+    return chosen, best
 
 
 def _growth(start: torch.Tensor, sums: Sums, change: torch.Tensor) -> float:

@@ -134,10 +134,11 @@ def _complete(floats: Path, source: Checkpoint, directory: Path) -> None:
 @contextmanager
 def without_cuda() -> Iterator[None]:
     """ModelOpt packs NVFP4 with plain torch, but asks the GPU first whether it has instructions for it."""
-    import torch
     from modelopt.torch.quantization.qtensor import nvfp4_tensor
 
-    if torch.version.cuda is not None and torch.cuda.is_available():
+    from nemo_minitron.runtime.device import decide
+
+    if decide().is_cuda:
         yield
         return
     with mock.patch.object(nvfp4_tensor, "fp4_compatible", return_value=False):

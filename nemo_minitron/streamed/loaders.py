@@ -5,8 +5,8 @@
 
 - the name of a format with a ``streamed_loader``: its own library's layers;
 - the name of a format whose weights are ``distributed``: Megatron's layers, each filled by
-  ``megatron.core.dist_checkpointing.load``, as NeMo loads it (which unpickles, so that it reads only what this suite
-  wrote);
+  ``megatron.core.dist_checkpointing.load``, as NeMo loads it, with torch's reader below it (which unpickles the
+  metadata, so that it reads only what this suite wrote);
 - any other, or ``megatron``: Megatron's layers, each filled by :func:`nemo_minitron.checkpoints.load_into`.
 """
 
@@ -54,6 +54,7 @@ def _by_megatron(path: Path, ids: torch.Tensor, dtype: torch.dtype, distributed:
     from nemo_minitron.checkpoints.weights import CastWeights
     from nemo_minitron.runtime.groups import ParallelLayout, initialize
     from nemo_minitron.streamed.model import StreamedModel
+    from nemo_minitron.streamed.slices import ReadSlices
 
     checkpoint = open_checkpoint(path)
     weights = CastWeights(checkpoint.weights, str(dtype).removeprefix("torch."))
@@ -67,7 +68,9 @@ def _by_megatron(path: Path, ids: torch.Tensor, dtype: torch.dtype, distributed:
             directory, prefix = distributed
             wanted = chunk.sharded_state_dict(prefix=prefix)
             # A part of the model covers a part of the file.
-            loaded: Any = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
+            loaded: Any = dist_checkpointing.load(
+                wanted, str(directory), sharded_strategy=ReadSlices(), validate_access_integrity=False
+            )
             local = {f"decoder.layers.{layer.layer_number - 1}.": n for n, layer in enumerate(chunk.decoder.layers)}
             values: dict[str, Any] = {}
             for key in wanted:  # the file has more, such as the step

@@ -94,7 +94,7 @@ def test_a_neuron_that_others_make_up_for_costs_nothing(groups, monkeypatch):
     # The ridge holds the others' weights, so that what is free costs a little.
     losses = score_model(chunks, blocks, groups, shape=SHAPE, estimator="reconstruction").ffn[2]
     assert float(losses[three].min()) < 0.05
-    assert losses[three].min() < losses.median()
+    assert losses[three].min() < losses[three].max() / 20
     monkeypatch.setattr(reconstruction, "eliminate", functools.partial(eliminate, ridge=1e-9))
     exact = score_model(chunks, blocks, groups, shape=SHAPE, estimator="reconstruction").ffn[2]
     assert int(exact.argmin()) in three

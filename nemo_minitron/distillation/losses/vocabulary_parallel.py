@@ -23,6 +23,7 @@ from nemo_minitron.distillation.losses.table import LOGIT_LOSSES, LogitLoss
 from nemo_minitron.runtime.cpu.torch_patches import naming_no_device
 
 __all__ = [
+    "ChunkLosses",
     "TokenLosses",
     "vocabulary_parallel_cross_entropy",
     "vocabulary_parallel_forward_kl",
@@ -280,19 +281,8 @@ class _Chunked(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             gradient = torch.empty_like(logits)
         parts = torch.empty(len(chunk_kernels), len(logits), dtype=kernels.wide(student), device=student.device)
-        with naming_no_device():
-            # The only kernel, and it goes through its tokens in blocks of its own: it takes all of them at once.
-            for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
-                summed, out = None, None if gradient is None else gradient[chunk, : columns.valid]
-                for index, (kernel, weight) in enumerate(zip(chunk_kernels, weights, strict=True)):
-                    parts[index, chunk], derivative = kernel(chunk, logits[chunk, : columns.valid], out)
-                    if weight and derivative is not None:
-                        derivative = derivative if weight == 1 else derivative.mul_(weight)
-                        summed = derivative if summed is None else summed.add_(derivative)
-                if gradient is not None and summed is not None and not blockwise:
-                    gradient[chunk, : columns.valid] = summed
+        _run(logits, columns, chunk_kernels, weights, gradient, blockwise, parts)
         if gradient is not None:
-            gradient[:, columns.valid :] = 0
             ctx.save_for_backward(gradient.view(student.shape))
         total = sum(weight * part for weight, part in zip(weights, parts, strict=True) if weight)
         ctx.mark_non_differentiable(parts)
@@ -302,6 +292,118 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_outputs[0][..., None].to(gradient.dtype)), None, None, None, None, None
+
+
+def _run(
+    logits: torch.Tensor,
+    columns: Columns,
+    chunk_kernels: list[Kernel],
+    weights: list[float],
+    gradient: torch.Tensor | None,
+    blockwise: bool,
+    parts: torch.Tensor,
+) -> None:
+    """Run the kernels over ``[n, V/tp]`` logits: their values into ``parts``, their weighted derivative into
+    ``gradient``, which may be the logits themselves.
+    """
+    with naming_no_device():
+        # The only kernel, and it goes through its tokens in blocks of its own: it takes all of them at once.
+        for chunk in [slice(0, len(logits))] if blockwise else _chunks(logits, columns):
+            summed, out = None, None if gradient is None else gradient[chunk, : columns.valid]
+            for index, (kernel, weight) in enumerate(zip(chunk_kernels, weights, strict=True)):
+                parts[index, chunk], derivative = kernel(chunk, logits[chunk, : columns.valid], out)
+                if weight and derivative is not None:
+                    derivative = derivative if weight == 1 else derivative.mul_(weight)
+                    summed = derivative if summed is None else summed.add_(derivative)
+            if gradient is not None and summed is not None and not blockwise:
+                gradient[chunk, : columns.valid] = summed
+    if gradient is not None:
+        gradient[:, columns.valid :] = 0
+
+
+class ChunkLosses:
+    """The losses of :func:`vocabulary_parallel_loss` for one chunk of a batch's tokens after the other, without
+    autograd.
+
+    Args:
+        columns: of a rank, padding included.
+        group, vocab_size, loss, common: as of :func:`vocabulary_parallel_loss`; a loss of None is the labels'
+            cross-entropy alone.
+        labels: ``[n]`` of all tokens of the batch, or None.
+        device: of the logits.
+
+    Attributes:
+        weights: of each value that a call returns in the loss that is trained.
+
+    Raises:
+        ValueError: as :func:`vocabulary_parallel_loss`.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        group: dist.ProcessGroup,
+        *,
+        vocab_size: int,
+        loss: LossConfig | None,
+        labels: torch.Tensor | None,
+        common: CommonTokens | None,
+        device: torch.device,
+    ) -> None:
+        if faults := [] if loss is None else loss.faults():
+            raise ValueError("; ".join(faults))
+        if labels is None and (loss is None or loss.label_weight):
+            raise ValueError(
+                "the loss needs labels" if loss is None else f"label_weight={loss.label_weight}: needs labels"
+            )
+        self._group, self._width, self._loss, self._labels = group, columns, loss, labels
+        self._common, self._given = common or CommonTokens(vocab_size), common
+        taken = vocab_size if labels is not None else min(vocab_size, self._common.size)
+        self._columns = Columns.of(columns, taken, group)
+        restricted = self._common.size < taken or bool(self._common.left_out)
+        self._part = _Part(self._columns, self._common, device) if restricted else None
+        self.weights = [1.0] if loss is None else [1 - loss.label_weight]
+        if loss is not None and labels is not None:
+            self.weights.append(loss.label_weight)
+
+    def __call__(
+        self,
+        chunk: slice,
+        logits: torch.Tensor,
+        teacher: torch.Tensor | TopTokens | None,
+        gradient: torch.Tensor | None,
+        parts: torch.Tensor,
+    ) -> None:
+        """Collective over the group.
+
+        Args:
+            chunk: the tokens of the batch.
+            logits: ``[n, V/tp]`` of these.
+            teacher: its logits of these tokens, ``[n, W/tp]``, or its likeliest tokens; None without a teacher.
+            gradient: ``[n, V/tp]``, gets the derivative of each token's trained loss; it may be ``logits``. None for
+                none.
+            parts: ``[k, n]``, gets the values: the divergence, then the cross-entropy if there are labels.
+        """
+        kernel: list[Kernel] = []
+        blockwise = False
+        if self._loss is not None:
+            assert teacher is not None, "a divergence is from a teacher"
+            if not isinstance(teacher, TopTokens) and teacher.shape != logits.shape:
+                if self._given is None or teacher.shape[:-1] != logits.shape[:-1]:
+                    raise ValueError(
+                        f"student logits {list(logits.shape)} and teacher logits {list(teacher.shape)} differ in shape"
+                    )
+                if dist.get_world_size(self._group) > 1:
+                    teacher = repartition(teacher, self._width, self._common.size, self._group)
+            entry = LOGIT_LOSSES[self._loss.kind]
+            if entry.over_all is not None and not isinstance(teacher, TopTokens) and self._loss.k >= len(self._common):
+                entry = LOGIT_LOSSES[entry.over_all]
+            blockwise = self._labels is None and entry.fused is not None and self._part is None
+            kernel.append(_divergence(logits, teacher, self._columns, self._loss, entry, blockwise, self._part))
+        if self._labels is not None:
+            labels = self._labels[chunk]
+            kernel.append(lambda some, q, out: kernels.cross_entropy(labels[some], q, self._columns))
+        _run(logits, self._columns, kernel, self.weights, gradient, blockwise, parts)
 
 
 def _chunks(logits: torch.Tensor, columns: Columns) -> list[slice]:

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from smollm2 import SOURCES
+from smollm2 import source_settings
 
 GROUP = 64
 
 
 def pipeline(output: Path, cache_dir: str, *, quick: bool, steps: int) -> dict[str, Any]:
     """The stages, as ``minitron run`` reads them."""
-    sources = [{"name": name, "package": package, "max_characters": 1_000_000} for name, package in SOURCES.items()]
-    data = {"sources": sources[:1], "sequence_length": 128 if quick else 256, "cache_dir": cache_dir}
+    data = {"sources": source_settings()[:1], "sequence_length": 128 if quick else 256, "cache_dir": cache_dir}
     model = "${output}/teacher"
     int4 = {
         "formats": [],

@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from distillation import run_bounded, run_here
 from others import BASELINES, baseline_losses
-from smollm2 import SOURCES, Kept
+from smollm2 import SOURCES, Kept, source_settings, validations
 
 SHAPES: dict[str, dict[str, int]] = {
     "demo": {"num_layers": 28, "ffn_hidden_size": 832},
@@ -48,7 +48,7 @@ STEP_TOKENS = 512
 
 
 def sources(names: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [{"name": name, "package": SOURCES[name], "max_characters": 3_000_000} for name in names]
+    return source_settings(names, 3_000_000)
 
 
 def texts(arguments: argparse.Namespace, seed: int = 1) -> dict[str, Any]:
@@ -189,12 +189,9 @@ def curves(output: Path, arguments: argparse.Namespace) -> dict[str, list[list[f
     """By training, ``[tokens, held-out loss]`` of each validation."""
     found: dict[str, list[list[float]]] = {}
     for stage in distillations(arguments):
-        metrics = output / stage["name"] / "metrics.jsonl"
-        if metrics.is_file():
-            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-            points = [[line["tokens"], line["lm_loss"]] for line in lines if line.get("split") == "validation"]
-            if points and points[-1][0] >= stage["steps"] * STEP_TOKENS:
-                found[stage["name"]] = points
+        points = validations(output / stage["name"])
+        if points and points[-1][0] >= stage["steps"] * STEP_TOKENS:
+            found[stage["name"]] = points
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_minitron.errors import CheckpointError, first_line
+from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 
 __all__ = ["FILE_NAME", "TrainedFor"]
@@ -49,7 +50,7 @@ class TrainedFor:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
             group = content["group_size"]
             return cls(
                 str(content["quantize"]),

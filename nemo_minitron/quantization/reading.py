@@ -5,12 +5,12 @@ It is how the loss of an export is measured where no GPU is: of the very files, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import CheckpointError, DataError, first_line
+from nemo_minitron.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def algorithm_of(path: Path) -> str:
     """
     file = path / "hf_quant_config.json"
     try:
-        algorithm = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
+        algorithm = parse_json(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({first_line(error)}); it is no quantized model of ModelOpt"

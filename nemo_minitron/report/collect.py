@@ -17,8 +17,8 @@ from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.jobs import skipped
 from nemo_minitron.jobs.manifest import MANIFEST, is_manifest
 from nemo_minitron.parsing import parse_json
-from nemo_minitron.report.run import Curve, Model, Run, ScoreSet, StageRun, size_of, stage_of
-from nemo_minitron.runtime.files import is_earlier
+from nemo_minitron.report.run import Curve, Model, Run, ScoreSet, StageRun, stage_of
+from nemo_minitron.runtime.files import is_earlier, size_of
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["Curve", "Model", "Run", "ScoreSet", "StageRun", "collect", "stage_of"]

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.formats import FORMATS, detect
 from nemo_minitron.config import STAGES, StageConfig
+from nemo_minitron.runtime.files import size_of
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROLES", "Curve", "Model", "Part", "Run", "ScoreSet", "StageRun", "size_of", "stage_of"]
+__all__ = ["ROLES", "Curve", "Model", "Part", "Run", "ScoreSet", "StageRun", "stage_of"]
 
 #: What a model is to the run; it decides names and colours.
 ROLES = ("teacher", "pruned", "random", "reconstructed", "distilled", "aligned", "other")
@@ -209,12 +210,6 @@ class Run:
             if origin is stage:
                 names.append(name)
         return names
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def stage_of(path: str, run: Run) -> StageRun | None:

@@ -20,6 +20,7 @@ from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_bytes
 from nemo_minitron.parsing import parse_json
 from nemo_minitron.planning.disk import weights_bytes
+from nemo_minitron.runtime.files import size_of
 from nemo_minitron.runtime.memory import host_memory
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.runtime.requirements import faults as requirement_faults
@@ -300,7 +301,7 @@ def _model(config: BenchmarkConfig, name: str, measured: Sequence[Measured], kno
     return {
         "path": config.models[name],
         "format": entry.name if entry is not None else None,
-        "size_bytes": _size(place),
+        "size_bytes": size_of(place),
         "parameters": own[0].facts["parameters"] if own else None,
         "loss": loss,
         "engines": {
@@ -337,12 +338,6 @@ def _compare(config: BenchmarkConfig, content: dict[str, Any], measured: Sequenc
             name, engine, 1000 * statistics.median(result.first_token), statistics.median(result.prefill),
             statistics.median(result.decode), model["engines"][engine]["ratios"]["decode"]["median"], base_name,
         )  # fmt: skip
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _processor() -> str:

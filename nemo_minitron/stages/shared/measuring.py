@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Measured",
+    "blocks_of",
     "calibration_blocks",
     "encoded_task",
     "live_model",
@@ -102,13 +103,22 @@ def calibration_blocks(config: Measuring, checkpoint: Checkpoint) -> Blocks:
     Raises:
         MinitronError: for text that cannot be used.
     """
+    return blocks_of(config.data, checkpoint, "calibration", config.samples)
+
+
+def blocks_of(data: DataConfig, checkpoint: Checkpoint, split: str, count: int) -> Blocks:
+    """``[count, s + 1]`` tokens of a split, cut with a model's tokenizer; no longer than the model takes.
+
+    Raises:
+        MinitronError: for text that cannot be used.
+    """
     from nemo_minitron.data import build_blocks
 
     return build_blocks(
-        config.data,
+        data,
         checkpoint.tokenizer,
-        "calibration",
-        blocks=config.samples,
+        split,
+        blocks=count,
         vocab_size=checkpoint.shape.vocab_size,
         max_length=checkpoint.architecture.max_position_embeddings,
     )

@@ -16,6 +16,7 @@ from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.quantization.matrices import export_faults, matrices_of
 from nemo_minitron.quantization.ranges import TrainedFor
 from nemo_minitron.quantization.schemes import Scheme, scheme_of
+from nemo_minitron.stages.shared.measuring import blocks_of
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints import Checkpoint
@@ -109,8 +110,8 @@ def write_all(config: ExportConfig, source: Checkpoint, output: Path) -> dict[st
     from nemo_minitron.quantization import load_quantized, mean_loss, write_quantized
     from nemo_minitron.report import write_export_card
 
-    calibration = _blocks(config, source, "calibration", config.samples) if _measured(config) else None
-    held_out = _blocks(config, source, "held_out", config.tokens // config.data.sequence_length)
+    calibration = blocks_of(config.data, source, "calibration", config.samples) if _measured(config) else None
+    held_out = blocks_of(config.data, source, "held_out", config.tokens // config.data.sequence_length)
     floats = output / ".float"
     write_checkpoint(source, floats, "hf", dtype=config.dtype)
     dtype = config.dtype or source.architecture.dtype
@@ -159,20 +160,7 @@ def calibration(config: ExportConfig, source: Checkpoint) -> Callable[[Any], Non
     """Runs a model over the calibration text of an export; None where nothing but ``quantize`` asks for any."""
     if not config.measures_importance:
         return None
-    return lambda model: _run(model, _blocks(config, source, "calibration", config.samples))
-
-
-def _blocks(config: ExportConfig, source: Checkpoint, split: str, count: int) -> Blocks:
-    from nemo_minitron.data import build_blocks
-
-    return build_blocks(
-        config.data,
-        source.tokenizer,
-        split,
-        blocks=count,
-        vocab_size=source.shape.vocab_size,
-        max_length=source.architecture.max_position_embeddings,
-    )
+    return lambda model: _run(model, blocks_of(config.data, source, "calibration", config.samples))
 
 
 def _run(model: Any, blocks: Blocks | None) -> None:

@@ -22,7 +22,6 @@ from nemo_minitron.jobs.lease import Holder, Lease, leased
 from nemo_minitron.jobs.nested import run_child
 from nemo_minitron.jobs.output import Output
 
-
 _made: list[Lease] = []
 
 

@@ -23,7 +23,7 @@ WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env matrix demo demo-quick demo-align test test-fast soak lint docs format clean
+.PHONY: help env llama-cpp matrix demo demo-quick demo-align test test-fast soak lint docs format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -40,6 +40,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[stack,dev]"
 	$(BIN)/python -m pip check
 	@touch $@
+
+# Its plain build crashes on processors with AMX. The wheel is kept, as pip's own cache forgets it where it is off.
+WHEELS ?= $(HOME)/.cache/nemo-minitron/wheels
+LLAMA_CPP := llama_cpp_python-0.3.36
+llama-cpp: env  ## llama.cpp for the checks of GGUF exports and the K types (builds for 8 minutes, the first time)
+	@mkdir -p $(WHEELS)
+	@ls $(WHEELS)/$(LLAMA_CPP)-*.whl >/dev/null 2>&1 || \
+		CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
+		CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) $(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
+		--no-deps -w $(WHEELS) $(subst _,-,$(subst -,==,$(LLAMA_CPP)))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(WHEELS)/$(LLAMA_CPP)-*.whl -c constraints.txt
 
 matrix: env  ## the smoke tests beside each known pair of NeMo and Megatron-core (NAMES= chooses; 7 GB at a time)
 	$(BIN)/python tests/matrix/run.py $(NAMES)

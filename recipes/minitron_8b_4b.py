@@ -6,6 +6,8 @@ taught by the 15B (best practice 8 and section 4.3).
 
 Training: cosine from 2e-4 to 4.5e-7 (section 4), 94 B tokens each, 1,152 sequences of 4,096 tokens (footnote 5; 400
 steps are 1.8 B tokens). The teacher's own text is at hand, so it is not corrected. The warm-up is not published.
+
+Beyond the paper, each pruned model is reconstructed on 1,048,576 tokens before it is distilled.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from nemo_minitron.recipes import published
 from nemo_minitron.recipes.teachers import NEMOTRON_4_15B
 
-from nemo_minitron.config import DataConfig, ParallelLayout, TargetConfig
+from nemo_minitron.config import DataConfig, ParallelLayout, StageConfig, TargetConfig
 from nemo_minitron.planning import Recipe
 
 NAME = "minitron-8b-4b"
@@ -25,7 +27,11 @@ LAYOUT = ParallelLayout(tensor=8, data=32, sequence_parallel=True)
 
 
 def recipe(
-    source: str = "models/nemotron-4-15b", data: DataConfig | None = None, layout: ParallelLayout = LAYOUT
+    source: str = "models/nemotron-4-15b",
+    data: DataConfig | None = None,
+    layout: ParallelLayout = LAYOUT,
+    *,
+    reconstruct: bool = True,
 ) -> Recipe:
     """The pipeline.
 
@@ -33,10 +39,17 @@ def recipe(
         source: HF directory or ``.nemo`` file of the teacher.
         data: text to distil on; its blocks are 4,096 tokens.
         layout: of teacher and students.
+        reconstruct: refit each pruned model before its distillation.
     """
     output, data = f"runs/{NAME}", data or published.text(4096)
     teacher, first = f"{output}/teacher", f"{output}/minitron-8b/model"
     schedule = {"tokens": 94e9, "batch": 1152, "lr": 2e-4, "min_lr": 4.5e-7, "warmup_steps": 40}
+    made = "reconstructed" if reconstruct else "pruned"
+
+    def refitted(size: str, parent: str) -> list[StageConfig]:
+        name, model = f"reconstructed-{size}", f"pruned-{size}"
+        return [published.reconstructed(output, data, teacher=parent, model=model, name=name)] if reconstruct else []
+
     return Recipe(
         NAME,
         TITLE,
@@ -46,13 +59,15 @@ def recipe(
             published.pruned(
                 output, teacher, layout, target=TARGET_8B, scores=f"{output}/scores-15b", name="pruned-8b"
             ),
+            *refitted("8b", teacher),
             published.distilled(
-                output, data, layout, teacher=teacher, student="pruned-8b", name="minitron-8b", **schedule
+                output, data, layout, teacher=teacher, student=f"{made}-8b", name="minitron-8b", **schedule
             ),
             published.scored(output, first, data, layout, name="scores-8b"),
             published.pruned(output, first, layout, target=TARGET_4B, scores=f"{output}/scores-8b", name="pruned-4b"),
+            *refitted("4b", first),
             published.distilled(
-                output, data, layout, teacher=teacher, student="pruned-4b", name="minitron-4b", **schedule
+                output, data, layout, teacher=teacher, student=f"{made}-4b", name="minitron-4b", **schedule
             ),
             published.evaluated(
                 output,

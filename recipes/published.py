@@ -1,5 +1,8 @@
 """What the published models have in common: correct the teacher, score, prune, distil on its logits, export.
 
+Beyond the papers, students that are cut in width are reconstructed before they are distilled; ``reconstruct=`` says
+otherwise.
+
 The papers name neither their text, which is NVIDIA's own, nor their parallel layouts: ``data`` and ``layout`` are
 settings here, with defaults that ``minitron plan`` finds to fit DGX H100 nodes.
 """
@@ -20,6 +23,7 @@ from nemo_minitron.config import (
     ImportConfig,
     ParallelLayout,
     PruneConfig,
+    ReconstructConfig,
     ReportConfig,
     RuntimeConfig,
     Schedule,
@@ -34,6 +38,11 @@ if TYPE_CHECKING:
 
 #: arXiv 2407.14679, section 4: samples for the importance of units.
 CALIBRATION_SAMPLES = 1024
+#: Blocks of calibration text that a pruned model is reconstructed on. Of 8,192 tokens each they are 2,097,152 tokens,
+#: some 200 for each column of the widest matrix. Not from the papers.
+RECONSTRUCTION_SAMPLES = 256
+#: Processes that share these blocks, the GPUs of one node; each holds the states of its own.
+RECONSTRUCTION_LAYOUT = ParallelLayout(data=8)
 #: No stage is stopped for its time: Slurm does that.
 RUNTIME = RuntimeConfig(dtype="bfloat16", collective_timeout_minutes=30.0)
 
@@ -110,6 +119,22 @@ def pruned(
         target=target or TargetConfig(),
         layers_to_drop=None if layers_to_drop is None else list(layers_to_drop),
         student_layout=layout,
+        runtime=RUNTIME,
+    )
+
+
+def reconstructed(
+    output: str, data: DataConfig, *, teacher: str, model: str = "pruned", name: str = "reconstructed"
+) -> ReconstructConfig:
+    """The pruned model refitted to its teacher, layer by layer; see :data:`RECONSTRUCTION_SAMPLES`."""
+    return ReconstructConfig(
+        name=name,
+        output=f"{output}/{name}",
+        model=f"{output}/{model}",
+        teacher=teacher,
+        data=data,
+        samples=RECONSTRUCTION_SAMPLES,
+        parallel=RECONSTRUCTION_LAYOUT,
         runtime=RUNTIME,
     )
 
@@ -205,7 +230,12 @@ class OneShot:
     layers_to_drop: Sequence[int] | None = None
 
     def recipe(
-        self, source: str | None = None, data: DataConfig | None = None, layout: ParallelLayout | None = None
+        self,
+        source: str | None = None,
+        data: DataConfig | None = None,
+        layout: ParallelLayout | None = None,
+        *,
+        reconstruct: bool | None = None,
     ) -> Recipe:
         """The pipeline.
 
@@ -213,7 +243,11 @@ class OneShot:
             source: HF directory of the teacher.
             data: text to distil on; its blocks are 8,192 tokens.
             layout: of teacher and student.
+            reconstruct: refit the pruned model before its distillation; None does it for a student that is cut in
+                width.
         """
+        reconstruct = self.target is not None if reconstruct is None else reconstruct
+        student = "reconstructed" if reconstruct else "pruned"
         source, layout, data = source or self.source, layout or self.layout, data or text(8192)
         output = f"runs/{self.name}"
         teacher, scores = f"{output}/corrected/model", None if self.target is None else f"{output}/scores"
@@ -226,13 +260,19 @@ class OneShot:
                 corrected(output, data, layout, batch=self.batch, lr=self.correction_lr),
                 *([] if scores is None else [scored(output, teacher, data, layout)]),
                 cut,
+                *([reconstructed(output, data, teacher=teacher)] if reconstruct else []),
                 distilled(
                     output, data, layout, teacher=teacher, tokens=self.tokens, batch=self.batch, lr=1e-4,
-                    min_lr=self.min_lr, warmup_steps=self.warmup_steps,
+                    min_lr=self.min_lr, warmup_steps=self.warmup_steps, student=student,
                 ),
                 evaluated(
                     output,
-                    {"teacher": "corrected/model", "pruned": "pruned", "distilled": "distilled/model"},
+                    {
+                        "teacher": "corrected/model",
+                        "pruned": "pruned",
+                        **({student: student} if reconstruct else {}),
+                        "distilled": "distilled/model",
+                    },
                     data,
                     layout,
                 ),

@@ -15,6 +15,7 @@ from nemo_minitron.config import (
     ImportConfig,
     ParallelLayout,
     PruneConfig,
+    ReconstructConfig,
     ReportConfig,
     ScoreConfig,
     SourceConfig,
@@ -35,15 +36,20 @@ DATA = DataConfig(
 )
 
 
-def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None) -> Recipe:
+def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None, *, reconstruct: bool = True) -> Recipe:
     """The pipeline.
 
     Args:
         data: text to distil on.
         layout: of teacher and student; one process unless given.
+        reconstruct: refit the pruned model before its distillation, on 64 x 256 tokens of calibration text.
     """
     output, layout = f"runs/{NAME}", layout or ParallelLayout()
-    teacher = f"{output}/teacher"
+    teacher, student = f"{output}/teacher", f"{output}/{'reconstructed' if reconstruct else 'pruned'}"
+    refit = ReconstructConfig(
+        name="reconstructed", output=f"{output}/reconstructed", model=f"{output}/pruned", teacher=teacher, data=data,
+        samples=64, micro_batch_size=4,
+    )  # fmt: skip
     return Recipe(
         NAME,
         TITLE,
@@ -57,14 +63,19 @@ def recipe(data: DataConfig = DATA, layout: ParallelLayout | None = None) -> Rec
                 name="pruned", output=f"{output}/pruned", model=teacher, scores=f"{output}/scores", target=TARGET,
                 student_layout=layout,
             ),
+            *([refit] if reconstruct else []),
             DistillConfig(
-                name="distilled", output=f"{output}/distilled", student=f"{output}/pruned", teacher=teacher, data=data,
+                name="distilled", output=f"{output}/distilled", student=student, teacher=teacher, data=data,
                 steps=90, micro_batch_size=2, global_batch_size=2, lr=3e-4, min_lr=3e-5, warmup_steps=6,
                 validate_every=30, save_every=45, parallel=layout,
             ),
             EvaluateConfig(
                 name="evaluation", output=f"{output}/evaluation", data=data, tokens=12288, micro_batch_size=4,
-                models={"teacher": teacher, "pruned": f"{output}/pruned", "distilled": f"{output}/distilled/model"},
+                models={
+                    "teacher": teacher, "pruned": f"{output}/pruned",
+                    **({"reconstructed": student} if reconstruct else {}),
+                    "distilled": f"{output}/distilled/model",
+                },
             ),
             ExportConfig(name="export", output=f"{output}/export", model=f"{output}/distilled/model"),
             ReportConfig(name="report", output=f"{output}/report", run=output, title=TITLE),

@@ -398,6 +398,51 @@ def config_template(
         typer.echo(template(name), nl=False)
 
 
+@app.command("chat", help="Talk to a model: a line is a turn, /help shows the commands, /quit ends.")
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|RUN", help="Any checkpoint, a .gguf file, or a run, for the model that it made."),
+    ],
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
+    template: Annotated[
+        str, typer.Option("--template", help="own (the tokenizer's), chatml, llama3, nemotron, or none for plain text.")
+    ] = "own",
+    temperature: Annotated[float, typer.Option("--temperature", help="The logits are divided by it.")] = 0.7,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from tokens that together hold this much.")] = 0.95,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw from so many tokens.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Tokens of the conversation; else the model's context.")
+    ] = None,
+    attributes: Annotated[
+        str | None,
+        typer.Option("--attributes", metavar="NAME=VALUE,...", help="Values that the answers shall have (SteerLM)."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 1234,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", help="Of the processor; else all.")] = None,
+) -> None:
+    """Talk to a model."""
+    with _exit_codes():
+        from nemo_minitron.cli.chat import ChatOptions, talk
+        from nemo_minitron.config import Sampling
+
+        values = {}
+        if attributes is not None:
+            from nemo_minitron.data.chat.attributes import parse_attribute_string
+
+            values = parse_attribute_string(attributes)
+        options = ChatOptions(
+            sampling=Sampling(max_new_tokens, greedy, temperature, top_k, top_p),
+            system=system, template=template, attributes=values, dtype=dtype, device=device, threads=threads, seed=seed,
+            max_length=max_length,
+        )  # fmt: skip
+        talk(model, options)
+
+
 @app.command("status", help="Show how far the stages of a run are, or the stage of an output.")
 def status(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `minitron run`, or of a stage.")],

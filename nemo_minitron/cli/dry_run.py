@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nemo_minitron.cli.expected_time import expected_time
@@ -77,7 +78,7 @@ def _table(stage: Planned, *, alone: bool) -> Table:
     for row in _disk(stage):
         table.add_row("disk", row)
     for note in plan.notes:
-        table.add_row("note", note)
+        table.add_row("note", escape(note))  # which may name an extra: "nemo-minitron[report]"
     if plan.faults:  # the message at the end has each, once
         count = len(plan.faults)
         table.add_row("[red]faults[/]", f"[red]{count}, named below[/]")

@@ -144,6 +144,9 @@ def _rows(plan: Plan, options: Options) -> list[tuple[str, str]]:
         ("distillation", f"{human_count(made.tokens)} tokens: {made.steps:,} steps of {made.batch:,} x "
                          f"{made.sequence_length:,}, about {_time(made.steps * placed.seconds)}"),
     ]  # fmt: skip
+    if (refit := plan.refit) is not None:
+        rows.insert(-1, ("reconstruction", f"{human_count(refit.tokens)} tokens of calibration text, about "
+                                           f"{_time(refit.seconds)}"))  # fmt: skip
     for kind, aligned in (("fine-tuning", plan.sft), ("preferences", plan.dpo)):
         if aligned is not None:
             rows.append((kind, f"{aligned.answers.samples:,} samples: {aligned.steps:,} steps of {aligned.batch}, "

@@ -30,6 +30,7 @@ from nemo_minitron.config import (
     ImportConfig,
     IterateConfig,
     PruneConfig,
+    ReconstructConfig,
     SftConfig,
     StageConfig,
     find_config,
@@ -218,6 +219,8 @@ def trainings_of(subject: Subject) -> tuple[list[Training], list[str]]:
                 models[_key(config.output)] = _pruned(config, _model(config.model, models))
                 if models[_key(config.output)] is None:
                     notes.append(f"{name}: its sizes are those that {config.target.search} finds")
+            elif isinstance(config, ReconstructConfig):
+                models[_key(config.output)] = _model(config.model, models)
             elif (training := _training(name, config, models)) is not None:
                 trainings.append(training)
                 notes += _teacher_notes(name, config)

@@ -12,6 +12,7 @@ from nemo_minitron.config import (
     DistillConfig,
     ParallelLayout,
     PruneConfig,
+    ReconstructConfig,
     SftConfig,
     StageConfig,
 )
@@ -94,6 +95,9 @@ def _users(stages: Sequence[StageConfig], chosen: dict[str, LayoutCost]) -> dict
         if cost is not None:
             for path in (*stage.inputs().values(), f"{stage.output}/model", ""):
                 users.setdefault(path, cost.layout)
+    for stage in stages:
+        if isinstance(stage, ReconstructConfig) and stage.output in users:  # who trains the one trains the other
+            users.setdefault(stage.model, users[stage.output])
     return users
 
 
@@ -114,6 +118,8 @@ def _settings(
         return {} if fitting or stage.student_layout == layout else {"student_layout": layout}
     if own is None or cluster.gpus is None or own.world_size <= cluster.gpus or isinstance(stage, AlignConfig):
         return {}
+    if isinstance(stage, ReconstructConfig):
+        return {"parallel": ParallelLayout(data=cluster.gpus)}
     layout = next((users[path] for path in stage.inputs().values() if path in users), users.get(""))
     if layout is None:
         return {}

@@ -135,14 +135,19 @@ class WrittenFormats:
 
     Args:
         without: names that are left out.
+        exports: those among them that only other programs read, which no stage's output is in.
     """
 
-    def __init__(self, *without: str) -> None:
-        self._without = without
+    def __init__(self, *without: str, exports: bool = False) -> None:
+        self._without, self._exports = without, exports
 
     def names(self) -> list[str]:
         """In the order of :data:`FORMATS`."""
-        return [name for name, entry in FORMATS.items() if entry.write is not None and name not in self._without]
+        return [
+            name
+            for name, entry in FORMATS.items()
+            if name not in self._without and (entry.write is not None or (self._exports and entry.export is not None))
+        ]
 
     def described(self) -> str:
         """The names, for a setting's help."""

@@ -131,7 +131,7 @@ class DistillationModel(TrainedModel):
             chunked=self._chunked,
         )
         chunk._intermediate, chunk._layer_maps, chunk.balance = self._intermediate, self._layer_maps, self.balance
-        chunk._teacher, chunk._root = self._teacher, self._root
+        chunk._teacher, chunk._root, chunk.rounding = self._teacher, self._root, self.rounding
         return chunk
 
     @property

@@ -26,13 +26,16 @@ from nemo_minitron.distillation.compatibility import (
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
 from nemo_minitron.distillation.teachers.learning import CorrectTeacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
-from nemo_minitron.distillation.training.language_model import LanguageModel
+from nemo_minitron.distillation.training.language_model import LanguageModel, TrainedModel
 from nemo_minitron.distillation.training.loop import optimizer_config, optimizer_of, train, trained_config
 from nemo_minitron.distillation.training.outputs import Trained, finished
-from nemo_minitron.errors import PreemptedError
+from nemo_minitron.distillation.training.rounding import MeasureRanges, rounding_of
+from nemo_minitron.errors import PreemptedError, ShapeError
+from nemo_minitron.quantization.matrices import training_faults
+from nemo_minitron.quantization.schemes import Scheme
 from nemo_minitron.runtime.groups import ParallelLayout
 
-__all__ = ["Schedule", "Trained", "correct", "distill"]
+__all__ = ["Schedule", "Trained", "check_rounding", "correct", "distill"]
 
 
 def distill(
@@ -51,6 +54,7 @@ def distill(
     kept_layers: Sequence[int] | None = None,
     placement: TeacherPlacement | None = None,
     correction: CorrectionConfig | None = None,
+    quantize: Scheme | None = None,
 ) -> Trained:
     """Train the student on the teacher. Every rank of the student calls it.
 
@@ -72,6 +76,7 @@ def distill(
             own call :func:`~nemo_minitron.distillation.teachers.own_ranks.serve_teacher` at the same time.
         correction: if it gives a learning rate, the teacher is trained on the labels during the distillation; it must
             then be on the student's ranks, in the same layout.
+        quantize: the student is trained for this quantization: its matrices are rounded forward.
 
     Raises:
         MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.loop.train`.
@@ -92,6 +97,7 @@ def distill(
         for name, part in blocks.items():
             part.check_common(common.size, common.unlike, what=f"the {name} blocks", names=common.names)
     check_context(layout, placement=placement.kind)
+    check_rounding(student, layout, quantize)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
     model = DistillationModel(
         trained_config(student, layout, schedule),
@@ -107,6 +113,7 @@ def distill(
         chunked=schedule.logits == "chunks",
         optim=optimizer_of(schedule),
     )
+    measuring = _round(model, quantize, directory, resume=resume)
     try:
         trained = train(
             model,
@@ -118,7 +125,7 @@ def distill(
             seed=seed,
             directory=directory,
             resume=resume,
-            callbacks=[TeacherFirst(model), *([CorrectTeacher(model)] if learning else [])],
+            callbacks=[*measuring, TeacherFirst(model), *([CorrectTeacher(model)] if learning else [])],
             forward=[] if teacher is None else [teacher] * (3 if learning else 1),
             title="distilling",
         )
@@ -127,6 +134,26 @@ def distill(
         raise
     model.teacher.close()
     return trained
+
+
+def check_rounding(student: Checkpoint, layout: ParallelLayout, quantize: Scheme | None) -> None:
+    """Check that a student can be trained for a quantization under a layout.
+
+    Raises:
+        ShapeError: with all that is in the way.
+    """
+    if quantize is None:
+        return
+    if faults := training_faults(student.shape, student.architecture, quantize, tensor=layout.tensor):
+        raise ShapeError(faults)
+
+
+def _round(model: TrainedModel, quantize: Scheme | None, directory: Path, *, resume: bool) -> list[MeasureRanges]:
+    """Let a model round in its forward passes; returns the callbacks that this needs."""
+    if quantize is None:
+        return []
+    model.rounding = rounding_of(quantize, directory, resume=resume)
+    return [MeasureRanges(model, directory)]
 
 
 def _learning(correction: CorrectionConfig, schedule: Schedule) -> dict[str, Any]:
@@ -151,6 +178,7 @@ def correct(
     seed: int = 0,
     directory: Path,
     resume: bool = True,
+    quantize: Scheme | None = None,
 ) -> Trained:
     """Train a model on the labels of the data, by the vocabulary-parallel cross-entropy. Every rank calls it.
 
@@ -158,7 +186,7 @@ def correct(
 
     Args:
         initial: weights to start from.
-        train_blocks, validation_blocks, layout, schedule, seed, directory, resume: as for :func:`distill`.
+        train_blocks, validation_blocks, layout, schedule, seed, directory, resume, quantize: as for :func:`distill`.
 
     Raises:
         MinitronError: see :func:`check_model` and :func:`~nemo_minitron.distillation.training.loop.train`.
@@ -166,6 +194,7 @@ def correct(
     if resume and (done := finished(directory, schedule.steps)):
         return done
     check_model(initial, layout, Blocks.of(train_blocks).sequence_length)
+    check_rounding(initial, layout, quantize)
     config, chunked = trained_config(initial, layout, schedule), schedule.logits == "chunks"
     model = LanguageModel(config, initial, layout, chunked, optim=optimizer_of(schedule))
     return train(
@@ -178,5 +207,6 @@ def correct(
         seed=seed,
         directory=directory,
         resume=resume,
+        callbacks=_round(model, quantize, directory, resume=resume),
         title="correcting",
     )

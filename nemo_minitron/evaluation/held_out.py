@@ -138,7 +138,7 @@ def streamed_loss(
         progress: called with 1 for each layer, and for the output layer.
 
     Raises:
-        MinitronError: as of :func:`held_out_loss`.
+        MinitronError: as of :func:`held_out_loss`; the first layer whose output is not finite is named.
     """
     from nemo_minitron.streamed import Pass
 
@@ -147,6 +147,7 @@ def streamed_loss(
     run.embed()
     for layer in range(model.shape.num_layers):
         run.through(model.layer(layer))
+        run.check_finite(layer)
         if progress is not None:
             progress(1)
     model.release()

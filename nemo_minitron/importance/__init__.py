@@ -2,7 +2,8 @@
 
 :func:`score_model` and :func:`score_criteria` run a live Megatron model (activations, or gradient x activation),
 :func:`score_streamed` runs it layer by layer,
-:func:`layer_importance` runs it without some of its layers, :class:`ScoreDuringValidation` lets NeMo run it, and
+:func:`layer_importance` runs it without some of its layers (:func:`layer_importance_streamed` layer by layer),
+:class:`ScoreDuringValidation` lets NeMo run it, and
 :func:`magnitude_scores` reads weights. :class:`Scores` and :class:`DepthScores` are the results on disk. Importing
 this package imports neither torch nor Megatron.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nemo_minitron.importance.callback import ScoreDuringValidation
     from nemo_minitron.importance.depth import layer_importance, task_accuracy
     from nemo_minitron.importance.depth_scores import DepthScores, Measurement
+    from nemo_minitron.importance.depth_streamed import layer_importance_streamed
     from nemo_minitron.importance.magnitude import magnitude_scores
     from nemo_minitron.importance.masking import left_out
     from nemo_minitron.importance.score import score_criteria, score_model
@@ -34,6 +36,7 @@ __all__ = [
     "Scores",
     "fingerprint",
     "layer_importance",
+    "layer_importance_streamed",
     "left_out",
     "magnitude_scores",
     "save_criteria",
@@ -56,6 +59,7 @@ __getattr__ = lazy(
         "Scores": "scores",
         "fingerprint": "scores",
         "layer_importance": "depth",
+        "layer_importance_streamed": "depth_streamed",
         "left_out": "masking",
         "magnitude_scores": "magnitude",
         "save_criteria": "scores",

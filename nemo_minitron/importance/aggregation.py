@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nemo_minitron.errors import ConfigError
 
-__all__ = ["AGGREGATIONS", "Aggregation", "Criterion", "aggregation"]
+__all__ = ["AGGREGATIONS", "Aggregation", "Criterion", "aggregation", "gathered"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Criterion(NamedTuple):
 
     Attributes:
         sequence: aggregation over the tokens of a sample, a key of :data:`AGGREGATIONS`. The Taylor estimator has one
-            of its own, "sum", and so has the magnitude of weights, "none".
-        batch: aggregation over samples, a key of :data:`AGGREGATIONS` ("none" for the magnitude of weights).
+            of its own, "sum", and so have the magnitude of weights and the losses after reconstruction, "none".
+        batch: aggregation over samples, a key of :data:`AGGREGATIONS` ("none" for the last two).
     """
 
     sequence: str
@@ -115,3 +115,13 @@ def aggregation(name: str, where: str) -> Aggregation:
     if name not in AGGREGATIONS:
         raise ConfigError(f"{where}={name!r}: must be one of {', '.join(AGGREGATIONS)}")
     return AGGREGATIONS[name]
+
+
+def gathered(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[units/world, ...]`` -> ``[units, ...]``: Megatron cuts heads and neurons into equal runs by rank."""
+    world = dist.get_world_size(group)
+    if world == 1:
+        return local
+    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world)]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts)

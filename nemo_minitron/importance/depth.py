@@ -8,16 +8,14 @@ on a task, with layers left out. Block influence needs one ordinary pass and com
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from nemo_minitron.importance.candidates import Candidate, depth_faults, diverge, greedy_round, rounds
+from nemo_minitron.importance.candidates import Candidate, diverge
+from nemo_minitron.importance.depth_problem import DepthProblem, accuracy_of
 from nemo_minitron.importance.depth_scores import DepthScores, Measurement
 from nemo_minitron.importance.masking import Prefix, left_out
 from nemo_minitron.runtime.forward import block_losses
@@ -87,19 +85,18 @@ def layer_importance(
         ConfigError: if nothing is to be measured, or not the criterion of ``greedy_by``.
         NonFiniteError: if a loss is NaN or infinite, naming the layers that were left out.
     """
-    if len(blocks.shape) != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
-        raise DataError(
-            f"calibration data is empty (blocks of shape {list(blocks.shape)}); give at least one block of two tokens"
-        )
-    blocks = Blocks.of(blocks)
-    blocks.check_labels("calibration data")
-    counted = blocks.counted()
-    weights = torch.ones(len(blocks)) if counted is None else counted.sum(dim=1)
-    shares = weights.double() / weights.sum()
-    _check(shape, single=single, block_lengths=block_lengths, greedy=greedy, greedy_by=greedy_by, task=task)
-    measured = _shared(dict(journal.read()) if journal is not None and dist.get_rank() == 0 else {}, chunks)
-    if progress is not None and (already := len(measured.keys() - {()})):
-        progress(already)
+    problem = DepthProblem(
+        Blocks.of(blocks),
+        shape,
+        single=single,
+        block_lengths=block_lengths,
+        greedy=greedy,
+        greedy_by=greedy_by,
+        task=task,
+        task_name=task_name,
+        fingerprint=fingerprint,
+    )
+    blocks, counted = problem.blocks, problem.counted
     prefix: Prefix | None = None
 
     def measure(layers: Candidate, following: Candidate | None) -> Measurement:
@@ -119,49 +116,14 @@ def layer_importance(
                 segments=blocks.segments,
             )
             accuracy = None if task is None else task_accuracy(chunks, groups, task, micro_batch_size, shape.vocab_size)
-        loss = float(losses.mean() if counted is None else (losses * shares).sum())
-        if not bool(torch.isfinite(losses).all()) or (accuracy is not None and accuracy != accuracy):
-            raise NonFiniteError(
-                f"the loss {'of the whole model' if not layers else f'without {_name(layers)}'} is NaN or infinite; "
-                "check the checkpoint's weights, or measure in runtime.dtype=float32"
-            )
-        return Measurement(loss, accuracy)
+        return problem.measurement(layers, losses, accuracy)
 
-    def run(candidates: Sequence[Candidate]) -> None:
-        left = [layers for layers in candidates if layers not in measured]
-        for layers, following in itertools.zip_longest(left, left[1:]):
-            measured[layers] = measure(layers, following)
-            if journal is not None and dist.get_rank() == 0:
-                journal.append([(layers, measured[layers])])
-            if progress is not None and layers:
-                progress(1, f"loss {measured[layers].loss:.3f} without {_name(layers)}")
+    def measure_all(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Measurement]]:
+        for layers, following in itertools.zip_longest(candidates, candidates[1:]):
+            yield layers, measure(layers, following)
 
-    def scores() -> DepthScores:
-        return DepthScores(
-            measured=dict(measured),
-            shape=shape,
-            samples=len(blocks),
-            tokens=blocks.labels,
-            task=None if task is None else task_name,
-            questions=None if task is None else len(task.answers),
-            fingerprint=fingerprint,
-        )
-
-    run(
-        [
-            measurement
-            for candidates in rounds(shape.num_layers, single=single, block_lengths=block_lengths)
-            for measurement in candidates
-        ]
-    )
-    chosen: Candidate = ()
-    for _ in range(greedy):
-        candidates = greedy_round(shape.num_layers, chosen)
-        run(candidates)
-        costs = scores().costs(greedy_by)
-        # Of equal costs the higher layer goes, as in nemo_minitron.pruning.depth.
-        chosen = min(candidates, key=lambda layers: (costs[layers], tuple(-layer for layer in layers)))
-    return scores()
+    device = next(chunks[0].parameters()).device
+    return problem.solve(measure_all, device=device, journal=journal, progress=progress)
 
 
 def task_accuracy(
@@ -175,50 +137,4 @@ def task_accuracy(
     for tokens, counted in zip(task.tokens, task.counted, strict=True):
         means = block_losses(chunks, groups, tokens, micro_batch_size, vocab_size=vocab_size, counted=counted)
         rows.append(means * counted.sum(dim=1))
-    likelihoods = -torch.cat(rows) / task.characters
-    if not bool(torch.isfinite(likelihoods).all()):
-        return float("nan")
-    table = torch.full((len(task.answers), int(task.choice.max()) + 1), -torch.inf, dtype=torch.float64)
-    table[task.question, task.choice] = likelihoods
-    return float((table.argmax(dim=1) == task.answers).double().mean())
-
-
-def _check(
-    shape: ModelShape,
-    *,
-    single: bool,
-    block_lengths: Sequence[int],
-    greedy: int,
-    greedy_by: str,
-    task: EncodedTask | None,
-) -> None:
-    if not single and not block_lengths and not greedy:
-        raise ConfigError("nothing is to be measured; set single=true, block_lengths or greedy")
-    if greedy_by not in ("loss", "task"):
-        raise ConfigError(f"greedy_by={greedy_by!r}: must be loss or task")
-    if greedy and greedy_by == "task" and task is None:
-        raise ConfigError("greedy_by=task: there is no task; set task.path or task.builtin")
-    if faults := depth_faults(shape.num_layers, block_lengths, greedy):
-        raise ShapeError(faults)
-
-
-def _name(layers: Candidate) -> str:
-    """``(3,)`` -> ``"layer 3"``, ``(3, 4, 5)`` -> ``"layers 3-5"``."""
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    run = list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"layers {layers[0]}-{layers[-1]}" if run else f"layers {', '.join(map(str, layers))}"
-
-
-def _shared(measurements: dict[Candidate, Measurement], chunks: list[GPTModel]) -> dict[Candidate, Measurement]:
-    """The measurements of global rank 0, on every rank."""
-    text = json.dumps(
-        [[layers, measurement.loss, measurement.accuracy] for layers, measurement in measurements.items()]
-    ).encode()
-    device = next(chunks[0].parameters()).device
-    size = torch.tensor(len(text), device=device)
-    dist.broadcast(size, src=0)
-    data = torch.tensor(list(text.ljust(int(size))), dtype=torch.uint8)[: int(size)].to(device)
-    dist.broadcast(data, src=0)
-    rows = json.loads(bytes(data.cpu().tolist()))
-    return {tuple(layers): Measurement(loss, accuracy) for layers, loss, accuracy in rows}
+    return accuracy_of(task, rows)

@@ -15,6 +15,7 @@ from nemo_minitron.config.tables import Table, deferred
 if TYPE_CHECKING:
     from nemo_minitron.importance.hooks import Recorder
     from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.shape import ModelShape
 
 __all__ = ["ESTIMATORS", "Estimator"]
 
@@ -29,8 +30,11 @@ class Estimator:
             (:class:`~nemo_minitron.importance.hooks.Recorder`).
         from_weights: ``(checkpoint, *, fingerprint, progress) -> Scores`` by the weights alone, in one process.
         gradients: the recorder reads gradients too, so that a backward pass is needed.
+        sums: bytes that the recorder keeps for each layer until the layer is done, by the shape of the whole model;
+            None for a recorder that keeps O(units).
         sequence: its fixed aggregation over the tokens of a sample, as score files name it; None if the user chooses
-            the aggregation.
+            the aggregation. "none" with ``batch`` "none": its scores are of all tokens together.
+        batch: its fixed aggregation over samples; None if the user chooses.
         layer_score: name and meaning of its layer scores, for reports.
         note: a few words for ``--help``.
     """
@@ -39,7 +43,9 @@ class Estimator:
     recorder: Callable[..., Recorder] | None = None
     from_weights: Callable[..., Scores] | None = None
     gradients: bool = False
+    sums: Callable[[ModelShape], int] | None = None
     sequence: str | None = None
+    batch: str | None = None
     layer_score: tuple[str, str] = ("Importance", "The estimator's score of a layer.")
     note: str = ""
 
@@ -62,14 +68,36 @@ class Estimator:
         """The aggregation over the tokens of a sample, unless the user chooses another."""
         return self.sequence or "mean"
 
+    def criterion(self, sequence: str | None, batch: str) -> tuple[str, str]:
+        """The pair of aggregations that it uses where these are given."""
+        return sequence or self.default_sequence, self.batch or batch
+
     def sequence_fault(self, sequence: str | None) -> str | None:
         """Why the estimator cannot use an aggregation over the tokens of a sample; None if it can."""
         if not self.runs_model or self.sequence is None or sequence in (None, self.sequence):
             return None
+        if self.sequence == "none":
+            return f"aggregation.sequence={sequence}: {self._whole}"
         return (
             f"aggregation.sequence={sequence}: estimator={self.name} always takes the {self.sequence} over the "
             "sequence; leave it out"
         )
+
+    def batch_fault(self, batch: str, default: str | None = None) -> str | None:
+        """Why the estimator cannot use an aggregation over samples; None if it can, or it is the default."""
+        if self.batch is None or batch in (default, self.batch):
+            return None
+        return f"aggregation.batch={batch}: {self._whole}"
+
+    @property
+    def _whole(self) -> str:
+        return f"estimator={self.name} takes all tokens together and has nothing to aggregate; leave it out"
+
+
+def _products(shape: ModelShape) -> int:
+    """Bytes of the products of inputs of a layer's matrices, in float64."""
+    neurons, heads = shape.ffn_hidden_size, shape.num_attention_heads * shape.head_dim
+    return 8 * ((shape.num_moe_experts or 1) * neurons**2 + heads**2 + 2 * shape.hidden_size**2)
 
 
 OWN_ESTIMATORS = (
@@ -89,6 +117,18 @@ OWN_ESTIMATORS = (
         sequence="sum",
         layer_score=("First-order Taylor", "The loss's gradient times what a layer adds to the residual stream."),
         note="gradient x activation",
+    ),
+    Estimator(
+        "reconstruction",
+        recorder=deferred("nemo_minitron.importance.reconstruction:ReconstructionRecorder"),
+        sums=_products,
+        sequence="none",
+        batch="none",
+        layer_score=(
+            "Block influence",
+            "1 − cosine of a layer's input and output: how much it changes the residual stream.",
+        ),
+        note="what a unit costs after the others make up for it",
     ),
     Estimator(
         "magnitude",

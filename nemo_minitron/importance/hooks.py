@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nemo_minitron.errors import NonFiniteError, ShapeError
-from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion, aggregation
+from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation, Criterion, aggregation
 from nemo_minitron.importance.experts import TokenPlaces, token_places
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.shape import ModelShape
@@ -42,12 +42,13 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["SITES", "ActivationRecorder", "Key", "Reading", "Recorder"]
+__all__ = ["SITES", "ActivationRecorder", "BlockInfluence", "Key", "Reading", "Recorder"]
 
-SITES = ("input_norm", "attention", "mlp_norm", "ffn", "experts", "block")
+SITES = ("input_norm", "attention", "groups", "mlp_norm", "ffn", "experts", "block")
 _MODULES = {
     "input_norm": "input_layernorm (its output)",
     "attention": "self_attention.linear_proj (its input)",
+    "groups": "self_attention.linear_proj (its input)",
     "mlp_norm": "pre_mlp_layernorm (its output)",
     "ffn": "mlp.linear_fc2 (its input)",
     "experts": "an expert (its output)",
@@ -105,7 +106,7 @@ class Recorder(ABC):
         self.groups = groups
         self.criteria = list(dict.fromkeys(criteria))
         for criterion in self.criteria:
-            aggregation(criterion.batch, "aggregation.batch")
+            self.batch_aggregation(criterion)
         self.rows: int | None = None
         self.span: Sequence[int] | None = None
         self.samples = 0
@@ -131,6 +132,29 @@ class Recorder(ABC):
             tokens: run by all data-parallel ranks together.
         """
         return units("block", 1)[:, 0]
+
+    def batch_aggregation(self, criterion: Criterion) -> Aggregation:
+        """How the values of samples become one.
+
+        Raises:
+            ConfigError: for a name that is not known.
+        """
+        return aggregation(criterion.batch, "aggregation.batch")
+
+    def group_scores(
+        self, units: Callable[[str, int], torch.Tensor], heads: torch.Tensor, shape: ModelShape
+    ) -> torch.Tensor:
+        """``[L, G]`` scores of the query groups. Collective.
+
+        Args:
+            units: ``(site, size) -> [L, size]`` scores of a site whose units are split over tensor-parallel ranks.
+            heads: ``[L, A]``, the heads' scores.
+            shape: of the whole model.
+        """
+        return torch.linalg.vector_norm(heads.view(shape.num_layers, shape.num_query_groups, -1), dim=-1)
+
+    def finish(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called after the last pass through the chunks, of a streamed pass after each layer. Collective."""
 
     # ------------------------------------------------------------------------------------------------------- the hooks
 
@@ -235,7 +259,11 @@ class Recorder(ABC):
         """The layers on this rank, 0-based in the whole model."""
         if self.span is not None:
             return list(self.span)
-        return [layer.layer_number - 1 for chunk in self.chunks for layer in chunk.decoder.layers]
+        return [layer.layer_number - 1 for layer in self.modules()]
+
+    def modules(self) -> list[Any]:
+        """Megatron's layers in the chunks."""
+        return [layer for chunk in self.chunks for layer in chunk.decoder.layers]
 
     def _count(self, layer: int, x: torch.Tensor) -> None:
         """Count samples and tokens at the first layer on this rank, which sees each of them once."""
@@ -249,7 +277,7 @@ class Recorder(ABC):
     @torch.no_grad()
     def keep(self, key: Key, criterion: Criterion, values: torch.Tensor) -> None:
         """Add ``[b, units]`` values, of the samples that count, to the running statistics of the batch aggregation."""
-        batch = AGGREGATIONS[criterion.batch]
+        batch = self.batch_aggregation(criterion)
         values = values.double()
         if not len(values):
             # A data-parallel rank without samples still takes part in the collectives: nothing is what zeros add up to.
@@ -297,7 +325,32 @@ class Recorder(ABC):
             )
 
 
-class ActivationRecorder(Recorder):
+class BlockInfluence(Recorder):
+    """A recorder whose scores of layers are their block influence, whatever else it reads."""
+
+    @torch.no_grad()
+    def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add the sum of the cosines over the tokens: one number for all criteria."""
+        before, after = before[:, : self.rows].detach(), after[:, : self.rows].detach()
+        wide = torch.promote_types(before.dtype, torch.float32)
+        cosines = F.cosine_similarity(before.to(wide), after.to(wide), dim=-1)
+        sums = self.statistics.setdefault(Key(layer, "block"), {})
+        total = cosines.sum(dtype=torch.float64).view(1, 1)
+        sums[self.criteria[0]] = sums.get(self.criteria[0], 0) + total
+
+    def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
+        """``[L]``, 1 less the mean cosine over all tokens."""
+        groups = self.groups
+        cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=groups.device.torch)
+        for key, sums in self.statistics.items():
+            if key.site == "block":
+                cosines[key.layer] = sums[self.criteria[0]][0, 0]
+        for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
+            dist.all_reduce(cosines, group=group)
+        return 1 - cosines.cpu() / tokens
+
+
+class ActivationRecorder(BlockInfluence):
     """Magnitudes of activations (arXiv 2407.14679, section 2.2); one pass serves any number of criteria."""
 
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
@@ -330,27 +383,6 @@ class ActivationRecorder(Recorder):
                     statistics = sequence.all_reduce(statistics, self.groups.tp)
                 by_sequence[criterion.sequence] = sequence.finish(statistics, length)
             self.keep(reading.key, criterion, by_sequence[criterion.sequence])
-
-    @torch.no_grad()
-    def read_block(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add the sum of the cosines over the tokens: one number for all criteria."""
-        before, after = before[:, : self.rows].detach(), after[:, : self.rows].detach()
-        wide = torch.promote_types(before.dtype, torch.float32)
-        cosines = F.cosine_similarity(before.to(wide), after.to(wide), dim=-1)
-        sums = self.statistics.setdefault(Key(layer, "block"), {})
-        total = cosines.sum(dtype=torch.float64).view(1, 1)
-        sums[self.criteria[0]] = sums.get(self.criteria[0], 0) + total
-
-    def layer_scores(self, units: Callable[[str, int], torch.Tensor], shape: ModelShape, tokens: int) -> torch.Tensor:
-        """``[L]``, 1 less the mean cosine over all tokens."""
-        groups = self.groups
-        cosines = torch.zeros(shape.num_layers, dtype=torch.float64, device=groups.device.torch)
-        for key, sums in self.statistics.items():
-            if key.site == "block":
-                cosines[key.layer] = sums[self.criteria[0]][0, 0]
-        for group in (groups.pp, groups.dp, *([groups.tp] if groups.layout.sequence_parallel else [])):
-            dist.all_reduce(cosines, group=group)
-        return 1 - cosines.cpu() / tokens
 
 
 def _has(module: Any, path: str) -> bool:

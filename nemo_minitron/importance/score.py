@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,11 @@ import torch.distributed as dist
 
 from nemo_minitron.data.blocks import Blocks
 from nemo_minitron.errors import ConfigError, DataError, ShapeError
-from nemo_minitron.importance.aggregation import AGGREGATIONS, Criterion
+from nemo_minitron.importance.aggregation import Criterion, gathered
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.importance.hooks import Key, Recorder
 from nemo_minitron.importance.scores import Scores
-from nemo_minitron.importance.taylor import differentiable, sample_losses
+from nemo_minitron.importance.taylor import TAYLOR_LOSSES, differentiable, label_draws, own_labels, sample_losses
 from nemo_minitron.runtime.forward import document_inputs
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.masks import FILLING, documents_masked
@@ -42,6 +43,7 @@ def score_model(
     batch: str = "l2",
     estimator: str = "activation",
     fingerprint: str | None = None,
+    loss: str = "labels",
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score every unit by one criterion; see :func:`score_criteria` for the other arguments.
@@ -49,10 +51,10 @@ def score_model(
     Args:
         sequence: aggregation over the tokens of a sample; by default the mean of activations, as the paper found best,
             and the sum that the Taylor estimator always takes.
-        batch: aggregation over samples.
+        batch: aggregation over samples, for estimators that have the choice.
     """
-    default = ESTIMATORS[estimator].default_sequence if estimator in ESTIMATORS else "mean"
-    criterion = Criterion(sequence or default, batch)
+    known = ESTIMATORS.get(estimator)
+    criterion = Criterion(sequence or "mean", batch) if known is None else known.criterion(sequence, batch)
     (scores,) = score_criteria(
         chunks,
         blocks,
@@ -62,6 +64,7 @@ def score_model(
         micro_batch_size=micro_batch_size,
         estimator=estimator,
         fingerprint=fingerprint,
+        loss=loss,
         progress=progress,
     )
     return scores
@@ -77,6 +80,7 @@ def score_criteria(
     micro_batch_size: int = 1,
     estimator: str = "activation",
     fingerprint: str | None = None,
+    loss: str = "labels",
     progress: Callable[[int], None] | None = None,
 ) -> list[Scores]:
     """Score every unit by any number of criteria in one pass over the data.
@@ -91,9 +95,13 @@ def score_criteria(
     - query groups: the L2 norm of their heads' scores.
     - layers: block influence ``1 - E[cos(x_in, x_out)]`` over all tokens, whatever the criterion.
 
+    Estimator "reconstruction" (:mod:`~nemo_minitron.importance.reconstruction`), forward passes alone: the loss of what
+    reads the units after the units that stay have made up for those that go, over all tokens. Its one criterion is
+    ``("none", "none")``.
+
     Estimator "taylor" (:mod:`~nemo_minitron.importance.taylor`), forward and backward: ``batch over samples (|sum over
     tokens (a * dL/da)|)`` for the same activations, summed over the channels of a head; of layers, ``dL/dx_out *
-    (x_out - x_in)``.
+    (x_out - x_in)``. With ``loss`` "kl" the labels are drawn from the model's own distribution.
 
     The schedule is Megatron's own (``get_forward_backward_func``), so pipelines and virtual stages work. Passes without
     gradients end before the output layer, since no logits are needed. Memory beyond the model: the activations of one
@@ -111,6 +119,7 @@ def score_criteria(
         micro_batch_size: blocks of one forward pass.
         estimator: one of :data:`~nemo_minitron.importance.estimators.ESTIMATORS` that runs the model.
         fingerprint: of the weights (:func:`~nemo_minitron.importance.scores.fingerprint`), kept with the scores.
+        loss: of "taylor": "labels", or "kl" to the unpruned model's own distribution.
         progress: called with the number of blocks done since its last call.
 
     Returns:
@@ -120,8 +129,10 @@ def score_criteria(
         DataError: for no calibration blocks, blocks that are filled up, or one in which no label counts.
         ShapeError: if sequence parallelism does not divide the sequence, or a layer cannot be scored.
         NonFiniteError: if an activation or gradient is NaN or infinite, naming layer and module.
-        ConfigError: for an estimator or aggregation that is not known, or no criteria.
+        ConfigError: for an estimator, aggregation or loss that is not known, or no criteria.
     """
+    if loss not in TAYLOR_LOSSES:
+        raise ConfigError(f"taylor.loss={loss!r}: must be one of {', '.join(TAYLOR_LOSSES)}")
     recorder = make_recorder(chunks, groups, criteria, estimator)
     blocks = calibration_blocks(blocks, groups)
     gradients = ESTIMATORS[estimator].gradients
@@ -130,10 +141,13 @@ def score_criteria(
         stack.enter_context(_prepared(chunks, logits=gradients))
         stack.enter_context(recorder.attached())
         stack.enter_context(documents_masked(chunks, blocks.segments is not None))
-        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress, gradients=gradients)
+        draws = label_draws(blocks) if gradients and loss == "kl" else None
+        _run(recorder, blocks, micro_batch_size, shape.vocab_size, progress, draws, gradients=gradients)
+    recorder.finish()
     tokens = blocks.sequence_length * len(blocks)
     scores = collect(recorder, shape, estimator=estimator, samples=len(blocks), tokens=tokens, fingerprint=fingerprint)
-    return [scores[Criterion(*criterion)] for criterion in criteria]
+    taken = loss if gradients else None
+    return [dataclasses.replace(scores[Criterion(*criterion)], loss=taken) for criterion in criteria]
 
 
 def make_recorder(
@@ -151,7 +165,8 @@ def make_recorder(
     if entry is None or entry.recorder is None:
         able = [known.name for known in ESTIMATORS.values() if known.runs_model]
         raise ConfigError(f"estimator={estimator!r}: must be one of {', '.join(able)}")
-    if faults := [fault for pair in pairs if (fault := entry.sequence_fault(pair.sequence))]:
+    faults = [entry.sequence_fault(pair.sequence) or entry.batch_fault(pair.batch) for pair in pairs]
+    if faults := list(filter(None, faults)):
         raise ConfigError(faults)
     return entry.recorder(chunks, groups, pairs)
 
@@ -203,11 +218,14 @@ def _run(
     micro_batch_size: int,
     vocab_size: int,
     progress: Callable[[int], None] | None,
+    draws: torch.Tensor | None,
     *,
     gradients: bool,
 ) -> None:
     layout = recorder.groups.layout
     mine = blocks[recorder.groups.dp_rank :: layout.data]
+    if draws is not None:
+        draws = draws[recorder.groups.dp_rank :: layout.data]
     # Equally many passes on every data-parallel rank, whose checks are collective; the interleaved schedule wants a
     # multiple of the pipeline's length.
     unit = micro_batch_size * (layout.pipeline if layout.virtual_pipeline else 1)
@@ -216,7 +234,8 @@ def _run(
     for start in range(0, longest, step):
         part = mine[start : start + step]
         passes = -(-min(step, longest - start) // unit) * unit // micro_batch_size
-        _run_schedule(recorder, part, passes, micro_batch_size, vocab_size, blocks[:1], gradients=gradients)
+        drawn = None if draws is None else draws[start : start + step]
+        _run_schedule(recorder, part, passes, micro_batch_size, vocab_size, blocks[:1], drawn, gradients=gradients)
         recorder.check_finite()
         if progress is not None:
             done = min(len(blocks), (start + step) * layout.data) - start * layout.data
@@ -230,30 +249,46 @@ def _run_schedule(
     micro_batch_size: int,
     vocab_size: int,
     filler: Blocks,
+    draws: torch.Tensor | None,
     *,
     gradients: bool,
 ) -> None:
-    """``[n, s + 1]`` blocks in ``passes`` micro-batches; samples beyond ``n`` are ``filler`` and do not count."""
+    """``[n, s + 1]`` blocks in ``passes`` micro-batches; samples beyond ``n`` are ``filler`` and do not count.
+
+    With ``[n, s]`` ``draws`` the labels are the model's own.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     chunks = recorder.chunks
     missing = passes * micro_batch_size - len(blocks)
     filled = Blocks.cat([blocks, *[filler] * missing])
+    if draws is not None:
+        draws = torch.cat([draws, draws.new_zeros(missing, draws.shape[1])])
     rows = [min(max(len(blocks) - i * micro_batch_size, 0), micro_batch_size) for i in range(passes)]
     starts = range(0, len(filled), micro_batch_size)
-    batches = [(filled[start : start + micro_batch_size], count) for start, count in zip(starts, rows, strict=True)]
+    batches = [
+        (
+            filled[start : start + micro_batch_size],
+            count,
+            None if draws is None else draws[start : start + micro_batch_size],
+        )
+        for start, count in zip(starts, rows, strict=True)
+    ]
     width = blocks.shape[1]
 
-    def forward_step(iterator: Iterator[tuple[Blocks, int]], model: GPTModel) -> tuple[torch.Tensor, Any]:
-        batch, recorder.rows = next(iterator)
+    def forward_step(
+        iterator: Iterator[tuple[Blocks, int, torch.Tensor | None]], model: GPTModel
+    ) -> tuple[torch.Tensor, Any]:
+        batch, recorder.rows, drawn = next(iterator)
         tokens, counted = batch.tokens.to(next(model.parameters()).device), batch.counted()
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:]
         positions, mask = document_inputs(inputs, None if batch.segments is None else batch.segments[:, :-1])
         counted = None if counted is None else counted.to(inputs.device)
 
         def loss(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            own = labels if drawn is None else own_labels(logits, drawn, vocab_size, recorder.groups)
             # Each sample's own mean, added up: a sample's gradient depends on no other. The schedule divides.
-            return sample_losses(logits, labels, vocab_size, recorder.groups, counted).sum() * passes, {}
+            return sample_losses(logits, own, vocab_size, recorder.groups, counted).sum() * passes, {}
 
         return model(inputs, positions, mask), loss if gradients else _nothing
 
@@ -314,7 +349,7 @@ def _collect(
     return Scores(
         ffn=gather("ffn", shape.ffn_hidden_size, tensor_parallel=True, experts=experts),
         heads=heads,
-        groups=torch.linalg.vector_norm(heads.view(shape.num_layers, shape.num_query_groups, -1), dim=-1),
+        groups=recorder.group_scores(functools.partial(gather, tensor_parallel=True), heads, shape),
         hidden=(norms[0] + norms[1]).sum(0),
         layers=recorder.layer_scores(gather, shape, tokens),
         experts=gather("experts", 1, experts=experts)[..., 0] if experts else None,
@@ -349,7 +384,7 @@ def _gather_scores(
         tensor_parallel: whether the site's units are split over the tensor-parallel ranks.
         experts: experts with such a site in each layer; None for a site outside them.
     """
-    groups, batch = recorder.groups, AGGREGATIONS[criterion.batch]
+    groups, batch = recorder.groups, recorder.batch_aggregation(criterion)
     scores = torch.zeros(layers, experts or 1, size, dtype=torch.float64, device=groups.device.torch)
     local = size // groups.layout.tensor if tensor_parallel else size
     for layer, expert in itertools.product(recorder.layers(), range(experts or 1)):
@@ -357,17 +392,7 @@ def _gather_scores(
         if statistics is None:  # an expert that this rank's samples did not reach
             statistics = batch.statistics(scores.new_zeros(1, local), 0)
         finished = batch.finish(batch.all_reduce(statistics, groups.dp), samples)
-        scores[layer, expert] = _gather(finished, groups.tp) if tensor_parallel else finished
+        scores[layer, expert] = gathered(finished, groups.tp) if tensor_parallel else finished
     # Each layer is on one pipeline stage; the others hold zeros for it.
     dist.all_reduce(scores, group=groups.pp)
     return (scores if experts else scores[:, 0]).cpu()
-
-
-def _gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """``[units/tp]`` -> ``[units]``: Megatron cuts heads and neurons into equal runs by rank."""
-    world = dist.get_world_size(group)
-    if world == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(world)]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts)

@@ -41,10 +41,12 @@ class Scores:
         layers: ``[L]``; block influence, between 0 (the layer changes nothing) and 2, under the activation estimator.
         shape: of the model that was scored.
         samples, tokens: amount of calibration data.
-        sequence, batch: aggregations, by name ("sum" over the sequence under "taylor", "none" under "magnitude").
+        sequence, batch: aggregations, by name ("sum" over the sequence under "taylor", "none" and "none" under
+            "magnitude" and "reconstruction").
         fingerprint: of the model's weights; None if it was not known.
-        estimator: "activation", "taylor" or "magnitude".
+        estimator: by name, such as "activation", "taylor", "reconstruction" or "magnitude".
         experts: ``[L, E]`` experts; None for a dense model.
+        loss: of "taylor", "labels" or "kl"; None for other estimators, and in files of earlier releases.
     """
 
     ffn: torch.Tensor
@@ -60,6 +62,7 @@ class Scores:
     fingerprint: str | None = None
     estimator: str = "activation"
     experts: torch.Tensor | None = None
+    loss: str | None = None
 
     def __post_init__(self) -> None:
         require_uniform(self.shape, "scoring")
@@ -107,6 +110,8 @@ class Scores:
             # bytes, because save_file makes a file that only its owner may read
             (aside / _TENSOR_FILE).write_bytes(save(tensors))
             meta = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TENSORS}
+            if self.loss is None:
+                del meta["loss"]
             meta = {"format_version": FORMAT_VERSION, **meta, "shape": self.shape.to_dict()}
             (aside / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 

@@ -67,6 +67,7 @@ def score_streamed(
         recorder.chunks = [chunk]
         run.through(chunk, around=recorder.attached())
         recorder.check_finite()
+        recorder.finish()
         if trail is not None:
             trail.reach(layer + 1, run.states, recorder.saved())
         if progress is not None:

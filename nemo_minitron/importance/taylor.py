@@ -4,6 +4,15 @@
 with ``L`` the sample's mean next-token cross-entropy. The Minitron paper (arXiv 2407.14679, section 2.2) names it as
 an alternative to activations, at the cost of a backward pass.
 
+With ``loss="kl"`` it is the divergence from the unpruned model that is estimated, to second order. To first order
+there is nothing: where the model is unpruned, ``KL(p || q)`` is zero and so is its gradient. The second-order term is
+``1/2 E_y[(sum_t a_t * dL/da_t)^2]`` with the Fisher information, that is, with labels ``y`` from the model's own
+distribution at every position (Martens, arXiv 1412.1193; for pruning, with the text's labels, Theis et al., arXiv
+1801.05787; on the difference, Kunstner et al., arXiv 1905.12558). So one label is drawn at each position, and ``L`` is
+their loss. As ``L`` is a mean over ``s`` positions, the square of a sample's value is in expectation ``2/s`` times the
+divergence of a position, when the unit's activations are set to zero. The aggregation "l2" over the batch is the root
+of the sum of these squares.
+
 The backward pass is that of Megatron's schedule, through frozen weights: no parameter has a gradient.
 """
 
@@ -16,6 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.config.parts import TAYLOR_LOSSES
+from nemo_minitron.data.blocks import Blocks
+from nemo_minitron.importance.aggregation import gathered
 from nemo_minitron.importance.experts import TokenPlaces
 from nemo_minitron.importance.hooks import Key, Reading, Recorder, fused_norm
 from nemo_minitron.runtime.groups import Groups
@@ -23,7 +35,9 @@ from nemo_minitron.runtime.groups import Groups
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-__all__ = ["TaylorRecorder", "differentiable", "sample_losses"]
+__all__ = ["TAYLOR_LOSSES", "TaylorRecorder", "differentiable", "label_draws", "own_labels", "sample_losses"]
+
+_SEED = 1234  # of the draws of labels
 
 
 class TaylorRecorder(Recorder):
@@ -127,6 +141,41 @@ def differentiable(chunks: Sequence[GPTModel]) -> Iterator[None]:
 def _require_gradient(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
     # With frozen weights the graph begins here.
     return output.requires_grad_()
+
+
+def label_draws(blocks: Blocks) -> torch.Tensor:
+    """``[n, s]`` float64 uniform numbers of the blocks' labels, the same under every layout."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.rand(len(blocks), blocks.sequence_length, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def own_labels(logits: torch.Tensor, draws: torch.Tensor, vocab_size: int, groups: Groups) -> torch.Tensor:
+    """Labels from the model's own distribution: the first token at which the cumulative probability exceeds the draw.
+
+    Args:
+        logits: ``[b, s, V/tp]`` of this tensor-parallel rank; padding rows take no part.
+        draws: ``[b, s]`` numbers in [0, 1).
+        vocab_size: ``V`` without padding.
+        groups: of this process.
+
+    Returns:
+        ``[b, s]`` int64, the same on every tensor-parallel rank. Collective over them.
+    """
+    valid = min(max(0, vocab_size - groups.tp_rank * logits.shape[-1]), logits.shape[-1])
+    labels = draws.new_zeros(draws.shape, dtype=torch.int64).to(logits.device)
+    draws = draws.to(logits.device)
+    for place, row in enumerate(logits):  # a sample at a time: float64 takes memory
+        wide = row[:, :valid].double()
+        largest = wide.amax(-1) if valid else wide.new_full((len(row),), float("-inf"))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=groups.tp)
+        sums = (wide - largest[:, None]).exp_().cumsum_(-1)  # [s, V/tp]
+        totals = gathered((sums[:, -1] if valid else torch.zeros_like(largest))[None], groups.tp)  # [tp, s]
+        wanted = draws[place] * totals.sum(0) - totals[: groups.tp_rank].sum(0)
+        # Tokens of this rank that lie below: all of the ranks before the label, none of those after it.
+        labels[place] = (sums <= wanted[:, None]).sum(-1)
+    dist.all_reduce(labels, group=groups.tp)
+    return labels.clamp_(max=vocab_size - 1)
 
 
 def sample_losses(

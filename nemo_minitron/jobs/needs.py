@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config import StageConfig
+from nemo_minitron.config import BenchmarkConfig, StageConfig
 from nemo_minitron.config.tables import FORMATS
 from nemo_minitron.errors import MissingDependency
 from nemo_minitron.runtime.requirements import faults
@@ -22,8 +22,14 @@ def needs_of(config: StageConfig) -> tuple[str, ...]:
     modules = list(config.NEEDS)
     for form in getattr(config, "formats", ()):
         modules += FORMATS[form].write_needs
+        if (more := FORMATS[form].settings_need) is not None:
+            modules += more(config)
+    if getattr(config, "quantize", None) and config.STAGE == "export":
+        modules += ["modelopt", "transformers"]
     if getattr(getattr(config, "harness", None), "tasks", None):
         modules.append("lm_eval")
+    if isinstance(config, BenchmarkConfig) and not config.skip_missing:
+        modules += ["llama_cpp" for _, engine in config.runs() if engine == "llama.cpp"]
     if (source := getattr(config, "source", None)) is not None:
         modules += [need for entry in FORMATS.values() if entry.detect(Path(source)) for need in entry.read_needs]
     paths = [Path(path) for path in _data_paths(config)]

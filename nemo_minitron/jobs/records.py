@@ -172,7 +172,7 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         *sections, name = path.split(".")
         section = settings
         for part in sections:
-            section = section[part]
+            section = section.get(part, {})  # a group may have been added later, too
         if name not in section:
             continue  # added later, and at its default
         value = section[name]
@@ -188,16 +188,22 @@ def _settings(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         added = getattr(value, "ADDED", ())
         settled = value.settled() if hasattr(value, "settled") else {}
+        stated = {field: settled.get(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {
-            field.name: _settings(settled.get(field.name, getattr(value, field.name)))
-            for field in dataclasses.fields(value)
-            if not (field.name in added and getattr(value, field.name) == field.default)
+            field.name: _settings(setting)
+            for field, setting in stated.items()
+            if not (field.name in added and setting == _default(field))
         }
     if isinstance(value, list | tuple):
         return type(value)(_settings(entry) for entry in value)
     if isinstance(value, dict):
         return {key: _settings(entry) for key, entry in value.items()}
     return value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a setting, whichever way it is declared."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _stated(value: Any) -> Any:

@@ -9,6 +9,7 @@ from nemo_minitron.planning.layouts import LayoutCost, best_layout, layout_cost,
 from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload
 from nemo_minitron.planning.model import Model, pipeline_stage_parameters
 from nemo_minitron.planning.recipe import Recipe, load_recipe, recipe_names
+from nemo_minitron.planning.reconstruction import ReconstructionFlops
 from nemo_minitron.planning.training import ForwardFlops, Training
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MemoryUse",
     "Model",
     "Recipe",
+    "ReconstructionFlops",
     "Training",
     "Workload",
     "accelerator",

@@ -65,6 +65,7 @@ def layer_cost(
     hidden_size: int,
     head_dim: int,
     experts: int | None = None,
+    active: int | None = None,
     tensor: int = 1,
     expert: int = 1,
 ) -> LayerCost:
@@ -75,6 +76,8 @@ def layer_cost(
         hidden_size: width of the residual stream.
         head_dim: channels of a head.
         experts: of a mixture.
+        active: experts whose parameters count, such as those that a token is sent to; None counts all. The router
+            counts whole.
         tensor: tensor-parallel ranks.
         expert: expert-parallel ranks.
     """
@@ -86,7 +89,8 @@ def layer_cost(
         Axis.QKV: {"per_head": head_dim, "per_group": 2 * head_dim},
     }
     cost: dict[str, float] = dict.fromkeys(LayerCost._fields, 0)
-    own = (experts or 0) if expert == 1 else (experts or 0) / expert
+    counted = (experts or 0) if active is None else active
+    own = counted if expert == 1 else counted / expert
     rows: list[tuple[axes.Parameter, float]] = [
         *((row, 1) for row in table.layer.values()),
         *((row, own) for row in table.expert.values()),

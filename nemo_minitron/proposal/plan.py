@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_minitron.config import DataConfig, ParallelLayout
+from nemo_minitron.config import HELD_OUT, DataConfig, ParallelLayout
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.planning import Model, Training
+from nemo_minitron.planning import Model, ReconstructionFlops, Training
 from nemo_minitron.proposal.chats import Answers
 from nemo_minitron.proposal.layout import Placed, place, step_seconds
-from nemo_minitron.proposal.machine import Machine
+from nemo_minitron.proposal.machine import CORE_FLOPS, Machine
 from nemo_minitron.proposal.model import Subject
 from nemo_minitron.proposal.schedule import Amount, amount, wanted_tokens
 from nemo_minitron.proposal.shape import Proportions, ShapeBudget, propose_shape
 from nemo_minitron.proposal.text import Text
+from nemo_minitron.shape import SIZES
 
-__all__ = ["CORRECTION_TOKENS", "LONG_TOKENS", "Plan", "Request", "align", "make_plan"]
+__all__ = ["CORRECTION_TOKENS", "LONG_TOKENS", "Plan", "Refit", "Request", "align", "make_plan"]
 
 #: Tokens of a training that wins back a narrower residual stream. The papers rank shapes after 1.8 B tokens
 #: (arXiv 2407.14679, section 4).
@@ -35,6 +36,12 @@ HOST_MINUTES, GPU_MINUTES = 30.0, 24 * 60.0
 _PARTS = {"correct": 3.0, "distill": 6.0, "sft": 2.0, "dpo": 1.0}
 _SHORTEST = 32
 _SAMPLES = 1024  # arXiv 2407.14679, section 4: calibration samples
+#: Blocks for the reconstruction: on processors, where it is to take minutes, and on GPUs (``recipes/published.py``).
+_HOST_REFITTED, _GPU_REFITTED = 64, 256
+#: Of the time of the trainings the reconstruction may take so much beside it, by fewer blocks.
+_REFIT_SHARE = 0.5
+#: How many times the operations in float64 take the time of those of a forward pass.
+_HOST_FLOAT64, _GPU_FLOAT64 = 2.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,28 @@ class Aligned:
 
 
 @dataclass(frozen=True)
+class Refit:
+    """The reconstruction of the pruned model.
+
+    Attributes:
+        samples: blocks of calibration text.
+        sequence_length: tokens of each.
+        data: processes that share them.
+        seconds: that it is expected to take.
+    """
+
+    samples: int
+    sequence_length: int
+    data: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Of calibration."""
+        return self.samples * self.sequence_length
+
+
+@dataclass(frozen=True)
 class Plan:
     """All choices.
 
@@ -94,6 +123,7 @@ class Plan:
         minutes: of all trainings; None without a limit.
         correction: the teacher's correction on the machine; None without one.
         samples: of scoring.
+        refit: the reconstruction; None for a student that only loses layers, or with too little text.
         sft, dpo: alignment, or None.
         notes: what the user should know.
     """
@@ -111,6 +141,7 @@ class Plan:
     minutes: float | None
     correction: Placed | None
     samples: int
+    refit: Refit | None = None
     sft: Aligned | None = None
     dpo: Aligned | None = None
     notes: list[str] = field(default_factory=list)
@@ -172,9 +203,13 @@ def make_plan(
     placed = place(_training(student, teacher, made), machine)
     cores = 128 if machine.cluster is None else _SAMPLES
     samples = max(1, min(cores, blocks["calibration"]))
+    widths = request.search or any(
+        getattr(shape, name) != getattr(teacher.shape, name) for name in SIZES if name != "num_layers"
+    )
+    refit = _refit(student, teacher, data, blocks["calibration"], machine, placed, made, minutes) if widths else None
     return Plan(
         subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, correction, samples,
-        notes=_notes(subject, student, text, made),
+        refit, notes=_notes(subject, student, text, made),
     )  # fmt: skip
 
 
@@ -252,6 +287,34 @@ def _amount(
         steps=steps,
         most_batch=max(1, blocks["held_out"]),
     )
+
+
+def _refit(
+    student: Model,
+    teacher: Model,
+    data: DataConfig,
+    blocks: int,
+    machine: Machine,
+    placed: Placed,
+    made: Amount,
+    minutes: float | None,
+) -> Refit | None:
+    """On as many blocks as there are and the time allows; None with too few to hold any out."""
+    length, cluster = data.sequence_length, machine.cluster
+    ranks = 1 if cluster is None else max(1, min(cluster.gpus_per_node, machine.gpus))
+
+    def seconds(samples: int) -> float:
+        flops = ReconstructionFlops.of(teacher, student, samples * length)
+        if cluster is None:
+            return (flops.forward + _HOST_FLOAT64 * flops.float64) / (CORE_FLOPS * machine.cores)
+        speed = _training(student, teacher, made).flops_per_step / placed.seconds / machine.gpus  # of one GPU
+        return (flops.forward + _GPU_FLOAT64 * flops.float64) / (speed * ranks)
+
+    samples = min(_HOST_REFITTED if cluster is None else _GPU_REFITTED, blocks)
+    while minutes is not None and samples > HELD_OUT and seconds(samples) > 60 * minutes * _REFIT_SHARE:
+        samples //= 2
+    ranks = min(ranks, samples // HELD_OUT)
+    return Refit(samples, length, ranks, seconds(samples)) if ranks else None
 
 
 def _correction(teacher: Model, made: Amount, machine: Machine) -> Placed | None:

@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.jobs.plans import human_bytes, human_count
 from nemo_minitron.proposal.layout import Placed
-from nemo_minitron.proposal.plan import Aligned, Plan, Request, settings
+from nemo_minitron.proposal.plan import Aligned, Plan, Refit, Request, settings
 from nemo_minitron.proposal.schedule import correction_rate, dpo_rate, peak_rate, sft_rate, warmup_of
 from nemo_minitron.proposal.shape import grid
 from nemo_minitron.proposal.write import Choice
@@ -51,7 +51,10 @@ def pipeline(plan: Plan, request: Request) -> tuple[list[str], dict[str, Any]]:
         stages.append(_depth(plan, teacher, depth))
     if request.search:
         stages.append(_search(plan, teacher))
-    stages += [_prune(plan, teacher, depth, search=request.search), _distill(plan, teacher)]
+    stages.append(_prune(plan, teacher, depth, search=request.search))
+    if plan.refit is not None:
+        stages.append(_reconstruct(plan, plan.refit, teacher))
+    stages.append(_distill(plan, teacher))
     last = "${output}/distilled/model"
     if plan.sft is not None:
         stages.append(_sft(plan, plan.sft, last))
@@ -260,6 +263,25 @@ def _prune(plan: Plan, teacher: str, depth: int, *, search: bool) -> dict[str, A
     return stage
 
 
+def _reconstruct(plan: Plan, refit: Refit, teacher: str) -> dict[str, Any]:
+    why = (
+        f"{human_count(refit.tokens)} tokens of calibration text: before any training the matrices are refitted to the "
+        f"teacher, in about {_minutes(refit.seconds / 60)}. More text and time give more (docs/reconstruction.md)."
+    )
+    stage: dict[str, Any] = {
+        "stage": "reconstruct",
+        "name": "reconstructed",
+        "model": "${output}/pruned",
+        "teacher": teacher,
+        "data": _TEXT,
+        "samples": Choice(refit.samples, why),
+        "micro_batch_size": _passes(plan, refit.samples),
+    }
+    if (held := int(0.9 * plan.blocks["held_out"])) < 16:
+        stage["held_out_samples"] = max(1, held)
+    return stage | ({"parallel": {"data": refit.data}} if refit.data > 1 else {})
+
+
 def _distill(plan: Plan, teacher: str) -> dict[str, Any]:
     made, rate = plan.amount, peak_rate(plan.student.parameters)
     bound = {
@@ -272,7 +294,7 @@ def _distill(plan: Plan, teacher: str) -> dict[str, Any]:
     return {
         "stage": "distill",
         "name": "distilled",
-        "student": "${output}/pruned",
+        "student": "${output}/pruned" if plan.refit is None else "${output}/reconstructed",
         "teacher": teacher,
         "data": _TEXT,
         "steps": Choice(made.steps, why),
@@ -359,7 +381,10 @@ def _evaluate(plan: Plan, teacher: str) -> dict[str, Any]:
     models = {"teacher": _TEACHER}
     if plan.corrected:
         models["corrected"] = teacher
-    models |= {"pruned": "${output}/pruned", "distilled": "${output}/distilled/model"}
+    models["pruned"] = "${output}/pruned"
+    if plan.refit is not None:
+        models["reconstructed"] = "${output}/reconstructed"
+    models["distilled"] = "${output}/distilled/model"
     models |= {kind: f"${{output}}/{kind}/model" for kind in ("sft", "dpo") if getattr(plan, kind) is not None}
     most = 12288 if plan.machine.cluster is None else 2**18
     length = plan.data.sequence_length

@@ -16,18 +16,21 @@ from nemo.lightning.pytorch.callbacks import ModelTransform
 from torch import nn
 
 from nemo_minitron.axes import KeptUnits
+from nemo_minitron.checkpoints.live import load_into
 from nemo_minitron.errors import CheckpointError, ShapeError
-from nemo_minitron.pruning.kept import read_live_kept
-from nemo_minitron.pruning.live import gpt_chunks, kept_types, set_pipeline_stages
+from nemo_minitron.pruning.kept import kept_path, load_kept, read_live_kept
+from nemo_minitron.pruning.live import gpt_chunks, kept_types, live_shape, set_pipeline_stages
 from nemo_minitron.pruning.transforms import DepthPrune, WidthPrune
-from nemo_minitron.pruning.wrapping import update_io
+from nemo_minitron.pruning.wrapping import update_io, without_ddp
 from nemo_minitron.runtime import cpu
-from nemo_minitron.runtime.groups import ParallelLayout
+from nemo_minitron.runtime.groups import ParallelLayout, current_groups
 from nemo_minitron.runtime.model import shape_of
 from nemo_minitron.shape import SIZES, ModelShape
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+    from nemo_minitron.checkpoints import Checkpoint
 
 __all__ = ["PruneTransform"]
 
@@ -42,17 +45,23 @@ class PruneTransform(ModelTransform):
     checkpoints becomes the pruned model's; a training that goes on from such a checkpoint is built in the pruned shape
     at once and is not pruned again.
 
+    With ``weights`` the pruned model is filled from a checkpoint of its shape, such as the output of ``minitron
+    reconstruct``: each rank reads its own shard, in any layout and format, and no unpruned weights need be restored.
+
     Args:
         kept: units that stay, or the path of the ``kept.json`` that holds them.
+        weights: checkpoint of the pruned shape whose tensors the pruned model gets; None keeps what pruning leaves.
         family: key of the model's axes table; None takes the one that has the model's parameters.
 
     Raises:
         ShapeError: when called, if units, model and layout do not fit; see :class:`~nemo_minitron.pruning.WidthPrune`.
-        CheckpointError: if ``kept`` cannot be read, or a training resumes from a checkpoint of neither the unpruned nor
-            the pruned shape.
+        CheckpointError: if ``kept`` or ``weights`` cannot be read, or ``weights`` has another shape or other kept
+            units; or if a training resumes from a checkpoint of neither the unpruned nor the pruned shape.
     """
 
-    def __init__(self, kept: KeptUnits | str | Path, *, family: str | None = None) -> None:
+    def __init__(
+        self, kept: KeptUnits | str | Path, *, weights: str | Path | None = None, family: str | None = None
+    ) -> None:
         super().__init__()
         cpu.ensure()  # NeMo builds the model before it calls the transform
         self.kept, self.shape = read_live_kept(kept)
@@ -62,13 +71,48 @@ class PruneTransform(ModelTransform):
                 "checkpoint (`minitron prune`) and train the result"
             )
         self.family = family
+        self.weights = None if weights is None else Path(weights)
+        if self.weights is not None:
+            self._checkpoint(self.shape)
         self._done = False
 
     def __call__(self, model: nn.Module) -> nn.Module:
-        """Prune ``model`` in place, and return it."""
-        if len(self.kept.layers) < shape_of(_first_config(model)).num_layers:
-            DepthPrune(self.kept)(model)
-        return WidthPrune(self.kept, family=self.family)(model)
+        """Prune ``model`` in place, fill it from ``weights`` if there are some, and return it."""
+        shape = live_shape(gpt_chunks(model)[0])
+        filled = None if self.weights is None else self._checkpoint(shape)
+        with without_ddp(model):
+            if len(self.kept.layers) < shape.num_layers:
+                DepthPrune(self.kept)(model)
+            WidthPrune(self.kept, family=self.family)(model)
+            if filled is not None:
+                load_into(gpt_chunks(model), filled, current_groups())
+        return model
+
+    def _checkpoint(self, unpruned: ModelShape | None) -> Checkpoint:
+        """The weights that the pruned model gets.
+
+        Args:
+            unpruned: shape of the model that is pruned; its vocabulary may be padded. None where it is not known.
+        """
+        from nemo_minitron.checkpoints import open_checkpoint
+
+        assert self.weights is not None
+        stored = open_checkpoint(self.weights)
+        remedy = "give the model that `minitron reconstruct` made of these kept units"
+        if unpruned is not None:
+            unpruned = unpruned.replace(
+                vocab_size=stored.shape.vocab_size, tied_embeddings=stored.shape.tied_embeddings
+            )
+            if faults := self.kept.faults(unpruned):
+                raise ShapeError(faults)
+            if stored.shape != (target := self.kept.target(unpruned)):
+                raise CheckpointError(
+                    f"weights={self.weights}: is of {stored.shape}, not of the pruned shape {target}; {remedy}"
+                )
+        own = kept_path(self.weights)
+        if own.is_file() and load_kept(own)[0] != self.kept:
+            raise CheckpointError(f"weights={self.weights}: was made of other kept units ({own}); {remedy}")
+        return stored
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before the model is built: hold back gradient buffers and optimizer."""
@@ -128,10 +172,6 @@ class PruneTransform(ModelTransform):
             set_pipeline_stages(pl_module.config, target, layout)
         update_io(pl_module)
         self._done = True
-
-
-def _first_config(model: nn.Module) -> Any:
-    return gpt_chunks(model)[0].config
 
 
 def _resize_config(config: Any, target: ModelShape) -> None:

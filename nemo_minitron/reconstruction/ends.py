@@ -11,8 +11,9 @@ import torch.distributed as dist
 from nemo_minitron import axes
 from nemo_minitron.axes import Axis, KeptUnits
 from nemo_minitron.checkpoints.weights import torch_dtype
-from nemo_minitron.reconstruction.fitting import MatrixReport, held_out
-from nemo_minitron.reconstruction.least_squares import Fit, Sums, solve
+from nemo_minitron.reconstruction.few_tokens import Tokens, make_sums, solve
+from nemo_minitron.reconstruction.fitting import MatrixReport, held_out, tokens_of_all
+from nemo_minitron.reconstruction.least_squares import Fit, Sums
 from nemo_minitron.streamed import Pass
 
 __all__ = ["fit_output"]
@@ -39,7 +40,7 @@ def fit_output(
     teacher, student = theirs.model.checkpoint, ours.model.checkpoint
     table, shape = teacher.family, teacher.shape
     norms = [run.model.final_norm() for run in (theirs, ours)]
-    sums = _sums(theirs, ours, norms)
+    sums = _sums(theirs, ours, norms, few=not shape.tied_embeddings)
     dtype = torch_dtype(student.architecture.dtype)
     device = ours.model.groups.device.torch
     name = next(iter(table.first)) if shape.tied_embeddings else table.output
@@ -62,10 +63,10 @@ def fit_output(
     return ({} if fit.ridge is None else {name: _same(fit.weight.to(dtype), ours).cpu()}), [report]
 
 
-def _by_rows(own: torch.Tensor, whole: torch.Tensor, sums: list[Sums], ridges: Sequence[float]) -> Fit:
+def _by_rows(own: torch.Tensor, whole: torch.Tensor, sums: list[Any], ridges: Sequence[float]) -> Fit:
     """The output layer. One ridge serves all rows; rows are mapped as they are needed."""
-    fitted, held = (part.mapped(whole.double()) for part in sums)
-    return solve(own.double(), fitted, held, ridges=ridges)
+    fitted, held = (part.mapped(whole if isinstance(part, Tokens) else whole.double()) for part in sums)
+    return solve(own, fitted, held, ridges=ridges)
 
 
 def _scale_problem(sums: Sums, own: torch.Tensor, whole: torch.Tensor) -> Sums:
@@ -77,21 +78,24 @@ def _scale_problem(sums: Sums, own: torch.Tensor, whole: torch.Tensor) -> Sums:
     """
     ours, theirs = own.double(), whole.double()
     ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
-    result = object.__new__(Sums)
-    result.gram = sums.gram * (ours.T @ ours)
-    result.cross = (sums.cross.T * (ours.T @ theirs)).sum(1)[None]
-    result.power = ((theirs.T @ theirs) * sums.power).sum()
-    result.tokens = sums.tokens
-    return result
+    return Sums.of(
+        sums.gram * (ours.T @ ours),
+        (sums.cross.T * (ours.T @ theirs)).sum(1)[None],
+        ((theirs.T @ theirs) * sums.power).sum(),
+        sums.tokens,
+    )
 
 
-def _sums(theirs: Pass, ours: Pass, norms: list[Any]) -> list[Sums]:
-    """Normalised states of the pruned model as inputs, of the teacher as targets: solved for, and held out."""
+def _sums(theirs: Pass, ours: Pass, norms: list[Any], *, few: bool) -> list[Any]:
+    """Normalised states of the pruned model as inputs, of the teacher as targets: solved for, and held out.
+
+    ``few``: tokens may stay as they are, where they are few.
+    """
     groups = ours.model.groups
     device = groups.device.torch
-    both = [
-        Sums(ours.states.tensor.shape[-1], theirs.states.tensor.shape[-1], square=True, device=device) for _ in range(2)
-    ]
+    sizes = ours.states.tensor.shape[-1], theirs.states.tensor.shape[-1]
+    most = tokens_of_all(ours) if few else sizes[0]
+    both = [make_sums(*sizes, most, square=True, device=device) for _ in range(2)]
     for start, inputs, _, _ in ours.batches():
         stop = start + len(inputs)
         x, y = (

@@ -10,7 +10,7 @@ float64. The ridge is chosen on tokens that the solution did not see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ CAREFUL = 0.1
 #: The search ends after so many ridges in turn that were worse than the best.
 PATIENCE = 2
 _ROWS = 8192  # rows of a matrix that are solved for at once
+_SAMPLE = 128  # rows of a matrix by which its ridge is chosen
 
 
 class Sums:
@@ -52,15 +53,27 @@ class Sums:
         self.power = torch.zeros((rows, rows) if square else (), **options)
         self.tokens = torch.zeros((), **options)
 
+    @classmethod
+    def of(cls, gram: torch.Tensor, cross: torch.Tensor, power: torch.Tensor, tokens: torch.Tensor) -> Sums:
+        """Sums that are there already."""
+        sums = cls(0, 0)
+        sums.gram, sums.cross, sums.power, sums.tokens = gram, cross, power, tokens
+        return sums
+
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens."""
-        x, y = inputs.flatten(0, -2).double(), targets.flatten(0, -2).double()
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(y.T, x)
+        """Add ``[..., k]`` inputs and ``[..., m]`` targets of the same tokens.
+
+        Those in half precision, whose products are exact in float32, are added up in float32 within this call.
+        """
+        half = inputs.dtype.itemsize < 4 and targets.dtype.itemsize < 4
+        dtype = torch.float32 if half else torch.float64
+        x, y = inputs.flatten(0, -2).to(dtype), targets.flatten(0, -2).to(dtype)
+        self.gram += x.T @ x
+        self.cross += y.T @ x
         if self.power.ndim:
-            self.power.addmm_(y.T, y)
+            self.power += y.T @ y
         else:
-            self.power += y.square().sum()
+            self.power += y.square().sum(dtype=torch.float64)
         self.tokens += len(x)
 
     def all_reduce(self, group: dist.ProcessGroup) -> None:
@@ -70,16 +83,18 @@ class Sums:
                 dist.all_reduce(part, group=group)
 
     def mapped(self, weight: torch.Tensor) -> Sums:
-        """The sums with targets ``weight @ y`` in the place of ``y``; needs ``square``.
+        """The sums with targets ``weight @ y`` in the place of ``y``; their power is known with ``square`` alone.
 
         Args:
             weight: ``[rows, m]`` float64.
         """
-        result = object.__new__(Sums)
-        result.gram, result.tokens = self.gram, self.tokens
-        result.cross = weight @ self.cross
-        result.power = ((weight @ self.power) * weight).sum()
-        return result
+        known = self.power.ndim > 0
+        power = ((weight @ self.power) * weight).sum() if known else torch.full_like(self.tokens, float("nan"))
+        return Sums.of(self.gram, weight @ self.cross, power, self.tokens)
+
+    def of_rows(self, rows: torch.Tensor) -> Sums:
+        """The sums of some of the targets; their power is not known."""
+        return Sums.of(self.gram, self.cross[rows], torch.full_like(self.tokens, float("nan")), self.tokens)
 
     def error(self, weight: torch.Tensor) -> torch.Tensor:
         """``sum_t |weight x_t - y_t|^2``, of targets that are kept as a scalar.
@@ -90,10 +105,9 @@ class Sums:
         return ((weight @ self.gram - 2 * self.cross) * weight).sum() + self.power
 
     def __add__(self, other: Sums) -> Sums:
-        result = object.__new__(Sums)
-        for name in ("gram", "cross", "power", "tokens"):
-            setattr(result, name, getattr(self, name) + getattr(other, name))
-        return result
+        return Sums.of(
+            self.gram + other.gram, self.cross + other.cross, self.power + other.power, self.tokens + other.tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -119,8 +133,9 @@ def solve(weight: torch.Tensor, fitted: Sums, held: Sums, *, ridges: Sequence[fl
     """The matrix that fits best on held-out tokens.
 
     A solution for each ridge comes from ``fitted``; the one with the smallest error on ``held`` gives the ridge, with
-    which all tokens together are solved for. Where no solution is better than the pruned matrix on held-out tokens,
-    or none is finite, the pruned matrix stays.
+    which all tokens together are solved for. A matrix of many rows is judged by some of them, evenly spaced, until its
+    ridge is chosen. Where no solution is better than the pruned matrix on held-out tokens, or none is finite, the
+    pruned matrix stays.
 
     Args:
         weight: ``[m, k]``, pruned.
@@ -133,26 +148,65 @@ def solve(weight: torch.Tensor, fitted: Sums, held: Sums, *, ridges: Sequence[fl
     power = float(held.power)
     scale = 1 / power if power > 0 else 1.0
     before = float(held.error(start)) * scale
-    best, chosen, worse = before, None, 0
-    for ridge in ridges:
-        if (short and ridge < CAREFUL) or (chosen is not None and worse == PATIENCE):
-            break
-        solution = _solution(start, fitted, ridge)
-        error = float("inf") if solution is None else float(held.error(solution)) * scale
-        worse = 0 if error < best else worse + 1
-        if error < best:
-            best, chosen = error, ridge
-    final = None if chosen is None else _solution(start, fitted + held, chosen)
+    chosen = _choose(start, fitted, held, careful(ridges) if short else ridges)
+    change = None if chosen is None else _change(start, fitted, chosen)
+    after = before if change is None else before + _growth(start, held, change) * scale
+    final = None if chosen is None or not after < before else _change(start, fitted + held, chosen)
     if final is None:
         return Fit(start, None, before, before, short)
-    return Fit(final, chosen, before, best, short)
+    return Fit(start + final, chosen, before, after, short)
 
 
-def _solution(start: torch.Tensor, sums: Sums, ridge: float) -> torch.Tensor | None:
-    """``W_0 + (C - W_0 G) (G + ridge * mean(diag G) * I)^-1``; None where that is not finite."""
-    level = ridge * sums.gram.diagonal().mean()
+def careful(ridges: Sequence[float]) -> list[float]:
+    """Those that are tried where there are fewer tokens than columns."""
+    return [ridge for ridge in ridges if ridge >= CAREFUL]
+
+
+def _choose(start: torch.Tensor, fitted: Sums, held: Sums, ridges: Sequence[float]) -> float | None:
+    """The ridge with the smallest error on held-out tokens; None where none lowers it."""
+    if len(start) > _SAMPLE:
+        rows = torch.linspace(0, len(start) - 1, _SAMPLE, device=start.device).round().long()
+        start, fitted, held = start[rows], fitted.of_rows(rows), held.of_rows(rows)
+
+    def growth(ridge: float) -> float:
+        change = _change(start, fitted, ridge)
+        return float("inf") if change is None else _growth(start, held, change)
+
+    return best_ridge(ridges, growth, below=0.0)[0]
+
+
+def best_ridge(ridges: Sequence[float], error: Callable[[float], float], *, below: float) -> tuple[float | None, float]:
+    """The ridge with the smallest error, and that error; None and ``below`` where no error is smaller than ``below``.
+
+    Args:
+        ridges: from the most careful one on; the search ends after :data:`PATIENCE` in turn that were worse.
+        error: of the solution with a ridge; infinite where there is none.
+        below: error of the pruned matrix.
+    """
+    best, chosen, worse = below, None, 0
+    for ridge in ridges:
+        if chosen is not None and worse == PATIENCE:
+            break
+        value = error(ridge)
+        worse = 0 if value < best else worse + 1
+        if value < best:
+            best, chosen = value, ridge
+    return chosen, best
+
+
+def _growth(start: torch.Tensor, sums: Sums, change: torch.Tensor) -> float:
+    """By how much the error grows from ``start`` to ``start + change``; negative where it falls."""
+    total = torch.zeros((), dtype=torch.float64, device=start.device)
+    for first in range(0, len(start), _ROWS):
+        rows = slice(first, first + _ROWS)
+        total += (((2 * start[rows] + change[rows]) @ sums.gram - 2 * sums.cross[rows]) * change[rows]).sum()
+    return float(total)
+
+
+def _change(start: torch.Tensor, sums: Sums, ridge: float) -> torch.Tensor | None:
+    """``(C - W_0 G) (G + ridge * mean(diag G) * I)^-1``; None where that is not finite."""
     regular = sums.gram.clone()
-    regular.diagonal().add_(level)
+    regular.diagonal().add_(ridge * sums.gram.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(regular)
     del regular
     if int(failed):
@@ -161,5 +215,5 @@ def _solution(start: torch.Tensor, sums: Sums, ridge: float) -> torch.Tensor | N
     for first in range(0, len(start), _ROWS):
         rows = slice(first, first + _ROWS)
         missing = sums.cross[rows] - start[rows] @ sums.gram
-        result[rows] = start[rows] + torch.cholesky_solve(missing.T, factor).T
+        result[rows] = torch.cholesky_solve(missing.T, factor).T
     return result if bool(torch.isfinite(result).all()) else None

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from nemo_minitron.axes import KeptUnits
-from nemo_minitron.config import HELD_OUT
+from nemo_minitron.config import HELD_OUT, BlockConfig
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, NonFiniteError
+from nemo_minitron.reconstruction.block import BlockReport, BlockTraining
 from nemo_minitron.reconstruction.ends import fit_output
 from nemo_minitron.reconstruction.fitting import LayerFitting, MatrixReport, Targets
 from nemo_minitron.reconstruction.least_squares import RIDGES
 from nemo_minitron.reconstruction.parts import Layer, watched
+from nemo_minitron.runtime.masks import documents_masked
 from nemo_minitron.streamed import Pass, States, StreamedModel, Trail
 
 __all__ = ["LayerReport", "Sink", "reconstruct"]
@@ -35,16 +37,19 @@ class LayerReport:
         error: mean square of the difference between both models' hidden states after it, in the kept channels, over
             the mean square of the teacher's; over all calibration tokens.
         matrices: of every matrix and scale.
+        block: what gradient steps made of it; None without any.
     """
 
     layer: int | None
     teacher: int | None
     error: float | None
     matrices: list[MatrixReport]
+    block: BlockReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**vars(self), "matrices": [matrix.to_dict() for matrix in self.matrices]}
+        block = None if self.block is None else self.block.to_dict()
+        return {**vars(self), "matrices": [matrix.to_dict() for matrix in self.matrices], "block": block}
 
 
 @torch.no_grad()
@@ -57,6 +62,7 @@ def reconstruct(
     sink: Sink,
     micro_batch_size: int = 1,
     ridges: Sequence[float] = RIDGES,
+    block: BlockConfig | None = None,
     budget: float = float("inf"),
     trail: Trail | None = None,
     progress: Callable[[int], None] | None = None,
@@ -64,7 +70,8 @@ def reconstruct(
     """Refit a pruned model to its teacher. Collective.
 
     Memory: a layer of each model, the hidden states of the samples (some seven times: the teacher's, the pruned
-    model's, and what the layer at hand aims at), and the sums of the widest matrix in float64.
+    model's, and what the layer at hand aims at), and the sums of the widest matrix in float64. With ``block`` also
+    the states that enter the layer, a sample's activations in it, and some seven times its parameters.
 
     Args:
         teacher: unpruned.
@@ -75,6 +82,7 @@ def reconstruct(
         sink: gets the new tensors of each layer, as soon as it is done.
         micro_batch_size: blocks that a layer takes at once.
         ridges: that are tried.
+        block: gradient steps on each layer after least squares; None for none.
         budget: bytes of a model's hidden states that a rank keeps in memory; more of the teacher's go to a file in the
             trail's directory.
         trail: saves both models' states between layers, and says where a stopped reconstruction goes on; the layers
@@ -98,7 +106,7 @@ def reconstruct(
     first = None if trail is None else trail.find()
     theirs = Pass(teacher, blocks, micro_batch_size, budget=budget, file=None if trail is None else trail.spill)
     ours = Pass(student, blocks, micro_batch_size)
-    channels = torch.tensor(kept.hidden)
+    channels, masked = torch.tensor(kept.hidden), blocks.segments is not None
     if first is None or trail is None:
         theirs.embed()
         # What pruning left of the embedding gives the kept channels; a scaled one goes by the model's own width.
@@ -115,14 +123,19 @@ def reconstruct(
     for position, index in list(enumerate(kept.layers))[begin:]:
         for dropped in range(reached, index):
             theirs.through(teacher.layer(dropped))
-        targets = _targets(theirs, teacher.layer(index), channels)
+        chunk = teacher.layer(index)
+        with documents_masked([chunk], masked):
+            targets = _targets(theirs, chunk, channels)
+        del chunk
         reached = kept.layers[position + 1] if position + 1 < len(kept.layers) else teacher.shape.num_layers
         for dropped in range(index + 1, reached):
             theirs.through(teacher.layer(dropped))
         teacher.release()
         targets.after.tensor.copy_(theirs.states.tensor[..., channels])
+        layer = Layer(ours, student.layer(position))
+        entering = ours.states.tensor.clone() if block is not None else None
         fitting = LayerFitting(
-            Layer(ours, student.layer(position)),
+            layer,
             position,
             teacher.checkpoint,
             kept,
@@ -130,9 +143,13 @@ def reconstruct(
             dtype=student.architecture.dtype,
             ridges=ridges,
         )
-        fitting()
+        trained = None
+        with documents_masked([layer.chunk], masked):
+            fitting()
+            if block is not None and entering is not None:
+                trained = _train(layer, entering, targets.after, block, fitting)
         error = _difference(ours.states, targets.after, groups)
-        reports.append(LayerReport(position, index, error, fitting.reports))
+        reports.append(LayerReport(position, index, error, fitting.reports, trained))
         changed = {f"decoder.layers.{position}.{name}": tensor for name, tensor in fitting.changed.items()}
         sink(position, changed, reports[-1].to_dict())
         if trail is not None:
@@ -146,6 +163,22 @@ def reconstruct(
     if progress is not None:
         progress(1)
     return reports
+
+
+def _train(
+    layer: Layer, entering: torch.Tensor, after: States, config: BlockConfig, fitting: LayerFitting
+) -> BlockReport:
+    """Gradient steps on a layer that least squares has refitted; states and changed tensors become those after them."""
+    run, leaving = layer.run, layer.run.states.tensor
+    run.states.tensor = entering
+    training = BlockTraining(layer, after, config, seed=fitting.position, dtype=fitting.dtype)
+    report = training()
+    if training.changed:
+        run.through(layer.chunk)
+        fitting.changed |= training.changed
+    else:
+        run.states.tensor = leaving
+    return report
 
 
 def _scaled(model: StreamedModel) -> bool:
@@ -176,6 +209,12 @@ def _targets(run: Pass, chunk: Any, channels: torch.Tensor) -> Targets:
         }
         with _watching(watches, seen):
             after = layer.whole(batch)
+        for value, module in ((seen["middle"], "self_attention"), (after, "mlp")):
+            if not bool(torch.isfinite(value).all()):
+                raise NonFiniteError(
+                    f"decoder.layers.{layer.module.layer_number - 1} of the teacher: {module} is NaN or infinite; "
+                    "check its weights, or reconstruct in runtime.dtype=float32"
+                )
         targets.middle.write(start, seen["middle"][..., rows])
         targets.mlp_norm.write(start, layer.mlp_norm(seen["middle"]))
         for name, states in targets.outputs.items():

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoints.base import Checkpoint, Weights
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.pruning import prune_weights
 
-__all__ = ["ReplacedWeights", "check_cut"]
+__all__ = ["ReplacedWeights", "TensorsReplaced", "check_cut"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,27 @@ class ReplacedWeights:
         with safe_open(self.files[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+
+@dataclass(frozen=True)
+class TensorsReplaced:
+    """``inner`` with some tensors from memory. Implements :class:`~nemo_minitron.checkpoints.base.Weights`.
+
+    Attributes:
+        inner: all tensors.
+        tensors: those that are replaced, by their names.
+    """
+
+    inner: Weights
+    tensors: Mapping[str, torch.Tensor]
+
+    def names(self) -> Sequence[str]:
+        """The names of ``inner``."""
+        return self.inner.names()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor."""
+        return self.tensors[name] if name in self.tensors else self.inner.tensor(name)
 
 
 def check_cut(student: Checkpoint, teacher: Checkpoint, kept: KeptUnits, *, merged_heads: bool = False) -> None:

@@ -25,7 +25,13 @@ from nemo_minitron.shape import ModelShape
 __all__ = ["card_content", "title_from"]
 
 #: Tags of a card for what was done, where they are not the name of the stage.
-_TAGS = {"prune": "pruned", "iterate": "pruned", "distill": "distilled", "correct": "corrected"}
+_TAGS = {
+    "prune": "pruned",
+    "iterate": "pruned",
+    "reconstruct": "reconstructed",
+    "distill": "distilled",
+    "correct": "corrected",
+}
 
 
 def card_content(
@@ -39,6 +45,7 @@ def card_content(
     title: str = "",
     base_model: str | None = None,
     license_name: str | None = None,
+    library: str = "transformers",
 ) -> dict[str, Any]:
     """The values for the template: of one model, from all that made it, with its own losses.
 
@@ -50,6 +57,7 @@ def card_content(
         title: heading; empty derives one from the lineage.
         base_model: the Hub's name of the model that it was made from.
         license_name: the Hub's name of that model's license; None takes what the base's own card, or its package, says.
+        library: that the files are for, by the Hub's name.
     """
     base = base_of(lineage, path, hub_name=base_model, license_name=license_name)
     changes, after, before = changes_of(lineage), axes.parameter_count(table, shape), first_parameters(lineage, table)
@@ -66,7 +74,8 @@ def card_content(
         shapes = tables.shape_table(Run(Path(path), base.name, models=[Model("this model", "other", shape, after)]))
     results = [result for evaluation, name in measured for result in index_results(name, evaluation)]
     return {
-        "front": _front(base, changes, title, results),
+        "front": _front(base, changes, title, results, library),
+        "library": library,
         "title": title,
         "base": base,
         "lead": _lead(changes, before, after),
@@ -120,9 +129,9 @@ def _lead(changes: list[Change], before: int | None, after: int) -> str:
     return f"A language model of {tables.count(after)} parameters{less}" + (f": {joined(words)}." if words else ".")
 
 
-def _front(base: Base, changes: list[Change], title: str, results: list[dict[str, Any]]) -> str:
+def _front(base: Base, changes: list[Change], title: str, results: list[dict[str, Any]], library: str) -> str:
     """The card's front matter."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     front |= {
         key: value for key in ("license", "license_name", "license_link") if (value := getattr(base, key)) is not None
     }

@@ -17,8 +17,8 @@ from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.jobs import skipped
 from nemo_minitron.jobs.manifest import MANIFEST, is_manifest
 from nemo_minitron.parsing import parse_json
-from nemo_minitron.report.run import Curve, Model, Run, ScoreSet, StageRun, size_of, stage_of
-from nemo_minitron.runtime.files import is_earlier
+from nemo_minitron.report.run import Curve, Model, Run, ScoreSet, StageRun, stage_of
+from nemo_minitron.runtime.files import is_earlier, size_of
 from nemo_minitron.shape import ModelShape
 
 __all__ = ["Curve", "Model", "Run", "ScoreSet", "StageRun", "collect", "stage_of"]
@@ -56,6 +56,10 @@ def collect(directory: str | Path) -> Run:
             run.roles.setdefault(name, "other" if origin is None else _role(origin, run))
             if origin is not None:
                 run.origins.setdefault(name, origin)
+    for _, serving in run.servings:
+        for name, model in serving["models"].items():
+            origin = stage_of(model["path"], run)
+            run.roles.setdefault(name, "other" if origin is None else _role(origin, run))
     return run
 
 
@@ -222,11 +226,52 @@ def _search(stage: StageRun, run: Run) -> None:
     run.searches.append((stage.name, content))
 
 
+def _serving(stage: StageRun, run: Run) -> None:
+    content = _json(stage.path / "benchmark.json", run)
+    if content is None:
+        return
+    try:
+        for key in ("batch_size", "prompt_tokens", "new_tokens", "repeats", "threads", "processor", "loss_from"):
+            _ = content[key]
+        for name, model in content["models"].items():
+            _ = (str(model["path"]), model["size_bytes"] + 0, 0.0 if model["loss"] is None else model["loss"] + 0)
+            for engine, own in model["engines"].items():
+                if content["engines"][engine]["baseline"] not in content["models"]:
+                    raise ValueError(f"no model is the baseline of {engine}")
+                _ = (own["weights"], own["memory_bytes"] + 0, own["gpu_bytes"] + 0, own["ratios"]["size"] + 0)
+                figures = [own[key] for key in _FIGURES] + [own["ratios"][key] for key in ("prefill", "decode")]
+                if any(not math.isfinite(figure[key]) for figure in figures for key in ("median", "low", "high")):
+                    raise ValueError(f"a figure of {name} in {engine} is not finite")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        run.remarks.append(f"the benchmark of {stage.name} is incomplete ({error!r}); left out")
+        return
+    run.servings.append((stage.name, content))
+
+
+_FIGURES = ("first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+def _reconstruction(stage: StageRun, run: Run) -> None:
+    content = _json(stage.path / "reconstruction.json", run)
+    if content is None:  # beside a .nemo file there is none
+        return
+    try:
+        _ = [matrix["ridge"] for layer in content["layers"] for matrix in layer["matrices"]]
+        for values in content.get("losses", {}).values():  # earlier releases measured none
+            _ = [values[model] + 0 for model in ("teacher", "pruned", "reconstructed", "blocks")]
+    except (AttributeError, KeyError, TypeError) as error:
+        run.remarks.append(f"the reconstruction of {stage.name} is incomplete ({error!r}); left out")
+        return
+    run.reconstructions.append((stage.name, content))
+
+
 _READERS: dict[str, Callable[[StageRun, Run], None]] = {
     "score": _scores,
     "correct": _curve,
     "distill": _curve,
     "evaluate": _evaluation,
     "search": _search,
+    "benchmark": _serving,
+    "reconstruct": _reconstruction,
     **dict.fromkeys(("sft", "dpo", "reinforce", "steerlm2"), _alignment),
 }

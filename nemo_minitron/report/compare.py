@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.errors import DataError
 from nemo_minitron.report.collect import Run, collect
 from nemo_minitron.report.draw import Figure, Theme, clean, draw_figure
-from nemo_minitron.report.tables import Table, count, duration, recoveries
+from nemo_minitron.report.tables import Table, count, duration, main_recovery
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -80,7 +80,7 @@ def _overview(runs: list[Run], labels: list[str]) -> Table:
         small, teacher = run.result, run.teacher
         best = {name: value for _, evaluation in run.evaluations for name, value in evaluation["models"].items()}
         loss = next((best[name]["loss"] for name in best if run.roles.get(name) == "distilled"), None)
-        won = [recovery.share for _, evaluation in run.evaluations for recovery in recoveries(run, evaluation)]
+        won = main_recovery(run, [evaluation for _, evaluation in run.evaluations])
         tokens = run.trained_tokens
         rows.append(
             [
@@ -88,7 +88,7 @@ def _overview(runs: list[Run], labels: list[str]) -> Table:
                 count(teacher.parameters) if teacher else "–",
                 count(small.parameters) if small else "–",
                 f"{loss:.3f}" if loss is not None else "–",
-                f"{won[0]:.0%}" if won else "–",
+                f"{won.share:.0%}" if won else "–",
                 count(tokens) if tokens else "–",
                 duration(sum(stage.seconds for stage in run.stages)),
             ]

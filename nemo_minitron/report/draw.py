@@ -22,13 +22,16 @@ COLOURS: dict[str, tuple[str, str]] = {
     "teacher": ("#0b6fb8", "#5db3f0"),
     "pruned": ("#c77700", "#f0b050"),
     "random": ("#8a8f98", "#8f96a3"),
+    "reconstructed": ("#b8433f", "#f0877f"),
     "distilled": ("#0a8f68", "#35c79b"),
     "aligned": ("#8c4a94", "#cf8fd8"),
     "other": ("#7a6a52", "#b8a88c"),
 }
 DPI = 192
 """Of the images: two dots for a CSS pixel."""
-MARKERS = {"teacher": "o", "pruned": "s", "random": "X", "distilled": "D", "aligned": "P", "other": "^"}
+MARKERS = {
+    "teacher": "o", "pruned": "s", "random": "X", "reconstructed": "v", "distilled": "D", "aligned": "P", "other": "^",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

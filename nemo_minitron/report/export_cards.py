@@ -12,17 +12,19 @@ from pathlib import Path
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints import Checkpoint
-from nemo_minitron.checkpoints.formats import FORMATS
+from nemo_minitron.checkpoints.formats import FORMATS, ExportNotes
 from nemo_minitron.checkpoints.model_record import ModelRecord, read_model_record
 from nemo_minitron.errors import DataError, MinitronError
 from nemo_minitron.report.ancestry import made_at
+from nemo_minitron.report.base import base_of
 from nemo_minitron.report.card import card_content
 from nemo_minitron.report.collect import collect
+from nemo_minitron.report.history import changes_of, first_parameters, title_of
 from nemo_minitron.report.run import Run, StageRun, stage_of
 from nemo_minitron.report.template import rendered
 from nemo_minitron.runtime.files import replace_file
 
-__all__ = ["FILE_NAME", "complete_cards", "write_export_card", "write_run_card"]
+__all__ = ["FILE_NAME", "complete_cards", "export_notes", "write_export_card", "write_run_card"]
 
 FILE_NAME = "README.md"
 _MARK = re.compile(r"\n<!-- minitron: ([0-9a-f]{64}) -->\n\Z")
@@ -35,6 +37,7 @@ def write_export_card(
     run_dir: Path | None = None,
     base_model: str | None = None,
     license_name: str | None = None,
+    library: str = "transformers",
 ) -> None:
     """Write the model card that lies beside an exported model.
 
@@ -43,7 +46,7 @@ def write_export_card(
         file: the card.
         run_dir: directory of the stages' outputs, one of which made the model; None if it is not known. What cannot be
             read there is left out.
-        base_model, license_name: see :func:`~nemo_minitron.report.card.card_content`.
+        base_model, license_name, library: see :func:`~nemo_minitron.report.card.card_content`.
     """
     try:
         run = None if run_dir is None else collect(run_dir)
@@ -58,8 +61,29 @@ def write_export_card(
         made=None if run is None else made_at(run, model.path),
         base_model=base_model,
         license_name=license_name,
+        library=library,
     )
     file.write_text(_marked(rendered("model-card.md.j2", content, markdown=True)), encoding="utf-8")
+
+
+def export_notes(model: Checkpoint, *, base_model: str | None = None, license_name: str | None = None) -> ExportNotes:
+    """What an exported file may say of a model: its title, as on its card, its base and that one's license.
+
+    Args:
+        model: the model that is exported.
+        base_model, license_name: see :func:`~nemo_minitron.report.card.card_content`.
+    """
+    base = base_of(model.lineage, model.path, hub_name=base_model, license_name=license_name)
+    after = axes.parameter_count(model.family, model.shape)
+    before = first_parameters(model.lineage, model.family)
+    return ExportNotes(
+        title_of(base.name, changes_of(model.lineage), before, after),
+        base.name or None,
+        base.hub_name,
+        base.license,
+        base.license_name,
+        base.license_link,
+    )
 
 
 def complete_cards(run: Run, *, title: str, base_model: str | None, license_name: str | None) -> None:
@@ -70,13 +94,13 @@ def complete_cards(run: Run, *, title: str, base_model: str | None, license_name
         title, base_model, license_name: those of the export win, as far as it has any.
     """
     for stage in run.stages:
-        for name in [form.output_name for form in FORMATS.values() if form.card] if stage.stage == "export" else []:
-            file = stage.path / name / FILE_NAME
+        for form in [form for form in FORMATS.values() if form.card] if stage.stage == "export" else []:
+            file = stage.path / form.output_name / FILE_NAME
             if not file.is_file():
                 continue
             where = file.relative_to(run.path)
             try:
-                text = _card_of(stage, stage.path / name, run, title, base_model, license_name)
+                text = _card_of(stage, file.parent, run, title, base_model, license_name, form.card)
                 if text is None:
                     continue
                 if not _is_ours(file):
@@ -120,7 +144,13 @@ def _exported(stage: StageRun, run: Run) -> StageRun | None:
 
 
 def _card_of(
-    stage: StageRun, path: Path, run: Run, title: str, base_model: str | None, license_name: str | None
+    stage: StageRun,
+    path: Path,
+    run: Run,
+    title: str,
+    base_model: str | None,
+    license_name: str | None,
+    library: str | None,
 ) -> str | None:
     """The card of one export; None where its record cannot be read."""
     record = read_model_record(path)
@@ -135,6 +165,7 @@ def _card_of(
         title,
         config.get("base_model") or base_model,
         config.get("license") or license_name,
+        library or "transformers",
     )
 
 
@@ -146,6 +177,7 @@ def _text(
     title: str,
     base_model: str | None,
     license_name: str | None,
+    library: str = "transformers",
 ) -> str:
     content = card_content(
         record.shape,
@@ -157,6 +189,7 @@ def _text(
         title=title,
         base_model=base_model,
         license_name=license_name,
+        library=library,
     )
     return rendered("model-card.md.j2", content, markdown=True)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_minitron.report.run import Model, Run, size_of, stage_of
+from nemo_minitron.report.run import Model, Run, stage_of
 from nemo_minitron.report.tables import Table, count, size
+from nemo_minitron.runtime.files import size_of
 
 __all__ = ["measure_table", "shortfall"]
 

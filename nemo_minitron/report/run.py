@@ -6,26 +6,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.formats import detect
+from nemo_minitron.checkpoints.formats import FORMATS, detect
 from nemo_minitron.config import STAGES, StageConfig
+from nemo_minitron.runtime.files import size_of
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROLES", "Curve", "Model", "Part", "Run", "ScoreSet", "StageRun", "size_of", "stage_of"]
+__all__ = ["ROLES", "Curve", "Model", "Part", "Run", "ScoreSet", "StageRun", "stage_of"]
 
 #: What a model is to the run; it decides names and colours.
-ROLES = ("teacher", "pruned", "random", "distilled", "aligned", "other")
+ROLES = ("teacher", "pruned", "random", "reconstructed", "distilled", "aligned", "other")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint inside a stage's output: its name, format and size in bytes."""
+    """A checkpoint inside a stage's output.
+
+    Attributes:
+        name, kind, size: its path there, its format and its size in bytes.
+        weight_error: root mean square of what its matrices lose, relative to the model's; None where that is not known.
+    """
 
     name: str
     kind: str
     size: int
+    weight_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,11 @@ class StageRun:
             entry = detect(path)
             if entry is not None and entry.write is not None:
                 parts.append(Part(path.name, entry.title, size_of(path)))
+        for name, form in (self.metrics.get("formats") or {}).items():
+            for kind, file in (form.get("files") or {}).items():  # of a format that is a file for each kind of numbers
+                title = f"{FORMATS[name].title} {kind}" if name in FORMATS else kind
+                lost = file.get("weight_error")
+                parts.append(Part(f"{Path(form['path']).name}/{file['file']}", title, file["bytes"], lost))
         return parts
 
 
@@ -137,8 +149,9 @@ class Run:
         path, name: of the run directory.
         stages: finished stages, in the order in which they started.
         models, scores, curves, alignments: what they left; the curves of trainings on text, and of alignments.
-        evaluations, searches: the content of ``evaluation.json`` and of ``search.json``, with the stage's name.
-        roles: of the models of the evaluations, by their names there.
+        evaluations, searches, servings, reconstructions: the content of ``evaluation.json``, of ``search.json``, of
+            ``benchmark.json`` and of ``reconstruction.json``, with the stage's name.
+        roles: of the models of the evaluations and benchmarks, by their names there.
         origins: the stages that made them; only of those that a stage of the run made.
         remarks: what was left out, and why.
     """
@@ -152,6 +165,8 @@ class Run:
     alignments: list[Curve] = field(default_factory=list)
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     searches: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    servings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    reconstructions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     origins: dict[str, StageRun] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -166,14 +181,14 @@ class Run:
         """The model that the run was for.
 
         That is the one that was exported last; without an export the last one that was aligned, or distilled, or
-        pruned. None in a run that changed no model.
+        reconstructed, or pruned. None in a run that changed no model.
         """
         for stage in reversed(self.stages):
             made = stage_of(str(stage.config.get("model")), self) if stage.stage == "export" else None
             model = self.model_of(made) if made is not None else None
             if model is not None and model.role != "teacher":
                 return model
-        roles = ("aligned", "distilled", "pruned")
+        roles = ("aligned", "distilled", "reconstructed", "pruned")
         return next((model for role in roles for model in reversed(self.models) if model.role == role), None)
 
     @property
@@ -195,12 +210,6 @@ class Run:
             if origin is stage:
                 names.append(name)
         return names
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def stage_of(path: str, run: Run) -> StageRun | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.report.draw import Figure, Theme, clean, draw_figure
@@ -15,6 +16,10 @@ __all__ = ["pareto", "rows", "table"]
 #: Of each cost: what it is, and its units with the size from which each is used, the largest first.
 _SCALES: dict[str, tuple[str, list[tuple[float, str]]]] = {
     "parameters": ("parameters", [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, "")]),
+    "active_parameters": (
+        "parameters that a token uses",
+        [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, "")],
+    ),
     "memory": ("memory of the fullest rank", [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]),
     "prefill": ("prefill", [(1e-3, "ms")]),
     "decode": ("decoding step", [(1e-3, "ms")]),
@@ -29,12 +34,10 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for candidate in search["candidates"]
         if candidate["loss"] is not None and candidate["state"] != "outside"
     ]
-    before = {
-        candidate["name"]: number
-        for number, candidate in enumerate(sorted(ranked, key=lambda candidate: candidate["loss"]), 1)
-    }
+    before = {candidate["name"]: number for number, candidate in enumerate(sorted(ranked, key=_before(search)), 1)}
     columns += [("parameters", lambda candidate: count(candidate["parameters"]))]
     for key, heading, form in (
+        ("active_parameters", "active", count),
         ("memory", "memory", size),
         ("prefill", "prefill", lambda value: f"{1e3 * value:.1f} ms"),
         ("prefill_ratio", "of unpruned", lambda value: f"{value:.2f}"),
@@ -42,10 +45,15 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ("decode_ratio", "of unpruned", lambda value: f"{value:.2f}"),
         ("loss", "loss, untrained", lambda value: f"{value:.4f}"),
         ("distilled_loss", "loss, distilled", lambda value: f"{value:.4f}"),
+        ("accuracy", "accuracy, untrained", lambda value: f"{value:.3f}"),
+        ("distilled_accuracy", "accuracy, distilled", lambda value: f"{value:.3f}"),
     ):
-        if any(candidate[key] is not None for candidate in search["candidates"]):
+        if any(candidate.get(key) is not None for candidate in search["candidates"]):
             columns.append(
-                (heading, lambda candidate, key=key, form=form: "" if candidate[key] is None else form(candidate[key]))
+                (
+                    heading,
+                    lambda candidate, key=key, form=form: "" if candidate.get(key) is None else form(candidate[key]),
+                )
             )
     columns.append(
         (
@@ -58,6 +66,12 @@ def rows(search: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [heading for heading, _ in columns], [
         [cell(candidate) for _, cell in columns] for candidate in search["candidates"]
     ]
+
+
+def _before(search: dict[str, Any]) -> Callable[[dict[str, Any]], tuple[float, float]]:
+    """Sort key of the order before the distillation: by what the search ranks by, losses in files of old."""
+    by_task = search.get("rank_by") == "task"
+    return lambda candidate: (-candidate["accuracy"] if by_task else 0.0, candidate["loss"])
 
 
 def table(search: dict[str, Any]) -> str:
@@ -76,9 +90,15 @@ def notes(search: dict[str, Any]) -> list[str]:
         f"Losses are nats per token over {search['tokens']:,} calibration tokens; the unpruned model's is "
         f"{search['unpruned']['loss']:.4f}.",
     ]
+    if search.get("task") is not None:
+        notes.append(
+            f"Accuracies are shares of the questions of {search['task']}; the unpruned model's is "
+            f"{search['unpruned']['accuracy']:.3f}. The candidates are in the order of "
+            f"{'their accuracies' if search['rank_by'] == 'task' else 'their losses'}."
+        )
     distilled = [candidate for candidate in search["candidates"] if candidate["distilled_loss"] is not None]
     if len(distilled) > 1:
-        same = distilled == sorted(distilled, key=lambda candidate: candidate["loss"])
+        same = distilled == sorted(distilled, key=_before(search))
         notes.append(
             f"Distilling the {len(distilled)} best on {search['distill_tokens']:,} tokens each "
             f"{'kept' if same else 'changed'} their order (Kendall's tau {_tau(search['kendall_tau'])})."
@@ -105,7 +125,7 @@ def pareto(search: dict[str, Any], name: str = "pareto") -> Figure | None:
         for candidate in search["candidates"]
         if candidate["loss"] is not None and candidate["state"] != "outside"
     ]
-    costs = [cost for cost in search["pareto"] if any(candidate[cost] is not None for candidate in ranked)]
+    costs = [cost for cost in search["pareto"] if any(candidate.get(cost) is not None for candidate in ranked)]
     if not costs:
         return None
     stages = [("loss", "untrained", "pruned", "s"), ("distilled_loss", "distilled", "distilled", "D")]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.report.run import Run, StageRun
+from nemo_minitron.report.run import Part, Run, StageRun, stage_of
 from nemo_minitron.report.teachers import teacher_of
 from nemo_minitron.shape import ModelShape
 
@@ -20,6 +21,7 @@ __all__ = [
     "export_table",
     "generations",
     "loss_table",
+    "main_recovery",
     "recoveries",
     "shape_table",
     "size",
@@ -54,36 +56,63 @@ class Card:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The share of pruning's loss increase that a distillation recovered.
+    """The share of pruning's loss increase that reconstruction, distillation or both recovered.
 
     Attributes:
-        model, student, teacher: the distilled model, the model that it started from, and its teacher.
-        share: ``(student - distilled) / (student - teacher)`` of the held-out losses.
+        model, student, teacher: the model, the one that it was made of (of a distilled one whose student was
+            reconstructed, the pruned one), and its teacher.
+        share: ``(student - model) / (student - teacher)`` of the held-out losses.
+        by: what was done: "reconstruction", "distillation" or "reconstruction and distillation".
     """
 
     model: str
     student: str
     teacher: str
     share: float
+    by: str = "distillation"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model was trained."""
+        return "distillation" in self.by
 
 
 def recoveries(run: Run, evaluation: dict[str, Any]) -> list[Recovery]:
-    """For each distilled model whose student and teacher were evaluated too."""
+    """For each reconstructed or distilled model whose student and teacher were evaluated too."""
     models = evaluation["models"]
     by_path = {Path(model["path"]).absolute(): name for name, model in models.items()}
+
+    def evaluated(path: Any) -> str | None:
+        return by_path.get(Path(path).absolute()) if isinstance(path, str) else None
+
     recoveries = []
     for name, model in models.items():
         origin = run.origins.get(name)
-        if origin is None or origin.stage != "distill":
+        if origin is None or origin.stage not in ("distill", "reconstruct"):
             continue
-        paths = (origin.config.get("student"), teacher_of(origin, run))
-        student, teacher = (None if path is None else by_path.get(Path(path).absolute()) for path in paths)
+        if origin.stage == "reconstruct":
+            by, teacher = "reconstruction", evaluated(origin.config.get("teacher"))
+            student = evaluated(origin.config.get("model"))
+        else:
+            by, teacher = "distillation", evaluated(teacher_of(origin, run))
+            student = evaluated(origin.config.get("student"))
+            before = stage_of(str(origin.config.get("student")), run)
+            if before is not None and before.stage == "reconstruct":
+                pruned = evaluated(before.config.get("model"))
+                if pruned is not None:
+                    by, student = "reconstruction and distillation", pruned
         if student is None or teacher is None:
             continue
         gap = models[student]["loss"] - models[teacher]["loss"]
         if gap > 0:
-            recoveries.append(Recovery(name, student, teacher, (models[student]["loss"] - model["loss"]) / gap))
+            recoveries.append(Recovery(name, student, teacher, (models[student]["loss"] - model["loss"]) / gap, by))
     return recoveries
+
+
+def main_recovery(run: Run, evaluations: Sequence[dict[str, Any]]) -> Recovery | None:
+    """The first of a model that was trained; without one, the first."""
+    found = [recovery for evaluation in evaluations for recovery in recoveries(run, evaluation)]
+    return next((recovery for recovery in found if recovery.trained), found[0] if found else None)
 
 
 def cards(run: Run) -> list[Card]:
@@ -98,7 +127,9 @@ def cards(run: Run) -> list[Card]:
     for evaluation in sorted(evaluations, key=lambda evaluation: _measured(run, evaluation) is None)[:1]:
         models = evaluation["models"]
         role_of = {run.roles.get(name, "other"): name for name in reversed(models)}
-        best = _measured(run, evaluation) or role_of.get("distilled") or role_of.get("pruned")
+        best = _measured(run, evaluation) or next(
+            (role_of[role] for role in ("distilled", "reconstructed", "pruned") if role in role_of), None
+        )
         if best is not None:
             base = evaluation["baseline"]
             detail = f"{base}: {models[base]['loss']:.3f}" if base != best else "nats per token"
@@ -110,9 +141,13 @@ def cards(run: Run) -> list[Card]:
             scored, drawn = models[role_of["pruned"]]["loss"], models[role_of["random"]]["loss"]
             cards.append(Card("scored pruning", f"{scored:.2f}", f"random pruning, same shape: {drawn:.2f}"))
             break
-    for recovery in [recovery for evaluation in evaluations for recovery in recoveries(run, evaluation)][:1]:
-        detail = f"by distillation, from {recovery.student} towards {recovery.teacher}"
+    recovery = main_recovery(run, evaluations)
+    if recovery is not None:
+        detail = f"by {recovery.by}, from {recovery.student} towards {recovery.teacher}"
         cards.append(Card("loss gap recovered", f"{recovery.share:.0%}", detail))
+    untrained = [one for evaluation in evaluations for one in recoveries(run, evaluation) if not one.trained][:1]
+    for one in untrained if recovery is not None and recovery.trained else []:
+        cards.append(Card("of it before training", f"{one.share:.0%}", f"by {one.by}, from {one.student}"))
     cards.append(Card("time", duration(sum(stage.seconds for stage in run.stages)), f"{len(run.stages)} stages"))
     return cards
 
@@ -204,14 +239,62 @@ def stage_table(run: Run) -> Table:
 
 
 def export_table(run: Run) -> Table | None:
-    """Size of every exported format; None without an export."""
+    """Size of every exported format, of quantized ones their loss too; None without an export."""
+    parts = [(stage, part) for stage in run.stages if stage.stage == "export" for part in stage.parts()]
+    if not parts:
+        return None
+    losses = _losses(run)
+    measured = [_figures(stage, part, losses) for stage, part in parts]
     rows = [
-        [f"{stage.name}/{part.name}", part.kind, size(part.size)]
-        for stage in run.stages
-        if stage.stage == "export"
-        for part in stage.parts()
+        [
+            f"{stage.name}/{part.name}",
+            part.kind if figures is None or "algorithm" not in figures else f"{part.kind}, {figures['algorithm']}",
+            size(part.size),
+            *(_loss_of(figures) if any(measured) else []),
+        ]
+        for (stage, part), figures in zip(parts, measured, strict=True)
     ]
-    return Table("What was exported", ["path", "format", "size"], rows, ["" for _ in rows]) if rows else None
+    headings = ["path", "format", "size", *(["held-out loss", "more than the float model"] if any(measured) else [])]
+    return Table("What was exported", headings, rows, ["" for _ in rows])
+
+
+def _figures(stage: StageRun, part: Part, losses: dict[Path, float]) -> dict[str, Any] | None:
+    """The losses of a quantized part: those that the export measured, or an evaluation of its file."""
+    if (figures := _quantized(stage).get(part.name.removeprefix("hf-"))) is not None:
+        return figures
+    source = stage.config.get("model")
+    given = losses.get(Path(stage.config["output"]).absolute() / part.name)
+    exact = losses.get(Path(source).absolute()) if isinstance(source, str) else None
+    return None if given is None else {"loss": given, "float_loss": exact}
+
+
+def _losses(run: Run) -> dict[Path, float]:
+    """The loss of every model that an evaluation measured, by its path."""
+    return {
+        Path(model["path"]).absolute(): model["loss"]
+        for _, evaluation in run.evaluations
+        for model in evaluation["models"].values()
+        if "path" in model
+    }
+
+
+def _quantized(stage: StageRun) -> dict[str, Any]:
+    """The figures of an export's quantized models, by quantization."""
+    metrics = stage.record.get("metrics")
+    found = metrics.get("quantized") if isinstance(metrics, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _loss_of(figures: dict[str, Any] | None) -> list[str]:
+    """Loss of a quantized export, and what it has more than the float model."""
+    if figures is None:
+        return ["–", "–"]
+    try:
+        if figures["float_loss"] is None:
+            return [f"{figures['loss']:.4f}", "–"]
+        return [f"{figures['loss']:.4f}", f"{figures['loss'] - figures['float_loss']:+.4f}"]
+    except (KeyError, TypeError, ValueError):
+        return ["–", "–"]
 
 
 def step_boxes(run: Run) -> list[dict[str, str]]:

@@ -20,7 +20,9 @@ from nemo_minitron.report.draw import Figure
 from nemo_minitron.report.export_cards import complete_cards, write_run_card
 from nemo_minitron.report.lineage import lineage_table
 from nemo_minitron.report.measures import measure_table, shortfall
+from nemo_minitron.report.reconstruction import reconstructions
 from nemo_minitron.report.run import Run
+from nemo_minitron.report.serving import serving_notes, serving_plots, serving_tables
 from nemo_minitron.report.template import rendered
 
 __all__ = ["write_comparison", "write_report"]
@@ -101,6 +103,7 @@ def _content(run: Run, title: str, price: float | None, currency: str) -> dict[s
     """Everything that the templates show."""
     evaluations = [_evaluation(run, name, evaluation) for name, evaluation in run.evaluations]
     searches = [shown for name, results in run.searches if (shown := _search(run, name, results)) is not None]
+    servings = [_serving(run, name, content) for name, content in run.servings]
     score_figures = [
         figure
         for scores in run.scores
@@ -124,12 +127,15 @@ def _content(run: Run, title: str, price: float | None, currency: str) -> dict[s
         "lineage": lineage_table(run),
         "searches": searches,
         "evaluations": evaluations,
+        "servings": servings,
+        "reconstructions": reconstructions(run),
         "alignment": alignment_tables(run),
         "figures": {
             "shapes": [] if diagram is None else [diagram],
             "searches": [shown["figure"] for shown in searches if shown["figure"] is not None],
             "losses": [evaluation["figure"] for evaluation in evaluations],
             "benchmarks": [evaluation["bars"] for evaluation in evaluations if evaluation["bars"] is not None],
+            "servings": [figure for serving in servings for figure in serving["figures"]],
             "scores": score_figures,
             "training": training,
             "alignment": aligning,
@@ -157,6 +163,15 @@ def _evaluation(run: Run, name: str, evaluation: dict[str, Any]) -> dict[str, An
         "generations": tables.generations(evaluation),
         "figure": plots.losses(run, evaluation, "losses" if only else f"losses-{name}"),
         "bars": plots.benchmarks(run, evaluation, "benchmarks" if only else f"benchmarks-{name}"),
+    }
+
+
+def _serving(run: Run, name: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "notes": serving_notes(content),
+        "tables": serving_tables(run, content),
+        "figures": serving_plots(run, content, "serving" if len(run.servings) == 1 else f"serving-{name}"),
     }
 
 

@@ -15,9 +15,15 @@ from typing import Any
 from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import write_aside
 
-__all__ = ["is_earlier", "read_json_lines", "replace_file", "resumed_lines", "take_umask"]
+__all__ = ["is_earlier", "read_json_lines", "replace_file", "resumed_lines", "size_of", "take_umask"]
 
 logger = logging.getLogger(__name__)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

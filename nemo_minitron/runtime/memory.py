@@ -9,7 +9,10 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["host_memory", "peak_gpu_bytes", "peak_rss_bytes"]
+__all__ = ["LIVE_SHARE", "host_memory", "peak_gpu_bytes", "peak_rss_bytes"]
+
+#: Part of the free memory that the weights of a live model may take; activations and libraries have the other.
+LIVE_SHARE = 0.8
 
 
 def peak_rss_bytes() -> int:

@@ -62,6 +62,13 @@ _BY_MODULE: dict[str, Part] = {
         Part("datasets", "datasets", 'pip install "nemo-minitron[data]"'),
         Part("pyarrow", "pyarrow", 'pip install "nemo-minitron[data]"'),
         Part("gguf", "gguf", 'pip install "nemo-minitron[gguf]"'),
+        Part(
+            "llama_cpp",
+            "llama-cpp-python",
+            'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" pip install '
+            '"nemo-minitron[llama-cpp]"',
+        ),
+        Part("modelopt", "nvidia-modelopt", 'pip install "nvidia-modelopt>=0.37,<0.38"'),
         Part("lm_eval", "lm-eval", 'pip install "nemo-minitron[harness]"'),
         Part("matplotlib", "matplotlib", 'pip install "nemo-minitron[report]"'),
         Part("scipy", "scipy", 'pip install "nemo-minitron[report]"'),

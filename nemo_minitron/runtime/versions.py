@@ -90,6 +90,7 @@ SUPPORTED: dict[str, str] = {
     "lm-eval": ">=0.4.9",
     "datasets": ">=2.19",
     "gguf": ">=0.10",
+    "nvidia-modelopt": ">=0.37",
     "pyarrow": ">=14",
     "matplotlib": ">=3.7",
 }

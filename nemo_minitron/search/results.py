@@ -37,6 +37,7 @@ class Result:
     Attributes:
         sizes: the searched sizes.
         parameters: exact number.
+        active_parameters: number of them that a token uses; None for a dense model.
         memory: bytes of the fullest rank, by the memory model.
         prefill, decode: seconds, measured.
         prefill_ratio, decode_ratio: the same divided by those of the unpruned model, measured in turn with it.
@@ -45,6 +46,8 @@ class Result:
         distilled_loss: after the short distillation, on the same tokens.
         distill_seconds: wall time of pruning and distillation.
         outside: the budget that a measurement exceeded; None if it is within all budgets.
+        accuracy: on the task, without training, 0 to 1.
+        distilled_accuracy: on the task after the short distillation.
     """
 
     sizes: Sizes
@@ -59,6 +62,9 @@ class Result:
     distilled_loss: float | None = None
     distill_seconds: float | None = None
     outside: str | None = None
+    active_parameters: int | None = None
+    accuracy: float | None = None
+    distilled_accuracy: float | None = None
 
     @property
     def name(self) -> str:

@@ -81,10 +81,12 @@ class ParameterCost:
     Args:
         table: of the family.
         shape: of the unpruned model, for what is not searched.
+        active: experts that a token is sent to; their parameters alone then count, beside everything outside the
+            experts. None counts all experts.
     """
 
-    def __init__(self, table: axes.Family, shape: ModelShape) -> None:
-        self.table, self.shape = table, shape
+    def __init__(self, table: axes.Family, shape: ModelShape, *, active: int | None = None) -> None:
+        self.table, self.shape, self.active = table, shape, active
         self._kept: dict[tuple[int, int | None], tuple[int, LayerCost]] = {}
 
     def __call__(self, sizes: Sizes) -> int:
@@ -93,7 +95,9 @@ class ParameterCost:
         kept = self._kept.get((hidden, experts))
         if kept is None:
             outside = int(sum(outer_counts(self.table, self.shape, hidden_size=hidden)))
-            layer = layer_cost(self.table, hidden_size=hidden, head_dim=self.shape.head_dim, experts=experts)
+            layer = layer_cost(
+                self.table, hidden_size=hidden, head_dim=self.shape.head_dim, experts=experts, active=self.active
+            )
             kept = self._kept[hidden, experts] = outside, layer
         outside, layer = kept
         return outside + sizes.num_layers * int(layer.parameters(sizes))

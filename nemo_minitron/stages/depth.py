@@ -6,27 +6,31 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import DepthConfig
+from nemo_minitron.config.parts import parse_bytes
 from nemo_minitron.importance.candidates import Candidate, depth_faults, layers_run, rounds
 from nemo_minitron.importance.depth_scores import depth_journal
 from nemo_minitron.jobs.atomic import stage_output
-from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import ModelShape, uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
-from nemo_minitron.stages.shared.measuring import live_model, open_measured, plan_measuring
+from nemo_minitron.stages.shared.measuring import Measured, encoded_task, live_model, open_measured, plan_measuring
 from nemo_minitron.stages.shared.memory import weights_of_rank
+from nemo_minitron.stages.shared.streaming import plan_streaming, state_budget, streamed_model, streams, trail
 
 if TYPE_CHECKING:
     from nemo_minitron.axes import Family
-    from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
-    from nemo_minitron.data.tasks import EncodedTask, Question
+    from nemo_minitron.data.tasks import Question
+    from nemo_minitron.importance import DepthScores
+    from nemo_minitron.streamed import Trail
 
 __all__ = ["plan", "run"]
 
@@ -56,9 +60,15 @@ def plan(config: DepthConfig) -> StagePlan:
     plan.flops = _flops(config, shape, family)
     plan.costs["FLOPs"] = human_count(plan.flops)
     plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
-    if config.reuse_prefix:
-        size = 2 if config.runtime.dtype == "bfloat16" else 4
-        states = config.samples * config.data.sequence_length * shape.hidden_size * size / layout.data
+    size = 2 if config.runtime.dtype == "bfloat16" else 4
+    states = config.samples * config.data.sequence_length * shape.hidden_size * size / layout.data
+    if config.memory == "streamed":
+        plan_streaming(plan, config, config.model)
+        largest = max(len(known), *greedy, 1) * states
+        plan.costs["hidden states kept"] = f"{human_bytes(largest)} of all candidates, without those of the task"
+        if (more := layout.data * (largest - parse_bytes(config.states_memory))) > 0:
+            plan.disk.append(DiskNeed("hidden states", config.output, more, stay=0.0))
+    elif config.reuse_prefix:
         plan.costs["hidden states kept"] = f"{human_bytes(states)} on the host of a pipeline stage"
     return plan
 
@@ -102,35 +112,30 @@ def run(config: DepthConfig) -> dict[str, Any]:
     Raises:
         MinitronError: for a checkpoint, text or task that cannot be used, or a loss that is not finite.
     """
-    from nemo_minitron.importance import fingerprint, layer_importance
+    from nemo_minitron.importance import fingerprint
 
     started = time.monotonic()
     measured = open_measured(config)
     checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
-    shape = checkpoint.shape
-    questions, task = _task(config, checkpoint)
-    chunks = live_model(config, checkpoint, groups)
+    questions, task = encoded_task(config, checkpoint)
     weights = fingerprint(checkpoint)
-    journal = depth_journal(Journal.beside(config.output), _subject(config, weights, blocks, questions))
-    known, greedy = _candidates(config, shape)
-    with progress_bar("depth", len(known) - 1 + sum(greedy), shown=groups.is_main) as advance:
-        scores = layer_importance(
-            chunks,
-            blocks,
-            groups,
-            shape=shape,
-            micro_batch_size=config.micro_batch_size,
-            single=config.single,
-            block_lengths=config.block_lengths,
-            greedy=config.greedy,
-            greedy_by=config.greedy_by,
-            task=task,
-            task_name=config.task.given or "",
-            fingerprint=weights,
-            journal=journal,
-            reuse_prefix=config.reuse_prefix,
-            progress=advance,
-        )
+    subject = _subject(config, weights, blocks, questions)
+    journal = depth_journal(Journal.beside(config.output), subject)
+    options: dict[str, Any] = {
+        "micro_batch_size": config.micro_batch_size,
+        "single": config.single,
+        "block_lengths": config.block_lengths,
+        "greedy": config.greedy,
+        "greedy_by": config.greedy_by,
+        "task": task,
+        "task_name": config.task.given or "",
+        "fingerprint": weights,
+        "journal": journal,
+    }
+    if streams(config, checkpoint, groups):
+        scores = _streamed(config, measured, subject, options)
+    else:
+        scores = _live(config, measured, options)
     if groups.is_main:
         with stage_output(config.output, config.overwrite) as output:
             scores.save(output)
@@ -150,20 +155,50 @@ def run(config: DepthConfig) -> dict[str, Any]:
     }
 
 
-def _task(config: DepthConfig, checkpoint: Checkpoint) -> tuple[list[Question], EncodedTask | None]:
-    """The questions and their tokens; both are empty without a task."""
-    from nemo_minitron.data.tasks import encode_task, read_task
+def _live(config: DepthConfig, measured: Measured, options: dict[str, Any]) -> DepthScores:
+    """By the whole model in memory, candidate by candidate."""
+    from nemo_minitron.importance import layer_importance
 
-    if config.task.given is None:
-        return [], None
-    questions = read_task(config.task, cache_dir=config.data.cache_dir, seed=config.data.seed)
-    return questions, encode_task(
-        questions,
-        checkpoint.tokenizer,
-        vocab_size=checkpoint.shape.vocab_size,
-        max_length=checkpoint.architecture.max_position_embeddings,
-        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
-    )
+    checkpoint, groups = measured.checkpoint, measured.groups
+    chunks = live_model(config, checkpoint, groups)
+    known, greedy = _candidates(config, checkpoint.shape)
+    with progress_bar("depth", len(known) - 1 + sum(greedy), shown=groups.is_main) as advance:
+        return layer_importance(
+            chunks,
+            measured.blocks,
+            groups,
+            shape=checkpoint.shape,
+            reuse_prefix=config.reuse_prefix,
+            progress=advance,
+            **options,
+        )
+
+
+def _streamed(config: DepthConfig, measured: Measured, subject: dict[str, Any], options: dict[str, Any]) -> DepthScores:
+    """By one layer in memory at a time; a pass that is killed goes on at its layer."""
+    from nemo_minitron.importance.depth_streamed import layer_importance_streamed
+
+    checkpoint, groups = measured.checkpoint, measured.groups
+    known, greedy = _candidates(config, checkpoint.shape)
+    passes = (1 if len(known) > 1 or not greedy else 0) + len(greedy)
+
+    def kept(candidates: Sequence[Candidate]) -> Trail:
+        return trail(
+            config, groups, {**subject, "micro_batch_size": config.micro_batch_size, "candidates": list(candidates)}
+        )
+
+    total = passes * (checkpoint.shape.num_layers + 1)
+    with progress_bar("depth, layer by layer", total, shown=groups.is_main) as advance:
+        scores = layer_importance_streamed(
+            streamed_model(config, checkpoint, groups),
+            measured.blocks,
+            budget=state_budget(config),
+            trail=kept,
+            progress=advance,
+            **options,
+        )
+    kept([]).close()  # of a process that was killed between a pass and its end
+    return scores
 
 
 def _subject(config: DepthConfig, weights: str, blocks: Blocks, questions: list[Question]) -> dict[str, Any]:

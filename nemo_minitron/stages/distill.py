@@ -4,6 +4,7 @@ Output::
 
     model/           the distilled model, a plain NeMo 2 checkpoint
     checkpoints/     NeMo's training state, to go on from
+    trained_quantization.json   with quantize: what the student is trained for; in model/ too
     best/            weights of the best validation, with keep_best
     metrics.jsonl    a line per step and a line per validation
     tensorboard/     the same, as NeMo logs it
@@ -15,13 +16,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.model_record import peek_shape
+from nemo_minitron import axes
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.distillation.losses.layer_maps import layer_maps
 from nemo_minitron.distillation.training.outputs import finished
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
 from nemo_minitron.pruning.kept import kept_path, load_kept
+from nemo_minitron.quantization.matrices import matrices_of, training_faults
+from nemo_minitron.quantization.ranges import TrainedFor
+from nemo_minitron.quantization.schemes import Scheme, scheme_of
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.shared.training import (
     is_main,
@@ -52,6 +57,7 @@ def plan(config: DistillConfig) -> StagePlan:
     trained = {"student"} if config.teacher_correction.lr is None else {"student", "teacher"}
     apart = config.teacher_placement == "own_ranks"
     plan = plan_training(config, paths, trained, "distilled model", layouts, apart=apart)
+    _plan_rounding(config, plan)
     if not config.taught:
         plan.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
         return plan
@@ -68,6 +74,25 @@ def plan(config: DistillConfig) -> StagePlan:
     if student_shape is not None and teacher_shape is not None and student_shape.uniform and teacher_shape.uniform:
         _plan_intermediate(config, plan, student_shape, teacher_shape)
     return plan
+
+
+def _scheme(config: DistillConfig) -> Scheme | None:
+    """What the student is trained for; None for a float model."""
+    return None if config.quantize is None else scheme_of(config.quantize, config.group_size)
+
+
+def _plan_rounding(config: DistillConfig, plan: StagePlan) -> None:
+    """Faults of the quantization that the student is trained for, and what stays as it is."""
+    scheme, shape, architecture = _scheme(config), peek_shape(config.student), peek_architecture(config.student)
+    if scheme is None:
+        return
+    plan.notes.append(f"the student is trained for {scheme.title}: minitron export quantize=[{scheme.name}]")
+    if shape is None or architecture is None or not shape.uniform:
+        return
+    faults = training_faults(shape, architecture, scheme, tensor=config.parallel.tensor)
+    plan.faults += faults
+    if not faults and (note := matrices_of(axes.family(architecture.family), shape, scheme).note()):
+        plan.notes.append(f"{scheme.name}: {note}")
 
 
 def _plan_intermediate(config: DistillConfig, plan: StagePlan, student: ModelShape, teacher: ModelShape) -> None:
@@ -115,7 +140,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     trained = trained or _train(config, student)
     if trained is None or not is_main():
         return {}
-    lineage = {
+    lineage: dict[str, Any] = {
         "distilled": {
             "student": config.student,
             "teacher": config.teacher if config.taught else None,
@@ -127,7 +152,11 @@ def run(config: DistillConfig) -> dict[str, Any]:
             "teacher_correction": dataclasses.asdict(config.teacher_correction),
         }
     }
+    if config.quantize is not None:
+        lineage["distilled"]["quantize"] = {"scheme": config.quantize, "group_size": config.group_size}
     save_model(config, student, trained, lineage)
+    if (trained_for := TrainedFor.read(output)) is not None and config.quantize is not None:
+        trained_for.write(output / "model")
     return summary(output / "metrics.jsonl")
 
 
@@ -145,6 +174,7 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         "seed": config.runtime.seed,
         "directory": Path(config.output),
         "resume": config.resume,
+        "quantize": _scheme(config),
     }
     if not config.taught:
         check_model(student, layout, config.data.sequence_length)

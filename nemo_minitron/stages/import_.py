@@ -105,7 +105,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
         named = dataclasses.replace(source, lineage={"made_by": "import", "source": origin, **source.lineage})
         with staged_checkpoint(config.output, config.format, overwrite=config.overwrite) as path:
             written = write_checkpoint(named, path, config.format, dtype=config.dtype)
-            figures = verified(source, written, verify if config.verify else None)
+            figures = verified(source, written, verify if config.verify else None, config.memory)
     count = axes.parameter_count(source.family, source.shape)
     logger.info("imported %s: %s parameters", origin, human_count(count))
     return {"parameters": count, "shape": source.shape.to_dict(), "verification": figures}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
-from nemo_minitron.config import IterateConfig
+from nemo_minitron.config import IterateConfig, TaylorConfig
 from nemo_minitron.errors import CheckpointError, ShapeError
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_count
@@ -144,6 +144,7 @@ def _score(config: IterateConfig, checkpoint: Checkpoint, blocks: Blocks, groups
             sequence=config.aggregation.sequence,
             batch=config.aggregation.batch,
             estimator=config.estimator,
+            loss=config.taylor.loss,
             progress=advance,
         )
 
@@ -157,6 +158,7 @@ def _write(config: IterateConfig, checkpoint: Checkpoint, kept: KeptUnits, shape
         "rounds": [step.to_dict() for step in shapes],
         "samples": config.samples,
         "aggregation": {"sequence": config.aggregation.sequence, "batch": config.aggregation.batch},
+        **({"loss": config.taylor.loss} if ESTIMATORS[config.estimator].gradients else {}),
     } | target_lineage(config.target)
     pruned = prune_weights(checkpoint, kept, lineage=lineage)
     with (
@@ -180,6 +182,7 @@ def _subject(config: IterateConfig, weights: str, blocks: Blocks, shapes: list[M
         "estimator": config.estimator,
         "aggregation": vars(config.aggregation),
         "shapes": [step.to_dict() for step in shapes],
+        **({} if config.taylor == TaylorConfig() else {"taylor": vars(config.taylor)}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

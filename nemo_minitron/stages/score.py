@@ -11,7 +11,7 @@ from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
-from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_count
+from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_bytes, human_count
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
@@ -53,6 +53,11 @@ def plan(config: ScoreConfig) -> StagePlan:
         plan.flops = 2.0 * passes * count * config.samples * config.data.sequence_length
         plan.costs["FLOPs"] = human_count(plan.flops)
         plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
+        if shape.uniform and (sums := _sums(config, shape)):
+            plan.costs["sums of all layers"] = (
+                f"{human_bytes(sums)} over all ranks of a model, beside its weights; with memory=streamed "
+                f"{human_bytes(sums / shape.num_layers)}"
+            )
     plan_streaming(plan, config, config.model)
     return plan
 
@@ -65,6 +70,12 @@ def _needs(config: ScoreConfig, shape: ModelShape | None) -> list[DiskNeed]:
     units += (shape.num_moe_experts or 0) + 1
     each = 8.0 * (shape.num_layers * units + shape.hidden_size)
     return [DiskNeed("scores", config.output, each * (1 + len(config.also)))]
+
+
+def _sums(config: ScoreConfig, shape: ModelShape) -> int:
+    """Bytes that the estimator keeps of all layers of a live model."""
+    of_layer = ESTIMATORS[config.estimator].sums
+    return 0 if of_layer is None else shape.num_layers * of_layer(shape)
 
 
 def run(config: ScoreConfig) -> dict[str, Any]:
@@ -104,7 +115,8 @@ def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
 
     measured = open_measured(config)
     checkpoint, groups = measured.checkpoint, measured.groups
-    if not ESTIMATORS[config.estimator].gradients and streams(config, checkpoint, groups):
+    beside = _sums(config, checkpoint.shape)
+    if not ESTIMATORS[config.estimator].gradients and streams(config, checkpoint, groups, beside=beside):
         return _by_streamed_pass(config, measured), groups.is_main
     chunks = live_model(config, checkpoint, groups)
     with progress_bar("scoring", len(measured.blocks), shown=groups.is_main) as advance:
@@ -117,6 +129,7 @@ def _by_passes(config: ScoreConfig) -> tuple[list[Scores], bool]:
             micro_batch_size=config.micro_batch_size,
             estimator=config.estimator,
             fingerprint=fingerprint(checkpoint),
+            loss=config.taylor.loss,
             progress=advance,
         )
     return scores, groups.is_main

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
 from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
-from nemo_minitron.config import SearchConfig, TargetConfig
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.config import SearchConfig, StageConfig, TargetConfig
+from nemo_minitron.errors import MinitronError, ShapeError
 from nemo_minitron.jobs.launch import launch
 from nemo_minitron.jobs.local import starter_of
 from nemo_minitron.jobs.nested import run_child, show_output
@@ -43,7 +43,7 @@ from nemo_minitron.search import (
 from nemo_minitron.search.results import JOURNAL_NAME
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.search_ranking import BASE, Work
-from nemo_minitron.stages.shared.search_results import write_results
+from nemo_minitron.stages.shared.search_results import order, write_results
 
 if TYPE_CHECKING:
     from nemo_minitron.shape import ModelShape
@@ -55,7 +55,9 @@ logger = logging.getLogger(__name__)
 #: Shapes that are timed to fit the latency of all others.
 PROBES = 8
 #: Settings that say which candidates there are, not what is found out about one.
-_NOT_SUBJECT = {"space", "max_candidates", "best", "save_student", "student_layout", "measure_latency", "parallel"}
+_NOT_SUBJECT = {
+    "space", "max_candidates", "best", "save_student", "student_layout", "measure_latency", "parallel", "rank_by",
+}  # fmt: skip
 
 
 def plan(config: SearchConfig) -> StagePlan:
@@ -78,6 +80,8 @@ def plan(config: SearchConfig) -> StagePlan:
     )
     if config.depth_scores is not None:
         plan.reads.append(PlannedPath(config.depth_scores, "depth scores"))
+    if config.task.path is not None:
+        plan.reads.append(PlannedPath(config.task.path, "task"))
     if shape is None:
         return plan
     if faults := uniform_faults(shape, "a search of uniform shapes"):
@@ -100,6 +104,13 @@ def plan(config: SearchConfig) -> StagePlan:
     )
     plan.costs["parameters"] = f"{human_count(own)} -> {human_count(min(counts))} to {human_count(max(counts))}"
     plan.flops = 2.0 * config.samples * length * (sum(counts) + own)
+    if config.reconstruct_samples:
+        # Forward, for each candidate: the model once, the candidate some three times.
+        tokens = config.reconstruct_samples * length
+        plan.flops += 2.0 * tokens * (len(chosen) * own + 3 * sum(counts))
+        plan.costs["reconstruction"] = (
+            f"{tokens:,} tokens in {config.reconstruct_samples:,} samples, for each candidate"
+        )
     plan.costs["FLOPs of the ranking"] = human_count(plan.flops)
     best = min(config.best, len(chosen))
     if best:
@@ -121,7 +132,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
 
     Returns:
         ``shapes`` (number within the budget), ``candidates, outside, ranked, distilled, resumed, best`` (its name),
-        ``parameters, loss, distilled_loss`` (of the best), ``kendall_tau`` (between the two orders), ``seconds``.
+        ``parameters, loss, distilled_loss`` (of the best, and where they are known ``active_parameters, accuracy,
+        distilled_accuracy``), ``kendall_tau`` (between the two orders), ``seconds``.
 
     Raises:
         MinitronError: for a model, scores or text that cannot be used, an empty space, or another search's output.
@@ -152,7 +164,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
         known = by_candidate(journal.read())
     results = _results(config, costs, names, known)
     within = sorted(
-        (result for result in results if result.state != "outside"), key=lambda result: (result.loss, result.name)
+        (result for result in results if result.state != "outside"), key=lambda result: order(config.rank_by, result)
     )
     if not within:
         raise MinitronError(_none_within(config, results))
@@ -192,6 +204,7 @@ class Costs:
     ) -> None:
         self.config, self.shape, self.table, self.topk = config, shape, table, topk
         self.parameters = ParameterCost(table, shape)
+        self.active = None if shape.num_moe_experts is None else ParameterCost(table, shape, active=topk or 1)
         budget, layout = config.budget, config.student_layout
         work = Workload.on(
             layout,
@@ -230,22 +243,26 @@ class Costs:
         )
 
     def budgets(self, latency: LatencyCost | None = None) -> list[Budget]:
-        """Budgets of parameters and memory, and of fitted latency if it is known, with a margin for the fit's error."""
+        """Budgets of parameters and memory, and of fitted latency if it is known, with a margin for the fit's error.
+
+        Raises:
+            ShapeError: for a budget of active parameters of a model without experts.
+        """
         budget, budgets = self.config.budget, []
-        wanted = budget.parameters
-        if budget.share is not None:
-            wanted = budget.share * self.parameters(Sizes.of(self.shape))
-        if wanted is not None:
-            budgets.append(
-                Budget(
-                    "parameters",
-                    wanted * (1 - budget.tolerance),
-                    wanted * (1 + budget.tolerance),
-                    self.parameters,
-                    human_count,
-                )
+        counts = [("parameters", budget.parameters, budget.share, self.parameters)]
+        if self.active is not None:
+            counts.append(("active_parameters", budget.active_parameters, budget.active_share, self.active))
+        elif budget.active_parameters is not None or budget.active_share is not None:
+            name = "active_parameters" if budget.active_share is None else "active_share"
+            raise ShapeError(
+                f"budget.{name}: the model has no experts: a token uses all parameters; give parameters or share"
             )
-        floor = budget.floor if wanted is None else 0.0
+        for name, number, share, cost in counts:
+            wanted = number if share is None else share * cost(Sizes.of(self.shape))
+            if wanted is not None:
+                low, high = wanted * (1 - budget.tolerance), wanted * (1 + budget.tolerance)
+                budgets.append(Budget(name, low, high, cost, human_count))
+        floor = 0.0 if budgets else budget.floor
         if budget.memory_gib is not None:
             high = budget.memory_gib * 2**30
             budgets.append(Budget("memory_gib", floor * high, high, self.memory, human_bytes))
@@ -304,7 +321,8 @@ def _finished(output: Path) -> int:
 
 
 def _is_ranked(config: SearchConfig, values: dict[str, Any]) -> bool:
-    return "loss" in values and ("prefill" in values or not config.timed)
+    measured = "loss" in values and ("accuracy" in values or config.task.given is None)
+    return measured and ("prefill" in values or not config.timed)
 
 
 def _rank(config: SearchConfig, output: Path, work: Work) -> None:
@@ -334,14 +352,16 @@ def _distil(
     given = {name: size for name, size in result.sizes._asdict().items() if size is not None}
     logger.info("distilling %s: %s", label, result.name)
     started = time.monotonic()
-    student = config.pruning(str(folder / "student"), TargetConfig(**given))
-    distilled = config.distillation(str(folder / "distilled"), student.output)
-    for stage in (student, distilled):
-        run_child(stage)
+    student: StageConfig = config.pruning(str(folder / "student"), TargetConfig(**given))
+    run_child(student)
+    if config.reconstruct_samples:
+        student = config.reconstruction(str(folder / "reconstructed"), student.output)
+        run_child(student)
+    run_child(config.distillation(str(folder / "distilled"), student.output))
     seconds = round(time.monotonic() - started, 1)
     _rank(config, output, Work([result.sizes], distilled=str(folder / "distilled" / "model")))
     journal.append([(result.name, {"distill_seconds": seconds})])
-    for part in ("student", "distilled/checkpoints"):
+    for part in ("student", "reconstructed", "distilled/checkpoints"):
         shutil.rmtree(folder / part, ignore_errors=True)
 
 
@@ -349,7 +369,8 @@ def _results(
     config: SearchConfig, costs: Costs, names: dict[str, Sizes], known: dict[str, dict[str, Any]]
 ) -> list[Result]:
     """The results of each candidate of this search."""
-    fields = {field.name for field in dataclasses.fields(Result)} - {"sizes", "parameters", "memory", "outside"}
+    fields = {field.name for field in dataclasses.fields(Result)}
+    fields -= {"sizes", "parameters", "active_parameters", "memory", "outside"}
     budget, results = config.budget, []
     for name, sizes in names.items():
         values = {key: value for key, value in known.get(name, {}).items() if key in fields}
@@ -357,7 +378,14 @@ def _results(
         if budget.latency_ms is not None and measured is not None and 1000 * measured > budget.latency_ms:
             outside = f"{budget.latency_of} {1000 * measured:.1f} ms"
         results.append(
-            Result(sizes, costs.parameters(sizes), memory=round(costs.memory(sizes)), outside=outside, **values)
+            Result(
+                sizes,
+                costs.parameters(sizes),
+                active_parameters=None if costs.active is None else costs.active(sizes),
+                memory=round(costs.memory(sizes)),
+                outside=outside,
+                **values,
+            )
         )
     return results
 
@@ -404,5 +432,10 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
         "distilled": states.count("distilled"),
         "best": best["name"],
         **{name: best[name] for name in ("parameters", "loss", "distilled_loss")},
+        **{
+            name: best[name]
+            for name in ("active_parameters", "accuracy", "distilled_accuracy")
+            if best[name] is not None
+        },
         "kendall_tau": results["kendall_tau"],
     }

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.data.blocks import Blocks
+from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.runtime.forward import document_inputs, mean_losses
 from nemo_minitron.runtime.masks import documents_masked
 from nemo_minitron.streamed.model import StreamedModel
@@ -29,8 +30,8 @@ class Pass:
     """The hidden states of this rank's samples, and how a part of the model changes them.
 
     :meth:`embed` makes them, :meth:`through` runs a layer over them in place, :meth:`losses` reads them at the end.
-    Nothing here is collective: data-parallel ranks run each at their own pace. Memory beyond the part of the model at
-    hand: the states, and the activations of one micro-batch.
+    :meth:`embed` and :meth:`through` are not collective: data-parallel ranks run each at their own pace. Memory beyond
+    the part of the model at hand: the states, and the activations of one micro-batch.
 
     Args:
         model: whose layers run.
@@ -39,6 +40,10 @@ class Pass:
         micro_batch_size: blocks that a layer takes at once.
         budget: bytes of states that this rank keeps in memory; larger ones are kept in ``file``.
         file: of states beyond the budget; None keeps all in memory.
+
+    Attributes:
+        states: between two layers.
+        finite: every value that a layer gave so far is finite.
     """
 
     def __init__(
@@ -56,6 +61,12 @@ class Pass:
         sizes = len(self.blocks), self.blocks.sequence_length, model.shape.hidden_size
         size = sizes[0] * sizes[1] * sizes[2] * model.dtype.itemsize
         self.states = States(*sizes, dtype=model.dtype, file=file if size > budget else None)
+        self.finite = True
+
+    def more_states(self, file: Path | None = None) -> States:
+        """Further states of the same size, in memory or in a file; :attr:`states` may be set to them."""
+        sizes = self.states.tensor.shape
+        return States(*sizes, dtype=self.model.dtype, file=file)
 
     @property
     def micro_batches(self) -> int:
@@ -82,9 +93,29 @@ class Pass:
         """
         with around or nullcontext(), documents_masked([chunk], self.blocks.segments is not None):
             for start, inputs, positions, mask in self.batches():
-                self.states.write(start, self.run(chunk, start, inputs, positions, mask))
+                hidden = self.run(chunk, start, inputs, positions, mask)
+                self.finite = self.finite and bool(torch.isfinite(hidden).all())
+                self.states.write(start, hidden)
                 if progress is not None:
                     progress(1)
+
+    def check_finite(self, layer: int, *, where: str = "") -> None:
+        """Stop if the layer that ran last gave a value that is NaN or infinite. Collective: every rank raises alike.
+
+        Args:
+            layer: its number (0-based).
+            where: said behind it in the message.
+
+        Raises:
+            NonFiniteError: naming the layer.
+        """
+        broken = torch.tensor([int(not self.finite)], device=self.model.groups.device.torch)
+        dist.all_reduce(broken, dist.ReduceOp.MAX, group=self.model.groups.dp)
+        if int(broken):
+            raise NonFiniteError(
+                f"decoder.layers.{layer}: its output{where} is NaN or infinite; check the checkpoint's weights in and "
+                "before that layer, or run it in runtime.dtype=float32"
+            )
 
     def run(
         self,
@@ -102,13 +133,17 @@ class Pass:
         return output
 
     @torch.no_grad()
-    def losses(self, *, progress: Progress | None = None) -> torch.Tensor:
+    def losses(self, chunk: GPTModel | None = None, *, progress: Progress | None = None) -> torch.Tensor:
         """Mean next-token cross-entropy of each block after the last layer, over the labels that count.
 
+        Args:
+            chunk: from :meth:`StreamedModel.output`; None reads it.
+            progress: see :data:`Progress`.
+
         Returns:
-            ``[n]`` float64 nats, of all blocks, on every rank and on the CPU. Collective, unlike the other methods.
+            ``[n]`` float64 nats, of all blocks, on every rank and on the CPU. Collective.
         """
-        groups, chunk = self.model.groups, self.model.output()
+        groups, chunk = self.model.groups, self.model.output() if chunk is None else chunk
         device, layout = groups.device.torch, groups.layout
         counted = self.blocks.counted()
         # As many on every rank, for the collective below.
@@ -131,8 +166,11 @@ class Pass:
 
     def batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Of each micro-batch: its first sample, ``[b, s]`` inputs, their positions and their mask, on the device."""
-        segments = self.blocks.segments
         for start in range(0, len(self.blocks), self.micro_batch_size):
-            stop = start + self.micro_batch_size
-            inputs = self.blocks.tokens[start:stop, :-1].to(self.model.groups.device.torch).contiguous()
-            yield start, inputs, *document_inputs(inputs, None if segments is None else segments[start:stop, :-1])
+            yield self.batch(start, start + self.micro_batch_size)
+
+    def batch(self, start: int, stop: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The samples ``start`` to ``stop``, as :meth:`batches` gives them."""
+        segments = self.blocks.segments
+        inputs = self.blocks.tokens[start:stop, :-1].to(self.model.groups.device.torch).contiguous()
+        return start, inputs, *document_inputs(inputs, None if segments is None else segments[start:stop, :-1])

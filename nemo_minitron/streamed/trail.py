@@ -16,7 +16,7 @@ import torch.distributed as dist
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.groups import Groups
-from nemo_minitron.streamed.states import States
+from nemo_minitron.streamed.states import States, save_tensors
 
 __all__ = ["Trail"]
 
@@ -84,19 +84,34 @@ class Trail:
         self._stops = [stop for stop in self._stops if stop.layer == int(at)]
         return int(at)
 
-    def load(self, states: States) -> dict[str, torch.Tensor]:
+    def load(self, states: States, into: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Fill ``states`` from the stop that :meth:`find` returned, and return what the pass had gathered.
+
+        Args:
+            states: those that :meth:`reach` got.
+            into: tensors that are filled with what was gathered under their names, which the result lacks.
 
         Raises:
             CheckpointError: if its files are damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         (stop,) = self._stops
+        into = into or {}
+        found: dict[str, torch.Tensor] = {}
         try:
-            states.tensor.copy_(load_file(self.directory / stop.states)["states"])
-            return load_file(self.directory / stop.extra)
+            with safe_open(self.directory / stop.states, "pt") as file:
+                states.tensor.copy_(file.get_tensor("states"))
+            with safe_open(self.directory / stop.extra, "pt") as file:
+                names = set(file.keys())
+                if lacking := into.keys() - names:
+                    raise KeyError(min(lacking))
+                for name in names:
+                    if name in into:
+                        into[name].copy_(file.get_tensor(name))
+                    else:
+                        found[name] = file.get_tensor(name).clone()  # no map of the file
+            return found
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"{self.directory}: the states of a pass that was stopped cannot be read ({error}); remove {self.root} "
@@ -114,12 +129,10 @@ class Trail:
         dist.all_reduce(due, dist.ReduceOp.MAX, group=self._groups.dp)
         if not int(due):
             return
-        from safetensors.torch import save_file
-
         slot = "b" if self._stops and self._stops[-1].states.startswith("a") else "a"
         stop = _Stop(layer, f"{slot}-states.safetensors", f"{slot}-extra.safetensors")
-        save_file({"states": states.tensor.contiguous()}, self.directory / stop.states)
-        save_file({name: value.contiguous() for name, value in extra.items()}, self.directory / stop.extra)
+        save_tensors(self.directory / stop.states, {"states": states.tensor})
+        save_tensors(self.directory / stop.extra, extra)
         self._stops = [*self._stops[-1:], stop]
         content = {"subject": self._subject, "stops": [vars(each) for each in self._stops]}
         replace_file(self.directory / _RECORD, json.dumps(content) + "\n")

@@ -29,22 +29,43 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-def measure(groups: Any, tokenizer: Path, **options: Any) -> Any:
-    """Depth scores, by a task too; and the same bits without reuse."""
+def encoded_task(tokenizer: Path) -> Any:
     from nemo_minitron.data.tasks import Question, encode_task
-    from nemo_minitron.importance import layer_importance
 
     texts = sentences(60, 6, seed=2)
     questions = [Question(texts[i] + " ", tuple(texts[i + 1 : i + 4]), i % 3) for i in range(0, 16, 4)]
-    task = encode_task(questions, tokenizer, vocab_size=SHAPE_8.vocab_size, max_length=64)
+    return encode_task(questions, tokenizer, vocab_size=SHAPE_8.vocab_size, max_length=64)
+
+
+def measure(groups: Any, tokenizer: Path, **options: Any) -> Any:
+    """Depth scores, by a task too; and the same bits without reuse."""
+    from nemo_minitron.importance import layer_importance
+
     return layer_importance(
         live(random_checkpoint(SHAPE_8), groups),
         tokens(*BLOCKS, vocab=SHAPE_8.vocab_size),
         groups,
         shape=SHAPE_8,
         micro_batch_size=3,
-        task=task,
+        task=encoded_task(tokenizer),
         **{"block_lengths": [3], **options},
+    )
+
+
+def measure_streamed(groups: Any, tokenizer: Path) -> Any:
+    """The same as :func:`measure` with greedy rounds, layer by layer, with states in files."""
+    from nemo_minitron.importance import layer_importance_streamed
+    from nemo_minitron.streamed import StreamedModel, Trail
+
+    return layer_importance_streamed(
+        StreamedModel(random_checkpoint(SHAPE_8), groups),
+        tokens(*BLOCKS, vocab=SHAPE_8.vocab_size),
+        micro_batch_size=3,
+        task=encoded_task(tokenizer),
+        block_lengths=[3],
+        greedy=2,
+        budget=20_000,
+        trail=lambda candidates: Trail(tokenizer / "pass", {"candidates": candidates}, groups, every=0),
     )
 
 
@@ -58,6 +79,8 @@ def layout_case(layouts: dict[str, dict[str, Any]], tokenizer: Path) -> dict[str
         found[name] = measure(groups, tokenizer, greedy=2)
         plain = measure(groups, tokenizer, block_lengths=[], reuse_prefix=False)
         assert all(found[name].measured[layers] == one for layers, one in plain.measured.items()), name  # bit by bit
+        if name == "dp2":
+            found["dp2, streamed"] = measure_streamed(groups, tokenizer)
         # A journal that one process began goes on here.
         journal = depth_journal(tokenizer / f"journal-{name}", {})
         resumed = measure(groups, tokenizer, journal=journal)
@@ -97,5 +120,11 @@ def test_depth_scores_do_not_depend_on_the_layout(tmp_path: Path, world: int) ->
                     for form, number in (("lowest", 5), ("contiguous", 3)):
                         like = choose_layers(expected.costs(criterion), 8, number, form)
                         assert choose_layers(scores.costs(criterion), 8, number, form) == like, (name, criterion, form)
+            if name == "dp2":
+                streamed = found["dp2, streamed"]
+                assert streamed.measured.keys() == expected.measured.keys()
+                for layers, one in streamed.measured.items():
+                    assert one.loss == pytest.approx(expected.measured[layers].loss, rel=1e-5), (rank, layers)
+                    assert one.accuracy == expected.measured[layers].accuracy, (rank, layers)
             greedy = [choose_layers(scores.costs("loss"), 8, 2, "greedy") for scores in (found[name], expected)]
             assert greedy[0] == greedy[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.checkpoints import tiny_hf_model
 from support.distributed import next_port, run_distributed
+from support.pruning import DictWeights
 
 from nemo_minitron.axes import KeptUnits
 
@@ -28,10 +30,11 @@ def train(
     on_model: bool = False,
     finetune: bool = False,
     kept: str | None = None,
+    restore: bool = True,
 ) -> dict[str, Any]:
     """``llm.train`` from ``weights``: loss of each step, and what the optimizer holds at the end.
 
-    With ``kept``, by the code of the guide.
+    With ``kept``, by the code of the guide. Without ``restore`` nothing is read from ``weights``.
     """
     import lightning.pytorch as pl
     from megatron.core.optimizer import OptimizerConfig
@@ -101,7 +104,9 @@ def train(
             trainer,
             log=log,
             resume=nl.AutoResume(
-                restore_config=nl.RestoreConfig(path=weights), resume_if_exists=True, resume_ignore_no_checkpoint=True
+                restore_config=nl.RestoreConfig(path=weights) if restore else None,
+                resume_if_exists=True,
+                resume_ignore_no_checkpoint=True,
             ),
             **{"peft" if finetune else "model_transform": None if on_model else transform},
         )
@@ -124,6 +129,7 @@ def cases(folder: str) -> dict[str, Any]:
     from nemo_minitron.pruning import DepthPrune, PruneTransform, WidthPrune
 
     whole, pruned, kept = f"{folder}/whole", f"{folder}/pruned", f"{folder}/pruned/kept.json"
+    refitted = f"{folder}/refitted"
     full = open_checkpoint(whole).shape
     small = open_checkpoint(pruned).shape
     recipe = run.Config(PruneTransform, kept=kept)
@@ -135,6 +141,10 @@ def cases(folder: str) -> dict[str, Any]:
         "plain": train(
             f"{folder}/c", whole, 3, shape=full, on_model=True,
             transform=lambda module: WidthPrune(kept)(DepthPrune(kept)(module)),
+        ),
+        "offline-refitted": train(f"{folder}/e", refitted, 2, shape=small),
+        "refitted": train(
+            f"{folder}/f", whole, 2, shape=full, restore=False, transform=PruneTransform(kept, weights=refitted)
         ),
     }  # fmt: skip
 
@@ -157,6 +167,10 @@ def test_nemo_trains_what_the_transform_leaves(tmp_path: Path) -> None:
     kept = units(shape)
     write_checkpoint(prune_weights(checkpoint, kept), tmp_path / "pruned", "nemo2")
     save_kept(kept, shape, tmp_path / "pruned" / "kept.json")
+    small = open_checkpoint(tmp_path / "pruned")
+    other = {name: 1.25 * small.weights.tensor(name) for name in small.weights.names()}
+    write_checkpoint(dataclasses.replace(small, weights=DictWeights(other)), tmp_path / "refitted", "nemo2")
+    save_kept(kept, shape, tmp_path / "refitted" / "kept.json")
     ranks = run_distributed(cases, 4, tmp_path, timeout=240, folder=str(tmp_path))
     found = ranks[0]
     expected = found["offline"]["losses"]
@@ -165,15 +179,39 @@ def test_nemo_trains_what_the_transform_leaves(tmp_path: Path) -> None:
     assert {**found["transform"]["losses"], **found["resumed"]["losses"]} == pytest.approx(expected, rel=1e-5)
     for name in ("plain", "finetune"):
         assert found[name]["losses"] == pytest.approx({step: expected[step] for step in (1, 2, 3)}, rel=1e-5)
+    assert found["refitted"]["losses"] == pytest.approx(found["offline-refitted"]["losses"], rel=1e-5)
+    assert found["refitted"]["losses"][1] != pytest.approx(expected[1], rel=1e-3)
     for rank in ranks:
-        for name in ("transform", "resumed", "finetune", "plain"):
+        for name in ("transform", "resumed", "finetune", "plain", "refitted"):
             assert rank[name]["held"] == rank["offline"]["held"], name
             assert rank[name]["moments"] == rank["offline"]["moments"], name
-    for run in "bcd":
+    for run in "bcdf":
         written = list((tmp_path / run / "run/checkpoints").glob("*-last"))
         assert written
         for checkpoint in written:
             assert open_checkpoint(checkpoint).shape == kept.target(shape)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
+    from nemo_minitron.errors import CheckpointError
+    from nemo_minitron.pruning import PruneTransform, prune_weights, save_kept
+
+    checkpoint = open_checkpoint(tiny_hf_model(tmp_path / "hf"))
+    shape, everything = checkpoint.shape, KeptUnits.everything(checkpoint.shape)
+    ffn = [(tuple(range(first, first + 40)),) * shape.num_layers for first in (0, 8)]
+    kept, other = (dataclasses.replace(everything, ffn=units) for units in ffn)
+    for name, chosen in (("kept", kept), ("other", other), ("whole", everything)):
+        write_checkpoint(prune_weights(checkpoint, chosen), tmp_path / name, "nemo2")
+        save_kept(chosen, shape, tmp_path / name / "kept.json")
+    path = tmp_path / "kept/kept.json"
+    assert PruneTransform(path, weights=tmp_path / "kept").weights == tmp_path / "kept"
+    with pytest.raises(CheckpointError, match=r"weights=.*other: was made of other kept units"):
+        PruneTransform(path, weights=tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"weights=.*whole: is of .* not of the pruned shape"):
+        PruneTransform(path, weights=tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        PruneTransform(path, weights=tmp_path / "nowhere")
 
 
 def units(shape: Any) -> KeptUnits:

@@ -17,6 +17,7 @@ from nemo_minitron.axes import KeptUnits
 
 def refit_all(groups: Any) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors that are replaced, by model."""
+    from nemo_minitron.config import BlockConfig
     from nemo_minitron.pruning import prune_weights
     from nemo_minitron.reconstruction import reconstruct
     from nemo_minitron.streamed import StreamedModel
@@ -35,8 +36,11 @@ def refit_all(groups: Any) -> dict[str, dict[str, torch.Tensor]]:
         ),
         "mixture": dataclasses.replace(mixture, hidden=mixture.hidden[:-4]),
     }
+    kept |= {f"{name}, block": units for name, units in kept.items()}
+    teachers = {"dense": random_checkpoint(), "mixture": random_mixture()}
     changed: dict[str, dict[str, torch.Tensor]] = {}
-    for name, teacher in (("dense", random_checkpoint()), ("mixture", random_mixture())):
+    for name in kept:
+        teacher = teachers[name.split(",")[0]]
         changed[name] = {}
         pruned = prune_weights(teacher, kept[name])
         reconstruct(
@@ -46,6 +50,7 @@ def refit_all(groups: Any) -> dict[str, dict[str, torch.Tensor]]:
             tokens(23, 13),  # odd: one rank has one sample more
             sink=lambda number, tensors, report, name=name: changed[name].update(tensors),
             micro_batch_size=3,
+            block=BlockConfig(steps=8, learning_rate=5e-4) if "block" in name else None,
         )
     return changed
 
@@ -61,6 +66,12 @@ def test_two_processes_refit_as_one_does(tmp_path: Path) -> None:
     with one_process() as groups:
         expected = refit_all(groups)
     assert len(expected["dense"]) > 10
+    trained = [
+        not torch.equal(tensor, expected[model].get(name, tensor))
+        for model in ("dense", "mixture")
+        for name, tensor in expected[f"{model}, block"].items()
+    ]
+    assert any(trained)
     for found in run_distributed(case, 2, tmp_path):
         for model, tensors in expected.items():
             assert found[model].keys() == tensors.keys()

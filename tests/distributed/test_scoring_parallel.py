@@ -69,10 +69,20 @@ def score_all(shape: Any, groups: Any) -> dict[str, Any]:
     for name, data in (("taylor", blocks), ("taylor, one block", single)):
         criteria = [("sum", "l2"), ("sum", "max")]
         found[name] = score_criteria(wide, data, groups, criteria=criteria, estimator="taylor", **options)
+    found["taylor kl"] = score_criteria(
+        wide, blocks, groups, criteria=criteria, estimator="taylor", loss="kl", **options
+    )
+    for name, data in (("reconstruction", blocks), ("reconstruction, one block", single)):
+        found[name] = score_criteria(
+            wide, data, groups, criteria=[("none", "none")], estimator="reconstruction", **options
+        )
     if groups.layout.tensor < 3 and groups.layout.pipeline < 3 and not groups.layout.virtual_pipeline:
         options["shape"] = MIXTURE
-        for estimator, first in (("activation", "mean"), ("taylor", "sum")):
-            criteria = [(first, "l2"), (first, "variance")]
+        for estimator, criteria in (
+            ("activation", [("mean", "l2"), ("mean", "variance")]),
+            ("taylor", [("sum", "l2"), ("sum", "variance")]),
+            ("reconstruction", [("none", "none")]),
+        ):
             found[f"mixture, {estimator}"] = score_criteria(
                 live_mixture(groups), blocks, groups, criteria=criteria, estimator=estimator, **options
             )

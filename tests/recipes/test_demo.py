@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_quick_demo(tmp_path: Path) -> None:
-    """Scored pruning beats random pruning, distillation wins back a part, transformers generates with the result."""
+    """Scored pruning beats random pruning, reconstruction wins back a part without training, distillation from there;
+    transformers generates with the result.
+    """
     run = tmp_path / "demo"
     command = [sys.executable, "-m", "nemo_minitron", "run", str(ROOT / "configs/demo-quick.yaml"), f"output={run}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100, check=False)
@@ -29,6 +31,8 @@ def test_quick_demo(tmp_path: Path) -> None:
     assert loss["teacher"] < 4.0
     assert loss["teacher"] < loss["pruned"] < loss["teacher"] + 2.0
     assert loss["random"] > loss["pruned"] + 3.0
+    untrained = (loss["pruned"] - loss["reconstructed"]) / (loss["pruned"] - loss["teacher"])
+    assert untrained > 0.15, loss
     recovered = (loss["pruned"] - loss["distilled"]) / (loss["pruned"] - loss["teacher"])
     assert recovered > 0.15, loss
 
@@ -45,7 +49,7 @@ def test_quick_demo(tmp_path: Path) -> None:
     harness_sees_one_model(run, tmp_path)
 
     page = (run / "report/index.html").read_text()
-    for claim in ("Held-out loss", "data:image/png;base64", f"{loss['distilled']:.3f}"):
+    for claim in ("Held-out loss", "data:image/png;base64", f"{loss['distilled']:.3f}", "Reconstruction, without any"):
         assert claim in page
     assert (run / "report/report.md").is_file()
 

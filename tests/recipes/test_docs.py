@@ -44,7 +44,14 @@ NOT_RUN = {
     ".ci/run": "it runs all tests",
     "python3.12 tests/gpu/": "for a machine with a GPU",
     "sh tests/gpu/": "for a machine with a GPU",
-    "vllm serve ": "vLLM is not here, and needs a GPU; transformers loads the same folder",
+    "vllm serve ": "it serves until it is stopped; tests/parity/test_vllm.py loads a folder with vLLM",
+    "trtllm-serve ": "it needs a GPU",
+    "llama-server ": "llama.cpp's programs are not here; benchmarks/serving.py runs its library where that is",
+    "llama-cli ": "llama.cpp's programs are not here",
+    "curl ": "it asks a server",
+    "MINITRON_VLLM_PYTHON=": "it needs an environment with vLLM",
+    "CMAKE_ARGS=": "it builds llama.cpp, which takes minutes",
+    "minitron chat ": "it waits for input; tests/unit/test_chat.py talks, and its options are looked up",
 }
 #: Commands whose dry run ends with this refusal, and with no other.
 REFUSED = {
@@ -186,6 +193,9 @@ def test_lines_on_the_list_are_still_read() -> None:
         if line.startswith("make "):
             done = subprocess.run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, (page, done.stderr)
+        elif line.startswith("minitron chat "):
+            known = CliRunner().invoke(app, ["chat", "--help"], env={"COLUMNS": "150"}).output
+            assert all(word in known for word in shlex.split(line) if word.startswith("--")), (page, line)
         elif line.startswith(("python", "docker build", "sh ", ".ci/")):
             words = shlex.split(line)
             (file,) = [word for word in words if re.search(r"\.(py|sh|Dockerfile)$|^\.ci/", word)]
@@ -321,5 +331,5 @@ def test_records_are_read(block: Block, tmp_path: Path) -> None:
 
 def test_help_shows_every_stage() -> None:
     done = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "150"})
-    for stage in [*STAGES, "init", "run", "plan"]:
+    for stage in [*STAGES, "init", "run", "plan", "chat"]:
         assert stage in done.output

@@ -35,7 +35,7 @@ def test_a_strangers_model(tmp_path: Path) -> None:
 
     run = tmp_path / "runs/p"
     models = json.loads((run / "evaluation/evaluation.json").read_text())["models"]
-    assert list(models) == ["teacher", "pruned", "distilled", "sft", "dpo"]
+    assert list(models) == ["teacher", "pruned", "reconstructed", "distilled", "sft", "dpo"]
     teacher, student = models["teacher"]["parameters"], models["dpo"]["parameters"]
     assert student <= 0.6 * teacher
     assert models["distilled"]["loss"] < models["pruned"]["loss"]

@@ -187,3 +187,75 @@ def test_the_plan_counts_and_refuses(home: Path) -> None:
     empty = search.plan(config(home, "plan", "budget.share=0.01"))
     assert any("parameters" in fault for fault in empty.faults)
     assert "search" in STAGES
+
+
+@pytest.mark.slow
+def test_a_task_can_decide(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracies as the questions give them; the order goes by them, and by the loss where they are equal."""
+    here(monkeypatch)
+    fake_stages(monkeypatch, home)
+    questions = [
+        {"prompt": f"w{row} w{row + 1}", "choices": [f"w{row + shift} w{row * 7 % 120}" for shift in (2, 9, 31)],
+         "answer": row % 3}
+        for row in range(24)
+    ]  # fmt: skip
+    (home / "task.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
+    settings = ["task.path=" + str(home / "task.jsonl"), "rank_by=task", "best=1"]
+    plan = search.plan(config(home, "task", *settings))
+    assert str(home / "task.jsonl") in [str(read.path) for read in plan.reads]
+    metrics = search.run(config(home, "task", *settings))
+    content = json.loads((home / "task/search.json").read_text())
+    ranked = [one for one in content["candidates"] if one["state"] == "ranked"]
+    distilled = [one for one in content["candidates"] if one["state"] == "distilled"]
+    assert len(distilled) == 1 and len(ranked) == 2
+    everything = [*ranked, *distilled]
+    assert all(round(24 * one["accuracy"]) == pytest.approx(24 * one["accuracy"]) for one in everything)
+    first = min(everything, key=lambda one: (-one["accuracy"], one["loss"]))
+    assert distilled == [first]
+    assert ranked == sorted(ranked, key=lambda one: (-one["accuracy"], one["loss"]))
+    # the student is the teacher here
+    assert metrics["distilled_accuracy"] == content["unpruned"]["accuracy"]
+    assert metrics["accuracy"] == first["accuracy"]
+    assert "accuracy, untrained" in (home / "task/search.md").read_text()
+    assert content["rank_by"] == "task"
+
+    with pytest.raises(ConfigError, match="rank_by=task: there is no task; set task.path or task.builtin"):
+        config(home, "none", "rank_by=task")
+    with pytest.raises(ConfigError, match="rank_by=best: must be one of loss, task"):
+        config(home, "none", "rank_by=best")
+
+
+@pytest.mark.slow
+def test_candidates_are_ranked_after_reconstruction(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By text that the fit did not see; what is distilled is reconstructed too."""
+    from nemo_minitron.axes import KeptUnits
+    from nemo_minitron.checkpoints import Checkpoint
+
+    fitted: list[int] = []
+    changed: list[int] = []
+    whole = search_ranking._Ranking._refitted
+
+    def refitted(ranking: Any, pruned: Checkpoint, kept: KeptUnits) -> Checkpoint:
+        result = whole(ranking, pruned, kept)
+        fitted.append(len(ranking.fitted))
+        assert len(ranking.blocks) == 4
+        assert not {*map(tuple, ranking.fitted.tokens.tolist())} & {*map(tuple, ranking.blocks.tokens.tolist())}
+        names = result.weights.names()
+        changed.append(sum(not torch.equal(result.weights.tensor(n), pruned.weights.tensor(n)) for n in names))
+        return result
+
+    monkeypatch.setattr(search_ranking._Ranking, "_refitted", refitted)
+    here(monkeypatch)
+    calls = fake_stages(monkeypatch, home)
+    given = config(home, "refitted", "reconstruct_samples=10", "best=1")
+    assert search.plan(given).costs["reconstruction"] == "160 tokens in 10 samples, for each candidate"
+    search.run(given)
+    content = json.loads((home / "refitted/search.json").read_text())
+    assert fitted == [10, 10, 10]
+    assert sum(changed) > 0
+    assert [call.split()[0] for call in calls] == ["prune", "reconstruct", "distill"]
+    assert all(one["loss"] is not None for one in content["candidates"])
+    with pytest.raises(ConfigError, match="reconstruct_samples=3: every 5th sample is held out"):
+        config(home, "none", "reconstruct_samples=3")
+    with pytest.raises(ConfigError, match="parallel.tensor=2: a layer at a time"):
+        config(home, "none", "reconstruct_samples=10", "parallel.tensor=2")

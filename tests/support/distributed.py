@@ -31,7 +31,7 @@ from nemo_minitron.jobs.warm_client import WarmProcess
 __all__ = ["free_ports", "level_of", "next_port", "run_distributed", "start_rank"]
 
 TESTS = Path(__file__).resolve().parents[1]
-SPARE_PORTS = 6
+SPARE_PORTS = 8
 #: What in a test's file shows that its ranks import this much.
 _LEVELS = {
     "aligner": r"nemo_aligner|nemo_minitron\.alignment|import alignment",

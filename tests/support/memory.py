@@ -31,6 +31,8 @@ class StorageWatch(TorchDispatchMode):
         self.start = self.peak = sum(self._held.values())
 
     def _add(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":  # which holds nothing
+            return
         storage = tensor.untyped_storage()
         self._held.setdefault(StorageWeakRef(storage), storage.nbytes())
 

@@ -55,6 +55,8 @@ def make_world(folder: Path) -> None:
     kept = choose_units(scores, teacher.shape, teacher.shape.replace(num_layers=3, ffn_hidden_size=48))
     pruned = write_checkpoint(prune_weights(teacher, kept), demo / "pruned", "nemo2")
     save_kept(kept, teacher.shape, demo / "pruned/kept.json")
+    write_checkpoint(pruned, demo / "reconstructed", "nemo2")
+    save_kept(kept, teacher.shape, demo / "reconstructed/kept.json")
     for path, form in (("distilled/model", "nemo2"), ("export/hf", "hf"), ("export/model.nemo", "nemo")):
         write_checkpoint(pruned, demo / path, form)
 

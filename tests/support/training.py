@@ -39,6 +39,7 @@ def train(
     correction: dict[str, float] | None = None,
     intermediate: dict[str, Any] | None = None,
     uneven: bool = False,
+    quantize: str | None = None,
     **schedule: Any,
 ) -> str:
     """Distil, or train the teacher on the labels.
@@ -52,6 +53,7 @@ def train(
         alone: train the teacher by itself.
         correction, intermediate: of the distillation.
         uneven: some labels do not count, of each block others.
+        quantize: train for this quantization, int4 with groups of 32.
         schedule: settings; four sequences a step and the like by default.
 
     Returns:
@@ -64,6 +66,7 @@ def train(
     from nemo_minitron.distillation.recipe import Schedule, correct, distill
     from nemo_minitron.distillation.training import metrics
     from nemo_minitron.errors import MinitronError
+    from nemo_minitron.quantization import scheme_of
     from nemo_minitron.runtime.groups import ParallelLayout
 
     settings: dict[str, Any] = {
@@ -74,6 +77,7 @@ def train(
         "layout": ParallelLayout(**(layout or {})),
         "schedule": Schedule(**{**settings, **schedule}),
         "directory": Path(out),
+        "quantize": None if quantize is None else scheme_of(quantize, 32),
     }
     unset_num_microbatches_calculator()  # of an earlier training in this process
     student, teacher = open_checkpoint(Path(models) / "student"), open_checkpoint(Path(models) / "teacher")

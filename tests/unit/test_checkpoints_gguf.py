@@ -149,8 +149,7 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(CheckpointError, match="is not a GGUF file"):
         convert_gguf(tmp_path / "text.gguf", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is a GGUF file; turn it into"):
-        open_checkpoint(tmp_path / "tiny.gguf")
+    assert open_checkpoint(tmp_path / "tiny.gguf").format == "gguf"
     assert not (tmp_path / "out").exists()
 
 

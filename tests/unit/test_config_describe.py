@@ -56,6 +56,7 @@ FILLED: dict[str, list[str]] = {
     "reinforce": ["data.path=a.jsonl", "rule=short"],
     "export": [],
     "evaluate": ["models={a: model}", *SOURCE],
+    "benchmark": ["models={a: model}"],
     "report": [],
     "doctor": [],
     "pipeline": ["stages=[{stage: report}]"],

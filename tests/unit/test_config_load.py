@@ -152,7 +152,7 @@ def test_unresolvable_interpolations(write):
         ("evaluate", f"output: o\nmodels: {{a: x}}\nbaseline: b\n{DATA}", "baseline=b: is none of the models (a)"),
         ("evaluate", f"output: o\nmodels: {{a: x}}\ntokens: 3\n{DATA}", "tokens=3: less than one block"),
         ("score", "model: m\noutput: o", "data.sources: none is given"),
-        ("score", f"{SCORE}estimator: fisher", "estimator=fisher: must be one of activation, taylor, magnitude"),
+        ("score", f"{SCORE}estimator: fisher", "estimator=fisher: must be one of activation, taylor, reconstruction"),
         (
             "score",
             f"{SCORE}estimator: taylor\naggregation: {{sequence: max}}",

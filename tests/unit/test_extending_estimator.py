@@ -114,7 +114,7 @@ def test_the_command_line_knows_it_where_it_is_installed(package: Path, tmp_path
 
     settings = [f"output={tmp_path}/out", f"estimator={NAME}"]
     dry_run = ["-m", "nemo_minitron", "score", "score", "--dry-run", *settings]
-    assert f"estimator={NAME}: must be one of activation, taylor, magnitude\n" in answer(*dry_run)
+    assert f"estimator={NAME}: must be one of activation, taylor, reconstruction, magnitude\n" in answer(*dry_run)
     installed = answer(*dry_run, PYTHONPATH=str(package))
     assert "calibration" in installed and "must be one of" not in installed
     assert f'"{NAME}"' in answer("-m", "nemo_minitron", "score", "--help", PYTHONPATH=str(package))

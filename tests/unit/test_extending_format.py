@@ -56,11 +56,11 @@ def test_messages_and_settings_name_it(package, tmp_path):
     with pytest.raises(CheckpointError, match="format 'onnx' is not known; use one of hf, nemo2, nemo, plain"):
         write_checkpoint(source, tmp_path / "out", "onnx")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"a \.nemo file, or tensors\.safetensors \(plain\)"):
+    with pytest.raises(CheckpointError, match=r"a \.nemo file, a \.gguf file, or tensors\.safetensors \(plain\)"):
         open_checkpoint(tmp_path / "empty")
     here = {"output": str(tmp_path / "out")}
     assert ExportConfig(model="m", formats=["plain"], **here).faults() == []
-    assert "nemo, plain" in ExportConfig(model="m", formats=["onnx"], **here).faults()[0]
+    assert "gguf, plain" in ExportConfig(model="m", formats=["onnx"], **here).faults()[0]
     for fine in (ImportConfig(source="m", format="plain", **here), PruneConfig(model="m", format="plain", **here)):
         assert not [fault for fault in fine.faults() if "format" in fault]
     assert format_faults("out", "plain") == []

@@ -116,3 +116,31 @@ def test_experts_in_one_grouped_matrix_are_refused(groups):
     del chunks[0].decoder.layers[1].mlp.experts.local_experts
     with pytest.raises(ShapeError, match=r"layers\.1: has no mlp\.experts\.local_experts \(MoELayer\).*grouped_gemm"):
         score_model(chunks, tokens(2, 5), groups, shape=MIXTURE)
+
+
+def test_losses_after_reconstruction_by_expert(groups):
+    """From each expert's inputs over all tokens, zero where a token went to others; in float64."""
+    from nemo_minitron.importance.elimination import eliminate
+
+    blocks = tokens(5, 13)
+    scores = score_model(
+        live_mixture(groups), blocks, groups, shape=MIXTURE, micro_batch_size=2, estimator="reconstruction"
+    )
+    (chunk,) = live_mixture(groups)
+    chunk.eval()
+    seen: list[torch.Tensor] = []
+    for layer in chunk.decoder.layers:
+        layer.mlp = PlainMixture(layer.mlp, lambda *tensors: seen.extend(tensors))
+    ids = blocks[:, :-1]
+    with torch.no_grad():
+        chunk(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+    for index, layer in enumerate(chunk.decoder.layers):
+        for number, expert in enumerate(layer.mlp.mlp.experts.local_experts):
+            a, out = seen[2 * (index * E + number) :][:2]
+            weight = expert.linear_fc2.weight.detach()
+            x = a.flatten(0, 1)
+            # Megatron's router takes its softmax in float32.
+            torch.testing.assert_close(
+                scores.ffn[index, number], eliminate(x.T @ x, weight.T @ weight), rtol=1e-4, atol=1e-7
+            )
+            assert float(scores.experts[index, number]) == pytest.approx(float(out.square().sum()), rel=1e-5)

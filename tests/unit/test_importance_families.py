@@ -27,12 +27,12 @@ def test_every_family_scores(groups, tmp_path, family):
     shape = checkpoint.shape
     chunks = live(checkpoint, groups, dtype=torch.float64)
     chunk = chunks[0].double()  # torch's norms are float32 whatever the model is, and LayerNorm refuses the mixture
-    activation, taylor = (
+    activation, taylor, reconstruction = (
         score_model(chunks, BLOCKS, groups, shape=shape, micro_batch_size=2, estimator=estimator)
-        for estimator in ("activation", "taylor")
+        for estimator in ("activation", "taylor", "reconstruction")
     )
     magnitude = magnitude_scores(checkpoint)
-    for scores in (activation, taylor, magnitude):
+    for scores in (activation, taylor, reconstruction, magnitude):
         for name in (*NAMES, *(["experts"] if shape.num_moe_experts else [])):
             assert (getattr(scores, name) >= 0).all()
             assert getattr(scores, name).unique().numel() > 1, (scores.estimator, name)

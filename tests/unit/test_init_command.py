@@ -50,7 +50,7 @@ def test_a_whole_pipeline(folder, tmp_path):
     pipeline, stages = load_pipeline(save)
     assert (pipeline.name, pipeline.output) == ("mine", "runs/mine")
     by_kind = {stage.STAGE: stage for stage in stages}
-    kinds = ["import", "score", "prune", "distill", "sft", "dpo", "evaluate", "export", "report"]
+    kinds = ["import", "score", "prune", "reconstruct", "distill", "sft", "dpo", "evaluate", "export", "report"]
     assert [kind for kind in by_kind if kind != "depth"] == kinds
     assert by_kind["sft"].data.template == "chatml"  # the tokenizer has its tokens
     assert by_kind["distill"].data.sources == [SourceConfig("text", path=str(folder / "text.jsonl"))]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,21 @@ from nemo_minitron.jobs.lease import Holder, Lease, leased
 from nemo_minitron.jobs.nested import run_child
 from nemo_minitron.jobs.output import Output
 
+_made: list[Lease] = []
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    """Gives back every lease of a test: a thread that goes on renewing would warn in the logs of later tests."""
+    yield
+    while _made:
+        _made.pop().release()
+
 
 def lease(path: Path, what: str = "minitron distill") -> Lease:
-    return Lease(path, "output: out", what)
+    made = Lease(path, "output: out", what)
+    _made.append(made)
+    return made
 
 
 def write(path: Path, **changes: object) -> Holder:

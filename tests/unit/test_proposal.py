@@ -357,6 +357,21 @@ def test_a_pipeline_always_loads(model, cluster, tokens, share, search):
         assert target_shape(model.shape, pruned.target.given()) == plan.student.shape
 
 
+def test_a_student_cut_in_width_is_reconstructed_in_a_part_of_the_time():
+    plan, request = made(SMOLLM2_135M, LAPTOP, tokens=3e6, share=0.694)
+    stages = {stage.STAGE: stage for stage in stages_of(plan, request)}
+    refit = stages["reconstruct"]
+    assert (refit.model, refit.teacher) == (stages["prune"].output, stages["distill"].teacher)
+    assert stages["distill"].student == refit.output
+    assert plan.refit.tokens == refit.samples * refit.data.sequence_length
+    assert 30 < plan.refit.seconds < 0.5 * 60 * plan.minutes
+    long, _ = made(LLAMA_31_8B, parse_cluster("h100:16"), tokens=1e10)
+    assert (long.refit.samples, long.refit.data) == (256, 8)
+    assert long.refit.seconds < 3600
+    short, _ = made(SMOLLM2_135M, LAPTOP, tokens=3e6, share=0.694, minutes=2)
+    assert short.refit.samples < plan.refit.samples
+
+
 @pytest.mark.parametrize("search", [False, True])
 def test_alignment_comes_after_the_distillation(search):
     plan, request = made(LLAMA_31_8B, parse_cluster("h100:16"), tokens=1e10, search=search)
@@ -369,7 +384,9 @@ def test_alignment_comes_after_the_distillation(search):
     assert stages["dpo"].data.long == "refuse"
     assert stages["dpo"].model == stages["sft"].output + "/model"
     assert stages["export"].model == stages["dpo"].output + "/model"
-    assert list(stages["evaluate"].models) == ["teacher", "corrected", "pruned", "distilled", "sft", "dpo"]
+    assert list(stages["evaluate"].models) == [
+        "teacher", "corrected", "pruned", "reconstructed", "distilled", "sft", "dpo",
+    ]  # fmt: skip
     for stage in (stages["sft"], stages["dpo"]):
         assert stage.global_batch_size * stage.steps <= 5000
         assert stage.global_batch_size <= 300

@@ -212,7 +212,7 @@ def test_import_and_export_verify(home, tmp_path):
 
 
 def test_a_conversion_that_fails_its_check_never_stands_there(home, tmp_path, monkeypatch):
-    def wrong(source, target):
+    def wrong(source, target, **options):
         raise CheckpointError("logits differ")
 
     monkeypatch.setattr("nemo_minitron.checkpoints.verify", wrong, raising=False)

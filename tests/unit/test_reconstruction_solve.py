@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.reconstruction import Sums, solve
+from nemo_minitron.reconstruction import Sums, few_tokens, solve
 
 
 def problem(tokens, columns, rows, *, seed=0, noise=0.0):
@@ -94,3 +94,34 @@ def test_mapped_targets_are_those_of_a_matrix():
     torch.testing.assert_close(mapped.power, direct.power)
     start = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close(mapped.error(start), (x @ start.T - n @ weight.T).square().sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 20), columns=st.integers(24, 40), mapped=st.booleans(), seed=st.integers(0, 2**31))
+def test_few_tokens_give_what_their_sums_give(tokens, columns, mapped, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(tokens + 4, columns, generator=draw), torch.randn(tokens + 4, 5, generator=draw)
+    weight = torch.randn(7 if mapped else 5, columns, generator=draw)
+    whole = torch.randn(7, 5, generator=draw).double()
+    fits = []
+    for most in (columns, columns - 1):  # sums, tokens
+        both = [few_tokens.make_sums(columns, 5, most, square=mapped, device=torch.device("cpu")) for _ in range(2)]
+        both[0].add(x[:tokens], y[:tokens])
+        both[1].add(x[tokens:], y[tokens:])
+        both = [part.mapped(whole) for part in both] if mapped else both
+        fits.append(few_tokens.solve(weight, *both))
+    assert [type(part) for part in both] == [few_tokens.Tokens] * 2
+    assert fits[0].ridge == fits[1].ridge
+    assert fits[1].short
+    for name in ("weight", "before", "after"):
+        expected = torch.as_tensor(getattr(fits[0], name))
+        torch.testing.assert_close(torch.as_tensor(getattr(fits[1], name)), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_few_tokens_that_are_not_finite_or_none_leave_the_matrix():
+    weight = torch.randn(5, 24)
+    for tokens in (torch.full((3, 24), float("nan")), torch.zeros(0, 24)):
+        both = [few_tokens.make_sums(24, 5, 10, device=torch.device("cpu")) for _ in range(2)]
+        for part in both:
+            part.add(tokens, torch.ones(len(tokens), 5))
+        assert few_tokens.solve(weight, *both).ridge is None

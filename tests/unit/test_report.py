@@ -10,7 +10,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.run_dir import LOSSES, STUDENT, write_kept, write_model, write_run, write_scores, write_stage
+from support.run_dir import (
+    LOSSES,
+    STUDENT,
+    lineages,
+    made_from,
+    note_parents,
+    write_evaluation,
+    write_kept,
+    write_model,
+    write_run,
+    write_scores,
+    write_stage,
+)
 
 from nemo_minitron.config import ReportConfig
 from nemo_minitron.errors import ConfigError, DataError
@@ -117,6 +129,44 @@ def test_exports_are_listed_by_format(whole: Path) -> None:
     ]
 
 
+def test_an_exported_file_stands_with_its_size_and_loss(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=5)
+    file = run / "export/gguf/model-Q8_0.gguf"
+    record = json.loads((run / "export/record.json").read_text())
+    figures = {"Q8_0": {"file": file.name, "bytes": 150_000, "weight_error": 0.0051}}
+    record["metrics"] = {"formats": {"gguf": {"path": str(file.parent), "files": figures}}}
+    (run / "export/record.json").write_text(json.dumps(record))
+    (evaluation,) = run.glob("*/evaluation.json")
+    content = json.loads(evaluation.read_text())
+    content["models"]["quantized"] = content["models"]["distilled"] | {"path": str(file), "loss": 3.21987}
+    evaluation.write_text(json.dumps(content))
+    table = tables.export_table(collect(run))
+    assert table is not None
+    more = 3.21987 - content["models"]["distilled"]["loss"]
+    assert table.rows[-1] == ["export/gguf/model-Q8_0.gguf", "GGUF Q8_0", "146.5 KiB", "3.2199", f"{more:+.4f}"]
+    assert all(row[3:] == ["–", "–"] for row in table.rows[:-1])
+    # it is no model of its own: what distillation won is said of the distilled one
+    assert [found.model for found in tables.recoveries(collect(run), content)] == ["distilled"]
+
+
+def test_quantized_exports_show_what_they_lose(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", steps=10)
+    quantized = run / "export" / "hf-int4"
+    quantized.mkdir()
+    (quantized / "config.json").write_text("{}")
+    record = json.loads((run / "export" / "record.json").read_text())
+    record["metrics"] = {"quantized": {"int4": {"algorithm": "W4A16_AWQ", "loss": 3.8125, "float_loss": 3.75}}}
+    (run / "export" / "record.json").write_text(json.dumps(record))
+    table = tables.export_table(collect(run))
+    assert table is not None
+    assert [[row[0], row[1], *row[3:]] for row in table.rows] == [
+        ["export/hf", "Hugging Face", "–", "–"],
+        ["export/hf-int4", "Hugging Face, W4A16_AWQ", "3.8125", "+0.0625"],
+        ["export/model.nemo", ".nemo", "–", "–"],
+        ["export/nemo2", "NeMo 2", "–", "–"],
+    ]
+
+
 def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     run = collect(whole)
     assert run.roles == {"teacher": "teacher", "pruned": "pruned", "random": "random", "distilled": "distilled"}
@@ -124,6 +174,70 @@ def test_roles_come_from_the_stages_and_not_from_names(whole: Path) -> None:
     assert run.remarks == []
     recovery = tables.recoveries(run, run.evaluations[0][1])
     assert [(r.model, r.student, r.teacher) for r in recovery] == [("distilled", "pruned", "teacher")]
+
+
+def test_pruned_reconstructed_distilled(tmp_path: Path) -> None:
+    """The chain of the demonstration: both shares are of what pruning cost."""
+    run = write_run(tmp_path / "run", steps=5)
+    made = write_stage(
+        run,
+        "reconstructed",
+        "reconstruct",
+        seconds=90,
+        minute=4,
+        model=str(run / "pruned"),
+        teacher=str(run / "teacher"),
+    )
+    write_model(made, STUDENT, made_from("reconstruct", run / "pruned", STUDENT, lineages(run)["pruned"]))
+    write_kept(made)
+    losses = {"teacher": 3.0, "pruned": 5.0, "reconstructed": 4.0, "blocks": 8}
+    matrices = [{"name": "a", "ridge": 0.1}, {"name": "b", "ridge": None}]
+    content = {
+        "losses": {"plays": {**losses, "outside": False}, "news": {**losses, "reconstructed": 4.5, "outside": True}},
+        "layers": [{"layer": 0, "matrices": matrices, "block": {"steps": 8, "before": 0.2, "after": 0.1}}],
+    }
+    (made / "reconstruction.json").write_text(json.dumps(content))
+    record = json.loads((run / "distilled/record.json").read_text())
+    record["config"]["student"] = str(made)
+    (run / "distilled/record.json").write_text(json.dumps(record))
+    write_evaluation(run / "evaluation", run, {**LOSSES, "reconstructed": 4.0, "distilled": 3.6})
+    note_parents(
+        run,
+        pruned={"model": "teacher"},
+        reconstructed={"model": "pruned", "teacher": "teacher"},
+        distilled={"student": "reconstructed", "teacher": "teacher"},
+    )
+    found = collect(run)
+    assert found.roles["reconstructed"] == "reconstructed"
+    shares = {
+        one.model: (one.student, one.by, round(one.share, 3))
+        for one in tables.recoveries(found, found.evaluations[0][1])
+    }
+    gap = LOSSES["pruned"] - LOSSES["teacher"]
+    assert shares == {
+        "reconstructed": ("pruned", "reconstruction", round((LOSSES["pruned"] - 4.0) / gap, 3)),
+        "distilled": ("pruned", "reconstruction and distillation", round((LOSSES["pruned"] - 3.6) / gap, 3)),
+    }
+    values = {card.label: card.value for card in tables.cards(found)}
+    assert (values["loss gap recovered"], values["of it before training"]) == ("74%", "46%")
+    report.run(ReportConfig(run=str(run), output=str(tmp_path / "report")))
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "Reconstruction, without any training, won back" in page
+    assert "Reconstruction and distillation won back" in page
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert re.search(r"\| reconstructed \| reconstruct \|.*model: pruned .*teacher: teacher", text)
+    assert re.search(r"\| distilled \| distill \|.*student: reconstructed ", text)
+    assert "1 of 2 matrices and scales were refitted" in text
+    assert "gradient steps made 1 of 1 layers better" in text
+    assert "| news | no | 8 | 3.000 | 5.000 | 4.500 | 25% |" in text
+
+
+def test_a_damaged_reconstruction_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    made = write_stage(run, "reconstructed", "reconstruct", seconds=90, minute=4)
+    (made / "reconstruction.json").write_text('{"layers": [{"matrices": 3}]}')
+    (remark,) = collect(run).remarks
+    assert remark.startswith("the reconstruction of reconstructed is incomplete")
 
 
 def test_a_training_from_a_cache_of_logits_has_no_teacher(whole: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -129,3 +130,47 @@ def test_a_giant_space_answers_at_once() -> None:
     assert len(shapes) > 1000
     for position in (0, len(shapes) // 2, len(shapes) - 1):
         assert abs(cost(shapes.sizes(position)) / target - 1) <= 0.001
+
+
+def test_active_parameters_are_those_that_a_token_uses() -> None:
+    """Summed over the parameters of the model, with two of each layer's experts."""
+    table = axes.family("mixtral")
+    base = BASE.replace(num_moe_experts=6)
+    cost, active = ParameterCost(table, base), ParameterCost(table, base, active=2)
+    space = {"num_moe_experts": [2, 3, 6], "ffn_hidden_size": [16, 32, 48], "hidden_size": [16, 32]}
+    for shape in SearchSpace(base, space, experts=2).fitting():
+        used = sum(
+            math.prod(entry.shape)
+            for entry in axes.parameters(table, shape)
+            if entry.row.expert is None or entry.row.expert < 2
+        )
+        assert active(Sizes.of(shape)) == used
+        assert (active(Sizes.of(shape)) == cost(Sizes.of(shape))) == (shape.num_moe_experts == 2)
+
+
+def test_a_budget_of_active_parameters() -> None:
+    """Experts are free but for the router's rows; the width of all is what costs."""
+    from nemo_minitron.config import BudgetConfig, SearchConfig, SpaceConfig
+    from nemo_minitron.config.parts.search import AxisConfig
+    from nemo_minitron.stages.search import Costs
+
+    base = BASE.replace(num_moe_experts=6)
+    config = SearchConfig(
+        output="o", model="m", scores="s",
+        space=SpaceConfig(num_moe_experts=AxisConfig(min=2), ffn_hidden_size=AxisConfig(min=8, multiple=8)),
+        budget=BudgetConfig(active_share=0.8, tolerance=0.03),
+    )  # fmt: skip
+    costs = Costs(config, base, axes.family("mixtral"), topk=2)
+    assert costs.active is not None
+    wanted = 0.8 * costs.active(Sizes.of(base))
+    shapes = list(costs.space().fitting(costs.budgets()))
+    assert {shape.num_moe_experts for shape in shapes} == {2, 3, 4, 5, 6}
+    assert all(abs(costs.active(Sizes.of(shape)) / wanted - 1) <= 0.03 for shape in shapes)
+    dense = Costs(config, BASE, TABLE)
+    with pytest.raises(ShapeError, match=r"budget\.active_share: the model has no experts.*give parameters or share"):
+        dense.budgets()
+    assert BudgetConfig(active_share=1.5).faults() == [
+        "active_share=1.5: pruning does not grow a model; give at most 1"
+    ]
+    (fault,) = BudgetConfig(active_share=0.5, active_parameters=10).faults()
+    assert fault == "active_parameters: give one of active_parameters and active_share, not both"

@@ -49,6 +49,11 @@ def test_every_family(groups, tmp_path, family, dtype):
     for ours, theirs in zip(streamed, expected, strict=True):
         for name in ("ffn", "heads", "groups", "hidden", "layers", *(["experts"] if shape.num_moe_experts else [])):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-9)
+    losses_after = {"criteria": [("none", "none")], "micro_batch_size": 2, "estimator": "reconstruction"}
+    (ours,) = score_streamed(model, BLOCKS, **losses_after)
+    (theirs,) = score_criteria(chunks, BLOCKS, groups, shape=shape, **losses_after)
+    for name in ("ffn", "heads", "groups", "hidden", *(["experts"] if shape.num_moe_experts else [])):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(
         means, block_losses(chunks, groups, BLOCKS, 2, vocab_size=shape.vocab_size), rtol=1e-5, atol=1e-6
     )
@@ -69,13 +74,15 @@ class StopsAt(StreamedModel):
         return super().layer(index)
 
 
-def test_a_stopped_pass_goes_on_at_its_layer(groups, tmp_path):
+@pytest.mark.parametrize("estimator", ["activation", "reconstruction"])
+def test_a_stopped_pass_goes_on_at_its_layer(groups, tmp_path, estimator):
     checkpoint = random_checkpoint()
-    expected = score_streamed(StreamedModel(checkpoint, groups), BLOCKS, criteria=CRITERIA)
+    options = {"criteria": CRITERIA if estimator == "activation" else [("none", "none")], "estimator": estimator}
+    expected = score_streamed(StreamedModel(checkpoint, groups), BLOCKS, **options)
     budget = 1000  # bytes: states go to a file
     trail = Trail(tmp_path / "pass", {"weights": 1}, groups, every=0)
     with pytest.raises(Stopped):
-        score_streamed(StopsAt(checkpoint, groups), BLOCKS, criteria=CRITERIA, budget=budget, trail=trail)
+        score_streamed(StopsAt(checkpoint, groups), BLOCKS, budget=budget, trail=trail, **options)
     assert trail.spill.stat().st_size == 5 * 12 * SHAPE.hidden_size * 4
 
     loaded = []
@@ -86,10 +93,11 @@ def test_a_stopped_pass_goes_on_at_its_layer(groups, tmp_path):
             return super().layer(index)
 
     again = Trail(tmp_path / "pass", {"weights": 1}, groups, every=0)
-    resumed = score_streamed(Watched(checkpoint, groups), BLOCKS, criteria=CRITERIA, budget=budget, trail=again)
+    resumed = score_streamed(Watched(checkpoint, groups), BLOCKS, budget=budget, trail=again, **options)
     assert loaded == [2, 3]
     for ours, theirs in zip(resumed, expected, strict=True):
         assert torch.equal(ours.ffn, theirs.ffn)
+        assert torch.equal(ours.groups, theirs.groups)
         assert torch.equal(ours.hidden, theirs.hidden)
         assert torch.equal(ours.layers, theirs.layers)
     again.close()

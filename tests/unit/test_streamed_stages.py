@@ -11,9 +11,9 @@ from support.pruning import one_process
 from support.text import write_jsonl
 
 from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
-from nemo_minitron.config import DataConfig, EvaluateConfig, ScoreConfig, SourceConfig
-from nemo_minitron.importance import Scores
-from nemo_minitron.stages import evaluate, score
+from nemo_minitron.config import DataConfig, DepthConfig, EvaluateConfig, ScoreConfig, SourceConfig
+from nemo_minitron.importance import DepthScores, Scores
+from nemo_minitron.stages import depth, evaluate, score
 from nemo_minitron.stages.shared import streaming
 
 
@@ -66,6 +66,21 @@ def test_evaluate(home, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["live", "streamed"]
 
 
+def test_depth(home, tmp_path):
+    def run(name, **changes):
+        wide = settings(home, tmp_path / name, **changes)
+        with one_process():
+            metrics = depth.run(DepthConfig(model=str(home / "model"), samples=6, greedy=1, block_lengths=[2], **wide))
+        return DepthScores.load(tmp_path / name), metrics
+
+    (live, _), (streamed, metrics) = run("live", memory="live"), run("streamed", memory="streamed", states_memory="1KB")
+    assert streamed.measured.keys() == live.measured.keys()
+    for layers, one in live.measured.items():
+        assert streamed.measured[layers].loss == pytest.approx(one.loss, rel=1e-5)
+    assert (streamed.fingerprint, streamed.tokens, metrics["resumed"]) == (live.fingerprint, live.tokens, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["live", "streamed"]  # no file of the pass stays
+
+
 @pytest.mark.parametrize(("free", "expected"), [(10**5, True), (10**9, False)])
 def test_auto_goes_by_the_free_memory(home, tmp_path, monkeypatch, free, expected):
     monkeypatch.setattr(streaming, "host_memory", lambda: (10**12, free))
@@ -80,20 +95,27 @@ def test_plans(home, tmp_path):
     write_checkpoint(open_checkpoint(home / "model"), model, "nemo2")
     config = ScoreConfig(model=str(model), memory="streamed", **settings(home, tmp_path / "s"))
     assert score.plan(config).costs["memory of a rank"].endswith("beside up to 8GiB of hidden states")
-    config.parallel = type(config.parallel)(tensor=2)
-    assert any(fault.startswith("parallel.tensor=2") for fault in score.plan(config).faults)
+    wide = DepthConfig(model=str(model), memory="streamed", states_memory="1KB", **settings(home, tmp_path / "d"))
+    planned = depth.plan(wide)
+    # The whole model and three without a layer, of 128 samples of 16 tokens with 48 channels.
+    assert planned.costs["hidden states kept"].startswith("1.5 MiB of all candidates")
+    assert [need.what for need in planned.disk if need.what == "hidden states"] == ["hidden states"]
+    for one, stage in ((config, score), (wide, depth)):
+        one.parallel = type(one.parallel)(tensor=2)
+        assert any(fault.startswith("parallel.tensor=2") for fault in stage.plan(one).faults)
 
 
 @pytest.mark.parametrize(
     ("stage", "given", "named"),
     [
         (ScoreConfig, {"memory": "stream"}, "memory=stream: must be one of auto, live, streamed"),
+        (DepthConfig, {"memory": "stream"}, "memory=stream: must be one of auto, live, streamed"),
         (ScoreConfig, {"states_memory": "much"}, "states_memory=much: 'much' is not a size"),
         (ScoreConfig, {"memory": "streamed", "estimator": "taylor"}, "memory=streamed: the gradients"),
         (EvaluateConfig, {"memory": "streamed", "prompts": ["Hello"]}, "memory=streamed: prompts need"),
     ],
 )
 def test_refusals(stage, given, named):
-    models = {"model": "m"} if stage is ScoreConfig else {"models": {"a": "m"}}
+    models = {"models": {"a": "m"}} if stage is EvaluateConfig else {"model": "m"}
     (fault,) = stage(**models, output="o", **given).faults()
     assert fault.startswith(named)

@@ -2,6 +2,6 @@
 
 from nemo_minitron._lazy import lazy
 
-__all__ = ["verify"]
+__all__ = ["compare_logits", "verify"]
 
-__getattr__ = lazy(__name__, {"verify": "compare"})
+__getattr__ = lazy(__name__, {"compare_logits": "compare", "verify": "compare"})

@@ -22,9 +22,12 @@ from nemo_minitron.shape import require_uniform
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOLERANCE", "Verification", "verify"]
+__all__ = ["TOLERANCE", "Verification", "compare_logits", "verify"]
 
 TOLERANCE = 1e-4
+#: Modules that run as processes of their own; the second is above this package.
+LOADERS = "nemo_minitron.checkpoints.verification.loaders"
+STREAMED_LOADERS = "nemo_minitron.streamed.loaders"
 ROWS, LENGTH = 2, 16
 
 
@@ -53,7 +56,12 @@ class Verification:
 
 
 def verify(
-    source: Checkpoint, target: Checkpoint, *, tolerance: float = TOLERANCE, timeout_minutes: float = 60.0
+    source: Checkpoint,
+    target: Checkpoint,
+    *,
+    tolerance: float = TOLERANCE,
+    timeout_minutes: float = 60.0,
+    streamed: bool = False,
 ) -> Verification:
     """Load ``target`` with its format's own loader and compare its logits with the source's.
 
@@ -61,12 +69,16 @@ def verify(
     unpickling (NeMo's own loaders run what a file names, so they load only targets, which this suite wrote). Each model
     runs in a process of its own and holds the whole model in float32; they run one after the other.
 
+    With ``streamed`` one layer's weights, or those of the embedding or output layer, are in memory: the layers are
+    transformers' own or Megatron's, and the weights of NeMo's formats are read by Megatron's own reader.
+
     Args:
         source: opened from a path; its weights may not be wrapped, since the loader reads the path.
         target: the conversion's result.
         tolerance: on the largest difference, relative to the largest logit. Where the target's dtype is narrower, the
             source is rounded to it first.
         timeout_minutes: for each loader.
+        streamed: a layer at a time is in memory, not the whole model.
 
     Returns:
         The figures, if they are within the tolerance.
@@ -75,31 +87,9 @@ def verify(
         CheckpointError: if a loader fails or times out, the logits differ by more, or are not finite.
         ShapeError: if layers differ in size; there is no loader of such models here.
     """
-    import torch
-
     for shape in (source.shape, target.shape):
         require_uniform(shape, "comparing a conversion's logits (verify)")
-    vocab = min(source.shape.vocab_size, target.shape.vocab_size)
-    ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    dtype = target.architecture.dtype
-    loaders = _loader_of(source, trusted=False), _loader_of(target, trusted=True)
-    expected, logits = (
-        _logits(kind, checkpoint, ids, dtype, timeout_minutes)
-        for kind, checkpoint in zip(loaders, (source, target), strict=True)
-    )
-    if source.shape.vocab_size != target.shape.vocab_size:
-        raise CheckpointError(
-            f"{target.path} has a vocabulary of {target.shape.vocab_size}, its source {source.path} of "
-            f"{source.shape.vocab_size}; convert it again"
-        )
-    expected, logits = expected[..., :vocab], logits[..., :vocab]
-    result = Verification(
-        max_difference=(expected - logits).abs().max().item(),
-        scale=expected.abs().max().item(),
-        same_choice=(expected.argmax(-1) == logits.argmax(-1)).float().mean().item(),
-        dtype=dtype,
-        loader=loaders[1],
-    )
+    result = compare_logits(source, target, timeout_minutes=timeout_minutes, streamed=streamed)
     # written so that NaN fails
     if not result.max_difference <= tolerance * result.scale:
         raise CheckpointError(
@@ -109,13 +99,48 @@ def verify(
     return result
 
 
+def compare_logits(
+    source: Checkpoint, target: Checkpoint, *, timeout_minutes: float = 60.0, streamed: bool = False
+) -> Verification:
+    """The figures of :func:`verify`, whatever they are.
+
+    Raises:
+        CheckpointError: if a loader fails or times out, or the vocabularies differ.
+    """
+    import torch
+
+    vocab = min(source.shape.vocab_size, target.shape.vocab_size)
+    ids = torch.randint(0, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    dtype = target.architecture.dtype
+    loaders = _loader_of(source, trusted=False), _loader_of(target, trusted=True)
+    expected, logits = (
+        _logits(kind, checkpoint, ids, dtype, timeout_minutes, streamed)
+        for kind, checkpoint in zip(loaders, (source, target), strict=True)
+    )
+    if source.shape.vocab_size != target.shape.vocab_size:
+        raise CheckpointError(
+            f"{target.path} has a vocabulary of {target.shape.vocab_size}, its source {source.path} of "
+            f"{source.shape.vocab_size}; convert it again"
+        )
+    expected, logits = expected[..., :vocab], logits[..., :vocab]
+    return Verification(
+        max_difference=(expected - logits).abs().max().item(),
+        scale=expected.abs().max().item(),
+        same_choice=(expected.argmax(-1) == logits.argmax(-1)).float().mean().item(),
+        dtype=dtype,
+        loader=loaders[1],
+    )
+
+
 def _loader_of(checkpoint: Checkpoint, *, trusted: bool) -> str:
     """The format's own loader, if this suite wrote the checkpoint or the loader is safe; else "megatron"."""
     entry = FORMATS[checkpoint.format]
     return entry.name if entry.loader is not None and (trusted or entry.safe_loader) else "megatron"
 
 
-def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, timeout_minutes: float) -> torch.Tensor:
+def _logits(
+    kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, timeout_minutes: float, streamed: bool
+) -> torch.Tensor:
     """``[rows, s, vocabulary rows]`` logits, which a process of its own takes from one of ``verification.loaders``."""
     from safetensors.torch import load_file, save_file
 
@@ -126,7 +151,7 @@ def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, ti
         save_file({"ids": ids}, tokens)
         args = [kind, str(path.resolve()), str(tokens), str(out), dtype]
         try:
-            code = _run(kind, args, environment, log, 60 * timeout_minutes)
+            code = _run(kind, args, environment, log, 60 * timeout_minutes, streamed)
         except subprocess.TimeoutExpired:
             raise CheckpointError(
                 f"loading {path} ({kind}) took more than {timeout_minutes:g} minutes; allow more time"
@@ -140,11 +165,11 @@ def _logits(kind: str, checkpoint: Checkpoint, ids: torch.Tensor, dtype: str, ti
         return load_file(out)["logits"]
 
 
-def _run(kind: str, args: list[str], environment: dict[str, str], log: Path, timeout: float) -> int:
+def _run(kind: str, args: list[str], environment: dict[str, str], log: Path, timeout: float, streamed: bool) -> int:
     """Exit code of the loader: forked where there are warm parents, else a fresh interpreter."""
-    module, pool = "nemo_minitron.checkpoints.verification.loaders", reachable_pool()
+    module, pool = STREAMED_LOADERS if streamed else LOADERS, reachable_pool()
     if pool is not None:
-        level = "megatron" if kind == "megatron" else "nemo"
+        level = "megatron" if streamed or kind == "megatron" else "nemo"
         process = pool.start(level, module, args, environment=environment, cwd=Path.cwd(), output=log)
         if process is not None:
             try:

@@ -16,6 +16,8 @@ from nemo_minitron.config.parts.losses import *
 from nemo_minitron.config.parts.preferences import *
 from nemo_minitron.config.parts.process import *
 from nemo_minitron.config.parts.pruning import *
+from nemo_minitron.config.parts.quantization import *
+from nemo_minitron.config.parts.reconstruction import *
 from nemo_minitron.config.parts.schedule import *
 from nemo_minitron.config.parts.search import *
 from nemo_minitron.config.parts.sizes import *

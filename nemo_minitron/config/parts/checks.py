@@ -19,6 +19,7 @@ __all__ = [
     "MEMORY_USES",
     "ON_BAD_RECORD",
     "RECOMPUTE",
+    "TAYLOR_LOSSES",
     "TEACHER_PLACEMENTS",
     "choice",
     "format_list_faults",
@@ -30,6 +31,7 @@ __all__ = [
 
 AGGREGATIONS = ("mean", "l1", "l2", "variance", "max")
 DTYPES = ("float32", "bfloat16")
+TAYLOR_LOSSES = ("labels", "kl")
 #: Leaves a precision to the suite, which takes the faster on the machine that runs the stage.
 AUTO = "auto"
 DEPTH_CRITERIA = ("block_influence", "loss", "task")
@@ -51,9 +53,14 @@ def written_formats() -> list[str]:
     return WrittenFormats().names()
 
 
-def format_list_faults(names: Iterable[str]) -> list[str]:
-    """The faults of the entries of ``formats`` that cannot be written."""
-    known = written_formats()
+def format_list_faults(names: Iterable[str], *, exports: bool = False) -> list[str]:
+    """The faults of the entries of ``formats`` that cannot be written.
+
+    Args:
+        names: the entries.
+        exports: formats that only other programs read can be.
+    """
+    known = WrittenFormats(exports=exports).names()
     return [f"formats: {name!r} must be one of {', '.join(known)}" for name in names if name not in known]
 
 

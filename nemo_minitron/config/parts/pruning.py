@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nemo_minitron.config.parts.checks import AGGREGATIONS, DEPTH_CRITERIA, DEPTH_FORMS, choice, positive
+from nemo_minitron.config.parts.checks import AGGREGATIONS, DEPTH_CRITERIA, DEPTH_FORMS, TAYLOR_LOSSES, choice, positive
 
-__all__ = ["AggregationConfig", "DepthChoiceConfig", "TargetConfig", "VocabularyConfig"]
+__all__ = ["AggregationConfig", "DepthChoiceConfig", "TargetConfig", "TaylorConfig", "VocabularyConfig"]
 
 
 @dataclass
@@ -18,7 +18,7 @@ class AggregationConfig:
     Attributes:
         sequence: statistic over the tokens of a sample; null is the mean (of the Taylor estimator, the sum it always
             takes).
-        batch: statistic over the samples.
+        batch: statistic over the samples. The estimator "reconstruction" has all tokens together, and no choice.
     """
 
     sequence: str | None = None
@@ -27,6 +27,22 @@ class AggregationConfig:
     def faults(self) -> list[str]:
         """Unknown choices."""
         return [*choice(self, "sequence", AGGREGATIONS), *choice(self, "batch", AGGREGATIONS)]
+
+
+@dataclass
+class TaylorConfig:
+    """What the estimator "taylor" estimates.
+
+    Attributes:
+        loss: "labels" for the change of the loss on the text; "kl" for the divergence from the unpruned model's own
+            distribution, by labels that are drawn from it.
+    """
+
+    loss: str = "labels"
+
+    def faults(self) -> list[str]:
+        """Unknown choices."""
+        return choice(self, "loss", TAYLOR_LOSSES)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from nemo_minitron.config.parts.checks import DTYPES, LATENCIES, MEMORY_USES, choice, positive
 from nemo_minitron.config.parts.losses import LossConfig
@@ -83,13 +84,16 @@ class BudgetConfig:
     Attributes:
         parameters: number of parameters, within ``tolerance``.
         share: instead, share of the model's own number.
-        tolerance: how far from ``parameters`` or ``share`` a shape may lie: 0.05 allows 5 % to either side.
+        active_parameters: number of parameters that a token uses in a mixture of experts, within ``tolerance``: all
+            outside the experts, and those of as many experts as a token is sent to.
+        active_share: instead, share of the model's own number of them.
+        tolerance: how far from each of these numbers a shape may lie: 0.05 allows 5 % to either side.
         memory_gib: GiB of the fullest rank of ``student_layout``, by the memory model.
         memory_of: "inference" (weights and the cache of keys and values) or "training" (weights, gradients, Adam,
             activations).
         latency_ms: milliseconds on the running device, measured.
         latency_of: "prefill" (a whole batch of sequences) or "decode" (one further token of each).
-        floor: without ``parameters`` and ``share``, shapes that use less than this share of the memory or latency are
+        floor: without a number of parameters, shapes that use less than this share of the memory or latency are
             left out.
         batch_size: number of sequences for memory and latency.
         sequence_length: tokens of each sequence.
@@ -97,8 +101,12 @@ class BudgetConfig:
         recompute: in the memory of "training", activations within a layer are computed again in the backward pass.
     """
 
+    ADDED: ClassVar[tuple[str, ...]] = ("active_parameters", "active_share")
+
     parameters: float | None = None
     share: float | None = None
+    active_parameters: float | None = None
+    active_share: float | None = None
     tolerance: float = 0.05
     memory_gib: float | None = None
     memory_of: str = "inference"
@@ -113,19 +121,30 @@ class BudgetConfig:
     def faults(self) -> list[str]:
         """No budget, two of the same kind, values out of range."""
         faults = [
-            *positive(self, "parameters", "share", "memory_gib", "latency_ms", "batch_size", "sequence_length"),
+            *positive(
+                self, "parameters", "share", "active_parameters", "active_share", "memory_gib", "latency_ms",
+                "batch_size", "sequence_length",
+            ),
             *choice(self, "memory_of", MEMORY_USES),
             *choice(self, "latency_of", LATENCIES),
             *choice(self, "dtype", DTYPES),
             *(f"{name}={getattr(self, name)}: must lie in [0, 1)" for name in ("tolerance", "floor")
               if not 0 <= getattr(self, name) < 1),
         ]  # fmt: skip
-        if self.share is not None and self.share > 1:
-            faults.append(f"share={self.share}: pruning does not grow a model; give at most 1")
-        if self.parameters is not None and self.share is not None:
-            faults.append("parameters: give one of parameters and share, not both")
-        if all(value is None for value in (self.parameters, self.share, self.memory_gib, self.latency_ms)):
-            faults.append("parameters: no budget is given; set parameters, share, memory_gib or latency_ms")
+        for name, share in (("parameters", "share"), ("active_parameters", "active_share")):
+            value = getattr(self, share)
+            if value is not None and value > 1:
+                faults.append(f"{share}={value}: pruning does not grow a model; give at most 1")
+            if getattr(self, name) is not None and value is not None:
+                faults.append(f"{name}: give one of {name} and {share}, not both")
+        given = (
+            self.parameters, self.share, self.active_parameters, self.active_share, self.memory_gib, self.latency_ms,
+        )  # fmt: skip
+        if all(value is None for value in given):
+            faults.append(
+                "parameters: no budget is given; set parameters, share, active_parameters, active_share, memory_gib or "
+                "latency_ms"
+            )
         return faults
 
 

@@ -20,5 +20,6 @@ from nemo_minitron.config.stages.generation import *
 from nemo_minitron.config.stages.alignment import *
 from nemo_minitron.config.stages.steering import *
 from nemo_minitron.config.stages.evaluation import *
+from nemo_minitron.config.stages.benchmark import *
 from nemo_minitron.config.stages.doctor import *
 from nemo_minitron.config.stages.pipeline import *

@@ -33,7 +33,7 @@ NEEDS_TRAINING = (*NEEDS_MODEL, "nemo", "lightning", "tensorboard")
 NEEDS_ALIGNMENT = (*NEEDS_MODEL, "nemo 1", "lightning", "tensorboard", "hydra", "nemo_aligner")
 
 #: Commands of ``minitron`` that are no stages, and words that stand where the name of one may.
-_RESERVED = ("init", "run", "plan", "config", "status", "verify", "pipeline", "slurm")
+_RESERVED = ("init", "chat", "run", "plan", "config", "status", "verify", "pipeline", "slurm")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
+    QUANTIZED_TRAININGS,
     TEACHER_PLACEMENTS,
     CorrectionConfig,
     DataConfig,
@@ -17,6 +18,7 @@ from nemo_minitron.config.parts import (
     Schedule,
     batch_faults,
     choice,
+    group_size_faults,
 )
 from nemo_minitron.config.stages.base import NEEDS_TRAINING, StageConfig
 
@@ -122,6 +124,9 @@ class DistillConfig(TrainingConfig):
         loss: the loss of a token's logits.
         intermediate: losses of the states inside the models; none by default.
         teacher_correction: train the teacher on the labels meanwhile; off by default.
+        quantize: train the student for this quantization, "fp8", "int4" or "nvfp4": its matrices are rounded in every
+            forward pass, as an export of that name rounds them; null trains a float model.
+        group_size: of "int4", the columns that share a scale; null takes 128.
     """
 
     STAGE: ClassVar[str] = "distill"
@@ -129,6 +134,7 @@ class DistillConfig(TrainingConfig):
     ROLE: ClassVar[str] = "distilled"
     DONE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
+    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size")
 
     student: str = MISSING
     teacher: str | None = None
@@ -138,6 +144,8 @@ class DistillConfig(TrainingConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     teacher_correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    quantize: str | None = None
+    group_size: int | None = None
 
     @property
     def taught(self) -> bool:
@@ -165,6 +173,8 @@ class DistillConfig(TrainingConfig):
     def faults(self) -> list[str]:
         """The faults of every training, a missing teacher, and a placement that the teacher cannot have."""
         faults = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
+        faults += choice(self, "quantize", QUANTIZED_TRAININGS)
+        faults += group_size_faults(self.group_size, [self.quantize] if self.quantize else [])
         if self.teacher is None and self.teacher_cache is None and self.taught:
             faults.append(
                 "teacher: none is given; name a checkpoint or a teacher_cache, or train on the labels alone with "

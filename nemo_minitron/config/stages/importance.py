@@ -12,6 +12,7 @@ from nemo_minitron.config.parts import (
     DataConfig,
     ParallelLayout,
     TaskConfig,
+    TaylorConfig,
     choice,
     memory_faults,
     not_negative,
@@ -21,6 +22,21 @@ from nemo_minitron.config.stages.base import NEEDS_MODEL, NEEDS_TORCH, StageConf
 from nemo_minitron.config.tables import ESTIMATORS, Table
 
 __all__ = ["DepthConfig", "ScoreConfig", "TokensConfig"]
+
+
+def aggregation_faults(estimator: str, *given: AggregationConfig) -> list[str]:
+    """Aggregations that an estimator of the table does not have."""
+    entry, default = ESTIMATORS[estimator], AggregationConfig()
+    faults = [entry.sequence_fault(aggregation.sequence) for aggregation in given]
+    faults += [entry.batch_fault(aggregation.batch, default.batch) for aggregation in given]
+    return list(dict.fromkeys(filter(None, faults)))
+
+
+def taylor_faults(estimator: str, taylor: TaylorConfig) -> list[str]:
+    """A loss where an estimator of the table has none."""
+    if taylor == TaylorConfig() or ESTIMATORS[estimator].gradients:
+        return []
+    return [f"taylor.loss={taylor.loss}: estimator={estimator} goes by no loss; set estimator=taylor or leave it out"]
 
 
 @dataclass
@@ -34,6 +50,7 @@ class ScoreConfig(StageConfig):
         samples: blocks of ``data.sequence_length`` tokens to run.
         micro_batch_size: blocks of one forward pass.
         aggregation: how activations become one score per unit.
+        taylor: of the estimator "taylor".
         also: further aggregations, scored in the same pass; each becomes a score directory of its own inside the
             output, ``criteria/<sequence>-<batch>``.
         parallel: layout of the model.
@@ -49,7 +66,7 @@ class ScoreConfig(StageConfig):
     HELP: ClassVar[str] = "Score every unit of a model by forward passes over calibration data."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
-    ADDED: ClassVar[tuple[str, ...]] = ("memory", "states_memory")
+    ADDED: ClassVar[tuple[str, ...]] = ("taylor", "memory", "states_memory")
 
     model: str = MISSING
     estimator: str = "activation"
@@ -57,6 +74,7 @@ class ScoreConfig(StageConfig):
     samples: int = 1024
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    taylor: TaylorConfig = field(default_factory=TaylorConfig)
     also: list[AggregationConfig] = field(default_factory=list)
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
     memory: str = "auto"
@@ -81,8 +99,8 @@ class ScoreConfig(StageConfig):
 
     def criteria(self) -> list[tuple[str, str]]:
         """Pairs of aggregations over sequence and batch, that of ``aggregation`` first."""
-        own = ESTIMATORS[self.estimator].default_sequence
-        return [(aggregation.sequence or own, aggregation.batch) for aggregation in (self.aggregation, *self.also)]
+        pair = ESTIMATORS[self.estimator].criterion
+        return [pair(aggregation.sequence, aggregation.batch) for aggregation in (self.aggregation, *self.also)]
 
     def faults(self) -> list[str]:
         """Nothing to run, unknown estimators, aggregations that the estimator does not have."""
@@ -95,10 +113,11 @@ class ScoreConfig(StageConfig):
                 f"memory=streamed: the gradients of estimator={self.estimator} need the whole model; set memory=live, "
                 "or estimator=activation"
             )
-        given = [aggregation.sequence for aggregation in (self.aggregation, *self.also)]
-        faults += dict.fromkeys(filter(None, map(ESTIMATORS[self.estimator].sequence_fault, given)))
-        if not self.runs_model and self.also:
+        faults += aggregation_faults(self.estimator, self.aggregation, *self.also)
+        faults += taylor_faults(self.estimator, self.taylor)
+        if self.also and (not self.runs_model or ESTIMATORS[self.estimator].batch is not None):
             faults.append(f"also: estimator={self.estimator} has nothing to aggregate; leave it out")
+            return faults
         pairs = self.criteria()
         if len(set(pairs)) != len(pairs):
             faults.append("also: a pair of aggregations is given twice")
@@ -124,12 +143,18 @@ class DepthConfig(StageConfig):
         reuse_prefix: keep the hidden states up to which the passes of two candidates are the same, which saves half of
             the layers' work and takes memory on the host.
         parallel: layout of the model.
+        memory: "live" has the whole model in memory; "streamed" runs all candidates side by side through one layer
+            after the other, with one layer's weights in memory (:mod:`nemo_minitron.streamed`); "auto" streams a model
+            that does not fit.
+        states_memory: hidden states of all candidates that each process keeps in memory while it streams, such as
+            "8GiB"; more go to files beside the output.
     """
 
     STAGE: ClassVar[str] = "depth"
     HELP: ClassVar[str] = "Measure a model without some of its layers: loss and task score."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("model",)
+    ADDED: ClassVar[tuple[str, ...]] = ("memory", "states_memory")
 
     model: str = MISSING
     data: DataConfig = field(default_factory=DataConfig)
@@ -142,6 +167,8 @@ class DepthConfig(StageConfig):
     task: TaskConfig = field(default_factory=TaskConfig)
     reuse_prefix: bool = True
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+    memory: str = "auto"
+    states_memory: str = "8GiB"
 
     def inputs(self) -> dict[str, str]:
         """The model, and the task if it is a file."""
@@ -153,6 +180,7 @@ class DepthConfig(StageConfig):
             *positive(self, "samples", "micro_batch_size"),
             *not_negative(self, "greedy"),
             *choice(self, "greedy_by", ("loss", "task")),
+            *memory_faults(self),
             *(f"block_lengths: {length} must be above 0" for length in self.block_lengths if length <= 0),
         ]
         if not self.single and not self.block_lengths and not self.greedy:

@@ -13,12 +13,14 @@ from nemo_minitron.config.parts import (
     DepthChoiceConfig,
     ParallelLayout,
     TargetConfig,
+    TaylorConfig,
     VocabularyConfig,
     choice,
     positive,
     written_formats,
 )
 from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.importance import aggregation_faults, taylor_faults
 from nemo_minitron.config.tables import ESTIMATORS, Choices, WrittenFormats
 
 __all__ = ["IterateConfig", "PruneConfig", "RANDOM"]
@@ -124,7 +126,7 @@ class IterateConfig(StageConfig):
         rounds: number of rounds.
         spacing: how sizes change from round to round, "geometric" (equal ratios) or "linear" (equal steps).
         estimator: as in ``score``; one that runs the model.
-        data, samples, micro_batch_size, aggregation, parallel: as in ``score``.
+        data, samples, micro_batch_size, aggregation, taylor, parallel: as in ``score``.
         format: what to write
     """
 
@@ -135,6 +137,7 @@ class IterateConfig(StageConfig):
     ROLE: ClassVar[str] = "pruned"
     DONE: ClassVar[str] = "pruned"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "target.search")
+    ADDED: ClassVar[tuple[str, ...]] = ("taylor",)
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
 
     model: str = MISSING
@@ -146,6 +149,7 @@ class IterateConfig(StageConfig):
     samples: int = 1024
     micro_batch_size: int = 1
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    taylor: TaylorConfig = field(default_factory=TaylorConfig)
     format: str = "nemo2"
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
@@ -165,5 +169,6 @@ class IterateConfig(StageConfig):
             estimator = ESTIMATORS[self.estimator]
             if not estimator.runs_model:
                 faults.append(f"estimator={self.estimator}: goes by the weights; choose one that runs the model")
-            faults += filter(None, [estimator.sequence_fault(self.aggregation.sequence)])
+            faults += aggregation_faults(self.estimator, self.aggregation)
+            faults += taylor_faults(self.estimator, self.taylor)
         return faults

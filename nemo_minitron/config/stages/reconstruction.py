@@ -8,9 +8,13 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_minitron.config.parts import (
+    METHODS,
+    BlockConfig,
     DataConfig,
     ParallelLayout,
+    SourceConfig,
     choice,
+    not_negative,
     positive,
     states_faults,
     written_formats,
@@ -26,7 +30,7 @@ HELD_OUT = 5
 
 @dataclass
 class ReconstructConfig(StageConfig):
-    """Refit the matrices of a pruned model to its teacher by least squares, layer by layer, without gradients.
+    """Refit the matrices of a pruned model to its teacher by least squares, layer by layer, before any training.
 
     One layer of each model is in memory at a time. A run that is stopped goes on at the layer where it stood when the
     stage is started again.
@@ -36,6 +40,12 @@ class ReconstructConfig(StageConfig):
         teacher: the model that it was cut from.
         data: calibration text.
         samples: blocks of ``data.sequence_length`` tokens; every fifth is held out, to choose the ridges.
+        method: "least_squares", without gradients, or "block", which goes on with gradient steps on each layer alone.
+        block: those steps.
+        held_out_samples: blocks of held-out text on which the losses of teacher, pruned and reconstructed model are
+            measured, by source; 0 measures none.
+        outside: sources of text of another kind, which calibration does not see: losses are measured on as many blocks
+            of them too.
         micro_batch_size: blocks of one forward pass.
         states_memory: hidden states of a model that each process keeps in memory, such as "8GiB"; more of the teacher's
             go to a file beside the output.
@@ -47,14 +57,19 @@ class ReconstructConfig(StageConfig):
     HELP: ClassVar[str] = "Refit a pruned model to its teacher, layer by layer, before any training."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     MAKES_MODEL: ClassVar[bool] = True
-    ROLE: ClassVar[str] = "pruned"
+    ROLE: ClassVar[str] = "reconstructed"
     DONE: ClassVar[str] = "reconstructed"
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "teacher")
+    ADDED: ClassVar[tuple[str, ...]] = ("method", "block", "held_out_samples", "outside")
 
     model: str = MISSING
     teacher: str = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     samples: int = 64
+    method: str = "least_squares"
+    block: BlockConfig = field(default_factory=BlockConfig)
+    held_out_samples: int = 16
+    outside: list[SourceConfig] = field(default_factory=list)
     micro_batch_size: int = 1
     states_memory: str = "8GiB"
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
@@ -64,8 +79,11 @@ class ReconstructConfig(StageConfig):
 
     def faults(self) -> list[str]:
         """Unknown formats, sizes that are none, too few samples to hold any out, layouts beyond data parallelism."""
-        faults = [*choice(self, "format", written_formats()), *positive(self, "samples", "micro_batch_size")]
+        faults = [*choice(self, "format", written_formats()), *choice(self, "method", METHODS)]
+        faults += [*positive(self, "samples", "micro_batch_size"), *not_negative(self, "held_out_samples")]
         faults += states_faults(self)
+        if self.outside and not self.held_out_samples:
+            faults.append("outside: nothing is measured with held_out_samples=0; set it above 0, or leave outside out")
         least = HELD_OUT * self.parallel.data
         if 0 < self.samples < least:
             faults.append(

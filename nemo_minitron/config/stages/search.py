@@ -15,6 +15,7 @@ from nemo_minitron.config.parts import (
     ShortDistillConfig,
     SpaceConfig,
     TargetConfig,
+    TaskConfig,
     choice,
     not_negative,
     positive,
@@ -22,6 +23,7 @@ from nemo_minitron.config.parts import (
 from nemo_minitron.config.stages.base import StageConfig
 from nemo_minitron.config.stages.distillation import DistillConfig
 from nemo_minitron.config.stages.pruning import PruneConfig
+from nemo_minitron.config.stages.reconstruction import ReconstructConfig
 from nemo_minitron.config.tables import ESTIMATORS
 
 __all__ = ["SearchConfig"]
@@ -46,6 +48,11 @@ class SearchConfig(StageConfig):
         samples: calibration blocks of ``data.sequence_length`` tokens for each loss.
         micro_batch_size: blocks of one forward pass.
         measure_latency: measure the latency of each candidate, even without a budget of latency.
+        task: multiple-choice task, measured beside the loss.
+        rank_by: "loss" or "task": what decides which candidates are distilled, and which is the best. Of equal
+            accuracies the lower loss is first.
+        reconstruct_samples: calibration blocks on which each candidate is refitted to the model, as by ``reconstruct``,
+            before its loss is measured on others and before it is distilled; 0 leaves candidates as pruned.
         best: candidates that are distilled; 0 for none.
         distill: the short distillation.
         save_student: keep the best distilled student.
@@ -56,6 +63,7 @@ class SearchConfig(StageConfig):
     STAGE: ClassVar[str] = "search"
     HELP: ClassVar[str] = "Search the shapes within a budget for the one that loses least."
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
+    ADDED: ClassVar[tuple[str, ...]] = ("task", "rank_by", "reconstruct_samples")
 
     model: str = MISSING
     scores: str = MISSING
@@ -70,11 +78,18 @@ class SearchConfig(StageConfig):
     samples: int = 32
     micro_batch_size: int = 1
     measure_latency: bool = False
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rank_by: str = "loss"
+    reconstruct_samples: int = 0
     best: int = 3
     distill: ShortDistillConfig = field(default_factory=ShortDistillConfig)
     save_student: bool = False
     resume: bool = True
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+
+    def inputs(self) -> dict[str, str]:
+        """What the search reads of other stages, and the task if it is a file."""
+        return {**super().inputs(), **({} if self.task.path is None else {"task": self.task.path})}
 
     @property
     def layout(self) -> ParallelLayout:
@@ -98,6 +113,14 @@ class SearchConfig(StageConfig):
             target=target, depth=self.depth, depth_scores=self.depth_scores,
         )  # fmt: skip
 
+    def reconstruction(self, output: str, model: str) -> ReconstructConfig:
+        """The stage that refits one of the pruned models."""
+        return ReconstructConfig(
+            output=output, runtime=self.runtime, model=model, teacher=self.model, data=self.data,
+            samples=self.reconstruct_samples, micro_batch_size=self.micro_batch_size, parallel=self.parallel,
+            held_out_samples=0,
+        )  # fmt: skip
+
     def distillation(self, output: str, student: str) -> DistillConfig:
         """The stage that distils one of the students; it validates at its start and its end."""
         short = {field.name: getattr(self.distill, field.name) for field in fields(self.distill)}
@@ -111,17 +134,26 @@ class SearchConfig(StageConfig):
         """Nothing to rank, and what pruning and distilling would refuse."""
         faults = [
             *positive(self, "max_candidates", "samples", "micro_batch_size"),
-            *not_negative(self, "best"),
+            *not_negative(self, "best", "reconstruct_samples"),
+            *choice(self, "rank_by", ("loss", "task")),
             *(unknown := choice(self, "method", ESTIMATORS)),
         ]
         if self.best > self.max_candidates > 0:
             faults.append(f"best={self.best}: lies above max_candidates={self.max_candidates}")
+        if self.rank_by == "task" and self.task.given is None:
+            faults.append("rank_by=task: there is no task; set task.path or task.builtin")
         if self.save_student and self.best == 0:
             faults.append("save_student=true: no student is distilled with best=0")
         some = TargetConfig(num_layers=1)
         faults += [fault for fault in self.pruning("", some).faults() if not unknown or not fault.startswith("method=")]
         if self.best:
             faults += [f"distill.{fault}" for fault in self.distillation("", "").faults()]
+        if self.reconstruct_samples > 0:
+            faults += [
+                f"reconstruct_{fault}" if fault.startswith("samples=") else fault
+                for fault in self.reconstruction("", "").faults()
+                if fault.startswith(("samples=", "parallel."))
+            ]
         if self.timed and self.parallel.world_size > 1:
             faults.append("measure_latency: candidates are timed in one process; set parallel to 1 x 1 x 1")
         return faults

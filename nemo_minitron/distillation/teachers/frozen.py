@@ -8,7 +8,7 @@ parallelism work as in any Megatron model. Until the student's pass, the last hi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nemo_minitron.distillation.losses.kernels import TopTokens
     from nemo_minitron.distillation.losses.state_hooks import TeacherStates
 
-__all__ = ["Teacher", "TeacherSource", "head_of"]
+__all__ = ["Teacher", "TeacherSource", "forward_only", "head_of"]
 
 
 class TeacherSource(Protocol):
@@ -122,34 +122,9 @@ class Teacher:
         Returns:
             On the last pipeline stage one ``[s (/cp), b, H]`` per micro-batch, elsewhere an empty list.
         """
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        device = next(self.chunks[0].parameters()).device
-
-        def forward_step(data: Any, model: GPTModel) -> tuple[torch.Tensor, Any]:
-            batch = rank_batch(next(data), self.groups)
-            output = model(
-                batch["tokens"].to(device),
-                batch["position_ids"].to(device),
-                batch["attention_mask"].to(device),
-            )
-            return output, lambda hidden, non_loss_data=False: hidden
-
-        micro_batch, sequence = batches[0]["tokens"].shape
-        packed = any((batch["position_ids"][..., 1:] == 0).any() for batch in batches)
         recorded = self.states.recorded() if self.states is not None else nullcontext()
-        with recorded, documents_masked(self.chunks, masked=packed):
-            outputs: list[torch.Tensor] = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(batches),
-                seq_length=sequence,
-                micro_batch_size=micro_batch,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        return outputs if self.groups.is_last_stage else []
+        with recorded:
+            return forward_only(self.chunks, self.groups, batches)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -186,3 +161,51 @@ def head_of(model: GPTModel | None, hidden: torch.Tensor, weight: torch.Tensor |
     return OutputHead(
         hidden, model.output_layer.weight if weight is None else weight, scattered=model.config.sequence_parallel
     )
+
+
+def forward_only(
+    chunks: Sequence[GPTModel],
+    groups: Groups,
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda output: output,
+) -> list[torch.Tensor]:
+    """Run micro-batches through a model by Megatron's schedule. Every rank of the model calls it.
+
+    Args:
+        chunks: of this rank.
+        groups: of this process.
+        batches: see :meth:`Teacher.run`.
+        keep: what is kept of an output.
+
+    Returns:
+        On the last pipeline stage what is kept of each micro-batch, elsewhere an empty list.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    device = next(chunks[0].parameters()).device
+
+    def forward_step(data: Any, model: GPTModel) -> tuple[torch.Tensor, Any]:
+        batch = rank_batch(next(data), groups)
+        output = model(
+            batch["tokens"].to(device),
+            batch["position_ids"].to(device),
+            batch["attention_mask"].to(device),
+        )
+        return output, lambda hidden, non_loss_data=False: keep(hidden)
+
+    chunks = list(chunks)
+    micro_batch, sequence = batches[0]["tokens"].shape
+    packed = any((batch["position_ids"][..., 1:] == 0).any() for batch in batches)
+    with documents_masked(chunks, masked=packed):
+        outputs: list[torch.Tensor] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=sequence,
+            micro_batch_size=micro_batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return outputs if groups.is_last_stage else []

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
     from nemo.lightning.pytorch.optim import OptimizerModule
 
+    from nemo_minitron.quantization.live import LiveRounding
+
 __all__ = ["LM_LOSS", "LanguageModel", "LanguageModelLoss", "TokenLoss", "TrainedModel", "plain_context"]
 
 LM_LOSS = "lm_loss"
@@ -70,6 +72,7 @@ class TrainedModel(GPTModel):
     Attributes:
         balance: gathers the values of the intermediate losses, if there are any.
         further: other values of the last step, by their names in the metrics.
+        rounding: of a model that is trained for a quantization, set before it is configured; else None.
     """
 
     VALIDATED: ClassVar[tuple[str, ...]] = (LM_LOSS,)
@@ -94,6 +97,7 @@ class TrainedModel(GPTModel):
         self._chunked = chunked
         self.balance = Balance([], dynamic=False)
         self.further: dict[str, float] = {}
+        self.rounding: LiveRounding | None = None
         # In a list, because a module assigned to an attribute would become a part of the model.
         self._root: list[TrainedModel] = [self]
 
@@ -142,6 +146,8 @@ class TrainedModel(GPTModel):
                 **stage,
             )
         load_into([self.module], self._initial, self.groups)
+        if self.rounding is not None:
+            self.rounding.attach(self.module, self._initial, self.groups)
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere.
@@ -216,7 +222,7 @@ class LanguageModel(TrainedModel):
     def reinit(self) -> LanguageModel:
         """See :class:`TrainedModel`."""
         chunk = LanguageModel(self.config, self._initial, self._layout, self._chunked)
-        chunk._root = self._root
+        chunk._root, chunk.rounding = self._root, self.rounding
         return chunk
 
     def loss_reduction(self, *, validation: bool) -> TokenLoss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from nemo_minitron.errors import CheckpointError, ConfigError, ShapeError
 from nemo_minitron.jobs.atomic import MARKER
 from nemo_minitron.jobs.plans import human_bytes, human_count
 from nemo_minitron.runtime.atomic import staging, write_aside
+from nemo_minitron.runtime.memory import LIVE_SHARE, host_memory
 from nemo_minitron.shape import uniform_faults
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ __all__ = [
     "verified",
     "written_faults",
 ]
+
+logger = logging.getLogger(__name__)
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -119,12 +123,18 @@ def staged_checkpoint(output: str, form: str, *, overwrite: bool) -> Iterator[Pa
 
 
 def verified(
-    source: Checkpoint, target: Checkpoint, verify: Callable[[Checkpoint, Checkpoint], Any] | None
+    source: Checkpoint, target: Checkpoint, verify: Callable[..., Any] | None, memory: str
 ) -> dict[str, Any] | None:
-    """Compare the logits of a conversion; returns the figures for the record, or None if ``verify`` is off."""
+    """Compare the logits of a conversion; returns the figures for the record, or None if ``verify`` is off.
+
+    Args:
+        source, target: of the conversion.
+        verify: :func:`nemo_minitron.checkpoints.verify`; None where it is off.
+        memory: the setting of that name.
+    """
     if verify is None:
         return None
-    difference = verify(source, target)
+    difference = verify(source, target, streamed=True) if _streams(memory, source) else verify(source, target)
     return {
         "max_difference": difference.max_difference,
         "scale": difference.scale,
@@ -133,6 +143,20 @@ def verified(
         "dtype": difference.dtype,
         "loader": difference.loader,
     }
+
+
+def _streams(memory: str, model: Checkpoint) -> bool:
+    """Whether a check has a layer at a time in memory: by the setting, else by the free memory."""
+    if memory != "auto":
+        return memory == "streamed"
+    needed, free = _BYTES["float32"] * axes.parameter_count(model.family, model.shape), host_memory()[1]
+    if needed <= LIVE_SHARE * free:
+        return False
+    logger.info(
+        "%s: %s of weights in float32 do not fit into %s of free memory; verifying layer by layer (memory=streamed)",
+        model.path, human_bytes(needed), human_bytes(free),
+    )  # fmt: skip
+    return True
 
 
 def _is_empty(path: Path) -> bool:

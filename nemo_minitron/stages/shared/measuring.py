@@ -13,10 +13,21 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from nemo_minitron.checkpoints import Checkpoint
+    from nemo_minitron.config import DepthConfig, SearchConfig
     from nemo_minitron.data import Blocks
+    from nemo_minitron.data.tasks import EncodedTask, Question
     from nemo_minitron.runtime.groups import Groups
 
-__all__ = ["Measured", "calibration_blocks", "live_model", "open_measured", "plan_measuring", "start_groups"]
+__all__ = [
+    "Measured",
+    "blocks_of",
+    "calibration_blocks",
+    "encoded_task",
+    "live_model",
+    "open_measured",
+    "plan_measuring",
+    "start_groups",
+]
 
 
 class Measuring(Running, Protocol):
@@ -92,13 +103,22 @@ def calibration_blocks(config: Measuring, checkpoint: Checkpoint) -> Blocks:
     Raises:
         MinitronError: for text that cannot be used.
     """
+    return blocks_of(config.data, checkpoint, "calibration", config.samples)
+
+
+def blocks_of(data: DataConfig, checkpoint: Checkpoint, split: str, count: int) -> Blocks:
+    """``[count, s + 1]`` tokens of a split, cut with a model's tokenizer; no longer than the model takes.
+
+    Raises:
+        MinitronError: for text that cannot be used.
+    """
     from nemo_minitron.data import build_blocks
 
     return build_blocks(
-        config.data,
+        data,
         checkpoint.tokenizer,
-        "calibration",
-        blocks=config.samples,
+        split,
+        blocks=count,
         vocab_size=checkpoint.shape.vocab_size,
         max_length=checkpoint.architecture.max_position_embeddings,
     )
@@ -114,3 +134,21 @@ def live_model(config: Running, checkpoint: Checkpoint, groups: Groups) -> list[
     chunks = build_model(checkpoint.shape, checkpoint.architecture, groups, dtype=getattr(torch, config.runtime.dtype))
     load_into(chunks, checkpoint, groups)
     return chunks
+
+
+def encoded_task(
+    config: DepthConfig | SearchConfig, checkpoint: Checkpoint
+) -> tuple[list[Question], EncodedTask | None]:
+    """The questions and their tokens; both are empty without a task."""
+    from nemo_minitron.data.tasks import encode_task, read_task
+
+    if config.task.given is None:
+        return [], None
+    questions = read_task(config.task, cache_dir=config.data.cache_dir, seed=config.data.seed)
+    return questions, encode_task(
+        questions,
+        checkpoint.tokenizer,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_length=checkpoint.architecture.max_position_embeddings,
+        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+    )

@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_minitron.config import SearchConfig, TargetConfig
+from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.jobs.launch import job_folder
 from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.journal import Journal
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.search import Sizes, by_candidate, search_journal
 from nemo_minitron.search.results import FINDINGS
-from nemo_minitron.stages.shared.measuring import live_model, open_measured
+from nemo_minitron.stages.shared.measuring import Measured, encoded_task, live_model, open_measured
 
 if TYPE_CHECKING:
+    from nemo_minitron.axes import KeptUnits
     from nemo_minitron.checkpoints import Checkpoint
     from nemo_minitron.data import Blocks
+    from nemo_minitron.data.tasks import EncodedTask
     from nemo_minitron.runtime.groups import Groups
 
 __all__ = ["BASE", "Work", "run"]
@@ -85,16 +88,19 @@ def run(config: SearchConfig) -> dict[str, Any]:
     from nemo_minitron.checkpoints import open_checkpoint
 
     work = Work.load(job_folder())
-    measured = open_measured(config)
-    checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks
+    fitted = config.reconstruct_samples
+    measured = open_measured(dataclasses.replace(config, samples=fitted + config.samples))
+    checkpoint, groups, blocks = measured.checkpoint, measured.groups, measured.blocks[fitted:]
     # The leader has read and checked the journal; here it is only added to.
     journal = search_journal(config.output, {})
+    task = None if config.task.given is None or work.timed_only else encoded_task(config, checkpoint)[1]
     if work.distilled is not None:
-        values = _loss(config, open_checkpoint(work.distilled), blocks, groups)
+        values = _quality(config, open_checkpoint(work.distilled), blocks, groups, task)
         if groups.is_main:
-            journal.append([(work.candidates[0].name, {"distilled_loss": values["loss"]})])
+            found = {f"distilled_{name}": values[name] for name in ("loss", "accuracy") if name in values}
+            journal.append([(work.candidates[0].name, found)])
         return {"candidates": 1}
-    ranking = _Ranking(config, checkpoint, blocks, groups, journal, timed_only=work.timed_only)
+    ranking = _Ranking(config, measured, journal, task, timed_only=work.timed_only)
     with progress_bar("ranking", len(work.candidates) + 1, shown=groups.is_main) as advance:
         ranking.measure(BASE, Sizes.of(checkpoint.shape))
         advance(1)
@@ -108,10 +114,9 @@ class _Ranking:
     def __init__(
         self,
         config: SearchConfig,
-        checkpoint: Checkpoint,
-        blocks: Blocks,
-        groups: Groups,
+        measured: Measured,
         journal: Journal[tuple[str, dict[str, Any]]],
+        task: EncodedTask | None,
         *,
         timed_only: bool,
     ) -> None:
@@ -120,6 +125,7 @@ class _Ranking:
         from nemo_minitron.search import Timer
         from nemo_minitron.stages.shared.choosing import read_scores
 
+        checkpoint, groups = measured.checkpoint, measured.groups
         self.timed_only = timed_only
         self.timer: Timer | None = None
         if config.timed:
@@ -131,8 +137,10 @@ class _Ranking:
                 sequence_length=config.budget.sequence_length,
                 dtype=getattr(torch, config.runtime.dtype),
             )
-        self.config, self.checkpoint, self.blocks, self.groups = config, checkpoint, blocks, groups
-        self.journal = journal
+        self.config, self.checkpoint, self.groups = config, checkpoint, groups
+        count = config.reconstruct_samples
+        self.fitted, self.blocks = measured.blocks[:count], measured.blocks[count:]
+        self.journal, self.task = journal, task
         self.known = _lines(journal.path)
         self.choice = config.pruning("", TargetConfig())
         self.scores = read_scores(self.choice, checkpoint)
@@ -155,12 +163,35 @@ class _Ranking:
         if "loss" not in known and not self.timed_only:
             pruned = self.checkpoint
             if target != self.checkpoint.shape:
-                pruned = prune_weights(self.checkpoint, kept_units(self.choice, self.checkpoint, target, self.scores))
-            values |= _loss(self.config, pruned, self.blocks, self.groups)
+                kept = kept_units(self.choice, self.checkpoint, target, self.scores)
+                pruned = prune_weights(self.checkpoint, kept)
+                if len(self.fitted):
+                    pruned = self._refitted(pruned, kept)
+            values |= _quality(self.config, pruned, self.blocks, self.groups, self.task)
         if values and self.groups.is_main:
             self.journal.append([(name, values)])
             if "loss" in values:
-                logger.info("%s: loss %.4f", name, values["loss"])
+                accuracy = f", accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
+                logger.info("%s: loss %.4f%s", name, values["loss"], accuracy)
+
+    def _refitted(self, pruned: Checkpoint, kept: KeptUnits) -> Checkpoint:
+        """A candidate whose matrices are refitted to the model; they are in memory."""
+        import torch
+
+        from nemo_minitron.reconstruction import TensorsReplaced, reconstruct
+        from nemo_minitron.streamed import StreamedModel
+
+        dtype = getattr(torch, self.config.runtime.dtype)
+        tensors: dict[str, torch.Tensor] = {}
+        reconstruct(
+            StreamedModel(self.checkpoint, self.groups, dtype=dtype),
+            StreamedModel(pruned, self.groups, dtype=dtype),
+            kept,
+            self.fitted,
+            sink=lambda layer, changed, report: tensors.update(changed),
+            micro_batch_size=self.config.micro_batch_size,
+        )
+        return dataclasses.replace(pruned, weights=TensorsReplaced(pruned.weights, tensors))
 
 
 def _lines(path: Path) -> dict[str, dict[str, Any]]:
@@ -173,14 +204,30 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def _loss(config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups) -> dict[str, Any]:
-    """Load a checkpoint and measure its calibration loss."""
+def _quality(
+    config: SearchConfig, checkpoint: Checkpoint, blocks: Blocks, groups: Groups, task: EncodedTask | None
+) -> dict[str, Any]:
+    """Load a checkpoint and measure its calibration loss, and its accuracy on the task.
+
+    Raises:
+        NonFiniteError: if the log-likelihood of an answer is NaN or infinite.
+    """
     from nemo_minitron.evaluation import held_out_loss
+    from nemo_minitron.importance import task_accuracy
 
     chunks = live_model(config, checkpoint, groups)
     mean = held_out_loss(
         chunks, groups, blocks, config.micro_batch_size, vocab_size=checkpoint.shape.vocab_size
     ).overall
+    values = {"loss": mean.loss, "standard_error": mean.to_dict()["standard_error"]}
+    if task is not None:
+        accuracy = task_accuracy(chunks, groups, task, config.micro_batch_size, checkpoint.shape.vocab_size)
+        if accuracy != accuracy:
+            raise NonFiniteError(
+                f"{checkpoint.path}: log-likelihoods of the task's answers are NaN or infinite; check the checkpoint's "
+                "weights, or search in runtime.dtype=float32"
+            )
+        values["accuracy"] = accuracy
     del chunks
     gc.collect()  # Megatron's modules hold cycles: without this the next model stands beside this one.
-    return {"loss": mean.loss, "standard_error": mean.to_dict()["standard_error"]}
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.search import Result, Sizes, kendall_tau, pareto_front
 from nemo_minitron.search.results import FILE_NAME, FORMAT_VERSION
 
-__all__ = ["write_results"]
+__all__ = ["order", "write_results"]
 
 #: What a loss is set against, where it is known.
-COSTS = ("parameters", "memory", "prefill", "decode")
+COSTS = ("parameters", "active_parameters", "memory", "prefill", "decode")
 
 
 def write_results(
@@ -43,9 +44,10 @@ def write_results(
     """
     from nemo_minitron.report.search import pareto, table
 
-    order = sorted(results, key=_rank)
-    distilled = [result for result in order if result.distilled_loss is not None]
-    best = order[0]
+    by = config.rank_by
+    ranked = sorted(results, key=lambda result: _rank(by, result))
+    distilled = [result for result in ranked if result.distilled_loss is not None]
+    best = ranked[0]
     content = {
         "format_version": FORMAT_VERSION,
         "shapes": total,
@@ -55,10 +57,13 @@ def write_results(
         "tokens": config.samples * config.data.sequence_length,
         "distill_tokens": config.distill.steps * config.distill.global_batch_size * config.data.sequence_length,
         "kendall_tau": kendall_tau(
-            [result.loss or 0.0 for result in distilled], [result.distilled_loss or 0.0 for result in distilled]
+            _places(distilled, lambda result: order(by, result)),
+            _places(distilled, lambda result: order(by, result, distilled=True)),
         ),
-        "pareto": {cost: _front(order, cost) for cost in COSTS if getattr(best, cost) is not None},
-        "candidates": [result.to_dict() for result in order],
+        "rank_by": by,
+        "task": config.task.given,
+        "pareto": {cost: _front(ranked, cost) for cost in COSTS if getattr(best, cost) is not None},
+        "candidates": [result.to_dict() for result in ranked],
         "budget": vars(config.budget),
     }
     if left_out:
@@ -72,11 +77,24 @@ def write_results(
     return content
 
 
-def _rank(result: Result) -> tuple[bool, bool, float, str]:
-    """Sort key: distilled candidates by distilled loss, then the others by loss, those outside a budget last."""
+def order(by: str, result: Result, *, distilled: bool = False) -> tuple[float, float, str]:
+    """Sort key of one measurement, the best first: by the loss, or by the accuracy on the task and then the loss."""
+    loss = result.distilled_loss if distilled else result.loss
+    accuracy = (result.distilled_accuracy if distilled else result.accuracy) if by == "task" else None
+    return -(accuracy or 0.0), float("inf") if loss is None else loss, result.name
+
+
+def _rank(by: str, result: Result) -> tuple[Any, ...]:
+    """Sort key: distilled candidates as they are distilled, then the others, those outside a budget last."""
     outside, undistilled = result.state == "outside", result.distilled_loss is None
-    loss = result.loss if undistilled else result.distilled_loss
-    return outside, undistilled, float("inf") if loss is None else loss, result.name
+    return outside, undistilled, *order(by, result, distilled=not undistilled)
+
+
+def _places(results: list[Result], key: Callable[[Result], tuple[float, float, str]]) -> list[float]:
+    """Of each result its place in an order; results with the same values share theirs."""
+    values = [key(result)[:2] for result in results]
+    places = {value: float(place) for place, value in enumerate(sorted(set(values)))}
+    return [places[value] for value in values]
 
 
 def _front(results: list[Result], cost: str) -> dict[str, list[str]]:

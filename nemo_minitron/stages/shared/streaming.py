@@ -12,7 +12,7 @@ from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
 from nemo_minitron.checkpoints.weights import DTYPES
 from nemo_minitron.config.parts import parse_bytes
 from nemo_minitron.jobs.plans import StagePlan, human_bytes
-from nemo_minitron.runtime.memory import host_memory
+from nemo_minitron.runtime.memory import LIVE_SHARE, host_memory
 from nemo_minitron.stages.shared.memory import Running
 from nemo_minitron.streamed import streamed_faults
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["plan_streaming", "scratch", "state_budget", "streamed_model", "streams", "trail"]
 
 logger = logging.getLogger(__name__)
-
-#: Part of the free memory that the weights of a live model may take; activations and libraries have the other.
-_SHARE = 0.8
 
 
 class Spilling(Running, Protocol):
@@ -59,26 +56,33 @@ def plan_streaming(plan: StagePlan, config: Streaming, *models: str) -> None:
             )
 
 
-def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups) -> bool:
-    """Whether the model runs layer by layer: by the setting, else by the free memory. Collective."""
+def streams(config: Streaming, checkpoint: Checkpoint, groups: Groups, *, beside: float = 0.0) -> bool:
+    """Whether the model runs layer by layer: by the setting, else by the free memory. Collective.
+
+    Args:
+        config: of the stage.
+        checkpoint: of the model.
+        groups: of this process.
+        beside: bytes that a process with the whole model needs beside its weights.
+    """
     import torch
     import torch.distributed as dist
 
     if config.memory != "auto" or streamed_faults(checkpoint.shape, groups.layout):
         return config.memory == "streamed"
     count = axes.parameter_count(checkpoint.family, checkpoint.shape)
-    needed = count * DTYPES[config.runtime.dtype]
+    needed = count * DTYPES[config.runtime.dtype] + beside
     if groups.device.is_cuda:
         free = torch.cuda.mem_get_info()[0]
     else:
         free = host_memory()[1]
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", str(groups.layout.world_size)))
-    short = torch.tensor([int(needed > _SHARE * free)], device=groups.device.torch)
+    short = torch.tensor([int(needed > LIVE_SHARE * free)], device=groups.device.torch)
     dist.all_reduce(short, dist.ReduceOp.MAX)
     if int(short) and groups.is_main:
         logger.info(
-            "%s: %s of weights do not fit into %s of free memory; streaming layer by layer (memory=streamed)",
-            checkpoint.path, human_bytes(needed), human_bytes(free),
+            "%s: %s of weights%s do not fit into %s of free memory; streaming layer by layer (memory=streamed)",
+            checkpoint.path, human_bytes(needed), " and sums" if beside else "", human_bytes(free),
         )  # fmt: skip
     return bool(int(short))
 

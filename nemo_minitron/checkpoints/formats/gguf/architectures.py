@@ -6,15 +6,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.architecture import FULL, SLIDING
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ARCHITECTURES", "GGUFArchitecture", "minus_one", "turn_keys", "turn_queries"]
+__all__ = [
+    "ARCHITECTURES",
+    "DEFAULTS",
+    "EXPERTS",
+    "WRITTEN",
+    "Change",
+    "GGUFArchitecture",
+    "architecture_of",
+    "written_as",
+]
 
-Undo = Callable[["torch.Tensor", ModelShape], "torch.Tensor"]
-"""``(tensor as stored, sizes of the model) -> tensor as transformers has it``."""
+Turn = Callable[["torch.Tensor", ModelShape], "torch.Tensor"]
+"""``(tensor, sizes of the model) -> tensor``."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What llama.cpp's converter does to a tensor, and what undoes it.
+
+    Attributes:
+        make: a tensor as transformers has it -> as the file has it.
+        undo: the other way round.
+    """
+
+    make: Turn
+    undo: Turn
+
 
 #: Keys of a header below the architecture's name -> keys of ``config.json``.
 KEYS = {
@@ -42,7 +66,11 @@ class GGUFArchitecture:
         keys: keys of the header below the architecture's name -> keys of ``config.json``.
         constants: keys of ``config.json`` that no header has.
         derived: keys of ``config.json`` that llama.cpp computes from others: ``(config) -> keys and values``.
-        undo: name of a tensor in the file, without ``blk.N.`` -> what undoes llama.cpp's change of it.
+        by_layer: keys of the header below the architecture's name that may differ between layers -> what their lists
+            are in ``config.json``: ``(list) -> keys and values``.
+        changes: name of a tensor in the file, without ``blk.N.`` -> llama.cpp's change of it.
+        mixture: the entry of files whose header has experts; None where there are none.
+        biased: the entry of files whose queries, keys and values have biases; None where there are none.
         neutral: keys of the header below the architecture's name -> the value at which they change nothing; another
             value is refused.
     """
@@ -51,28 +79,36 @@ class GGUFArchitecture:
     keys: Mapping[str, str] = field(default_factory=lambda: KEYS)
     constants: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    undo: Mapping[str, Undo] = field(default_factory=dict)
+    by_layer: Mapping[str, Callable[[list[Any]], dict[str, Any]]] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    mixture: GGUFArchitecture | None = None
+    biased: GGUFArchitecture | None = None
     neutral: Mapping[str, Any] = field(default_factory=dict)
-
-
-def turn_queries(tensor: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Undo llama.cpp's order of query rows: it turns neighbouring channels, transformers those half a head apart."""
-    return _halves(tensor, shape.num_attention_heads)
-
-
-def turn_keys(tensor: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """As :func:`turn_queries`, for the rows of the keys."""
-    return _halves(tensor, shape.num_query_groups)
-
-
-def minus_one(tensor: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Undo the one that llama.cpp adds to the weights of norms that are stored minus one."""
-    return tensor - 1
 
 
 def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """``[heads * (head_dim / 2) * 2, ...]``, pairs together -> the first halves of all pairs, then the second."""
     return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of :func:`_halves`."""
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+#: llama.cpp turns neighbouring channels, transformers those half a head apart.
+_QUERIES = Change(
+    make=lambda tensor, shape: _pairs(tensor, shape.num_attention_heads),
+    undo=lambda tensor, shape: _halves(tensor, shape.num_attention_heads),
+)
+_KEYS = Change(
+    make=lambda tensor, shape: _pairs(tensor, shape.num_query_groups),
+    undo=lambda tensor, shape: _halves(tensor, shape.num_query_groups),
+)
+#: Weights of norms that are stored minus one.
+_PLUS_ONE = Change(make=lambda tensor, shape: tensor + 1, undo=lambda tensor, shape: tensor - 1)
+_PAIRED = {"attn_q.weight": _QUERIES, "attn_k.weight": _KEYS}
+_PAIRED_BIASES = {"attn_q.bias": _QUERIES, "attn_k.bias": _KEYS}
 
 
 def _gemma3_scale(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,21 +118,45 @@ def _gemma3_scale(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"query_pre_attn_scalar": config["head_dim"]}
 
 
+def _gemma3_types(slides: list[Any]) -> dict[str, Any]:
+    """The types of layers, of a list that says which slide."""
+    return {"layer_types": [SLIDING if one else FULL for one in slides]}
+
+
+_EXPERT_KEYS = {"expert_used_count": "num_experts_per_tok"}
+_ROUTED = {"expert_gating_func": 1, "expert_weights_norm": True, "expert_weights_scale": 1.0}
 _GEMMA3_NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 
-#: By the name in ``general.architecture``. Mistral's files are called "llama".
+#: By the name in ``general.architecture``. Mistral's and Mixtral's files are called "llama".
 ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture(
         "LlamaForCausalLM",
-        undo={"attn_q.weight": turn_queries, "attn_k.weight": turn_keys},
+        changes=_PAIRED,
         neutral={"expert_count": 0, "expert_used_count": 0, "logit_scale": 1.0},
+        mixture=GGUFArchitecture(
+            "MixtralForCausalLM",
+            keys=KEYS | _EXPERT_KEYS | {"expert_count": "num_local_experts"},
+            changes=_PAIRED,
+            neutral=_ROUTED | {"logit_scale": 1.0},
+        ),
+        biased=GGUFArchitecture(
+            "Qwen2ForCausalLM", constants={"use_sliding_window": False}, changes=_PAIRED | _PAIRED_BIASES
+        ),
     ),
     "qwen2": GGUFArchitecture("Qwen2ForCausalLM", constants={"use_sliding_window": False}),
     "qwen3": GGUFArchitecture("Qwen3ForCausalLM", constants={"use_sliding_window": False}),
+    "qwen3moe": GGUFArchitecture(
+        "Qwen3MoeForCausalLM",
+        keys=KEYS
+        | _EXPERT_KEYS
+        | {"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"},
+        constants={"use_sliding_window": False, "norm_topk_prob": True},
+        neutral=_ROUTED,
+    ),
     "nemotron": GGUFArchitecture(
         "NemotronForCausalLM",
         keys=KEYS | {"attention.layer_norm_epsilon": "norm_eps"},
-        undo=dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), minus_one),
+        changes=dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), _PLUS_ONE),
     ),
     "gemma3": GGUFArchitecture(
         "Gemma3ForCausalLM",
@@ -108,6 +168,44 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
         },
         constants={"sliding_window": None},  # llama.cpp would compute without windows: such a file is refused
         derived=_gemma3_scale,
-        undo=dict.fromkeys((f"{name}.weight" for name in ("output_norm", *_GEMMA3_NORMS)), minus_one),
+        by_layer={"attention.sliding_window_pattern": _gemma3_types},
+        changes=dict.fromkeys((f"{name}.weight" for name in ("output_norm", *_GEMMA3_NORMS)), _PLUS_ONE),
     ),
 }
+
+#: Family -> the architecture that its models are written as, but for :func:`written_as`.
+WRITTEN = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "nemotron": "nemotron",
+    "gemma3": "gemma3",
+}
+
+#: Canonical name of a tensor of one expert, below its number -> tensors of the file, each with all experts of a layer:
+#: ``[E, ...]``.
+EXPERTS: dict[str, tuple[str, ...]] = {
+    "linear_fc1.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "linear_fc2.weight": ("ffn_down_exps.weight",),
+}
+
+
+def written_as(family: str, shape: ModelShape) -> str | None:
+    """The architecture that a model is written as; None for a family that llama.cpp does not have.
+
+    llama.cpp wants the heads of "qwen2" as wide as the hidden states. After pruning they are not, and such a model is
+    written as "llama", which has room for its biases and computes the same.
+    """
+    name = WRITTEN.get(family)
+    if name == "qwen2" and shape.num_attention_heads * shape.head_dim != shape.hidden_size:
+        return "llama"
+    return name
+
+
+def architecture_of(name: str, *, experts: bool, biases: bool = False) -> GGUFArchitecture | None:
+    """The entry of a name; of files with experts, or with biases, its own for them. None for one that is not known."""
+    entry = ARCHITECTURES.get(name)
+    other = None if entry is None else entry.mixture if experts else entry.biased if biases else None
+    return other or entry

@@ -5,11 +5,13 @@ The numbers are those that llama.cpp's own ``gguf`` package dequantizes, one ten
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
@@ -17,8 +19,14 @@ from nemo_minitron.accounting import by_pattern, refusable
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.entry import WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import known
-from nemo_minitron.checkpoints.formats.gguf.architectures import ARCHITECTURES, DEFAULTS, GGUFArchitecture
+from nemo_minitron.checkpoints.formats.gguf.architectures import (
+    ARCHITECTURES,
+    DEFAULTS,
+    GGUFArchitecture,
+    architecture_of,
+)
 from nemo_minitron.checkpoints.formats.gguf.header import GGUFContent, read_gguf
+from nemo_minitron.checkpoints.formats.gguf.places import Place, names_there
 from nemo_minitron.checkpoints.formats.gguf.rope import DIVISORS, rotary_scaling
 from nemo_minitron.checkpoints.formats.gguf.tokenizer import write_tokenizer
 from nemo_minitron.checkpoints.formats.huggingface import names as naming
@@ -31,7 +39,7 @@ from nemo_minitron.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GGUFWeights", "convert_gguf", "describe_gguf", "is_gguf"]
+__all__ = ["GGUFWeights", "convert_gguf", "describe_gguf", "is_gguf", "open_gguf"]
 
 #: Keys of a header below the architecture's name that every model has.
 _NEEDED = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count")
@@ -63,12 +71,25 @@ def convert_gguf(
         MissingDependency: without the ``gguf`` package.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    with TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         model = describe_gguf(source, Path(scratch), dtype=dtype)
         target.parent.mkdir(parents=True, exist_ok=True)
         with write_aside(target, overwrite=overwrite, error=CheckpointError) as partial:
             write_hf(model, partial, WriteOptions(dtype=dtype, scratch=Path(scratch) / "parts"))
     return open_hf(target)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file as it stands: its tensors are dequantized when they are asked for, in float32.
+
+    The tokenizer's files are made in a temporary directory that lives as long as the process.
+
+    Raises:
+        CheckpointError, MissingDependency: as :func:`convert_gguf`.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="nemo_minitron_tokenizer_"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return describe_gguf(path, directory)
 
 
 def describe_gguf(source: str | Path, directory: Path, *, dtype: str = "float32") -> Checkpoint:
@@ -84,14 +105,18 @@ def describe_gguf(source: str | Path, directory: Path, *, dtype: str = "float32"
     """
     content = read_gguf(Path(source).expanduser())
     name = content.fields.get("general.architecture")
-    entry = ARCHITECTURES.get(str(name))
+    entry = architecture_of(
+        str(name),
+        experts=bool(content.fields.get(f"{name}.expert_count")),
+        biases=all(f"blk.0.attn_{part}.bias" in content.tensors for part in "qkv"),
+    )
     if entry is None:
         supported = ", ".join(map(repr, ARCHITECTURES))
         raise CheckpointError(f"{source}: architecture {name!r} is not supported; supported: {supported}")
     shape, architecture = from_hf(_config(content, str(name), entry), content.path)
     architecture = dataclasses.replace(architecture, dtype=dtype)
     weights = GGUFWeights(
-        content, shape, architecture.family, entry, _gguf_names(str(name), shape, architecture.family)
+        content, shape, architecture.family, entry, names_there(str(name), shape, architecture.family)
     )
     weights.check()
     write_tokenizer(content, directory)
@@ -107,14 +132,14 @@ class GGUFWeights:
         content: the file.
         shape, family: the model's.
         entry: its architecture.
-        names_there: name in transformers -> name in the file.
+        names_there: name in transformers -> where it is in the file.
     """
 
     content: GGUFContent
     shape: ModelShape
     family: str
     entry: GGUFArchitecture
-    names_there: dict[str, str]
+    names_there: dict[str, Place]
 
     def names(self) -> Sequence[str]:
         """Canonical names in the order of the forward pass."""
@@ -133,9 +158,9 @@ class GGUFWeights:
     def part(self, name: str) -> torch.Tensor:
         """The tensor of this name in transformers."""
         there = self.names_there[name]
-        undo = self.entry.undo.get(".".join(there.split(".")[-2:]))
-        tensor = self.content.tensor(there)
-        return tensor if undo is None else undo(tensor, self.shape)
+        change = self.entry.changes.get(".".join(there.name.split(".")[-2:]))
+        tensor = self.content.tensor(there.name, there.expert)
+        return tensor if change is None else change.undo(tensor, self.shape)
 
     def check(self) -> None:
         """Compare names and shapes with the header.
@@ -144,7 +169,10 @@ class GGUFWeights:
             CheckpointError: naming tensors that are missing, of another shape, or have no place in the model.
         """
         path, stored = self.content.path, self.content.tensors
-        if missing := [there for there in self.names_there.values() if there not in stored]:
+        places = {there.name for there in self.names_there.values()}
+        if missing := [
+            name for name in dict.fromkeys(there.name for there in self.names_there.values()) if name not in stored
+        ]:
             raise CheckpointError(
                 f"{path}: {len(missing)} tensors that its header asks for are missing, such as {', '.join(missing[:3])}"
             )
@@ -152,12 +180,13 @@ class GGUFWeights:
         for entry in axes.parameters(axes.family(self.family), self.shape):
             shapes |= naming.hf_parts(self.family, entry)
         for name, there in self.names_there.items():
-            if self.content.shape(there) != shapes[name]:
+            size, asked = self.content.shape(there.name), shapes[name]
+            wanted = asked if there.expert is None else (self.shape.num_moe_experts, *asked)
+            if size != wanted:
                 raise CheckpointError(
-                    f"{path}: {there} has shape {list(self.content.shape(there))} where the header's sizes ask for "
-                    f"{list(shapes[name])}"
+                    f"{path}: {there.name} has shape {list(size)} where the header's sizes ask for {list(wanted)}"
                 )
-        used = {*self.names_there.values(), DIVISORS}
+        used = {*places, DIVISORS}
         unknown = [name for name in stored if name not in used and not by_pattern([name], known.TENSORS)]
         if unknown:
             raise CheckpointError(
@@ -174,6 +203,9 @@ def _config(content: GGUFContent, name: str, entry: GGUFArchitecture) -> dict[st
     for key, there in entry.keys.items():
         value = fields.get(f"{name}.{key}")
         if isinstance(value, list):
+            if key in entry.by_layer:
+                config |= entry.by_layer[key](value)
+                continue
             if len(set(value)) > 1:
                 raise CheckpointError(f"{content.path}: {name}.{key} differs between layers, which is not supported")
             value = value[0] if value else None
@@ -204,24 +236,6 @@ def _decimal(value: float) -> float:
     import numpy as np
 
     return float(str(np.float32(value)))
-
-
-def _gguf_names(name: str, shape: ModelShape, family: str) -> dict[str, str]:
-    """Name in transformers -> name in the file, by the ``gguf`` package's own table."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    numbers = [number for number, title in MODEL_ARCH_NAMES.items() if title == name]
-    if not numbers:
-        raise CheckpointError(f"the gguf package does not know {name} files; install a newer one")
-    table = get_tensor_name_map(numbers[0], shape.num_layers)
-    there: dict[str, str] = {}
-    for entry in axes.parameters(axes.family(family), shape):
-        for part in naming.hf_names(family, entry.name):
-            found = table.get_name(part, try_suffixes=(".weight", ".bias"))
-            if found is None:
-                raise CheckpointError(f"the gguf package has no name for {part} in {name} files; install a newer one")
-            there[part] = found
-    return there
 
 
 def _check_fields(content: GGUFContent, name: str, entry: GGUFArchitecture) -> None:

@@ -39,8 +39,12 @@ class GGUFContent:
         """Rows first, as torch has it; the file has it the other way round."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, part: int | None = None) -> torch.Tensor:
         """A tensor's numbers in float32, on CPU: those that llama.cpp's own ``gguf`` package dequantizes.
+
+        Args:
+            name: of the tensor.
+            part: of its first dimension; None for all of it.
 
         Raises:
             CheckpointError: for a quantization that the package cannot undo.
@@ -49,15 +53,16 @@ class GGUFContent:
         import torch
         from gguf.quants import dequantize
 
-        stored = self.tensors[name]
+        stored, shape = self.tensors[name], self.shape(name)
+        data, shape = (stored.data, shape) if part is None else (stored.data[part], shape[1:])
         try:
-            numbers = dequantize(stored.data, stored.tensor_type)
+            numbers = dequantize(data, stored.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {stored.tensor_type.name}, which cannot be read ({error}); use a "
                 "file of another quantization"
             ) from error
-        return torch.from_numpy(np.array(numbers, dtype=np.float32).reshape(self.shape(name)))
+        return torch.from_numpy(np.array(numbers, dtype=np.float32).reshape(shape))
 
 
 def read_gguf(source: Path) -> GGUFContent:

@@ -21,7 +21,12 @@ DIVISORS = "rope_freqs.weight"
 #: As transformers spells the kinds; the others of llama.cpp are refused.
 _KEYS = {
     "linear": {"factor": "factor"},
-    "yarn": {"factor": "factor", "original_context_length": "original_max_position_embeddings"},
+    "yarn": {
+        "factor": "factor",
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+    },
 }
 #: Low and high factor and original context of Llama 3.1, 3.2 and 3.3.
 _LLAMA3 = (1.0, 4.0, 8192)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.formats.gguf.header import GGUFContent
+from nemo_minitron.checkpoints.formats.gguf.splits import SPLITS, divide
 from nemo_minitron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["MODELS", "SPLITS", "write_tokenizer"]
+__all__ = ["MODELS", "write_tokenizer"]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -24,40 +24,6 @@ CHATML = (
 
 # llama.cpp's kinds of tokens
 _CONTROL, _USER_DEFINED = 3, 4
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-@dataclass(frozen=True)
-class Split:
-    """How text is divided before byte-level BPE.
-
-    Attributes:
-        digits: into single digits, then as GPT-2 does.
-        pattern: by this pattern; None for GPT-2's.
-        compose: characters are composed first (NFC).
-        whole_words: a word that is a token is not merged (``ignore_merges``).
-        first: the first token is prepended where the header does not say.
-    """
-
-    digits: bool = False
-    pattern: str | None = None
-    compose: bool = False
-    whole_words: bool = False
-    first: bool = False
-
-
-_DIGITS = Split(digits=True)
-_LLAMA3 = Split(pattern=_WORDS + r"\p{N}{1,3}" + _OTHERS, whole_words=True, first=True)
-_QWEN2 = Split(pattern=_WORDS + r"\p{N}" + _OTHERS, compose=True)
-#: By ``tokenizer.ggml.pre``, as llama.cpp reads it (``llama-vocab.cpp``).
-SPLITS: dict[str, Split] = {
-    "gpt-2": Split(),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-}
 
 
 def write_tokenizer(content: GGUFContent, directory: Path) -> None:
@@ -97,7 +63,7 @@ def write_tokenizer(content: GGUFContent, directory: Path) -> None:
 
 def _byte_level(content: GGUFContent, words: list[str], special: dict[str, str]) -> Tokenizer:
     """Byte-level BPE, as GPT-2's."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, processors
 
     fields = content.fields
     name, merges = fields.get("tokenizer.ggml.pre"), fields.get("tokenizer.ggml.merges") or []
@@ -117,15 +83,7 @@ def _byte_level(content: GGUFContent, words: list[str], special: dict[str, str])
         )
     except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(f"{content.path}: tokenizer.ggml.merges do not fit the tokens ({error})") from error
-    if split.compose:
-        tokenizer.normalizer = normalizers.NFC()
-    prefix = _starts_with_space(content)
-    before: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=split.pattern is None)]
-    if split.digits:
-        before.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    if split.pattern is not None:
-        before.insert(0, pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(before) if len(before) > 1 else before[0]
+    divide(tokenizer, split, prefix=_starts_with_space(content))
     tokenizer.decoder = decoders.ByteLevel()
     ends = _ends(content, tokenizer, special, first=split.first)
     bytes_only = processors.ByteLevel(trim_offsets=ends is None)

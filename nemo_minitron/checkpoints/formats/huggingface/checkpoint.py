@@ -312,6 +312,14 @@ class HFWeights:
         """The file of torch before 1.6 that was read last."""
         return {}
 
+    def stored(self, name: str) -> torch.Tensor:
+        """A tensor under its name in the files, as it is there.
+
+        Raises:
+            CheckpointError: if it is missing.
+        """
+        return self._read(name)
+
     def _read(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor, or one element of its first dimension."""
         if name not in self.files:

@@ -271,7 +271,13 @@ def _unsupported(config: Noted, table: axes.Family, family: HFFamily, name: str)
 
 def _quantized(config: Noted) -> list[str]:
     stated = config.get("quantization_config")
-    return ["quantized weights are not supported; dequantize the model first"] if stated else []
+    if not stated:
+        return []
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    how = f" ({method} {stated.get('quant_algo', '')}".rstrip() + ")" if method else ""
+    return [
+        f"quantized weights{how} are for serving; open the float model that they were made from, or dequantize them"
+    ]
 
 
 def hf_faults(shape: ModelShape, architecture: Architecture) -> list[str]:

@@ -158,11 +158,13 @@ FILES: dict[str, str] = {
     "onnx": "a model of its own",
 }
 
+_QUANTIZED = "quantized weights are for serving; open the float model that they were made from, or dequantize them"
+
 #: Files that change what the model computes, as shell patterns -> the remedy.
 REFUSED_FILES: dict[str, str] = {
     "adapter_config.json": "transformers would add the adapter to the model; merge it into the weights first "
     "(peft's merge_and_unload), or move it away",
-    "hf_quant_config.json": "quantized weights are not supported; dequantize the model first",
-    "quant_config.json": "quantized weights are not supported; dequantize the model first",
-    "quantize_config.json": "quantized weights are not supported; dequantize the model first",
+    "hf_quant_config.json": _QUANTIZED,
+    "quant_config.json": _QUANTIZED,
+    "quantize_config.json": _QUANTIZED,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-__all__ = ["hf_logits", "load_transformers"]
+__all__ = ["hf_logits", "hf_logits_streamed", "load_transformers"]
 
 #: Keys that both generations have, with another meaning (YaRN's context).
 _MEANT_OTHERWISE = ("max_position_embeddings",)
@@ -34,20 +36,95 @@ def load_transformers(path: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    config, types = _typed(path)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype, local_files_only=True)
+    _type_layers(model, types)
+    return model
+
+
+def hf_logits_streamed(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """:func:`hf_logits` with the weights of one layer, or of the embedding or output layer, in memory at a time.
+
+    The forward pass is the model's own; each part is filled before it runs and emptied afterwards.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nemo_minitron.checkpoints.formats.huggingface.checkpoint import HFWeights, open_hf
+
+    weights = open_hf(path).weights
+    assert isinstance(weights, HFWeights), "open_hf gives no other"
+    config, types = _typed(path)
+    with _without_parameters():
+        model: Any = AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
+    model = model.float().eval()
+    _type_layers(model, types)
+    tied = model.get_output_embeddings() if config.tie_word_embeddings else None
+    names = {module: name for name, module in model.named_modules()}
+
+    def fill(part: torch.nn.Module, args: Any) -> None:
+        for name, parameter in list(part.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            module = part.get_submodule(owner)
+            place = names[model.get_input_embeddings() if module is tied else module]
+            tensor = weights.stored(f"{place}.{last}")
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: {place}.{last} has shape {list(tensor.shape)} where transformers' model has "
+                    f"{list(parameter.shape)}; its config.json belongs to another model"
+                )
+            filled = tensor.to(dtype).float()
+            setattr(module, last, torch.nn.Parameter(filled, requires_grad=False))
+
+    def empty(part: torch.nn.Module, args: Any, output: Any) -> None:
+        part.to("meta")
+
+    layers = list(model.get_decoder().layers)
+    inside = {module for layer in layers for module in layer.modules()}
+    ends = [module for module in names if module not in inside and dict(module.named_parameters(recurse=False))]
+    for part in [*layers, *ends]:
+        part.register_forward_pre_hook(fill)
+        part.register_forward_hook(empty)
+    return model(ids, use_cache=False).logits
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Within the block, parameters of new modules have a shape and no memory; buffers are as ever."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        register(self, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta"), False))
+
+    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _typed(path: Path) -> tuple[Any, list[str]]:
+    """The configuration, and types of layers that have to be set by hand."""
     config: Any = _config(path)
     types: list[str] = getattr(config, "layer_types", None) or []
     unknown = getattr(config, "sliding_window_pattern", types) is None  # Qwen's have a list too, and no pattern
-    by_hand = bool(types) and unknown and matches("transformers<4.53")
-    if by_hand:
-        config.sliding_window_pattern, config.use_cache = 1, False
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype, local_files_only=True)
-    if by_hand:
-        model.generation_config.cache_implementation, model.generation_config.use_cache = None, False
-        for layer, kind in zip(model.model.layers, types, strict=True):
-            slides = kind == SLIDING
-            layer.is_sliding = layer.self_attn.is_sliding = slides
-            layer.self_attn.sliding_window = config.sliding_window if slides else None
-    return model
+    if not (types and unknown and matches("transformers<4.53")):
+        return config, []
+    config.sliding_window_pattern, config.use_cache = 1, False
+    return config, types
+
+
+def _type_layers(model: Any, types: list[str]) -> None:
+    """Give the layers of a model their types; none are given where it has them."""
+    if not types:
+        return
+    model.generation_config.cache_implementation, model.generation_config.use_cache = None, False
+    for layer, kind in zip(model.model.layers, types, strict=True):
+        slides = kind == SLIDING
+        layer.is_sliding = layer.self_attn.is_sliding = slides
+        layer.self_attn.sliding_window = model.config.sliding_window if slides else None
 
 
 def _config(path: Path) -> PretrainedConfig:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["nemo1_logits"]
+__all__ = ["nemo1_distributed", "nemo1_logits"]
+
+
+def nemo1_distributed(path: Path, scratch: Path) -> tuple[Path, str]:
+    """The weights of a ``.nemo``, unpacked into ``scratch``, and what stands before their names."""
+    from nemo_minitron.checkpoints.formats.nemo1.checkpoint import unpack_nemo1
+
+    unpack_nemo1(path, scratch)
+    return scratch / "model_weights", "model."
 
 
 def nemo1_logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["nemo2_logits"]
+__all__ = ["nemo2_distributed", "nemo2_logits"]
+
+
+def nemo2_distributed(path: Path, scratch: Path) -> tuple[Path, str]:
+    """The weights of a NeMo 2 directory, and what stands before their names."""
+    del scratch
+    return path / "weights", "module."
 
 
 def nemo2_logits(path: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

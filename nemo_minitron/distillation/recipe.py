@@ -165,6 +165,7 @@ def _learning(correction: CorrectionConfig, schedule: Schedule) -> dict[str, Any
         "min_lr": own.min_lr,
         "warmup_steps": own.warmup(),
         "steps": own.steps,
+        "chunked": own.logits == "chunks",
     }
 
 

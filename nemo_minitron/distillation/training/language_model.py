@@ -6,8 +6,6 @@ Also here is the base of all trained models: to NeMo the model is a plain model 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import fiddle as fdl
@@ -20,7 +18,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo2.config import model_class
 from nemo_minitron.checkpoints.live import load_into
 from nemo_minitron.distillation.losses.balance import Balance
-from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss
+from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss, without_output_layer
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.runtime import versions
@@ -162,7 +160,7 @@ class TrainedModel(GPTModel):
         model = self._megatron
         if not (self._chunked and model.post_process):
             return self.forward(**inputs)
-        with _without_output_layer(model) as weights:
+        with without_output_layer(model) as weights:
             hidden: torch.Tensor = self.forward(**inputs)
         (batch[_HEAD],) = weights
         return hidden
@@ -192,28 +190,6 @@ class TrainedModel(GPTModel):
         if self._validation_loss_reduction is None:
             self._validation_loss_reduction = self.loss_reduction(validation=True)
         return self._validation_loss_reduction
-
-
-@contextmanager
-def _without_output_layer(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Within the block, what would be logits are the hidden states that they would be made of.
-
-    Yields:
-        A list that gets the weight with which the output layer was called.
-    """
-    weights: list[torch.Tensor] = []
-
-    def forward(
-        hidden: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[torch.Tensor, None]:
-        weights.append(model.output_layer.weight if weight is None else weight)
-        return hidden, None
-
-    model.output_layer.forward = forward
-    try:
-        yield weights
-    finally:
-        del model.output_layer.forward  # the class's again
 
 
 class LanguageModel(TrainedModel):

@@ -7,13 +7,13 @@ Three losses run on the same logits, forward and backward, one thread a rank:
 - ``obvious``: all-gather the logits, ``log_softmax`` of both, ``kl_div``;
 - ``modelopt``: ``LogitsKLLoss`` of nvidia-modelopt;
 - ``ours``: :func:`nemo_minitron.distillation.losses.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient
-in a
-  tensor of its own, and ``ours_inplace``, written over the student's logits.
+  in a tensor of its own, and ``ours_inplace``, written over the student's logits.
 
 Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank; on CUDA
 the peak of torch's allocator. Time is the best of several; on CUDA between two events of the device. There four times
 as many tokens run, and a case of two ranks needs two GPUs: it is left out where there is one. The gradient error is the
 largest difference from float64 autograd on whole logits, over its largest entry.
+
 A second part measures the output layers with the loss, forward and backward, from the hidden states of both models to
 the gradients of the student's hidden states and output layer, at V = 128256 and one rank: ``whole`` makes all logits,
 as a training with ``logits: whole`` does, and ``fused`` a chunk at a time
@@ -47,8 +47,8 @@ import torch
 import torch.distributed as dist
 
 LOSSES = ("obvious", "modelopt", "ours", "ours_inplace")
-#: Of the models of the second part: their size and vocabulary.
-HIDDEN, HEAD_VOCABULARY = 512, 128256
+#: Vocabulary of the second part.
+HEAD_VOCABULARY = 128256
 
 
 def _resident(field: str) -> int:
@@ -185,8 +185,8 @@ def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def head_rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
-    """Output layers and loss, whole and fused."""
+def head_rank(device: str, vocab: int, tokens: int, repeats: int, out: Path, size: int) -> None:
+    """Output layers and loss, whole and fused, from hidden states of a size."""
     from nemo_minitron.config import LossConfig
     from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss
     from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_forward_kl
@@ -199,8 +199,8 @@ def head_rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> 
     group = dist.group.WORLD
     assert group is not None
     generator = torch.Generator().manual_seed(0)
-    hidden, theirs = (torch.randn(tokens, 1, HIDDEN, generator=generator).to(place.torch) for _ in range(2))
-    weight, their_weight = (0.2 * torch.randn(vocab, HIDDEN, generator=generator).to(place.torch) for _ in range(2))
+    hidden, theirs = (torch.randn(tokens, 1, size, generator=generator).to(place.torch) for _ in range(2))
+    weight, their_weight = (0.2 * torch.randn(vocab, size, generator=generator).to(place.torch) for _ in range(2))
     mask = torch.ones(tokens, 1, device=place.torch)
 
     def whole(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,7 @@ def _exact_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     return gradient
 
 
-def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
+def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repeats: int, *more: int) -> dict[str, Any]:
     """What the ranks of a case, each a process, found."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -256,6 +256,7 @@ def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repea
         probe.close()
         out = Path(folder) / "found.json"
         command = [sys.executable, __file__, kind, device, str(vocab), str(tokens), str(repeats), str(out)]
+        command += map(str, more)
         ranks = [
             subprocess.Popen(
                 command,
@@ -268,7 +269,7 @@ def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repea
             )
             for place in range(world)
         ]  # fmt: skip
-        if any(process.wait(timeout=600) for process in ranks):
+        if any(process.wait(timeout=3600) for process in ranks):
             raise SystemExit(f"a rank of V={vocab} TP={world} failed")
         return dict(json.loads(out.read_text()))
 
@@ -314,7 +315,8 @@ def main() -> None:
             row = last["losses"][name]
             seconds, megabytes, error = row["seconds"], row["bytes"] / 1e6, row["gradient_error"]
             print(f"  {name:13} {seconds:7.3f} s  {megabytes:8.0f} MB  gradient {error:.1e}")
-    head = _measured("--head", place.type, HEAD_VOCABULARY, 1, 2048 if quick else 4096, 1 if quick else 3)
+    sizes_of_head = (2048, 1, 256) if quick else (4096, 3, 512)
+    head = _measured("--head", place.type, HEAD_VOCABULARY, 1, *sizes_of_head)
     whole, fused = head["whole"], head["fused"]
     for name, row in (("whole", whole), ("fused", fused)):
         print(f"output layers and loss, {name}: {row['seconds']:7.3f} s  {row['bytes'] / 1e6:8.0f} MB")
@@ -344,7 +346,12 @@ def decided(device: str) -> Any:
 if __name__ == "__main__":
     if sys.argv[1:2] in (["--rank"], ["--head"]):
         (rank if sys.argv[1] == "--rank" else head_rank)(
-            sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), Path(sys.argv[6])
+            sys.argv[2],
+            int(sys.argv[3]),
+            int(sys.argv[4]),
+            int(sys.argv[5]),
+            Path(sys.argv[6]),
+            *map(int, sys.argv[7:]),
         )
     else:
         main()

@@ -63,7 +63,7 @@ __all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "Workload"]
 #: (:mod:`nemo_minitron.distillation.losses.vocabulary_parallel`).
 _LOSS_BUFFERS = 4 * 32 * 2**20
 #: Of a chunk's logits, without fused kernels and with them (:mod:`nemo_minitron.distillation.losses.fused_head`).
-HEAD_BYTES = {False: 64 * 2**20, True: 256 * 2**20}
+HEAD_BYTES = {False: 96 * 2**20, True: 256 * 2**20}
 
 
 @dataclass(frozen=True)

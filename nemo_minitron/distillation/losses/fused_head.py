@@ -24,7 +24,7 @@ from nemo_minitron.distillation.losses.vocabulary_parallel import ChunkLosses, T
 
 __all__ = ["HEAD_BYTES", "OutputHead", "SummedLosses", "fused_head_loss", "without_output_layer"]
 
-HEAD_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+HEAD_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 """Of a chunk's logits, of which there are two. Each chunk reads and writes the gradient of the output layer once, which
 is as large as the weights: more tokens a chunk make that cheap beside the products."""
 

@@ -315,7 +315,7 @@ def main() -> None:
             row = last["losses"][name]
             seconds, megabytes, error = row["seconds"], row["bytes"] / 1e6, row["gradient_error"]
             print(f"  {name:13} {seconds:7.3f} s  {megabytes:8.0f} MB  gradient {error:.1e}")
-    sizes_of_head = (2048, 1, 256) if quick else (4096, 3, 512)
+    sizes_of_head = (1536, 1, 256) if quick else (4096, 3, 512)
     head = _measured("--head", place.type, HEAD_VOCABULARY, 1, *sizes_of_head)
     whole, fused = head["whole"], head["fused"]
     for name, row in (("whole", whole), ("fused", fused)):

@@ -150,7 +150,8 @@ class TrainedModel(GPTModel):
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere.
 
-        In chunks, on the last stage the hidden states before the output layer, ``[b, s (/tp), H]``.
+        Logits are a view of ``[s, b, V/tp]``, in the dtype of the weights. In chunks, on the last stage the hidden
+        states before the output layer, ``[b, s (/tp), H]``.
         """
         inputs = {
             "input_ids": batch["tokens"],
@@ -158,12 +159,19 @@ class TrainedModel(GPTModel):
             "attention_mask": batch["attention_mask"],
         }
         model = self._megatron
-        if not (self._chunked and model.post_process):
+        if not model.post_process:
             return self.forward(**inputs)
         with without_output_layer(model) as weights:
             hidden: torch.Tensor = self.forward(**inputs)
-        (batch[_HEAD],) = weights
-        return hidden
+        (weight,) = weights
+        if self._chunked:
+            batch[_HEAD] = weight
+            return hidden
+        # Applied here, as Megatron would copy the logits whole, batch first, and the loss takes them sequence first; in
+        # mixed precision its wrapper would also widen them whole.
+        states = hidden.transpose(0, 1).contiguous().to(weight.dtype)
+        logits: torch.Tensor = model.output_layer(states, weight=weight)[0]
+        return logits.transpose(0, 1)
 
     @property
     def _megatron(self) -> Any:

@@ -90,6 +90,22 @@ def _set_optimizer_states(original: Any) -> Callable[[Any, Any, dict[str, Any]],
     return _set_main_param_and_optimizer_states
 
 
+def _one_pass(original: Any) -> Callable[..., torch.optim.Optimizer]:
+    def adam(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = original(*args, fused=True, **kwargs)
+        return optimizer
+
+    return adam
+
+
+def _scale_in_place(original: Any) -> Callable[..., None]:
+    def local_multi_tensor_scale(chunk_size: int, noop_flag: Any, tensors: Any, scale: float) -> None:
+        for source, target in zip(*tensors, strict=True):
+            torch.mul(source, scale, out=target)
+
+    return local_multi_tensor_scale
+
+
 class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
     """LayerNorm whose weight is stored minus one (NeMo's "layernorm1p")."""
 
@@ -268,6 +284,19 @@ PATCHES: tuple[Patch, ...] = (
         "copies every entry of the optimizer's state from the checkpoint, where 'step' of torch's AdamW is kept apart "
         "(KeyError: 'step'); load_state_dict has set it already",
         lacking="apex",
+    ),
+    Patch(
+        "megatron.core.optimizer",
+        "Adam",
+        _one_pass,
+        "is torch's AdamW, which on the CPU takes some ten passes over weights and state; its fused form takes one, a "
+        "seventh of the time, and gives the same to the last bit or two",
+    ),
+    Patch(
+        "megatron.core.optimizer.clip_grads",
+        "multi_tensor_scale_impl",
+        _scale_in_place,
+        "without Apex it scales gradients into new memory and copies them back: twice the time, for the same bits",
     ),
     Patch(
         "megatron.core.optimizer",

@@ -37,6 +37,8 @@ def one_process_case(models: str, out: str) -> None:
     train(models, f"{out}/corrected-resumed", at=(4, signal.SIGTERM), **CORRECTION)
     train(models, f"{out}/straight", **LONG)
     train(models, f"{out}/damaged", at=(12, signal.SIGTERM), **LONG)
+    for logits in ({}, in_small_chunks()):
+        train(models, f"{out}/bf16 {len(logits)}", precision="bf16-mixed", **{**SHORT, **logits})
     train(models, f"{out}/killed", at=(6, None), **LONG)
 
 
@@ -203,6 +205,15 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.T
 
 def label_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+@pytest.mark.slow
+def test_chunks_in_bfloat16(one_process: Path) -> None:
+    """The first step's divergence to rounding in float32, the training within bfloat16's."""
+    whole, chunks = (measured(one_process / f"bf16 {number}") for number in range(2))
+    assert chunks[0]["kl"] == pytest.approx(whole[0]["kl"], rel=1e-5)
+    for ours, theirs in zip(chunks, whole, strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=2e-2)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import pytest
 import torch
 from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
+from support.families import family_model
+from support.memory import StorageWatch
 from support.training import blocks
 
 STEPS, BATCH = 3, 4
@@ -87,6 +89,25 @@ def losses() -> dict[str, Any]:
     return results
 
 
+def memory(count: int) -> float:
+    """The most that the loss from so many teachers holds above the student's logits, in logits of that size."""
+    import torch.distributed as dist
+
+    from nemo_minitron.config import LossConfig
+    from nemo_minitron.distillation.losses import kernels
+    from nemo_minitron.distillation.losses.weighted import Scored, weighted_loss
+
+    logits = torch.randn(64, 2, 1024)
+    leaf = logits.clone().requires_grad_()
+    student, share = leaf * 1, torch.full((2,), 1 / count, dtype=torch.float64)
+    with mock.patch.dict(kernels.BLOCK_BYTES, {"cpu": 10_000}), StorageWatch([leaf, student]) as watch:
+        weighted_loss(
+            student, [Scored(lambda: torch.randn(64, 2, 1024), share)] * count, dist.group.WORLD, vocab_size=1024,
+            loss=LossConfig(), inplace=True,
+        )  # fmt: skip
+    return (watch.peak - watch.start) / (logits.nbytes)
+
+
 def layouts() -> dict[str, Any]:
     from nemo_minitron.runtime.groups import ParallelLayout
 
@@ -97,6 +118,7 @@ def layouts() -> dict[str, Any]:
         "vpp": ParallelLayout(pipeline=2, virtual_pipeline=2),
         "cp": ParallelLayout(context=2),
         "dp": ParallelLayout(data=2),
+        "ep": ParallelLayout(data=2, expert=2),
     }
 
 
@@ -178,7 +200,8 @@ def one_process_case(models: str, out: str) -> dict[str, Any]:
     with pytest.raises(PreemptedError):
         train(models, folder / "resumed", "one", BY_SOURCE, stop_at=2)
     train(models, folder / "resumed", "one", BY_SOURCE)
-    return {"ran": ran, "losses": losses()}
+    train(f"{models}/mixtures", folder / "mixtures", "one", BY_SOURCE)
+    return {"ran": ran, "losses": losses(), "memory": [memory(count) for count in (1, 2, 3, 4)]}
 
 
 def two_processes_case(models: str, out: str) -> dict[str, Any]:
@@ -190,6 +213,7 @@ def two_processes_case(models: str, out: str) -> dict[str, Any]:
         train(models, folder / f"{layout}, by source", layout, BY_SOURCE)
     train(models, folder / "dp on tp", "dp", BY_SOURCE, placed={"b": "tp"})
     train(models, folder / "tp on pp and dp", "tp", WEIGHTED, placed={"a": "pp", "b": "dp"})
+    train(f"{models}/mixtures", folder / "mixtures, ep", "ep", BY_SOURCE)
     return {"losses": losses()}
 
 
@@ -200,6 +224,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint(folder / "a", tied=True, num_hidden_layers=4, seed=1, **sizes)
     tiny_checkpoint(folder / "b", num_hidden_layers=5, seed=3, **{**sizes, "hidden_size": 40})
     tiny_checkpoint(folder / "student", num_hidden_layers=4, seed=2, **{**sizes, "hidden_size": 32})
+    for seed, name in enumerate(("a", "b", "student")):
+        family_model("mixtral", folder / "mixtures" / name, seed=seed, num_hidden_layers=2, router_aux_loss_coef=0.01)
     return folder
 
 
@@ -262,7 +288,7 @@ def assert_same(run: Path, expected: Path, *, without: tuple[str, ...] = (), rel
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # two launches of NeMo and 14 trainings
+@pytest.mark.timeout(900)  # two launches of NeMo and 16 trainings
 def test_several_teachers_under_any_layout(models: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     (one,) = run_distributed(one_process_case, 1, tmp_path, timeout=400, models=str(models), out=str(runs))
@@ -279,10 +305,13 @@ def test_several_teachers_under_any_layout(models: Path, tmp_path: Path) -> None
         assert line["kl_a"] == line["kl_a2"] == pytest.approx(line["kl"], rel=1e-6)
         assert line["kl_b"] != line["kl_a"]
 
+    # One teacher's logits, and beside the gradient in the student's logits one more, two at most.
+    assert one["memory"] == pytest.approx([1, 2, 3, 3], abs=0.1)
     for layout in ("tp", "pp", "tp on pp and dp"):
         assert_same(runs / layout, runs / "one")
     for run in ("pp, by source", "vpp, by source", "cp, by source", "dp on tp", "by source, mixed"):
         assert_same(runs / run, runs / "by source")
+    assert_same(runs / "mixtures, ep", runs / "mixtures", rel=1e-4)
     # Each teacher ran the micro-batches of its sources alone, in three steps and a validation on the first step's text.
     counts = [int((step == source).sum()) for step in of_domains().split(BATCH) for source in (0, 1)]
     assert one["ran"] == [count for count in [*counts, *counts[:2]] if count]

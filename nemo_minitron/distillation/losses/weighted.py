@@ -111,6 +111,7 @@ def weighted_loss(
         values.append(value)
         if derivative is not None:
             gradient = derivative if gradient is None else gradient.add_(derivative)
+        del derivative  # its memory goes before the next part
     total = _summed(values, [weights for _, weights in parts])
     if gradient is not None:
         total = _WithGradient.apply(student, total, gradient)

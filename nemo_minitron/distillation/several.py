@@ -23,7 +23,7 @@ from nemo_minitron.distillation.training.language_model import LM_LOSS, TokenLos
 from nemo_minitron.distillation.training.loop import optimizer_of, train, trained_config
 from nemo_minitron.distillation.training.outputs import Trained, finished
 from nemo_minitron.distillation.training.rounding import MeasureRanges, rounding_of
-from nemo_minitron.errors import PreemptedError
+from nemo_minitron.errors import ConfigError, PreemptedError
 from nemo_minitron.quantization.schemes import Scheme
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -164,11 +164,14 @@ def distill_from_several(
 
     Raises:
         CheckpointError: if the tokenizer of a teacher, which is named, turns ordinary text into other ids.
+        ConfigError: for ``logits: chunks``.
         DataError: for a block whose source has no teacher, or a token that a teacher does not know.
         MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.loop.train`.
     """
     if resume and (done := finished(directory, schedule.steps)):
         return done
+    if schedule.logits != "whole":
+        raise ConfigError(f"logits={schedule.logits}: is of a single teacher; use logits=whole")
     sources = list(dict.fromkeys(name for teacher in teachers for name in teacher.shares))
     blocks = {
         what: numbered_by_source(Blocks.of(given), sources, f"the {what} text")

@@ -45,8 +45,8 @@ class TrainingConfig(Schedule, StageConfig):
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
-        "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
-        "result", "data.workers", "teacher_placement", "teacher_parallel",
+        "parallel", "micro_batch_size", "recompute", "logits", "max_minutes", "log_every", "save_every",
+        "validate_every", "result", "data.workers", "teacher_placement", "teacher_parallel",
         "teachers.*.placement", "teachers.*.parallel",
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ class DistillConfig(TrainingConfig):
     ROLE: ClassVar[str] = "distilled"
     DONE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teachers", "teacher_cache")
-    ADDED: ClassVar[tuple[str, ...]] = ("quantize", "group_size", "teachers")
+    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size", "teachers")
 
     student: str = MISSING
     teacher: str | None = None
@@ -212,6 +212,7 @@ class DistillConfig(TrainingConfig):
             "teacher_parallel": self.teacher_parallel != ParallelLayout(),
             f"teacher_correction.lr={self.teacher_correction.lr}": self.teacher_correction.lr is not None,
             "intermediate": bool(self.intermediate.weights()),
+            f"logits={self.logits}": self.logits != "whole",
         }
         faults += [
             f"{what}: is of a single teacher; leave it out, or give one teacher in place of teachers"

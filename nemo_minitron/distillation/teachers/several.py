@@ -205,6 +205,9 @@ class SeveralTeachers:
         """There are no logits of all: :meth:`scored` gives those of each."""
         raise NotImplementedError
 
+    def head(self, kept: Any) -> None:
+        """There is no output layer of all."""
+
     def close(self) -> None:
         """The training is over."""
         for source in self._sources:

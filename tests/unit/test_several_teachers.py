@@ -100,7 +100,8 @@ def test_the_share_of_each_teacher_in_the_loss_of_each_source(
         (
             "teacher_cache: c\nlogits: chunks\nteacher_placement: own_layout\nteacher_parallel: {data: 2}\n"
             "teacher_correction: {lr: 1.0e-5}\nintermediate: {hidden: mse}\nteachers: [{name: a, model: m}]",
-            ["teacher_cache=c: is of a single", "logits=chunks: is of a single teacher", "teacher_placement=own_layout: is of", "teacher_parallel: is of",
+            ["teacher_cache=c: is of a single", "logits=chunks: is of a single teacher",
+             "teacher_placement=own_layout: is of", "teacher_parallel: is of",
              "teacher_correction.lr=1e-05: is of", "intermediate: is of a single teacher; leave it out, or give one"],
         ),
         (

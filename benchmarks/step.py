@@ -332,20 +332,24 @@ def show(case: dict[str, Any]) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="models of four layers, three steps")
-    parser.add_argument("--precision", nargs="+", default=["32", "bf16-mixed"], choices=("32", "bf16-mixed"))
-    parser.add_argument("--logits", nargs="+", default=["whole", "chunks"], choices=("whole", "chunks"))
-    parser.add_argument("--only", nargs="+", default=["step", *FORWARD], choices=("step", *FORWARD))
+    parser.add_argument("--quick", action="store_true", help="a step and evaluation of four layers in fp32, under 50 s")
+    parser.add_argument("--precision", nargs="+", choices=("32", "bf16-mixed"))
+    parser.add_argument("--logits", nargs="+", choices=("whole", "chunks"))
+    parser.add_argument("--only", nargs="+", choices=("step", *FORWARD))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="steps that count; 3 with --quick, else 6")
     arguments = parser.parse_args(words)
-    steps = arguments.steps or (3 if arguments.quick else 6)
+    quick = arguments.quick
+    steps = arguments.steps or (3 if quick else 6)
+    precisions = arguments.precision or (["32"] if quick else ["32", "bf16-mixed"])
+    kinds = arguments.only or (["step", "evaluation"] if quick else ["step", *FORWARD])
+    forms = arguments.logits or (["whole"] if quick else ["whole", "chunks"])
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        models(Path(folder), quick=arguments.quick)
-        for precision in arguments.precision:
-            for what in arguments.only:
-                for logits in arguments.logits if what == "step" else ["whole"]:
+        models(Path(folder), quick=quick)
+        for precision in precisions:
+            for what in kinds:
+                for logits in forms if what == "step" else ["whole"]:
                     cases.append(compare(what, Path(folder), precision, logits, arguments.threads, steps))
                     show(cases[-1])
     ratios: dict[str, dict[str, float]] = {}

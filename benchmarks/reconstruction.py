@@ -128,7 +128,7 @@ def name_of(shape: str, start: str, tokens: int, seed: int) -> str:
     return f"{shape}-{start}-{tokens}-{seed}"
 
 
-def write_random(output: Path, shape: str) -> None:
+def write_random(output: Path, shape: str, seed: int = 0) -> None:
     """A model of that shape whose matrices are drawn as for a training from nothing: normal, deviation 0.02."""
     import dataclasses
     import zlib
@@ -148,7 +148,7 @@ def write_random(output: Path, shape: str) -> None:
             tensor = self.inner.tensor(name)
             if tensor.ndim < 2:
                 return torch.ones_like(tensor)
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
             return torch.randn(tensor.shape, generator=generator).mul_(0.02).to(tensor.dtype)
 
     pruned = open_checkpoint(output / f"{shape}-pruned")

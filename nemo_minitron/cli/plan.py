@@ -282,6 +282,8 @@ def _teacher_notes(name: str, config: StageConfig) -> list[str]:
         notes.append(f"{name}: teacher_placement={config.teacher_placement} is planned as if it were shared")
     if config.teacher_correction != CorrectionConfig():
         notes.append(f"{name}: the teacher's own training meanwhile is not counted")
+    if config.on_policy.share:
+        notes.append(f"{name}: the answers that the student writes (on_policy) are not counted")
     return notes
 
 

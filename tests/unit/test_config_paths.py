@@ -31,7 +31,7 @@ WORDS = {
     "dtype", "embedding", "engines", "estimator", "extra", "form", "format", "formats", "greedy_by", "hidden", "host",
     "keep_best", "kind", "latency_of", "license", "long", "loss", "memory", "memory_of", "method", "names", "name",
     "on_bad_record", "package", "packing", "partition", "precision", "prompts", "qos", "rank_by", "recompute", "result",
-    "rule", "schema", "sequence", "spacing", "split", "states_memory", "system", "tasks", "teacher_placement",
+    "rule", "schema", "sequence", "spacing", "split", "stale", "states_memory", "system", "tasks", "teacher_placement",
     "quantize", "template", "text_key", "texts", "title", "types", "user", "values", "weights", "builtin", "greedy",
 }  # fmt: skip
 

@@ -19,41 +19,18 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from nemo_minitron.distillation.module import KL, DistillationLoss, DistillationModel
-from nemo_minitron.distillation.own_answers import OnPolicy, OwnAnswers, own_sequence
+from nemo_minitron.distillation.own_answers import OnPolicy, OwnAnswers, answer_weights, own_sequence
 from nemo_minitron.distillation.training.language_model import TokenLoss
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.generation.decode import generate_tokens
 
-__all__ = ["AnswersFirst", "OnPolicyLoss", "OnPolicyModel", "answer_weights", "check_on_policy"]
+__all__ = ["AnswersFirst", "OnPolicyLoss", "OnPolicyModel"]
 
 OWN, STALE, LOGPROBS = "own_answer", "stale_answer", "answer_logprobs"
 OWN_KL, DATA_KL, OWN_WEIGHT, _OWN_TOKENS = "own_kl", "data_kl", "own_weight", "own_tokens"
 _MANY = 0.5
 """Share of answers that are cut, or empty, from which on a warning says so."""
 logger = logging.getLogger(__name__)
-
-
-def check_on_policy(common: CommonVocabulary, others: Mapping[str, object]) -> None:
-    """Check that the teacher can judge whatever the student may write, and nothing else stands against it.
-
-    Rows that only one of them has are no obstacle: answers are drawn from the ids that both have.
-
-    Args:
-        common: the ids that both have.
-        others: what cannot be had together with own answers, true where it is there, by name.
-
-    Raises:
-        ConfigError: with what stands against it, or if an id does not mean the same to both.
-    """
-    faults = [f"on_policy: is not offered with {name}" for name, there in others.items() if there]
-    if common.left_out:
-        faults.append(
-            f"on_policy: {len(common.left_out)} of the student's tokens (the first is id {common.left_out[0]}) do not "
-            "mean the same to the teacher, which could not judge answers with them; use a teacher of the student's "
-            "vocabulary, or on_policy.share=0"
-        )
-    if faults:
-        raise ConfigError(faults)
 
 
 class OnPolicyModel(DistillationModel):
@@ -116,23 +93,6 @@ class OnPolicyLoss(DistillationLoss):
                 if value is not None and part * self.tokens > 0.5:
                     self.values[name] = value / part
         return mean
-
-
-def answer_weights(log_ratios: torch.Tensor, *, clip: float) -> torch.Tensor:
-    """Importance weights of the tokens of answers that other weights wrote.
-
-    The divergence of a token is over all its alternatives, so what was drawn before it counts, not the token itself:
-    ``clip(prod_{i < t} q_now(y_i) / q_then(y_i), 1 / c, c)``.
-
-    Args:
-        log_ratios: ``[s, b]`` log of ``q_now / q_then`` of each label; 0 for labels outside of the answer.
-        clip: c.
-
-    Returns:
-        ``[s, b]``.
-    """
-    before = log_ratios.cumsum(0) - log_ratios
-    return before.exp().clamp(1 / clip, clip)
 
 
 class AnswersFirst(pl.Callback):

@@ -10,18 +10,19 @@ with the same answers: a checkpoint holds those in use.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from math import ceil, floor
 
 import torch
 
+from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
 from nemo_minitron.config import OnPolicyConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.generation import Answer
 
-__all__ = ["OnPolicy", "OwnAnswers", "own_sequence"]
+__all__ = ["OnPolicy", "OwnAnswers", "answer_weights", "check_on_policy", "own_sequence"]
 
 
 @dataclass(frozen=True)
@@ -158,3 +159,43 @@ def own_sequence(answers: OwnAnswers, row: int) -> dict[str, torch.Tensor]:
         "position_ids": places,
         "attention_mask": torch.ones(len(places), len(places), dtype=torch.bool).triu(diagonal=1)[None],
     }
+
+
+def answer_weights(log_ratios: torch.Tensor, *, clip: float) -> torch.Tensor:
+    """Importance weights of the tokens of answers that other weights wrote.
+
+    The divergence of a token is over all its alternatives, so what was drawn before it counts, not the token itself:
+    ``clip(prod_{i < t} q_now(y_i) / q_then(y_i), 1 / c, c)``.
+
+    Args:
+        log_ratios: ``[s, b]`` log of ``q_now / q_then`` of each label; 0 for labels outside of the answer.
+        clip: c.
+
+    Returns:
+        ``[s, b]``.
+    """
+    before = log_ratios.cumsum(0) - log_ratios
+    return before.exp().clamp(1 / clip, clip)
+
+
+def check_on_policy(common: CommonVocabulary, others: Mapping[str, object]) -> None:
+    """Check that the teacher can judge whatever the student may write, and nothing else stands against it.
+
+    Rows that only one of them has are no obstacle: answers are drawn from the ids that both have.
+
+    Args:
+        common: the ids that both have.
+        others: what cannot be had together with own answers, true where it is there, by name.
+
+    Raises:
+        ConfigError: with what stands against it, or if an id does not mean the same to both.
+    """
+    faults = [f"on_policy: is not offered with {name}" for name, there in others.items() if there]
+    if common.left_out:
+        faults.append(
+            f"on_policy: {len(common.left_out)} of the student's tokens (the first is id {common.left_out[0]}) do not "
+            "mean the same to the teacher, which could not judge answers with them; use a teacher of the student's "
+            "vocabulary, or on_policy.share=0"
+        )
+    if faults:
+        raise ConfigError(faults)

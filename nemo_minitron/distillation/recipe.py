@@ -24,8 +24,8 @@ from nemo_minitron.distillation.compatibility import (
     common_with_cache,
 )
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
-from nemo_minitron.distillation.on_policy import AnswersFirst, OnPolicyModel, check_on_policy
-from nemo_minitron.distillation.own_answers import OnPolicy
+from nemo_minitron.distillation.on_policy import AnswersFirst, OnPolicyModel
+from nemo_minitron.distillation.own_answers import OnPolicy, check_on_policy
 from nemo_minitron.distillation.teachers.learning import CorrectTeacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
 from nemo_minitron.distillation.training.language_model import LanguageModel, TrainedModel

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -390,20 +389,3 @@ def test_a_teacher_on_its_own_ranks_and_one_that_dies(
     ours, theirs = (measured(directory)[:5] for directory in (tmp_path / "ranks", one_process[0] / "half"))
     for line, expected in zip(ours, theirs, strict=True):
         assert line == pytest.approx(expected, rel=1e-5)
-
-
-def test_shares_are_exact_and_evenly_spread() -> None:
-    """Any share of any number of sequences, whoever counts them."""
-    from nemo_minitron.config import OnPolicyConfig
-    from nemo_minitron.distillation.own_answers import OnPolicy
-
-    for share in (0.0, 0.1, 0.3, 0.5, 0.75, 1.0):
-        own = OnPolicy(OnPolicyConfig(share=share), [[1], [2], [3]], ())
-        samples = own.samples(0, 1000)
-        assert len(samples) == Fraction(str(share)) * 1000
-        assert samples == [*own.samples(0, 333), *own.samples(333, 1000)]
-        for first in range(0, 1000, 7):
-            assert len(own.samples(first, first + 16)) <= own.most(16)
-        passes = [own.prompt(sample) for sample in samples]
-        for start in range(0, len(passes) - 3, 3):
-            assert sorted(passes[start : start + 3]) == [[1], [2], [3]]  # each prompt once in each pass

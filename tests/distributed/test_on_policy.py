@@ -49,7 +49,7 @@ def train(
     on_policy: Any = None,
     blocks: Any = None,
     at: int | None = None,
-    **placed: Any,
+    placed: dict[str, Any] | None = None,
 ) -> str:
     """Distil; with ``at``, rank 0 gets SIGTERM after that step. Returns the error, or ""."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -65,7 +65,8 @@ def train(
 
     unset_num_microbatches_calculator()
     student_layout = ParallelLayout(**(layout or {}))
-    if placed.get("kind") != "own_ranks":
+    placement = TeacherPlacement(**(placed or {}))
+    if placement.kind != "own_ranks":
         initialize(student_layout)
     generate, advance = module.generate_tokens, metrics.ProgressBar.on_train_batch_end
 
@@ -101,7 +102,7 @@ def train(
             ),
             loss=LossConfig(KIND),
             directory=Path(out),
-            placement=TeacherPlacement(**placed),
+            placement=placement,
             on_policy=on_policy,
         )  # fmt: skip
     except MinitronError as error:
@@ -177,7 +178,7 @@ def layouts_case(models: str, out: str) -> None:
     for name, layout in LAYOUTS.items():
         assert not train(models, f"{out}/{name}", layout=layout, on_policy=settings())
     own = {"kind": "own_layout", "layout": ParallelLayout(pipeline=2)}
-    assert not train(models, f"{out}/tp on pp", layout=LAYOUTS["tp"], on_policy=settings(), **own)
+    assert not train(models, f"{out}/tp on pp", layout=LAYOUTS["tp"], on_policy=settings(), placed=own)
 
 
 def own_ranks_case(models: str, out: str) -> str:
@@ -214,7 +215,8 @@ def own_ranks_case(models: str, out: str) -> str:
         return generate(*arguments, **keywords)
 
     module.generate_tokens = waiting  # type: ignore[assignment]
-    return train(models, f"{out}/ranks", on_policy=settings(), kind="own_ranks", layout=one, timeout_minutes=2)
+    placed = {"kind": "own_ranks", "layout": one, "timeout_minutes": 2}
+    return train(models, f"{out}/ranks", on_policy=settings(), placed=placed)
 
 
 @pytest.fixture(scope="module")

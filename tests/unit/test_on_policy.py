@@ -69,7 +69,6 @@ def test_an_answer_as_a_sequence() -> None:
 def test_weights_are_of_what_was_written_before() -> None:
     ratios = torch.tensor([[0.0, 0.1, -0.4, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64).T
     weights = answer_weights(ratios, clip=1.3)
-    expected = torch.tensor([1.0, 1.0, 0.1, -0.3, 2.7], dtype=torch.float64)
     expected = torch.tensor([0.0, 0.0, 0.1, -0.3, 2.7], dtype=torch.float64).exp().clamp(1 / 1.3, 1.3)
     torch.testing.assert_close(weights[:, 0], expected, rtol=1e-12, atol=0)
     assert weights[:, 1].tolist() == [1.0] * 5
@@ -150,8 +149,11 @@ def test_the_plan_and_the_prompts(tmp_path: Path) -> None:
     for name in ("student", "teacher"):
         tiny_checkpoint(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\nw4 w5\n")
-    config = DistillConfig(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), output="out")
-    config.data.sequence_length = 32
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    models = [f"{name}={tmp_path / name}" for name in ("student", "teacher")]
+    config = read(
+        tmp_path, *models, f"data.sources=[{{name: a, path: {tmp_path / 'a.txt'}}}]", "data.sequence_length=32"
+    )
     config.on_policy = OnPolicyConfig(
         share=0.25,
         prompts=OnPolicyPrompts(path=str(tmp_path / "prompts.txt")),
@@ -160,6 +162,7 @@ def test_the_plan_and_the_prompts(tmp_path: Path) -> None:
         refresh=4,
     )
     plan = distill.plan(config)
+    assert plan.faults == []
     assert any(read.what == "prompts" for read in plan.reads)
     assert any(
         note.startswith("25 % of the sequences are the student's own answers, of at most 8") for note in plan.notes

@@ -158,16 +158,14 @@ def equal_time(given: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 
 def trained(output: Path) -> tuple[int, float] | None:
-    """Steps and seconds of a training that is done, else None. The seconds are those of its last process alone."""
+    """Steps of a training that is done, and the seconds of all of them, without validations; else None."""
     from nemo_minitron.jobs.records import read_record
 
     if read_record(output) is None:
         return None
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "split" not in line]
-    # A resumed training counts its seconds anew: the median of the steps stands for all.
-    each = sorted(line["tokens"] / line["step"] / line["tokens_per_second"] for line in steps)
-    return len(steps), len(steps) * sum(each) / len(each)
+    return len(steps), sum(line["tokens"] / line["step"] / line["tokens_per_second"] for line in steps)
 
 
 def logits(chunks: list[Any], ids: list[int], vocabulary: int) -> Any:
@@ -264,7 +262,7 @@ def measured(given: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     }
     kept, found = Kept(given.output / "measured.json"), {}
     judge = Judge(given) if any(f"{name}-{seed}" not in kept.found for name, seed in done) else None
-    if judge is not None and (given.output / "student").is_dir():
+    if judge is not None and not given.quick:
         kept("start", lambda: judge("student"))
     for (name, seed), (steps, seconds) in done.items():
         values = kept(f"{name}-{seed}", lambda n=name, s=seed: judge(f"{s}/{n}/model") if judge else {})

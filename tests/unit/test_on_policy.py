@@ -151,9 +151,8 @@ def test_the_plan_and_the_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\nw4 w5\n")
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     models = [f"{name}={tmp_path / name}" for name in ("student", "teacher")]
-    config = read(
-        tmp_path, *models, f"data.sources=[{{name: a, path: {tmp_path / 'a.txt'}}}]", "data.sequence_length=32"
-    )
+    source = f"data.sources=[{{name: a, path: {tmp_path / 'a.txt'}}}]"
+    config = read(tmp_path, *models, source, "data.sequence_length=32")
     config.on_policy = OnPolicyConfig(
         share=0.25,
         prompts=OnPolicyPrompts(path=str(tmp_path / "prompts.txt")),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint
 
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
 from nemo_minitron.config import DistillConfig, OnPolicyConfig, OnPolicyPrompts, Sampling, load
 from nemo_minitron.distillation.own_answers import (
@@ -147,7 +147,8 @@ def test_reweighted_only_where_answers_get_stale() -> None:
 def test_the_plan_and_the_prompts(tmp_path: Path) -> None:
     """A dry run names prompts, share and memory; prompts become tokens, with every end token of the model."""
     for name in ("student", "teacher"):
-        tiny_checkpoint(tmp_path / name)
+        written = open_checkpoint(tiny_checkpoint(tmp_path / f"hf-{name}"))
+        write_checkpoint(written, tmp_path / name, "nemo2")
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\nw4 w5\n")
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     models = [f"{name}={tmp_path / name}" for name in ("student", "teacher")]

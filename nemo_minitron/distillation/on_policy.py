@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
+from nemo_minitron.distillation.losses.fused_head import OutputHead
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from nemo_minitron.distillation.module import KL, DistillationLoss, DistillationModel
 from nemo_minitron.distillation.own_answers import OnPolicy, OwnAnswers, answer_weights, own_sequence
@@ -63,13 +64,24 @@ class OnPolicyLoss(DistillationLoss):
             return super().measure(batch, logits)
         weights = self._weights(batch, logits) if self._model.on_policy.config.reweighted else None
         total, measured = super().measure(batch, logits)
-        divergence = measured[KL]
-        own = batch[OWN].to(divergence).expand_as(divergence)
-        measured |= {OWN_KL: divergence * own, DATA_KL: divergence * (1 - own), _OWN_TOKENS: own}
+        measured = self._apart(batch, measured)
         if weights is not None:
             total = total * weights
-            measured[OWN_WEIGHT] = weights * own
+            measured[OWN_WEIGHT] = weights * batch[OWN].to(weights)
         return total, measured
+
+    def measure_chunks(
+        self, batch: dict[str, Any], layer: OutputHead, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :class:`TokenLoss`; without weights of stale answers, which the configuration refuses."""
+        total, measured = super().measure_chunks(batch, layer, mask)
+        return total, measured if self.validation else self._apart(batch, measured)
+
+    def _apart(self, batch: dict[str, Any], measured: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The values, with the divergence of answers and data apart."""
+        divergence = measured[KL]
+        own = batch[OWN].to(divergence).expand_as(divergence)
+        return {**measured, OWN_KL: divergence * own, DATA_KL: divergence * (1 - own), _OWN_TOKENS: own}
 
     @torch.no_grad()
     def _weights(self, batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from nemo_minitron.quantization.ranges import TrainedFor
 from nemo_minitron.quantization.schemes import Scheme, scheme_of
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.shared.prompts import open_on_policy, plan_on_policy
+from nemo_minitron.stages.shared.teachers import plan_several, several_lineage, train_on_several
 from nemo_minitron.stages.shared.training import (
     is_main,
     plan_training,
@@ -50,6 +51,10 @@ __all__ = ["plan", "run"]
 
 def plan(config: DistillConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
+    if config.teachers and config.taught:
+        plan = plan_several(config)
+        _plan_rounding(config, plan)
+        return plan
     paths = config.inputs()
     cache = paths.pop("teacher_cache", None)
     paths.pop("on_policy.prompts.path", None)
@@ -155,6 +160,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
             "teacher_correction": dataclasses.asdict(config.teacher_correction),
         }
     }
+    if config.teachers and config.taught:
+        lineage["distilled"]["teachers"] = several_lineage(config)
     if config.quantize is not None:
         lineage["distilled"]["quantize"] = {"scheme": config.quantize, "group_size": config.group_size}
     if config.on_policy.share:
@@ -188,6 +195,8 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         from nemo_minitron.distillation.recipe import correct
 
         return correct(student, train, validation, **training)
+    if config.teachers:
+        return train_on_several(config, student, training)
     kept, own, placement = None, None, _placement(config)
     if placement.cache is not None:
         check_model(student, layout, config.data.sequence_length)

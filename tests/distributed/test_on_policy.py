@@ -50,6 +50,7 @@ def train(
     blocks: Any = None,
     at: int | None = None,
     placed: dict[str, Any] | None = None,
+    logits: str = "whole",
 ) -> str:
     """Distil; with ``at``, rank 0 gets SIGTERM after that step. Returns the error, or ""."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -98,7 +99,7 @@ def train(
             layout=student_layout,
             schedule=Schedule(
                 steps=STEPS, micro_batch_size=1, global_batch_size=BATCH, lr=3e-3, min_lr=1e-4, warmup_steps=2,
-                validate_every=3, validation_batches=1, save_every=100,
+                validate_every=3, validation_batches=1, save_every=100, logits=logits,
             ),
             loss=LossConfig(KIND),
             directory=Path(out),
@@ -139,6 +140,7 @@ def one_process_case(models: str, out: str) -> dict[str, Any]:
     train(models, f"{out}/half", on_policy=settings())
     found: dict[str, Any] = {"stopped": train(models, f"{out}/resumed", on_policy=settings(), at=3)}
     train(models, f"{out}/all", on_policy=settings(share=1.0, refresh=1, max_age=None))
+    train(models, f"{out}/all-chunks", on_policy=settings(share=1.0, refresh=1, max_age=None), logits="chunks")
     train(models, f"{out}/all-data", blocks=own_blocks(Path(out) / "all"))
     messages: list[str] = []
     handler = logging.Handler()
@@ -338,6 +340,9 @@ def test_no_share_and_the_whole(one_process: tuple[Path, dict[str, Any]]) -> Non
     own, plain = measured(out / "all"), measured(out / "all-data")
     assert [{k: v for k, v in line.items() if not k.startswith("own_")} for line in own] == plain
     assert all(line["own_kl"] == line["kl"] and "data_kl" not in line for line in own if "split" not in line)
+    for line, expected in zip(measured(out / "all-chunks"), own, strict=True):
+        assert line.pop("split", "") == expected.pop("split", "")
+        assert line == pytest.approx(expected, rel=1e-5)
     lengths = {len(line["tokens"]) for line in answers_of(out / "all").values()}
     assert len(lengths) > 3
 

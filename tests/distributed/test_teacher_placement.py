@@ -188,6 +188,6 @@ def test_every_placement_gives_the_same_training(models: Path, tmp_path: Path) -
     assert_same(runs / "tp from all bf16", runs / "tp", rel=1e-3)
     assert_same(runs / "tp, top from top", runs / "tp, top", rel=1e-5)
     assert_same(runs / "tp, top from top int8", runs / "tp, top", rel=1e-3)
-    assert_same(runs / "tp, top from top compact", runs / "tp, top", rel=1e-3)
+    assert_same(runs / "tp, top from top compact", runs / "tp, top", rel=5e-3)
     run_distributed(own_ranks_case, 4, tmp_path, timeout=400, models=str(models), out=str(runs))
     assert_same(runs / "tp on ranks", runs / "tp", rel=1e-5)

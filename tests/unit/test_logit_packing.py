@@ -23,6 +23,7 @@ from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.config import CacheConfig, DataConfig, SourceConfig
 from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.kernels import Columns, TopTokens, top_k_kl
+from nemo_minitron.distillation.teachers import packing
 from nemo_minitron.distillation.teachers.logit_cache import (
     LogitCache,
     Manifest,
@@ -312,6 +313,21 @@ def packed() -> tuple[bytes, TokenOrder]:
     ids = tokens.numpy().astype(np.int32)
     order = TokenOrder.of([ids], 5000)
     return pack(ids, log_p.float().numpy(), order.ranks(), Grid(1 / 32)), order
+
+
+def test_zlib_reads_what_isal_reads(packed: tuple[bytes, TokenOrder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package isal is optional."""
+    content = np.frombuffer(packed[0], np.uint8)
+
+    def read() -> tuple[Any, Any]:
+        return unpack(content, packed[1], Grid(1 / 32), positions=32, k=20)
+
+    first = read()
+    monkeypatch.setattr(packing, "inflating", zlib)
+    for ours, theirs in zip(read(), first, strict=True):
+        assert (ours == theirs).all()
+    with pytest.raises(ValueError, match="cannot be inflated"):
+        packing._inflated(b"\xff" * 9, 20)
 
 
 @given(st.data())

@@ -26,30 +26,35 @@ A packed sample is five little-endian uint32, the byte lengths of the first five
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+inflating: ModuleType = zlib
+with contextlib.suppress(ImportError):  # twice as fast as zlib, of the same format
+    inflating = importlib.import_module("isal.isal_zlib")
 
 __all__ = ["Grid", "TokenOrder", "pack", "unpack"]
 
 _KNEE = 5.0
 _FINER = 4
 """Steps above ``exp(-_KNEE)`` are finer by so much."""
-_MOST_LEVEL = (1 << 23) - 1
+_MOST_LEVEL = (1 << 22) - 1
 """Levels are exact in float32 up to there."""
 _COARSE = 0.125
 """Error bound from which on all bits of a level are worth coding; of finer levels the lowest bits are noise."""
 _MORE = 255
 _PARTS = 5
 _SAMPLED = 4
-_LONGEST = 30
-"""Bits of a gap without its leading one: more do not fit into int32."""
 
 Integers = npt.NDArray[np.integer]
 Bytes = npt.NDArray[np.uint8]
@@ -61,7 +66,7 @@ class Grid:
 
     Attributes:
         error_bound: largest error of a stored log-probability, in nats; a quarter of it above ``exp(-5)``. It holds
-            down to a log-probability of ``-2**23`` times it.
+            down to a log-probability of ``-2**22`` times it.
     """
 
     error_bound: float
@@ -88,12 +93,11 @@ class Grid:
     def values(self, levels: Integers) -> npt.NDArray[np.float32]:
         """The log-probability of each level."""
         step = 2 * self.error_bound
-        down = levels.astype(np.float64)
-        fine = down * (step / _FINER)
-        down -= self._edge * (1 - 1 / _FINER)
-        down *= step
-        np.maximum(down, fine, out=down)  # both are straight lines, and the steeper one holds beyond the bend
-        return np.negative(down, out=down).astype(np.float32)
+        down = levels.astype(np.float32)
+        fine = down * np.float32(-step / _FINER)
+        down -= np.float32(self._edge * (1 - 1 / _FINER))
+        down *= np.float32(-step)
+        return np.minimum(down, fine, out=down)  # both are straight lines, and the steeper one holds beyond the bend
 
 
 @dataclass(frozen=True)
@@ -212,21 +216,27 @@ def unpack(
         raise ValueError(f"a position has {counts.min()} to {counts.max()} tokens of {k}")
     total = int(counts.sum())
     lengths = _inflated(parts[2], total)
-    high = _inflated(parts[3], total).astype(np.int32)
-    more = parts[4].view("<u4")
-    if (marked := np.flatnonzero(high == _MORE)).size != more.size:
-        raise ValueError("the number of large levels is wrong")
-    high[marked] = more
+    if total and int(lengths.max()) >= len(order.tokens).bit_length():
+        raise ValueError("a gap is longer than the vocabulary")
     gaps, low = _read_bits(parts[5], lengths, grid.shift)
+    above: npt.NDArray[Any] = _inflated(parts[3], total)
+    more, marked = parts[4].view("<u4"), np.flatnonzero(above == _MORE)
+    if marked.size != more.size:
+        raise ValueError("the number of large levels is wrong")
+    if more.size or grid.shift:
+        above = above.astype(np.int32)
+        above[marked] = more
+        above <<= grid.shift
+        above += low
     mask = None if total == k * positions else np.arange(k)[:, None] < counts
-    if grid.shift:
-        high = (high << grid.shift) + low
-    levels = base - _table(high, mask, k, positions)
-    ranks = _table(gaps, mask, k, positions).cumsum(0, dtype=np.int32) - 1
-    if total and not (ranks.min() >= 0 and ranks.max() < len(order.tokens) and levels.min() >= 0):
-        raise ValueError("a token or a level is out of range")
-    tokens = order.tokens.take(ranks) if order.stored else ranks
-    values = grid.values(levels)
+    values = grid.values(base - _table(above, mask, k, positions))
+    # Gaps are above 0, so the last rank of a position is its largest.
+    ranks = _table(gaps, mask, k, positions)
+    ranks[0] -= 1
+    ranks = ranks.cumsum(0, dtype=np.int32 if 2 * k * len(order.tokens) < 1 << 31 else np.int64)
+    if total and int(ranks[-1].max()) >= len(order.tokens):
+        raise ValueError("a token is out of range")
+    tokens = order.tokens.take(ranks)
     if mask is not None:
         tokens = np.where(mask, tokens, np.int32(-1))
         values = np.where(mask, values, np.float32("-inf"))
@@ -282,8 +292,8 @@ def _inflated(data: Bytes | bytes, size: int) -> Bytes:
     if not size:
         return np.empty(0, np.uint8)
     try:
-        found = zlib.decompressobj(-15).decompress(data, size)
-    except zlib.error as error:
+        found = inflating.decompressobj(-15).decompress(data, size)
+    except (zlib.error, inflating.error) as error:
         raise ValueError(f"it cannot be inflated ({error})") from error
     if len(found) != size:
         raise ValueError(f"it inflates to {len(found)} bytes, not {size}")
@@ -301,8 +311,6 @@ def _bits(numbers: Integers, widths: Integers) -> bytes:
 def _read_bits(packed: Bytes, lengths: Bytes, shift: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | int]:
     """Gaps of these bit lengths (less one), and the ``shift`` bits that stand above each of them."""
     longest = int(lengths.max()) if len(lengths) else 0
-    if longest > _LONGEST:
-        raise ValueError("a gap is too long")
     ends = np.cumsum(lengths + np.uint8(shift), dtype=np.int64)
     if len(ends) and int(ends[-1]) > 8 * len(packed):
         raise ValueError("its bits are too few")
@@ -324,12 +332,10 @@ def _read_bits(packed: Bytes, lengths: Bytes, shift: int) -> tuple[npt.NDArray[n
     return word.astype(np.int32), low
 
 
-def _table(
-    numbers: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_] | None, k: int, positions: int
-) -> npt.NDArray[np.int32]:
+def _table(numbers: Integers, mask: npt.NDArray[np.bool_] | None, k: int, positions: int) -> Integers:
     """``[k, s]``, with zeros where the mask has nothing."""
     if mask is None:
         return numbers.reshape(k, positions)
-    table = np.zeros((k, positions), np.int32)
+    table = np.zeros((k, positions), numbers.dtype)
     table[mask] = numbers
     return table

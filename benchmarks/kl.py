@@ -7,13 +7,20 @@ Three losses run on the same logits, forward and backward, one thread a rank:
 - ``obvious``: all-gather the logits, ``log_softmax`` of both, ``kl_div``;
 - ``modelopt``: ``LogitsKLLoss`` of nvidia-modelopt;
 - ``ours``: :func:`nemo_minitron.distillation.losses.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient
-in a
-  tensor of its own, and ``ours_inplace``, written over the student's logits.
+  in a tensor of its own, and ``ours_inplace``, written over the student's logits.
 
 Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank; on CUDA
 the peak of torch's allocator. Time is the best of several; on CUDA between two events of the device. There four times
 as many tokens run, and a case of two ranks needs two GPUs: it is left out where there is one. The gradient error is the
 largest difference from float64 autograd on whole logits, over its largest entry.
+
+A second part measures the output layers with the loss, forward and backward, from the hidden states of both models to
+the gradients of the student's hidden states and output layer, at V = 128256 and one rank: ``whole`` makes all logits,
+as a training with ``logits: whole`` does, and ``fused`` a chunk at a time
+(:mod:`nemo_minitron.distillation.losses.fused_head`), in seconds of the processor. ``head_memory_ratio`` and
+``head_time_ratio`` are fused over whole, ``head_gradient_difference`` the largest difference of a gradient over its
+largest entry.
+
 The last line is JSON: ``time_ratio_modelopt``, ``memory_ratio_modelopt``, ``memory_ratio_modelopt_inplace`` (worst over
 the cases) and the cases; on CUDA ``device`` too, the GPU's name. Where ModelOpt is not installed the ratios are null.
 """
@@ -40,6 +47,8 @@ import torch
 import torch.distributed as dist
 
 LOSSES = ("obvious", "modelopt", "ours", "ours_inplace")
+#: Vocabulary of the second part.
+HEAD_VOCABULARY = 128256
 
 
 def _resident(field: str) -> int:
@@ -98,8 +107,8 @@ def _peer(world: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.
 class _CpuCost:
     """Seconds by the clock and peak bytes of resident memory, between :meth:`start` and :meth:`stop`."""
 
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None)
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._libc, self._clock = ctypes.CDLL(None), clock
 
     def start(self) -> None:
         # A loss that finds memory left by the one before would seem to need none, and would be spared the page
@@ -107,10 +116,10 @@ class _CpuCost:
         self._libc.malloc_trim(0)
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")
-        self._before, self._started = _resident("VmRSS"), time.perf_counter()
+        self._before, self._started = _resident("VmRSS"), self._clock()
 
     def stop(self) -> tuple[float, float]:
-        return time.perf_counter() - self._started, float(_resident("VmHWM") - self._before)
+        return self._clock() - self._started, float(_resident("VmHWM") - self._before)
 
 
 class _CudaCost:
@@ -176,6 +185,60 @@ def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
+def head_rank(device: str, vocab: int, tokens: int, repeats: int, out: Path, size: int) -> None:
+    """Output layers and loss, whole and fused, from hidden states of a size."""
+    from nemo_minitron.config import LossConfig
+    from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss
+    from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_forward_kl
+    from nemo_minitron.runtime import cpu
+
+    place = cpu.prepare(device)
+    torch.set_num_threads(1)
+    place.use()
+    dist.init_process_group(place.backend)
+    group = dist.group.WORLD
+    assert group is not None
+    generator = torch.Generator().manual_seed(0)
+    hidden, theirs = (torch.randn(tokens, 1, size, generator=generator).to(place.torch) for _ in range(2))
+    weight, their_weight = (0.2 * torch.randn(vocab, size, generator=generator).to(place.torch) for _ in range(2))
+    mask = torch.ones(tokens, 1, device=place.torch)
+
+    def whole(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher = theirs @ their_weight.T
+        losses = vocabulary_parallel_forward_kl(hidden @ weight.T, teacher, group, vocab_size=vocab, inplace=True)
+        return (losses * mask).sum()
+
+    def fused(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fused_head_loss(
+            OutputHead(hidden, weight),
+            OutputHead(theirs, their_weight),
+            group,
+            vocab_size=vocab,
+            loss=LossConfig(),
+            token_weights=mask,
+        ).total
+
+    cost = _CudaCost() if place.is_cuda else _CpuCost(time.process_time)
+    found: dict[str, Any] = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for name, loss in {"whole": whole, "fused": fused}.items():
+        times, peaks = [], []
+        for _ in range(repeats + 1):
+            leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            gc.collect()
+            cost.start()
+            loss(*leaves).backward()
+            seconds, peak = cost.stop()
+            times.append(seconds)
+            peaks.append(peak)
+        gradients[name] = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        found[name] = {"seconds": min(times[1:]), "bytes": max(peaks[1:])}
+    pairs = zip(gradients["fused"], gradients["whole"], strict=True)
+    found["gradient_difference"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    out.write_text(json.dumps(found))
+
+
 def _exact_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Gradient of the mean KL over tokens, in float64, a token at a time."""
     gradient = torch.empty_like(student)
@@ -185,14 +248,15 @@ def _exact_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     return gradient
 
 
-def case(device: str, vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Run a case in processes of its own."""
+def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repeats: int, *more: int) -> dict[str, Any]:
+    """What the ranks of a case, each a process, found."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         out = Path(folder) / "found.json"
-        command = [sys.executable, __file__, "--rank", device, str(vocab), str(tokens), str(repeats), str(out)]
+        command = [sys.executable, __file__, kind, device, str(vocab), str(tokens), str(repeats), str(out)]
+        command += map(str, more)
         ranks = [
             subprocess.Popen(
                 command,
@@ -205,9 +269,14 @@ def case(device: str, vocab: int, world: int, tokens: int, repeats: int) -> dict
             )
             for place in range(world)
         ]  # fmt: skip
-        if any(process.wait(timeout=600) for process in ranks):
+        if any(process.wait(timeout=3600) for process in ranks):
             raise SystemExit(f"a rank of V={vocab} TP={world} failed")
-        found = json.loads(out.read_text())
+        return dict(json.loads(out.read_text()))
+
+
+def case(device: str, vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Run a case in processes of its own."""
+    found = _measured("--rank", device, vocab, world, tokens, repeats)
     peer = found.get("modelopt")
 
     def ratio(name: str, what: str) -> float | None:
@@ -246,10 +315,20 @@ def main() -> None:
             row = last["losses"][name]
             seconds, megabytes, error = row["seconds"], row["bytes"] / 1e6, row["gradient_error"]
             print(f"  {name:13} {seconds:7.3f} s  {megabytes:8.0f} MB  gradient {error:.1e}")
+    sizes_of_head = (2048, 1, 256) if quick else (4096, 3, 512)
+    head = _measured("--head", place.type, HEAD_VOCABULARY, 1, *sizes_of_head)
+    whole, fused = head["whole"], head["fused"]
+    for name, row in (("whole", whole), ("fused", fused)):
+        print(f"output layers and loss, {name}: {row['seconds']:7.3f} s  {row['bytes'] / 1e6:8.0f} MB")
+    heads = {
+        "head_memory_ratio": fused["bytes"] / whole["bytes"],
+        "head_time_ratio": fused["seconds"] / whole["seconds"],
+        "head_gradient_difference": head["gradient_difference"],
+    }
     worst = ("time_ratio_modelopt", "memory_ratio_modelopt", "memory_ratio_modelopt_inplace")
     ratios = {key: max((c[key] for c in cases if c[key] is not None), default=None) for key in worst}
     device = {"device": torch.cuda.get_device_name()} if place.is_cuda else {}
-    print(json.dumps({**ratios, **device, "cases": cases}))
+    print(json.dumps({**ratios, **heads, **device, "cases": cases, "head": head}))
 
 
 def decided(device: str) -> Any:
@@ -265,7 +344,14 @@ def decided(device: str) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        rank(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), Path(sys.argv[6]))
+    if sys.argv[1:2] in (["--rank"], ["--head"]):
+        (rank if sys.argv[1] == "--rank" else head_rank)(
+            sys.argv[2],
+            int(sys.argv[3]),
+            int(sys.argv[4]),
+            int(sys.argv[5]),
+            Path(sys.argv[6]),
+            *map(int, sys.argv[7:]),
+        )
     else:
         main()

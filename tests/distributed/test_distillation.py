@@ -163,10 +163,13 @@ def distil_case(models: str, out: str, layout: dict[str, Any]) -> None:
 
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.config import IntermediateConfig
+    from nemo_minitron.distillation.losses import fused_head
     from nemo_minitron.distillation.recipe import distill
     from nemo_minitron.runtime.groups import ParallelLayout
 
     unset_num_microbatches_calculator()  # of an earlier training in this process
+    fused_head.HEAD_BYTES["cpu"] = 5_000  # several chunks a micro-batch
+    logits = layout.pop("logits", "whole")
     student, teacher = open_checkpoint(Path(models) / "student"), open_checkpoint(Path(models) / "teacher")
     distill(
         student,
@@ -174,7 +177,7 @@ def distil_case(models: str, out: str, layout: dict[str, Any]) -> None:
         blocks(),
         blocks()[: 2 * BATCH],
         layout=ParallelLayout(**layout),
-        schedule=schedule(),
+        schedule=schedule(logits=logits),
         directory=Path(out),
         intermediate=IntermediateConfig(**INTERMEDIATE),
     )
@@ -274,6 +277,8 @@ def intermediate_losses(
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2},
     {"tensor": 2, "sequence_parallel": True},
+    {"tensor": 2, "logits": "chunks"},
+    {"tensor": 2, "sequence_parallel": True, "logits": "chunks"},
     {"pipeline": 2},
     {"data": 2},
     {"pipeline": 2, "virtual_pipeline": 2},
@@ -284,7 +289,7 @@ LAYOUTS: list[dict[str, Any]] = [
 def distil_cases(models: str, out: str, layouts: list[dict[str, Any]]) -> None:
     """One after another in the same processes, most of whose time goes into importing NeMo."""
     for layout in layouts:
-        distil_case(models, f"{out}/{LAYOUTS.index(layout)}", layout)
+        distil_case(models, f"{out}/{LAYOUTS.index(layout)}", dict(layout))
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +297,8 @@ def parallel(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trainings under every layout."""
     out = tmp_path_factory.mktemp("parallel")
     # Groups of another layout in the same processes lose their connections under gloo.
-    for layouts in (LAYOUTS[:2], *([layout] for layout in LAYOUTS[2:])):
-        world = max(layouts[0].values())
+    for layouts in (LAYOUTS[:4], *([layout] for layout in LAYOUTS[4:])):
+        world = max(layouts[0].values())  # the first has numbers alone
         run_distributed(distil_cases, world, out, timeout=280, models=str(models), out=str(out), layouts=layouts)
     return out
 

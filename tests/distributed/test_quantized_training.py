@@ -34,7 +34,9 @@ def one_process_case(models: str, out: str) -> list[str]:
 
 def tensor_case(models: str, out: str) -> list[str]:
     layout = {"tensor": 2, "sequence_parallel": True}
-    found = [train(models, f"{out}/{name}-tensor", quantize=name, layout=layout, **SHORT) for name in NAMES]
+    found = [
+        train(models, f"{out}/{name}-tensor", quantize=name, layout=layout, logits="chunks", **SHORT) for name in NAMES
+    ]
     small = {**SHORT, "steps": 1, "validate_every": 1}
     return [*found, train(str(Path(models) / "cut"), f"{out}/cut", quantize="int4", layout=layout, **small)]
 

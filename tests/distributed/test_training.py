@@ -95,18 +95,28 @@ def preempted_case(models: str, out: str, name: str, layout: dict[str, Any], ord
     return [*found, train(models, f"{out}/preempted-{name}", layout=layout, **LONG)]
 
 
+def in_small_chunks() -> dict[str, str]:
+    """Output layer and loss together, several chunks of tokens a micro-batch."""
+    from nemo_minitron.distillation.losses import fused_head
+
+    fused_head.HEAD_BYTES["cpu"] = 5_000
+    return {"logits": "chunks"}
+
+
 def tensor_parallel_case(models: str, out: str) -> list[str]:
+    chunks = in_small_chunks()
     found = [
-        train(models, f"{out}/labels-tp", layout=SEQUENCE_PARALLEL, alone=True, **SHORT),
-        train(models, f"{out}/corrected-tp", layout=SEQUENCE_PARALLEL, **CORRECTION),
+        train(models, f"{out}/labels-tp", layout=SEQUENCE_PARALLEL, alone=True, **SHORT, **chunks),
+        train(models, f"{out}/corrected-tp", layout=SEQUENCE_PARALLEL, **CORRECTION, **chunks),
     ]
     return found + preempted_case(models, out, "tp", {"tensor": 2}, signal.SIGTERM)
 
 
 def virtual_stages_case(models: str, out: str) -> list[str]:
+    chunks = in_small_chunks()
     found = [
-        train(models, f"{out}/labels-vpp", layout=VIRTUAL, alone=True, **SHORT),
-        train(models, f"{out}/corrected-vpp", layout=VIRTUAL, **CORRECTION),
+        train(models, f"{out}/labels-vpp", layout=VIRTUAL, alone=True, **SHORT, **chunks),
+        train(models, f"{out}/corrected-vpp", layout=VIRTUAL, **CORRECTION, **chunks),
     ]
     return found + preempted_case(models, out, "vpp", VIRTUAL, signal.SIGUSR1)
 

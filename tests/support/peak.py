@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,14 @@ def _watched(models: list[torch.nn.Module], before: int) -> Iterator[_Peak]:
 
 
 def peak_of_a_step(
-    name: str, groups: Any, dtype: torch.dtype, *, distilled: bool, recompute: str, sizes: Sizes = SMALL
+    name: str,
+    groups: Any,
+    dtype: torch.dtype,
+    *,
+    distilled: bool,
+    recompute: str,
+    chunked: bool = False,
+    sizes: Sizes = SMALL,
 ) -> int:
     """Bytes, of the second step: the optimizer's state is there from the first on."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -75,6 +82,7 @@ def peak_of_a_step(
 
     from nemo_minitron.config import LossConfig
     from nemo_minitron.distillation.losses import vocabulary_parallel
+    from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss, without_output_layer
     from nemo_minitron.runtime.model import build_model
 
     vocab = sizes.student.vocab_size
@@ -114,8 +122,19 @@ def peak_of_a_step(
                 with torch.no_grad():
                     waiting = [teacher(one, positions, mask) for one in ids]
             for index, one in enumerate(ids):
-                logits = wrapped(one, positions, mask)
-                if teacher is None:
+                with without_output_layer(model) if chunked else nullcontext([]) as weights:
+                    logits = wrapped(one, positions, mask)
+                if weights:
+                    loss = fused_head_loss(
+                        OutputHead(logits.transpose(0, 1), weights[0]),
+                        None if teacher is None else OutputHead(waiting[index], teacher.output_layer.weight),
+                        groups.tp,
+                        vocab_size=vocab,
+                        loss=None if teacher is None else LossConfig(),
+                        token_weights=torch.ones(sizes.length, sizes.batch, device=device),
+                        labels=one.T if teacher is None else None,
+                    ).total
+                elif teacher is None:
                     loss = vocabulary_parallel.vocabulary_parallel_cross_entropy(
                         logits, one, groups.tp, vocab_size=vocab, inplace=True
                     ).sum()
@@ -141,6 +160,7 @@ def modelled(
     distilled: bool,
     recompute: str,
     data: int,
+    chunked: bool = False,
     sizes: Sizes = SMALL,
     fused: bool = False,
 ) -> float:
@@ -151,6 +171,7 @@ def modelled(
         sequence_length=sizes.length,
         bytes=dtype.itemsize,
         recompute=recompute,
+        chunked=chunked,
         fused=fused,
         data=data,
         micro_batches=sizes.micro_batches,

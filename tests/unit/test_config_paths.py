@@ -29,10 +29,11 @@ WORDS = {
     "account", "allowed", "also", "attributes", "balance", "base_model", "baseline", "batch", "checks",
     "constraint", "criterion", "currency", "max_shard_size", "dataset_split", "depth", "device", "documents",
     "dtype", "embedding", "engines", "estimator", "extra", "form", "format", "formats", "greedy_by", "hidden", "host",
-    "keep_best", "kind", "latency_of", "license", "long", "loss", "memory", "memory_of", "method", "names", "name",
-    "on_bad_record", "package", "packing", "partition", "precision", "prompts", "qos", "rank_by", "recompute", "result",
-    "rule", "schema", "sequence", "spacing", "split", "states_memory", "system", "tasks", "teacher_placement",
-    "quantize", "template", "text_key", "texts", "title", "types", "user", "values", "weights", "builtin", "greedy",
+    "keep_best", "kind", "latency_of", "license", "logits", "long", "loss", "memory", "memory_of", "method", "names",
+    "name", "on_bad_record", "package", "packing", "partition", "precision", "prompts", "qos", "rank_by",
+    "recompute", "result", "rule", "schema", "sequence", "spacing", "split", "states_memory", "system", "tasks",
+    "teacher_placement", "quantize", "template", "text_key", "texts", "title", "types", "user", "values", "weights",
+    "builtin", "greedy",
 }  # fmt: skip
 
 

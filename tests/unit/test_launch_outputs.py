@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
-from nemo_minitron.config import EvaluateConfig, ExportConfig, ReportConfig, RuntimeConfig, StageConfig
+from nemo_minitron.config import (
+    CorrectConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ReportConfig,
+    RuntimeConfig,
+    StageConfig,
+)
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.output import Output
@@ -147,6 +155,10 @@ def test_a_setting_that_was_added_leaves_earlier_identities(tmp_path):
     settings = hashed_settings(export(tmp_path))
     assert not set(ExportConfig.ADDED) & set(settings)
     assert hashed_settings(export(tmp_path, max_shard_size="1GB")) == settings | {"max_shard_size": "1GB"}
+    for cls in (CorrectConfig, DistillConfig):
+        before = hashed_settings(cls(output="o"))
+        assert not {"logits", "quantize", "group_size"} & set(before)
+        assert hashed_settings(cls(output="o", logits="chunks")) == before | {"logits": "chunks"}
 
 
 def test_a_recorded_input_counts_by_its_record(tmp_path):

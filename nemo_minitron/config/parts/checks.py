@@ -14,6 +14,7 @@ __all__ = [
     "DEPTH_CRITERIA",
     "DEPTH_FORMS",
     "DTYPES",
+    "LOGITS",
     "LATENCIES",
     "MEMORY_USES",
     "ON_BAD_RECORD",
@@ -41,6 +42,8 @@ BALANCES = ("fixed", "dynamic")
 RECOMPUTE = ("none", "selective", "full")
 MEMORY_USES = ("inference", "training")
 LATENCIES = ("prefill", "decode")
+#: How a training makes its logits: all of a micro-batch at once, or a chunk of tokens at a time.
+LOGITS = ("whole", "chunks")
 #: What becomes of a record that cannot be used.
 ON_BAD_RECORD = ("refuse", "skip")
 

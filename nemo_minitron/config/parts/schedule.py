@@ -6,9 +6,9 @@ A stage's configuration is derived from one of these classes, and the training t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_minitron.config.parts.checks import AUTO, RECOMPUTE, choice, not_negative, positive
+from nemo_minitron.config.parts.checks import AUTO, LOGITS, RECOMPUTE, choice, not_negative, positive
 
 __all__ = ["AlignmentSchedule", "PRECISIONS", "Schedule", "ShortAlignmentSchedule", "ShortSchedule", "batch_faults"]
 
@@ -70,7 +70,12 @@ class Schedule(ShortSchedule):
             null keeps none.
         recompute: activations that the backward pass computes again instead of keeping them: "none", "selective" (the
             core of the attention) or "full" (whole layers; not with intermediate losses).
+        logits: "whole" makes all logits of a micro-batch before their loss; "chunks" takes a chunk of tokens through
+            output layer and loss together, so that memory does not grow with tokens times vocabulary.
     """
+
+    #: Settings that a later release added; see ``StageConfig.ADDED``.
+    ADDED: ClassVar[tuple[str, ...]] = ("logits",)
 
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -83,6 +88,7 @@ class Schedule(ShortSchedule):
     save_every: int = 100
     keep_best: str | None = None
     recompute: str = "none"
+    logits: str = "whole"
 
     def faults(self) -> list[str]:
         """The base's and further ranges."""
@@ -91,6 +97,7 @@ class Schedule(ShortSchedule):
             *_optimizer_faults(self),
             *positive(self, "validate_every", "validation_batches", "log_every", "save_every"),
             *choice(self, "recompute", RECOMPUTE),
+            *choice(self, "logits", LOGITS),
         ]
 
 

@@ -43,8 +43,8 @@ class TrainingConfig(Schedule, StageConfig):
     CONTEXT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ("parallel",)
     RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
-        "parallel", "micro_batch_size", "recompute", "max_minutes", "log_every", "save_every", "validate_every",
-        "result", "data.workers", "teacher_placement", "teacher_parallel",
+        "parallel", "micro_batch_size", "recompute", "logits", "max_minutes", "log_every", "save_every",
+        "validate_every", "result", "data.workers", "teacher_placement", "teacher_parallel",
     )  # fmt: skip
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -134,7 +134,7 @@ class DistillConfig(TrainingConfig):
     ROLE: ClassVar[str] = "distilled"
     DONE: ClassVar[str] = "distilled"
     INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
-    ADDED: ClassVar[tuple[str, ...]] = ("quantize", "group_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size")
 
     student: str = MISSING
     teacher: str | None = None

@@ -9,6 +9,8 @@ number of tokens. The products are those of the unfused form, none is made twice
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +22,9 @@ from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.kernels import TopTokens, wide
 from nemo_minitron.distillation.losses.vocabulary_parallel import ChunkLosses, TokenLosses
 
-__all__ = ["HEAD_BYTES", "OutputHead", "SummedLosses", "fused_head_loss"]
+__all__ = ["HEAD_BYTES", "OutputHead", "SummedLosses", "fused_head_loss", "without_output_layer"]
 
-HEAD_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+HEAD_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 """Of a chunk's logits, of which there are two. Each chunk reads and writes the gradient of the output layer once, which
 is as large as the weights: more tokens a chunk make that cheap beside the products."""
 
@@ -113,12 +115,36 @@ def fused_head_loss(
         logits = _Chunks(teacher.detach().reshape(-1, teacher.shape[-1]), None)
     else:
         logits = _Chunks(teacher, None)
+    # Of a parameter a custom function would compute the gradient in a validation, too.
+    weight = student.weight if torch.is_grad_enabled() else student.weight.detach()
     total, parts = _FusedHead.apply(
-        student.hidden, student.weight, student.scattered, losses, logits, token_weights.reshape(-1), group
+        student.hidden, weight, student.scattered, losses, logits, token_weights.reshape(-1), group
     )
     values = parts.view(len(parts), *shape)
     trained = torch.as_tensor(sum(weight * part for weight, part in zip(losses.weights, values, strict=True) if weight))
     return SummedLosses(total, TokenLosses(trained, values[0], values[-1] if labels is not None else None))
+
+
+@contextmanager
+def without_output_layer(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Within the block, a Megatron ``GPTModel`` of the last pipeline stage returns hidden states, not logits.
+
+    Yields:
+        A list that gets the weight with which the output layer was called, ``[V/tp, H]``.
+    """
+    weights: list[torch.Tensor] = []
+
+    def forward(
+        hidden: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, None]:
+        weights.append(model.output_layer.weight if weight is None else weight)
+        return hidden, None
+
+    model.output_layer.forward = forward
+    try:
+        yield weights
+    finally:
+        del model.output_layer.forward  # the class's again
 
 
 class _Chunks:

@@ -133,5 +133,8 @@ class CachedTeacher:
         local[..., : part.shape[-1]] = part
         return local.to(self._device)
 
+    def head(self, kept: Sample) -> None:
+        """There is no output layer."""
+
     def close(self) -> None:
         """Nothing to close."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from nemo_minitron.distillation.losses.fused_head import OutputHead
 from nemo_minitron.runtime.context import rank_batch
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.runtime.masks import documents_masked
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nemo_minitron.distillation.losses.kernels import TopTokens
     from nemo_minitron.distillation.losses.state_hooks import TeacherStates
 
-__all__ = ["Teacher", "TeacherSource", "forward_only"]
+__all__ = ["Teacher", "TeacherSource", "forward_only", "head_of"]
 
 
 class TeacherSource(Protocol):
@@ -51,6 +52,12 @@ class TeacherSource(Protocol):
 
         The columns are those of the student's partition, or of the teacher's own in the student's tensor-parallel
         group; where the number of columns on a rank is the same, so are these.
+        """
+        ...
+
+    def head(self, kept: Any) -> OutputHead | None:
+        """The hidden states of a micro-batch and the output layer that makes :meth:`logits` of them, on the last
+        pipeline stage; None where the logits come from elsewhere.
         """
         ...
 
@@ -134,8 +141,26 @@ class Teacher:
         logits, _ = self._last.output_layer(hidden, weight=self._output_weight)
         return logits
 
+    def head(self, hidden: torch.Tensor) -> OutputHead:
+        """See :class:`TeacherSource`."""
+        return head_of(self._last, hidden, self._output_weight)
+
     def close(self) -> None:
         """Nothing to close."""
+
+
+def head_of(model: GPTModel | None, hidden: torch.Tensor, weight: torch.Tensor | None) -> OutputHead:
+    """Hidden states and the output layer of a model's last chunk.
+
+    Args:
+        model: the chunk.
+        hidden: ``[s, b, H]``, ``[s/tp, b, H]`` under sequence parallelism.
+        weight: of the output layer where it is tied to the embedding; else None.
+    """
+    assert model is not None, "only the last pipeline stage has an output layer"
+    return OutputHead(
+        hidden, model.output_layer.weight if weight is None else weight, scattered=model.config.sequence_parallel
+    )
 
 
 def forward_only(

@@ -21,7 +21,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from nemo.core.optim import McoreDistributedOptimizer
 from nemo.core.optim.lr_scheduler import CosineAnnealing
 
+from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss, without_output_layer
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
+from nemo_minitron.distillation.teachers.frozen import head_of
 from nemo_minitron.distillation.training.guards import finite_gradients
 from nemo_minitron.errors import CheckpointError, NonFiniteError
 from nemo_minitron.runtime.context import rank_batch
@@ -53,6 +55,8 @@ class LearningTeacher:
         vocab_size: true vocabulary.
         optimizer: AdamW's settings, the peak learning rate among them.
         min_lr, warmup_steps, steps: as the student's: linear warm-up, then cosine to ``min_lr`` at ``steps``.
+        chunked: output layer and loss go together over chunks of tokens
+            (:mod:`~nemo_minitron.distillation.losses.fused_head`).
 
     Attributes:
         states: the states inside the teacher, where intermediate losses need them; else None.
@@ -70,8 +74,9 @@ class LearningTeacher:
         min_lr: float,
         warmup_steps: int,
         steps: int,
+        chunked: bool = False,
     ) -> None:
-        self.groups, self.vocab_size = groups, vocab_size
+        self.groups, self.vocab_size, self.chunked = groups, vocab_size, chunked
         self.states: TeacherStates | None = None
         self.learns = False
         self.lm_loss: float | None = None
@@ -155,15 +160,28 @@ class LearningTeacher:
 
     def _forward_step(self, data: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch = rank_batch(next(data), self.groups)
-        device = next(self.chunks[0].parameters()).device
-        output = model(batch["tokens"].to(device), batch["position_ids"].to(device), batch["attention_mask"].to(device))
-
-        def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            mask, labels = batch["loss_mask"].to(device).float().T, batch["labels"].to(device).T
-            losses = vocabulary_parallel_cross_entropy(
-                logits.transpose(0, 1), labels, self.groups.tp, vocab_size=self.vocab_size, inplace=self.learns
+        device, chunk = next(self.chunks[0].parameters()).device, model.module
+        headless = without_output_layer(chunk) if self.chunked and chunk.post_process else nullcontext()
+        with headless as weights:
+            output = model(
+                batch["tokens"].to(device), batch["position_ids"].to(device), batch["attention_mask"].to(device)
             )
-            loss, tokens = (losses * mask).sum(), mask.sum()
+
+        def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            mask, labels = batch["loss_mask"].to(device).float().T, batch["labels"].to(device).T
+            output = output.transpose(0, 1)
+            if weights is not None:
+                layer = OutputHead(output, weights[0], chunk.config.sequence_parallel)
+                loss = fused_head_loss(
+                    layer, None, self.groups.tp, vocab_size=self.vocab_size, loss=None, token_weights=mask,
+                    labels=labels,
+                ).total  # fmt: skip
+            else:
+                losses = vocabulary_parallel_cross_entropy(
+                    output, labels, self.groups.tp, vocab_size=self.vocab_size, inplace=self.learns
+                )
+                loss = (losses * mask).sum()
+            tokens = mask.sum()
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the teacher's language-model loss is {loss.item()}; nothing was updated. "
@@ -183,6 +201,12 @@ class LearningTeacher:
         logits: torch.Tensor
         logits, _ = self._last.output_layer(hidden, weight=weight)
         return logits
+
+    def head(self, hidden: torch.Tensor) -> OutputHead:
+        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`."""
+        assert self._last is not None, "only the last pipeline stage has an output layer"
+        tied = self._last.share_embeddings_and_output_weights
+        return head_of(self._last, hidden, self._last.shared_embedding_or_output_weight() if tied else None)
 
     def step(self) -> float:
         """Update the weights; every rank calls it after :meth:`run`. Returns the norm of the gradient."""

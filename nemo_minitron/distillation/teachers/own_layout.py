@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.checkpoints.live import output_weight
+from nemo_minitron.distillation.losses.fused_head import OutputHead
 from nemo_minitron.distillation.teachers.documents import model_inputs
 from nemo_minitron.distillation.teachers.frozen import Teacher
 from nemo_minitron.distillation.teachers.placement import Transfer, deliver, packed_requests
@@ -50,6 +51,12 @@ class OutputLayer:
             dist.all_gather(whole, kept.contiguous(), group=self.groups.tp)
             kept = torch.cat(whole)
         return kept @ self._weight.T
+
+    def head(self, kept: torch.Tensor) -> OutputHead | None:
+        """Hidden states with the output layer; None where logits are delivered."""
+        if self._weight is None:
+            return None
+        return OutputHead(kept, self._weight, self.groups.layout.sequence_parallel)
 
 
 def run_replica(teacher: Teacher, transfer: Transfer, requests: torch.Tensor, first: int) -> dict[int, torch.Tensor]:
@@ -150,6 +157,10 @@ class OwnLayoutTeacher:
     def logits(self, kept: torch.Tensor) -> torch.Tensor:
         """``[s, b, V/tp]`` in the student's layout."""
         return self._output.logits(kept)
+
+    def head(self, kept: torch.Tensor) -> OutputHead | None:
+        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`."""
+        return self._output.head(kept)
 
     def close(self) -> None:
         """Nothing to close."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.distillation.losses.fused_head import OutputHead
 from nemo_minitron.distillation.teachers.frozen import Teacher
 from nemo_minitron.distillation.teachers.own_layout import OutputLayer, run_replica
 from nemo_minitron.distillation.teachers.placement import Transfer, deliver, packed_requests
@@ -218,6 +219,10 @@ class RemoteTeacher:
     def logits(self, kept: torch.Tensor) -> torch.Tensor:
         """``[s, b, V/tp]`` in the student's layout."""
         return self._output.logits(kept)
+
+    def head(self, kept: torch.Tensor) -> OutputHead | None:
+        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`."""
+        return self._output.head(kept)
 
     def close(self) -> None:
         """Let the teacher's ranks end."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import fiddle as fdl
 import torch
+from megatron.core.models.gpt import GPTModel as MegatronGPTModel
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 
@@ -17,6 +18,7 @@ from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.checkpoints.formats.nemo2.config import model_class
 from nemo_minitron.checkpoints.live import load_into
 from nemo_minitron.distillation.losses.balance import Balance
+from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_loss, without_output_layer
 from nemo_minitron.distillation.losses.vocabulary_parallel import vocabulary_parallel_cross_entropy
 from nemo_minitron.errors import NonFiniteError
 from nemo_minitron.runtime import versions
@@ -34,6 +36,8 @@ __all__ = ["LM_LOSS", "LanguageModel", "LanguageModelLoss", "TokenLoss", "Traine
 LM_LOSS = "lm_loss"
 """Cross-entropy with the labels, nats a token, by its name in the metrics."""
 _TOKENS = "tokens"
+_HEAD = "output_layer_weight"
+"""In a micro-batch whose forward pass gave hidden states: the weight that makes logits of them."""
 
 
 def plain_context(initial: Checkpoint, arguments: dict[str, Any]) -> fdl.Config[GPTModel]:
@@ -59,6 +63,8 @@ class TrainedModel(GPTModel):
             ranks.
         initial: weights to start from.
         layout: parallel layout.
+        chunked: output layer and loss go together over chunks of tokens
+            (:mod:`~nemo_minitron.distillation.losses.fused_head`).
         optim, tokenizer: as in NeMo's ``GPTModel``.
 
     Attributes:
@@ -78,6 +84,7 @@ class TrainedModel(GPTModel):
         config: GPTConfig,
         initial: Checkpoint,
         layout: ParallelLayout,
+        chunked: bool = False,
         optim: OptimizerModule | None = None,
         tokenizer: TokenizerSpec | None = None,
     ) -> None:
@@ -85,6 +92,7 @@ class TrainedModel(GPTModel):
         super().__init__(config, optim=optim, tokenizer=tokenizer)
         self._initial = initial
         self._layout = layout
+        self._chunked = chunked
         self.balance = Balance([], dynamic=False)
         self.further: dict[str, float] = {}
         self.rounding: LiveRounding | None = None
@@ -140,12 +148,30 @@ class TrainedModel(GPTModel):
             self.rounding.attach(self.module, self._initial, self.groups)
 
     def forward_step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere."""
-        return self.forward(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            attention_mask=batch["attention_mask"],
-        )
+        """Logits ``[b, s, V/tp]`` on the last stage, hidden states ``[s (/tp), b, H]`` elsewhere.
+
+        In chunks, on the last stage the hidden states before the output layer, ``[b, s (/tp), H]``.
+        """
+        inputs = {
+            "input_ids": batch["tokens"],
+            "position_ids": batch["position_ids"],
+            "attention_mask": batch["attention_mask"],
+        }
+        model = self._megatron
+        if not (self._chunked and model.post_process):
+            return self.forward(**inputs)
+        with without_output_layer(model) as weights:
+            hidden: torch.Tensor = self.forward(**inputs)
+        (batch[_HEAD],) = weights
+        return hidden
+
+    @property
+    def _megatron(self) -> Any:
+        """Megatron's model, without what the precision wraps around it."""
+        model = self.module
+        while not isinstance(model, MegatronGPTModel):
+            model = model.module
+        return model
 
     def loss_reduction(self, *, validation: bool) -> TokenLoss:
         """The loss of this model."""
@@ -171,7 +197,7 @@ class LanguageModel(TrainedModel):
 
     def reinit(self) -> LanguageModel:
         """See :class:`TrainedModel`."""
-        chunk = LanguageModel(self.config, self._initial, self._layout)
+        chunk = LanguageModel(self.config, self._initial, self._layout, self._chunked)
         chunk._root, chunk.rounding = self._root, self.rounding
         return chunk
 
@@ -209,18 +235,35 @@ class TokenLoss(MegatronLossReduction):
         """
         raise NotImplementedError
 
+    def measure_chunks(
+        self, batch: dict[str, Any], layer: OutputHead, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As :meth:`measure`, from the hidden states: the training loss summed over the valid tokens, and the values.
+
+        Args:
+            batch: a micro-batch.
+            layer: hidden states and output layer.
+            mask: ``[s, b]``, 1 for valid tokens, else 0.
+        """
+        raise NotImplementedError
+
     def forward(
         self, batch: dict[str, Any], forward_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Args: a micro-batch and logits ``[b, s, V/tp]``. Returns: loss sum, valid tokens, report.
+        """Args: a micro-batch and logits ``[b, s, V/tp]`` or hidden states. Returns: loss sum, valid tokens, report.
 
         Raises:
             NonFiniteError: before any gradient is computed.
         """
         # Sequence first, as the output layer wrote them: taken batch first, logits would be copied whole.
         mask = batch["loss_mask"].float().T
-        losses, measured = self.measure(batch, forward_out.transpose(0, 1))
-        loss, tokens = (losses * mask).sum(), mask.sum()
+        if _HEAD in batch:
+            layer = OutputHead(forward_out.transpose(0, 1), batch[_HEAD], self._model.groups.layout.sequence_parallel)
+            loss, measured = self.measure_chunks(batch, layer, mask)
+            tokens = mask.sum()
+        else:
+            losses, measured = self.measure(batch, forward_out.transpose(0, 1))
+            loss, tokens = (losses * mask).sum(), mask.sum()
         if not torch.isfinite(loss):
             step = self._model.root.trainer.global_step
             raise NonFiniteError(
@@ -255,3 +298,19 @@ class LanguageModelLoss(TokenLoss):
             logits, batch["labels"].T, model.groups.tp, vocab_size=model.vocab_size, inplace=not self.validation
         )
         return losses, {LM_LOSS: losses.detach()}
+
+    def measure_chunks(
+        self, batch: dict[str, Any], layer: OutputHead, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See :class:`TokenLoss`."""
+        model: LanguageModel = self._model
+        losses = fused_head_loss(
+            layer,
+            None,
+            model.groups.tp,
+            vocab_size=model.vocab_size,
+            loss=None,
+            token_weights=mask,
+            labels=batch["labels"].T,
+        )
+        return losses.total, {LM_LOSS: losses.tokens.total}

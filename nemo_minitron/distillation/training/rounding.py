@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 
+from nemo_minitron.distillation.losses.fused_head import without_output_layer
 from nemo_minitron.distillation.teachers.frozen import forward_only
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.quantization.live import LiveRounding
@@ -60,7 +61,9 @@ class MeasureRanges(pl.Callback):
             step.data = iter(items)
             groups = self._model.groups
             chunks = rounding.chunks
-            with _evaluating(chunks), rounding.measuring(groups), torch.no_grad():
+            last = chunks[-1]
+            headless = without_output_layer(last) if last.post_process else nullcontext()  # logits are not measured
+            with _evaluating(chunks), rounding.measuring(groups), headless, torch.no_grad():
                 batches = [item[0] if isinstance(item, tuple) else item for item in items]
                 forward_only(chunks, groups, batches, keep=lambda output: output.new_zeros(()))
 

@@ -64,6 +64,7 @@ def training_use(
         sequence_length=sequence_length,
         bytes=_bytes(config.precision),
         recompute=getattr(config, "recompute", "none"),
+        chunked=getattr(config, "logits", "whole") == "chunks",
         fused=fused,
         micro_batches=max(1, config.global_batch_size // (config.micro_batch_size * config.parallel.data)),
     )

@@ -255,6 +255,9 @@ def _training(name: str, config: StageConfig, models: dict[str, Model | None]) -
         student = _model(config.student, models)
         if config.taught and config.teacher is not None and config.teacher_cache is None:
             teacher = _model(config.teacher, models)
+        elif config.taught and config.teachers:
+            each = [_model(entry.model, models) for entry in config.teachers]
+            teacher = max(each, key=lambda model: model.parameters)
     else:
         student = _model(config.model, models)
     return Training(
@@ -280,6 +283,10 @@ def _teacher_notes(name: str, config: StageConfig) -> list[str]:
         notes.append(f"{name}: the teacher's logits come from a cache; reading them is not counted")
     elif config.teacher_placement != "shared":
         notes.append(f"{name}: teacher_placement={config.teacher_placement} is planned as if it were shared")
+    if config.taught and len(config.teachers) > 1:
+        notes.append(
+            f"{name}: of its {len(config.teachers)} teachers the largest alone is planned; the dry run counts all"
+        )
     if config.teacher_correction != CorrectionConfig():
         notes.append(f"{name}: the teacher's own training meanwhile is not counted")
     return notes

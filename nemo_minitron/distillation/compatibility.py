@@ -33,10 +33,11 @@ def check_pair(
     sequence_length: int,
     *,
     teacher_layout: ParallelLayout | None = None,
+    name: str = "teacher",
 ) -> CommonVocabulary:
     """Check that the student can learn from the teacher under this layout.
 
-    ``teacher_layout`` is given where the teacher has a layout of its own.
+    ``teacher_layout`` is given where the teacher has a layout of its own, ``name`` where it is one of several.
 
     Returns:
         The token ids that they share. Where those are not all, a warning says so, once.
@@ -47,9 +48,9 @@ def check_pair(
         DataError: if the sequences are longer than either model's context.
         ShapeError: if the layout cannot split either, or layers of either differ in size.
     """
-    common = compare(Vocabulary.of("student", student), Vocabulary.of("teacher", teacher))
+    common = compare(Vocabulary.of("student", student), Vocabulary.of(name, teacher))
     announce(common, student.path)
-    _check({"student": (student, layout), "teacher": (teacher, teacher_layout or layout)}, sequence_length)
+    _check({"student": (student, layout), name: (teacher, teacher_layout or layout)}, sequence_length)
     return common
 
 

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ class Output:
         faults = [
             f"{self.path} was {'begun' if record is None else 'made'} with other settings: {change}"
             for key, change in self._changes_since(record or self.started_identity()).items()
-            if not any(key == free or key.startswith(f"{free}.") for free in self.config.RESUMABLE_CHANGES)
+            if not any(
+                fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in self.config.RESUMABLE_CHANGES
+            )
         ]
         if faults:
             faults[-1] += "; choose another output, or make this one anew with --overwrite (overwrite=true)"

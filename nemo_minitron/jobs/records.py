@@ -176,7 +176,10 @@ def hashed_settings(config: StageConfig) -> dict[str, Any]:
         if name not in section:
             continue  # added later, and at its default
         value = section[name]
-        section[name] = sorted(value) if isinstance(value, dict) else value is not None
+        if isinstance(value, list):  # of named models
+            section[name] = [{key: entry[key] for key in entry if key != "model"} for entry in value]
+        else:
+            section[name] = sorted(value) if isinstance(value, dict) else value is not None
     return settings
 
 

@@ -14,7 +14,7 @@ to a multiple of ``128 t``):
 - activations (training): what the forward pass keeps for the backward pass, below, times the micro-batches that the
   one-forward-one-backward schedule has under way in the stage (``stages - stage``; Narayanan et al., arXiv 2104.04473).
 - teacher (distillation): its weights on the same rank, and on the last stage one ``[s, b, H]`` for each micro-batch of
-  a step, which waits for the student there.
+  a step, which waits for the student there; of several teachers, the sum.
 
 Numbers kept for a token and layer, with Megatron's plain layers (``fused=False``), as counted from torch's saved
 tensors: each RMSNorm ``3H + 1`` (input, normalised, output) or LayerNorm ``2H + 2``; attention ``(4A/t)d + (A/t)s``
@@ -32,7 +32,8 @@ time is whole; "full" keeps a layer's input ``H`` alone, and one layer at a time
 The last stage adds the final norm and the logits ``V/t``: once as they are and once in fp32 where that is another
 dtype; of a distillation the student's, which become their gradient, the teacher's, and the loss's working buffers. If
 the two vocabularies are padded to different sizes, tensor parallelism splits them differently, and the teacher's logits
-are held once more, in the student's partition.
+are held once more, in the student's partition. Of several teachers the logits of one are held at a time, and beside
+the student's own one further gradient of that size, two of three teachers or more.
 In chunks (``logits: chunks``) there are no logits of all tokens: only a chunk's, of student and teacher, and until the
 backward pass the gradients of the output layer, ``V/t H`` numbers of four bytes (in bf16 two besides), and of its
 input, ``H`` for each token.
@@ -133,6 +134,7 @@ class MemoryCost:
         topk: experts of each token, of a mixture.
         rotary: part of a head's channels that RoPE turns.
         teacher: family and shape of the model that the training distils; None without one.
+        further: the same of further teachers on the same ranks.
     """
 
     def __init__(
@@ -144,19 +146,23 @@ class MemoryCost:
         topk: int | None = None,
         rotary: float = 1.0,
         teacher: tuple[axes.Family, ModelShape] | None = None,
+        further: Sequence[tuple[axes.Family, ModelShape]] = (),
     ) -> None:
         self.table, self.shape, self.work, self.topk = table, shape, work, topk or 0
         self.rotary = round(shape.head_dim * rotary)
         self.distilled = teacher is not None
-        self._teacher = [0.0] * work.pipeline if teacher is None else self._teacher_bytes(*teacher)
-        rows = 0 if teacher is None else teacher[1].vocab_size
+        teachers = [] if teacher is None else [teacher, *further]
+        each = [self._teacher_bytes(*one) for one in teachers]
+        self._teacher = [sum(stages) for stages in zip(*each, strict=True)] if each else [0.0] * work.pipeline
+        self._further_gradients = max(0, min(len(teachers), 3) - 1)
+        rows = max((shape.vocab_size for _, shape in teachers), default=0)
         self._teacher_logits = padded_vocab(rows, tensor=work.tensor) / work.tensor
         self._padded = shape.replace(vocab_size=padded_vocab(shape.vocab_size, tensor=work.tensor))
         self._kept: dict[tuple[int, int | None, int], tuple[float, float, LayerCost]] = {}
 
     @classmethod
-    def of(cls, model: Model, work: Workload, teacher: Model | None = None) -> MemoryCost:
-        """The cost of a model, and of one that is pruned from it."""
+    def of(cls, model: Model, work: Workload, teacher: Model | None = None, *further: Model) -> MemoryCost:
+        """The cost of a model, and of one that is pruned from it; ``further`` are teachers beside the first."""
         return cls(
             model.table,
             model.shape,
@@ -164,6 +170,7 @@ class MemoryCost:
             topk=model.architecture.moe_router_topk,
             rotary=model.architecture.rotary_percent,
             teacher=None if teacher is None else (teacher.table, teacher.shape),
+            further=[(model.table, model.shape) for model in further],
         )
 
     def __call__(self, sizes: SizesLike) -> float:
@@ -250,7 +257,7 @@ class MemoryCost:
                 kept += sizes.hidden_size / split * work.bytes  # the gradient of the output layer's input
             elif self.distilled:
                 moved = logits if work.tensor > 1 and self._teacher_logits != logits else 0
-                kept += (logits + self._teacher_logits + moved) * work.bytes
+                kept += (logits * (1 + self._further_gradients) + self._teacher_logits + moved) * work.bytes
             else:
                 kept += logits * (work.bytes if work.bytes == 4 else work.bytes + 4)
             kept += norm * work.bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, MutableMapping
@@ -59,7 +60,9 @@ def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def ordered_kernels(config: StageConfig) -> bool:
     """Whether Megatron demands :data:`ORDERED_KERNELS` of a stage: for tensor, sequence or context parallelism."""
-    layouts = [value for value in vars(config).values() if isinstance(value, ParallelLayout)]
+    entries = [entry for value in vars(config).values() if isinstance(value, list) for entry in value]
+    groups = [config, *(entry for entry in entries if dataclasses.is_dataclass(entry))]
+    layouts = [value for group in groups for value in vars(group).values() if isinstance(value, ParallelLayout)]
     return any(layout.tensor > 1 or layout.context > 1 for layout in layouts)
 
 

@@ -28,6 +28,7 @@ from nemo_minitron.quantization.matrices import matrices_of, training_faults
 from nemo_minitron.quantization.ranges import TrainedFor
 from nemo_minitron.quantization.schemes import Scheme, scheme_of
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.stages.shared.teachers import plan_several, several_lineage, train_on_several
 from nemo_minitron.stages.shared.training import (
     is_main,
     plan_training,
@@ -49,6 +50,10 @@ __all__ = ["plan", "run"]
 
 def plan(config: DistillConfig) -> StagePlan:
     """What :func:`run` would read, write and cost."""
+    if config.teachers and config.taught:
+        plan = plan_several(config)
+        _plan_rounding(config, plan)
+        return plan
     paths = config.inputs()
     cache = paths.pop("teacher_cache", None)
     if cache is not None:
@@ -152,6 +157,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
             "teacher_correction": dataclasses.asdict(config.teacher_correction),
         }
     }
+    if config.teachers and config.taught:
+        lineage["distilled"]["teachers"] = several_lineage(config)
     if config.quantize is not None:
         lineage["distilled"]["quantize"] = {"scheme": config.quantize, "group_size": config.group_size}
     save_model(config, student, trained, lineage)
@@ -183,6 +190,8 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         from nemo_minitron.distillation.recipe import correct
 
         return correct(student, train, validation, **training)
+    if config.teachers:
+        return train_on_several(config, student, training)
     kept, placement = None, _placement(config)
     if placement.cache is not None:
         check_model(student, layout, config.data.sequence_length)

@@ -368,6 +368,10 @@ def test_checkpoints_that_are_there_are_planned_by_their_sizes(tmp_path):
     settings = [f"student={tmp_path}/own", f"teacher={tmp_path}/hf/", "cluster.gpus=2", "steps=70"]
     (found,), notes = trainings_of(read_subject("distill", settings))
     assert (found.student, found.teacher, found.steps, found.bytes, notes) == (STUDENT, TEACHER, 70, 4, [])
+    pair = f"teachers=[{{name: a, model: {tmp_path}/own}}, {{name: b, model: {tmp_path}/hf}}]"
+    (found,), notes = trainings_of(read_subject("distill", [settings[0], "teacher=null", pair]))
+    assert found.teacher == TEACHER
+    assert notes == ["distill: of its 2 teachers the largest alone is planned; the dry run counts all"]
     (alone,), _ = trainings_of(read_subject("correct", [f"model={tmp_path}/own"]))
     assert (alone.student, alone.teacher) == (STUDENT, None)
 

@@ -21,4 +21,5 @@ from nemo_minitron.config.parts.reconstruction import *
 from nemo_minitron.config.parts.schedule import *
 from nemo_minitron.config.parts.search import *
 from nemo_minitron.config.parts.sizes import *
+from nemo_minitron.config.parts.teachers import *
 from nemo_minitron.config.parts.text import *

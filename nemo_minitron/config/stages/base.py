@@ -82,8 +82,8 @@ class StageConfig:
     RUNS_CHILD_STAGES: ClassVar[bool] = False
     #: Each run is made anew: the result does not follow from the settings and the inputs alone.
     REPEATS: ClassVar[bool] = False
-    #: Settings that may differ when a run is resumed (``parallel`` stands for all settings below it). None: the stage
-    #: decides itself what it can resume, or cannot be resumed.
+    #: Settings that may differ when a run is resumed (``parallel`` stands for all settings below it, ``*`` for
+    #: any entry of a list). None: the stage decides itself what it can resume, or cannot be resumed.
     RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -128,12 +128,16 @@ class StageConfig:
         return True
 
     def inputs(self) -> dict[str, str]:
-        """Paths that the stage reads, by field (``models.teacher`` for a mapping's entry), without null fields."""
+        """Paths that the stage reads, by field (``models.teacher`` for an entry of a mapping, or of a list of named
+        models), without null fields.
+        """
         inputs: dict[str, str] = {}
         for name in self.INPUTS:
             value = attrgetter(name)(self)
             if isinstance(value, dict):
                 inputs.update({f"{name}.{key}": path for key, path in value.items()})
+            elif isinstance(value, list):
+                inputs.update({f"{name}.{entry.name}": entry.model for entry in value})
             elif value is not None:
                 inputs[name] = value
         return inputs

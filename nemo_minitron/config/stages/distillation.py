@@ -16,9 +16,11 @@ from nemo_minitron.config.parts import (
     LossConfig,
     ParallelLayout,
     Schedule,
+    TeacherConfig,
     batch_faults,
     choice,
     group_size_faults,
+    teacher_shares,
 )
 from nemo_minitron.config.stages.base import NEEDS_TRAINING, StageConfig
 
@@ -45,6 +47,7 @@ class TrainingConfig(Schedule, StageConfig):
     RESUMABLE_CHANGES: ClassVar[tuple[str, ...] | None] = (
         "parallel", "micro_batch_size", "recompute", "logits", "max_minutes", "log_every", "save_every",
         "validate_every", "result", "data.workers", "teacher_placement", "teacher_parallel",
+        "teachers.*.placement", "teachers.*.parallel",
     )  # fmt: skip
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -116,6 +119,8 @@ class DistillConfig(TrainingConfig):
         student: checkpoint to train.
         teacher: checkpoint to learn from. It may be left out with a ``teacher_cache``, or if nothing is learnt from it
             (``loss.label_weight=1`` and no intermediate losses).
+        teachers: several teachers in place of ``teacher``: the loss is the weighted sum of the divergences from all, or
+            each teaches the blocks of its own sources.
         teacher_cache: output of ``minitron cache``, to read the logits from; if ``teacher`` is given too, it is only
             compared with the model that was cached.
         teacher_placement: "shared" (the student's ranks and layout), "own_layout" (the same ranks, laid out by
@@ -133,11 +138,12 @@ class DistillConfig(TrainingConfig):
     HELP: ClassVar[str] = "Train a student on its teacher's logits."
     ROLE: ClassVar[str] = "distilled"
     DONE: ClassVar[str] = "distilled"
-    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teacher_cache")
-    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size")
+    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teachers", "teacher_cache")
+    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size", "teachers")
 
     student: str = MISSING
     teacher: str | None = None
+    teachers: list[TeacherConfig] = field(default_factory=list)
     teacher_cache: str | None = None
     teacher_placement: str = "shared"
     teacher_parallel: ParallelLayout = field(default_factory=ParallelLayout)
@@ -175,18 +181,62 @@ class DistillConfig(TrainingConfig):
         faults = [*super().faults(), *choice(self, "teacher_placement", TEACHER_PLACEMENTS)]
         faults += choice(self, "quantize", QUANTIZED_TRAININGS)
         faults += group_size_faults(self.group_size, [self.quantize] if self.quantize else [])
-        if self.teacher is None and self.teacher_cache is None and self.taught:
+        if self.teachers:
+            faults += self._several_faults()
+        elif self.teacher is None and self.teacher_cache is None and self.taught:
             faults.append(
                 "teacher: none is given; name a checkpoint or a teacher_cache, or train on the labels alone with "
                 "loss.label_weight=1 and no intermediate losses"
             )
-        faults += self._context_faults() + self._expert_faults()
+        if not self.teachers:
+            faults += self._context_faults() + self._expert_faults()
         if self.recompute == "full" and self.intermediate.weights():
             faults.append(
                 "recompute=full: intermediate losses are taken inside the layers, which would run twice; use "
                 "selective, or no intermediate losses"
             )
         return faults + self._placement_faults()
+
+    def teacher_shares(self) -> dict[str, dict[str, float]]:
+        """The share of each of several teachers in the loss of the blocks of each source, by their names."""
+        return teacher_shares(self.teachers, [source.name for source in self.data.all_sources()])[0]
+
+    def _several_faults(self) -> list[str]:
+        """Settings that go with a single teacher alone, shares that do not come out, layouts that do not fit."""
+        faults = []
+        if self.teacher is not None:
+            faults.append("teacher: teachers are given too; leave out one of the two")
+        single = {
+            f"teacher_cache={self.teacher_cache}": self.teacher_cache is not None,
+            f"teacher_placement={self.teacher_placement}": self.teacher_placement != "shared",
+            "teacher_parallel": self.teacher_parallel != ParallelLayout(),
+            f"teacher_correction.lr={self.teacher_correction.lr}": self.teacher_correction.lr is not None,
+            "intermediate": bool(self.intermediate.weights()),
+            f"logits={self.logits}": self.logits != "whole",
+        }
+        faults += [
+            f"{what}: is of a single teacher; leave it out, or give one teacher in place of teachers"
+            for what, given in single.items()
+            if given
+        ]
+        if not self.data.faults():
+            faults += teacher_shares(self.teachers, [source.name for source in self.data.all_sources()])[1]
+        for number, teacher in enumerate(self.teachers):
+            if teacher.placement != "own_layout":
+                continue
+            where, own = f"teachers[{number}]", teacher.parallel
+            if own.world_size != self.parallel.world_size:
+                faults.append(
+                    f"{where}.placement=own_layout: its parallel makes {own.world_size} ranks of the "
+                    f"{self.parallel.world_size} that parallel makes; they must be as many"
+                )
+            faults += [f"{where}.{fault}" for fault in own.sequence_faults(self.data.sequence_length)]
+            faults += [
+                f"{where}.placement=own_layout: is not offered with parallel.{name}={value}; use placement=shared"
+                for name in ("context", "expert")
+                if (value := getattr(self.parallel, name)) > 1
+            ]
+        return faults
 
     def _context_faults(self) -> list[str]:
         if self.parallel.context == 1 or self.teacher_placement == "shared":
@@ -211,6 +261,8 @@ class DistillConfig(TrainingConfig):
         ]
 
     def _placement_faults(self) -> list[str]:
+        if self.teachers:
+            return []
         own, placement, faults = self.teacher_parallel, self.teacher_placement, []
         where = f"teacher_placement={placement}"
         if self.teacher_cache is not None:

@@ -8,5 +8,6 @@ cached                       a teacher whose logits are on disk
 logit_cache, manifest        the format of that cache
 cache_filling                how it is filled
 open                         the teacher for given settings
+several                      several teachers: who scores which sequence
 placement                    which rank holds what, and what is sent
 """

@@ -22,7 +22,8 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
     """Token blocks as next-token samples, repeated to ``length`` samples.
 
     A sample is a dict of ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` (``[s]``) and ``attention_mask``
-    (``[1, s, s]`` bool, True where attention is not allowed, as Megatron's own attention takes it). Where blocks hold
+    (``[1, s, s]`` bool, True where attention is not allowed, as Megatron's own attention takes it), and ``source``, the
+    number of the block's domain. Where blocks hold
     several documents, attention and positions stay within each, and a label that begins another one does not count.
     Memory: masks are made sample by sample.
 
@@ -66,6 +67,7 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
             "loss_mask": self._ones if counted is None else counted[0].float(),
             "position_ids": self._positions if segments is None else document_positions(segments),
             "attention_mask": self._mask if segments is None else attention_mask(segments),
+            "source": block.domain[0],
         }
 
 

@@ -6,6 +6,7 @@ Also here is the base of all trained models: to NeMo the model is a plain model 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import fiddle as fdl
@@ -172,6 +173,10 @@ class TrainedModel(GPTModel):
         while not isinstance(model, MegatronGPTModel):
             model = model.module
         return model
+
+    def reported(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What the metrics state of a step's or a validation's means."""
+        return dict(values)
 
     def loss_reduction(self, *, validation: bool) -> TokenLoss:
         """The loss of this model."""

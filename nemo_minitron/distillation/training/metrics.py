@@ -41,7 +41,8 @@ class StepMetrics(pl.Callback):
     process's training). Validation lines: ``split`` = "validation", ``step``, ``tokens``, of a distillation ``kl``, and
     ``lm_loss``. With intermediate losses both have the value of each, times its own weight (``hidden``, ``embedding``,
     ``attention``), and ``alpha``, the weight of their sum in that step. With a teacher that is trained at the same
-    time, training lines have ``teacher_lm_loss``, ``teacher_lr`` and ``teacher_grad_norm``.
+    time, training lines have ``teacher_lm_loss``, ``teacher_lr`` and ``teacher_grad_norm``. With several teachers both
+    have ``kl_<name>`` of each that taught, per token that it taught; ``kl`` is the weighted sum.
     """
 
     def __init__(self, path: Path, *, tokens_per_step: int, flops_per_step: float, every: int = 1) -> None:
@@ -97,7 +98,7 @@ class StepMetrics(pl.Callback):
         self._write(
             step=step,
             tokens=step * self.tokens_per_step,
-            **self._values,
+            **pl_module.reported(self._values),
             lr=self._lr,
             grad_norm=float(logged["grad_norm"]) if "grad_norm" in logged else None,
             tokens_per_second=self.tokens_per_step / seconds,
@@ -116,14 +117,14 @@ class StepMetrics(pl.Callback):
             _strategy_lib._sync_from_last_pipeline_stage(value, broadcast=True)
             pl_module.log(VALIDATION + name, value)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """One line with the means over all valid tokens of the validation."""
         if self._file is not None and self._validation and not trainer.sanity_checking:
             self._write(
                 split="validation",
                 step=trainer.global_step,
                 tokens=trainer.global_step * self.tokens_per_step,
-                **{name: self._mean(name) for name in self._validation[0]},
+                **pl_module.reported({name: self._mean(name) for name in self._validation[0]}),
             )
         self._validation, self._validated = [], []
         self._last = time.monotonic()

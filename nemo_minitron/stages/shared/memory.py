@@ -45,7 +45,7 @@ def cache_of_rank(config: Running, model: str, *, batch_size: int, length: int) 
 
 
 def training_use(
-    config: Training, model: Model, sequence_length: int, *, sequences: int = 1, teacher: Model | None = None
+    config: Training, model: Model, sequence_length: int, *, sequences: int = 1, teachers: Sequence[Model] = ()
 ) -> list[MemoryUse]:
     """Memory of one rank of each pipeline stage.
 
@@ -54,7 +54,7 @@ def training_use(
         model: that is trained.
         sequence_length: tokens of a sample.
         sequences: of a sample; a pair has two.
-        teacher: that runs on the same ranks.
+        teachers: that run on the same ranks.
     """
     fused = config.runtime.device != "cpu"
     work = Workload.on(
@@ -68,7 +68,7 @@ def training_use(
         fused=fused,
         micro_batches=max(1, config.global_batch_size // (config.micro_batch_size * config.parallel.data)),
     )
-    return MemoryCost.of(model, work, teacher).ranks(model.shape)
+    return MemoryCost.of(model, work, *teachers).ranks(model.shape)
 
 
 def training_of_rank(
@@ -91,11 +91,11 @@ def training_of_rank(
         apart: these have ranks of their own.
     """
     stages = [0.0] * config.parallel.pipeline
-    teacher = next((model for role, model in models.items() if role not in trained and role not in layouts), None)
+    teachers = [model for role, model in models.items() if role not in trained and role not in layouts]
     for role in sorted(trained - layouts.keys()):
-        uses = training_use(config, models[role], sequence_length, teacher=teacher)
+        uses = training_use(config, models[role], sequence_length, teachers=teachers)
         stages = [bytes_ + use.total for bytes_, use in zip(stages, uses, strict=True)]
-        teacher = None  # counted
+        teachers = []  # counted
     others = {}
     for role, layout in layouts.items():
         if role in models:

@@ -14,9 +14,12 @@ from nemo_minitron.jobs.plans import StagePlan
 __all__ = ["plan_cached_vocabulary", "plan_pair_vocabulary", "plan_vocabularies"]
 
 
-def plan_pair_vocabulary(plan: StagePlan, student: str, teacher: str) -> None:
-    """Add to a plan what the vocabularies of student and teacher say: a fault, or a note of what they do not share."""
-    _add(plan, lambda: _compared(("student", student), ("teacher", teacher)), consequences)
+def plan_pair_vocabulary(plan: StagePlan, student: str, teacher: str, *, name: str = "teacher") -> None:
+    """Add to a plan what the vocabularies of student and teacher say: a fault, or a note of what they do not share.
+
+    ``name`` is the teacher's in messages, where it is one of several.
+    """
+    _add(plan, lambda: _compared(("student", student), (name, teacher)), consequences)
 
 
 def plan_cached_vocabulary(plan: StagePlan, student: str, cache: str) -> None:

@@ -6,14 +6,16 @@
 Four shapes: that of the demonstration (``demo``), one that is cut in every width (``narrow``), 18 whole layers
 (``shallow``), and about half of the parameters (``half``). Each is pruned by the papers' scores, reconstructed by least
 squares and by gradient steps on each layer, and distilled from the pruned, the reconstructed and a random-initialised
-model with the same tokens, over two seeds. Scores, calibration and distillation see technical prose and the Bible;
-plays are another kind of text, which they do not see. Two other pruning packages (torch-pruning, optipfair) cut the
-same share of the parameters, where they are installed.
+model with the same tokens, over two seeds. Each is pruned and reconstructed once more (``chosen``) with the units of
+least loss after reconstruction (``score estimator: reconstruction``). Scores, calibration and distillation see
+technical prose and the Bible; plays are another kind of text, which they do not see. Two other pruning packages
+(torch-pruning, optipfair) cut the same share of the parameters, where they are installed.
 
 The work is made of the suite's own stages under ``--output``: a run that was stopped goes on where it was. After
 ``--minutes`` in all, those of earlier runs included, it stops, and what was made is shown. The last line is JSON:
 ``gap_closed_without_training`` (share of the pruned model's gap to the teacher that reconstruction closes, the smaller
-of ``demo`` and ``narrow``, on held-out text of the calibrated kind), ``tokens_to_equal_loss_ratio`` (tokens of
+of ``demo`` and ``narrow``, on held-out text of the calibrated kind), ``gap_closed`` (by shape and method; the gap is
+always that of the units by the papers' scores), ``tokens_to_equal_loss_ratio`` (tokens of
 distillation from the pruned model over those from the reconstructed one, for the loss that the pruned one reaches at
 the end of its longest training), and ``stream_time_ratio`` and ``stream_memory_ratio`` of ``benchmarks/streamed.py``.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +43,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "shallow": {"num_layers": 18},
     "half": {"num_layers": 24, "hidden_size": 480, "ffn_hidden_size": 896, "num_attention_heads": 6},
 }
+#: Method -> name of the models that it makes.
+NAMES = {"least_squares": "reconstructed", "chosen": "chosen", "block": "block"}
 STARTS = ("pruned", "reconstructed", "random")
 TOKENS = (4096, 16384, 65536)
 SEEDS = (1, 2)
@@ -66,21 +71,25 @@ def preparation(arguments: argparse.Namespace, method: str = "least_squares") ->
         {"stage": "score", "name": "scores", "model": "${output}/teacher", "samples": 8 if quick else 64, **common},
     ]
     stages[0]["cache_dir"] = arguments.cache_dir
+    scores, pruned, name = "scores", "pruned", NAMES[method]
+    if method == "chosen":
+        scores, pruned, method = "scores-after", "chosen_pruned", "least_squares"
+        stages.append({**stages[1], "name": scores, "estimator": "reconstruction"})
     for shape in arguments.shapes:
         stages.append(
             {
                 "stage": "prune",
-                "name": f"{shape}-pruned",
+                "name": f"{shape}-{pruned}",
                 "model": "${output}/teacher",
-                "scores": "${output}/scores",
+                "scores": f"${{output}}/{scores}",
                 "target": SHAPES[shape],
             }
         )
         stages.append(
             {
                 "stage": "reconstruct",
-                "name": f"{shape}-{'reconstructed' if method == 'least_squares' else method}",
-                "model": f"${{output}}/{shape}-pruned",
+                "name": f"{shape}-{name}",
+                "model": f"${{output}}/{shape}-{pruned}",
                 "teacher": "${output}/teacher",
                 "method": method,
                 "samples": 16 if quick else arguments.samples,
@@ -128,7 +137,7 @@ def name_of(shape: str, start: str, tokens: int, seed: int) -> str:
     return f"{shape}-{start}-{tokens}-{seed}"
 
 
-def write_random(output: Path, shape: str) -> None:
+def write_random(output: Path, shape: str, seed: int = 0) -> None:
     """A model of that shape whose matrices are drawn as for a training from nothing: normal, deviation 0.02."""
     import dataclasses
     import zlib
@@ -148,7 +157,7 @@ def write_random(output: Path, shape: str) -> None:
             tensor = self.inner.tensor(name)
             if tensor.ndim < 2:
                 return torch.ones_like(tensor)
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
             return torch.randn(tensor.shape, generator=generator).mul_(0.02).to(tensor.dtype)
 
     pruned = open_checkpoint(output / f"{shape}-pruned")
@@ -161,7 +170,7 @@ def untrained(output: Path, shapes: list[str]) -> dict[str, dict[str, Any]]:
     """Of each shape, by kind of text and model the held-out loss, and the seconds of each method."""
     table: dict[str, dict[str, Any]] = {}
     for shape in shapes:
-        for method in ("reconstructed", "block"):
+        for method in NAMES.values():
             file = output / f"{shape}-{method}" / "reconstruction.json"
             if not file.is_file():
                 continue
@@ -170,7 +179,8 @@ def untrained(output: Path, shapes: list[str]) -> dict[str, dict[str, Any]]:
             )
             for source, losses in json.loads(file.read_text())["losses"].items():
                 row = table.setdefault(shape, {}).setdefault(source, {})
-                row |= {"outside": losses["outside"], "teacher": losses["teacher"], "pruned": losses["pruned"]}
+                if method != "chosen":  # whose pruned model has other units
+                    row |= {"outside": losses["outside"], "teacher": losses["teacher"], "pruned": losses["pruned"]}
                 row[method] = losses["reconstructed"]
             table[shape].setdefault("seconds", {})[method] = record["seconds"]
     return table
@@ -218,18 +228,20 @@ def equal_loss_ratio(found: dict[str, list[list[float]]], shape: str, seed: int)
 
 def tables(losses: dict[str, Any], found: dict[str, list[list[float]]], others: dict[str, Any]) -> str:
     lines = [
-        "| shape | text | teacher | pruned | least squares | block | gap closed |",
+        "| shape | text | teacher | pruned | least squares | units chosen for it | block |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for shape, rows in losses.items():
         for source, row in rows.items():
             if "teacher" not in row:
                 continue
-            closed = (row["pruned"] - row["reconstructed"]) / (row["pruned"] - row["teacher"])
-            block = f"{row['block']:.3f}" if "block" in row else ""
             what = f"{source} (not seen)" if row["outside"] else source
-            numbers = " | ".join(f"{row[model]:.3f}" for model in ("teacher", "pruned", "reconstructed"))
-            lines.append(f"| {shape} | {what} | {numbers} | {block} | {closed:.0%} |")
+            numbers = [f"{row[model]:.3f}" for model in ("teacher", "pruned")]
+            gap = row["pruned"] - row["teacher"]
+            for method in NAMES.values():
+                value = row.get(method)
+                numbers.append("" if value is None else f"{value:.3f} ({(row['pruned'] - value) / gap:.0%})")
+            lines.append(f"| {shape} | {what} | {' | '.join(numbers)} |")
     lines += ["", "| shape | start | tokens | held-out loss, by seed |", "|---|---|---:|---|"]
     by_arm: dict[tuple[str, str, int], list[float]] = {}
     for name, points in found.items():
@@ -283,6 +295,18 @@ def run_stages(arguments: argparse.Namespace, name: str, stages: list[dict[str, 
     return run_bounded(config, arguments.minutes)
 
 
+def train(arguments: argparse.Namespace) -> int:
+    """The distillations, each in a pipeline of its own: its training states are removed before the next begins."""
+    done = curves(arguments.output, arguments)
+    for stage in distillations(arguments):
+        if stage["name"] in done:
+            continue
+        if code := run_stages(arguments, "distillation", [stage]):
+            return code
+        shutil.rmtree(arguments.output / stage["name"] / "checkpoints", ignore_errors=True)
+    return 0
+
+
 def streamed(*, quick: bool) -> dict[str, Any]:
     """The figures of ``benchmarks/streamed.py``."""
     command = [sys.executable, str(Path(__file__).with_name("streamed.py")), *(["--quick"] if quick else [])]
@@ -320,7 +344,10 @@ def main() -> None:
                 inside, outside = texts(arguments), sources(OUTSIDE)
                 others[name] = kept(name, functools.partial(baseline_losses, name, output, inside, outside))
             others = {name: row for name, row in others.items() if row is not None}
-        code = run_stages(arguments, "distillations", distillations(arguments))
+        if not arguments.quick:
+            code = run_stages(arguments, "chosen", preparation(arguments, "chosen"))
+    if code == 0:
+        code = train(arguments)
     if code == 0 and not arguments.quick:
         code = run_stages(arguments, "blocks", preparation(arguments, "block"))
     losses, found = untrained(output, arguments.shapes), curves(output, arguments)
@@ -332,6 +359,10 @@ def main() -> None:
     known = [ratio for ratio in ratios if ratio is not None]
     figures = {
         "gap_closed_without_training": min((value for value in closed if value is not None), default=None),
+        "gap_closed": {
+            shape: {method: value for method in NAMES.values() if (value := gap_closed(rows, method)) is not None}
+            for shape, rows in losses.items()
+        },
         "tokens_to_equal_loss_ratio": mean(known) if known else None,
         **{key: value for key, value in streamed(quick=arguments.quick).items() if key.startswith("stream_")},
     }

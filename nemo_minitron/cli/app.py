@@ -460,6 +460,27 @@ def status(
         show_status(directory, Console())
 
 
+@app.command("cancel", help="Cancel the Slurm jobs of a run, or of some of its stages.")
+def cancel(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run that was submitted.")],
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STAGE]...", help="Names of stages, or of single jobs; none for all.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Cancel jobs."""
+    with _exit_codes():
+        from nemo_minitron.jobs.slurm_queue import cancel_jobs
+
+        jobs = cancel_jobs(run, stages or ())
+        for name, number in jobs.items():
+            typer.echo(f"{name}: job {number} is cancelled")
+        if not jobs:
+            typer.echo("no job of them is in the queue")
+
+
 @app.command("verify", help="Check the files of outputs and checkpoints against the hashes written with them.")
 def verify(
     path: Annotated[

@@ -289,6 +289,8 @@ def _teacher_notes(name: str, config: StageConfig) -> list[str]:
         )
     if config.teacher_correction != CorrectionConfig():
         notes.append(f"{name}: the teacher's own training meanwhile is not counted")
+    if config.on_policy.share:
+        notes.append(f"{name}: the answers that the student writes (on_policy) are not counted")
     return notes
 
 

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.parts import choice, not_negative, positive
 from nemo_minitron.config.parts.cluster import GPUS
-from nemo_minitron.config.stages import STAGES, StageConfig
+from nemo_minitron.config.stages import STAGES, StageConfig, StageJob
 
 __all__ = ["CpuConfig", "Request", "SlurmConfig", "seconds_of"]
 
@@ -93,6 +93,8 @@ class SlurmConfig:
         cpus_per_task: cores of each process; null leaves it to the cluster.
         time: limit of each job, ``[D-]HH:MM:SS``.
         stage_time: time limit of single stages, by name, or of a kind of stage ("distill"); a name goes before a kind.
+            Of the jobs of a search or an iteration: by the job's name ("search.1.distilled"), the stage's name, the
+            job's kind ("distill"), the stage's kind.
         cpu: partition for stages that have no work for a GPU.
         container_image: image for Pyxis; null runs on the bare node, where this suite must be installed.
         container_mounts: ``host:container``; outputs, inputs and caches must be visible under the same paths.
@@ -185,42 +187,49 @@ class SlurmConfig:
         """Number of nodes of a stage with so many processes."""
         return math.ceil(processes / self.per_node)
 
-    def request(self, config: StageConfig) -> Request:
-        """The resources of a stage's job: as many whole nodes as its processes fill, or a place without a GPU."""
-        world = config.processes
-        if not config.needs_gpu and self.cpu.partition is not None:
+    def request(self, config: StageConfig, job: StageJob | None = None) -> Request:
+        """The resources of a stage's job: as many whole nodes as its processes fill, or a place without a GPU.
+
+        Args:
+            config: of the stage.
+            job: one of its jobs; None for the last, which writes its record.
+        """
+        job = job or config.jobs()[-1]
+        world = job.processes
+        if not job.needs_gpu and self.cpu.partition is not None:
             cpu = self.cpu
             tasks = min(world, cpu.tasks_per_node or world)
             return Request(
                 account=cpu.account or self.account, partition=cpu.partition, qos=cpu.qos, constraint=cpu.constraint,
                 mem=cpu.mem, exclusive=False, nodes=math.ceil(world / tasks), tasks=tasks, gpus=None,
-                cpus_per_task=cpu.cpus_per_task, time=self._time(config, cpu.time), extra=dict(cpu.extra),
+                cpus_per_task=cpu.cpus_per_task, time=self._time(config, job, cpu.time), extra=dict(cpu.extra),
             )  # fmt: skip
         tasks, gpus, exclusive = min(world, self.per_node), None, self.exclusive
         if self.gpus_per_node:
             # A GPU that is not used: the partition may refuse jobs without one, but the others stay free.
-            exclusive = exclusive and config.needs_gpu
-            gpus = (
-                self.gpus_per_node if exclusive else min(config.started, self.per_node) if config.needs_gpu else tasks
-            )
+            exclusive = exclusive and job.needs_gpu
+            gpus = self.gpus_per_node if exclusive else min(job.started, self.per_node) if job.needs_gpu else tasks
         return Request(
             account=self.account, partition=self.partition, qos=self.qos, constraint=self.constraint, mem=self.mem,
             exclusive=exclusive, nodes=self.nodes(world), tasks=tasks, gpus=gpus,
-            cpus_per_task=self.cpus_per_task and self.cpus_per_task * max(1, config.started // world),
-            time=self._time(config, None), extra=dict(self.extra),
+            cpus_per_task=self.cpus_per_task and self.cpus_per_task * max(1, job.started // world),
+            time=self._time(config, job, None), extra=dict(self.extra),
         )  # fmt: skip
 
-    def _time(self, config: StageConfig, cpu: str | None) -> str:
-        named = self.stage_time.get(config.name) or self.stage_time.get(config.STAGE)
+    def _time(self, config: StageConfig, job: StageJob, cpu: str | None) -> str:
+        names = (f"{config.name}.{job.name}", config.name, job.kind, config.STAGE)
+        named = next((self.stage_time[name] for name in names if name in self.stage_time), None)
         return named or cpu or self.time
 
     def stage_faults(self, configs: Iterable[StageConfig]) -> list[str]:
         """Layouts that do not fill nodes, and time limits of names that are neither a stage nor a kind of stage."""
         configs = list(configs)
-        faults = [fault for config in configs for fault in self._node_faults(config)]
+        jobs = [(config, job) for config in configs for job in config.jobs()]
+        faults = list(dict.fromkeys(fault for config, job in jobs for fault in self._node_faults(config, job)))
         names = [config.name for config in configs]
+        parts = {f"{config.name}.{job.name}" for config, job in jobs}
         for name in self.stage_time:
-            if name not in names and name not in STAGES:
+            if name not in names and name not in parts and name not in STAGES:
                 near = difflib.get_close_matches(name, [*names, *STAGES], n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 faults.append(
@@ -229,17 +238,17 @@ class SlurmConfig:
                 )
         return faults
 
-    def _node_faults(self, config: StageConfig) -> list[str]:
-        """Why the processes of a stage cannot be spread over whole nodes."""
-        request, world = self.request(config), config.processes
+    def _node_faults(self, config: StageConfig, job: StageJob) -> list[str]:
+        """Why the processes of a stage's job cannot be spread over whole nodes."""
+        request, world = self.request(config, job), job.processes
         if world > request.tasks and world % request.tasks:
             return [
                 f"stage {config.name}: its {world} processes do not fill nodes of {request.tasks}; "
                 "choose parallel.tensor * pipeline * data * context as a multiple of that"
             ]
-        if config.started > world and config.started > self.per_node:
+        if job.started > world and job.started > self.per_node:
             return [
-                f"stage {config.name}: it starts {config.started} processes by itself, all on the one node that it "
+                f"stage {config.name}: it starts {job.started} processes by itself, all on the one node that it "
                 f"has, which takes {self.per_node}; choose parallel.tensor * pipeline * data * context within that"
             ]
         return []

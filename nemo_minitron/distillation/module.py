@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -74,6 +74,8 @@ class DistillationModel(TrainedModel):
     """
 
     VALIDATED = (KL, LM_LOSS)
+    KEPT: ClassVar[tuple[str, ...]] = (HIDDEN, STATES)
+    """What a micro-batch holds beyond what NeMo's data step knows."""
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class DistillationModel(TrainedModel):
 
     def reinit(self) -> DistillationModel:
         """A further chunk of the student, which shares teacher and balance."""
-        chunk = DistillationModel(
+        chunk = type(self)(
             self.config,
             self._initial,
             self._teacher_checkpoint,
@@ -174,16 +176,14 @@ class DistillationModel(TrainedModel):
             self._teacher.append(teacher)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-        """NeMo's data step; it would drop the teacher's states and, on some stages, the mask: they are kept here.
+        """NeMo's data step; it would drop what it does not know and, on some stages, the mask: they are kept here.
 
         The batch itself stays as it is: the chunks of a virtual pipeline share it.
         """
         item = next(dataloader_iter)
         batch = item[0] if isinstance(item, tuple) else item
-        output: dict[str, Any] = super().data_step(
-            iter([{k: v for k, v in batch.items() if k not in (HIDDEN, STATES)}])
-        )
-        output[HIDDEN], output[STATES] = batch.get(HIDDEN), batch.get(STATES)
+        output: dict[str, Any] = super().data_step(iter([{k: v for k, v in batch.items() if k not in self.KEPT}]))
+        output.update({name: batch.get(name) for name in self.KEPT})
         if output["loss_mask"] is None:
             output["loss_mask"] = rank_part(batch["loss_mask"], self.groups, dim=1).cuda(non_blocking=True)
         return output

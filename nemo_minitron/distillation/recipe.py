@@ -24,6 +24,8 @@ from nemo_minitron.distillation.compatibility import (
     common_with_cache,
 )
 from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
+from nemo_minitron.distillation.on_policy import AnswersFirst, OnPolicyModel
+from nemo_minitron.distillation.own_answers import OnPolicy, check_on_policy
 from nemo_minitron.distillation.teachers.learning import CorrectTeacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
 from nemo_minitron.distillation.training.language_model import LanguageModel, TrainedModel
@@ -55,6 +57,7 @@ def distill(
     placement: TeacherPlacement | None = None,
     correction: CorrectionConfig | None = None,
     quantize: Scheme | None = None,
+    on_policy: OnPolicy | None = None,
 ) -> Trained:
     """Train the student on the teacher. Every rank of the student calls it.
 
@@ -77,6 +80,7 @@ def distill(
         correction: if it gives a learning rate, the teacher is trained on the labels during the distillation; it must
             then be on the student's ranks, in the same layout.
         quantize: the student is trained for this quantization: its matrices are rounded forward.
+        on_policy: the student writes a share of the training sequences itself; None, or a share of 0, for none.
 
     Raises:
         MinitronError: see :func:`check_pair` and :func:`~nemo_minitron.distillation.training.loop.train`.
@@ -99,7 +103,19 @@ def distill(
     check_context(layout, placement=placement.kind)
     check_rounding(student, layout, quantize)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
-    model = DistillationModel(
+    own = on_policy if on_policy is not None and on_policy.config.share else None
+    if own is not None:
+        others = {
+            "a logit cache, which does not know the answers": teacher is None,
+            "loss.label_weight": loss is not None and loss.label_weight > 0,
+            "intermediate losses": intermediate is not None and intermediate.weights(),
+            "a teacher that is trained": learning,
+            "quantize": quantize,
+            "context or expert parallelism": layout.context > 1 or layout.expert > 1,
+            "logits=chunks and weights of stale answers": own.config.reweighted and schedule.logits == "chunks",
+        }
+        check_on_policy(common, others)
+    model = (OnPolicyModel if own else DistillationModel)(
         trained_config(student, layout, schedule),
         student,
         teacher,
@@ -114,6 +130,18 @@ def distill(
         optim=optimizer_of(schedule),
     )
     measuring = _round(model, quantize, directory, resume=resume)
+    answers: list[AnswersFirst] = []
+    if isinstance(model, OnPolicyModel) and own is not None:
+        model.on_policy = own
+        answers = [
+            AnswersFirst(
+                model,
+                steps=schedule.steps,
+                global_batch_size=schedule.global_batch_size,
+                sequence_length=length,
+                common=common,
+            )
+        ]
     try:
         trained = train(
             model,
@@ -125,7 +153,8 @@ def distill(
             seed=seed,
             directory=directory,
             resume=resume,
-            callbacks=[*measuring, TeacherFirst(model), *([CorrectTeacher(model)] if learning else [])],
+            callbacks=[*measuring, *answers, TeacherFirst(model), *([CorrectTeacher(model)] if learning else [])],
+            numbered=bool(answers),
             forward=[] if teacher is None else [teacher] * (3 if learning else 1),
             title="distilling",
         )

@@ -28,7 +28,7 @@ from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.contents import SMALL, damaged, missing
 from nemo_minitron.jobs.differences import differences
 from nemo_minitron.jobs.lease import check_held, leased
-from nemo_minitron.jobs.precision import settle, taken
+from nemo_minitron.jobs.precision import automatic, settle, taken, values_here, with_values
 from nemo_minitron.jobs.records import (
     hashed_settings,
     identity_of,
@@ -41,7 +41,7 @@ from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.atomic import clear_leftovers
 from nemo_minitron.runtime.files import is_earlier, replace_file
 
-__all__ = ["Output", "archived_outputs", "claim_output"]
+__all__ = ["Output", "archived_outputs", "claim_output", "settings_text"]
 
 _DIGITS = 12
 _STARTED = "begun.json"
@@ -310,12 +310,11 @@ class Output:
             return self.replaced_by(overwrite=True)
         return self
 
-    def write_settings(self, folder: Path | None = None) -> None:
+    def write_settings(self, folder: Path | None = None, name: str = "config.yaml") -> None:
         """Write the ``config.yaml`` that the processes of the stage read, into ``folder`` or :attr:`folder`."""
         folder = folder or self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        settings = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
-        replace_file(folder / "config.yaml", settings)
+        replace_file(folder / name, settings_text(self.config))
 
     def begin(self) -> None:
         """Write the identity beside the logs at the start; the record is only written at the end."""
@@ -329,6 +328,20 @@ class Output:
         started = self.started_identity()
         identity = "" if started is None else str(started["hash"])
         return settle(self.config, self.folder, identity=identity, resumes=self.resumable and self.path.exists())
+
+    def settled_here(self) -> StageConfig:
+        """:meth:`settled`, called by a single process that leads others."""
+        started = self.started_identity()
+        identity = "" if started is None else str(started["hash"])
+        if not any(True for _ in automatic(self.config)):
+            return self.config
+        resumes = self.resumable and self.path.exists()
+        return with_values(self.config, values_here(self.config, self.folder, identity=identity, resumes=resumes))
+
+    def as_settled(self) -> StageConfig:
+        """The configuration that an earlier run of these settings went by; as it is, where that is not known."""
+        kept = taken(self.config, self.folder, self.hash)
+        return self.config if kept is None else with_values(self.config, kept["taken"])
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
@@ -391,6 +404,11 @@ class Output:
             work=work,
             precision=taken(self.config, self.folder, self.hash),
         )
+
+
+def settings_text(config: StageConfig) -> str:
+    """A configuration as YAML."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def claim_output(config: StageConfig) -> Path:

@@ -20,7 +20,7 @@ from nemo_minitron.parsing import parse_json
 from nemo_minitron.runtime.files import replace_file
 from nemo_minitron.runtime.meeting import from_first_rank
 
-__all__ = ["automatic", "settle", "taken", "with_values"]
+__all__ = ["automatic", "settle", "taken", "values_here", "with_values"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +52,23 @@ def settle(config: C, folder: Path, *, identity: str, resumes: bool) -> C:
         identity: hash of the output's identity, as rank 0 knows it.
         resumes: rank 0 goes on with an output that is there already.
     """
-    paths = list(automatic(config))
-    if not paths:
+    if not any(True for _ in automatic(config)):
         return config
+    values = from_first_rank(lambda: json.dumps(values_here(config, folder, identity=identity, resumes=resumes)))
+    return with_values(config, json.loads(values))
 
-    def first_rank() -> str:
-        kept = _read(folder) if resumes else None
-        if kept is None or kept["identity"] != identity or kept["taken"].keys() != set(paths):
-            kept = _choose(paths, identity)
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / _FILE, json.dumps(kept) + "\n")
-        logger.info("%s: %s", ", ".join(f"{name}={value}" for name, value in kept["taken"].items()), kept["reason"])
-        return json.dumps(kept["taken"])
 
-    return with_values(config, json.loads(from_first_rank(first_rank)))
+def values_here(config: StageConfig, folder: Path, *, identity: str, resumes: bool) -> dict[str, str]:
+    """What :func:`settle` takes, by setting, as this process alone chooses it; it is kept in ``folder``."""
+    paths = list(automatic(config))
+    kept = _read(folder) if resumes else None
+    if kept is None or kept["identity"] != identity or kept["taken"].keys() != set(paths):
+        kept = _choose(paths, identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / _FILE, json.dumps(kept) + "\n")
+    logger.info("%s: %s", ", ".join(f"{name}={value}" for name, value in kept["taken"].items()), kept["reason"])
+    values: dict[str, str] = kept["taken"]
+    return values
 
 
 def taken(config: StageConfig, folder: Path, identity: str) -> dict[str, Any] | None:

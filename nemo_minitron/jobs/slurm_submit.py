@@ -2,7 +2,11 @@
 
 Each stage that is not done is one job: nemo_run writes its script and submits it; ``srun`` starts its ranks
 (:mod:`nemo_minitron.jobs.slurm_rank`). A job starts when the jobs whose outputs it reads have ended well, so that
-independent stages run side by side.
+independent stages run side by side. A stage that leads others is several jobs, in the same way
+(:mod:`nemo_minitron.jobs.stage_jobs`).
+
+Nothing of this stays behind to lead the jobs. The same command goes on with a run: what is done is not submitted, and
+jobs that are still in the queue are kept.
 """
 
 from __future__ import annotations
@@ -14,19 +18,21 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig
+from nemo_minitron.config import PipelineConfig, SlurmConfig, StageConfig, StageJob
 from nemo_minitron.config.paths import absolute
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs.dry_run import depends_on, pipeline_space_faults
 from nemo_minitron.jobs.manifest import check_manifest, write_jobs, write_manifest
 from nemo_minitron.jobs.output import Output
 from nemo_minitron.jobs.slurm_checks import input_faults, mount_faults
+from nemo_minitron.jobs.slurm_queue import live_jobs
+from nemo_minitron.jobs.stage_jobs import STAGE_FILE, finished_jobs, job_folder_of, job_name
 from nemo_minitron.runtime.cpu.quiet import quiet
 from nemo_minitron.runtime.environment import ORDERED_KERNELS, ordered_kernels
 
@@ -60,38 +66,79 @@ _PYXIS = "--container-mounts | --container-workdir"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A stage to be submitted.
+    """A stage to be submitted, or a part of it.
 
     Attributes:
         config: of the stage.
         overwrite: replace an output of other settings.
-        after: names of the stages whose outputs it reads and that are submitted too.
+        after: names of the jobs that it waits for and that are submitted too.
+        part: which of the stage's jobs it is.
     """
 
     config: StageConfig
     overwrite: bool
     after: tuple[str, ...]
+    part: StageJob
+
+    @property
+    def name(self) -> str:
+        """Its name in the run: that of the stage for the stage's last job."""
+        return job_name(self.config.name, self.part.name)
 
     @property
     def folder(self) -> Path:
         """The folder of its configuration, logs and results."""
-        return Output(self.config).folder
+        return job_folder_of(self.config, self.part.name)
+
+    @property
+    def settings_file(self) -> str:
+        """The file of the stage's configuration in it."""
+        return STAGE_FILE if self.part.name else "config.yaml"
 
 
 def jobs_of(stages: Sequence[StageConfig], slurm: SlurmConfig, *, overwrite: bool) -> list[Job]:
-    """The stages that are not done, each with the stages that it waits for.
+    """The jobs of the stages that are not done, each with the jobs that it waits for.
 
     Raises:
-        ConfigError: for layouts that do not fill nodes, and time limits of unknown stages.
+        ConfigError: for layouts that do not fill nodes, and time limits of unknown stages; and where a stage has the
+            name of another's job.
     """
     if faults := slurm.stage_faults(stages):
         raise ConfigError(faults)
     jobs: list[Job] = []
     for config in stages:
-        after = tuple(job.config.name for job in jobs if depends_on(config, job.config))
+        whole = [job for job in jobs if not job.part.name]
+        after = tuple(job.name for job in whole if depends_on(config, job.config))
         # What an earlier job makes anew, this one has to make anew too.
         if after or Output(config).state()[0] != "done":
-            jobs.append(Job(config, overwrite or config.overwrite, after))
+            jobs += _jobs_of_stage(config, after, overwrite=overwrite or config.overwrite)
+    names = [job.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        remedy = "another stage has a job of that name; choose another name"
+        raise ConfigError([f"stage {name}: {remedy}" for name in twice])
+    return jobs
+
+
+def _jobs_of_stage(config: StageConfig, after: tuple[str, ...], *, overwrite: bool) -> list[Job]:
+    """The jobs of one stage that are to run.
+
+    Args:
+        config: of the stage.
+        after: names of the jobs that the stage waits for.
+        overwrite: replace an output of other settings.
+    """
+    parts = config.jobs()
+    done = set() if after else finished_jobs(config)
+    todo = [part for part in parts if part.name not in done or not part.name]
+    begun = any(part.begins for part in parts)
+    jobs = []
+    for part in todo:
+        within = tuple(job_name(config.name, other.name) for other in todo if other.name in part.after)
+        own = config
+        if begun and not part.begins:  # the output is what the first job has begun
+            resumes: dict[str, Any] = {"resume": True} if hasattr(config, "resume") else {}
+            own = dataclasses.replace(config, overwrite=False, **resumes)
+        jobs.append(Job(own, overwrite and own is config, within or after, part))
     return jobs
 
 
@@ -119,22 +166,30 @@ def submit(
             short (:func:`nemo_minitron.cli.time_limits.time_warnings`).
 
     Returns:
-        The Slurm job of each submitted stage, by name; under ``dry_run`` its script.
+        The number of each submitted job, by the name of the stage, with that of the part for one that is a part;
+        under ``dry_run`` its script.
 
     Raises:
         ConfigError: see :func:`jobs_of`; for inputs that are missing, paths that the container does not show, and
-            outputs that cannot fit on the disk (under ``dry_run`` after the scripts are printed).
+            outputs that cannot fit on the disk (under ``dry_run`` after the scripts are printed); and for a job in the
+            queue that was submitted with other settings.
         MinitronError: if Slurm refuses a job.
     """
     pipeline = dataclasses.replace(pipeline, output=str(Path(pipeline.output).absolute()))
     stages, slurm = [absolute(config) for config in stages], absolute(slurm)
     check_manifest(Path(pipeline.output))
     jobs = jobs_of(stages, slurm, overwrite=overwrite)
+    live = {} if slurm.host is not None else live_jobs(Path(pipeline.output), jobs)
+    if live:
+        said = ", ".join(f"{name} (job {number})" for name, number in live.items())
+        console.print(f"still in the queue, and kept: {said}", markup=False, highlight=False, soft_wrap=True)
+    jobs = [job for job in jobs if job.name not in live]
     if not jobs:
-        console.print("every stage is done: there is nothing to submit")
+        console.print("every stage is done: there is nothing to submit" if not live else "there is nothing to submit")
         return {}
     home = Path(slurm.job_dir or Path(pipeline.output) / "jobs")
-    todo = [job.config for job in jobs]
+    names = {job.config.name for job in jobs}
+    todo = [config for config in stages if config.name in names]
     faults = [*mount_faults(todo, slurm), *input_faults(stages, todo)]
     if slurm.host is None:  # the file systems of another host are not seen from here
         faults += pipeline_space_faults(stages)
@@ -146,10 +201,10 @@ def submit(
         import tempfile
 
         with tempfile.TemporaryDirectory() as aside:
-            scripts = _scripts(pipeline.name, jobs, slurm, home, Path(aside))
+            scripts = _scripts(pipeline.name, jobs, slurm, home, Path(aside), live)
         for job in jobs:
-            console.rule(job.config.name)
-            console.print(scripts[job.config.name], markup=False, highlight=False, soft_wrap=True)
+            console.rule(job.name)
+            console.print(scripts[job.name], markup=False, highlight=False, soft_wrap=True)
         if faults:
             raise ConfigError(faults)
         return scripts
@@ -157,26 +212,29 @@ def submit(
     write_manifest(Path(pipeline.output), pipeline, list(stages))
     for job in jobs:
         _write(job)
-    submitted = _submit(pipeline.name, jobs, slurm, home)
+    submitted = _submit(pipeline.name, jobs, slurm, home, live)
     write_jobs(Path(pipeline.output), submitted)
     for job in jobs:
         waits = f", after {', '.join(job.after)}" if job.after else ""
-        console.print(f"{job.config.name}: job {submitted[job.config.name]}{waits}", markup=False, highlight=False)
+        console.print(f"{job.name}: job {submitted[job.name]}{waits}", markup=False, highlight=False)
     console.print(f"minitron status {pipeline.output} tells how far they are", markup=False, highlight=False)
     return submitted
 
 
 def _write(job: Job) -> None:
     """Write the files that the ranks read."""
-    Output(job.config).write_settings()
-    (job.folder / "job.json").write_text(json.dumps({"stage": job.config.STAGE, "overwrite": job.overwrite}) + "\n")
+    Output(job.config).write_settings(job.folder, job.settings_file)
+    content = {"stage": job.config.STAGE, "overwrite": job.overwrite}
+    if job.part.name:
+        content["job"] = job.part.name
+    (job.folder / "job.json").write_text(json.dumps(content) + "\n")
 
 
 def _executor(job: Job, slurm: SlurmConfig, home: Path) -> run.SlurmExecutor:
     """nemo_run's description of one job."""
     import nemo_run as run
 
-    request = slurm.request(job.config)
+    request = slurm.request(job.config, job.part)
     # Without a directory of its own, the jobs' is that of nemo_run's records, which lie in ``home``.
     tunnel: run.LocalTunnel | run.SSHTunnel = run.LocalTunnel(job_dir="")
     if slurm.host is not None:
@@ -240,38 +298,70 @@ def _script(job: Job, slurm: SlurmConfig) -> run.Script:
     )
 
 
-def _scripts(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, aside: Path) -> dict[str, str]:
-    """The sbatch script of each job; a job that it waits for is written as ``<name of the stage>``."""
+def _scripts(
+    name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, aside: Path, live: Mapping[str, str]
+) -> dict[str, str]:
+    """The sbatch script of each job; a job that it waits for is written as ``<its name>``, or by its number if it is in
+    the queue.
+    """
     scripts: dict[str, str] = {}
     with _experiment(name, aside) as experiment:
         for job in jobs:
             executor = _executor(job, slurm, home)
-            executor.dependencies = [f"stage://of/<{other}>/0" for other in job.after]
-            experiment.add(_script(job, slurm), executor=executor, name=job.config.name, tail_logs=False)
+            executor.dependencies = [_handle(live.get(other, f"<{other}>")) for other in job.after]
+            experiment.add(_script(job, slurm), executor=executor, name=job.name, tail_logs=False)
         experiment.dryrun(log=False, delete_exp_dir=False)
         for job, task in zip(jobs, experiment.jobs, strict=True):
             path = Path(experiment._exp_dir) / f"{task.executor.job_name}_sbatch.sh"
-            scripts[job.config.name] = path.read_text().replace(str(aside / "nemo_run"), str(home / "nemo_run"))
+            scripts[job.name] = path.read_text().replace(str(aside / "nemo_run"), str(home / "nemo_run"))
     return scripts
 
 
-def _submit(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path) -> dict[str, str]:
-    """Submit all jobs, each after the jobs that it waits for."""
+def _handle(job: str) -> str:
+    """A job as nemo_run names it."""
+    return f"stage://of/{job}/0"
+
+
+def _submit(name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, live: Mapping[str, str]) -> dict[str, str]:
+    """Submit all jobs, each after the jobs that it waits for.
+
+    nemo_run knows dependencies on jobs of the same experiment. Where some jobs are in the queue already, each rank of
+    the graph is an experiment of its own, and waits for jobs by their numbers.
+    """
+    if not live:
+        return _submit_together(name, jobs, slurm, home, {})
+    submitted: dict[str, str] = {}
+    left = list(jobs)
+    while left:
+        waiting = {job.name for job in left}
+        ready = [job for job in left if not waiting & set(job.after)]
+        title = f"{name}-{len(jobs) - len(left)}"  # the time in an experiment's name has whole seconds
+        submitted |= _submit_together(title, ready, slurm, home, {**live, **submitted})
+        left = [job for job in left if job not in ready]
+    return submitted
+
+
+def _submit_together(
+    name: str, jobs: Sequence[Job], slurm: SlurmConfig, home: Path, submitted: Mapping[str, str]
+) -> dict[str, str]:
+    """Submit jobs that wait for one another, or for jobs that are ``submitted``."""
     from invoke.exceptions import UnexpectedExit
 
     try:
         with _experiment(name, home) as experiment:
             ids: dict[str, str] = {}
             for job in jobs:
-                ids[job.config.name] = experiment.add(
+                executor = _executor(job, slurm, home)
+                executor.dependencies = [_handle(submitted[other]) for other in job.after if other in submitted]
+                ids[job.name] = experiment.add(
                     _script(job, slurm),
-                    executor=_executor(job, slurm, home),
-                    name=job.config.name,
+                    executor=executor,
+                    name=job.name,
                     tail_logs=False,
-                    dependencies=[ids[other] for other in job.after] or None,
+                    dependencies=[ids[other] for other in job.after if other in ids] or None,
                 )
             experiment.run(detach=True)
-            handles = {job.config.name: task.handle for job, task in zip(jobs, experiment.jobs, strict=True)}
+            handles = {job.name: task.handle for job, task in zip(jobs, experiment.jobs, strict=True)}
     except UnexpectedExit as error:
         raise MinitronError(f"Slurm refused a job: {error.result.stderr.strip() or error}") from error
     missing = [stage for stage, handle in handles.items() if not handle]

@@ -118,7 +118,16 @@ def status_of(path: Path) -> RunStatus:
         settings = configs.get(entry["name"]) if isinstance(configs, dict) else None
         job = jobs.get(entry["name"])
         stages.append(
-            _stage(entry["name"], entry["stage"], output, settings, job, states.get(job or ""), shown=entry["output"])
+            _stage(
+                entry["name"],
+                entry["stage"],
+                output,
+                settings,
+                job,
+                states.get(job or ""),
+                shown=entry["output"],
+                parts=_parts(entry["name"], jobs, states),
+            )
         )
         earlier += archived_outputs(output)
     remarks = []
@@ -147,14 +156,31 @@ def _of_output(path: Path) -> RunStatus:
         settings = parse_yaml((logs / "config.yaml").read_text(encoding="utf-8"))
     named = settings.get("name") if isinstance(settings, dict) else None
     name = (record or {}).get("name") or named or place.name
-    job = read_jobs(place.parent).get(str(name))
-    status = _stage(str(name), stage or "?", place, settings, job, job_states([job or ""]).get(job or ""),
-                    shown=str(path))  # fmt: skip
+    jobs = read_jobs(place.parent)
+    job = jobs.get(str(name))
+    own = {number: number for key, number in jobs.items() if key == name or key.startswith(f"{name}.")}
+    states = job_states(own)
+    status = _stage(str(name), stage or "?", place, settings, job, states.get(job or ""), shown=str(path),
+                    parts=_parts(str(name), jobs, states))  # fmt: skip
     return RunStatus(str(name), [status], archived_outputs(place))
 
 
+def _parts(name: str, jobs: Mapping[str, str], states: Mapping[str, JobState]) -> dict[str, JobState | None]:
+    """Of the jobs that are parts of a stage, by their names within it, what Slurm says."""
+    start = f"{name}."
+    return {key.removeprefix(start): states.get(job) for key, job in jobs.items() if key.startswith(start)}
+
+
 def _stage(
-    name: str, stage: str, output: Path, settings: Any, job: str | None, state: JobState | None, *, shown: str
+    name: str,
+    stage: str,
+    output: Path,
+    settings: Any,
+    job: str | None,
+    state: JobState | None,
+    *,
+    shown: str,
+    parts: Mapping[str, JobState | None],
 ) -> StageStatus:
     """The state of one stage.
 
@@ -165,6 +191,7 @@ def _stage(
         job: its Slurm job.
         state: of that job; None where Slurm does not know it (any more).
         shown: the output as the user wrote it.
+        parts: of :func:`_parts`.
     """
     logs = output.absolute().parent / "logs" / output.name
     base: dict[str, Any] = {"name": name, "stage": stage, "output": shown, "job": job}
@@ -172,7 +199,7 @@ def _stage(
     if held is not None and held[1]:
         return StageStatus(**base, state="running", **_who(held[0]), **_progress(output, logs, settings, held[0]))
     if state is not None and state.waits:
-        return StageStatus(**base, state="queued", process=_job_text(state))
+        return StageStatus(**base, **_waiting(state, parts))
     if state is not None and state.runs:
         return StageStatus(**base, state="running", process=_job_text(state), **_progress(output, logs, settings, None))
     record = read_record(output)
@@ -180,6 +207,8 @@ def _stage(
         return _recorded(base, record, output, settings)
     if record is None and record_path(output).exists() and not _is_unfinished(output, logs, held):
         return StageStatus(**base, state="damaged", error=f"{record_path(output)} cannot be read")
+    if (failed := _failed_part(logs, parts)) is not None:
+        return StageStatus(**base, **failed)
     failure = last_failure(logs)
     log = str(_log(logs)) if _log(logs) is not None else None
     done = {key: value for key, value in _progress(output, logs, settings, None).items() if key != "left"}
@@ -197,6 +226,35 @@ def _stage(
     if output.exists():
         return StageStatus(**base, state="unfinished", log=log, **done)
     return StageStatus(**base)
+
+
+def _waiting(state: JobState, parts: Mapping[str, JobState | None]) -> dict[str, Any]:
+    """The state of a stage whose last job waits: running, if one of its other jobs does."""
+    known = {name: part for name, part in parts.items() if part is not None}
+    running = [f"{name}: {_job_text(part)}" for name, part in known.items() if part.runs]
+    if running:
+        return {"state": "running", "process": "; ".join(running)}
+    first = next((f"{name}: {_job_text(part)}" for name, part in known.items() if part.waits), _job_text(state))
+    return {"state": "queued", "process": first}
+
+
+def _failed_part(logs: Path, parts: Mapping[str, JobState | None]) -> dict[str, Any] | None:
+    """Why a stage ended without a result, where a job that is a part of it did: the first that failed."""
+    for name, state in parts.items():
+        if state is not None and (state.state in ("COMPLETED", "CANCELLED") or state.waits or state.runs):
+            continue
+        folder = logs / "jobs" / name
+        failure = last_failure(folder)
+        if failure is None and state is None:
+            continue
+        said = [text for text in (state and _job_text(state), failure and failure.message) if text]
+        return {
+            "state": "failed" if state is None else _ENDS.get(state.state, "failed"),
+            "error": f"{name}: {': '.join(said)}",
+            "exit_code": state.exit_code if failure is None and state is not None else failure and failure.exit_code,
+            "log": str(_log(folder)) if _log(folder) is not None else None,
+        }
+    return None
 
 
 def _recorded(base: dict[str, Any], record: dict[str, Any], output: Path, settings: Any) -> StageStatus:

@@ -80,12 +80,8 @@ class Journal(Generic[Entry]):
         lines = _lines(self.path)
         entries, whole = [], [self._head]
         if lines and lines[0] == self._head:
-            for line in lines[1:]:
-                try:
-                    entries.append(self._codec.from_json(parse_json(line)))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    break
-                whole.append(line)
+            entries = self.peek()
+            whole = lines[: len(entries) + 1]
         elif lines and self._refuse_other:
             raise ConfigError(
                 f"output: {self.path} holds results made with other settings ({_differences(lines[0], self._head)}); "
@@ -95,6 +91,19 @@ class Journal(Generic[Entry]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, b"\n".join(whole) + b"\n")
         self.resumed = len(entries)
+        return entries
+
+    def peek(self) -> list[Entry]:
+        """The entries in the file, which stays as it is; none where it has another subject."""
+        lines = _lines(self.path)
+        entries: list[Entry] = []
+        if not lines or lines[0] != self._head:
+            return entries
+        for line in lines[1:]:
+            try:
+                entries.append(self._codec.from_json(parse_json(line)))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                break
         return entries
 
     def append(self, entries: Iterable[Entry]) -> None:

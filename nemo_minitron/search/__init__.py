@@ -7,7 +7,15 @@ compares them. Importing them imports no torch.
 
 from nemo_minitron.planning import MemoryCost, MemoryUse, Workload
 from nemo_minitron.search.latency import Latency, LatencyCost, Timer
-from nemo_minitron.search.results import Result, by_candidate, kendall_tau, pareto_front, read_search, search_journal
+from nemo_minitron.search.results import (
+    Result,
+    by_candidate,
+    candidate_journal,
+    kendall_tau,
+    pareto_front,
+    read_search,
+    search_journal,
+)
 from nemo_minitron.search.space import Budget, ParameterCost, SearchSpace, ShapeSet, Sizes, axis_values, spread
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "Workload",
     "axis_values",
     "by_candidate",
+    "candidate_journal",
     "kendall_tau",
     "pareto_front",
     "read_search",

@@ -19,6 +19,7 @@ __all__ = [
     "Result",
     "best_sizes",
     "by_candidate",
+    "candidate_journal",
     "kendall_tau",
     "pareto_front",
     "read_search",
@@ -27,6 +28,7 @@ __all__ = [
 
 FILE_NAME = "search.json"
 JOURNAL_NAME = "candidates.jsonl"
+MEASURED_NAME = "measured.jsonl"
 FORMAT_VERSION = 1
 
 
@@ -110,6 +112,18 @@ def search_journal(output: str | Path, subject: dict[str, Any]) -> Journal[tuple
     """
     path = Path(output) / JOURNAL_NAME
     return Journal(path, {"format_version": FORMAT_VERSION, **subject}, FINDINGS, refuse_other=True)
+
+
+def candidate_journal(folder: str | Path, subject: dict[str, Any]) -> Journal[tuple[str, dict[str, Any]]]:
+    """What was measured of one distilled candidate, until the search takes it into its journal.
+
+    Jobs that measure candidates side by side, on any hosts, write a file each.
+
+    Args:
+        folder: of the candidate.
+        subject: as for :func:`search_journal`.
+    """
+    return Journal(Path(folder) / MEASURED_NAME, {"format_version": FORMAT_VERSION, **subject}, FINDINGS)
 
 
 def by_candidate(findings: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

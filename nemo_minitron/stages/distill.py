@@ -28,6 +28,7 @@ from nemo_minitron.quantization.matrices import matrices_of, training_faults
 from nemo_minitron.quantization.ranges import TrainedFor
 from nemo_minitron.quantization.schemes import Scheme, scheme_of
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.stages.shared.prompts import open_on_policy, plan_on_policy
 from nemo_minitron.stages.shared.teachers import plan_several, several_lineage, train_on_several
 from nemo_minitron.stages.shared.training import (
     is_main,
@@ -56,6 +57,7 @@ def plan(config: DistillConfig) -> StagePlan:
         return plan
     paths = config.inputs()
     cache = paths.pop("teacher_cache", None)
+    paths.pop("on_policy.prompts.path", None)
     if cache is not None:
         paths.pop("teacher", None)  # compared, not run
     layouts = {} if config.teacher_placement == "shared" else {"teacher": config.teacher_parallel}
@@ -63,6 +65,7 @@ def plan(config: DistillConfig) -> StagePlan:
     apart = config.teacher_placement == "own_ranks"
     plan = plan_training(config, paths, trained, "distilled model", layouts, apart=apart)
     _plan_rounding(config, plan)
+    plan_on_policy(config, plan)
     if not config.taught:
         plan.notes.append("loss.label_weight=1: the language-model loss alone; no teacher is read")
         return plan
@@ -161,6 +164,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
         lineage["distilled"]["teachers"] = several_lineage(config)
     if config.quantize is not None:
         lineage["distilled"]["quantize"] = {"scheme": config.quantize, "group_size": config.group_size}
+    if config.on_policy.share:
+        lineage["distilled"]["on_policy"] = dataclasses.asdict(config.on_policy)
     save_model(config, student, trained, lineage)
     if (trained_for := TrainedFor.read(output)) is not None and config.quantize is not None:
         trained_for.write(output / "model")
@@ -192,7 +197,7 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         return correct(student, train, validation, **training)
     if config.teachers:
         return train_on_several(config, student, training)
-    kept, placement = None, _placement(config)
+    kept, own, placement = None, None, _placement(config)
     if placement.cache is not None:
         check_model(student, layout, config.data.sequence_length)
         common = common_with_cache(Vocabulary.of("student", student), placement.cache)
@@ -208,6 +213,7 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         if _is_teacher_rank(layout, placement):
             _serve_teacher(config, teacher, student.shape.vocab_size, placement)
             return None
+        own = open_on_policy(config, student)
         train, validation = training_blocks(config, teacher if common.cuts_alike else student)
 
     from nemo_minitron.distillation.recipe import distill
@@ -222,6 +228,7 @@ def _train(config: DistillConfig, student: Checkpoint) -> Trained | None:
         kept_layers=kept,
         placement=placement,
         correction=config.teacher_correction,
+        on_policy=own,
         **training,
     )
 

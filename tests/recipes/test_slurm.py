@@ -58,6 +58,31 @@ stages:
 """
 
 
+JOBS = """
+name: jobs
+output: {home}/jobs
+defaults:
+  runtime: {{threads: 1}}
+  data:
+    sources: [{{name: text, path: {home}/text.jsonl}}]
+    sequence_length: 16
+    calibration_fraction: 0.3
+    held_out_fraction: 0.2
+    cache_dir: {home}/cache
+stages:
+  - stage: search
+    name: searched
+    model: {home}/run/teacher
+    scores: {home}/run/scores
+    space: {{ffn_hidden_size: {{min: 16, multiple: 16}}}}
+    budget: {{share: 0.85, tolerance: 0.2}}
+    max_candidates: 2
+    samples: 4
+    best: 1
+    distill: {{steps: 2, global_batch_size: 2, warmup_steps: 0}}
+    parallel: {{data: 2}}
+  - {{stage: iterate, name: rounds, model: {home}/run/teacher, rounds: 2, samples: 4, target: {{ffn_hidden_size: 32}}}}
+"""
 IN_PLACE = """
 import dataclasses
 from nemo_minitron.config import load_pipeline
@@ -181,7 +206,7 @@ def test_faults(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(800)
 @pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {', '.join(missing())} missing")
 def test_a_real_slurm_runs_the_pipeline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitted by the command line, in order, to the end; nothing is left to submit then; a refusal ends at once."""
@@ -193,9 +218,9 @@ def test_a_real_slurm_runs_the_pipeline(home: Path, monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     with slurm(home / "slurm") as env:
 
-        def run(*overrides: str) -> str:
+        def run(*overrides: str, submission: list[str] = command) -> str:
             done = subprocess.run(
-                [*command, *overrides], env=env, capture_output=True, text=True, timeout=120, check=False
+                [*submission, *overrides], env=env, capture_output=True, text=True, timeout=120, check=False
             )
             assert done.returncode == 0, done.stderr
             return done.stdout
@@ -240,6 +265,27 @@ def test_a_real_slurm_runs_the_pipeline(home: Path, monkeypatch: pytest.MonkeyPa
         made = {name: json.dumps(record["started"]) for name, record in records.items() if record}
         assert made["teacher"] <= made["scores"] <= made["pruned"] <= made["distilled"]
         assert "every stage is done" in run()
+
+        # The jobs of a search, each of its candidates' in the layout of its stage, and of an iteration. The last job of
+        # the search is cancelled in the middle; the same command submits it again, and it waits for what runs.
+        (home / "jobs.yaml").write_text(JOBS.format(home=home))
+        submission = [*command[:4], str(home / "jobs.yaml"), *command[5:]]
+        told = run(submission=submission)
+        numbers = dict(re.findall(r"^([\w.-]+): job (\d+)", told, re.M))
+        steps = [f"searched.{name}" for name in ("ranking", "1.student", "1.distilled", "1.measured")]
+        assert list(numbers) == [*steps, "searched", "rounds.round-1", "rounds"]
+        subprocess.run(["scancel", numbers["searched"]], env=env, check=True)
+        told = run(submission=submission)
+        again = dict(re.findall(r"^([\w.-]+): job (\d+)", told, re.M))
+        assert list(again) == ["searched"] and f"searched.1.measured (job {numbers['searched.1.measured']})" in told
+        states = wait(240)
+        logs = "\n".join(p.read_text()[-1500:] for p in (home / "jobs").rglob("log*.out"))
+        assert {states[number] for number in (again | {n: numbers[n] for n in steps}).values()} == {"COMPLETED"}, logs
+        assert states[numbers["searched"]] == "CANCELLED"
+        searched, rounds = (read_record(home / "jobs" / name) for name in ("searched", "rounds"))
+        assert searched is not None and searched["metrics"]["distilled"] == 1
+        assert rounds is not None and (rounds["metrics"]["resumed"], len(rounds["metrics"]["rounds"])) == (1, 2)
+        assert "every stage is done" in run(submission=submission)
 
         # A stage in place, as nemo_run's executor starts a recipe: nobody but Slurm says which rank a process is. The
         # third has the teacher.

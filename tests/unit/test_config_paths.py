@@ -32,8 +32,8 @@ WORDS = {
     "keep_best", "kind", "latency_of", "license", "logits", "long", "loss", "memory", "memory_of", "method", "names",
     "name", "on_bad_record", "package", "packing", "partition", "precision", "prompts", "qos", "rank_by",
     "recompute", "result", "rule", "schema", "sequence", "spacing", "split", "states_memory", "system", "tasks",
-    "placement", "sources", "teacher_placement", "quantize", "template", "text_key", "texts", "title", "types", "user",
-    "values", "weights", "builtin", "greedy",
+    "placement", "stale", "sources", "teacher_placement", "quantize", "template", "text_key", "texts", "title", "types",
+    "user", "values", "weights", "builtin", "greedy",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from nemo_minitron.config import DataConfig, IterateConfig, PruneConfig, ScoreCo
 from nemo_minitron.errors import ShapeError
 from nemo_minitron.pruning import load_kept
 from nemo_minitron.stages import iterate, prune, score
+from nemo_minitron.stages.shared import iterate_rounds
 
 TARGET = {"ffn_hidden_size": 20, "hidden_size": 30, "num_layers": 2, "num_query_groups": 1}
 
@@ -83,7 +84,7 @@ def test_rounds_are_score_and_prune_by_turns_and_a_stopped_run_goes_on(home, tmp
 
     # Stopped after its first round.
     again = config_of(home, tmp_path / "again")
-    choose = iterate._score
+    choose = iterate_rounds._score
     calls = []
 
     def stopped(config, checkpoint, *rest):
@@ -92,7 +93,7 @@ def test_rounds_are_score_and_prune_by_turns_and_a_stopped_run_goes_on(home, tmp
             raise KeyboardInterrupt
         return choose(config, checkpoint, *rest)
 
-    monkeypatch.setattr(iterate, "_score", stopped)
+    monkeypatch.setattr(iterate_rounds, "_score", stopped)
     with one_process(), pytest.raises(KeyboardInterrupt):
         iterate.run(again)
     assert not (tmp_path / "again").exists()

@@ -15,7 +15,7 @@ from support.checkpoints import tiny_checkpoint
 
 from nemo_minitron.cli.plan import write_pipeline
 from nemo_minitron.cli.time_limits import time_warnings
-from nemo_minitron.config import SlurmConfig, load_pipeline, load_slurm
+from nemo_minitron.config import SlurmConfig, load, load_pipeline, load_slurm
 from nemo_minitron.config.paths import absolute, paths_of
 from nemo_minitron.config.slurm import CpuConfig, seconds_of
 from nemo_minitron.errors import ConfigError, PreemptedError
@@ -66,11 +66,11 @@ def test_a_stage_without_work_for_a_gpu_leaves_the_node_to_others(here: Path) ->
     shared = ("batch", 1, 1, 1, False)
     assert found == {
         "teacher": shared, "scores": ("batch", 1, 2, 8, True), "magnitudes": shared, "pruned": shared,
-        "searched": ("batch", 1, 1, 8, True), "distilled": ("batch", 2, 8, 8, True), "export": shared, "report": shared,
+        "searched": shared, "distilled": ("batch", 2, 8, 8, True), "export": shared, "report": shared,
     }  # fmt: skip
     found = requests(load_slurm("dgx", ["exclusive=false"]))
     assert found["scores"] == ("batch", 1, 2, 2, False)
-    assert found["searched"] == ("batch", 1, 1, 4, False), "those that it starts need them"
+    assert found["searched"] == shared
 
 
 def test_a_cpu_partition_takes_such_stages(here: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_cpu_partition_takes_such_stages(here: Path) -> None:
     slurm = load_slurm("dgx", [cpu, "mem=1000G", "constraint=h100", "extra={reservation: gpus}"])
     found = requests(slurm)
     assert {name for name, request in found.items() if request == ("cpu", 1, 1, None, False)} == {
-        "teacher", "magnitudes", "pruned", "export", "report",
+        "teacher", "magnitudes", "pruned", "searched", "export", "report",
     }  # fmt: skip
     teacher, scores = (slurm.request(config) for config in stages()[:2])
     assert (teacher.account, teacher.mem, teacher.cpus_per_task, teacher.time) == ("my_account", "64G", 16, "00:30:00")
@@ -99,9 +99,95 @@ def test_nodes_without_gpus_are_as_they_were(here: Path) -> None:
     assert found["teacher"] == (None, 1, 1, None, False)
     assert found["distilled"] == (None, 2, 4, None, False)
     slurm = load_slurm("bare", ["tasks_per_node=4", "cpus_per_task=2"])
-    assert [slurm.request(config).cpus_per_task for config in stages()[3:5]] == [2, 8], "with those that it starts"
-    with pytest.raises(ConfigError, match="stage searched: it starts 4 processes by itself, all on the one node"):
-        jobs_of(stages()[:5], load_slurm("bare"), overwrite=False)
+    steered = [steerlm(tensor) for tensor in (1, 4)]
+    assert [slurm.request(config).cpus_per_task for config in steered] == [2, 8], "with those that it starts"
+    with pytest.raises(ConfigError, match="stage steered: it starts 4 processes by itself, all on the one node"):
+        jobs_of(steered[1:], load_slurm("bare"), overwrite=False)
+
+
+# ------------------------------------------------------------------------------------------- stages of several jobs
+
+
+SEARCH = (
+    "stages.searched.best=2", "stages.searched.reconstruct_samples=20", "stages.searched.parallel={tensor: 1, data: 4}"
+)  # fmt: skip
+
+
+def test_a_search_is_a_job_for_each_stage_of_each_candidate(here: Path) -> None:
+    """Each with the resources that its stage states, on as many nodes as that takes, beside the other candidates."""
+    slurm = load_slurm(
+        "bare", ["cpu={partition: cpu}", "stage_time={distill: '02:00:00', searched.ranking: '03:00:00'}"]
+    )
+    config = stages(*SEARCH)[4]
+    jobs = jobs_of([config], slurm, overwrite=False)
+    graph = {job.name: job.after for job in jobs}
+    assert graph == {
+        "searched.ranking": (),
+        **{
+            f"searched.{number}.{name}": (f"searched.{before}",)
+            for number in (1, 2)
+            for name, before in (
+                ("student", "ranking"), ("reconstructed", f"{number}.student"),
+                ("distilled", f"{number}.reconstructed"), ("measured", f"{number}.distilled"),
+            )
+        },
+        "searched": ("searched.1.measured", "searched.2.measured"),
+    }  # fmt: skip
+    found = {job.part.name: slurm.request(config, job.part) for job in jobs}
+    assert {name: (r.partition, r.nodes, r.tasks, r.time) for name, r in found.items() if not name.startswith("2")} == {
+        "ranking": (None, 2, 2, "03:00:00"), "1.student": ("cpu", 1, 1, "01:00:00"),
+        "1.reconstructed": (None, 2, 2, "01:00:00"), "1.distilled": (None, 2, 2, "02:00:00"),
+        "1.measured": (None, 2, 2, "01:00:00"), "": ("cpu", 1, 1, "01:00:00"),
+    }  # fmt: skip
+    assert {job.folder.relative_to(here).as_posix() for job in jobs[:2]} == {
+        "runs/tiny/logs/searched/jobs/ranking", "runs/tiny/logs/searched/jobs/1.student",
+    }  # fmt: skip
+    assert [job.overwrite for job in jobs_of([config], slurm, overwrite=True)] == [True] + [False] * 9
+    of_all = load_slurm("bare", ["stage_time={searched: '09:00:00', distill: '02:00:00'}"])
+    assert {of_all.request(config, job.part).time for job in jobs} == {"09:00:00"}, "a name goes before a kind"
+
+    timed = stages(*SEARCH, "stages.searched.parallel={}", "stages.searched.budget={latency_ms: 5}",
+                   "stages.searched.best=0", "stages.searched.reconstruct_samples=0")[4]  # fmt: skip
+    assert {job.name: job.after for job in jobs_of([timed], slurm, overwrite=False)} == {
+        "searched.latency": (), "searched.ranking": ("searched.latency",), "searched": ("searched.ranking",),
+    }  # fmt: skip
+
+
+def test_an_iteration_is_a_job_for_each_round(here: Path) -> None:
+    content = yaml.safe_load(PIPELINE)
+    content["stages"][3] = {
+        "stage": "iterate", "name": "pruned", "model": "${output}/teacher", "rounds": 3,
+        "target": {"ffn_hidden_size": 48}, "parallel": {"tensor": 4},
+    }  # fmt: skip
+    Path("pipeline.yaml").write_text(yaml.safe_dump(content))
+    found = jobs_of(stages()[:4], load_slurm("bare"), overwrite=False)
+    assert {job.name: job.after for job in found[3:]} == {
+        "pruned.round-1": ("teacher",), "pruned.round-2": ("pruned.round-1",), "pruned": ("pruned.round-2",),
+    }  # fmt: skip
+    assert {load_slurm("bare").request(job.config, job.part).nodes for job in found[3:]} == {2}
+    single = stages("stages.pruned.rounds=1")[3]
+    assert [job.name for job in jobs_of([single], load_slurm("bare"), overwrite=False)] == ["pruned"]
+
+
+def test_faults_of_stages_of_several_jobs(here: Path) -> None:
+    slurm = load_slurm("bare", ["stage_time={searched.1.distil: '01:00:00'}"])
+    with pytest.raises(ConfigError, match=r"stage_time.searched.1.distil: no stage is called so"):
+        jobs_of(stages(), slurm, overwrite=False)
+    uneven = stages("stages.searched.parallel={tensor: 3}")[4:5]
+    with pytest.raises(ConfigError, match="stage searched: its 3 processes do not fill nodes of 2") as raised:
+        jobs_of(uneven, load_slurm("bare"), overwrite=False)
+    assert str(raised.value).count("searched") == 1
+    twice = stages("stages.teacher.name=searched.ranking")
+    with pytest.raises(ConfigError, match=r"stage searched.ranking: another stage has a job of that name"):
+        jobs_of([twice[0], twice[4]], load_slurm("bare"), overwrite=False)
+
+
+def steerlm(tensor: int) -> Any:
+    """A stage that starts others on its own node."""
+    settings = {"name": "steered", "output": "steered", "model": "m", "data": {"path": "a.jsonl"}}
+    settings |= {"parallel": {"tensor": tensor}}
+    Path("steerlm.yaml").write_text(yaml.safe_dump(settings))
+    return absolute(load("steerlm", "steerlm.yaml"))
 
 
 # --------------------------------------------------------------------------------------------------------- time limits

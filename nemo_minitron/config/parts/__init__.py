@@ -13,6 +13,7 @@ from nemo_minitron.config.parts.cluster import *
 from nemo_minitron.config.parts.evaluation import *
 from nemo_minitron.config.parts.generation import *
 from nemo_minitron.config.parts.losses import *
+from nemo_minitron.config.parts.on_policy import *
 from nemo_minitron.config.parts.preferences import *
 from nemo_minitron.config.parts.process import *
 from nemo_minitron.config.parts.pruning import *

@@ -20,6 +20,7 @@ __all__ = [
     "NEEDS_TRAINING",
     "STAGES",
     "StageConfig",
+    "StageJob",
     "find_stage",
 ]
 
@@ -33,7 +34,37 @@ NEEDS_TRAINING = (*NEEDS_MODEL, "nemo", "lightning", "tensorboard")
 NEEDS_ALIGNMENT = (*NEEDS_MODEL, "nemo 1", "lightning", "tensorboard", "hydra", "nemo_aligner")
 
 #: Commands of ``minitron`` that are no stages, and words that stand where the name of one may.
-_RESERVED = ("init", "chat", "run", "plan", "config", "status", "verify", "pipeline", "slurm")
+_RESERVED = ("init", "chat", "run", "plan", "config", "status", "cancel", "verify", "pipeline", "slurm")
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One of the jobs that a stage is on a cluster. Most stages are a single one.
+
+    Attributes:
+        name: within the stage, such as "ranking"; empty for the last, which writes the record of the stage.
+        kind: stage whose time limit counts where neither the job nor the stage has one of its own.
+        processes: number of processes that the cluster starts.
+        started: number of processes that run at once, with those that they start themselves.
+        needs_gpu: whether they have work for a GPU.
+        after: names of the jobs of the stage that end well before it starts.
+        begins: it is the first to write to the output: an old one is replaced, or put into the archive, before.
+        alone: no other job of the stage runs beside it.
+    """
+
+    name: str
+    kind: str
+    processes: int
+    started: int
+    needs_gpu: bool
+    after: tuple[str, ...] = ()
+    begins: bool = False
+    alone: bool = False
+
+    @classmethod
+    def of(cls, config: StageConfig, name: str = "", after: tuple[str, ...] = ()) -> StageJob:
+        """A job that runs a whole stage."""
+        return cls(name, config.STAGE, config.processes, config.started, config.needs_gpu, after)
 
 
 @dataclass
@@ -80,6 +111,9 @@ class StageConfig:
     EXPERT_PARALLEL: ClassVar[tuple[str, ...]] = ()
     #: The stage runs other stages; its output holds theirs, each with a record of its own.
     RUNS_CHILD_STAGES: ClassVar[bool] = False
+    #: A module below ``nemo_minitron.stages`` that prepares the :meth:`jobs` of a stage that is several on a cluster
+    #: (:mod:`nemo_minitron.jobs.stage_jobs`).
+    JOBS: ClassVar[str] = ""
     #: Each run is made anew: the result does not follow from the settings and the inputs alone.
     REPEATS: ClassVar[bool] = False
     #: Settings that may differ when a run is resumed (``parallel`` stands for all settings below it, ``*`` for
@@ -122,6 +156,10 @@ class StageConfig:
     def needs_gpu(self) -> bool:
         """Whether the stage has work for a GPU: by ``runtime.device``, or if that is "auto", by the kind of stage."""
         return self.NEEDS_GPU if self.runtime.device == "auto" else self.runtime.device == "cuda"
+
+    def jobs(self) -> list[StageJob]:
+        """The jobs of the stage on a cluster, in order; the last has no name, and writes the record."""
+        return [StageJob.of(self)]
 
     def is_path(self, name: str, value: str) -> bool:
         """Whether a value of a path field is a path, and not a word that the field also takes."""

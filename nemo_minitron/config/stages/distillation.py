@@ -14,6 +14,7 @@ from nemo_minitron.config.parts import (
     DataConfig,
     IntermediateConfig,
     LossConfig,
+    OnPolicyConfig,
     ParallelLayout,
     Schedule,
     TeacherConfig,
@@ -132,14 +133,15 @@ class DistillConfig(TrainingConfig):
         quantize: train the student for this quantization, "fp8", "int4" or "nvfp4": its matrices are rounded in every
             forward pass, as an export of that name rounds them; null trains a float model.
         group_size: of "int4", the columns that share a scale; null takes 128.
+        on_policy: train on answers that the student writes itself meanwhile; off by default.
     """
 
     STAGE: ClassVar[str] = "distill"
     HELP: ClassVar[str] = "Train a student on its teacher's logits."
     ROLE: ClassVar[str] = "distilled"
     DONE: ClassVar[str] = "distilled"
-    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teachers", "teacher_cache")
-    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size", "teachers")
+    INPUTS: ClassVar[tuple[str, ...]] = ("student", "teacher", "teachers", "teacher_cache", "on_policy.prompts.path")
+    ADDED: ClassVar[tuple[str, ...]] = (*TrainingConfig.ADDED, "quantize", "group_size", "teachers", "on_policy")
 
     student: str = MISSING
     teacher: str | None = None
@@ -152,6 +154,7 @@ class DistillConfig(TrainingConfig):
     teacher_correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     quantize: str | None = None
     group_size: int | None = None
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
     @property
     def taught(self) -> bool:
@@ -170,8 +173,10 @@ class DistillConfig(TrainingConfig):
         return self.parallel.world_size + (self.teacher_parallel.world_size if apart else 0)
 
     def inputs(self) -> dict[str, str]:
-        """The teacher, or its cache, counts only where it is read."""
+        """The teacher, or its cache, counts only where it is read, and prompts where the student answers them."""
         inputs = super().inputs()
+        if not self.on_policy.share:
+            inputs.pop("on_policy.prompts.path", None)
         return (
             inputs if self.taught else {name: path for name, path in inputs.items() if not name.startswith("teacher")}
         )
@@ -195,7 +200,42 @@ class DistillConfig(TrainingConfig):
                 "recompute=full: intermediate losses are taken inside the layers, which would run twice; use "
                 "selective, or no intermediate losses"
             )
-        return faults + self._placement_faults()
+        return faults + self._placement_faults() + self._on_policy_faults()
+
+    def _on_policy_faults(self) -> list[str]:
+        if not self.on_policy.share > 0:
+            return []
+        where = f"on_policy.share={self.on_policy.share}"
+        with_ = {
+            f"teacher_cache={self.teacher_cache}": (
+                self.teacher_cache is not None,
+                "a cache does not know the answers that the student is going to write; name the teacher alone",
+            ),
+            f"loss.label_weight={self.loss.label_weight}": (
+                self.loss.label_weight > 0,
+                "the labels of its answers are the student's own words; set it to 0",
+            ),
+            f"teacher_correction.lr={self.teacher_correction.lr}": (
+                self.teacher_correction.lr is not None,
+                "the teacher would be trained on the student's words; correct it before, with `minitron correct`",
+            ),
+            "intermediate": (bool(self.intermediate.weights()), "is not offered together; use no intermediate losses"),
+            f"quantize={self.quantize}": (self.quantize is not None, "is not offered together; leave one of them out"),
+            "teachers": (bool(self.teachers), "is not offered together; name a single teacher"),
+            f"logits={self.logits}": (
+                self.logits != "whole" and self.on_policy.reweighted,
+                "the weights of stale answers are of whole logits; set logits=whole, or raise on_policy.max_age",
+            ),
+            f"parallel.context={self.parallel.context}": (
+                self.parallel.context > 1,
+                "answers are not generated with sequences that are shared out; set it to 1",
+            ),
+            f"parallel.expert={self.parallel.expert}": (
+                self.parallel.expert > 1,
+                "answers are not generated with experts that are shared out; set it to 1",
+            ),
+        }
+        return [f"{where}: with {what}: {why}" for what, (there, why) in with_.items() if there]
 
     def teacher_shares(self) -> dict[str, dict[str, float]]:
         """The share of each of several teachers in the loss of the blocks of each source, by their names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -19,7 +19,7 @@ from nemo_minitron.config.parts import (
     positive,
     written_formats,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import StageConfig, StageJob
 from nemo_minitron.config.stages.importance import aggregation_faults, taylor_faults
 from nemo_minitron.config.tables import ESTIMATORS, Choices, WrittenFormats
 
@@ -139,6 +139,7 @@ class IterateConfig(StageConfig):
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "target.search")
     ADDED: ClassVar[tuple[str, ...]] = ("taylor",)
     TABLES: ClassVar[dict[str, Choices]] = {"format": WrittenFormats()}
+    JOBS: ClassVar[str] = "shared.iterate_jobs"
 
     model: str = MISSING
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -152,6 +153,14 @@ class IterateConfig(StageConfig):
     taylor: TaylorConfig = field(default_factory=TaylorConfig)
     format: str = "nemo2"
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+
+    def jobs(self) -> list[StageJob]:
+        """A job for each round; the last also writes the pruned model."""
+        jobs: list[StageJob] = []
+        for number in range(1, self.rounds):
+            after = (jobs[-1].name,) if jobs else ()
+            jobs.append(replace(StageJob.of(self, f"round-{number}", after), alone=True))
+        return [*jobs, StageJob.of(self, after=(jobs[-1].name,) if jobs else ())]
 
     def faults(self) -> list[str]:
         """Nothing to prune, unknown choices."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -20,7 +20,7 @@ from nemo_minitron.config.parts import (
     not_negative,
     positive,
 )
-from nemo_minitron.config.stages.base import StageConfig
+from nemo_minitron.config.stages.base import StageConfig, StageJob
 from nemo_minitron.config.stages.distillation import DistillConfig
 from nemo_minitron.config.stages.pruning import PruneConfig
 from nemo_minitron.config.stages.reconstruction import ReconstructConfig
@@ -64,6 +64,7 @@ class SearchConfig(StageConfig):
     HELP: ClassVar[str] = "Search the shapes within a budget for the one that loses least."
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "scores", "depth_scores")
     ADDED: ClassVar[tuple[str, ...]] = ("task", "rank_by", "reconstruct_samples")
+    JOBS: ClassVar[str] = "shared.search_jobs"
 
     model: str = MISSING
     scores: str = MISSING
@@ -105,6 +106,32 @@ class SearchConfig(StageConfig):
     def timed(self) -> bool:
         """Whether latency is measured."""
         return self.measure_latency or self.budget.latency_ms is not None
+
+    def jobs(self) -> list[StageJob]:
+        """The ranking, for each of the ``best`` candidates the stages that it goes through, and the end.
+
+        Which candidate is the n-th, the ranking decides. Each is pruned, refitted if asked for, distilled and measured,
+        beside the others. The end only reads and writes results.
+        """
+        ranks = self.parallel.world_size
+        measuring = StageJob("ranking", self.STAGE, ranks, ranks, self.needs_gpu, begins=True, alone=True)
+        jobs = [measuring]
+        if self.budget.latency_ms is not None:
+            jobs = [replace(measuring, name="latency"), replace(measuring, after=("latency",), begins=False)]
+        last: list[str] = []
+        for number in range(1, self.best + 1):
+            stages: list[tuple[str, StageConfig]] = [("student", self.pruning("", TargetConfig()))]
+            if self.reconstruct_samples:
+                stages.append(("reconstructed", self.reconstruction("", "")))
+            stages.append(("distilled", self.distillation("", "")))
+            before = "ranking"
+            for what, stage in stages:
+                jobs.append(StageJob.of(stage, f"{number}.{what}", (before,)))
+                before = jobs[-1].name
+            last.append(f"{number}.measured")
+            jobs.append(replace(measuring, name=last[-1], after=(before,), begins=False, alone=False))
+        insists = self.runtime.device == "cuda"
+        return [*jobs, StageJob("", self.STAGE, 1, 1, insists, tuple(last) or ("ranking",))]
 
     def pruning(self, output: str, target: TargetConfig) -> PruneConfig:
         """The stage that prunes to one of the shapes."""

@@ -28,7 +28,7 @@ from nemo_minitron.distillation.losses.fused_head import OutputHead
 from nemo_minitron.distillation.teachers.frozen import Teacher
 from nemo_minitron.distillation.teachers.own_layout import OutputLayer, run_replica
 from nemo_minitron.distillation.teachers.placement import Transfer, deliver, packed_requests
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import ConfigError, MinitronError, first_line
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.device import Device
 from nemo_minitron.runtime.groups import Groups, ParallelLayout, initialize
@@ -190,7 +190,23 @@ class RemoteTeacher:
                 work.wait()
 
     def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`; all student ranks call it."""
+        """See :class:`~nemo_minitron.distillation.teachers.frozen.TeacherSource`; all student ranks call it.
+
+        Raises:
+            MinitronError: if a rank of the teacher has ended, or does not answer in time.
+        """
+        try:
+            return self._exchanged(batches)
+        except RuntimeError as error:  # gloo's
+            first = self.bridge.first_teacher
+            raise MinitronError(
+                f"teacher_placement=own_ranks: a rank of the teacher does not answer ({first_line(error)}); look at "
+                f"the logs of ranks {first} to {first + self.layout.world_size - 1}. The same command goes on from the "
+                "last checkpoint"
+            ) from error
+
+    def _exchanged(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """The step's requests sent, and their results."""
         micro_batch_size, sequence = batches[0]["tokens"].shape
         self._announce([_STEP, len(batches), micro_batch_size, sequence])
         works = []

@@ -31,18 +31,22 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         blocks: ``[n, s + 1]`` int64 tokens, or blocks that say which documents they hold and which labels count.
         length: samples in all; None takes each block once.
         seed: of the order of each further pass over the blocks.
+        numbered: samples also have their own number, ``sample``.
 
     Raises:
         DataError: for no blocks, or a block in which no label counts.
     """
 
-    def __init__(self, blocks: torch.Tensor | Blocks, length: int | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, blocks: torch.Tensor | Blocks, length: int | None = None, *, seed: int = 0, numbered: bool = False
+    ) -> None:
         if len(blocks) == 0:
             raise DataError("there is no token block to train on; give more text or shorter sequences")
         self.blocks = Blocks.of(blocks)
         self.blocks.check_labels("the training data")
         self.length = length or len(blocks)
         self.seed = seed
+        self.numbered = numbered
         self._positions = torch.arange(self.blocks.sequence_length)
         self._mask = attention_mask(torch.zeros_like(self._positions))
         self._ones = torch.ones(self.blocks.sequence_length)
@@ -68,6 +72,7 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
             "position_ids": self._positions if segments is None else document_positions(segments),
             "attention_mask": self._mask if segments is None else attention_mask(segments),
             "source": block.domain[0],
+            **({"sample": torch.tensor(index)} if self.numbered else {}),
         }
 
 
@@ -79,6 +84,7 @@ class BlockDataModule(pl.LightningDataModule):
         steps: optimizer steps of the whole training.
         micro_batch_size, global_batch_size: in blocks.
         seed: of the order of repeated passes.
+        numbered: training samples have their numbers (:class:`BlockDataset`).
     """
 
     def __init__(
@@ -90,9 +96,10 @@ class BlockDataModule(pl.LightningDataModule):
         micro_batch_size: int,
         global_batch_size: int,
         seed: int = 0,
+        numbered: bool = False,
     ) -> None:
         super().__init__()
-        self.train = BlockDataset(train, steps * global_batch_size, seed=seed)
+        self.train = BlockDataset(train, steps * global_batch_size, seed=seed, numbered=numbered)
         self.validation = BlockDataset(validation)
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size

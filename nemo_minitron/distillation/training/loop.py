@@ -180,6 +180,7 @@ def train(
     resume: bool = True,
     callbacks: Sequence[pl.Callback] = (),
     forward: Sequence[Checkpoint] = (),
+    numbered: bool = False,
     title: str = "training",
 ) -> Trained:
     """Train a model with NeMo's ``llm.train``. Every rank calls it.
@@ -196,6 +197,7 @@ def train(
         resume: go on from the last whole checkpoint in ``directory``.
         callbacks: callbacks of the loss; they run before those of this function.
         forward: further models that run forward on the tokens of each step; they are counted in the FLOPs.
+        numbered: training samples have their numbers, ``sample``, for a callback that takes them out.
         title: of the progress bar.
 
     Raises:
@@ -217,6 +219,7 @@ def train(
         micro_batch_size=schedule.micro_batch_size,
         global_batch_size=schedule.global_batch_size,
         seed=seed,
+        numbered=numbered,
     )
     trainer = trainer_of(initial.shape, layout, schedule)
     # Appended here and not given to the trainer, whose arguments NeMo writes into the context of each checkpoint.

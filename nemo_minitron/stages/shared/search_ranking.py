@@ -49,11 +49,13 @@ class Work:
         candidates: the candidates to measure.
         distilled: distilled checkpoint of the single candidate, which is then measured instead.
         timed_only: measure only the latency.
+        journal: file that the result of ``distilled`` is added to; None for the search's journal.
     """
 
     candidates: list[Sizes]
     distilled: str | None = None
     timed_only: bool = False
+    journal: str | None = None
 
     @property
     def name(self) -> str:
@@ -98,6 +100,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
         values = _quality(config, open_checkpoint(work.distilled), blocks, groups, task)
         if groups.is_main:
             found = {f"distilled_{name}": values[name] for name in ("loss", "accuracy") if name in values}
+            if work.journal is not None:
+                journal = Journal(work.journal, {}, FINDINGS)
             journal.append([(work.candidates[0].name, found)])
         return {"candidates": 1}
     ranking = _Ranking(config, measured, journal, task, timed_only=work.timed_only)

@@ -71,10 +71,10 @@ def preparation(arguments: argparse.Namespace, method: str = "least_squares") ->
         {"stage": "score", "name": "scores", "model": "${output}/teacher", "samples": 8 if quick else 64, **common},
     ]
     stages[0]["cache_dir"] = arguments.cache_dir
-    scores, pruned, name = "scores", "pruned", NAMES[method]
+    scores, pruned, name, units = "scores", "pruned", NAMES[method], "activation"
     if method == "chosen":
-        scores, pruned, method = "scores-after", "chosen_pruned", "least_squares"
-        stages.append({**stages[1], "name": scores, "estimator": "reconstruction"})
+        scores, pruned, method, units = "scores-after", "chosen_pruned", "least_squares", "reconstruction"
+        stages.append({**stages[1], "name": scores, "estimator": units})
     for shape in arguments.shapes:
         stages.append(
             {
@@ -82,6 +82,7 @@ def preparation(arguments: argparse.Namespace, method: str = "least_squares") ->
                 "name": f"{shape}-{pruned}",
                 "model": "${output}/teacher",
                 "scores": f"${{output}}/{scores}",
+                "method": units,
                 "target": SHAPES[shape],
             }
         )

@@ -63,9 +63,13 @@ def plan(config: CacheConfig) -> StagePlan:
     parameters = axes.parameter_count(peek_family(config.teacher), shape)
     plan.flops = 2.0 * parameters * config.tokens
     plan.costs |= {"parameters": human_count(parameters), "FLOPs": human_count(plan.flops)}
-    per_token = logits_bytes(shape.vocab_size, config.k, config.values)
-    plan.costs["size on disk"] = f"{human_bytes(per_token * config.tokens)}, {human_bytes(per_token)} a token"
-    plan.disk.append(DiskNeed("logits", config.output, per_token * config.tokens))
+    per_token = logits_bytes(shape.vocab_size, config.k, config.values, error_bound=config.error_bound)
+    size, least, about = per_token * config.tokens, None, ""
+    if config.values == "compact":
+        # It depends on the text: uncertain by a tenth for a known kind of teacher, and a top_p may keep one token each.
+        least, about = size / 2 if config.top_p is None else 0.0, "about " if config.top_p is None else "at most about "
+    plan.costs["size on disk"] = f"{about}{human_bytes(size)}, {human_bytes(per_token)} a token"
+    plan.disk.append(DiskNeed("logits", config.output, size, least=least))
     plan.disk += block_needs(config.data, (config.steps + config.validation_batches) * config.global_batch_size)
     return plan
 
@@ -159,6 +163,8 @@ def _manifest(config: CacheConfig, teacher: Checkpoint) -> Manifest:
         k=config.k,
         values=config.values,
         dtype=config.runtime.dtype,
+        error_bound=config.error_bound if config.values == "compact" else None,
+        top_p=config.top_p,
     )
 
 

@@ -50,7 +50,14 @@ def stages_case(config: CacheConfig) -> list[dict[str, Any]]:
         second.write_bytes(second.read_bytes()[:-100])
         (Path(config.output) / ".shard-1.safetensors.partial.9").write_bytes(b"left by a killed writer")
     dist.barrier()
-    found += [run(), run(k=3), run(resume=False), run(k=200), run(k=None, overwrite=True, values="int8")]
+    found += [
+        run(),
+        run(k=3),
+        run(values="float16"),
+        run(resume=False),
+        run(k=200),
+        run(k=None, overwrite=True, values="int8"),
+    ]
     found.append(run(output=str(Path(config.output).parent)))
     dist.barrier()  # the first rank, which holds the store, ends last
     return found
@@ -68,19 +75,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheConfig, list[di
     )
     config = CacheConfig(
         teacher=str(folder / "teacher"), output=str(folder / "logits"), data=data, steps=5, global_batch_size=2,
-        validation_batches=2, k=4, micro_batch_size=3, samples_per_shard=2, parallel=ParallelLayout(data=2),
+        validation_batches=2, k=4, values="compact", micro_batch_size=3, samples_per_shard=2,
+        parallel=ParallelLayout(data=2),
     )  # fmt: skip
     return config, run_distributed(stages_case, 2, folder, timeout=200, config=config)[0]
 
 
 @pytest.mark.slow
 def test_filled_filled_up_and_refused(made: tuple[CacheConfig, list[dict[str, Any]]]) -> None:
-    config, (first, again, repaired, other, once, many, replaced, foreign) = made
+    config, (first, again, repaired, other, form, once, many, replaced, foreign) = made
     assert (first["samples"], first["written"], first["tokens"]) == (WANTED, WANTED, WANTED * 16)
     assert again["written"] == 0
     assert repaired["written"] == 4  # two shards of two samples
     assert "ConfigError" in other["error"]
     assert "holds a cache with k=4, not 3" in other["error"]
+    assert "holds a cache with values=compact, not float16" in form["error"]
     assert "resume=false" in once["error"]
     assert "k=200: the vocabulary has 131 tokens" in many["error"]
     assert replaced["written"] == WANTED

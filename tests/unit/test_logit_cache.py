@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from nemo_minitron.distillation.teachers.logit_cache import (
 from nemo_minitron.errors import ConfigError, DataError
 
 SEQUENCE = 6
+COMPACT = {"values": "compact", "error_bound": 0.125}
+FORMS: list[dict[str, Any]] = [{}, COMPACT]
+BOTH = pytest.mark.parametrize("form", FORMS, ids=["plain", "compact"])
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -125,8 +129,9 @@ def test_keys_are_of_what_a_sample_holds() -> None:
     assert set(sample_keys(tokens, packed)).isdisjoint({first, second})
 
 
-def test_random_access_and_what_is_missing(tmp_path: Path) -> None:
-    keys = filled(tmp_path, manifest())
+@BOTH
+def test_random_access_and_what_is_missing(form: dict[str, Any], tmp_path: Path) -> None:
+    keys = filled(tmp_path, manifest(**form))
     cache = LogitCache(tmp_path)
     assert len(cache) == len(keys)
     cache.read(keys[4])
@@ -160,9 +165,10 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(data)
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["truncated", "headless"])
-def test_damaged_shards_are_named_all_at_once(how: str, tmp_path: Path) -> None:
-    filled(tmp_path, manifest())
+def test_damaged_shards_are_named_all_at_once(how: str, form: dict[str, Any], tmp_path: Path) -> None:
+    filled(tmp_path, manifest(**form))
     for path in tmp_path.glob("shard-*"):
         damage(path, how)
     with pytest.raises(DataError, match="2 damaged shards; run `minitron cache` again") as caught:
@@ -170,8 +176,9 @@ def test_damaged_shards_are_named_all_at_once(how: str, tmp_path: Path) -> None:
     assert str(caught.value).count("cannot be read") == 2
 
 
-def test_flipped_bits_are_found_when_read(tmp_path: Path) -> None:
-    keys = filled(tmp_path, manifest(), shards=1)
+@BOTH
+def test_flipped_bits_are_found_when_read(form: dict[str, Any], tmp_path: Path) -> None:
+    keys = filled(tmp_path, manifest(**form), shards=1)
     damage(next(tmp_path.glob("shard-*")), "flipped")
     cache = LogitCache(tmp_path)
     with pytest.raises(DataError, match="does not have the checksum it was written with"):
@@ -179,10 +186,11 @@ def test_flipped_bits_are_found_when_read(tmp_path: Path) -> None:
             cache.read(key)
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["truncated", "headless", "flipped"])
-def test_repair_leaves_what_is_whole(how: str, tmp_path: Path) -> None:
+def test_repair_leaves_what_is_whole(how: str, form: dict[str, Any], tmp_path: Path) -> None:
     """As after a killed writer: its half file goes, damaged shards go, the others stay."""
-    keys = filled(tmp_path, manifest())
+    keys = filled(tmp_path, manifest(**form))
     (tmp_path / ".shard-x.safetensors.partial.1").write_bytes(b"half")
     damage(min(tmp_path.glob("shard-*")), how)
     cache = LogitCache(tmp_path, repair=True)
@@ -192,18 +200,30 @@ def test_repair_leaves_what_is_whole(how: str, tmp_path: Path) -> None:
     assert len(LogitCache(tmp_path)) == 3
 
 
-def test_shards_of_another_cache_are_refused(tmp_path: Path) -> None:
-    filled(tmp_path / "a", manifest())
-    filled(tmp_path / "b", manifest(teacher="other"), shards=1)
+@BOTH
+@pytest.mark.parametrize("other", [{"teacher": "other"}, {"values": "int8", "error_bound": None}, COMPACT | {"k": 5}])
+def test_shards_of_another_cache_are_refused(form: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:
+    filled(tmp_path / "a", manifest(**form))
+    filled(tmp_path / "b", manifest(**{**form, **other}), shards=1)
     stranger = next((tmp_path / "b").glob("shard-*"))
     stranger.rename(tmp_path / "a" / f"shard-{'0' * 20}.safetensors")
     with pytest.raises(DataError, match="belongs to another cache"):
         LogitCache(tmp_path / "a")
 
 
+def made_manifest(version: int, **changes: Any) -> str:
+    return json.dumps(dataclasses.asdict(manifest(**changes)) | {"version": version, "bytes_per_token": 1})
+
+
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"version": 9}', '{"version": 1}', '{"version": 1, "k": 3, "bytes_per_token": 1, "x": 2}']
-)
+    "content",
+    [
+        "", "[]", '{"version": 9}', '{"version": 1}', '{"version": 1, "k": 3, "bytes_per_token": 1, "x": 2}',
+        made_manifest(1, **COMPACT), made_manifest(2), made_manifest(2, **COMPACT | {"k": None}),
+        made_manifest(2, values="compact"), made_manifest(2, values="compact", error_bound=1e-9),
+        made_manifest(2, values="compact", error_bound="0.125"),
+    ],
+)  # fmt: skip
 def test_a_manifest_that_cannot_be_read(content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json"):
@@ -220,6 +240,27 @@ def test_a_shard_that_cannot_be_written(tmp_path: Path) -> None:
     sample = LogitCache(tmp_path).read(keys[0])
     with pytest.raises(DataError, match="cannot be written .*what was written before is whole"):
         write_shard(tmp_path / "gone", manifest(), [(keys[0], sample)])
+
+
+def test_a_manifest_of_before_the_compact_form_is_as_it_was(tmp_path: Path) -> None:
+    """File and digest, so that its shards stay its own."""
+    made = manifest()
+    made.write(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content == {
+        "version": 1, "teacher": "a", "tokenizer": "b", "vocab_size": 100, "sequence_length": 6, "k": 4,
+        "values": "bfloat16", "dtype": "float32", "temperature": 1.0, "bytes_per_token": 26.67,
+    }  # fmt: skip
+    assert made.digest == "ac7c6e2599aaa88d"
+    assert Manifest.read(tmp_path) == made
+    compact = manifest(**COMPACT, top_p=0.9)
+    compact.write(tmp_path)
+    assert Manifest.read(tmp_path) == compact
+    assert compact.differences(made) == [
+        "values=compact, not bfloat16",
+        "error_bound=0.125, not None",
+        "top_p=0.9, not None",
+    ]
 
 
 def test_manifests_tell_what_differs() -> None:

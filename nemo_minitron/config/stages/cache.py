@@ -10,9 +10,10 @@ from omegaconf import MISSING
 from nemo_minitron.config.parts import DataConfig, ParallelLayout, choice, positive
 from nemo_minitron.config.stages.base import NEEDS_MODEL, StageConfig
 
-__all__ = ["CACHE_VALUES", "CacheConfig"]
+__all__ = ["CACHE_VALUES", "LEAST_ERROR_BOUND", "MOST_ERROR_BOUND", "CacheConfig"]
 
-CACHE_VALUES = ("float16", "bfloat16", "int8", "float32")
+CACHE_VALUES = ("float16", "bfloat16", "int8", "float32", "compact")
+LEAST_ERROR_BOUND, MOST_ERROR_BOUND = 2.0**-10, 1.0
 
 
 @dataclass
@@ -30,7 +31,12 @@ class CacheConfig(StageConfig):
         steps, global_batch_size, validation_batches: as in the training that the cache is for.
         k: tokens kept of each position; null keeps all.
         values: type of the kept log-probabilities: "float16", "bfloat16" (as large and eight times coarser), "int8"
-            (one byte, in 255 steps between a position's largest and smallest) or "float32".
+            (one byte, in 255 steps between a position's largest and smallest) or "float32"; "compact" codes tokens and
+            log-probabilities together, in less than half the bytes of "int8".
+        top_p: with values=compact, keep of each position as few of the k likeliest tokens as reach this probability
+            together; null keeps k.
+        error_bound: with values=compact, largest error of a kept log-probability, in nats; a quarter of it where the
+            probability is above exp(-5).
         micro_batch_size: blocks of one forward pass on one data-parallel rank.
         samples_per_shard: blocks of one file; a killed stage loses the blocks of the file that it was filling.
         resume: keep the logits in ``output`` and write those that are missing.
@@ -41,7 +47,7 @@ class CacheConfig(StageConfig):
     HELP: ClassVar[str] = "Keep a teacher's logits on disk, for trainings without it."
     NEEDS: ClassVar[tuple[str, ...]] = NEEDS_MODEL
     INPUTS: ClassVar[tuple[str, ...]] = ("teacher", "student")
-    ADDED: ClassVar[tuple[str, ...]] = ("student",)
+    ADDED: ClassVar[tuple[str, ...]] = ("student", "top_p", "error_bound")
 
     teacher: str = MISSING
     student: str | None = None
@@ -51,6 +57,8 @@ class CacheConfig(StageConfig):
     validation_batches: int = 8
     k: int | None = 64
     values: str = "float16"
+    top_p: float | None = None
+    error_bound: float = 0.125
     micro_batch_size: int = 1
     samples_per_shard: int = 64
     resume: bool = True
@@ -68,4 +76,25 @@ class CacheConfig(StageConfig):
                 self, "steps", "global_batch_size", "validation_batches", "k", "micro_batch_size", "samples_per_shard"
             ),
             *choice(self, "values", CACHE_VALUES),
+            *self._compact_faults(),
         ]
+
+    def _compact_faults(self) -> list[str]:
+        faults = []
+        if self.values != "compact":
+            given = {"top_p": self.top_p is not None, "error_bound": self.error_bound != CacheConfig.error_bound}
+            faults += [
+                f"{name}={getattr(self, name)}: belongs to values=compact; values={self.values} keeps k tokens of each "
+                "position in their own type. Leave it out, or set values=compact"
+                for name, is_given in given.items()
+                if is_given
+            ]
+        elif self.k is None:
+            faults.append("values=compact: codes the likeliest tokens alone; give k, or another type with k=null")
+        if self.top_p is not None and not 0 < self.top_p < 1:
+            faults.append(f"top_p={self.top_p}: must be between 0 and 1; null keeps k tokens")
+        if not LEAST_ERROR_BOUND <= self.error_bound <= MOST_ERROR_BOUND:
+            faults.append(
+                f"error_bound={self.error_bound}: must be from {LEAST_ERROR_BOUND} to {MOST_ERROR_BOUND} nats"
+            )
+        return faults

@@ -5,7 +5,8 @@ own_layout                   in the student's processes, in a layout of its own
 own_ranks                    in processes of its own
 learning                     a teacher that is trained together with its student
 cached                       a teacher whose logits are on disk
-logit_cache, manifest        the format of that cache
+logit_cache, manifest        the directory of that cache
+samples, packing             a sample in it, and its compact form
 cache_filling                how it is filled
 open                         the teacher for given settings
 several                      several teachers: who scores which sequence

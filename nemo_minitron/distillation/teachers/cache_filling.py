@@ -61,7 +61,8 @@ def fill_cache(
     """Write the samples that a cache lacks. Every rank calls it with the same samples.
 
     Memory beyond the teacher: the logits of one micro-batch, ``[s, b, V/tp]`` (all log-probabilities: three float32
-    tensors ``[s, b, V]``), and the encoded samples of one shard.
+    tensors ``[s, b, V]``), and the encoded samples of one shard; of a compact cache 8 bytes for each token that is
+    kept.
 
     Args:
         teacher: in ``groups``.

@@ -69,7 +69,7 @@ class CachedTeacher:
     """Reads the samples of each micro-batch from a cache, in any order and under any layout.
 
     Every rank of the last stage reads the samples of its data-parallel replica. Memory: the encoded samples of a
-    step's micro-batches.
+    step's micro-batches; of a compact cache 8 bytes for each token that is kept.
 
     Args:
         cache: with the samples of the training.

@@ -21,6 +21,16 @@ tensor of a shard     of n samples        what
 ``offset, scale``     ``[n, s]`` float32  of "int8"
 ``log_rest``          ``[n, s]`` float32  log of the probability of all other tokens
 ====================  ==================  =========================================================
+
+A compact cache has ``keys``, ``crc`` and ``log_rest`` as above, and packs tokens and values together
+(:mod:`~nemo_minitron.distillation.teachers.packing`). With a ``top_p`` a position has fewer than k tokens where fewer
+reach that probability; the others join those that are not kept.
+
+====================  ==================  =========================================================
+``packed``            ``[bytes]`` uint8   the samples, one after another
+``ends``              ``[n]`` int64       where each ends
+``order``             ``[bytes]`` uint8   the order of the vocabulary, which a sample's crc includes
+====================  ==================  =========================================================
 """
 
 from __future__ import annotations
@@ -35,21 +45,24 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoints.fingerprint import same_fingerprint
-from nemo_minitron.distillation.losses.common import CommonTokens
-from nemo_minitron.distillation.losses.kernels import TopTokens
 from nemo_minitron.distillation.teachers.manifest import MANIFEST, Manifest
+from nemo_minitron.distillation.teachers.samples import (
+    Sample,
+    decode_logits,
+    decode_top,
+    encode,
+    packed_samples,
+    unpacked_sample,
+)
 from nemo_minitron.errors import DataError
 from nemo_minitron.runtime.atomic import write_aside
 from nemo_minitron.runtime.files import take_umask
 
-__all__ = ["LogitCache", "Manifest", "decode_logits", "decode_top", "encode", "sample_keys", "write_shard"]
+__all__ = ["LogitCache", "Manifest", "Sample", "decode_logits", "decode_top", "encode", "sample_keys", "write_shard"]
 
 logger = logging.getLogger(__name__)
 
-_LOW_BITS = 1 << 16
-
-Sample = dict[str, torch.Tensor]
-"""The tensors of one sample, without their first dimension ``n``."""
+_PACKED = ("packed", "order")
 
 
 def sample_keys(tokens: torch.Tensor, starts: torch.Tensor) -> list[bytes]:
@@ -68,86 +81,6 @@ def sample_keys(tokens: torch.Tensor, starts: torch.Tensor) -> list[bytes]:
     return keys
 
 
-def encode(manifest: Manifest, top: TopTokens | None = None, log_probabilities: torch.Tensor | None = None) -> Sample:
-    """A sample as it is stored.
-
-    Args:
-        manifest: says how.
-        top: of the sample's s tokens, likeliest first, where the cache keeps k tokens.
-        log_probabilities: ``[s, V]`` where it keeps all.
-    """
-    stored: Sample = {}
-    if top is not None:
-        values = top.log_probabilities.float()
-        stored["tokens_low"] = (top.tokens % _LOW_BITS).to(torch.uint16)
-        if manifest.vocab_size > _LOW_BITS:
-            stored["tokens_high"] = (top.tokens // _LOW_BITS).to(torch.uint8)
-        stored["log_rest"] = top.log_rest.float()
-    else:
-        assert log_probabilities is not None
-        values = log_probabilities.float()
-    if manifest.values == "int8":
-        low, high = values.amin(-1), values.amax(-1)
-        scale = (high - low) / 255
-        steps = (values - low[:, None]) / torch.where(scale > 0, scale, 1.0)[:, None]
-        stored |= {"values": steps.round().clamp(0, 255).to(torch.uint8), "offset": low, "scale": scale}
-    else:
-        stored["values"] = values.to(getattr(torch, manifest.values))
-    return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
-
-
-def decode_top(stored: Sample, *, k: int | None = None, common: CommonTokens | None = None) -> TopTokens:
-    """A stored sample (or several, stacked) as a distribution over its likeliest tokens and one ghost token.
-
-    Args:
-        stored: ``[..., k]`` and ``[...]`` tensors.
-        k: number of tokens to take; the others join the ghost token. None takes all.
-        common: tokens that take part; None for all. What is known of the others is taken out: those that are stored.
-            Others are in the mass that the cache keeps of all that are not stored, and stay there.
-
-    Returns:
-        ``[n, k]`` and ``[n]``, n being the number of tokens: float32, summing to one. With ``common`` there may be
-        fewer than k tokens at a position.
-    """
-    values = _values(stored).flatten(0, -2).double()
-    tokens = stored["tokens_low"].to(torch.int64)
-    if "tokens_high" in stored:
-        tokens += stored["tokens_high"].to(torch.int64) * _LOW_BITS
-    log_rest = stored["log_rest"].flatten().double()
-    # The left-over mass is exact; what the tokens share is one minus it.
-    log_top = values - values.logsumexp(-1, keepdim=True) + torch.log(-torch.expm1(log_rest))[:, None]
-    tokens = tokens.flatten(0, -2)
-    if common is not None:
-        tokens, log_top, log_rest = _restricted(tokens, log_top, log_rest, common)
-    if k is not None and k < tokens.shape[-1]:
-        log_rest = torch.logaddexp(log_rest, log_top[:, k:].logsumexp(-1))
-        tokens, log_top = tokens[:, :k], log_top[:, :k]
-    return TopTokens(tokens, log_top.float(), log_rest.float(), full=common is None)
-
-
-def _restricted(
-    tokens: torch.Tensor, log_top: torch.Tensor, log_rest: torch.Tensor, common: CommonTokens
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[n, k]``, ``[n, k]`` and ``[n]`` without the tokens that take no part, likeliest first, and scaled to one."""
-    gone = (tokens >= common.size) | torch.isin(tokens, torch.tensor(common.left_out, dtype=tokens.dtype))
-    order = gone.to(torch.uint8).argsort(dim=-1, stable=True)
-    gone = gone.gather(-1, order)
-    tokens = tokens.gather(-1, order).masked_fill(gone, -1)
-    log_top = log_top.gather(-1, order).masked_fill(gone, float("-inf"))
-    log_sum = torch.logaddexp(log_top.logsumexp(-1), log_rest)
-    return tokens, log_top - log_sum[:, None], log_rest - log_sum
-
-
-def decode_logits(stored: Sample) -> torch.Tensor:
-    """``[..., V]`` float32 log-probabilities (as stored: softmax makes them sum to one) of a cache that keeps all."""
-    return _values(stored)
-
-
-def _values(stored: Sample) -> torch.Tensor:
-    values = stored["values"].float()
-    return values if "scale" not in stored else values * stored["scale"][..., None] + stored["offset"][..., None]
-
-
 def write_shard(directory: Path, manifest: Manifest, samples: Sequence[tuple[bytes, Sample]]) -> Path:
     """Write samples as a shard, whole or not at all.
 
@@ -161,10 +94,16 @@ def write_shard(directory: Path, manifest: Manifest, samples: Sequence[tuple[byt
     from safetensors.torch import save_file
 
     keys = [key for key, _ in samples]
-    names = samples[0][1].keys()
-    tensors = {name: torch.stack([stored[name] for _, stored in samples]) for name in names}
+    rows = [stored for _, stored in samples]
+    if manifest.compact:
+        rows = packed_samples(manifest, rows)
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name not in _PACKED}
+    if manifest.compact:
+        tensors["packed"] = torch.cat([row["packed"] for row in rows])
+        tensors["ends"] = torch.tensor([len(row["packed"]) for row in rows]).cumsum(0)
+        tensors["order"] = rows[0]["order"]
     tensors["keys"] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
-    tensors["crc"] = torch.tensor([_crc(key, stored) for key, stored in samples], dtype=torch.int64)
+    tensors["crc"] = torch.tensor([_crc(key, row) for key, row in zip(keys, rows, strict=True)], dtype=torch.int64)
     path = directory / f"shard-{hashlib.sha256(b''.join(keys)).hexdigest()[:20]}.safetensors"
     try:
         with write_aside(path, overwrite=True, error=DataError, parents=False) as aside:
@@ -234,8 +173,14 @@ class LogitCache:
                 return "belongs to another cache"
             keys = [bytes(row) for row in shard.get_tensor("keys").numpy()]
             crcs = shard.get_tensor("crc").tolist()
-            names = [name for name in shard.keys() if name not in ("keys", "crc")]  # noqa: SIM118
-            self._open[path.name] = (shard, names, crcs)
+            names = [name for name in shard.keys() if name not in ("keys", "crc", "ends", *_PACKED)]  # noqa: SIM118
+            ends: list[int] = []
+            if self.manifest.compact:
+                ends = [0, *shard.get_tensor("ends").tolist()]
+                size = shard.get_slice("packed").get_shape()[0]
+                if len(ends) != len(keys) + 1 or ends != sorted(ends) or ends[-1] != size:
+                    return "the ends of its samples do not fit its size"
+            self._open[path.name] = (shard, names, crcs, ends)
             if verify and any(_crc(key, self._rows(path.name, row)) != crcs[row] for row, key in enumerate(keys)):
                 return "its checksums do not hold"
         except (SafetensorError, OSError) as error:
@@ -245,8 +190,13 @@ class LogitCache:
         return None
 
     def _rows(self, shard: str, row: int) -> Sample:
-        file, names, _ = self._open[shard]
-        return {name: file.get_slice(name)[row] for name in names}
+        """As it is stored."""
+        file, names, _, ends = self._open[shard]
+        stored = {name: file.get_slice(name)[row] for name in names}
+        if ends:
+            stored["packed"] = file.get_slice("packed")[ends[row] : ends[row + 1]]
+            stored["order"] = file.get_tensor("order")
+        return stored
 
     def __len__(self) -> int:
         return len(self._places)
@@ -277,7 +227,15 @@ class LogitCache:
                 f"{self.directory / shard}: sample {row} does not have the checksum it was written with; run "
                 "`minitron cache` again, which writes damaged shards anew"
             )
-        return stored
+        if not self.manifest.compact:
+            return stored
+        try:
+            return unpacked_sample(self.manifest, stored)
+        except ValueError as error:
+            raise DataError(
+                f"{self.directory / shard}: sample {row} cannot be unpacked ({error}); run `minitron cache` again with "
+                "--overwrite"
+            ) from error
 
     def require(self, keys: Iterable[bytes], *, what: str) -> None:
         """Check that the cache has these samples.

@@ -126,6 +126,27 @@ def run_bounded(config: Path, minutes: float) -> int:
     return code
 
 
+def run_stages(
+    output: Path, file: str, stages: list[dict[str, Any]], *, name: str, minutes: float, quick: bool = False
+) -> int:
+    """Stages as a pipeline, whose configuration stays in ``output``; ``minitron``'s exit code.
+
+    Args:
+        output: of the pipeline.
+        file: name of the configuration, without its ending.
+        stages: as a configuration has them.
+        name: of the pipeline.
+        minutes: bound of :func:`run_bounded`.
+        quick: run them in this process, without a bound.
+    """
+    config = output / f"{file}.yaml"
+    config.write_text(yaml.safe_dump({"name": name, "output": str(output), "stages": stages}, sort_keys=False))
+    if quick:
+        run_here(config)
+        return 0
+    return run_bounded(config, minutes)
+
+
 def curves(output: Path) -> dict[str, dict[str, list[list[float]]]]:
     """By arm and seed, ``[tokens, held-out loss]`` of each validation that was made."""
     found: dict[str, dict[str, list[list[float]]]] = {}

@@ -26,8 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-from distillation import run_bounded, run_here
+from distillation import run_stages
 from smollm2 import Kept, source_settings
 
 PACKAGE, TEMPLATE = "llamafactory-sft", "chatml"
@@ -309,13 +308,7 @@ def main() -> None:
             if code or not added:
                 break
             stages += added
-        config = given.output / "pipeline.yaml"
-        content = {"name": "on-policy", "output": str(given.output), "stages": stages}
-        config.write_text(yaml.safe_dump(content, sort_keys=False))
-        if given.quick:
-            run_here(config)
-        else:
-            code = run_bounded(config, given.minutes)
+        code = run_stages(given.output, "pipeline", stages, name="on-policy", minutes=given.minutes, quick=given.quick)
     found = measured(given, [*names, *(f"{name}_long" for name in LONG)])
     print(table(found))
     print(f"{time.monotonic() - started:.0f} s")

@@ -46,8 +46,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import yaml
-from distillation import run_bounded, run_here
+from distillation import run_stages
 from reconstruction import write_random
 from smollm2 import Kept, source_settings, validations
 
@@ -424,19 +423,13 @@ def plot(found: dict[str, Any], folder: Path) -> None:
         plt.close(figure)
 
 
-def run_stages(plan: Plan, name: str, stages: list[dict[str, Any]], minutes: float) -> int:
-    config = plan.output / f"{name}.yaml"
-    whole = {"name": "orders", "output": str(plan.output), "stages": stages}
-    config.write_text(yaml.safe_dump(whole, sort_keys=False))
-    if plan.quick:
-        run_here(config)
-        return 0
-    return run_bounded(config, minutes)
+def run_part(plan: Plan, file: str, stages: list[dict[str, Any]], minutes: float) -> int:
+    return run_stages(plan.output, file, stages, name="orders", minutes=minutes, quick=plan.quick)
 
 
 def run_seed(plan: Plan, measured: Measured, seed: int, minutes: float) -> int:
     """All stages of a seed, trainings of as many steps at once; ``minitron``'s exit code."""
-    code = run_stages(plan, f"preparation-{seed}", plan.preparation(seed), minutes)
+    code = run_part(plan, f"preparation-{seed}", plan.preparation(seed), minutes)
     if code:
         return code
     here = plan.output / str(seed)
@@ -444,7 +437,7 @@ def run_seed(plan: Plan, measured: Measured, seed: int, minutes: float) -> int:
         write_random(here, BASE, seed)
     for steps in plan.steps:
         stages = [stage for stage in plan.trainings(seed) if stage["steps"] == steps]
-        if code := run_stages(plan, f"trainings-{seed}-{steps}", stages, minutes):
+        if code := run_part(plan, f"trainings-{seed}-{steps}", stages, minutes):
             return code
         measured.take(seed)
     return 0

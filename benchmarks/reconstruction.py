@@ -32,8 +32,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-from distillation import run_bounded, run_here
+from distillation import run_stages
 from others import BASELINES, baseline_losses
 from smollm2 import SOURCES, Kept, source_settings, validations
 
@@ -286,14 +285,8 @@ def plot(found: dict[str, list[list[float]]], losses: dict[str, Any], path: Path
     figure.savefig(path, dpi=130)
 
 
-def run_stages(arguments: argparse.Namespace, name: str, stages: list[dict[str, Any]]) -> int:
-    config = arguments.output / f"{name}.yaml"
-    whole = {"name": "evidence", "output": str(arguments.output), "stages": stages}
-    config.write_text(yaml.safe_dump(whole, sort_keys=False))
-    if arguments.quick:
-        run_here(config)
-        return 0
-    return run_bounded(config, arguments.minutes)
+def run_part(arguments: argparse.Namespace, file: str, stages: list[dict[str, Any]]) -> int:
+    return run_stages(arguments.output, file, stages, name="evidence", minutes=arguments.minutes, quick=arguments.quick)
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -302,7 +295,7 @@ def train(arguments: argparse.Namespace) -> int:
     for stage in distillations(arguments):
         if stage["name"] in done:
             continue
-        if code := run_stages(arguments, "distillation", [stage]):
+        if code := run_part(arguments, "distillation", [stage]):
             return code
         shutil.rmtree(arguments.output / stage["name"] / "checkpoints", ignore_errors=True)
     return 0
@@ -333,7 +326,7 @@ def main() -> None:
         arguments.shapes, arguments.tokens = ["demo", "narrow"], [2048]
     arguments.output.mkdir(parents=True, exist_ok=True)
     output = arguments.output
-    code = run_stages(arguments, "preparation", preparation(arguments))
+    code = run_part(arguments, "preparation", preparation(arguments))
     others: dict[str, Any] = {}
     if code == 0:
         if not arguments.quick:
@@ -346,11 +339,11 @@ def main() -> None:
                 others[name] = kept(name, functools.partial(baseline_losses, name, output, inside, outside))
             others = {name: row for name, row in others.items() if row is not None}
         if not arguments.quick:
-            code = run_stages(arguments, "chosen", preparation(arguments, "chosen"))
+            code = run_part(arguments, "chosen", preparation(arguments, "chosen"))
     if code == 0:
         code = train(arguments)
     if code == 0 and not arguments.quick:
-        code = run_stages(arguments, "blocks", preparation(arguments, "block"))
+        code = run_part(arguments, "blocks", preparation(arguments, "block"))
     losses, found = untrained(output, arguments.shapes), curves(output, arguments)
     print(tables(losses, found, others))
     if arguments.plot is not None:

@@ -6,7 +6,9 @@ They run before NeMo is imported, which takes ten seconds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_minitron.accounting import warn_once
 from nemo_minitron.checkpoints.base import Checkpoint
@@ -16,11 +18,15 @@ from nemo_minitron.distillation.teachers.manifest import Manifest, cached_tokeni
 from nemo_minitron.errors import ConfigError, DataError, ShapeError
 from nemo_minitron.shape import uniform_faults
 
+if TYPE_CHECKING:
+    from nemo_minitron.data.blocks import Blocks
+
 __all__ = [
     "announce",
     "check_context",
     "check_model",
     "check_pair",
+    "check_text",
     "common_with_cache",
     "consequences",
 ]
@@ -52,6 +58,17 @@ def check_pair(
     announce(common, student.path)
     _check({"student": (student, layout), name: (teacher, teacher_layout or layout)}, sequence_length)
     return common
+
+
+def check_text(blocks: Mapping[str, Blocks], common: CommonVocabulary) -> None:
+    """Check that student and teacher know all tokens of the blocks, by what these are for.
+
+    Raises:
+        DataError: for a token that one of them does not know.
+    """
+    if not common.whole:
+        for name, part in blocks.items():
+            part.check_common(common.size, common.unlike, what=f"the {name} blocks", names=common.names)
 
 
 def common_with_cache(student: Vocabulary, cache: Path) -> CommonVocabulary:

@@ -6,7 +6,7 @@ The teacher is kept outside the module tree, so the student's optimizer, DDP and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -23,10 +23,12 @@ from nemo_minitron.distillation.losses.fused_head import OutputHead, fused_head_
 from nemo_minitron.distillation.losses.layer_maps import layer_maps
 from nemo_minitron.distillation.losses.state_hooks import Plan, StudentLosses, TeacherStates
 from nemo_minitron.distillation.losses.vocabulary_parallel import TokenLosses, vocabulary_parallel_loss
+from nemo_minitron.distillation.losses.weighted import WeightedLosses
 from nemo_minitron.distillation.teachers.frozen import TeacherSource
 from nemo_minitron.distillation.teachers.open import loss_of, open_teacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
 from nemo_minitron.distillation.training.language_model import LM_LOSS, TokenLoss, TrainedModel, plain_context
+from nemo_minitron.errors import PreemptedError
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from nemo_minitron.distillation.teachers.frozen import Teacher
     from nemo_minitron.distillation.teachers.learning import LearningTeacher
 
-__all__ = ["DistillationLoss", "DistillationModel", "TeacherFirst"]
+__all__ = ["DistillationLoss", "DistillationModel", "TeacherFirst", "measured_of", "teacher_closed"]
 
 HIDDEN = "teacher_hidden"
 STATES = "teacher_states"
@@ -217,7 +219,7 @@ class DistillationLoss(TokenLoss):
             inplace=not self.validation,
             common=model.common_tokens,
         )
-        return losses.total, _measured(losses)
+        return losses.total, measured_of(losses)
 
     def measure_chunks(
         self, batch: dict[str, Any], layer: OutputHead, mask: torch.Tensor
@@ -236,15 +238,28 @@ class DistillationLoss(TokenLoss):
             labels=batch["labels"].T if self.validation or model._loss.label_weight else None,
             common=model.common_tokens,
         )
-        return losses.total, _measured(losses.tokens)
+        return losses.total, measured_of(losses.tokens)
 
 
-def _measured(losses: TokenLosses) -> dict[str, torch.Tensor]:
+def measured_of(losses: TokenLosses | WeightedLosses) -> dict[str, torch.Tensor]:
     """The values of each token by their names in the metrics."""
     measured = {KL: losses.divergence}
     if losses.cross_entropy is not None:
         measured[LM_LOSS] = losses.cross_entropy
     return measured
+
+
+@contextmanager
+def teacher_closed(model: DistillationModel) -> Iterator[None]:
+    """A training, after which the teacher is closed; after a stop in good order too, where all ranks stop at one step,
+    and ranks of the teacher's own are to end as well.
+    """
+    try:
+        yield
+    except PreemptedError:
+        model.teacher.close()
+        raise
+    model.teacher.close()
 
 
 class TeacherFirst(pl.Callback):

@@ -21,18 +21,19 @@ from nemo_minitron.distillation.compatibility import (
     check_context,
     check_model,
     check_pair,
+    check_text,
     common_with_cache,
 )
-from nemo_minitron.distillation.module import DistillationModel, TeacherFirst
+from nemo_minitron.distillation.module import DistillationModel, TeacherFirst, teacher_closed
 from nemo_minitron.distillation.on_policy import AnswersFirst, OnPolicyModel
 from nemo_minitron.distillation.own_answers import OnPolicy, check_on_policy
 from nemo_minitron.distillation.teachers.learning import CorrectTeacher
 from nemo_minitron.distillation.teachers.placement import TeacherPlacement
-from nemo_minitron.distillation.training.language_model import LanguageModel, TrainedModel
+from nemo_minitron.distillation.training.language_model import LanguageModel
 from nemo_minitron.distillation.training.loop import optimizer_config, optimizer_of, train, trained_config
 from nemo_minitron.distillation.training.outputs import Trained, finished
-from nemo_minitron.distillation.training.rounding import MeasureRanges, rounding_of
-from nemo_minitron.errors import PreemptedError, ShapeError
+from nemo_minitron.distillation.training.rounding import round_forward
+from nemo_minitron.errors import ShapeError
 from nemo_minitron.quantization.matrices import training_faults
 from nemo_minitron.quantization.schemes import Scheme
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -97,9 +98,7 @@ def distill(
         check_model(student, layout, length)
         common = common_with_cache(Vocabulary.of("student", student), placement.cache)
         announce(common, student.path)
-    if not common.whole:
-        for name, part in blocks.items():
-            part.check_common(common.size, common.unlike, what=f"the {name} blocks", names=common.names)
+    check_text(blocks, common)
     check_context(layout, placement=placement.kind)
     check_rounding(student, layout, quantize)
     learning = None if correction is None or correction.lr is None else _learning(correction, schedule)
@@ -129,7 +128,7 @@ def distill(
         chunked=schedule.logits == "chunks",
         optim=optimizer_of(schedule),
     )
-    measuring = _round(model, quantize, directory, resume=resume)
+    measuring = round_forward(model, quantize, directory, resume=resume)
     answers: list[AnswersFirst] = []
     if isinstance(model, OnPolicyModel) and own is not None:
         model.on_policy = own
@@ -142,8 +141,8 @@ def distill(
                 common=common,
             )
         ]
-    try:
-        trained = train(
+    with teacher_closed(model):
+        return train(
             model,
             student,
             train_blocks,
@@ -158,11 +157,6 @@ def distill(
             forward=[] if teacher is None else [teacher] * (3 if learning else 1),
             title="distilling",
         )
-    except PreemptedError:
-        model.teacher.close()  # all ranks stop at one step; ranks of the teacher's own are to end as well
-        raise
-    model.teacher.close()
-    return trained
 
 
 def check_rounding(student: Checkpoint, layout: ParallelLayout, quantize: Scheme | None) -> None:
@@ -175,14 +169,6 @@ def check_rounding(student: Checkpoint, layout: ParallelLayout, quantize: Scheme
         return
     if faults := training_faults(student.shape, student.architecture, quantize, tensor=layout.tensor):
         raise ShapeError(faults)
-
-
-def _round(model: TrainedModel, quantize: Scheme | None, directory: Path, *, resume: bool) -> list[MeasureRanges]:
-    """Let a model round in its forward passes; returns the callbacks that this needs."""
-    if quantize is None:
-        return []
-    model.rounding = rounding_of(quantize, directory, resume=resume)
-    return [MeasureRanges(model, directory)]
 
 
 def _learning(correction: CorrectionConfig, schedule: Schedule) -> dict[str, Any]:
@@ -237,6 +223,6 @@ def correct(
         seed=seed,
         directory=directory,
         resume=resume,
-        callbacks=_round(model, quantize, directory, resume=resume),
+        callbacks=round_forward(model, quantize, directory, resume=resume),
         title="correcting",
     )

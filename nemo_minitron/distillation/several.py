@@ -13,17 +13,25 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo_minitron.checkpoints.base import Checkpoint
 from nemo_minitron.config import LossConfig, Schedule
 from nemo_minitron.data.blocks import Blocks
-from nemo_minitron.distillation.compatibility import check_context, check_pair
+from nemo_minitron.distillation.compatibility import check_context, check_pair, check_text
 from nemo_minitron.distillation.losses.common import CommonTokens
 from nemo_minitron.distillation.losses.weighted import weighted_loss
-from nemo_minitron.distillation.module import HIDDEN, KL, DistillationLoss, DistillationModel, TeacherFirst
+from nemo_minitron.distillation.module import (
+    HIDDEN,
+    KL,
+    DistillationLoss,
+    DistillationModel,
+    TeacherFirst,
+    measured_of,
+    teacher_closed,
+)
 from nemo_minitron.distillation.recipe import check_rounding
 from nemo_minitron.distillation.teachers.several import OneOfSeveral, SeveralTeachers, numbered_by_source
-from nemo_minitron.distillation.training.language_model import LM_LOSS, TokenLoss, TrainedModel
+from nemo_minitron.distillation.training.language_model import TokenLoss, TrainedModel
 from nemo_minitron.distillation.training.loop import optimizer_of, train, trained_config
 from nemo_minitron.distillation.training.outputs import Trained, finished
-from nemo_minitron.distillation.training.rounding import MeasureRanges, rounding_of
-from nemo_minitron.errors import ConfigError, PreemptedError
+from nemo_minitron.distillation.training.rounding import round_forward
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.quantization.schemes import Scheme
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.groups import ParallelLayout
@@ -122,9 +130,7 @@ class SeveralLoss(DistillationLoss):
             labels=batch["labels"].T if self.validation or model._loss.label_weight else None,
             inplace=not self.validation,
         )
-        measured = {KL: losses.divergence}
-        if losses.cross_entropy is not None:
-            measured[LM_LOSS] = losses.cross_entropy
+        measured = measured_of(losses)
         divergences = dict(zip(scored, losses.divergences, strict=True))
         for teacher, taught in zip(teachers.teachers, kept.taught, strict=True):
             # The same names in every micro-batch, also where a teacher has nothing to do.
@@ -188,21 +194,17 @@ def distill_from_several(
             name=f"teacher {teacher.name}",
         )
         check_context(layout, placement=teacher.placement.kind)
+        check_text(blocks, common)
         if not common.whole:
-            for name, part in blocks.items():
-                part.check_common(common.size, common.unlike, what=f"the {name} blocks", names=common.names)
             teacher = dataclasses.replace(teacher, common=CommonTokens(common.size, common.left_out))
         known.append(teacher)
     check_rounding(student, layout, quantize)
     model = SeveralModel(
         trained_config(student, layout, schedule), student, known, sources, layout, loss, optim=optimizer_of(schedule)
     )
-    measuring = []
-    if quantize is not None:
-        model.rounding = rounding_of(quantize, directory, resume=resume)
-        measuring.append(MeasureRanges(model, directory))
-    try:
-        trained = train(
+    measuring = round_forward(model, quantize, directory, resume=resume)
+    with teacher_closed(model):
+        return train(
             model,
             student,
             blocks["training"],
@@ -216,8 +218,3 @@ def distill_from_several(
             forward=[teacher.checkpoint for teacher in known],
             title="distilling",
         )
-    except PreemptedError:
-        model.teacher.close()
-        raise
-    model.teacher.close()
-    return trained

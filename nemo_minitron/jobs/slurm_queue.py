@@ -45,7 +45,7 @@ def live_jobs(run: Path, jobs: Sequence[Submitted]) -> dict[str, str]:
     live, faults = {}, []
     for job in jobs:
         number = recorded.get(job.name, "")
-        if number not in states or not (states[number].waits or states[number].runs):
+        if number not in states or not states[number].is_live:
             continue
         live[job.name] = number
         if _settings(job.folder / job.settings_file) != _comparable(parse_yaml(settings_text(job.config))):
@@ -89,8 +89,7 @@ def cancel_jobs(run: Path, stages: Sequence[str] = ()) -> dict[str, str]:
             f"scancel is not here; on a node of the cluster's: scancel {' '.join(dict.fromkeys(wanted.values()))}"
         )
     states = job_states(wanted.values())
-    live = {name: number for name, number in wanted.items() if number in states}
-    live = {name: number for name, number in live.items() if states[number].waits or states[number].runs}
+    live = {name: number for name, number in wanted.items() if number in states and states[number].is_live}
     if live:
         done = subprocess.run([program, *live.values()], capture_output=True, text=True, check=False)
         if done.returncode:

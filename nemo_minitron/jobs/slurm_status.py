@@ -44,6 +44,11 @@ class JobState:
         """Whether it has its nodes."""
         return self.state in _RUNNING
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it waits or runs."""
+        return self.waits or self.runs
+
 
 def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     """The jobs that Slurm still knows, by number; none where Slurm's commands are missing or do not answer."""

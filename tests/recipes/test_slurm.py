@@ -28,9 +28,7 @@ from nemo_minitron.jobs.records import read_record
 from nemo_minitron.jobs.slurm_submit import jobs_of, submit
 from nemo_minitron.jobs.status import StageStatus, status_of
 
-PIPELINE = """
-name: tiny
-output: {home}/run
+DEFAULTS = """\
 defaults:
   runtime: {{threads: 1}}
   data:
@@ -39,7 +37,14 @@ defaults:
     calibration_fraction: 0.3
     held_out_fraction: 0.2
     cache_dir: {home}/cache
-stages:
+"""
+PIPELINE = (
+    """
+name: tiny
+output: {home}/run
+"""
+    + DEFAULTS
+    + """stages:
   - {{stage: import, name: teacher, source: {home}/hf}}
   - {{stage: score, name: scores, model: "${{output}}/teacher", samples: 4, parallel: {{tensor: 2}}}}
   - {{stage: prune, name: pruned, model: "${{output}}/teacher", scores: "${{output}}/scores",
@@ -56,20 +61,16 @@ stages:
     validation_batches: 1
     parallel: {{tensor: 2}}
 """
+)
 
 
-JOBS = """
+JOBS = (
+    """
 name: jobs
 output: {home}/jobs
-defaults:
-  runtime: {{threads: 1}}
-  data:
-    sources: [{{name: text, path: {home}/text.jsonl}}]
-    sequence_length: 16
-    calibration_fraction: 0.3
-    held_out_fraction: 0.2
-    cache_dir: {home}/cache
-stages:
+"""
+    + DEFAULTS
+    + """stages:
   - stage: search
     name: searched
     model: {home}/run/teacher
@@ -83,6 +84,7 @@ stages:
     parallel: {{data: 2}}
   - {{stage: iterate, name: rounds, model: {home}/run/teacher, rounds: 2, samples: 4, target: {{ffn_hidden_size: 32}}}}
 """
+)
 IN_PLACE = """
 import dataclasses
 from nemo_minitron.config import load_pipeline

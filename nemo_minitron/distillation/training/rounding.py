@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.distillation.training.language_model import TrainedModel
 
-__all__ = ["MeasureRanges", "rounding_of"]
+__all__ = ["MeasureRanges", "round_forward", "rounding_of"]
 
 
 def rounding_of(scheme: Scheme, directory: Path, *, resume: bool) -> LiveRounding:
@@ -38,6 +38,14 @@ def rounding_of(scheme: Scheme, directory: Path, *, resume: bool) -> LiveRoundin
             "another output"
         )
     return LiveRounding(scheme, None if before is None else before.ranges)
+
+
+def round_forward(model: TrainedModel, scheme: Scheme | None, directory: Path, *, resume: bool) -> list[MeasureRanges]:
+    """Let a model round in its forward passes; returns the callbacks that this needs. None rounds nothing."""
+    if scheme is None:
+        return []
+    model.rounding = rounding_of(scheme, directory, resume=resume)
+    return [MeasureRanges(model, directory)]
 
 
 class MeasureRanges(pl.Callback):

@@ -268,6 +268,8 @@ class _Checkpoints(NeMoModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             seal_state(Path(filepath.removesuffix(".ckpt")))
+        # The first rank takes NeMo's marker of an unfinished checkpoint away after the last barrier.
+        trainer.strategy.barrier()
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str, override_async: bool = False) -> None:
         """Called for the checkpoint that a newer one has replaced; it is kept until the training has ended."""

@@ -5,9 +5,12 @@ Scores under this and larger layouts are in ``test_scoring_parallel.py``, beside
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,27 @@ def test_a_model_whose_experts_are_shared_out(tmp_path: Path) -> None:
                 assert torch.equal(weights.tensor(name), checkpoint.weights.tensor(name)), name
 
 
+@contextlib.contextmanager
+def slow_first_rank() -> Iterator[None]:
+    """The first rank waits before it takes away NeMo's marker of an unfinished checkpoint, as on a loaded machine."""
+    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+    remove = ModelCheckpoint.remove_checkpoint_unfinished_marker
+
+    def late(path: Any, barrier_before: bool = False) -> None:
+        if barrier_before:
+            torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            time.sleep(2)
+        remove(path)
+
+    ModelCheckpoint.remove_checkpoint_unfinished_marker = staticmethod(late)
+    try:
+        yield
+    finally:
+        ModelCheckpoint.remove_checkpoint_unfinished_marker = staticmethod(remove)
+
+
 def training_case(folder: str, out: str, layout: dict[str, Any]) -> None:
     for family in FAMILIES:
         models = f"{folder}/{family}"
@@ -153,7 +177,8 @@ def training_case(folder: str, out: str, layout: dict[str, Any]) -> None:
         assert train(models, f"{out}/{family}-distilled", layout=layout, **SHORT) == ""
     if layout != LAYOUT:
         return
-    stopped = train(models, f"{out}/resumed", alone=True, layout=layout, at=(2, signal.SIGTERM), **SHORT)
+    with slow_first_rank():
+        stopped = train(models, f"{out}/resumed", alone=True, layout=layout, at=(2, signal.SIGTERM), **SHORT)
     assert "stopped by a signal after step 2 of 3" in stopped
     error = train(models, f"{out}/resumed", alone=True, layout=layout, **SHORT)
     assert error == "", error

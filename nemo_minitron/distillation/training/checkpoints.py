@@ -51,6 +51,9 @@ class LastCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             seal_state(Path(filepath.removesuffix(".ckpt")))
+        # The first rank takes NeMo's marker away after the last barrier: a rank that went on to a resume would take
+        # the state for an unfinished one and remove it, one that ended would let the launcher end the first.
+        trainer.strategy.barrier()
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
         """Called for the checkpoint that a newer one has replaced."""

@@ -165,7 +165,8 @@ def forward_kl(
         ``[n]``.
     """
     if (triton := triton_kernels(p, q, out)) is not None:
-        top, sums = _over_ranks(*triton.statistics(p, q, temperature=temperature), columns)
+        maxima, sums = triton.statistics(p, q, temperature=temperature)
+        top, sums = _over_ranks(maxima, sums, columns)
         if out is not None:
             triton.derivative(p, q, out, top, temperature / sums[:2], temperature=temperature)
         return _kl(top, sums).mul_(temperature * temperature)
@@ -207,7 +208,8 @@ def forward_kl(
 def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
     """``S q (log q - log p)``; derivative ``q (log q - log p - loss)``."""
     if (triton := triton_kernels(p, q)) is not None:
-        top, sums = _over_ranks(*triton.statistics(p, q, temperature=1.0, reverse=True), columns, of=1)
+        maxima, sums = triton.statistics(p, q, temperature=1.0, reverse=True)
+        top, sums = _over_ranks(maxima, sums, columns, of=1)
         mean, gradient = sums[2] / sums[1], columns.buffer("difference", q)
         triton.derivative(p, q, gradient, top, 1 / sums[:2], temperature=1.0, means=mean)
         return _kl(top.flip(0), (sums[1], sums[0], sums[2])), gradient

@@ -26,7 +26,7 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 @triton.jit
-def _statistics_kernel(
+def _statistics_kernel(  # type: ignore[no-untyped-def]
     p, q, maxima, sums, rows, stride_p, stride_q, valid, inverse_temperature, lowest,
     reverse: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _derivative_kernel(
+def _derivative_kernel(  # type: ignore[no-untyped-def]
     p, q, out, maxima, scales, means, rows, stride_p, stride_q, stride_out, valid, inverse_temperature,
     reverse: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip

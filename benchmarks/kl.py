@@ -1,16 +1,18 @@
 """Forward KL over split vocabularies: memory, time and gradient error against the obvious form and ModelOpt's loss.
 
-    python benchmarks/kl.py [--quick] [--device cpu|cuda|auto]
+    python benchmarks/kl.py [--quick] [--device cpu|cuda|auto] [--modelopt FOLDER]
 
 Three losses run on the same logits, forward and backward, one thread a rank:
 
 - ``obvious``: all-gather the logits, ``log_softmax`` of both, ``kl_div``;
-- ``modelopt``: ``LogitsKLLoss`` of nvidia-modelopt;
+- ``modelopt``: ``LogitsKLLoss`` of nvidia-modelopt, and ``modelopt_other`` of another release, which ``pip install
+  --no-deps --target FOLDER nvidia-modelopt==...`` has put into a folder;
 - ``ours``: :func:`nemo_minitron.distillation.losses.vocabulary_parallel.vocabulary_parallel_forward_kl`, its gradient
   in a tensor of its own, and ``ours_inplace``, written over the student's logits.
 
 Memory is the peak of resident memory above the inputs (``VmHWM``, reset before each loss), of the largest rank; on CUDA
-the peak of torch's allocator. Time is the best of several; on CUDA between two events of the device. There four times
+the peak of torch's allocator. Time is the best of several, by the clock and (on the CPU) by the processor, which says
+more where other processes run; on CUDA it is between two events of the device. There four times
 as many tokens run, and a case of two ranks needs two GPUs: it is left out where there is one. The gradient error is the
 largest difference from float64 autograd on whole logits, over its largest entry.
 
@@ -22,7 +24,8 @@ as a training with ``logits: whole`` does, and ``fused`` a chunk at a time
 largest entry.
 
 The last line is JSON: ``time_ratio_modelopt``, ``memory_ratio_modelopt``, ``memory_ratio_modelopt_inplace`` (worst over
-the cases) and the cases; on CUDA ``device`` too, the GPU's name. Where ModelOpt is not installed the ratios are null.
+the cases), the same with ``_other`` for the release of a folder, and the cases; ratios of time are the processor's on
+the CPU. On CUDA ``device`` too, the GPU's name. Where ModelOpt is not installed the ratios are null.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,7 +50,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LOSSES = ("obvious", "modelopt", "ours", "ours_inplace")
+LOSSES = ("obvious", "modelopt", "modelopt_other", "ours", "ours_inplace")
+RATIOS = ("time_ratio_modelopt", "memory_ratio_modelopt", "memory_ratio_modelopt_inplace")
 #: Vocabulary of the second part.
 HEAD_VOCABULARY = 128256
 
@@ -105,10 +110,10 @@ def _peer(world: int) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.
 
 
 class _CpuCost:
-    """Seconds by the clock and peak bytes of resident memory, between :meth:`start` and :meth:`stop`."""
+    """Seconds by the clock and the processor, and peak bytes of resident memory, from :meth:`start` to :meth:`stop`."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._libc, self._clock = ctypes.CDLL(None), clock
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
 
     def start(self) -> None:
         # A loss that finds memory left by the one before would seem to need none, and would be spared the page
@@ -116,14 +121,15 @@ class _CpuCost:
         self._libc.malloc_trim(0)
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")
-        self._before, self._started = _resident("VmRSS"), self._clock()
+        self._before, self._started = _resident("VmRSS"), (time.perf_counter(), time.process_time())
 
-    def stop(self) -> tuple[float, float]:
-        return self._clock() - self._started, float(_resident("VmHWM") - self._before)
+    def stop(self) -> tuple[float, float, float]:
+        clock, processor = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        return clock, processor, float(_resident("VmHWM") - self._before)
 
 
 class _CudaCost:
-    """Seconds between two events of the device and peak bytes of torch's allocator."""
+    """Seconds between two events of the device, twice, and peak bytes of torch's allocator."""
 
     def start(self) -> None:
         torch.cuda.empty_cache()
@@ -134,14 +140,15 @@ class _CudaCost:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._events[0].record()
 
-    def stop(self) -> tuple[float, float]:
+    def stop(self) -> tuple[float, float, float]:
         self._events[1].record()
         torch.cuda.synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1e3, torch.cuda.max_memory_allocated() - self._before
+        seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
+        return seconds, seconds, float(torch.cuda.max_memory_allocated() - self._before)
 
 
-def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
-    """One rank of one case."""
+def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path, peer_alone: int = 0) -> None:
+    """One rank of one case, of all losses or of ModelOpt's alone."""
     from nemo_minitron.runtime import cpu
 
     place = cpu.prepare(device)
@@ -163,8 +170,8 @@ def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
 
     found: dict[str, Any] = {}
     cost = _CudaCost() if place.is_cuda else _CpuCost()
-    for name, loss in _losses(vocab).items():
-        times, peaks, error = [], [], 0.0
+    for name, loss in (_peer(world) if peer_alone else _losses(vocab)).items():
+        times, processor, peaks, error = [], [], [], 0.0
         for _ in range(repeats + 1):
             # The loss gets logits that a layer has computed: they may be overwritten, and their gradient is read.
             logits = student.clone().requires_grad_()
@@ -172,15 +179,18 @@ def rank(device: str, vocab: int, tokens: int, repeats: int, out: Path) -> None:
             gc.collect()
             cost.start()
             loss(computed, teacher).backward()
-            seconds, peak = cost.stop()
-            times.append(seconds)
-            peaks.append(peak)
+            for values, value in zip((times, processor, peaks), cost.stop(), strict=True):
+                values.append(value)
             assert logits.grad is not None
             error = ((logits.grad - exact).abs().max() / exact.abs().max()).item()
             del logits, computed
-        reduced = torch.tensor([min(times[1:]), max(peaks[1:]), error], dtype=torch.float64, device=place.torch)
+        numbers = [min(times[1:]), min(processor[1:]), max(peaks[1:]), error]
+        reduced = torch.tensor(numbers, dtype=torch.float64, device=place.torch)
         dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-        found[name] = dict(zip(("seconds", "bytes", "gradient_error"), reduced.tolist(), strict=True))
+        keys = ("seconds", "processor_seconds", "bytes", "gradient_error")
+        found[name] = dict(zip(keys, reduced.tolist(), strict=True))
+        if name == "modelopt":
+            found[name]["version"] = importlib.metadata.version("nvidia-modelopt")
     if number == 0:
         out.write_text(json.dumps(found))
 
@@ -219,7 +229,7 @@ def head_rank(device: str, vocab: int, tokens: int, repeats: int, out: Path, siz
             token_weights=mask,
         ).total
 
-    cost = _CudaCost() if place.is_cuda else _CpuCost(time.process_time)
+    cost = _CudaCost() if place.is_cuda else _CpuCost()
     found: dict[str, Any] = {}
     gradients: dict[str, list[torch.Tensor]] = {}
     for name, loss in {"whole": whole, "fused": fused}.items():
@@ -229,7 +239,7 @@ def head_rank(device: str, vocab: int, tokens: int, repeats: int, out: Path, siz
             gc.collect()
             cost.start()
             loss(*leaves).backward()
-            seconds, peak = cost.stop()
+            _, seconds, peak = cost.stop()
             times.append(seconds)
             peaks.append(peak)
         gradients[name] = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -248,8 +258,12 @@ def _exact_gradient(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     return gradient
 
 
-def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repeats: int, *more: int) -> dict[str, Any]:
-    """What the ranks of a case, each a process, found."""
+def _measured(
+    kind: str, device: str, vocab: int, world: int, tokens: int, repeats: int, *more: int, packages: Path | None = None
+) -> dict[str, Any]:
+    """What the ranks of a case, each a process, found; packages of a folder come before those that are installed."""
+    path = [str(packages.resolve())] if packages else []
+    path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -264,6 +278,7 @@ def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repea
                     **os.environ, "RANK": str(place), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(place),
                     "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0",
+                    "PYTHONPATH": os.pathsep.join(path),
                 },
                 stderr=subprocess.DEVNULL,
             )
@@ -274,23 +289,19 @@ def _measured(kind: str, device: str, vocab: int, world: int, tokens: int, repea
         return dict(json.loads(out.read_text()))
 
 
-def case(device: str, vocab: int, world: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Run a case in processes of its own."""
+def case(device: str, vocab: int, world: int, tokens: int, repeats: int, other: Path | None) -> dict[str, Any]:
+    """Run a case in processes of its own; ``other`` is the folder of another release of ModelOpt."""
     found = _measured("--rank", device, vocab, world, tokens, repeats)
-    peer = found.get("modelopt")
-
-    def ratio(name: str, what: str) -> float | None:
-        return found[name][what] / peer[what] if peer else None
-
-    return {
-        "vocab": vocab,
-        "tensor_parallel": world,
-        "tokens": tokens,
-        "losses": found,
-        "time_ratio_modelopt": ratio("ours", "seconds"),
-        "memory_ratio_modelopt": ratio("ours", "bytes"),
-        "memory_ratio_modelopt_inplace": ratio("ours_inplace", "bytes"),
-    }
+    if other is not None:
+        theirs = _measured("--rank", device, vocab, world, tokens, repeats, 1, packages=other)
+        found["modelopt_other"] = theirs["modelopt"]
+    ratios: dict[str, float | None] = {}
+    for release in ("modelopt", "modelopt_other"):
+        peer, suffix = found.get(release), release.removeprefix("modelopt")
+        parts = (("ours", "processor_seconds"), ("ours", "bytes"), ("ours_inplace", "bytes"))
+        for key, (name, what) in zip(RATIOS, parts, strict=True):
+            ratios[key + suffix] = found[name][what] / peer[what] if peer else None
+    return {"vocab": vocab, "tensor_parallel": world, "tokens": tokens, "losses": found, **ratios}
 
 
 def main() -> None:
@@ -299,7 +310,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases, under 50 s")
     devices = ("cpu", "cuda", "auto")
     parser.add_argument("--device", choices=devices, default="cpu", help="auto: CUDA where there is any")
+    parser.add_argument("--modelopt", type=Path, metavar="FOLDER", help="with another release of nvidia-modelopt")
     arguments = parser.parse_args()
+    if arguments.modelopt is not None and not (arguments.modelopt / "modelopt").is_dir():
+        parser.error(f"--modelopt {arguments.modelopt}: there is no package modelopt in it")
     quick, place = arguments.quick, decided(arguments.device)
     sizes = [(128256, 1), (128256, 2)] if quick else [(v, tp) for v in (32000, 128256, 256000) for tp in (1, 2)]
     tokens = 128 if quick else 512
@@ -308,13 +322,16 @@ def main() -> None:
         sizes = [(vocab, world) for vocab, world in sizes if world <= place.count]
     cases = []
     for vocab, world in sizes:
-        cases.append(case(place.type, vocab, world, tokens=tokens, repeats=1 if quick else 3))
+        cases.append(case(place.type, vocab, world, tokens, 1 if quick else 3, arguments.modelopt))
         last = cases[-1]
         print(f"V={vocab} TP={world}")
         for name in (name for name in LOSSES if name in last["losses"]):
             row = last["losses"][name]
-            seconds, megabytes, error = row["seconds"], row["bytes"] / 1e6, row["gradient_error"]
-            print(f"  {name:13} {seconds:7.3f} s  {megabytes:8.0f} MB  gradient {error:.1e}")
+            seconds, processor, error = row["seconds"], row["processor_seconds"], row["gradient_error"]
+            print(
+                f"  {name:14} {seconds:7.3f} s  {processor:7.3f} s of the processor  {row['bytes'] / 1e6:8.0f} MB"
+                f"  gradient {error:.1e}  {row.get('version', '')}"
+            )
     sizes_of_head = (1536, 1, 256) if quick else (4096, 3, 512)
     head = _measured("--head", place.type, HEAD_VOCABULARY, 1, *sizes_of_head)
     whole, fused = head["whole"], head["fused"]
@@ -325,7 +342,7 @@ def main() -> None:
         "head_time_ratio": fused["seconds"] / whole["seconds"],
         "head_gradient_difference": head["gradient_difference"],
     }
-    worst = ("time_ratio_modelopt", "memory_ratio_modelopt", "memory_ratio_modelopt_inplace")
+    worst = [*RATIOS, *(f"{key}_other" for key in RATIOS)]
     ratios = {key: max((c[key] for c in cases if c[key] is not None), default=None) for key in worst}
     device = {"device": torch.cuda.get_device_name()} if place.is_cuda else {}
     print(json.dumps({**ratios, **heads, **device, "cases": cases, "head": head}))

@@ -47,8 +47,9 @@ PACKAGES = {
 _NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
 #: Of the environment: what changes how the stack behaves.
 _VARIABLES = (
-    "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_VISIBLE_DEVICES", "MINITRON_LAYER_SPEC", "NCCL_SOCKET_IFNAME",
-    "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_ID", "PYTHONPATH",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_VISIBLE_DEVICES", "MINITRON_LAYER_SPEC", "MINITRON_TRITON",
+    "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_NTASKS",
+    "SLURM_STEP_ID", "PYTHONPATH",
 )  # fmt: skip
 SECONDS = 1.5
 """That a program, or the resolver, may take."""

@@ -6,6 +6,7 @@ papers' formulas in float64; inputs in bfloat16 are exact there too, so that the
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from support.tier import FLOAT32, close
 
 from nemo_minitron.config import LossConfig, Sampling
-from nemo_minitron.distillation.losses import reference, states, vocabulary_parallel
+from nemo_minitron.distillation.losses import reference, states, triton_choice, vocabulary_parallel
 from nemo_minitron.distillation.losses.table import LOGIT_LOSSES, STATE_LOSSES
 from nemo_minitron.generation.sampling import choose, draws
 from nemo_minitron.importance.aggregation import AGGREGATIONS, aggregation
@@ -121,6 +122,27 @@ def test_forward_kl_goes_through_its_tokens_in_blocks(
         taken.total.sum().backward()
         close(taken.total, value, FLOAT32, kind)
         close(z.grad, gradient, GRADIENT[dtype], f"gradient of {kind}")
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_with_and_without_triton(
+    groups: Any, place: torch.device, logits: Any, dtype: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA, where Triton is installed, its kernels must be in use; without them the numbers are the same."""
+    student, teacher, labels = logits[dtype]
+    value, gradient = expected(student, teacher, labels, LossConfig(kind, 1.5))
+    if place.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        assert triton_choice.triton_kernels(torch.zeros(2, 8, device=place)) is not None
+    for setting in ("", "0"):
+        monkeypatch.setenv(triton_choice.TRITON_VARIABLE, setting)
+        z = leaf(student, place)
+        taken = vocabulary_parallel.vocabulary_parallel_loss(
+            z, teacher.to(place), groups.tp, vocab_size=VOCAB, loss=LossConfig(kind, 1.5)
+        )
+        taken.total.sum().backward()
+        close(taken.total, value, FLOAT32, f"{kind}, {setting!r}")
+        close(z.grad, gradient, GRADIENT[dtype], f"gradient of {kind}, {setting!r}")
 
 
 @pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)

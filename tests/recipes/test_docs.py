@@ -40,6 +40,7 @@ SHOWN = {
 NOT_RUN = {
     "docker ": "Docker is not here; tests/unit/test_docker.py reads the files",
     "minitron --install-completion": "it writes into the shell's own files",
+    "pip install --no-deps --target build/": "it downloads a release that a benchmark reads",
     "python benchmarks/": "it takes between minutes and an hour; its options are looked up",
     ".ci/run": "it runs all tests",
     "python3.12 tests/gpu/": "for a machine with a GPU",

@@ -7,7 +7,9 @@ others take logits that are divided by the temperature, only read them, and retu
 in float32 or wider; the next call may overwrite it. The derivatives are written out, because autograd through a
 collective either keeps every intermediate or counts the loss once per rank. The time goes into passes over memory:
 the first one subtracts the maximum on the way into a buffer, which is used again and again, and all others write in
-place.
+place. On CUDA Triton kernels do the forward and the reverse KL in two passes without buffers
+(:mod:`nemo_minitron.distillation.losses.triton_choice` decides). Both forms reduce the same numbers over the ranks, in
+the same order, so the ranks of a group need not agree on one.
 
 Notation: ``p``, ``q`` are the teacher's and the student's probabilities; ``S`` is a sum over the whole vocabulary.
 """
@@ -15,10 +17,13 @@ Notation: ``p``, ``q`` are the teacher's and the student's probabilities; ``S`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+
+from nemo_minitron.distillation.losses.triton_choice import triton_kernels
 
 __all__ = [
     "Columns",
@@ -159,6 +164,12 @@ def forward_kl(
     Returns:
         ``[n]``.
     """
+    if (triton := triton_kernels(p, q, out)) is not None:
+        maxima, sums = triton.statistics(p, q, temperature=temperature)
+        top, sums = _over_ranks(maxima, sums, columns)
+        if out is not None:
+            triton.derivative(p, q, out, top, temperature / sums[:2], temperature=temperature)
+        return _kl(top, sums).mul_(temperature * temperature)
     alone = dist.get_world_size(columns.group) == 1
     maxima = q.new_full((2, len(q)), torch.finfo(wide(q)).min, dtype=wide(q))
     sums = maxima.new_zeros(3, len(q))
@@ -179,13 +190,9 @@ def forward_kl(
         torch.sum(difference.mul_(exp_p), -1, out=sums[2, block])
         if alone and out is not None:  # nothing to wait for, and all is still in the cache
             _combine(exp_q, temperature / sums[1, block], exp_p, temperature / sums[0, block], out[block])
-    top = columns.largest(maxima.clone())
-    factors = (maxima - top).exp()
-    sum_p, sum_q, cross = columns.total(sums[0] * factors[0], sums[1] * factors[1], sums[2] * factors[0])
-    # log p is the logit less the maximum and log sum_p
-    loss = cross / sum_p + (top[1] - top[0]) + (sum_q.log() - sum_p.log())
+    top, sums = _over_ranks(maxima, sums, columns)
     if out is not None and not alone:
-        scale_p, scale_q = temperature * factors[0] / sum_p, temperature * factors[1] / sum_q
+        scale_p, scale_q = temperature * (maxima - top).exp() / sums[:2]
         for block in blocks:
             logits_p = columns.divided("p", p[block], temperature, widened=True)
             exp_p = _exp(logits_p, maxima[0, block], columns.buffer("exp_p", logits_p))
@@ -195,11 +202,17 @@ def forward_kl(
             else:
                 exp_q = held[block]
             _combine(exp_q, scale_q[block], exp_p, scale_p[block], out[block])
-    return loss.mul_(temperature * temperature)
+    return _kl(top, sums).mul_(temperature * temperature)
 
 
 def reverse_kl(p: torch.Tensor, q: torch.Tensor, columns: Columns) -> LossAndGradient:
     """``S q (log q - log p)``; derivative ``q (log q - log p - loss)``."""
+    if (triton := triton_kernels(p, q)) is not None:
+        maxima, sums = triton.statistics(p, q, temperature=1.0, reverse=True)
+        top, sums = _over_ranks(maxima, sums, columns, of=1)
+        mean, gradient = sums[2] / sums[1], columns.buffer("difference", q)
+        triton.derivative(p, q, gradient, top, 1 / sums[:2], temperature=1.0, means=mean)
+        return _kl(top.flip(0), (sums[1], sums[0], sums[2])), gradient
     p, q = _shifted(p, q, columns)
     difference = torch.sub(q, p, out=columns.buffer("difference", p))
     p.exp_()
@@ -294,6 +307,25 @@ def cross_entropy(labels: torch.Tensor, q: torch.Tensor, columns: Columns) -> Lo
     if columns.valid:
         gradient.scatter_add_(-1, local, -mine.to(q.dtype))
     return total.log() - logit, gradient
+
+
+def _over_ranks(
+    maxima: torch.Tensor, sums: torch.Tensor, columns: Columns, of: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[2, n]`` maxima and ``[3, n]`` sums of this rank's columns -> of the vocabulary, by two all-reduces.
+
+    A sum is of exponentials less the maximum: the teacher's, the student's, and the third of these by number ``of``.
+    """
+    top = columns.largest(maxima.clone())
+    factors = (maxima - top).exp()
+    return top, columns.total(*(part * factors[which] for part, which in zip(sums, (0, 1, of), strict=True)))
+
+
+def _kl(top: torch.Tensor, sums: Iterable[torch.Tensor]) -> torch.Tensor:
+    """``[n]`` ``S a (log a - log b)``, of the maxima of ``a`` and ``b``, their sums and ``S exp_a (a - b)``."""
+    sum_a, sum_b, cross = sums
+    # log a is the logit less the maximum and log sum_a
+    return cross / sum_a + (top[1] - top[0]) + (sum_b.log() - sum_a.log())
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from nemo_minitron.distillation.teachers.logit_cache import (
     decode_top,
     sample_keys,
 )
+from nemo_minitron.distillation.teachers.read_ahead import Pending, ReadAhead
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.context import rank_part
 from nemo_minitron.runtime.groups import Groups
@@ -68,8 +70,9 @@ def cached_loss(loss: LossConfig, manifest: Manifest) -> LossConfig:
 class CachedTeacher:
     """Reads the samples of each micro-batch from a cache, in any order and under any layout.
 
-    Every rank of the last stage reads the samples of its data-parallel replica. Memory: the encoded samples of a
-    step's micro-batches; of a compact cache 8 bytes for each token that is kept.
+    Every rank of the last stage reads the samples of its data-parallel replica, on a thread, while the student
+    computes: those of a micro-batch are there when its loss asks for them. Memory: the encoded samples of five
+    micro-batches at most; of a compact cache 8 bytes for each token that is kept.
 
     Args:
         cache: with the samples of the training.
@@ -95,32 +98,38 @@ class CachedTeacher:
         whole = common is None or len(common) == cache.manifest.vocab_size
         self._common = None if whole else common
         self._device = groups.device.torch
+        self._reads: ReadAhead[list[Sample]] = ReadAhead()
 
-    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Sample]:
-        """Read the samples.
+    def run(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Pending[list[Sample]]]:
+        """Begin to read the samples.
 
         Args:
-            batches: with ``tokens`` and ``position_ids`` ``[b, s]``.
+            batches: with ``tokens`` and ``position_ids`` ``[b, s]``, in the order of their losses.
 
         Returns:
-            On the last pipeline stage for each micro-batch its samples, stacked in the order ``[s (/cp), b, ...]`` of
-            Megatron's logits; elsewhere an empty list.
+            On the last pipeline stage for each micro-batch its samples, which :meth:`logits` waits for; elsewhere an
+            empty list.
+        """
+        if not self.groups.is_last_stage:
+            return []
+        keys = [sample_keys(batch["tokens"], starts_of_positions(batch["position_ids"])) for batch in batches]
+        return self._reads.begin([functools.partial(self._read, each) for each in keys])
+
+    def _read(self, keys: Sequence[bytes]) -> list[Sample]:
+        return [self.cache.read(key) for key in keys]
+
+    def logits(self, kept: Pending[list[Sample]]) -> torch.Tensor | TopTokens:
+        """Input of the loss: the likeliest tokens, or ``[s (/cp), b, V/tp]`` log-probabilities of the student's part.
 
         Raises:
             DataError: for a sample that is missing or damaged.
         """
-        if not self.groups.is_last_stage:
-            return []
-        logits = []
-        for batch in batches:
-            starts = starts_of_positions(batch["position_ids"])
-            samples = [self.cache.read(key) for key in sample_keys(batch["tokens"], starts)]
-            stacked = {name: torch.stack([sample[name] for sample in samples], 1) for name in samples[0]}
-            logits.append({name: rank_part(tensor, self.groups, dim=0) for name, tensor in stacked.items()})
-        return logits
+        samples = kept.result()
+        stacked = {name: torch.stack([sample[name] for sample in samples], 1) for name in samples[0]}
+        return self._loss_input({name: rank_part(tensor, self.groups, dim=0) for name, tensor in stacked.items()})
 
-    def logits(self, kept: Sample) -> torch.Tensor | TopTokens:
-        """Input of the loss: the likeliest tokens, or ``[s, b, V/tp]`` log-probabilities of the student's columns."""
+    def _loss_input(self, kept: Sample) -> torch.Tensor | TopTokens:
+        """Of a micro-batch's samples, stacked in the order of Megatron's logits."""
         if self.cache.manifest.k is not None:
             top = decode_top(kept, k=self.loss.k, common=self._common)
             return top.to(self._device)
@@ -133,8 +142,9 @@ class CachedTeacher:
         local[..., : part.shape[-1]] = part
         return local.to(self._device)
 
-    def head(self, kept: Sample) -> None:
+    def head(self, kept: Pending[list[Sample]]) -> None:
         """There is no output layer."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """End the thread."""
+        self._reads.close()

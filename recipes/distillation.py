@@ -198,7 +198,5 @@ def distillation_recipe(
         loss=run.Config(LossConfig),
         intermediate=run.Config(IntermediateConfig),
         teacher_correction=run.Config(CorrectionConfig),
-        on_policy=run.Config(
-            OnPolicyConfig, prompts=run.Config(OnPolicyPrompts), sampling=run.Config(Sampling)
-        ),
+        on_policy=run.Config(OnPolicyConfig, prompts=run.Config(OnPolicyPrompts), sampling=run.Config(Sampling)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -303,6 +304,28 @@ def test_a_cluster_runs_what_the_planner_finds_fastest():
     assert distilled.precision == "bf16-mixed"
     with pytest.raises(ConfigError, match="holds no distillation"):
         place(_training(plan.student, NEMOTRON_4_15B, plan.amount), parse_cluster("a100:1"))
+
+
+def test_logits_go_in_chunks_where_no_layout_holds_them_whole():
+    """A vocabulary of 262,144 tokens; the memory of a GPU lies above, between and below what the two forms need."""
+    shape = ModelShape(18, 640, 2048, 4, 4, 160, 262_144, tied_embeddings=True)
+    model, machine = Model(shape, Architecture(max_position_embeddings=4096)), parse_cluster("h100:1")
+    needs = {}
+    for gib in range(6, 24):
+        small = dataclasses.replace(machine, cluster=dataclasses.replace(machine.cluster, memory_gib=gib))
+        try:
+            plan, request = made(model, small, tokens=1e7)
+        except ConfigError:
+            needs[gib] = "none"
+            continue
+        needs[gib] = plan.placed.logits
+        distilled = next(stage for stage in stages_of(plan, request) if isinstance(stage, DistillConfig))
+        assert distilled.logits == plan.placed.logits
+        reason = "No layout holds all logits of a micro-batch: 262,144 numbers for each token of each model."
+        words = " ".join(yaml_text(*pipeline(plan, request)).replace("#", " ").split())
+        assert (reason in words) == (plan.placed.logits == "chunks")
+    assert sorted(needs.values(), key=("none", "chunks", "whole").index) == list(needs.values())
+    assert set(needs.values()) == {"none", "chunks", "whole"}
 
 
 def test_clusters_by_name():

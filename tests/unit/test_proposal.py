@@ -310,8 +310,8 @@ def test_logits_go_in_chunks_where_no_layout_holds_them_whole():
     """A vocabulary of 262,144 tokens; the memory of a GPU lies above, between and below what the two forms need."""
     shape = ModelShape(18, 640, 2048, 4, 4, 160, 262_144, tied_embeddings=True)
     model, machine = Model(shape, Architecture(max_position_embeddings=4096)), parse_cluster("h100:1")
-    needs = {}
-    for gib in range(6, 24):
+    needs: dict[int, str] = {}
+    for gib in (5, 6, 8, 9):
         small = dataclasses.replace(machine, cluster=dataclasses.replace(machine.cluster, memory_gib=gib))
         try:
             plan, request = made(model, small, tokens=1e7)
@@ -324,8 +324,7 @@ def test_logits_go_in_chunks_where_no_layout_holds_them_whole():
         reason = "No layout holds all logits of a micro-batch: 262,144 numbers for each token of each model."
         words = " ".join(yaml_text(*pipeline(plan, request)).replace("#", " ").split())
         assert (reason in words) == (plan.placed.logits == "chunks")
-    assert sorted(needs.values(), key=("none", "chunks", "whole").index) == list(needs.values())
-    assert set(needs.values()) == {"none", "chunks", "whole"}
+    assert needs == {5: "none", 6: "chunks", 8: "chunks", 9: "whole"}
 
 
 def test_clusters_by_name():

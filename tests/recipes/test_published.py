@@ -118,7 +118,7 @@ def test_nemo_run(name):
     ("overrides", "parts"),
     [
         (["logits=chunks", "quantize=int4", "group_size=64"], ("quantize", "group_size")),
-        (["on_policy.share=0.5", "on_policy.prompts.texts=[Why?]", "on_policy.sampling.greedy=true"], ("on_policy",)),
+        (["on_policy.share=0.5", "on_policy.prompts.texts=[Why]", "on_policy.sampling.greedy=true"], ("on_policy",)),
         (
             [
                 "teacher=null",

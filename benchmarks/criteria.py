@@ -9,7 +9,7 @@ on three disjoint draws of calibration text (technical prose, Bible, plays; at r
 ffn 1024, hidden 544, 6 heads in 3 groups, and measured untrained on held-out text. Some are reconstructed by least
 squares too, on the text of all draws, and measured again. With ``--output``, results are kept in that file as they
 come, and a run that was stopped goes on from it. One process, one thread, about two hours with the defaults; quick
-figures are of the first four layers alone, and compare nothing. The last line is JSON: ``unpruned``, and by criterion
+figures are of the first three layers alone, and compare nothing. The last line is JSON: ``unpruned``, and by criterion
 the ``heldout`` losses of the draws, and those of ``reconstructed`` models.
 """
 
@@ -60,7 +60,7 @@ RECONSTRUCTED = (
     "random",
 )
 QUICKLY = ("activation mean, l2", "reconstruction")
-QUICK_LAYERS = 4  # of the model
+QUICK_LAYERS = 3  # of the model
 
 
 class Bench:

@@ -302,7 +302,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick, place = arguments.quick, decided(arguments.device)
     sizes = [(128256, 1), (128256, 2)] if quick else [(v, tp) for v in (32000, 128256, 256000) for tp in (1, 2)]
-    tokens = 256 if quick else 512
+    tokens = 128 if quick else 512
     if place.is_cuda:
         tokens *= 4
         sizes = [(vocab, world) for vocab, world in sizes if world <= place.count]

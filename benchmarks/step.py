@@ -337,10 +337,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--logits", nargs="+", choices=("whole", "chunks"))
     parser.add_argument("--only", nargs="+", choices=("step", *FORWARD))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="steps that count; 3 with --quick, else 6")
+    parser.add_argument("--steps", type=int, help="steps that count; 2 with --quick, else 6")
     arguments = parser.parse_args(words)
     quick = arguments.quick
-    steps = arguments.steps or (3 if quick else 6)
+    steps = arguments.steps or (2 if quick else 6)
     precisions = arguments.precision or (["32"] if quick else ["32", "bf16-mixed"])
     kinds = arguments.only or (["step", "evaluation"] if quick else ["step", *FORWARD])
     forms = arguments.logits or (["whole"] if quick else ["whole", "chunks"])

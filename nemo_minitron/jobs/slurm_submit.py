@@ -279,8 +279,11 @@ def _experiment(name: str, home: Path) -> Iterator[run.Experiment]:
     quiet()  # nemo_run imports torch
     os.environ["NEMORUN_HOME"] = str(home / "nemo_run")  # read when nemo_run is imported
     import nemo_run as run
+    from nemo_run.run.torchx_backend.schedulers import slurm as scheduler
 
     run.config.set_nemorun_home(str(home / "nemo_run"))
+    # A file in the home of the time of its import, which may have been a directory that is gone.
+    scheduler.SLURM_JOB_DIRS = str(home / "nemo_run" / ".slurm_jobs")
     said, title = io.StringIO(), re.sub(r"[^\w.-]", "-", name) or "pipeline"
     with (
         contextlib.redirect_stdout(said),

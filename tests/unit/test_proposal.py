@@ -100,6 +100,11 @@ def test_two_of_them_are_met_exactly():
         assert shape == model.shape.replace(hidden_size=hidden, ffn_hidden_size=ffn)
 
 
+#: What the demonstration's seven minutes held in float32 on two cores, with the pruned model as its start; in bfloat16,
+#: for which it has steps, they hold more where the processor is faster in it. A proposal counts in float32.
+DEMONSTRATED = 41_984
+
+
 def test_smollm2_gets_what_is_at_par_with_the_demonstration():
     """At its share of the parameters and in its time, a shape of its region and a training like its own."""
     stages = {stage.name: stage for stage in load_pipeline("demo")[1]}
@@ -113,7 +118,7 @@ def test_smollm2_gets_what_is_at_par_with_the_demonstration():
     assert 26 <= ours.num_layers <= 28  # where untrained students lose least (docs/init.md); theirs has 28
     assert 832 <= ours.ffn_hidden_size <= 960
     mine = next(stage for stage in stages_of(plan, request) if isinstance(stage, DistillConfig))
-    assert 0.75 * trained.tokens <= mine.tokens <= 2 * trained.tokens
+    assert 0.75 * DEMONSTRATED <= mine.tokens <= trained.tokens
     assert mine.data.sequence_length == trained.data.sequence_length
     assert mine.lr == pytest.approx(trained.lr, rel=1 / 6)
 

@@ -80,16 +80,16 @@ class CacheConfig(StageConfig):
         ]
 
     def _compact_faults(self) -> list[str]:
-        faults = []
         if self.values != "compact":
             given = {"top_p": self.top_p is not None, "error_bound": self.error_bound != CacheConfig.error_bound}
-            faults += [
+            return [
                 f"{name}={getattr(self, name)}: belongs to values=compact; values={self.values} keeps k tokens of each "
                 "position in their own type. Leave it out, or set values=compact"
                 for name, is_given in given.items()
                 if is_given
             ]
-        elif self.k is None:
+        faults = []
+        if self.k is None:
             faults.append("values=compact: codes the likeliest tokens alone; give k, or another type with k=null")
         if self.top_p is not None and not 0 < self.top_p < 1:
             faults.append(f"top_p={self.top_p}: must be between 0 and 1; null keeps k tokens")

@@ -9,7 +9,20 @@ executor starts it, here or on a cluster::
     recipe = distillation_recipe("runs/pruned", "runs/teacher", "data/*.jsonl", "runs/distilled", tensor=2, devices=8)
     recipe.schedule.lr = 2e-4
     recipe.loss.kind = "top_k"
+    recipe.schedule.logits = "chunks"
     run.run(recipe, executor=run.LocalExecutor(ntasks_per_node=8, launcher="torchrun"))
+
+Half of a training on answers that the student writes itself::
+
+    recipe.on_policy.share = 0.5
+    recipe.on_policy.prompts.path = "data/prompts.jsonl"
+
+Two teachers, of a recipe whose ``teacher`` is None::
+
+    recipe.teachers = [
+        run.Config(TeacherConfig, name="large", model="runs/teacher", weight=0.7),
+        run.Config(TeacherConfig, name="corrected", model="runs/corrected/model", weight=0.3),
+    ]
 """
 
 from __future__ import annotations
@@ -25,10 +38,14 @@ from nemo_minitron.config import (
     DistillConfig,
     IntermediateConfig,
     LossConfig,
+    OnPolicyConfig,
+    OnPolicyPrompts,
     ParallelLayout,
     RuntimeConfig,
+    Sampling,
     Schedule,
     SourceConfig,
+    TeacherConfig,
 )
 from nemo_minitron.errors import ConfigError
 
@@ -53,11 +70,15 @@ def distill(
     resume: bool = True,
     overwrite: bool = False,
     seed: int = 0,
+    teachers: list[TeacherConfig] | None = None,
+    on_policy: OnPolicyConfig | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
 ) -> dict[str, Any]:
     """Distil, on every process that an executor started (as torchrun or Slurm do); what ``minitron distill`` runs.
 
     Args:
-        student, teacher: checkpoints; no teacher where nothing is learnt from one.
+        student, teacher: checkpoints; no teacher where nothing is learnt from one, or with ``teachers``.
         output: directory; gets ``model/``, ``metrics.jsonl`` and the training state.
         data: text.
         parallel: layout of both models, unless the teacher has its own; as many processes must run.
@@ -72,6 +93,9 @@ def distill(
         resume: go on from the last checkpoint in ``output``, under the same settings.
         overwrite: replace what is there.
         seed: of every random generator, and so of the order of repeated passes over the data.
+        teachers: several teachers in place of ``teacher``.
+        on_policy: training on answers that the student writes itself.
+        quantize, group_size: quantization to train the student for, and the columns of a scale of "int4".
 
     Returns:
         The figures of the record, on rank 0.
@@ -100,6 +124,10 @@ def distill(
             resume=resume,
             overwrite=overwrite,
             runtime=RuntimeConfig(seed=seed),
+            teachers=teachers or [],
+            on_policy=on_policy or OnPolicyConfig(),
+            quantize=quantize,
+            group_size=group_size,
             **settings,
         )
     )
@@ -170,4 +198,5 @@ def distillation_recipe(
         loss=run.Config(LossConfig),
         intermediate=run.Config(IntermediateConfig),
         teacher_correction=run.Config(CorrectionConfig),
+        on_policy=run.Config(OnPolicyConfig, prompts=run.Config(OnPolicyPrompts), sampling=run.Config(Sampling)),
     )

@@ -307,7 +307,10 @@ def partials(recipe: Recipe) -> dict[str, run.Partial[Any]]:
         if not isinstance(stage, DistillConfig):
             continue
         schedule = Schedule(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(Schedule)})
-        parts = ("data", "parallel", "loss", "intermediate", "teacher_correction")
+        parts = (
+            "data", "parallel", "loss", "intermediate", "teacher_correction", "teacher_cache", "teacher_placement",
+            "teacher_parallel", "teachers", "on_policy", "quantize", "group_size",
+        )  # fmt: skip
         found[stage.name] = run.Partial(
             distill,
             student=stage.student,

@@ -271,6 +271,7 @@ def _training(name: str, config: StageConfig, models: dict[str, Model | None]) -
         layout=config.parallel,
         recompute="none" if isinstance(config, SftConfig) else config.recompute,
         bytes=4 if config.precision == "32" else 2,  # a cluster's GPUs take bfloat16 for auto
+        chunked=not isinstance(config, SftConfig) and config.logits == "chunks",
     )
 
 

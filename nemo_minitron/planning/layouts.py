@@ -190,6 +190,7 @@ def _memory(training: Training, layout: ParallelLayout, recompute: str, micro_ba
         bytes=training.bytes,
         recompute=recompute,
         micro_batches=micro_batches,
+        chunked=training.chunked,
     )
     return MemoryCost.of(training.student, work, training.teacher).ranks(training.student.shape)
 

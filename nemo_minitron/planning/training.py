@@ -76,6 +76,7 @@ class Training:
         layout: the layout that the recipe asks for.
         recompute: the recomputation that the recipe asks for (:data:`~nemo_minitron.planning.memory.RECOMPUTE`).
         bytes: of a weight: 2 in bf16 training, 4 in fp32.
+        chunked: output layer and loss go over chunks of tokens, so that logits are never whole.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Training:
     layout: ParallelLayout
     recompute: str = "none"
     bytes: int = 2
+    chunked: bool = False
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,8 +1,8 @@
 """Where a distillation runs: layout, micro-batch, recomputation and time of a step.
 
 On GPUs these are what the planner finds fastest (:mod:`nemo_minitron.planning.layouts`), over all micro-batches that
-divide the batch. Processors run one process, whose micro-batch is what its memory holds, up to the few sequences beyond
-which a processor gains nothing.
+divide the batch; with whole logits if any layout holds them, else in chunks. Processors run one process, whose
+micro-batch is what its memory holds, up to the few sequences beyond which a processor gains nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from nemo_minitron.config import ParallelLayout
+from nemo_minitron.config import LOGITS, ClusterConfig, ParallelLayout
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.planning import MemoryCost, Model, Training, Workload, best_layout, layout_costs
 from nemo_minitron.proposal.machine import CORE_FLOPS, Machine
@@ -33,6 +33,7 @@ class Placed:
         layout: parallel sizes.
         micro_batch_size: sequences of a pass.
         recompute: of the backward pass.
+        logits: "whole", or "chunks" where whole logits fit in no layout.
         seconds: of a step.
         memory: bytes of the fullest rank.
         considered: number of layouts that were compared.
@@ -44,6 +45,7 @@ class Placed:
     seconds: float
     memory: float
     considered: int = 1
+    logits: str = "whole"
 
 
 def place(training: Training, machine: Machine) -> Placed:
@@ -59,21 +61,28 @@ def place(training: Training, machine: Machine) -> Placed:
     if machine.cluster is None:
         size = fitting_micro_batch(training, machine)
         return Placed(ParallelLayout(), size, "none", step_seconds(training, machine, size), _host(training, size))
-    chosen: Placed | None = None
     least = float("inf")
-    whole = dataclasses.replace(training, layout=ParallelLayout())
-    for size in (n for n in _powers(whole.global_batch_size) if whole.global_batch_size % n == 0):
-        costs = layout_costs(dataclasses.replace(whole, micro_batch_size=size), machine.cluster)
-        least = min([least, *(cost.fullest.total for cost in costs)])
-        best = best_layout(costs)
-        if best is None:
-            continue
-        if chosen is None or best.step_seconds < chosen.seconds:
-            chosen = Placed(best.layout, size, best.recompute, best.step_seconds, best.fullest.total, len(costs))
-    if chosen is not None:
-        return chosen
+    for logits in LOGITS:
+        chosen, leanest = _fastest(dataclasses.replace(training, chunked=logits == "chunks"), machine.cluster)
+        if chosen is not None:
+            return dataclasses.replace(chosen, logits=logits)
+        least = min(least, leanest)
     need = f"the leanest layout needs {least / 2**30:.0f} GiB a GPU" if least < float("inf") else "no layout divides it"
     raise ConfigError(f"{machine.title}: holds no distillation of this model ({need}); give more GPUs or a larger kind")
+
+
+def _fastest(training: Training, cluster: ClusterConfig) -> tuple[Placed | None, float]:
+    """The fastest layout that fits, over all micro-batches; and the bytes of a GPU of the leanest."""
+    chosen: Placed | None = None
+    least = float("inf")
+    free = dataclasses.replace(training, layout=ParallelLayout())
+    for size in (n for n in _powers(free.global_batch_size) if free.global_batch_size % n == 0):
+        costs = layout_costs(dataclasses.replace(free, micro_batch_size=size), cluster)
+        least = min([least, *(cost.fullest.total for cost in costs)])
+        best = best_layout(costs)
+        if best is not None and (chosen is None or best.step_seconds < chosen.seconds):
+            chosen = Placed(best.layout, size, best.recompute, best.step_seconds, best.fullest.total, len(costs))
+    return chosen, least
 
 
 def fitting_micro_batch(training: Training, machine: Machine) -> int:

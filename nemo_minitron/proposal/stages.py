@@ -326,6 +326,10 @@ def _training_settings(plan: Plan, placed: Placed, minutes: float | None) -> dic
         stage["precision"] = "bf16-mixed"
         if placed.recompute != "none":
             stage["recompute"] = Choice(placed.recompute, "Or else the activations do not fit.")
+        if placed.logits != "whole":
+            vocabulary = max(plan.student.shape.vocab_size, plan.teacher.shape.vocab_size)
+            why = f"No layout holds all logits of a micro-batch: {vocabulary:,} numbers for each token of each model."
+            stage["logits"] = Choice(placed.logits, why)
     if layout := settings(placed.layout):
         why = f"The fastest of {placed.considered} layouts that the planner compares on {plan.machine.title}."
         stage["parallel"] = Choice(layout, why)

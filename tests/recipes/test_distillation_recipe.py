@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import fiddle as fdl
 import nemo_run as run
 import pytest
 from nemo_minitron.recipes.distillation import distillation_recipe
+from rich.console import Console
 from support.checkpoints import tiny_checkpoint
 
-from nemo_minitron.config import ParallelLayout
+from nemo_minitron.cli.dry_run import show_plans
+from nemo_minitron.config import DistillConfig, ParallelLayout, TeacherConfig
 from nemo_minitron.errors import ConfigError
 
 
@@ -76,15 +80,82 @@ def test_every_fault_of_a_recipe_is_named(tmp_path, monkeypatch):
     assert sorted(error.value.faults) == ["loss.temperature=0.0: must be above 0", "min_lr=1.0: lies above lr=0.0001"]
 
 
+def models_and_text(folder: Path) -> None:
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 16}
+    tiny_checkpoint(folder / "teacher", num_hidden_layers=3, seed=1, **sizes)
+    tiny_checkpoint(folder / "student", num_hidden_layers=2, seed=2, **sizes)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    texts = [" ".join(words[(i * j) % 10] for j in range(1, 30)) + f" {i}" for i in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def answers(recipe: run.Partial) -> None:
+    recipe.on_policy.share, recipe.on_policy.template = 0.5, "none"
+    recipe.on_policy.prompts.texts, recipe.on_policy.sampling.max_new_tokens = ["one two"], 4
+
+
+def teachers(recipe: run.Partial) -> None:
+    path, recipe.teacher = recipe.teacher, None
+    recipe.teachers = [
+        run.Config(TeacherConfig, name="large", model=path, weight=3.0),
+        run.Config(TeacherConfig, name="small", model=recipe.student, placement="own_layout",
+                   parallel=run.Config(ParallelLayout, tensor=2)),
+    ]  # fmt: skip
+
+
+def chunks(recipe: run.Partial) -> None:
+    recipe.schedule.logits = "chunks"
+
+
+def rounded(recipe: run.Partial) -> None:
+    recipe.quantize, recipe.group_size = "int4", 8
+
+
+SETTINGS: dict[Callable[[run.Partial], None], dict[str, object]] = {
+    answers: {"on_policy.share": 0.5, "on_policy.prompts.texts": ["one two"], "on_policy.sampling.max_new_tokens": 4},
+    teachers: {"teacher": None, "teachers.0.weight": 3.0, "teachers.1.parallel.tensor": 2},
+    chunks: {"logits": "chunks"},
+    rounded: {"quantize": "int4", "group_size": 8},
+}
+
+
+def value_of(config: object, path: str) -> object:
+    for name in path.split("."):
+        config = config[int(name)] if isinstance(config, list) else getattr(config, name)
+    return config
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    models_and_text(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", SETTINGS, ids=lambda change: change.__name__)
+def test_further_settings_reach_the_stage(change, models, monkeypatch):
+    """Through the text that is shipped; and the stage's dry run has no fault."""
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    from nemo_minitron.jobs import in_place
+
+    started: list[DistillConfig] = []
+    monkeypatch.setattr(in_place, "run_in_place", lambda config: started.append(in_place.checked(config)))
+    recipe = tiny(models)
+    change(recipe)
+    shipped = ZlibJSONSerializer()
+    fdl.build(shipped.deserialize(shipped.serialize(recipe)))()
+    (config,) = started
+    assert {path: value_of(config, path) for path in SETTINGS[change]} == SETTINGS[change]
+    out = io.StringIO()
+    show_plans(started, Console(file=out, width=120), "recipe")
+    assert "distill" in out.getvalue()
+
+
 @pytest.mark.slow
 def test_a_recipe_runs_under_a_local_executor(tmp_path):
     """Two processes, a pipeline stage each, and one of the teacher's; through nemo_run's own torchrun launcher."""
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 16}
-    tiny_checkpoint(tmp_path / "teacher", num_hidden_layers=3, seed=1, **sizes)
-    tiny_checkpoint(tmp_path / "student", num_hidden_layers=2, seed=2, **sizes)
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    texts = [" ".join(words[(i * j) % 10] for j in range(1, 30)) + f" {i}" for i in range(40)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    models_and_text(tmp_path)
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
     recipe = tiny(tmp_path)

@@ -114,6 +114,40 @@ def test_nemo_run(name):
         assert (partial.student, partial.teacher, partial.output) == (stage.student, stage.teacher, stage.output)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["logits=chunks", "quantize=int4", "group_size=64"], ("quantize", "group_size")),
+        (["on_policy.share=0.5", "on_policy.prompts.texts=[Why]", "on_policy.sampling.greedy=true"], ("on_policy",)),
+        (
+            [
+                "teacher=null",
+                "teachers=[{name: a, model: a, weight: 2}, {name: b, model: b, placement: own_layout, "
+                "parallel: {tensor: 8, data: 32}}]",
+            ],
+            ("teachers",),
+        ),
+        (["teacher_placement=own_ranks", "teacher_parallel.tensor=8"], ("teacher_placement", "teacher_parallel")),
+        (["teacher=null", "teacher_cache=logits"], ("teacher_cache",)),
+    ],
+)
+def test_nemo_run_with_further_settings(overrides, parts):
+    """The partials have what the recipe's distillation is changed to."""
+    import dataclasses
+
+    import fiddle as fdl
+    from nemo_minitron.recipes.published import partials
+
+    recipe = load_recipe("llama-31-minitron-4b-width")
+    stages = read_subject(recipe.name, [f"stages.distilled.{override}" for override in overrides]).stages
+    stage = next(one for one in stages if one.name == "distilled")
+    built = fdl.build(partials(dataclasses.replace(recipe, stages=stages))["distilled"]).keywords
+    assert [built[part] for part in parts] == [getattr(stage, part) for part in parts]
+    default = DistillConfig()
+    assert all(getattr(stage, part) != getattr(default, part) for part in parts)
+    assert (built["schedule"].logits, built["teacher"]) == (stage.logits, stage.teacher)
+
+
 @pytest.mark.slow
 def test_every_rank_on_the_meta_device_and_the_export():
     """Megatron's own models, at the real layout, rank by rank; and transformers' from the exported configuration."""

@@ -127,6 +127,25 @@ def test_traffic_of_a_step():
     assert set(alone.sent.values()) == {0.0}
 
 
+def test_logits_in_chunks():
+    """Of 4,096 tokens and 131,072 columns: a chunk's logits and the gradients in place of all logits."""
+    student, teacher = (Model(model.shape.replace(vocab_size=131072)) for model in (STUDENT, TEACHER))
+    whole = training(student=student, teacher=teacher, micro_batch_size=32, layout=ParallelLayout())
+    before, after = (
+        layout_cost(dataclasses.replace(whole, chunked=chunked), whole.layout, "none", CLUSTER).fullest
+        for chunked in (False, True)
+    )
+    gradients = 131072 * 512 * (4 + 2) + 4096 * 512 * 2
+    assert before.activations - after.activations == 2 * 2 * 4096 * 131072 - (2 * 256 * 2**20 + gradients)
+    assert dataclasses.replace(after, activations=before.activations) == before
+    stages = "stages.distilled.logits=chunks", "stages.corrected.logits=chunks"
+    for overrides in ([], stages[:1], stages):
+        found, _ = trainings_of(read_subject("llama-31-minitron-4b-width", list(overrides)))
+        assert {one.name: one.chunked for one in found} == {
+            "distilled": len(overrides) > 0, "corrected": len(overrides) > 1,
+        }  # fmt: skip
+
+
 def test_context_parallelism_divides_tokens():
     """Half of the tokens, and of all that depends on them; the ring of keys and values is new."""
     half = ParallelLayout(2, 2, 4, context=2)

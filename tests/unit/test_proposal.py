@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -308,6 +309,27 @@ def test_a_cluster_runs_what_the_planner_finds_fastest():
     assert distilled.precision == "bf16-mixed"
     with pytest.raises(ConfigError, match="holds no distillation"):
         place(_training(plan.student, NEMOTRON_4_15B, plan.amount), parse_cluster("a100:1"))
+
+
+def test_logits_go_in_chunks_where_no_layout_holds_them_whole():
+    """A vocabulary of 262,144 tokens; the memory of a GPU lies above, between and below what the two forms need."""
+    shape = ModelShape(18, 640, 2048, 4, 4, 160, 262_144, tied_embeddings=True)
+    model, machine = Model(shape, Architecture(max_position_embeddings=4096)), parse_cluster("h100:1")
+    needs: dict[int, str] = {}
+    for gib in (5, 6, 8, 9):
+        small = dataclasses.replace(machine, cluster=dataclasses.replace(machine.cluster, memory_gib=gib))
+        try:
+            plan, request = made(model, small, tokens=1e7)
+        except ConfigError:
+            needs[gib] = "none"
+            continue
+        needs[gib] = plan.placed.logits
+        distilled = next(stage for stage in stages_of(plan, request) if isinstance(stage, DistillConfig))
+        assert distilled.logits == plan.placed.logits
+        reason = "No layout holds all logits of a micro-batch: 262,144 numbers for each token of each model."
+        words = " ".join(yaml_text(*pipeline(plan, request)).replace("#", " ").split())
+        assert (reason in words) == (plan.placed.logits == "chunks")
+    assert needs == {5: "none", 6: "chunks", 8: "chunks", 9: "whole"}
 
 
 def test_clusters_by_name():

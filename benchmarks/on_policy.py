@@ -1,6 +1,6 @@
 """Distillation on the student's own answers, on the teacher's answers, and fine-tuning on these, over two seeds.
 
-    python benchmarks/on_policy.py [--quick] [--minutes N] [--steps N] [--output DIR]
+    python benchmarks/on_policy.py [--quick] [--minutes N] [--steps N] [--threads N] [--output DIR]
 
 The teacher is SmolLM2-135M-Instruct, the student has the shape of the demonstration's (28 layers, 832 neurons), pruned
 and reconstructed. The prompts are those of the conversations of ``llamafactory-sft`` that are short enough; a tenth of
@@ -13,7 +13,9 @@ them is held out. The teacher answers all of them once. The arms start from the 
 
 Measured on held-out prompts: forward and reverse KL of teacher and student over the tokens of the student's own answers
 (``own_kl``, ``own_reverse_kl``), loss and KL on the teacher's answers (``loss``, ``kl``), nats a token; tokens of the
-student's answers, steps, and seconds of the training. Everything is made by the suite's own stages under ``--output``:
+student's answers; the shares of instructions and of prompts of the offline IFEval that its greedy answers follow
+strictly (``instructions``, ``instruction_prompts``; the first 100 prompts, answers of up to 128 tokens; the teacher's
+under ``teacher``); steps, and seconds of the training. Everything is made by the suite's own stages under ``--output``:
 a run that was stopped goes on. After ``--minutes`` in all, those of earlier runs included, the work under way is told
 to save and stop, and what was made is shown. The last line is JSON.
 """
@@ -42,6 +44,8 @@ ARMS: dict[str, tuple[dict[str, Any], float]] = {
 }
 LONG = ("sft", "kl")
 QUICK = ("kl", "own")
+INSTRUCTED, INSTRUCTED_TOKENS = 100, 128
+"""Prompts of the offline IFEval, and tokens of an answer."""
 
 
 def write_prompts(given: argparse.Namespace) -> None:
@@ -135,7 +139,7 @@ def arm(given: argparse.Namespace, name: str, seed: int, steps: int) -> dict[str
             "cache_dir": given.cache_dir,
             "seed": seed,
         },
-        "runtime": {"seed": seed, "timeout_minutes": 60},
+        "runtime": {"seed": seed, "timeout_minutes": 60, "threads": given.threads},
         "steps": steps,
         "micro_batch_size": 2,
         "global_batch_size": 2 if given.quick else 4,
@@ -193,6 +197,7 @@ class Judge:
         self.vocabulary = checkpoint.shape.vocab_size
         tokenizer = load_tokenizer(checkpoint.tokenizer)
         template = choose_template(tokenizer, TEMPLATE)
+        self.tokenizer, self.template = tokenizer, template
         self.ends = (*end_ids(tokenizer, template), *checkpoint.architecture.end_tokens)
         answered = read_chats(str(given.output / "held_out_answers/answers.jsonl"))
         self.prompts = [prompt_ids(chat.prompt, tokenizer, template) for chat in answered]
@@ -230,6 +235,32 @@ class Judge:
             count += len(text) - len(prompt)
         return {name: value / count for name, value in sums.items()}
 
+    def instructions(self, model: list[Any]) -> dict[str, float]:
+        """The shares of instructions and of prompts of the offline IFEval that greedy answers follow strictly."""
+        from nemo_minitron.data.chat.turns import Message
+        from nemo_minitron.data.chat.templates import prompt_ids
+        from nemo_minitron.evaluation.packs import build_task
+        from nemo_minitron.generation import Sampling, generate_tokens
+
+        task = build_task("ifeval_offline", self.given.cache_dir)
+        documents = list(task.test_docs())[:INSTRUCTED]
+        prompts = [
+            prompt_ids([Message("user", task.doc_to_text(document))], self.tokenizer, self.template)
+            for document in documents
+        ]
+        answers = generate_tokens(
+            model, self.groups, prompts, sampling=Sampling(max_new_tokens=INSTRUCTED_TOKENS, greedy=True), seed=11,
+            ends=self.ends, vocab_size=self.vocabulary, batch_size=50,
+        )  # fmt: skip
+        followed: list[bool] = []
+        whole = 0
+        for document, answer in zip(documents, answers, strict=True):
+            text = self.tokenizer.decode([token for token in answer.tokens if token not in self.ends])
+            values = task.process_results(document, [text])
+            followed += values["inst_level_strict_acc"]
+            whole += values["prompt_level_strict_acc"]
+        return {"instructions": sum(followed) / len(followed), "instruction_prompts": whole / len(documents)}
+
     def __call__(self, path: str) -> dict[str, float]:
         """What is measured of a student."""
         from nemo_minitron.generation import Sampling, generate_tokens
@@ -248,6 +279,7 @@ class Judge:
             "kl": given["kl"],
             "loss": given["loss"],
             "answer_tokens": tokens,
+            **({} if self.given.quick else self.instructions(student)),
         }
 
 
@@ -263,20 +295,26 @@ def measured(given: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     judge = Judge(given) if any(f"{name}-{seed}" not in kept.found for name, seed in done) else None
     if judge is not None and not given.quick:
         kept("start", lambda: judge("student"))
+        kept("teacher", lambda: judge.instructions(judge.teacher))
     for (name, seed), (steps, seconds) in done.items():
         values = kept(f"{name}-{seed}", lambda n=name, s=seed: judge(f"{s}/{n}/model") if judge else {})
         found.setdefault(name, {})[str(seed)] = {**values, "steps": steps, "seconds": round(seconds, 1)}
-    return {"start": kept.found.get("start"), **found}
+    return {"start": kept.found.get("start"), "teacher": kept.found.get("teacher"), **found}
 
 
 def table(found: dict[str, Any]) -> str:
     """Each arm by seed."""
-    columns = ("own_kl", "own_reverse_kl", "kl", "loss", "answer_tokens", "steps", "seconds")
+    columns = (
+        "own_kl", "own_reverse_kl", "kl", "loss", "answer_tokens", "instructions", "instruction_prompts", "steps",
+        "seconds",
+    )  # fmt: skip
     rows = [f"| arm | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, seeds in found.items():
-        if name == "start":
+        if name in ("start", "teacher"):
             continue
-        cells = [", ".join(f"{values[column]:.4g}" for values in seeds.values()) for column in columns]
+        cells = [
+            ", ".join(f"{values[column]:.4g}" for values in seeds.values() if column in values) for column in columns
+        ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -287,6 +325,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two arms, one seed, two steps, four layers")
     parser.add_argument("--minutes", type=float, default=90.0, help="at most, all runs with this --output together")
     parser.add_argument("--steps", type=int, default=64, help="of four sequences")
+    parser.add_argument("--threads", type=int, help="of a training; those of the machine by default")
     parser.add_argument("--output", type=Path, default=Path("runs/on-policy"))
     parser.add_argument("--cache-dir", default=".cache/minitron")
     given = parser.parse_args()

@@ -125,7 +125,7 @@ def distillations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                             "lr": 1.0e-3 if start == "random" else 2.0e-4,
                             "min_lr": 2.0e-5,
                             "warmup_steps": min(4, steps // 2),
-                            "validate_every": max(steps // 8, 1),
+                            "validate_every": max(steps // 8, min(8, steps // 2)),  # a validation costs some ten steps
                             "validation_batches": 1 if arguments.quick else 8,
                             "save_every": 1_000_000,
                         }

@@ -237,8 +237,8 @@ class Judge:
 
     def instructions(self, model: list[Any]) -> dict[str, float]:
         """The shares of instructions and of prompts of the offline IFEval that greedy answers follow strictly."""
-        from nemo_minitron.data.chat.turns import Message
         from nemo_minitron.data.chat.templates import prompt_ids
+        from nemo_minitron.data.chat.turns import Message
         from nemo_minitron.evaluation.packs import build_task
         from nemo_minitron.generation import Sampling, generate_tokens
 

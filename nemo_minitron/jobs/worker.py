@@ -44,11 +44,20 @@ def set_up(config: StageConfig) -> None:
 
     from nemo_minitron.runtime import cpu
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(_threads(config))
     cpu.prepare(config.runtime.device)
     random.seed(config.runtime.seed)
     np.random.seed(config.runtime.seed % 2**32)
     torch.manual_seed(config.runtime.seed)
+
+
+def _threads(config: StageConfig) -> int:
+    """What the configuration says, else the launcher's variable, else this machine's cores shared by its processes."""
+    if config.runtime.threads is not None:
+        return config.runtime.threads
+    if (variable := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(variable) > 0:
+        return int(variable)
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def execute(stage: str, folder: Path, part: str | None = None, *, rank: int = 0) -> dict[str, Any]:

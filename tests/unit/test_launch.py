@@ -124,6 +124,25 @@ def test_a_process_is_set_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("threads", "variable", "local", "expected"),
+    [(3, "1", "1", 3), (None, "2", "1", 2), (None, None, "1", 5), (None, None, "2", 2), (None, None, "8", 1)],
+)
+def test_threads_where_another_launcher_started_the_process(tmp_path, monkeypatch, threads, variable, local, expected):
+    """What is configured, else the launcher's variable, else the cores shared: one thread each was slow."""
+    from nemo_minitron.jobs.worker import set_up
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    counts = []
+    monkeypatch.setattr("torch.set_num_threads", counts.append)
+    set_up(ExportConfig(output=str(tmp_path), model="m", runtime=RuntimeConfig(threads=threads)))
+    assert counts == [expected]
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("REAL_SET_UP", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

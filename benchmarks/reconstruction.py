@@ -92,7 +92,7 @@ def preparation(arguments: argparse.Namespace, method: str = "least_squares") ->
                 "model": f"${{output}}/{shape}-{pruned}",
                 "teacher": "${output}/teacher",
                 "method": method,
-                "samples": 16 if quick else arguments.samples,
+                "samples": 40 if quick else arguments.samples,
                 "held_out_samples": 8 if quick else 24,
                 "outside": [] if quick else sources(OUTSIDE),
                 **common,

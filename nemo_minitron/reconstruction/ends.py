@@ -49,7 +49,8 @@ def fit_output(
     whole = (whole if vocabulary is None else whole.index_select(0, vocabulary)).to(device)
     own = student.weights.tensor(name).to(device)
     if shape.tied_embeddings:
-        mapped = [_scale_problem(part, own, whole) for part in sums]
+        products = _products(own, whole)
+        mapped = [_scale_problem(part, *products) for part in sums]
         start = torch.ones(1, len(kept.hidden), dtype=torch.float64, device=device)
         fit = solve(start, mapped[0], mapped[1], ridges=ridges)
         report = MatrixReport(_NORM, fit.ridge, fit.before, fit.after, fit.short)
@@ -69,19 +70,43 @@ def _by_rows(own: torch.Tensor, whole: torch.Tensor, sums: list[Any], ridges: Se
     return solve(own, fitted, held, ridges=ridges)
 
 
-def _scale_problem(sums: Sums, own: torch.Tensor, whole: torch.Tensor) -> Sums:
+def _products(own: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``E' E``, ``E' E_T`` and ``E_T' E_T`` in float64, rows of the vocabulary less their mean, some rows at a time.
+
+    The mean adds a constant to all logits of a token.
+    """
+    means = [torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device) for matrix in (own, whole)]
+    for mean, matrix in zip(means, (own, whole), strict=True):
+        for part in matrix.split(_ROWS):
+            mean += part.sum(0, dtype=torch.float64)
+        mean /= len(matrix)
+    same = own.shape == whole.shape and torch.equal(own, whole)  # where no hidden channel went
+    sizes = own.shape[1], whole.shape[1]
+    ours, cross, theirs = (means[0].new_zeros(*size) for size in ((sizes[0],) * 2, sizes, (sizes[1],) * 2))
+    for a, b in zip(own.split(_ROWS), whole.split(_ROWS), strict=True):
+        centred = a.double() - means[0]
+        ours += centred.T @ centred
+        if not same:
+            other = b.double() - means[1]
+            cross += centred.T @ other
+            theirs += other.T @ other
+    return (ours, ours, ours) if same else (ours, cross, theirs)
+
+
+def _scale_problem(sums: Sums, ours: torch.Tensor, cross: torch.Tensor, theirs: torch.Tensor) -> Sums:
     """The problem of a scale of each channel, as one of a matrix with a single row.
 
     With the logits ``z = E_T y`` and ``E (f * u)`` the error is quadratic in the factors ``f``: its matrix is
-    ``(sum u u') * (E' E)``, elementwise, and its vector the row sums of ``(sum u y') * (E' E_T)``. Rows of the
-    vocabulary are taken less their mean, which adds a constant to all logits.
+    ``(sum u u') * (E' E)``, elementwise, and its vector the row sums of ``(sum u y') * (E' E_T)``.
+
+    Args:
+        sums: of the normalised states ``u`` and ``y``.
+        ours, cross, theirs: what :func:`_products` gives.
     """
-    ours, theirs = own.double(), whole.double()
-    ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
     return Sums.of(
-        sums.gram * (ours.T @ ours),
-        (sums.cross.T * (ours.T @ theirs)).sum(1)[None],
-        ((theirs.T @ theirs) * sums.power).sum(),
+        sums.gram * ours,
+        (sums.cross.T * cross).sum(1)[None],
+        (theirs * sums.power).sum(),
         sums.tokens,
     )
 

@@ -125,3 +125,16 @@ def test_few_tokens_that_are_not_finite_or_none_leave_the_matrix():
         for part in both:
             part.add(tokens, torch.ones(len(tokens), 5))
         assert few_tokens.solve(weight, *both).ridge is None
+
+
+@pytest.mark.parametrize("hidden", [5, 3])
+def test_products_of_the_vocabularys_rows(monkeypatch, hidden):
+    """Some rows at a time, with and without hidden channels that went: as of the whole matrices."""
+    from nemo_minitron.reconstruction import ends
+
+    monkeypatch.setattr(ends, "_ROWS", 4)
+    whole = torch.randn(11, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    own = whole[:, :hidden].contiguous()
+    a, b = (matrix.double() - matrix.double().mean(0) for matrix in (own, whole))
+    for product, expected in zip(ends._products(own, whole), (a.T @ a, a.T @ b, b.T @ b), strict=True):
+        torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-12)

@@ -46,6 +46,8 @@ def translate() -> tuple[int, int]:
         "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + step % 20000),
         "TORCHELASTIC_RUN_ID": env["SLURM_JOB_ID"],
     }
+    if cpus := env.get("SLURM_CPUS_PER_TASK"):
+        env.setdefault("OMP_NUM_THREADS", cpus)
     hide_launchers()  # the libraries below would see a cluster of their own
     env.update(ranks)
     return rank, world

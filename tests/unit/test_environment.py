@@ -59,7 +59,7 @@ def test_lightning_sees_no_slurm_where_srun_started_nothing(monkeypatch: pytest.
 
 @pytest.mark.slow  # imports torch
 def test_a_rank_that_srun_started_is_told_as_torchrun_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in OTHERS:
+    for name in (*OTHERS, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -71,6 +71,7 @@ def test_a_rank_that_srun_started_is_told_as_torchrun_would(monkeypatch: pytest.
     assert {name for name in found if name in SLURM} == KEPT
     expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"}
     assert {name: found[name] for name in expected} == expected
+    assert found["OMP_NUM_THREADS"] == "2", "the cores of a task, which may be bound to them"
     first = dict(found)["MASTER_PORT"]
     with monkeypatch.context() as inner:
         inner.setattr(os, "environ", {**os.environ, "SLURM_RESTART_COUNT": "2"})

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from nemo_minitron.jobs import slurm_environment
 from nemo_minitron.jobs.atomic import MARKER, check_output
 from nemo_minitron.jobs.contents import SMALL, damaged, missing
 from nemo_minitron.jobs.differences import differences
-from nemo_minitron.jobs.lease import check_held, leased
+from nemo_minitron.jobs.lease import check_held, holder_of, leased
 from nemo_minitron.jobs.precision import automatic, settle, taken, values_here, with_values
 from nemo_minitron.jobs.records import (
     hashed_settings,
@@ -263,8 +263,17 @@ class Output:
     # A run of the stage
 
     def done_record(self) -> dict[str, Any] | None:
-        """The record of an output that is done, which needs no lease: it may lie where nothing can be written."""
-        return self.record() if self.state()[0] == "done" else None
+        """The record of an output that is done, which needs no lease: it may lie where nothing can be written.
+
+        What a process left that was killed before it gave its lease back is cleared away, where that can be.
+        """
+        if self.state()[0] != "done":
+            return None
+        held = holder_of(self._lease)
+        if held is not None and not held[1]:
+            with suppress(ConfigError), self.leased():  # nothing can be written, or another process is faster
+                pass
+        return self.record()
 
     @contextmanager
     def leased(self) -> Iterator[None]:

@@ -214,6 +214,20 @@ def test_a_done_stage_is_kept_where_nothing_can_be_written(tmp_path, monkeypatch
         run_child(dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, seed=7)))
 
 
+def test_the_lease_of_who_was_killed_after_the_end_does_not_stay(tmp_path):
+    config = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
+    Path(config.output).mkdir()
+    Output(config).finish({}, 1.0)
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    path = tmp_path / "logs" / "out.lease"
+    write(path)  # of this process, which lives
+    assert run_child(config)["stage"] == "prune"
+    assert path.exists()
+    write(path, born=1.0)
+    assert run_child(config)["stage"] == "prune"
+    assert not path.exists()
+
+
 def test_an_old_output_that_a_kill_left_aside_comes_back(tmp_path):
     config = PruneConfig(name="p", output=str(tmp_path / "out"), model="teacher")
     aside = tmp_path / ".out.replaced.otherhost.77"

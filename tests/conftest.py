@@ -50,8 +50,8 @@ def _loggers() -> None:
             logger._cache.clear()  # type: ignore[attr-defined]
 
 
-#: Tests of how processes start, each as a user starts it.
-_COLD = ("test_cli", "test_launch_outputs", "test_slurm", "test_wheel")
+#: Tests of how processes start, each as a user starts it; and of fake stages, for which the parents' imports are waste.
+_COLD = ("test_cli", "test_launch_outputs", "test_slurm", "test_status", "test_wheel")
 
 
 @pytest.fixture(autouse=True)

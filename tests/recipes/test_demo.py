@@ -22,7 +22,10 @@ def test_quick_demo(tmp_path: Path) -> None:
     transformers generates with the result.
     """
     run = tmp_path / "demo"
-    command = [sys.executable, "-m", "nemo_minitron", "run", str(ROOT / "configs/demo-quick.yaml"), f"output={run}"]
+    command = [
+        sys.executable, "-m", "nemo_minitron", "run", str(ROOT / "configs/demo-quick.yaml"), f"output={run}",
+        "defaults.runtime.threads=1",  # other tests have the other cores
+    ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -92,7 +92,7 @@ def preparation(arguments: argparse.Namespace, method: str = "least_squares") ->
                 "model": f"${{output}}/{shape}-{pruned}",
                 "teacher": "${output}/teacher",
                 "method": method,
-                "samples": 40 if quick else arguments.samples,
+                "samples": 16 if quick else arguments.samples,
                 "held_out_samples": 8 if quick else 24,
                 "outside": [] if quick else sources(OUTSIDE),
                 **common,
@@ -258,17 +258,21 @@ def tables(losses: dict[str, Any], found: dict[str, list[list[float]]], others: 
 
 
 def plot(found: dict[str, list[list[float]]], losses: dict[str, Any], path: Path) -> None:
-    """Held-out loss against tokens, of each shape by its start; the seeds as separate lines."""
+    """Held-out loss against tokens, of each shape by its start, seeds as separate lines; the random start apart."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     shapes = [shape for shape in SHAPES if any(name.startswith(f"{shape}-") for name in found)] or list(losses)
-    figure, frames = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 3.6), layout="constrained", squeeze=False)
+    figure, frames = plt.subplots(
+        2, len(shapes), figsize=(5 * len(shapes), 4.6), layout="constrained", squeeze=False, sharex=True,
+        height_ratios=(1, 2.5),
+    )  # fmt: skip
     colours = dict(zip(STARTS, ("tab:gray", "tab:orange", "tab:green"), strict=True))
-    for frame, shape in zip(frames[0], shapes, strict=True):
+    for (above, below), shape in zip(frames.T, shapes, strict=True):
         for start in STARTS:
+            frame = above if start == "random" else below
             ends: dict[str, list[tuple[int, float]]] = {}
             for name, points in found.items():
                 if name.startswith(f"{shape}-{start}-"):
@@ -276,12 +280,18 @@ def plot(found: dict[str, list[list[float]]], losses: dict[str, Any], path: Path
                     ends.setdefault(seed, []).append((int(tokens), points[-1][1]))
             for seed, points_of in ends.items():
                 xs, ys = zip(*sorted(points_of), strict=True)
-                label = start if seed == min(ends) else None
+                label = f"{start} start" if seed == min(ends) else None
                 frame.plot(xs, ys, marker="o", markersize=4, color=colours[start], label=label)
-        frame.set(title=shape, xlabel="tokens of distillation", xscale="log")
-        frame.grid(alpha=0.3)
-    frames[0][0].set_ylabel("held-out loss, nats a token")
-    frames[0][0].legend()
+                frame.set_xscale("log")
+                frame.set_xticks(xs, [f"{x:,}" for x in xs], minor=False)
+                frame.set_xticks([], minor=True)
+        for frame in (above, below):
+            frame.grid(alpha=0.3)
+            if frame.get_legend_handles_labels()[0]:
+                frame.legend()
+        above.set_title(shape)
+        below.set_xlabel("tokens of distillation")
+    frames[1][0].set_ylabel("held-out loss, nats a token")
     figure.savefig(path, dpi=130)
 
 

@@ -143,6 +143,7 @@ def test_threads_where_another_launcher_started_the_process(tmp_path, monkeypatc
     assert counts == [expected]
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("REAL_SET_UP", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -35,7 +35,7 @@ import psutil
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.results import ATTEMPT_VARIABLE, RankResult, read_results, verdict
 from nemo_minitron.jobs.stalls import StallWatch
-from nemo_minitron.runtime.environment import local_environment
+from nemo_minitron.runtime.environment import local_environment, threads_each
 from nemo_minitron.runtime.stopping import FOLDER_VARIABLE, Relay
 
 __all__ = [
@@ -197,7 +197,7 @@ def launch(
     """
     folder = folder.absolute()
     clear_folder(folder)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    threads = threads or threads_each(world_size)
     command = [sys.executable, "-m", module, *args]
     if world_size > 1:
         command = [sys.executable, "-m", "nemo_minitron.jobs.torchrun", str(world_size), module, *args]

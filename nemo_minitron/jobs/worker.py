@@ -25,7 +25,7 @@ from nemo_minitron.jobs.results import RankResult, failure, save_result
 from nemo_minitron.jobs.skipped import run_module
 from nemo_minitron.runtime import log
 from nemo_minitron.runtime.disk import disk_fault
-from nemo_minitron.runtime.environment import order_kernels
+from nemo_minitron.runtime.environment import order_kernels, threads_each
 from nemo_minitron.runtime.memory import peak_gpu_bytes, peak_rss_bytes
 from nemo_minitron.runtime.waits import limit_waits
 
@@ -57,7 +57,7 @@ def _threads(config: StageConfig) -> int:
         return config.runtime.threads
     if (variable := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(variable) > 0:
         return int(variable)
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return threads_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def execute(stage: str, folder: Path, part: str | None = None, *, rank: int = 0) -> dict[str, Any]:

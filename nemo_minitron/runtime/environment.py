@@ -16,6 +16,7 @@ __all__ = [
     "local_environment",
     "order_kernels",
     "ordered_kernels",
+    "threads_each",
 ]
 
 ORDERED_KERNELS = ("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -33,6 +34,11 @@ _RANKS = re.compile(
     r"|PMI_.*|PMI2?_(RANK|SIZE|FD|PORT)|PMIX_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE|MV2_COMM_WORLD_.*|MPI_LOCAL.*"
     r"|HYDRA_.*|PALS_.*|JSM_.*|FLUX_TASK_.*"
 )
+
+
+def threads_each(processes: int) -> int:
+    """Threads of each of some processes that share the cores that this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:

@@ -30,14 +30,7 @@ from nemo_minitron.alignment.metrics import MetricsLog
 from nemo_minitron.alignment.settings import aligner_settings, check_model, total_steps, vocabulary_rows
 from nemo_minitron.checkpoints import load_into
 from nemo_minitron.checkpoints.base import Checkpoint
-from nemo_minitron.checkpoints.training_state import (
-    check_state,
-    clear_previous,
-    is_whole,
-    keep_previous,
-    seal_state,
-    use_previous,
-)
+from nemo_minitron.checkpoints.training_state import SealedStates, check_state, clear_previous, is_whole, use_previous
 from nemo_minitron.config import AlignmentSchedule
 from nemo_minitron.errors import CheckpointError, PreemptedError
 from nemo_minitron.runtime.device import here
@@ -245,7 +238,7 @@ def open_session(
     return Session(made, trainer, config, kind, groups, state, steps, directory)
 
 
-class _Checkpoints(NeMoModelCheckpoint):
+class _Checkpoints(SealedStates, NeMoModelCheckpoint):
     """NeMo's checkpoint callback; Aligner's trainers use only its saving."""
 
     # Aligner reads its state from the name.
@@ -262,20 +255,6 @@ class _Checkpoints(NeMoModelCheckpoint):
             save_nemo_on_train_end=False,
             save_best_model=False,
         )
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Saved by all ranks when this returns."""
-        super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
-            seal_state(Path(filepath.removesuffix(".ckpt")))
-        # The first rank takes NeMo's marker of an unfinished checkpoint away after the last barrier.
-        trainer.strategy.barrier()
-
-    def _remove_checkpoint(self, trainer: Trainer, filepath: str, override_async: bool = False) -> None:
-        """Called for the checkpoint that a newer one has replaced; it is kept until the training has ended."""
-        if trainer.is_global_zero:
-            keep_previous(Path(filepath.removesuffix(".ckpt")))
-        trainer.strategy.barrier()
 
 
 def _add_checkpoints(trainer: Trainer, directory: Path, model: Checkpoint) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import CheckpointError, first_line
 from nemo_minitron.parsing import parse_json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nemo_minitron.checkpoints.base import Checkpoint
     from nemo_minitron.checkpoints.formats.torch_dist.reader import TorchDist
 
-__all__ = ["check_state", "clear_previous", "is_whole", "keep_previous", "seal_state", "use_previous"]
+__all__ = ["SealedStates", "check_state", "clear_previous", "is_whole", "keep_previous", "seal_state", "use_previous"]
 
 PREVIOUS = "previous"
 _COMMON, _BACKEND, _METADATA = "common.pt", "metadata.json", ".metadata"
@@ -50,6 +50,27 @@ KNOWN_CLASSES = frozenset(
         "typing.Any",
     )
 )
+
+
+class SealedStates:
+    """Before a checkpoint callback of NeMo 2 or NeMo 1 among a class's bases: seals what that saves, and keeps the
+    state that it would remove until the training has ended.
+    """
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        """Saved by all ranks when this returns."""
+        super()._save_checkpoint(trainer, filepath)  # type: ignore[misc]
+        if trainer.is_global_zero:
+            seal_state(Path(filepath.removesuffix(".ckpt")))
+        # The first rank takes NeMo's marker away after the last barrier: a rank that went on to a resume would take
+        # the state for an unfinished one and remove it, one that ended would let the launcher end the first.
+        trainer.strategy.barrier()
+
+    def _remove_checkpoint(self, trainer: Any, filepath: str, override_async: bool = False) -> None:
+        """Called for the checkpoint that a newer one has replaced."""
+        if trainer.is_global_zero:
+            keep_previous(Path(filepath.removesuffix(".ckpt")))
+        trainer.strategy.barrier()
 
 
 def seal_state(checkpoint: Path) -> None:

@@ -10,13 +10,13 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
-from nemo_minitron.checkpoints.training_state import clear_previous, keep_previous, seal_state
+from nemo_minitron.checkpoints.training_state import SealedStates, clear_previous
 from nemo_minitron.distillation.training.outputs import directories, value_of
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(SealedStates, ModelCheckpoint):
     """Keeps the latest training state: saved at each validation, and every ``every`` steps.
 
     The state before it is kept too, in ``previous``, until the training has ended.
@@ -45,21 +45,6 @@ class LastCheckpoint(ModelCheckpoint):
         """The last step is saved after its validation: a training that finds this checkpoint is complete."""
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, *arguments)
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Saved by all ranks when this returns."""
-        super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
-            seal_state(Path(filepath.removesuffix(".ckpt")))
-        # The first rank takes NeMo's marker away after the last barrier: a rank that went on to a resume would take
-        # the state for an unfinished one and remove it, one that ended would let the launcher end the first.
-        trainer.strategy.barrier()
-
-    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
-        """Called for the checkpoint that a newer one has replaced."""
-        if trainer.is_global_zero:
-            keep_previous(Path(filepath.removesuffix(".ckpt")))
-        trainer.strategy.barrier()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A training that came to its end, by steps or time, needs one state; one that was stopped raises instead."""

@@ -1,7 +1,7 @@
 """Evidence that settles orders, on SmolLM2-135M-Instruct: paired differences, their intervals, a verdict a claim.
 
-    python benchmarks/orders.py [--quick] [--minutes N] [--seeds N] [--steps N N N] [--output DIR] [--cache-dir DIR]
-                                [--plots DIR]
+    python benchmarks/orders.py [--quick] [--minutes N] [--seeds N] [--only SEED ...] [--steps N N N] [--output DIR]
+                                [--measured FILE ...] [--cache-dir DIR] [--plots DIR]
 
 Five claims of the Minitron papers (arXiv 2407.14679, 2408.11796), each about two ways at equal tokens:
 
@@ -24,10 +24,11 @@ freedom less than there are seeds. It lies above 0: the claim ``shows``; below: 
 
 The work is made of the suite's own stages under ``--output``, seed by seed, shorter trainings first: a run that was
 stopped goes on where it was. A seed that is measured leaves its results alone, in ``measured.json``; one that is under
-way takes some 30 GiB. After ``--minutes`` in all, those of earlier runs included, it stops, and what can be said by
-then is shown. The last line is JSON: by claim ``estimate``, ``low``, ``high``, ``seeds`` (their means), ``unit`` and
-``verdict``; ``settled`` says, of the pairs of candidates whose interval at the end leaves out 0, how many stood in that
-order before.
+way takes some 30 GiB. Seeds may be run apart (``--only``), on machines of their own: ``--measured`` names the results
+of other runs, and what they have is not trained again. After ``--minutes`` in all, those of earlier runs included, it
+stops, and what can be said by then is shown. The last line is JSON: by claim ``estimate``, ``low``, ``high``, ``seeds``
+(their means), ``unit`` and ``verdict``; ``settled`` says, of the pairs of candidates whose interval at the end leaves
+out 0, how many stood in that order before.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class Measured:
 
     def __init__(self, plan: Plan, arguments: argparse.Namespace) -> None:
         self.plan, self.blocks, self.questions = plan, arguments.held_out, arguments.questions
-        self.kept = Kept(plan.output / "measured.json")
+        self.kept = Kept(plan.output / "measured.json", known=arguments.measured)
 
     def take(self, seed: int) -> bool:
         """Measure the trainings of a seed that have ended; whether they are all there."""
@@ -209,13 +210,15 @@ class Measured:
             shutil.rmtree(training / "checkpoints", ignore_errors=True)
         return self.has_all(seed)
 
+    def has(self, name: str, seed: int) -> bool:
+        """Whether nothing is left to measure of a training."""
+        asked = self.questions > 0 and name in (f"d18-{self.plan.longest}", f"{SCATTERED}-{self.plan.longest}")
+        known = [self.curve(name, seed), self.losses(name, seed), *([self.right(name, seed)] if asked else [])]
+        return None not in known
+
     def has_all(self, seed: int) -> bool:
         """Whether nothing of a seed is left to train or measure."""
-        last = self.plan.longest
-        asked = [] if self.plan.quick or not self.questions else [f"d18-{last}", f"{SCATTERED}-{last}"]
-        return all(self.losses(name, seed) and self.curve(name, seed) for name in self.plan.names(seed)) and all(
-            self.right(name, seed) for name in asked
-        )
+        return all(self.has(name, seed) for name in self.plan.names(seed))
 
     def curve(self, name: str, seed: int) -> list[list[float]] | None:
         """``[tokens, loss]`` of each validation of a training that has ended."""
@@ -436,8 +439,12 @@ def run_seed(plan: Plan, measured: Measured, seed: int, minutes: float) -> int:
     if not plan.quick and not (here / f"{BASE}-random").exists():
         write_random(here, BASE, seed)
     for steps in plan.steps:
-        stages = [stage for stage in plan.trainings(seed) if stage["steps"] == steps]
-        if code := run_part(plan, f"trainings-{seed}-{steps}", stages, minutes):
+        stages = [
+            stage
+            for name, stage in zip(plan.names(seed), plan.trainings(seed), strict=True)
+            if stage["steps"] == steps and not measured.has(name, seed)
+        ]
+        if stages and (code := run_part(plan, f"trainings-{seed}-{steps}", stages, minutes)):
             return code
         measured.take(seed)
     return 0
@@ -448,11 +455,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two candidates of four layers, one seed, 1 and 2 steps")
     parser.add_argument("--minutes", type=float, default=600.0, help="at most, all runs with this --output together")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", type=int, help="of these seeds, those to train now; all by default")
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 40, 160], help="of 512 tokens")
     parser.add_argument("--samples", type=int, default=64, help="calibration samples of 256 tokens")
     parser.add_argument("--held-out", type=int, default=64, help="held-out blocks of 256 tokens of a seed")
     parser.add_argument("--questions", type=int, default=400, help="of next_verse")
     parser.add_argument("--output", type=Path, default=Path("runs/orders"))
+    parser.add_argument("--measured", nargs="*", type=Path, default=[], help="measured.json of runs elsewhere")
     parser.add_argument("--cache-dir", default=".cache/minitron")
     parser.add_argument("--plots", type=Path, help="folder for a figure of each claim")
     arguments = parser.parse_args()
@@ -462,7 +471,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     plan = Plan(arguments)
     measured, code = Measured(plan, arguments), 0
-    for seed in plan.seeds:
+    for seed in plan.seeds if arguments.only is None else arguments.only:
         if measured.has_all(seed):
             continue
         code = run_seed(plan, measured, seed, arguments.minutes)

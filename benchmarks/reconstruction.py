@@ -1,7 +1,8 @@
 """What reconstruction is worth before and after distillation, on SmolLM2-135M-Instruct.
 
-    python benchmarks/reconstruction.py [--quick] [--minutes N] [--shapes NAME ...] [--tokens N ...] [--output DIR]
-                                        [--samples N] [--threads N] [--cache-dir DIR] [--plot FILE]
+    python benchmarks/reconstruction.py [--quick] [--minutes N] [--parts NAME ...] [--shapes NAME ...]
+                                        [--starts NAME ...] [--tokens N ...] [--output DIR] [--samples N]
+                                        [--threads N] [--cache-dir DIR] [--plot FILE]
 
 Four shapes: that of the demonstration (``demo``), one that is cut in every width (``narrow``), 18 whole layers
 (``shallow``), and about half of the parameters (``half``). Each is pruned by the papers' scores, reconstructed by least
@@ -11,8 +12,9 @@ least loss after reconstruction (``score estimator: reconstruction``). Scores, c
 technical prose and the Bible; plays are another kind of text, which they do not see. Two other pruning packages
 (torch-pruning, optipfair) cut the same share of the parameters, where they are installed.
 
-The work is made of the suite's own stages under ``--output``: a run that was stopped goes on where it was. After
-``--minutes`` in all, those of earlier runs included, it stops, and what was made is shown. The last line is JSON:
+The work is made of the suite's own stages under ``--output``: a run that was stopped goes on where it was, and
+``--parts`` runs some of it. After ``--minutes`` in all, those of earlier runs included, it stops, and what was made is
+shown. The last line is JSON:
 ``gap_closed_without_training`` (share of the pruned model's gap to the teacher that reconstruction closes, the smaller
 of ``demo`` and ``narrow``, on held-out text of the calibrated kind), ``gap_closed`` (by shape and method; the gap is
 always that of the units by the papers' scores), ``tokens_to_equal_loss_ratio`` (tokens of
@@ -45,6 +47,7 @@ SHAPES: dict[str, dict[str, int]] = {
 #: Method -> name of the models that it makes.
 NAMES = {"least_squares": "reconstructed", "chosen": "chosen", "block": "block"}
 STARTS = ("pruned", "reconstructed", "random")
+PARTS = ("others", "chosen", "training", "blocks")
 TOKENS = (4096, 16384, 65536)
 SEEDS = (1, 2)
 INSIDE, OUTSIDE = ("technical", "scripture"), ("plays",)
@@ -108,7 +111,7 @@ def distillations(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         steps = tokens // STEP_TOKENS
         for seed in SEEDS[: 1 if arguments.quick else None]:
             for shape in arguments.shapes[: 1 if arguments.quick else None]:
-                for start in STARTS[: 2 if arguments.quick else None]:
+                for start in arguments.starts:
                     stages.append(
                         {
                             "stage": "distill",
@@ -323,7 +326,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, one text, 4,096 tokens of calibration")
     parser.add_argument("--minutes", type=float, default=240.0, help="at most, all runs with this --output together")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="after the preparation")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS), help="of the distillations")
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="of the distillations")
     parser.add_argument("--samples", type=int, default=192, help="calibration samples of 256 tokens")
     parser.add_argument("--threads", type=int, help="of a stage; those of the machine by default")
@@ -333,26 +338,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output = arguments.output.with_name(arguments.output.name + "-quick")
-        arguments.shapes, arguments.tokens = ["demo", "narrow"], [2048]
+        arguments.shapes, arguments.tokens, arguments.starts = ["demo", "narrow"], [2048], ["pruned", "reconstructed"]
+        arguments.parts = ["training"]
     arguments.output.mkdir(parents=True, exist_ok=True)
     output = arguments.output
     code = run_part(arguments, "preparation", preparation(arguments))
     others: dict[str, Any] = {}
-    if code == 0:
-        if not arguments.quick:
-            for shape in arguments.shapes:
-                if not (output / f"{shape}-random").exists():
-                    write_random(output, shape)
-            kept = Kept(output / "others.json")
-            for name in BASELINES:
-                inside, outside = texts(arguments), sources(OUTSIDE)
-                others[name] = kept(name, functools.partial(baseline_losses, name, output, inside, outside))
-            others = {name: row for name, row in others.items() if row is not None}
-        if not arguments.quick:
-            code = run_part(arguments, "chosen", preparation(arguments, "chosen"))
-    if code == 0:
+    if code == 0 and "random" in arguments.starts:
+        for shape in arguments.shapes:
+            if not (output / f"{shape}-random").exists():
+                write_random(output, shape)
+    if code == 0 and "others" in arguments.parts:
+        kept = Kept(output / "others.json")
+        for name in BASELINES:
+            inside, outside = texts(arguments), sources(OUTSIDE)
+            others[name] = kept(name, functools.partial(baseline_losses, name, output, inside, outside))
+        others = {name: row for name, row in others.items() if row is not None}
+    if code == 0 and "chosen" in arguments.parts:
+        code = run_part(arguments, "chosen", preparation(arguments, "chosen"))
+    if code == 0 and "training" in arguments.parts:
         code = train(arguments)
-    if code == 0 and not arguments.quick:
+    if code == 0 and "blocks" in arguments.parts:
         code = run_part(arguments, "blocks", preparation(arguments, "block"))
     losses, found = untrained(output, arguments.shapes), curves(output, arguments)
     print(tables(losses, found, others))

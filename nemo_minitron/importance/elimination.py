@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["RIDGE", "alone", "eliminate"]
+__all__ = ["RIDGE", "eliminate"]
 
 #: ``r`` relative to the mean of the diagonal of ``G``, that of most matrices in a reconstruction.
 RIDGE = 0.1
@@ -60,16 +60,6 @@ def eliminate(
     # T falls where the ridge held a weight to its old value that nothing needed any more; an order needs no fall.
     losses[order] = steps.cumsum(0).cummax(0).values / total
     return losses
-
-
-@torch.no_grad()
-def alone(gram: torch.Tensor, outer: torch.Tensor, *, ridge: float = RIDGE) -> torch.Tensor:
-    """``[k]`` the loss when one input goes alone, over ``tr(W G W')``; arguments as of :func:`eliminate`."""
-    total = (gram * outer).sum()
-    if not bool(total > 0):
-        return torch.zeros_like(gram.diagonal())
-    level = ridge * gram.diagonal().mean()
-    return outer.diagonal() * (1 / _inverse(gram, level).diagonal() - level) / total
 
 
 def _inverse(gram: torch.Tensor, level: torch.Tensor) -> torch.Tensor:

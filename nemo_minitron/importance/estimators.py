@@ -95,9 +95,9 @@ class Estimator:
 
 
 def _products(shape: ModelShape) -> int:
-    """Bytes of the products of inputs of a layer's matrices, in float64."""
+    """Bytes of the products of inputs of a layer's projections, in float64."""
     neurons, heads = shape.ffn_hidden_size, shape.num_attention_heads * shape.head_dim
-    return 8 * ((shape.num_moe_experts or 1) * neurons**2 + heads**2 + 2 * shape.hidden_size**2)
+    return 8 * ((shape.num_moe_experts or 1) * neurons**2 + heads**2)
 
 
 OWN_ESTIMATORS = (

@@ -5,11 +5,12 @@ The numbers are those of :mod:`~nemo_minitron.importance.elimination`, for the m
 - FFN neurons: the down projection, of every expert where the MLP is a mixture.
 - heads, and query groups: the attention's projection, whose inputs are blocks of ``head_dim`` columns. Heads go from
   all groups evenly, as pruning takes them.
-- hidden channels: QKV, gate and up projections, and routers, of the normalised residual stream. Each channel is taken
-  alone, and its loss relative to the matrix's outputs is added up over the matrices.
 
-Tokens count alike, as in a reconstruction. Layers have their block influence. Nothing linear makes up for an expert,
-whose tokens go to other experts: its score is the square of what it adds to the stream, summed over the tokens.
+Tokens count alike, as in a reconstruction. Nothing linear makes up for an expert, whose tokens go to other experts: its
+score is the square of what it adds to the stream, summed over the tokens. Layers have their block influence, and hidden
+channels the papers' score, ``sqrt(sum_b (1/s sum_t |a|)^2)`` of the normalised residual stream (arXiv 2407.14679,
+section 2.2): every matrix loses the same channels, so that their order would need the sums of all layers at once, and
+losses of each channel alone chose worse channels than the papers' score (docs/results.md).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.importance.aggregation import Aggregation, Criterion, gathered
-from nemo_minitron.importance.elimination import alone, eliminate
+from nemo_minitron.importance.aggregation import AGGREGATIONS, Aggregation, Criterion, gathered
+from nemo_minitron.importance.elimination import eliminate
 from nemo_minitron.importance.hooks import BlockInfluence, Key, Reading
 from nemo_minitron.runtime.groups import Groups
 from nemo_minitron.shape import ModelShape
@@ -33,13 +34,15 @@ __all__ = ["ReconstructionRecorder"]
 
 #: Sites whose units are split over the tensor-parallel ranks.
 _SPLIT = ("attention", "groups", "ffn")
+#: Sites of the hidden channels.
+_NORMS = ("input_norm", "mlp_norm")
 
 
 class ReconstructionRecorder(BlockInfluence):
     """Sums of products of inputs; at the end of a layer, the losses of its units.
 
-    Memory: of each layer in the chunks ``[F/tp, F]`` (of every expert), ``[A * head_dim / tp, A * head_dim]`` and two
-    ``[H, H]`` float64 sums, and the inputs of a micro-batch in one layer. A streamed pass has one layer's.
+    Memory: of each layer in the chunks ``[F/tp, F]`` (of every expert) and ``[A * head_dim / tp, A * head_dim]``
+    float64 sums, and the inputs of a micro-batch in one layer. A streamed pass has one layer's.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], groups: Groups, criteria: Sequence[Criterion]) -> None:
@@ -55,6 +58,9 @@ class ReconstructionRecorder(BlockInfluence):
     @torch.no_grad()
     def read(self, reading: Reading) -> None:
         """Add the products of inputs; of a site that is split, with those of all tensor-parallel ranks."""
+        if reading.key.site in _NORMS:
+            self._keep(reading.key, self._channel_squares(reading))
+            return
         key, x, split = reading.key, reading.x.detach(), self.groups.layout.tensor > 1
         inputs = x[:, : self.rows].flatten(0, 1) if reading.places is None else x[reading.places.rows]
         if reading.partial and split:
@@ -64,8 +70,16 @@ class ReconstructionRecorder(BlockInfluence):
         if key.site == "experts":
             self._keep(key, inputs.square().sum().view(1, 1))
         else:
-            whole = gathered(inputs.T.contiguous(), self.groups.tp).T if split and key.site in _SPLIT else inputs
+            whole = gathered(inputs.T.contiguous(), self.groups.tp).T if split else inputs
             self._keep(key, inputs.T @ whole)
+
+    def _channel_squares(self, reading: Reading) -> torch.Tensor:
+        """``[H]``: the squares of the samples' means of ``|a|``, summed over the samples."""
+        x, mean, layout = reading.x.detach()[:, : self.rows], AGGREGATIONS["mean"], self.groups.layout
+        statistics, length = mean.statistics(x, 0), x.shape[0]  # [1, b, H]
+        if reading.sequence_split and layout.sequence_parallel:
+            statistics, length = mean.all_reduce(statistics, self.groups.tp), length * layout.tensor
+        return mean.finish(statistics, length).double().square().sum(0)
 
     def _keep(self, key: Key, sums: torch.Tensor) -> None:
         kept = self.statistics.setdefault(key, {})
@@ -105,26 +119,9 @@ class ReconstructionRecorder(BlockInfluence):
         self._put(key, eliminate(*self._matrices(key, module, like)), held=module is not None)
 
     def _finish_hidden(self, layer: Any) -> None:
-        readers = {"input_norm": [layer.self_attention.linear_qkv.weight], "mlp_norm": []}
-        mixture = hasattr(layer.mlp, "router")
-        if not mixture:
-            readers["mlp_norm"].append(layer.mlp.linear_fc1.weight)
-        groups, split = self.groups, self.groups.layout.tensor > 1
-        for site, weights in readers.items():
+        for site in _NORMS:
             key = Key(layer.layer_number - 1, site)
-            gram = self._summed(key, layer.self_attention.linear_qkv.weight.shape[1])
-            if split and groups.layout.sequence_parallel:
-                dist.all_reduce(gram, group=groups.tp)
-            outers = [_outer(weight) for weight in weights]
-            if site == "mlp_norm" and mixture:
-                outers.append(sum(_outer(expert.linear_fc1.weight) for expert in layer.mlp.experts.local_experts))
-                if groups.layout.expert > 1:
-                    dist.all_reduce(outers[-1], group=groups.ep)
-            for outer in outers if split else ():
-                dist.all_reduce(outer, group=groups.tp)
-            if site == "mlp_norm" and mixture:
-                outers.append(_outer(layer.mlp.router.weight))  # whole on every rank
-            self._put(key, torch.stack([alone(gram, outer) for outer in outers]).sum(0))
+            self._put(key, self._summed(key, layer.self_attention.linear_qkv.weight.shape[1]).sqrt())
 
     # ------------------------------------------------------------------------------------------------- between ranks
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_minitron.importance import elimination
-from nemo_minitron.importance.elimination import alone, eliminate
+from nemo_minitron.importance.elimination import eliminate
 
 TOLERANCE = 1e-8
 
@@ -82,18 +82,12 @@ def test_units_of_several_inputs_go_from_all_groups_evenly(groups: int, per_grou
         assert float(found[order[count - 1]]) == pytest.approx(most, rel=1e-6, abs=TOLERANCE)
 
 
-def test_an_input_alone() -> None:
-    x, weight = problem(7, 4, 20, 0)
-    expected = [loss(x, weight, [index], 0.05) for index in range(7)]
-    assert alone(*sums(x, weight), ridge=0.05).tolist() == pytest.approx(expected, rel=1e-8)
-
-
 def test_a_combination_of_others_costs_nothing_however_large_it_is() -> None:
     x, weight = problem(12, 5, 60, 1)
     x[:, 4] = 50 * x[:, 1] - 30 * x[:, 7]
     gram, outer = sums(x, weight)
     assert x.abs().mean(0).argmax() == 4
-    assert float(alone(gram, outer, ridge=1e-9)[4]) < 1e-6
+    assert loss(x, weight, [4], 1e-9) < 1e-6
     found = eliminate(gram, outer, ridge=1e-9)
     # Each of the three is a combination of the other two; after one of them, nothing more is free.
     assert found.argmin() in (1, 4, 7)
@@ -106,7 +100,7 @@ def test_of_two_that_replace_each_other_one_stays() -> None:
     x, weight = problem(8, 5, 40, 2)
     x[:, 3] = x[:, 6]
     gram, outer = sums(x, weight)
-    assert float(alone(gram, outer, ridge=1e-9)[[3, 6]].max()) < 1e-6
+    assert max(loss(x, weight, [index], 1e-9) for index in (3, 6)) < 1e-6
     found = eliminate(gram, outer, ridge=1e-9)
     assert float(found[[3, 6]].min()) < 1e-6
     assert float(found[[3, 6]].max()) > 1e-2
@@ -118,5 +112,4 @@ def test_what_is_never_active_costs_nothing() -> None:
     assert float(eliminate(*sums(x, weight))[2]) == pytest.approx(0, abs=1e-12)
     nothing = torch.zeros(6, 6, dtype=torch.float64)
     assert eliminate(nothing, weight.T @ weight).tolist() == [0.0] * 6
-    assert alone(nothing, weight.T @ weight).tolist() == [0.0] * 6
     assert eliminate(nothing, nothing, 3).tolist() == [0.0] * 2

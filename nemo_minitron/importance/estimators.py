@@ -32,6 +32,7 @@ class Estimator:
         gradients: the recorder reads gradients too, so that a backward pass is needed.
         sums: bytes that the recorder keeps for each layer until the layer is done, by the shape of the whole model;
             None for a recorder that keeps O(units).
+        work: ``(shape, tokens, experts of a token) -> FLOPs`` in float64 beside the passes; None for next to none.
         sequence: its fixed aggregation over the tokens of a sample, as score files name it; None if the user chooses
             the aggregation. "none" with ``batch`` "none": its scores are of all tokens together.
         batch: its fixed aggregation over samples; None if the user chooses.
@@ -44,6 +45,7 @@ class Estimator:
     from_weights: Callable[..., Scores] | None = None
     gradients: bool = False
     sums: Callable[[ModelShape], int] | None = None
+    work: Callable[[ModelShape, float, int], float] | None = None
     sequence: str | None = None
     batch: str | None = None
     layer_score: tuple[str, str] = ("Importance", "The estimator's score of a layer.")
@@ -100,6 +102,13 @@ def _products(shape: ModelShape) -> int:
     return 8 * ((shape.num_moe_experts or 1) * neurons**2 + heads**2)
 
 
+def _elimination(shape: ModelShape, tokens: float, used: int) -> float:
+    """FLOPs of the products and of the greedy eliminations, of neurons, of heads and of groups."""
+    neurons, heads, experts = shape.ffn_hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_moe_experts
+    products = 2.0 * tokens * (used * neurons**2 + heads**2)
+    return shape.num_layers * (products + 3.0 * (experts or 1) * neurons**3 + 6.0 * heads**3)
+
+
 OWN_ESTIMATORS = (
     Estimator(
         "activation",
@@ -122,6 +131,7 @@ OWN_ESTIMATORS = (
         "reconstruction",
         recorder=deferred("nemo_minitron.importance.reconstruction:ReconstructionRecorder"),
         sums=_products,
+        work=_elimination,
         sequence="none",
         batch="none",
         layer_score=(

@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.config import HELD_OUT, DataConfig, ParallelLayout
 from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.planning import Model, ReconstructionFlops, Training
 from nemo_minitron.proposal.chats import Answers
 from nemo_minitron.proposal.layout import Placed, place, step_seconds
@@ -42,6 +43,9 @@ _HOST_REFITTED, _GPU_REFITTED = 64, 256
 _REFIT_SHARE = 0.5
 #: How many times the operations in float64 take the time of those of a forward pass.
 _HOST_FLOAT64, _GPU_FLOAT64 = 2.0, 8.0
+#: Estimators: the papers', and the one for a model that is reconstructed.
+PAPERS, REFITTED = "activation", "reconstruction"
+_TOKENS_PER_NEURON = 4  # of the scores' text; docs/results.md has 8 and 10
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Plan:
         minutes: of all trainings; None without a limit.
         correction: the teacher's correction on the machine; None without one.
         samples: of scoring.
+        estimator: of scoring.
         refit: the reconstruction; None for a student that only loses layers, or with too little text.
         sft, dpo: alignment, or None.
         notes: what the user should know.
@@ -141,6 +146,7 @@ class Plan:
     minutes: float | None
     correction: Placed | None
     samples: int
+    estimator: str
     refit: Refit | None = None
     sft: Aligned | None = None
     dpo: Aligned | None = None
@@ -207,9 +213,12 @@ def make_plan(
         getattr(shape, name) != getattr(teacher.shape, name) for name in SIZES if name != "num_layers"
     )
     refit = _refit(student, teacher, data, blocks["calibration"], machine, placed, made, minutes) if widths else None
+    estimator = PAPERS
+    if refit is not None and not request.search and _repays(teacher, data, min(samples, refit.samples), machine, refit):
+        estimator, samples = REFITTED, min(samples, refit.samples)
     return Plan(
         subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, correction, samples,
-        refit, notes=_notes(subject, student, text, made),
+        estimator, refit, notes=_notes(subject, student, text, made),
     )  # fmt: skip
 
 
@@ -315,6 +324,19 @@ def _refit(
         samples //= 2
     ranks = min(ranks, samples // HELD_OUT)
     return Refit(samples, length, ranks, seconds(samples)) if ranks else None
+
+
+def _repays(teacher: Model, data: DataConfig, samples: int, machine: Machine, refit: Refit) -> bool:
+    """Whether to score by losses after reconstruction: on processors, where it was measured that they choose better
+    units, with enough text for their sums, if that takes no longer than the reconstruction itself.
+    """
+    estimator, tokens = ESTIMATORS[REFITTED], samples * data.sequence_length
+    if machine.cluster is not None or tokens < _TOKENS_PER_NEURON * teacher.shape.ffn_hidden_size:
+        return False
+    assert estimator.work is not None
+    solving = estimator.work(teacher.shape, tokens, teacher.architecture.moe_router_topk or 1)
+    flops = 2.0 * estimator.passes * tokens * teacher.parameters + _HOST_FLOAT64 * solving
+    return flops / (CORE_FLOPS * machine.cores) <= refit.seconds
 
 
 def _correction(teacher: Model, made: Amount, machine: Machine) -> Placed | None:

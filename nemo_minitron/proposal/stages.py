@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints.formats import FORMATS, written_formats
 from nemo_minitron.config import DataConfig, SourceConfig
 from nemo_minitron.jobs.plans import human_bytes, human_count
 from nemo_minitron.proposal.layout import Placed
-from nemo_minitron.proposal.plan import Aligned, Plan, Refit, Request, settings
+from nemo_minitron.proposal.plan import PAPERS, Aligned, Plan, Refit, Request, settings
 from nemo_minitron.proposal.schedule import correction_rate, dpo_rate, peak_rate, sft_rate, warmup_of
 from nemo_minitron.proposal.shape import grid
 from nemo_minitron.proposal.write import Choice
@@ -163,6 +163,12 @@ def _score(plan: Plan, teacher: str) -> dict[str, Any]:
         "samples": Choice(plan.samples, f"Blocks of calibration text: {wanted}."),
         "micro_batch_size": _passes(plan, plan.samples),
     }
+    if plan.estimator != PAPERS:
+        stage["estimator"] = Choice(
+            plan.estimator,
+            "What a unit costs once the reconstruction has made up for it: of a model that is reconstructed it chooses "
+            "better units than the papers' activations (docs/results.md).",
+        )
     return stage | _parallel(plan)
 
 
@@ -256,6 +262,8 @@ def _prune(plan: Plan, teacher: str, depth: int, *, search: bool) -> dict[str, A
         parts = ", ".join(f"{_WORDS[name]} {getattr(own, name)} to {size}" for name, size in cut.items())
         why = f"{plan.budget.option} by {plan.proportions.why}: {parts}."
         stage["target"] = Choice(cut, why)
+    if plan.estimator != PAPERS:
+        stage["method"] = plan.estimator
     if depth:
         stage |= {"depth_scores": "${output}/depth", "depth": {"criterion": "loss", "form": "contiguous"}}
     if layout := settings(plan.placed.layout):

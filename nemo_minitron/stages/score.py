@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import axes
-from nemo_minitron.checkpoints.model_record import peek_family, peek_shape
+from nemo_minitron.checkpoints.model_record import peek_architecture, peek_family, peek_shape
 from nemo_minitron.config import ScoreConfig
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
@@ -50,7 +50,12 @@ def plan(config: ScoreConfig) -> StagePlan:
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.
         passes = ESTIMATORS[config.estimator].passes
-        plan.flops = 2.0 * passes * count * config.samples * config.data.sequence_length
+        tokens = float(config.samples * config.data.sequence_length)
+        plan.flops = 2.0 * passes * count * tokens
+        if shape.uniform and (work := ESTIMATORS[config.estimator].work) is not None:
+            constants = peek_architecture(config.model)
+            used = 1 if constants is None else constants.moe_router_topk or 1
+            plan.flops += 2.0 * work(shape, tokens, used)  # on processors arithmetic in float64 takes twice the time
         plan.costs["FLOPs"] = human_count(plan.flops)
         plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
         if shape.uniform and (sums := _sums(config, shape)):

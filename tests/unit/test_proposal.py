@@ -399,6 +399,18 @@ def test_a_student_cut_in_width_is_reconstructed_in_a_part_of_the_time():
     assert short.refit.samples < plan.refit.samples
 
 
+def test_units_are_chosen_for_the_reconstruction_where_that_is_cheap():
+    def chosen(model, machine, **settings) -> tuple[str, str]:
+        stages = {stage.STAGE: stage for stage in stages_of(*made(model, machine, **settings))}
+        return stages["score"].estimator, stages["prune"].method
+
+    after, papers = ("reconstruction", "reconstruction"), ("activation", "activation")
+    assert chosen(SMOLLM2_135M, LAPTOP, tokens=3e6, share=0.694) == after
+    assert chosen(SMOLLM2_135M, LAPTOP, tokens=3e6, share=0.694, search=True) == papers
+    assert chosen(SMOLLM2_135M, LAPTOP, tokens=3e6, share=0.694, minutes=2) == papers, "too few blocks for the sums"
+    assert chosen(LLAMA_31_8B, parse_cluster("h100:16"), tokens=1e10) == papers
+
+
 @pytest.mark.parametrize("search", [False, True])
 def test_alignment_comes_after_the_distillation(search):
     plan, request = made(LLAMA_31_8B, parse_cluster("h100:16"), tokens=1e10, search=search)

@@ -11,7 +11,7 @@ from support.checkpoints import hf_logits, tiny_checkpoint, tokens
 from support.pruning import one_process
 from support.text import write_jsonl
 
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints import open_checkpoint, write_checkpoint
 from nemo_minitron.config import (
     AggregationConfig,
     DataConfig,
@@ -92,6 +92,19 @@ def test_other_estimators_and_criteria_prune_too(home, tmp_path):
     expected = prune.run(prune_config(home, tmp_path / "expected"))
     assert load_kept(tmp_path / "expected" / "kept.json")[0] == kept["many"]
     assert expected["shape"]["ffn_hidden_size"] == 40
+
+
+def test_a_plan_counts_the_work_of_losses_after_reconstruction(home, tmp_path):
+    model = open_checkpoint(home / "model")
+    write_checkpoint(model, tmp_path / "model", "nemo2")  # whose record a plan reads
+    flops = [
+        score.plan(score_config(home, tmp_path / "scores", model=str(tmp_path / "model"), estimator=name)).flops
+        for name in ("activation", "reconstruction")
+    ]
+    neurons, heads = model.shape.ffn_hidden_size, model.shape.num_attention_heads * model.shape.head_dim
+    products = 2 * 8 * 16 * (neurons**2 + heads**2)  # 8 samples of 16 tokens
+    work = model.shape.num_layers * (products + 3 * neurons**3 + 6 * heads**3)
+    assert flops[1] - flops[0] == pytest.approx(2 * work, rel=1e-9)
 
 
 def test_score_without_enough_text(home, tmp_path):

@@ -272,6 +272,7 @@ def plot(found: dict[str, list[list[float]]], losses: dict[str, Any], path: Path
         2, len(shapes), figsize=(5 * len(shapes), 4.6), layout="constrained", squeeze=False, sharex=True,
         height_ratios=(1, 2.5),
     )  # fmt: skip
+    tokens = sorted({int(name.split("-")[2]) for name in found})
     colours = dict(zip(STARTS, ("tab:gray", "tab:orange", "tab:green"), strict=True))
     for (above, below), shape in zip(frames.T, shapes, strict=True):
         for start in STARTS:
@@ -279,19 +280,21 @@ def plot(found: dict[str, list[list[float]]], losses: dict[str, Any], path: Path
             ends: dict[str, list[tuple[int, float]]] = {}
             for name, points in found.items():
                 if name.startswith(f"{shape}-{start}-"):
-                    _, _, tokens, seed = name.split("-")
-                    ends.setdefault(seed, []).append((int(tokens), points[-1][1]))
+                    _, _, trained, seed = name.split("-")
+                    ends.setdefault(seed, []).append((int(trained), points[-1][1]))
             for seed, points_of in ends.items():
                 xs, ys = zip(*sorted(points_of), strict=True)
                 label = f"{start} start" if seed == min(ends) else None
                 frame.plot(xs, ys, marker="o", markersize=4, color=colours[start], label=label)
-                frame.set_xscale("log")
-                frame.set_xticks(xs, [f"{x:,}" for x in xs], minor=False)
-                frame.set_xticks([], minor=True)
         for frame in (above, below):
             frame.grid(alpha=0.3)
             if frame.get_legend_handles_labels()[0]:
                 frame.legend()
+            else:
+                frame.set_axis_off()
+        below.set_xscale("log")
+        below.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        below.set_xticks([], minor=True)
         above.set_title(shape)
         below.set_xlabel("tokens of distillation")
     frames[1][0].set_ylabel("held-out loss, nats a token")

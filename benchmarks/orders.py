@@ -195,8 +195,7 @@ class Measured:
 
     def take(self, seed: int) -> bool:
         """Measure the trainings of a seed that have ended; whether they are all there."""
-        names, last = self.plan.names(seed), self.plan.longest
-        for name in names:
+        for name in self.plan.names(seed):
             training = self.plan.output / str(seed) / name
             points, steps = validations(training), int(name.rpartition("-")[2])
             sequence = QUICK_SEQUENCE if self.plan.quick else SEQUENCE
@@ -205,15 +204,16 @@ class Measured:
                 continue
             self.kept(f"{seed}/{name}/curve", lambda points=points: points)
             self.kept(self._key("losses", name, seed), functools.partial(self._losses, model, seed))
-            if self.questions and name in (f"d18-{last}", f"{SCATTERED}-{last}"):
+            if self._asked(name):
                 self.kept(self._key("right", name, seed), functools.partial(self._right, model))
             shutil.rmtree(training / "checkpoints", ignore_errors=True)
         return self.has_all(seed)
 
     def has(self, name: str, seed: int) -> bool:
         """Whether nothing is left to measure of a training."""
-        asked = self.questions > 0 and name in (f"d18-{self.plan.longest}", f"{SCATTERED}-{self.plan.longest}")
-        known = [self.curve(name, seed), self.losses(name, seed), *([self.right(name, seed)] if asked else [])]
+        known = [self.curve(name, seed), self.losses(name, seed)]
+        if self._asked(name):
+            known.append(self.right(name, seed))
         return None not in known
 
     def has_all(self, seed: int) -> bool:
@@ -231,6 +231,10 @@ class Measured:
     def right(self, name: str, seed: int) -> list[float] | None:
         """Of each question 1 if it is answered rightly, else 0."""
         return self.kept.found.get(self._key("right", name, seed))
+
+    def _asked(self, name: str) -> bool:
+        """Whether a training's model answers questions."""
+        return self.questions > 0 and name in (f"d18-{self.plan.longest}", f"{SCATTERED}-{self.plan.longest}")
 
     def _key(self, what: str, name: str, seed: int) -> str:
         return f"{seed}/{name}/{what}/{self.blocks if what == 'losses' else self.questions}"

@@ -367,20 +367,18 @@ def main() -> None:
     print(tables(losses, found, others))
     if arguments.plot is not None:
         plot(found, losses, arguments.plot)
-    by_method = [
-        [gap_closed(losses[shape], method) for method in ("chosen", "reconstructed")]
-        for shape in ("demo", "narrow")
-        if shape in losses
+    gaps = {
+        shape: {method: value for method in NAMES.values() if (value := gap_closed(rows, method)) is not None}
+        for shape, rows in losses.items()
+    }
+    closed = [
+        gaps[shape].get("chosen", gaps[shape].get("reconstructed")) for shape in ("demo", "narrow") if shape in gaps
     ]
-    closed = [next((value for value in values if value is not None), None) for values in by_method]
     ratios = [equal_loss_ratio(found, "demo", seed) for seed in SEEDS]
     known = [ratio for ratio in ratios if ratio is not None]
     figures = {
         "gap_closed_without_training": min((value for value in closed if value is not None), default=None),
-        "gap_closed": {
-            shape: {method: value for method in NAMES.values() if (value := gap_closed(rows, method)) is not None}
-            for shape, rows in losses.items()
-        },
+        "gap_closed": gaps,
         "tokens_to_equal_loss_ratio": mean(known) if known else None,
         **{key: value for key, value in streamed(quick=arguments.quick).items() if key.startswith("stream_")},
     }

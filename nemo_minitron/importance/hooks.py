@@ -255,6 +255,13 @@ class Recorder(ABC):
 
     # -------------------------------------------------------------------------------------------------- the statistics
 
+    def over_sequence(self, reading: Reading, x: torch.Tensor, sequence: Aggregation) -> torch.Tensor:
+        """``[s (/tp), b, units]`` values of a reading -> ``[b, units]`` over the whole sequence. Collective."""
+        statistics, length = sequence.statistics(x, 0), x.shape[0]  # [k, b, units]
+        if reading.sequence_split and self.groups.layout.sequence_parallel:
+            statistics, length = sequence.all_reduce(statistics, self.groups.tp), length * self.groups.layout.tensor
+        return sequence.finish(statistics, length)
+
     def layers(self) -> list[int]:
         """The layers on this rank, 0-based in the whole model."""
         if self.span is not None:
@@ -372,16 +379,10 @@ class ActivationRecorder(BlockInfluence):
     def read(self, reading: Reading) -> None:
         """Aggregate over the sequence."""
         x = self.values(reading)
-        split = reading.sequence_split and self.groups.layout.sequence_parallel
-        length = x.shape[0] * (self.groups.layout.tensor if split else 1)
         by_sequence: dict[str, torch.Tensor] = {}
         for criterion in self.criteria:
             if criterion.sequence not in by_sequence:
-                sequence = AGGREGATIONS[criterion.sequence]
-                statistics = sequence.statistics(x, 0)  # [k, b, units]
-                if split:
-                    statistics = sequence.all_reduce(statistics, self.groups.tp)
-                by_sequence[criterion.sequence] = sequence.finish(statistics, length)
+                by_sequence[criterion.sequence] = self.over_sequence(reading, x, AGGREGATIONS[criterion.sequence])
             self.keep(reading.key, criterion, by_sequence[criterion.sequence])
 
 

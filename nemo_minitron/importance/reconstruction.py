@@ -75,11 +75,8 @@ class ReconstructionRecorder(BlockInfluence):
 
     def _channel_squares(self, reading: Reading) -> torch.Tensor:
         """``[H]``: the squares of the samples' means of ``|a|``, summed over the samples."""
-        x, mean, layout = reading.x.detach()[:, : self.rows], AGGREGATIONS["mean"], self.groups.layout
-        statistics, length = mean.statistics(x, 0), x.shape[0]  # [1, b, H]
-        if reading.sequence_split and layout.sequence_parallel:
-            statistics, length = mean.all_reduce(statistics, self.groups.tp), length * layout.tensor
-        return mean.finish(statistics, length).double().square().sum(0)
+        means = self.over_sequence(reading, reading.x.detach()[:, : self.rows], AGGREGATIONS["mean"])  # [b, H]
+        return means.double().square().sum(0)
 
     def _keep(self, key: Key, sums: torch.Tensor) -> None:
         kept = self.statistics.setdefault(key, {})

@@ -9,10 +9,11 @@ from nemo_minitron.planning.layouts import LayoutCost, best_layout, layout_cost,
 from nemo_minitron.planning.memory import RECOMPUTE, MemoryCost, MemoryUse, Workload
 from nemo_minitron.planning.model import Model, pipeline_stage_parameters
 from nemo_minitron.planning.recipe import Recipe, load_recipe, recipe_names
-from nemo_minitron.planning.reconstruction import ReconstructionFlops
+from nemo_minitron.planning.reconstruction import HOST_FLOAT64, ReconstructionFlops
 from nemo_minitron.planning.training import ForwardFlops, Training
 
 __all__ = [
+    "HOST_FLOAT64",
     "RECOMPUTE",
     "Accelerator",
     "ForwardFlops",

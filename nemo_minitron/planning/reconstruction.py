@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from nemo_minitron.planning.model import Model
 
-__all__ = ["ReconstructionFlops"]
+__all__ = ["HOST_FLOAT64", "ReconstructionFlops"]
+
+#: Times that an operation in float64 takes of one of a forward pass, on processors.
+HOST_FLOAT64 = 2.0
 
 #: Forward passes of a layer of the pruned model, in parts, while its matrices are refitted one after the other.
 _PASSES = 3

@@ -13,7 +13,7 @@ from typing import Any
 from nemo_minitron.config import HELD_OUT, DataConfig, ParallelLayout
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.importance.estimators import ESTIMATORS
-from nemo_minitron.planning import Model, ReconstructionFlops, Training
+from nemo_minitron.planning import HOST_FLOAT64, Model, ReconstructionFlops, Training
 from nemo_minitron.proposal.chats import Answers
 from nemo_minitron.proposal.layout import Placed, place, step_seconds
 from nemo_minitron.proposal.machine import CORE_FLOPS, Machine
@@ -41,8 +41,8 @@ _SAMPLES = 1024  # arXiv 2407.14679, section 4: calibration samples
 _HOST_REFITTED, _GPU_REFITTED = 64, 256
 #: Of the time of the trainings the reconstruction may take so much beside it, by fewer blocks.
 _REFIT_SHARE = 0.5
-#: How many times the operations in float64 take the time of those of a forward pass.
-_HOST_FLOAT64, _GPU_FLOAT64 = 2.0, 8.0
+#: Times that an operation in float64 takes of one of a forward pass, on GPUs.
+_GPU_FLOAT64 = 8.0
 #: Estimators: the papers', and the one for a model that is reconstructed.
 PAPERS, REFITTED = "activation", "reconstruction"
 _TOKENS_PER_NEURON = 4  # of the scores' text; docs/results.md has 8 and 10
@@ -214,8 +214,10 @@ def make_plan(
     )
     refit = _refit(student, teacher, data, blocks["calibration"], machine, placed, made, minutes) if widths else None
     estimator = PAPERS
-    if refit is not None and not request.search and _repays(teacher, data, min(samples, refit.samples), machine, refit):
-        estimator, samples = REFITTED, min(samples, refit.samples)
+    if refit is not None and not request.search:
+        fewer = min(samples, refit.samples)
+        if _repays(teacher, data, fewer, machine, refit):
+            estimator, samples = REFITTED, fewer
     return Plan(
         subject, machine, budget, student, proportions, text, data, blocks, made, placed, minutes, correction, samples,
         estimator, refit, notes=_notes(subject, student, text, made),
@@ -315,7 +317,7 @@ def _refit(
     def seconds(samples: int) -> float:
         flops = ReconstructionFlops.of(teacher, student, samples * length)
         if cluster is None:
-            return (flops.forward + _HOST_FLOAT64 * flops.float64) / (CORE_FLOPS * machine.cores)
+            return _host_seconds(flops.forward, flops.float64, machine)
         speed = _training(student, teacher, made).flops_per_step / placed.seconds / machine.gpus  # of one GPU
         return (flops.forward + _GPU_FLOAT64 * flops.float64) / (speed * ranks)
 
@@ -335,8 +337,12 @@ def _repays(teacher: Model, data: DataConfig, samples: int, machine: Machine, re
         return False
     assert estimator.work is not None
     solving = estimator.work(teacher.shape, tokens, teacher.architecture.moe_router_topk or 1)
-    flops = 2.0 * estimator.passes * tokens * teacher.parameters + _HOST_FLOAT64 * solving
-    return flops / (CORE_FLOPS * machine.cores) <= refit.seconds
+    return _host_seconds(2.0 * estimator.passes * tokens * teacher.parameters, solving, machine) <= refit.seconds
+
+
+def _host_seconds(forward: float, float64: float, machine: Machine) -> float:
+    """Of so many operations on processors, in a model's precision and in float64."""
+    return (forward + HOST_FLOAT64 * float64) / (CORE_FLOPS * machine.cores)
 
 
 def _correction(teacher: Model, made: Amount, machine: Machine) -> Placed | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import ReconstructConfig
 from nemo_minitron.jobs.plans import PlannedPath, StagePlan
-from nemo_minitron.planning import ReconstructionFlops
+from nemo_minitron.planning import HOST_FLOAT64, ReconstructionFlops
 from nemo_minitron.pruning.kept import kept_path
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
@@ -71,8 +71,7 @@ def plan(config: ReconstructConfig) -> StagePlan:
         plan.disk.append(checkpoint_need("model", config.output, model, config.format))
     if teacher is not None and model is not None:
         flops = ReconstructionFlops.of(teacher, model, tokens)
-        # On processors arithmetic in float64 takes twice the time.
-        plan.flops = flops.forward + 2 * flops.float64
+        plan.flops = flops.forward + HOST_FLOAT64 * flops.float64
         if config.method == "block":
             trained = config.block.steps * config.block.samples * config.data.sequence_length
             plan.flops += 2.0 * model.parameters * (3 * trained + tokens)  # and five looks at a fifth of the tokens

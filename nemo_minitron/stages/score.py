@@ -12,6 +12,7 @@ from nemo_minitron.config import ScoreConfig
 from nemo_minitron.importance.estimators import ESTIMATORS
 from nemo_minitron.jobs.atomic import stage_output
 from nemo_minitron.jobs.plans import DiskNeed, PlannedPath, StagePlan, human_bytes, human_count
+from nemo_minitron.planning import HOST_FLOAT64
 from nemo_minitron.runtime.progress import progress_bar
 from nemo_minitron.shape import uniform_faults
 from nemo_minitron.stages.shared.checkpoints import model_costs
@@ -49,13 +50,12 @@ def plan(config: ScoreConfig) -> StagePlan:
         count = axes.parameter_count(peek_family(config.model), shape)
         # Two operations for each weight and token, and as many for the gradient of each activation; attention scores
         # are small beside it at these lengths.
-        passes = ESTIMATORS[config.estimator].passes
-        tokens = float(config.samples * config.data.sequence_length)
-        plan.flops = 2.0 * passes * count * tokens
-        if shape.uniform and (work := ESTIMATORS[config.estimator].work) is not None:
+        estimator, tokens = ESTIMATORS[config.estimator], float(config.samples * config.data.sequence_length)
+        plan.flops = 2.0 * estimator.passes * count * tokens
+        if shape.uniform and estimator.work is not None:
             constants = peek_architecture(config.model)
             used = 1 if constants is None else constants.moe_router_topk or 1
-            plan.flops += 2.0 * work(shape, tokens, used)  # on processors arithmetic in float64 takes twice the time
+            plan.flops += HOST_FLOAT64 * estimator.work(shape, tokens, used)
         plan.costs["FLOPs"] = human_count(plan.flops)
         plan.costs["memory of a rank"] = weights_of_rank(config, config.model)
         if shape.uniform and (sums := _sums(config, shape)):
